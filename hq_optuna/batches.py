@@ -1,0 +1,186 @@
+"""Calibration and validation data as a fixed list of batches.
+
+Whatever the user hands in (tensors, a dataset, a loader) is read once into memory, in order, and
+checked: the score of an assignment must be the same number every time it is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from hq_optuna.errors import DataError
+
+Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+"""What a network is called with: one tensor, positional arguments, or keyword arguments."""
+
+
+def forward(network: nn.Module, inputs: Inputs) -> Any:
+    """Call the network: a tuple or list becomes positional, a mapping keyword arguments."""
+    if isinstance(inputs, Tensor):
+        return network(inputs)
+    if isinstance(inputs, Mapping):
+        return network(**inputs)
+    return network(*inputs)
+
+
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested tuples, lists and mappings, in order."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from tensors(value)
+    elif isinstance(tree, (tuple, list)):
+        for value in tree:
+            yield from tensors(value)
+
+
+def move(tree: Any, device: torch.device) -> Any:
+    """Return the tree with its tensors on ``device``."""
+    if isinstance(tree, Tensor):
+        return tree.to(device)
+    if isinstance(tree, Mapping):
+        return {key: move(value, device) for key, value in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        return tuple(move(value, device) for value in tree)
+    return tree
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Inputs and labels of ``n`` samples."""
+
+    inputs: Inputs
+    labels: Any
+    n: int
+
+
+class Batches(Sequence[Batch]):
+    """A data set in memory: the same batches in the same order, each time."""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self._batches = list(batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._batches[index]
+
+    @property
+    def n_samples(self) -> int:
+        """Samples in all batches (`N`)."""
+        return sum(batch.n for batch in self._batches)
+
+    def digest(self) -> str:
+        """Return twelve hexadecimal digits that name the data, labels and batch sizes."""
+        sha = hashlib.sha256()
+        for batch in self._batches:
+            for tensor in (*tensors(batch.inputs), *tensors(batch.labels)):
+                sha.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+                sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return sha.hexdigest()[:12]
+
+    def to(self, device: torch.device) -> Batches:
+        """Return the same batches on ``device``."""
+        return Batches([Batch(move(b.inputs, device), move(b.labels, device), b.n) for b in self])
+
+
+def read_batches(data: Any, *, batch_size: int = 32, what: str = "calibration") -> Batches:
+    """Read data into memory as batches, twice over if they can be read twice.
+
+    Args:
+        data: ``(inputs, labels)`` tensors of equal length, a map-style ``Dataset`` of
+            ``(input, label)`` pairs, or an iterable of batches such as a ``DataLoader``.
+        batch_size: Samples a batch, for tensors and datasets; a loader keeps its own.
+        what: Name of the data in messages.
+
+    Raises:
+        DataError: Empty, unlabelled, NaN or inf, or not the same on a second reading (a shuffling
+            loader, random augmentation).
+    """
+    if isinstance(data, Batches):
+        return data
+    first = _read(data, batch_size, what)
+    _check(first, what)
+    # Reading one batch again is enough to catch shuffling and random augmentation.
+    if not isinstance(data, (tuple, Iterator)):
+        again = _read(data, batch_size, what, limit=1)
+        if again.digest() != Batches(first[:1]).digest():
+            raise DataError(
+                f"The {what} data come out differently on a second reading. Turn off shuffling "
+                "(DataLoader(shuffle=False)) and random augmentation: scores must be repeatable."
+            )
+    return first
+
+
+def _read(data: Any, batch_size: int, what: str, limit: int | None = None) -> Batches:
+    if isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], Tensor):
+        inputs, labels = data
+        n = len(labels)
+        if any(len(tensor) != n for tensor in tensors(inputs)):
+            raise DataError(
+                f"The {what} data hold {len(next(tensors(inputs)))} inputs and {n} labels; "
+                "give one label per input."
+            )
+        slices = [slice(start, start + batch_size) for start in range(0, n, batch_size)]
+        return Batches([_batch((_slice(inputs, s), labels[s]), what) for s in slices])
+    if isinstance(data, Tensor):
+        raise DataError(f"The {what} data have no labels; give (inputs, labels).")
+    if isinstance(data, Dataset) and not isinstance(data, torch.utils.data.IterableDataset):
+        data = DataLoader(data, batch_size=batch_size, shuffle=False, collate_fn=default_collate)
+    if not isinstance(data, Iterable):
+        raise DataError(
+            f"The {what} data are a {type(data).__name__}; give (inputs, labels) tensors, a "
+            "Dataset, or an iterable of (inputs, labels) batches such as a DataLoader."
+        )
+    batches = []
+    for item in data:
+        batches.append(_batch(item, what))
+        if limit is not None and len(batches) >= limit:
+            break
+    return Batches(batches)
+
+
+def _slice(tree: Any, part: slice) -> Any:
+    if isinstance(tree, Tensor):
+        return tree[part]
+    if isinstance(tree, Mapping):
+        return {key: _slice(value, part) for key, value in tree.items()}
+    return tuple(_slice(value, part) for value in tree)
+
+
+def _batch(item: Any, what: str) -> Batch:
+    if not isinstance(item, (tuple, list)) or len(item) != 2:
+        raise DataError(
+            f"A {what} batch is a pair (inputs, labels); got {type(item).__name__}"
+            f"{f' of {len(item)}' if isinstance(item, (tuple, list)) else ''}. "
+            "Unlabelled data cannot give a loss."
+        )
+    inputs, labels = item
+    if isinstance(inputs, list):
+        inputs = tuple(inputs)
+    first = next(tensors(inputs), None)
+    if first is None:
+        raise DataError(f"A {what} batch holds no tensor as input.")
+    return Batch(inputs, labels, len(first))
+
+
+def _check(batches: Batches, what: str) -> None:
+    if not len(batches) or batches.n_samples == 0:
+        raise DataError(f"The {what} data are empty. Give at least one labelled batch.")
+    for index, batch in enumerate(batches):
+        for name, tree in (("inputs", batch.inputs), ("labels", batch.labels)):
+            for tensor in tensors(tree):
+                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                    raise DataError(
+                        f"The {what} {name} hold NaN or infinity (batch {index}). "
+                        "Check the preprocessing."
+                    )

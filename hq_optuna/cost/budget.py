@@ -1,0 +1,82 @@
+"""Budgets: the cost a user allows, absolute or as a fraction of the all-8-bit network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hq_optuna.cost.model import METRICS, CostModel, Metric, format_cost
+from hq_optuna.errors import BudgetError
+from hq_optuna.layers import LayerSpec
+from hq_optuna.space import SearchSpace
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """The most an assignment may cost.
+
+    Make one with `fraction` or `absolute`.
+
+    Example:
+        >>> Budget.fraction(bops=0.25)
+        Budget(metric='bops', value=0.25, relative=True)
+        >>> Budget.absolute(size_bytes=64_000)
+        Budget(metric='size_bytes', value=64000.0, relative=False)
+    """
+
+    metric: Metric
+    value: float
+    relative: bool
+
+    @classmethod
+    def fraction(cls, **limit: float) -> Budget:
+        """Allow a fraction of the cost with 8 bits everywhere: ``bops=0.25``."""
+        return cls._one(limit, relative=True)
+
+    @classmethod
+    def absolute(cls, **limit: float) -> Budget:
+        """Allow an absolute cost: ``bops=24e9`` or ``size_bytes=64_000``."""
+        return cls._one(limit, relative=False)
+
+    @classmethod
+    def _one(cls, limit: dict[str, float], *, relative: bool) -> Budget:
+        if len(limit) != 1:
+            raise ValueError(
+                f"A budget limits one metric, for example bops=0.25; got {sorted(limit) or 'none'}."
+            )
+        ((name, value),) = limit.items()
+        for metric in METRICS:
+            if name == metric:
+                if not math.isfinite(value) or value <= 0:
+                    raise ValueError(f"A budget is a positive number; got {metric}={value!r}.")
+                return cls(metric, float(value), relative)
+        raise ValueError(f"A budget limits one of {', '.join(METRICS)}; got {name!r}.")
+
+    def limit(self, layers: Sequence[LayerSpec]) -> float:
+        """Return the absolute limit for this network, in BOPs or bytes."""
+        return self.value * CostModel(layers, self.metric).int8 if self.relative else self.value
+
+    def __str__(self) -> str:
+        if self.relative:
+            return f"{self.value:.4g} of the all-8-bit {self.metric}"
+        return format_cost(self.value, self.metric)
+
+
+def check_reachable(space: SearchSpace, budget: Budget) -> None:
+    """Refuse a budget below the cheapest assignment of the space.
+
+    Raises:
+        BudgetError: With the limit, the minimum, and both as fractions of the all-8-bit cost.
+    """
+    model = CostModel(space.layers, budget.metric)
+    limit, minimum = budget.limit(space.layers), model.cost(space.config(space.bottom))
+    if minimum > limit:
+        raise BudgetError(
+            f"Budget {format_cost(limit, budget.metric)} ({limit / model.int8:.4g} of all-8-bit) "
+            f"is below the cheapest assignment, {format_cost(minimum, budget.metric)} "
+            f"({minimum / model.int8:.4g} of all-8-bit; every searched layer at its fewest bits). "
+            "Raise the budget, allow fewer bits, or pin fewer layers.",
+            limit=limit,
+            minimum=minimum,
+        )

@@ -1,0 +1,66 @@
+"""Errors that callers may want to catch, all children of `HqOptunaError`.
+
+Each is also a child of the builtin that describes it (``ValueError`` for what was handed in,
+``RuntimeError`` for what happened on the way), so code that knows nothing of this package still
+catches it. Messages follow one pattern: expected, got, next step.
+"""
+
+from __future__ import annotations
+
+
+class HqOptunaError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class SpaceError(HqOptunaError, ValueError):
+    """The search space is not possible: unknown layer, glob without match, bits out of range."""
+
+
+class BudgetError(HqOptunaError, ValueError):
+    """The budget cannot be met.
+
+    Attributes:
+        limit: The cost the user allowed, in the unit of the metric.
+        minimum: The cost of the cheapest assignment, in the same unit.
+    """
+
+    def __init__(self, message: str, *, limit: float, minimum: float) -> None:
+        super().__init__(message)
+        self.limit = limit
+        self.minimum = minimum
+
+
+class NetworkError(HqOptunaError, ValueError):
+    """The network cannot be searched: nothing to quantize, NaN weights, random forward."""
+
+
+class DataError(HqOptunaError, ValueError):
+    """Calibration or validation data are unusable: empty, unlabelled, NaN, labels out of range."""
+
+
+class StudyFileError(HqOptunaError, ValueError):
+    """A study file is missing, cannot be imported, or lacks a function it must define."""
+
+
+class RecipeError(HqOptunaError, ValueError):
+    """A saved result is incomplete, altered, or belongs to another network."""
+
+
+class ResumeError(HqOptunaError, ValueError):
+    """An existing study does not belong to this search.
+
+    Attributes:
+        changed: Names of the parts that differ, for example ``("network", "budget")``.
+    """
+
+    def __init__(self, message: str, *, changed: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.changed = changed
+
+
+class StorageError(HqOptunaError, RuntimeError):
+    """The storage could not be opened, read or written. Never carries a password."""
+
+
+class ScoreError(HqOptunaError, RuntimeError):
+    """A score came out as NaN or infinity, so candidates cannot be ranked."""

@@ -1,0 +1,54 @@
+"""Random one-notch moves: the patent's "draw a layer at random and lower its bits"."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from hq_optuna.space import SearchSpace
+
+
+class Move(NamedTuple):
+    """One variable goes from one number of bits to another."""
+
+    variable: int
+    from_bits: int
+    to_bits: int
+
+    def apply(self, state: Sequence[int]) -> tuple[int, ...]:
+        """Return the state after the move."""
+        after = list(state)
+        after[self.variable] = self.to_bits
+        return tuple(after)
+
+
+def lowerable(space: SearchSpace, state: Sequence[int]) -> list[Move]:
+    """Return every move that lowers one variable by one notch, in the order of the variables."""
+    moves = []
+    for index, (variable, bits) in enumerate(zip(space.variables, state, strict=True)):
+        place = variable.bits.index(bits)
+        if place + 1 < len(variable.bits):
+            moves.append(Move(index, bits, variable.bits[place + 1]))
+    return moves
+
+
+def propose(
+    space: SearchSpace, state: Sequence[int], *, n: int, seed: int, step: int
+) -> tuple[Move, ...]:
+    """Draw up to ``n`` distinct one-notch moves from the incumbent.
+
+    Every variable gets a random key from a hash of (seed, step, name); those with the smallest
+    keys are drawn, which is sampling without replacement. A hash, rather than a random generator,
+    gives the same draw on every machine and with every version of NumPy, whoever asks and whenever.
+
+    Returns:
+        ``min(n, number of lowerable variables)`` moves, in the order they were drawn. With ``n`` at
+        least that number the step is exhaustive.
+    """
+
+    def key(move: Move) -> bytes:
+        name = space.variables[move.variable].name
+        return hashlib.sha256(f"{seed}/{step}/{name}".encode()).digest()
+
+    return tuple(sorted(lowerable(space, state), key=key)[:n])

@@ -1,0 +1,46 @@
+"""Winner rules: which candidate of a step becomes the incumbent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+Rule = Literal["min", "ratio"]
+RULES: tuple[Rule, ...] = get_args(Rule)
+
+
+def choose(
+    rule: Rule,
+    scores: Sequence[float],
+    costs: Sequence[float],
+    *,
+    incumbent_score: float,
+    incumbent_cost: float,
+    limit: float,
+) -> int:
+    """Return the index of the winner; ties go to the lowest index.
+
+    Args:
+        rule: ``"min"``: the smallest score, as in the patent. ``"ratio"``: the smallest rise of the
+            score per cost saved. What is saved beyond the budget is worth nothing, so the saving is
+            counted only down to ``limit``; a candidate that saves nothing loses to all that do.
+        scores: Scores of the candidates, shape ``(C,)``.
+        costs: Their costs, shape ``(C,)``.
+        incumbent_score: Score of the assignment the step starts from.
+        incumbent_cost: Its cost.
+        limit: The budget, in the unit of the costs (``-inf`` for none).
+    """
+    if rule == "min":
+        keys = list(scores)
+    elif rule == "ratio":
+        needed = incumbent_cost - limit
+        keys = []
+        for score, cost in zip(scores, costs, strict=True):
+            rise, saved = score - incumbent_score, incumbent_cost - cost
+            if 0 < needed < saved:
+                saved = needed
+            keys.append(rise / saved if saved > 0 else math.inf)
+    else:
+        raise ValueError(f"rule is one of {', '.join(RULES)}; got {rule!r}.")
+    return min(range(len(keys)), key=lambda index: (keys[index], index))
