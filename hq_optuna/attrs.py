@@ -16,6 +16,7 @@ another parent is ignored by everyone, so a stale view can waste an evaluation a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,7 +25,7 @@ TICKET = "hq:ticket"
 """Trial system attribute: the ticket."""
 
 SPACE = "hq:space"
-"""Study system attribute: `SearchSpace.to_json()`, in parts (see `chunk`)."""
+"""Study system attributes ``hq:space:0``, …: `SearchSpace.to_json()` in parts, see `split`."""
 
 SETTINGS = "hq:settings"
 """Study system attribute: the sampler's settings, written by the first worker."""
@@ -52,15 +53,77 @@ COST = "cost"  # in the unit of the budget's metric
 SECONDS = "seconds"
 WORKER = "worker"
 
-# User attributes of a study.
-STUDY_INFO = "hq:study"
-"""Study user attribute: metric, limit, all-8-bit and float cost, budget text, layer facts."""
+INFO = "hq:info"
+"""Study user attribute: `StudyInfo`, what people and reports want to know of the search."""
 
 SENSITIVITY = "hq:sensitivity"
-"""Study user attribute prefix, one per layer: bits → predicted loss rise (nats)."""
+"""Study system attributes, in parts: ``{layer: {"weights": {bits: nats}, "activations": …}}``."""
 
-Kind = Literal["candidate", "incumbent", "surplus"]
+REPORT = "hq:report"
+"""Study user attribute prefix ``hq:report:…``: facts measured at the end (accuracy, skipped)."""
+
+PART_CHARACTERS = 30_000
+"""Longest attribute we write: a MySQL TEXT column ends at 65,535 bytes."""
+
+Kind = Literal["candidate", "incumbent", "surplus", "free"]
 PROTOCOL = 1
+
+
+def split(key: str, data: Any) -> dict[str, str]:
+    """Return JSON data as attributes ``key:0``, ``key:1``, … short enough for every storage.
+
+    Example:
+        >>> split("hq:space", {"a": 1})
+        {'hq:space:0': '{"a":1}'}
+    """
+    text = json.dumps(data, separators=(",", ":"))
+    starts = range(0, len(text), PART_CHARACTERS)
+    return {f"{key}:{i}": text[s : s + PART_CHARACTERS] for i, s in enumerate(starts)}
+
+
+def join(key: str, attributes: Mapping[str, Any]) -> Any | None:
+    """Return the data that `split` wrote among ``attributes``, or ``None``."""
+    parts = []
+    while f"{key}:{len(parts)}" in attributes:
+        parts.append(attributes[f"{key}:{len(parts)}"])
+    return json.loads("".join(parts)) if parts else None
+
+
+@dataclass(frozen=True, slots=True)
+class StudyInfo:
+    """What a search is about, for people and reports.
+
+    Attributes:
+        metric: ``"bops"`` or ``"size_bytes"``.
+        limit: The budget in that unit.
+        budget: The budget in words.
+        int8: Cost with 8 bits everywhere.
+        float32: Cost without quantization.
+        scorer: Name of the scorer.
+        rule: Name of the winner rule.
+        n_candidates: Candidates a step.
+        seed: Seed of the draws.
+        skipped: ``[name, kind, reason]`` of modules that are not quantized.
+        warnings: Sentences about the search that a reader of its results must know.
+    """
+
+    metric: Literal["bops", "size_bytes"]
+    limit: float
+    budget: str
+    int8: float
+    float32: float
+    scorer: str
+    rule: str
+    n_candidates: int
+    seed: int
+    skipped: tuple[tuple[str, str, str], ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> StudyInfo:
+        """Rebuild from ``dataclasses.asdict`` after a round trip through JSON."""
+        skipped = tuple((name, kind, reason) for name, kind, reason in data["skipped"])
+        return cls(**{**data, "skipped": skipped, "warnings": tuple(data["warnings"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +131,8 @@ class Ticket:
     """What one trial is for.
 
     Attributes:
-        kind: ``"candidate"``, ``"incumbent"`` (a step record) or ``"surplus"`` (nothing to do).
+        kind: ``"candidate"``, ``"incumbent"`` (a step record), ``"surplus"`` (nothing to do) or
+            ``"free"`` (a trial somebody enqueued with parameters of their own).
         step: Number of the step.
         slot: Place among the candidates; for a step record, the winner's place.
         parent: Digest of the state of the search the ticket was written for.

@@ -1,1 +1,5 @@
-"""."""
+"""Optuna pruners."""
+
+from hq_optuna.pruners.budget import CostBudgetPruner
+
+__all__ = ["CostBudgetPruner"]

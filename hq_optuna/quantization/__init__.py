@@ -1,1 +1,16 @@
-"""."""
+"""Fake quantization: pure functions, ranges, modules with state, and `prepare` / `set_bits`."""
+
+from hq_optuna.quantization.observers import InputHistogram, Observer, observe_inputs
+from hq_optuna.quantization.prepare import get_bits, prepare, set_bits
+from hq_optuna.quantization.ranges import AffineRange, weight_scale
+
+__all__ = [
+    "AffineRange",
+    "InputHistogram",
+    "Observer",
+    "get_bits",
+    "observe_inputs",
+    "prepare",
+    "set_bits",
+    "weight_scale",
+]

@@ -1,1 +1,5 @@
-"""."""
+"""Optuna samplers."""
+
+from hq_optuna.samplers.progressive import Encoding, ProgressiveBitSampler
+
+__all__ = ["Encoding", "ProgressiveBitSampler"]

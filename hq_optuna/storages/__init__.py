@@ -1,1 +1,10 @@
-"""."""
+"""Opening a storage so that several processes can share it, and errors that hide passwords."""
+
+from hq_optuna.storages.opening import (
+    explain_storage_errors,
+    open_storage,
+    redact_url,
+    sqlite_url,
+)
+
+__all__ = ["explain_storage_errors", "open_storage", "redact_url", "sqlite_url"]

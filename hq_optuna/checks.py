@@ -1,0 +1,110 @@
+"""Checks at the door: a network, data and loss that cannot be searched are refused before work."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hq_optuna.batches import Batches, forward, tensors
+from hq_optuna.curvature.adam import LossFunction
+from hq_optuna.errors import DataError, NetworkError
+
+logger = logging.getLogger(__name__)
+IGNORED_LABEL = -100
+"""`torch.nn.functional.cross_entropy` ignores this label."""
+
+
+@torch.no_grad()
+def check_forward(network: nn.Module, data: Batches, loss_fn: LossFunction) -> list[str]:
+    """Refuse what would make scores wrong or unrepeatable, from two passes over the first batch.
+
+    Args:
+        network: Left as it is; a copy in eval mode is called.
+        data: Calibration batches on the network's device.
+        loss_fn: Mean loss of a batch from outputs and labels.
+
+    Returns:
+        Warnings: sentences about what is doubtful but possible.
+
+    Raises:
+        NetworkError: Two passes differ (dropout left on), or outputs are NaN or infinite.
+        DataError: Labels out of range, or a loss that is not one finite number.
+    """
+    copied = copy.deepcopy(network).eval()
+    batch = data[0]
+    first = forward(copied, batch.inputs)
+    second = forward(copied, batch.inputs)
+    for a, b in zip(tensors(first), tensors(second), strict=True):
+        if not torch.equal(a, b):
+            if bool(torch.isnan(a).any()):
+                break
+            raise NetworkError(
+                "Two forward passes of the same images in eval mode differ: the network is random "
+                "(dropout with training=True, random augmentation inside forward?). "
+                "Scores must be repeatable; make eval mode deterministic."
+            )
+    for output in tensors(first):
+        if output.is_floating_point() and not bool(torch.isfinite(output).all()):
+            raise NetworkError(
+                "The network's outputs on the calibration data hold NaN or infinity. "
+                "Check the checkpoint and the normalization of the inputs."
+            )
+    for b in data:
+        check_labels(first, b.labels)
+    try:
+        loss = loss_fn(first, batch.labels)
+    except Exception as error:
+        raise DataError(
+            f"The loss function failed on the first calibration batch: {error}. It is called with "
+            "(outputs, labels)."
+        ) from error
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise DataError(f"The loss function returns one number, the mean of a batch; got {shape}.")
+    if not math.isfinite(float(loss)):
+        raise DataError(
+            f"The loss on the first calibration batch is {float(loss)}. Check labels and outputs."
+        )
+    return _check_mean(copied, data, loss_fn, float(loss))
+
+
+def check_labels(outputs: Any, labels: Any) -> None:
+    """Refuse class labels that the network has no output for.
+
+    Looks only at the common case of class scores ``(N, C, …)`` and integer labels ``(N, …)``.
+    """
+    if not (isinstance(outputs, Tensor) and isinstance(labels, Tensor)):
+        return
+    if labels.is_floating_point() or outputs.dim() < 2 or labels.dim() != outputs.dim() - 1:
+        return
+    used = labels[labels != IGNORED_LABEL]
+    n_classes = outputs.shape[1]
+    if used.numel() and (int(used.min()) < 0 or int(used.max()) >= n_classes):
+        raise DataError(
+            f"Calibration labels run from {int(used.min())} to {int(used.max())}, but the network "
+            f"has {n_classes} outputs (labels 0 to {n_classes - 1})."
+        )
+
+
+def _check_mean(
+    network: nn.Module, data: Batches, loss_fn: LossFunction, loss: float
+) -> list[str]:
+    """Warn if the loss looks like a sum over the batch rather than its mean."""
+    batch = data[0]
+    if not isinstance(batch.inputs, Tensor) or not isinstance(batch.labels, Tensor) or batch.n < 2:
+        return []
+    half = batch.n // 2
+    a = float(loss_fn(forward(network, batch.inputs[:half]), batch.labels[:half]))
+    b = float(loss_fn(forward(network, batch.inputs[half:]), batch.labels[half:]))
+    mean = (a * half + b * (batch.n - half)) / batch.n
+    if abs(a + b - loss) < 1e-4 * abs(loss) and abs(mean - loss) > 1e-2 * abs(loss):
+        return [
+            "The loss function seems to sum over the batch; scores assume its mean "
+            "(reduction='mean'), so their size depends on the batch size here."
+        ]
+    return []

@@ -1,0 +1,229 @@
+"""A study read back as a search: candidates, step records, budget. For reports and plots.
+
+Needs the storage alone: no network, no data, no sampler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from hq_optuna import attrs, workers
+from hq_optuna.assignment import BitConfig
+from hq_optuna.attrs import StudyInfo, Ticket
+from hq_optuna.errors import ResumeError
+from hq_optuna.space import SearchSpace
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A scored candidate.
+
+    Attributes:
+        number: Trial number.
+        step: Step it was tried in.
+        slot: Place in the step.
+        variable: What was lowered; ``None`` for the start.
+        from_bits: Its bits before.
+        to_bits: Its bits in this candidate.
+        state: Bits of each variable of the space.
+        score: Predicted loss rise, nats.
+        score_weights: The weights' part, nats (NaN where the objective did not say).
+        score_activations: The activations' part, nats (likewise).
+        calibration_loss: Measured loss on the calibration set (NaN where not measured).
+        cost: In the unit of the study's metric.
+        seconds: Time of the evaluation.
+        worker: ``host:pid`` of who evaluated it.
+        counted: Whether it is the first complete result of its slot.
+    """
+
+    number: int
+    step: int
+    slot: int
+    variable: str | None
+    from_bits: int | None
+    to_bits: int | None
+    state: tuple[int, ...]
+    score: float
+    score_weights: float
+    score_activations: float
+    calibration_loss: float
+    cost: float
+    seconds: float
+    worker: str
+    counted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """A closed step: the trial that recorded it, and the candidate it took."""
+
+    number: int
+    step: int
+    winner: Candidate
+    config: BitConfig
+
+
+@dataclass(frozen=True)
+class History:
+    """A search as its study tells it.
+
+    Attributes:
+        study_name: Name of the study.
+        space: Layers, variables and fixed bits.
+        info: Budget, costs, settings.
+        candidates: All complete candidates, by trial number.
+        records: Closed steps in order.
+        sensitivity: ``{layer: {"weights": {bits: nats}, "activations": {bits: nats}}}``; empty
+            where none was stored.
+        facts: What was measured at the end, by name (``"accuracy_before"``, …).
+        n_running: Trials that run now (or whose workers died unseen).
+        n_pruned: Trials that were not needed.
+        n_failed: Trials that ended in an error or were given back.
+    """
+
+    study_name: str
+    space: SearchSpace
+    info: StudyInfo
+    candidates: tuple[Candidate, ...]
+    records: tuple[StepRecord, ...]
+    sensitivity: Mapping[str, Mapping[str, Mapping[int, float]]]
+    facts: Mapping[str, Any]
+    n_running: int
+    n_pruned: int
+    n_failed: int
+
+    @property
+    def incumbent(self) -> StepRecord | None:
+        """The record of the last closed step."""
+        return self.records[-1] if self.records else None
+
+    @property
+    def met(self) -> bool:
+        """Whether the incumbent is within the budget."""
+        return self.incumbent is not None and self.incumbent.winner.cost <= self.info.limit
+
+    def step(self, step: int) -> tuple[Candidate, ...]:
+        """Return the counted candidates of one step, by slot."""
+        found = [c for c in self.candidates if c.step == step and c.counted]
+        return tuple(sorted(found, key=lambda c: c.slot))
+
+
+def read_history(study: Study) -> History:
+    """Read a study.
+
+    Raises:
+        ResumeError: The study is not one of this package.
+    """
+    storage = study._storage
+    system = storage.get_study_system_attrs(study._study_id)
+    user = storage.get_study_user_attrs(study._study_id)
+    space_data = attrs.join(attrs.SPACE, system)
+    if space_data is None or attrs.INFO not in user:
+        raise ResumeError(
+            f"Study {study.study_name!r} is not a bit search of hq_optuna. "
+            "Give the name of another study.",
+            changed=("kind of study",),
+        )
+    space = SearchSpace.from_json(space_data)
+    trials = storage.get_all_trials(study._study_id, deepcopy=False)
+    candidates, records = _read_trials(trials, space)
+    table = attrs.join(attrs.SENSITIVITY, system) or {}
+    states = [trial.state for trial in trials]
+    prefix = f"{attrs.REPORT}:"
+    return History(
+        study_name=study.study_name,
+        space=space,
+        info=StudyInfo.from_json(user[attrs.INFO]),
+        candidates=candidates,
+        records=records,
+        sensitivity={
+            layer: {
+                part: {int(bits): float(nats) for bits, nats in row.items()}
+                for part, row in parts.items()
+            }
+            for layer, parts in table.items()
+        },
+        facts={k.removeprefix(prefix): v for k, v in user.items() if k.startswith(prefix)},
+        n_running=states.count(TrialState.RUNNING),
+        n_pruned=states.count(TrialState.PRUNED),
+        n_failed=states.count(TrialState.FAIL),
+    )
+
+
+def _read_trials(
+    trials: list[FrozenTrial], space: SearchSpace
+) -> tuple[tuple[Candidate, ...], tuple[StepRecord, ...]]:
+    names = [variable.name for variable in space.variables]
+    candidates: dict[int, Candidate] = {}
+    seen: set[tuple[int, int, str]] = set()
+    closing: dict[int, tuple[int, Ticket]] = {}
+    for trial in trials:
+        ticket = Ticket.read(trial.system_attrs)
+        if ticket is None or trial.state != TrialState.COMPLETE or trial.value is None:
+            continue
+        if ticket.kind == "incumbent":
+            closing.setdefault(ticket.step, (trial.number, ticket))
+        elif ticket.kind == "candidate":
+            place = (ticket.step, ticket.slot, ticket.parent)
+            lowered = ticket.variable
+            user = trial.user_attrs
+            duration = trial.duration.total_seconds() if trial.duration else float("nan")
+            candidates[trial.number] = Candidate(
+                number=trial.number,
+                step=ticket.step,
+                slot=ticket.slot,
+                variable=lowered,
+                from_bits=ticket.from_bits,
+                to_bits=None if lowered is None else ticket.bits[names.index(lowered)],
+                state=ticket.bits,
+                score=trial.value,
+                score_weights=user.get(attrs.SCORE_WEIGHTS, float("nan")),
+                score_activations=user.get(attrs.SCORE_ACTIVATIONS, float("nan")),
+                calibration_loss=user.get(attrs.CALIBRATION_LOSS, float("nan")),
+                cost=user.get(attrs.COST, float("nan")),
+                seconds=user.get(attrs.SECONDS, duration),
+                worker=user.get(attrs.WORKER) or workers.short_name(ticket.worker),
+                counted=place not in seen,
+            )
+            seen.add(place)
+    records = []
+    for step in range(len(closing)):
+        if step not in closing:
+            break
+        number, ticket = closing[step]
+        winner = candidates.get(-1 if ticket.origin is None else ticket.origin)
+        if winner is None:
+            break
+        records.append(StepRecord(number, step, winner, space.config(winner.state)))
+    return tuple(candidates.values()), tuple(records)
+
+
+def assignment(trial: FrozenTrial | optuna.Trial, study: Study | None = None) -> BitConfig:
+    """Return the bits of all layers of any trial of a search.
+
+    Args:
+        trial: A candidate or a step record.
+        study: Its study, which holds the search space. Not needed for an `optuna.Trial`, which
+            knows its study.
+
+    Raises:
+        ValueError: The trial is not part of a bit search, or the study is missing.
+    """
+    if isinstance(trial, optuna.Trial):
+        study = trial.study
+        trial = study._storage.get_trial(trial._trial_id)
+    ticket = Ticket.read(trial.system_attrs)
+    if ticket is None or not ticket.bits:
+        raise ValueError(f"Trial {trial.number} is not a candidate or step record of a bit search.")
+    if study is None:
+        raise ValueError("A frozen trial does not know its layers: call assignment(trial, study).")
+    data = attrs.join(attrs.SPACE, study._storage.get_study_system_attrs(study._study_id))
+    if data is None:
+        raise ValueError(f"Study {study.study_name!r} does not hold a search space.")
+    return SearchSpace.from_json(data).config(ticket.bits)

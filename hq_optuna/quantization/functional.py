@@ -1,0 +1,80 @@
+"""Fake quantization as pure functions: round in float, keep the gradient.
+
+The rounding is PyTorch's own (`torch.fake_quantize_per_channel_affine` and
+`…_per_tensor_affine`), so what is scored here is what PyTorch's tools compute elsewhere:
+
+    q = clamp(round(x · (1 / scale)) + zero_point, quant_min, quant_max)
+    Q(x) = (q − zero_point) · scale
+
+Its gradient is the straight-through estimator: 1 inside the range, 0 where a value is clipped.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def weight_grid(bits: int) -> tuple[int, int]:
+    """Return ``(quant_min, quant_max)`` of signed weights, two's complement.
+
+    Example:
+        >>> weight_grid(8), weight_grid(2)
+        ((-128, 127), (-2, 1))
+    """
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def activation_grid(bits: int) -> tuple[int, int]:
+    """Return ``(quant_min, quant_max)`` of activations: always 0 to 2ᵇ − 1, with a zero point.
+
+    Example:
+        >>> activation_grid(4)
+        (0, 15)
+    """
+    return 0, 2**bits - 1
+
+
+def quantize_weight(weight: Tensor, scale: Tensor, bits: int, channel_axis: int) -> Tensor:
+    """Round a weight to its symmetric per-channel grid.
+
+    One bit is the exception: ``sign(w) · scale``, the binary weights of XNOR-Net (Rastegari et al.,
+    2016), whose gradient passes straight through.
+
+    Args:
+        weight: Any float tensor with ``channel_axis``.
+        scale: Shape ``(channels,)``, positive.
+        bits: 1 to 16.
+        channel_axis: Axis of the output channels.
+
+    Example:
+        >>> w = torch.tensor([[0.30, -1.04], [2.0, 0.1]])
+        >>> quantize_weight(w, torch.tensor([0.5, 1.0]), bits=3, channel_axis=0)
+        tensor([[ 0.5000, -1.0000],
+                [ 2.0000,  0.0000]])
+    """
+    if bits == 1:
+        shape = [1] * weight.dim()
+        shape[channel_axis] = -1
+        signs = torch.where(weight >= 0, 1.0, -1.0).to(weight.dtype)
+        binary = signs * scale.reshape(shape)
+        # Forward value binary, gradient that of the weight; the sum is exact because it is w − w.
+        return binary.detach() + (weight - weight.detach())
+    quant_min, quant_max = weight_grid(bits)
+    zero = torch.zeros(scale.shape, dtype=torch.int32, device=weight.device)
+    return torch.fake_quantize_per_channel_affine(
+        weight, scale, zero, channel_axis, quant_min, quant_max
+    )
+
+
+def quantize_activation(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Round activations to a per-tensor affine grid.
+
+    Args:
+        x: Any float tensor.
+        scale: Positive, one element.
+        zero_point: int32, one element, the integer that stands for 0.0.
+        bits: 1 to 16.
+    """
+    quant_min, quant_max = activation_grid(bits)
+    return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, quant_min, quant_max)

@@ -1,0 +1,115 @@
+"""Fake quantization as modules with state: one for a layer's weight, one for its input.
+
+Both know every number of bits at once. What they compute for a number of bits they keep, so going
+back and forth between assignments costs a dictionary look-up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from hq_optuna.layers import FLOAT_BITS
+from hq_optuna.quantization.functional import quantize_activation, quantize_weight
+from hq_optuna.quantization.observers import InputHistogram, Observer
+from hq_optuna.quantization.ranges import AffineRange, weight_scale
+
+
+class WeightFakeQuantize(nn.Module):
+    """Parametrization that rounds a layer's weight to `bits`.
+
+    Without gradients the rounded weight is kept for each number of bits and computed again only
+    when the weight has changed. With gradients it is computed each time, straight-through.
+
+    Args:
+        channel_axis: Axis of the weight's output channels.
+    """
+
+    def __init__(self, channel_axis: int) -> None:
+        super().__init__()
+        self.channel_axis = channel_axis
+        self.bits = FLOAT_BITS
+        self.scales: dict[int, Tensor] = {}
+        self._kept: dict[int, tuple[tuple[int, int], Tensor]] = {}
+
+    def scale(self, weight: Tensor, bits: int) -> Tensor:
+        """Return the scale for ``bits``, shape ``(channels,)``; found once, then kept."""
+        if bits not in self.scales:
+            self.scales[bits] = weight_scale(weight, bits, self.channel_axis)
+        if self.scales[bits].device != weight.device:
+            self.scales[bits] = self.scales[bits].to(weight.device)
+        return self.scales[bits]
+
+    def quantized(self, weight: Tensor, bits: int) -> Tensor:
+        """Return the rounded weight without gradient, kept until the weight changes."""
+        state = (weight.data_ptr(), weight._version)
+        kept = self._kept.get(bits)
+        if kept is None or kept[0] != state:
+            with torch.no_grad():
+                scale = self.scale(weight, bits)
+                rounded = quantize_weight(weight, scale, bits, self.channel_axis)
+            kept = self._kept[bits] = (state, rounded)
+        return kept[1]
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the weight as the layer shall use it."""
+        if self.bits == FLOAT_BITS:
+            return weight
+        if torch.is_grad_enabled() and weight.requires_grad:
+            scale = self.scale(weight, self.bits)
+            return quantize_weight(weight, scale, self.bits, self.channel_axis)
+        return self.quantized(weight, self.bits)
+
+
+class InputFakeQuantize(nn.Module):
+    """Rounds what enters a layer to `bits`.
+
+    Args:
+        histogram: What the layer received on the calibration set; ``None`` if only ``ranges`` will
+            be used (a loaded result).
+        observer: How a range is found from the histogram.
+        ranges: Ranges already known, by bits.
+    """
+
+    def __init__(
+        self,
+        histogram: InputHistogram | None,
+        observer: Observer = "squared_error",
+        ranges: Mapping[int, AffineRange] | None = None,
+    ) -> None:
+        super().__init__()
+        self.histogram = histogram
+        self.observer: Observer = observer
+        self.bits = FLOAT_BITS
+        self.ranges: dict[int, AffineRange] = dict(ranges or {})
+
+    def range(self, bits: int) -> AffineRange:
+        """Return scale and zero point for ``bits``; found once, then kept.
+
+        Raises:
+            ValueError: The range was not saved, and there is no histogram to find it from.
+        """
+        if bits not in self.ranges:
+            if self.histogram is None:
+                raise ValueError(
+                    f"No range is known for {bits}-bit activations: they were not calibrated. "
+                    f"Known are: {sorted(self.ranges) or 'none'}."
+                )
+            self.ranges[bits] = self.histogram.range(bits, self.observer)
+        return self.ranges[bits]
+
+    def quantized(self, x: Tensor, bits: int) -> Tensor:
+        """Return ``x`` rounded to ``bits``."""
+        scale, zero_point = self.range(bits)
+        return quantize_activation(
+            x,
+            torch.tensor(scale, device=x.device),
+            torch.tensor(zero_point, dtype=torch.int32, device=x.device),
+            bits,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the input as the layer shall see it."""
+        return x if self.bits == FLOAT_BITS else self.quantized(x, self.bits)

@@ -1,0 +1,137 @@
+"""Observers: what values enter each layer, seen on the calibration set.
+
+Two passes over the data: the first finds the extremes, the second fills a histogram between them.
+From the histogram any number of bits gets its range without another look at the data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from hq_optuna.batches import Batches, forward
+from hq_optuna.errors import DataError
+from hq_optuna.quantization.ranges import AffineRange, affine_range, histogram_range
+
+N_BINS = 2048
+Observer = Literal["squared_error", "min_max", "percentile"]
+PERCENTILE = 99.99
+
+
+@dataclass(frozen=True)
+class InputHistogram:
+    """Histogram of the values that entered a layer, all calls together.
+
+    Attributes:
+        counts: Shape ``(bins,)``.
+        edges: Shape ``(bins + 1,)``; the first and last are the extremes seen.
+    """
+
+    counts: NDArray[np.float64]
+    edges: NDArray[np.float64]
+
+    def range(self, bits: int, observer: Observer = "squared_error") -> AffineRange:
+        """Return scale and zero point for a number of bits.
+
+        Args:
+            bits: 1 to 16.
+            observer: ``"squared_error"``: least squared error. ``"min_max"``: all values seen.
+                ``"percentile"``: all but 0.01 % of the values at either end.
+        """
+        if observer == "squared_error":
+            return histogram_range(self.counts, self.edges, bits)
+        if observer == "min_max":
+            return affine_range(float(self.edges[0]), float(self.edges[-1]), bits)
+        if observer == "percentile":
+            share = np.cumsum(self.counts) / self.counts.sum()
+            tail = 1 - PERCENTILE / 100
+            low = float(self.edges[int(np.searchsorted(share, tail))])
+            high = float(self.edges[int(np.searchsorted(share, 1 - tail)) + 1])
+            return affine_range(low if self.edges[0] < 0 else 0.0, high, bits)
+        raise ValueError(f"observer is one of {', '.join(get_args(Observer))}; got {observer!r}.")
+
+
+def first_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the tensor a quantizable layer is called with."""
+    value = args[0] if args else kwargs["input"]
+    assert isinstance(value, Tensor)
+    return value
+
+
+@contextmanager
+def watch_inputs(
+    network: nn.Module, names: Sequence[str], see: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Call ``see(name, input)`` whenever a named layer is called."""
+    handles = []
+    try:
+        for name in names:
+            def hook(
+                _module: nn.Module, args: Any, kwargs: Any, name: str = name
+            ) -> None:
+                see(name, first_input(args, kwargs))
+
+            module = network.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def observe_inputs(
+    network: nn.Module, names: Sequence[str], data: Batches
+) -> dict[str, InputHistogram]:
+    """Return the histogram of what enters each named layer.
+
+    Args:
+        network: In eval mode; left as it is.
+        names: Layers to watch.
+        data: Calibration batches on the network's device.
+
+    Raises:
+        DataError: A layer receives NaN or infinity.
+    """
+    lows = dict.fromkeys(names, math.inf)
+    highs = dict.fromkeys(names, -math.inf)
+
+    def extremes(name: str, x: Tensor) -> None:
+        low, high = (float(v) for v in torch.aminmax(x.detach()))
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise DataError(
+                f"Layer {name!r} receives NaN or infinity on the calibration data. "
+                "Check the data's normalization and the checkpoint."
+            )
+        lows[name], highs[name] = min(lows[name], low), max(highs[name], high)
+
+    with watch_inputs(network, names, extremes):
+        for batch in data:
+            forward(network, batch.inputs)
+
+    bounds = {name: (min(lows[name], 0.0), max(highs[name], TINY_RANGE)) for name in names}
+    counts = {name: torch.zeros(N_BINS, dtype=torch.float64) for name in names}
+
+    def fill(name: str, x: Tensor) -> None:
+        low, high = bounds[name]
+        counts[name] += torch.histc(x.detach().float(), N_BINS, low, high).double().cpu()
+
+    with watch_inputs(network, names, fill):
+        for batch in data:
+            forward(network, batch.inputs)
+    return {
+        name: InputHistogram(counts[name].numpy(), np.linspace(*bounds[name], N_BINS + 1))
+        for name in names
+    }
+
+
+TINY_RANGE = 1e-6
+"""A layer that only ever sees zeros still needs a range."""

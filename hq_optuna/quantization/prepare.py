@@ -1,0 +1,121 @@
+"""One verb for users: `prepare` a copy of the network once, then `set_bits` as often as you like."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from hq_optuna.assignment import BitConfig, LayerBits
+from hq_optuna.errors import SpaceError
+from hq_optuna.layers import FLOAT_BITS, MAX_BITS, MIN_BITS, LayerSpec
+from hq_optuna.quantization.modules import InputFakeQuantize, WeightFakeQuantize
+from hq_optuna.quantization.observers import InputHistogram, Observer, first_input
+
+_INPUT = "input_fake_quantize"
+
+
+def prepare(
+    network: nn.Module,
+    layers: Sequence[LayerSpec],
+    inputs: Mapping[str, InputHistogram] | None = None,
+    *,
+    observer: Observer = "squared_error",
+) -> nn.Module:
+    """Return a copy of the network whose layers can be set to any number of bits.
+
+    The copy is in eval mode and starts in float: its outputs equal the network's bit for bit. The
+    weights become `torch.nn.utils.parametrize` parametrizations, so ``layer.weight`` is the rounded
+    weight wherever it is read, and training reaches the float weight behind it.
+
+    Args:
+        network: Left exactly as it is.
+        layers: Layers to prepare.
+        inputs: Histograms of what enters each layer (`observe_inputs`); without them activations
+            can only stay in float.
+        observer: How activation ranges are found.
+    """
+    prepared = copy.deepcopy(network).eval()
+    for layer in layers:
+        module = prepared.get_submodule(layer.name)
+        quantizer = WeightFakeQuantize(layer.channel_axis)
+        parametrize.register_parametrization(module, "weight", quantizer, unsafe=True)
+        histogram = None if inputs is None else inputs[layer.name]
+        module.add_module(_INPUT, InputFakeQuantize(histogram, observer))
+        module.register_forward_pre_hook(_quantize_input, with_kwargs=True)
+    return prepared
+
+
+def _quantize_input(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    x = input_quantizer(module)(first_input(args, kwargs))
+    return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "input": x})
+
+
+def weight_quantizer(module: nn.Module) -> WeightFakeQuantize:
+    """Return the weight's quantizer of a prepared layer."""
+    quantizer = module.parametrizations.weight[-1]  # type: ignore[union-attr, index]
+    assert isinstance(quantizer, WeightFakeQuantize)
+    return quantizer
+
+
+def input_quantizer(module: nn.Module) -> InputFakeQuantize:
+    """Return the input's quantizer of a prepared layer."""
+    quantizer = getattr(module, _INPUT)
+    assert isinstance(quantizer, InputFakeQuantize)
+    return quantizer
+
+
+def prepared_layers(network: nn.Module) -> dict[str, nn.Module]:
+    """Return the prepared layers of a network by name, in its order."""
+    return {name: m for name, m in network.named_modules() if hasattr(m, _INPUT)}
+
+
+def float_weight(module: nn.Module) -> Any:
+    """Return the float weight behind a prepared layer's rounded one."""
+    parametrizations = module.parametrizations.weight  # type: ignore[union-attr]
+    weight = parametrizations.original  # type: ignore[union-attr]
+    for earlier in list(parametrizations)[:-1]:  # type: ignore[arg-type]
+        weight = earlier(weight)
+    return weight
+
+
+def set_bits(network: nn.Module, bits: Mapping[str, LayerBits]) -> None:
+    """Set the bits of a prepared network's layers; layers not named keep theirs.
+
+    Changes two integers a layer. Scales and rounded weights are found at first use and kept, so
+    returning to an assignment returns its outputs bit for bit.
+
+    Raises:
+        SpaceError: A layer the network was not prepared for, or bits outside 1 to 16 (and 32).
+    """
+    layers = prepared_layers(network)
+    for name, pair in bits.items():
+        if name not in layers:
+            raise SpaceError(
+                f"Layer {name!r} is not prepared for quantization. Prepared are: "
+                f"{', '.join(layers) or 'none; call prepare() first'}."
+            )
+        for value in pair:
+            if value != FLOAT_BITS and not MIN_BITS <= value <= MAX_BITS:
+                raise SpaceError(
+                    f"Layer {name!r}: bits are {MIN_BITS} to {MAX_BITS}, or {FLOAT_BITS} for "
+                    f"float; got {value}."
+                )
+    for name, pair in bits.items():
+        weight_quantizer(layers[name]).bits = pair.weight_bits
+        input_quantizer(layers[name]).bits = pair.activation_bits
+
+
+def get_bits(network: nn.Module) -> BitConfig:
+    """Return the bits a prepared network has now."""
+    return BitConfig(
+        {
+            name: (weight_quantizer(module).bits, input_quantizer(module).bits)
+            for name, module in prepared_layers(network).items()
+        }
+    )

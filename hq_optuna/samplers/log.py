@@ -1,0 +1,225 @@
+"""The record of a search, replayed from its trials.
+
+`StepLog` reads trials and knows, at any moment, the incumbent of every closed step and which slots
+of the open step are done, running or free. It is incremental: each finished trial is looked at
+once, so a look at a study of thousands of trials costs what is new in it.
+
+Everything is derived from immutable facts (finished trials and tickets), so every worker that has
+seen the same trials has the same view, and a worker with an older view can only waste work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from optuna.trial import FrozenTrial, TrialState
+
+from hq_optuna import workers
+from hq_optuna.attrs import Ticket
+from hq_optuna.search import Incumbent, Move, ProgressiveSearch, Result
+
+UNTAGGED_GRACE_S = 60.0
+"""A trial that has not got its ticket after this long, by the observer's clock, lost its worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """A closed step: the number of its record, what it left, and the trial it took."""
+
+    number: int
+    incumbent: Incumbent
+    winner: int
+
+
+@dataclass
+class OpenStep:
+    """The step that is being worked on.
+
+    Attributes:
+        step: Its number.
+        parent: Digest that tickets of this step carry.
+        states: Bits of each candidate, one per slot.
+        moves: The move each candidate makes (``None`` in step 0).
+        done: Slot → number of the trial that counts.
+        running: Slot → numbers of trials whose workers are not known to be dead.
+        recording: Running step records of this step, likewise.
+    """
+
+    step: int
+    parent: str
+    states: tuple[tuple[int, ...], ...]
+    moves: tuple[Move | None, ...]
+    done: dict[int, int] = field(default_factory=dict)
+    running: dict[int, list[int]] = field(default_factory=dict)
+    recording: list[int] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every candidate has its result."""
+        return len(self.done) == len(self.states)
+
+    @property
+    def free(self) -> list[int]:
+        """Slots that are neither done nor running."""
+        slots = range(len(self.states))
+        return [slot for slot in slots if slot not in self.done and slot not in self.running]
+
+
+class StepLog:
+    """Replays the trials of a study into the steps of a search.
+
+    Args:
+        search: The rules, which must be those the study was made with.
+    """
+
+    def __init__(self, search: ProgressiveSearch) -> None:
+        self.search = search
+        self.closed: list[Closed] = []
+        self.results: dict[tuple[int, int], Result] = {}
+        self._by_number: dict[int, tuple[int, int, Result]] = {}
+        self._candidates: dict[tuple[int, str], dict[int, list[tuple[int, float]]]] = {}
+        self._records: dict[tuple[int, str], list[tuple[int, Ticket]]] = {}
+        self._cursor = 0
+        self._unfinished: set[int] = set()
+        self._first_seen: dict[int, float] = {}
+        self._running: list[tuple[int, Ticket | None]] = []
+        self.open: OpenStep | None = self._open_step(None)
+
+    @property
+    def incumbent(self) -> Incumbent | None:
+        """The incumbent of the last closed step."""
+        return self.closed[-1].incumbent if self.closed else None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the search is over."""
+        return self.open is None
+
+    def update(self, trials: Sequence[FrozenTrial]) -> None:
+        """Take in what is new. ``trials`` are all trials of the study, ordered by number."""
+        look = sorted(self._unfinished | set(range(self._cursor, len(trials))))
+        self._cursor = len(trials)
+        self._running = []
+        now = time.monotonic()
+        for number in look:
+            trial = trials[number]
+            if not trial.state.is_finished():
+                self._unfinished.add(number)
+                self._first_seen.setdefault(number, now)
+                if trial.state == TrialState.RUNNING:
+                    self._running.append((number, Ticket.read(trial.system_attrs)))
+                continue
+            self._unfinished.discard(number)
+            self._first_seen.pop(number, None)
+            ticket = Ticket.read(trial.system_attrs)
+            if trial.state != TrialState.COMPLETE or ticket is None or trial.value is None:
+                continue
+            key = (ticket.step, ticket.parent)
+            if ticket.kind == "incumbent":
+                self._records.setdefault(key, []).append((number, ticket))
+            elif ticket.kind == "candidate":
+                slots = self._candidates.setdefault(key, {})
+                slots.setdefault(ticket.slot, []).append((number, trial.value))
+        self._advance()
+
+    def untagged_before(self, number: int) -> int:
+        """Return how many running trials with a lower number still wait for their ticket."""
+        oldest = time.monotonic() - UNTAGGED_GRACE_S
+        return sum(
+            1
+            for other, ticket in self._running
+            if ticket is None and other < number and self._first_seen[other] > oldest
+        )
+
+    def _advance(self) -> None:
+        while self.open is not None:
+            step = self.open
+            key = (step.step, step.parent)
+            for slot, entries in self._candidates.get(key, {}).items():
+                if slot < len(step.states):
+                    number, score = min(entries)
+                    step.done[slot] = number
+                    state = step.states[slot]
+                    result = Result(state, score, self.search.cost_of(state))
+                    for other, _ in entries:
+                        self._by_number[other] = (step.step, slot, result)
+                    self.results[step.step, slot] = result
+            if not step.complete or key not in self._records:
+                break
+            number, ticket = min(self._records[key], key=lambda record: record[0])
+            origin = -1 if ticket.origin is None else ticket.origin
+            if origin not in self._by_number:  # a record of trials we have not seen
+                break
+            from_step, slot, result = self._by_number[origin]
+            incumbent = Incumbent(
+                step.step, ticket.bits, result.score, result.cost, (from_step, slot)
+            )
+            self.closed.append(Closed(number, incumbent, origin))
+            self.open = None if self.search.finished(incumbent) else self._open_step(incumbent)
+        if self.open is not None:
+            self._note_running(self.open)
+
+    def _note_running(self, step: OpenStep) -> None:
+        step.running, step.recording = {}, []
+        for number, ticket in self._running:
+            if ticket is None or (ticket.step, ticket.parent) != (step.step, step.parent):
+                continue
+            if workers.is_dead(ticket.worker):
+                continue
+            if ticket.kind == "incumbent":
+                step.recording.append(number)
+            elif ticket.kind == "candidate":
+                step.running.setdefault(ticket.slot, []).append(number)
+
+    def _open_step(self, incumbent: Incumbent | None) -> OpenStep:
+        search = self.search
+        step = 0 if incumbent is None else incumbent.step + 1
+        return OpenStep(
+            step=step,
+            parent=parent_digest(search, incumbent),
+            states=search.states(incumbent),
+            moves=search.moves(incumbent),
+        )
+
+    def close_open_step(self) -> tuple[Incumbent, int]:
+        """Return what the complete open step leaves, and the number of the trial it takes."""
+        assert self.open is not None
+        assert self.open.complete
+        step = self.open.step
+        results = [self.results[step, slot] for slot in range(len(self.open.states))]
+        incumbent = self.search.close(self.incumbent, results, self.results)
+        from_step, slot = incumbent.origin
+        winner = (
+            self.open.done[slot]
+            if from_step == step
+            else min(n for n, (s, k, _) in self._by_number.items() if (s, k) == incumbent.origin)
+        )
+        return incumbent, winner
+
+
+def settings(search: ProgressiveSearch) -> dict[str, object]:
+    """Return what the history of a search depends on, as JSON data."""
+    return {
+        "space": search.space.digest,
+        "n_candidates": search.n_candidates,
+        "rule": search.rule,
+        "seed": search.seed,
+        "limit": search.limit if search.limit > float("-inf") else None,
+    }
+
+
+def parent_digest(search: ProgressiveSearch, incumbent: Incumbent | None) -> str:
+    """Return the digest tickets carry: settings, step and bits the step starts from."""
+    text = json.dumps(
+        [
+            settings(search),
+            None if incumbent is None else incumbent.step,
+            None if incumbent is None else incumbent.state,
+        ],
+        sort_keys=True,
+    )
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

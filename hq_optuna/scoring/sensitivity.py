@@ -1,0 +1,236 @@
+"""Sensitivity: the predicted loss rise of each layer at each number of bits.
+
+    weights:      ½ Σⱼ hⱼ · (Q_b(w)ⱼ − wⱼ)²
+    activations:  ½ Σⱼ E[(∂ℓ/∂xⱼ)²] · E[(Q_b(x)ⱼ − xⱼ)²]
+
+``diagonal`` takes these sums as they stand, so curvature and error meet element by element;
+``trace`` takes the mean curvature of a layer times its squared error (HAWQ-V2's form, Dong et al.,
+2020). The errors of the activations come from one pass of the float network over the calibration
+set. All sums are in float64 and in a fixed order. The score of an assignment is the sum over its
+layers, so lowering one layer changes one term of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from hq_optuna.assignment import LayerBits
+from hq_optuna.batches import Batches, forward
+from hq_optuna.curvature import Curvature
+from hq_optuna.curvature.adam import per_sample
+from hq_optuna.errors import ScoreError
+from hq_optuna.layers import FLOAT_BITS, LayerSpec
+from hq_optuna.quantization.observers import watch_inputs
+from hq_optuna.quantization.prepare import (
+    float_weight,
+    get_bits,
+    input_quantizer,
+    set_bits,
+    weight_quantizer,
+)
+from hq_optuna.space import SearchSpace
+
+ScorerName = Literal["trace", "diagonal"]
+SCORERS: tuple[ScorerName, ...] = get_args(ScorerName)
+
+Table = Mapping[str, Mapping[int, float]]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Predicted loss rise per layer and bits, in nats; float costs nothing.
+
+    Attributes:
+        weights: Layer → bits → nats.
+        activations: Layer → bits → nats.
+    """
+
+    weights: Table
+    activations: Table
+
+    def score(self, config: Mapping[str, LayerBits]) -> tuple[float, float]:
+        """Return the weights' and the activations' part of an assignment's score, in nats.
+
+        Summed exactly (`math.fsum`), so the order of the layers does not matter.
+        """
+
+        def part(table: Table, bits: Iterable[tuple[str, int]]) -> float:
+            return math.fsum(table[name][b] for name, b in bits if b != FLOAT_BITS)
+
+        return (
+            part(self.weights, ((name, b.weight_bits) for name, b in config.items())),
+            part(self.activations, ((name, b.activation_bits) for name, b in config.items())),
+        )
+
+    def to_json(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Return ``{layer: {"weights": {bits: nats}, "activations": {bits: nats}}}``."""
+        return {
+            name: {
+                "weights": {str(b): v for b, v in self.weights[name].items()},
+                "activations": {str(b): v for b, v in self.activations[name].items()},
+            }
+            for name in self.weights
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Sensitivity:
+        """Rebuild from `to_json`'s data; floats come back exactly."""
+
+        def table(part: str) -> Table:
+            return {n: {int(b): float(v) for b, v in p[part].items()} for n, p in data.items()}
+
+        return cls(table("weights"), table("activations"))
+
+
+def bits_needed(space: SearchSpace) -> dict[str, tuple[set[int], set[int]]]:
+    """Return the weight bits and activation bits each layer may have in the space."""
+    needed = {
+        name: ({bits.weight_bits}, {bits.activation_bits}) for name, bits in space.start.items()
+    }
+    for variable in space.variables:
+        for name in variable.layers:
+            if variable.part != "activations":
+                needed[name][0].update(variable.bits)
+            if variable.part != "weights":
+                needed[name][1].update(variable.bits)
+    for weights, activations in needed.values():
+        weights.discard(FLOAT_BITS)
+        activations.discard(FLOAT_BITS)
+    return needed
+
+
+@torch.no_grad()
+def measure_sensitivity(
+    prepared: nn.Module,
+    space: SearchSpace,
+    curvature: Curvature,
+    data: Batches,
+    scorer: ScorerName = "diagonal",
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Sensitivity:
+    """Return the sensitivity of every layer at every number of bits the space allows.
+
+    A layer without gradient has unknown curvature, not zero: it is taken to be as curved as the
+    most curved layer, so it is never ranked as free.
+
+    Args:
+        prepared: The prepared network; its bits are restored afterwards.
+        space: Which bits to look at.
+        curvature: From `calibration_adam`.
+        data: Calibration batches on the network's device.
+        scorer: ``"diagonal"`` or ``"trace"``.
+        progress: Called with (batches done, batches).
+
+    Raises:
+        ScoreError: A value is NaN or infinite.
+    """
+    if scorer not in SCORERS:
+        raise ValueError(f"scorer is one of {', '.join(SCORERS)}; got {scorer!r}.")
+    needed = bits_needed(space)
+    weights = {
+        layer.name: _weight_rises(
+            prepared.get_submodule(layer.name), layer, needed[layer.name][0], curvature, scorer
+        )
+        for layer in space.layers
+    }
+    activations = _activation_rises(
+        prepared, {n: bits for n, (_, bits) in needed.items()}, curvature, data, scorer, progress
+    )
+    for table in (weights, activations):
+        for name, row in table.items():
+            for bits, value in row.items():
+                if not math.isfinite(value):
+                    raise ScoreError(
+                        f"The predicted loss rise of layer {name!r} at {bits} bits is {value}. "
+                        "Check the loss function and the scale of its gradients."
+                    )
+    return Sensitivity(weights, activations)
+
+
+def _weight_rises(
+    module: nn.Module,
+    layer: LayerSpec,
+    bits: set[int],
+    curvature: Curvature,
+    scorer: ScorerName,
+) -> dict[int, float]:
+    weight: Tensor = float_weight(module)
+    h = curvature.weights[layer.name].double()
+    unknown = layer.name in curvature.no_gradient
+    mean = max(float(v.double().mean()) for v in curvature.weights.values())
+    quantizer = weight_quantizer(module)
+    rises = {}
+    for b in sorted(bits):
+        error = (quantizer.quantized(weight, b).double() - weight.double()).square()
+        if unknown:
+            rises[b] = 0.5 * mean * float(error.sum())
+        elif scorer == "trace":
+            rises[b] = 0.5 * float(h.mean()) * float(error.sum())
+        else:
+            rises[b] = 0.5 * float((h * error).sum())
+    return rises
+
+
+def _activation_rises(
+    prepared: nn.Module,
+    bits: Mapping[str, set[int]],
+    curvature: Curvature,
+    data: Batches,
+    scorer: ScorerName,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, dict[int, float]]:
+    rises = {name: dict.fromkeys(sorted(b), 0.0) for name, b in bits.items()}
+    watched = [name for name, b in bits.items() if b]
+    if not watched:
+        return rises
+    before = get_bits(prepared)
+    set_bits(prepared, {name: LayerBits(FLOAT_BITS, FLOAT_BITS) for name in before})
+    largest = max((entry.mean for calls in curvature.inputs.values() for entry in calls), default=0)
+    calls: dict[str, int] = {}
+    n = 0
+
+    def see(name: str, x: Tensor) -> None:
+        call = calls[name] = calls.get(name, -1) + 1
+        entry = curvature.inputs[name][call]
+        unknown = name in curvature.no_gradient or entry.total == 0
+        rows = per_sample(x, n)
+        for b in rises[name]:
+            error = (input_quantizer(prepared.get_submodule(name)).quantized(x, b) - x).double()
+            error.square_()
+            if scorer == "diagonal" and not unknown and entry.per_element is not None:
+                assert rows is not None
+                mean = entry.per_element / entry.n_samples  # (elements,)
+                rises[name][b] += 0.5 * float(error.reshape(n, -1).sum(0) @ mean)
+            else:
+                mean_curvature = largest if unknown else entry.mean
+                rises[name][b] += 0.5 * mean_curvature * float(error.sum())
+
+    try:
+        with watch_inputs(prepared, watched, see):
+            for index, batch in enumerate(data):
+                n = batch.n
+                calls.clear()
+                forward(prepared, batch.inputs)
+                if progress is not None:
+                    progress(index + 1, len(data))
+    finally:
+        set_bits(prepared, before)
+    samples = data.n_samples
+    return {name: {b: v / samples for b, v in row.items()} for name, row in rises.items()}
+
+
+def unknown_layers(curvature: Curvature, layers: Sequence[LayerSpec]) -> list[str]:
+    """Return a sentence for each layer whose curvature is unknown."""
+    return [
+        f"Layer {layer.name!r} received no gradient on the calibration set, so its sensitivity is "
+        "unknown; it is scored as if it were the most sensitive layer."
+        for layer in layers
+        if layer.name in curvature.no_gradient
+    ]
