@@ -1,0 +1,177 @@
+"""Options of a study file: read from the signatures of its functions and from a command line."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
+
+from hq_optuna.errors import StudyFileError
+
+FOLDER = "folder"
+"""The parameter that receives the run's folder and is no option."""
+
+_TYPES: tuple[type, ...] = (str, int, float, bool, Path)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a study file.
+
+    Attributes:
+        name: Name of the parameter, ``"n_calibration"``.
+        type: ``str``, ``int``, ``float``, ``bool`` or ``pathlib.Path``.
+        default: Value without the option; ``None`` if it is required.
+        required: Whether it has to be given.
+        help: Its line in the docstring's ``Args``, if there is one.
+    """
+
+    name: str
+    type: type
+    default: Any
+    required: bool
+    help: str | None = field(default=None, compare=False)
+
+    @property
+    def flag(self) -> str:
+        """The option as it is typed: ``--n-calibration``."""
+        return "--" + self.name.replace("_", "-")
+
+    def __str__(self) -> str:
+        if self.type is bool:
+            return f"{self.flag}/--no-{self.flag[2:]}"
+        shown = f"{self.flag} {self.type.__name__.upper()}"
+        return shown + (" (required)" if self.required else "")
+
+    def parse(self, text: str) -> Any:
+        """Read a value as typed.
+
+        Raises:
+            StudyFileError: The text is no such value.
+        """
+        try:
+            if self.type is Path:
+                if not text:
+                    raise ValueError("an empty path")
+                return Path(text).expanduser()
+            return self.type(text)
+        except (ValueError, RuntimeError):
+            raise StudyFileError(
+                f"{self.flag} takes a value of type {self.type.__name__}; got {text!r}."
+            ) from None
+
+
+def read_options(functions: Mapping[str, Callable[..., Any]], path: Path) -> dict[str, Option]:
+    """Collect the options of a study's functions; the same name must mean the same in all.
+
+    Raises:
+        StudyFileError: A parameter cannot be an option, or two functions disagree about one.
+    """
+    found: dict[str, tuple[Option, str]] = {}
+    for name, function in functions.items():
+        for option in _options_of(function, f"{path}: {name}()"):
+            first, owner = found.setdefault(option.name, (option, name))
+            if option != first:
+                raise StudyFileError(
+                    f"{path}: {owner}() and {name}() take {option.name!r} with different types or "
+                    "defaults. One option has one type and one default; make them equal or rename "
+                    "one."
+                )
+            if first.help is None:
+                found[option.name] = (option, owner)
+    return {name: option for name, (option, _) in found.items()}
+
+
+def parse(options: Mapping[str, Option], arguments: Sequence[str], study: str) -> dict[str, Any]:
+    """Return what was given on a command line, by parameter name; without defaults.
+
+    Raises:
+        StudyFileError: Unknown option, or a bad or missing value.
+    """
+    flags = {option.flag: (option, True) for option in options.values()}
+    for option in options.values():
+        if option.type is bool:
+            flags.setdefault(f"--no-{option.flag[2:]}", (option, False))
+    values: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        flag, equals, text = rest.pop(0).partition("=")
+        if flag not in flags:
+            raise StudyFileError(f"{study} has no option {flag!r}. {_listed(options)}")
+        option, positive = flags[flag]
+        if option.type is bool:
+            if equals:
+                raise StudyFileError(f"{flag} takes no value: write {option}; got {text!r}.")
+            values[option.name] = positive
+            continue
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise StudyFileError(f"{flag} needs a value: {option}.")
+            text = rest.pop(0)
+        values[option.name] = option.parse(text)
+    return values
+
+
+def complete(options: Mapping[str, Option], given: Mapping[str, Any], study: str) -> dict[str, Any]:
+    """Return a value for every option, defaults filled in.
+
+    Raises:
+        StudyFileError: An option is unknown, or a required one is missing.
+    """
+    for name in given:
+        if name not in options:
+            raise StudyFileError(f"{study} has no option {name!r}. {_listed(options)}")
+    for option in options.values():
+        if option.required and option.name not in given:
+            raise StudyFileError(f"{study} needs {option.flag}. {_listed(options)}")
+    return {name: given.get(name, option.default) for name, option in options.items()}
+
+
+def _listed(options: Mapping[str, Option]) -> str:
+    if not options:
+        return "It has none."
+    return f"Its options: {', '.join(map(str, options.values()))}."
+
+
+def _options_of(function: Callable[..., Any], where: str) -> Iterator[Option]:
+    try:
+        signature = inspect.signature(function, eval_str=True)
+    except Exception as error:
+        raise StudyFileError(
+            f"{where}: an annotation cannot be read: {type(error).__name__}: {error}."
+        ) from error
+    for parameter in signature.parameters.values():
+        if parameter.name == FOLDER:
+            continue
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise StudyFileError(
+                f"{where} takes {parameter}; an option is an ordinary named parameter."
+            )
+        kinds = {parameter.annotation}
+        if get_origin(parameter.annotation) in (Union, UnionType):
+            kinds = set(get_args(parameter.annotation)) - {NoneType}
+        if len(kinds) != 1 or not kinds <= set(_TYPES):
+            raise StudyFileError(
+                f"{where}: annotate {parameter.name!r} as one of "
+                f"{', '.join(kind.__name__ for kind in _TYPES)} (or that | None), so that it can "
+                "be an option."
+            )
+        required = parameter.default is parameter.empty
+        yield Option(
+            parameter.name,
+            kinds.pop(),
+            None if required else parameter.default,
+            required,
+            _help(function, parameter.name),
+        )
+
+
+def _help(function: Callable[..., Any], name: str) -> str | None:
+    """Return the parameter's text in a Google-style docstring."""
+    text = inspect.getdoc(function) or ""
+    match = re.search(rf"^( +){name}(?: \([^)]*\))?: *(.*(?:\n\1 +\S.*)*)", text, re.M)
+    return " ".join(match[2].split()) if match else None

@@ -1,0 +1,517 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hq_optuna.batches import read_batches
+from hq_optuna.cost import Budget, format_cost
+from hq_optuna.errors import DataError, HqOptunaError, StudyFileError
+from hq_optuna.runner.study_file import (
+    SETTINGS_KEYS,
+    Option,
+    StudyFile,
+    find_study,
+    parse_budget,
+)
+from hq_optuna.runner.study_options import parse
+from hq_optuna.space import SearchSpace
+
+CHECKOUT = Path(__file__).parents[2]
+
+MINIMAL = """
+import torch
+def network():
+    return torch.nn.Linear(3, 2)
+def calibration():
+    return torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
+"""
+
+OPTIONS = '''
+from __future__ import annotations
+from pathlib import Path
+import torch
+
+seen = {}
+
+def network(checkpoint: Path, width: int = 4, *, folder: Path):
+    """Return it.
+
+    Args:
+        checkpoint: Where the weights
+            are kept.
+        width (int): Hidden units.
+    """
+    seen["network"] = (checkpoint, width, folder)
+    return torch.nn.Linear(3, 2)
+
+def calibration(n: int | None = None, rate: float = 0.5, kind: str = "a", flip: bool = False,
+                width: int = 4):
+    seen["calibration"] = (n, rate, kind, flip, width)
+    return [(torch.zeros(1, 3), torch.zeros(1))]
+'''
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Return a function that writes a study file and loads it."""
+
+    def load(source, name="mine"):
+        path = tmp_path / f"{name}.py"
+        path.write_text(source)
+        return StudyFile.load(path)
+
+    return load
+
+
+def test_the_smallest_study_has_two_functions_and_gives_network_and_data(study, tmp_path):
+    mine = study('"""One line.\n\nMore."""\n' + MINIMAL)
+    assert (mine.name, mine.doc, mine.options, mine.settings) == ("mine", "One line.", {}, {})
+    parts = mine.build(tmp_path / "run", {})
+    assert isinstance(parts.network, torch.nn.Linear)
+    assert read_batches(parts.calibration).n_samples == 4
+    assert (parts.validation, parts.loss, parts.evaluate, parts.test) == (None,) * 4
+
+
+def test_optional_functions_are_handed_on_and_test_is_read_only_when_asked(study, tmp_path):
+    mine = study(
+        MINIMAL
+        + "read = []\n"
+        + "def validation(n: int = 2): return [n]\n"
+        + "def test(n: int = 2): read.append(n); return [n * 10]\n"
+        + "def loss(outputs, labels): return 7\n"
+        + "def evaluate(network, batches): return {'dice': 0.5}\n"
+    )
+    parts = mine.build(tmp_path, {"n": 3})
+    assert parts.validation == [3]
+    assert parts.loss(None, None) == 7
+    assert parts.evaluate(None, None) == {"dice": 0.5}
+    assert mine._module.read == []
+    assert parts.test() == [30]
+    assert mine._module.read == [3]
+
+
+def test_parameters_become_options_with_types_defaults_and_help(study):
+    assert study(OPTIONS).options == {
+        "checkpoint": Option("checkpoint", Path, None, True),
+        "width": Option("width", int, 4, False),
+        "n": Option("n", int, None, False),
+        "rate": Option("rate", float, 0.5, False),
+        "kind": Option("kind", str, "a", False),
+        "flip": Option("flip", bool, False, False),
+    }
+    helps = {name: option.help for name, option in study(OPTIONS).options.items()}
+    assert helps["checkpoint"] == "Where the weights are kept."
+    assert (helps["width"], helps["n"]) == ("Hidden units.", None)
+
+
+def test_options_are_read_from_a_command_line_with_defaults_filled_in(study):
+    mine = study(OPTIONS)
+    arguments = ["--checkpoint", "a/b.pt", "--n=3", "--rate", "-1e-3", "--flip", "--kind=x=y"]
+    assert mine.parse_options(arguments) == {
+        "checkpoint": Path("a/b.pt"),
+        "width": 4,
+        "n": 3,
+        "rate": -1e-3,
+        "kind": "x=y",
+        "flip": True,
+    }
+    values = mine.parse_options(["--checkpoint=~/c.pt", "--flip", "--no-flip", "--n=1", "--n=2"])
+    assert (values["flip"], values["n"]) == (False, 2)
+    assert values["checkpoint"] == Path.home() / "c.pt"
+
+
+def test_functions_receive_their_options_and_the_folder_which_is_made(study, tmp_path):
+    mine = study(OPTIONS)
+    folder = tmp_path / "new" / "run"
+    mine.build(folder, {"checkpoint": Path("c"), "width": 9, "flip": True})
+    assert folder.is_dir()
+    assert mine._module.seen == {
+        "network": (Path("c"), 9, folder),
+        "calibration": (None, 0.5, "a", True, 9),
+    }
+
+
+@given(st.integers(), st.floats(allow_nan=False), st.text())
+def test_whatever_can_be_written_down_comes_back_from_the_command_line(n, rate, kind):
+    kinds = {"n": int, "rate": float, "kind": str}
+    options = {name: Option(name, kind, None, True) for name, kind in kinds.items()}
+    values = parse(options, [f"--n={n}", f"--rate={rate!r}", f"--kind={kind}"], "study")
+    assert values == {"n": n, "rate": rate, "kind": kind}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["--chekpoint=x"],
+            r"mine\.py has no option '--chekpoint'.*--checkpoint PATH \(required\)",
+        ),
+        (["stray"], r"no option 'stray'.*--flip/--no-flip"),
+        (["--checkpoint"], "--checkpoint needs a value"),
+        (["--checkpoint", "--flip"], "--checkpoint needs a value"),
+        (["--checkpoint="], "--checkpoint takes a value of type Path; got ''"),
+        (["--n", "many"], "--n takes a value of type int; got 'many'"),
+        (["--n", "1.5"], "--n takes a value of type int; got '1.5'"),
+        (["--rate=fast"], "--rate takes a value of type float; got 'fast'"),
+        (["--flip=yes"], "--flip takes no value: write --flip/--no-flip; got 'yes'"),
+        (["--no-n=1"], "no option '--no-n'"),
+        (["--n=1"], r"mine\.py needs --checkpoint\. Its options: .*--width INT"),
+    ],
+)
+def test_a_wrong_option_is_refused_with_the_options_there_are(study, arguments, words):
+    with pytest.raises(StudyFileError, match=words):
+        study(OPTIONS).parse_options(arguments)
+
+
+def test_build_checks_options_that_come_from_python(study, tmp_path):
+    with pytest.raises(StudyFileError, match=r"no option 'bogus'\. Its options: --checkpoint"):
+        study(OPTIONS).build(tmp_path, {"checkpoint": Path("c"), "bogus": 1})
+    with pytest.raises(StudyFileError, match="needs --checkpoint"):
+        study(OPTIONS).build(tmp_path, {})
+    with pytest.raises(StudyFileError, match=r"no option 'bogus'\. It has none\."):
+        study(MINIMAL).build(tmp_path, {"bogus": 1})
+    with pytest.raises(StudyFileError, match="no option 'folder'"):
+        study(OPTIONS).build(tmp_path, {"checkpoint": Path("c"), "folder": tmp_path})
+
+
+@pytest.mark.parametrize(
+    ("signature", "words"),
+    [
+        ("validation(x)", "annotate 'x' as one of str, int, float, bool, Path"),
+        ("validation(x: list)", "annotate 'x' as one of"),
+        ("validation(x: int | str)", "annotate 'x' as one of"),
+        ("validation(x: 'Missing')", r"validation\(\): an annotation cannot be read: NameError"),
+        ("validation(*x: int)", r"takes \*x: int; an option is an ordinary named parameter"),
+        ("validation(**x: int)", "an option is an ordinary named parameter"),
+        ("validation(x: int, /)", "an option is an ordinary named parameter"),
+    ],
+)
+def test_a_parameter_that_cannot_be_an_option_is_refused(study, signature, words):
+    with pytest.raises(StudyFileError, match=words):
+        study(MINIMAL + f"def {signature}: return None\n")
+
+
+@pytest.mark.parametrize("other", ["n: float = 1", "n: int = 2", "n: int", "n: int | None = None"])
+def test_one_option_with_two_meanings_is_refused(study, other):
+    source = MINIMAL + "def validation(n: int = 1): pass\ndef test({}): pass\n"
+    with pytest.raises(
+        StudyFileError, match=r"validation\(\) and test\(\) take 'n' with different"
+    ):
+        study(source.format(other))
+    study(source.format("n: int = 1"))
+
+
+def test_missing_functions_and_things_that_are_no_functions_are_refused(study):
+    with pytest.raises(StudyFileError, match=r"mine\.py does not define network\(\)"):
+        study("def calibration(): pass")
+    with pytest.raises(StudyFileError, match=r"does not define calibration\(\).*study-files\.md"):
+        study("def network(): pass")
+    with pytest.raises(StudyFileError, match="loss must be a function; got a int"):
+        study(MINIMAL + "loss = 3")
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("import os\nx = = 1\n", r"mine\.py, line 2 cannot be imported: SyntaxError"),
+        ("\n\nimport no_such_module_xyz\n", r"mine\.py, line 3 .*no_such_module_xyz.*Install"),
+        ("def f():\n    return 1 / 0\n\nf()\n", r"mine\.py, line 2 .*ZeroDivisionError: .*Correct"),
+        ("import json\njson.loads('{')\n", r"mine\.py, line 2 cannot be imported: JSONDecodeError"),
+        ("raise SystemExit(3)\n", r"mine\.py, line 1 cannot be imported: SystemExit: 3"),
+    ],
+)
+def test_a_study_that_fails_to_import_names_the_file_and_the_line(study, source, words):
+    path_before, modules_before = list(sys.path), set(sys.modules)
+    with pytest.raises(StudyFileError, match=words):
+        study(source)
+    assert sys.path == path_before
+    assert not [name for name in set(sys.modules) - modules_before if "mine" in name]
+
+
+def test_a_file_that_is_not_there_or_no_python_is_refused(tmp_path):
+    (tmp_path / "study.txt").write_text(MINIMAL)
+    for name in ("none.py", "study.txt", ""):
+        with pytest.raises(StudyFileError, match=r"is no study file\. Give the path of a \.py"):
+            StudyFile.load(tmp_path / name)
+
+
+def test_a_study_may_import_its_neighbours_at_the_top_and_in_its_functions(study, tmp_path):
+    (tmp_path / "neighbour_top_xyz.py").write_text("width = 3\n")
+    (tmp_path / "neighbour_late_xyz.py").write_text("import torch\nnet = torch.nn.Linear(3, 2)\n")
+    path_before = list(sys.path)
+    mine = study(
+        "import neighbour_top_xyz\n"
+        + MINIMAL.replace(
+            "return torch.nn.Linear(3, 2)", "import neighbour_late_xyz as n; return n.net"
+        )
+    )
+    assert mine.build(tmp_path, {}).network.in_features == 3
+    assert sys.path == path_before
+
+
+def test_a_study_edited_at_once_is_read_anew_and_leaves_no_cache(study, tmp_path):
+    first = study(MINIMAL + "SETTINGS = {'seed': 1}")
+    second = study(MINIMAL + "SETTINGS = {'seed': 2}")
+    assert (first.settings, second.settings) == ({"seed": 1}, {"seed": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]
+
+
+def test_two_studies_of_one_name_are_two_modules(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "s.py").write_text(MINIMAL + f"SETTINGS = {{'scorer': '{folder}'}}")
+    a, b = (StudyFile.load(tmp_path / folder / "s.py") for folder in ("a", "b"))
+    assert a._module.__name__ != b._module.__name__
+    assert (a.settings["scorer"], b.settings["scorer"]) == ("a", "b")
+
+
+def test_a_study_may_define_dataclasses(study, tmp_path):
+    # dataclasses look their module up in sys.modules while they are made.
+    head = "from __future__ import annotations\nimport dataclasses\n"
+    study(head + MINIMAL + "@dataclasses.dataclass\nclass Shape:\n    width: int = 3\n")
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (
+            "return torch.nn.Linear",
+            r"network\(\) of mine\.py must return a torch\.nn\.Module; got <cl",
+        ),
+        ("return None", r"must return a torch\.nn\.Module; got None"),
+        ("return {'weight': torch.zeros(999, 999)}", r"must return a torch\.nn\.Module; got \{'w"),
+        ("raise KeyError('conv9')", r"network\(\) of .*mine\.py, line 4 failed: KeyError: 'conv9'"),
+        ("open('no/such.pt')", r"mine\.py, line 4 failed: FileNotFoundError"),
+    ],
+)
+def test_a_network_that_is_none_is_refused(study, tmp_path, body, words):
+    mine = study(MINIMAL.replace("return torch.nn.Linear(3, 2)", body))
+    with pytest.raises(StudyFileError, match=words):
+        mine.build(tmp_path, {})
+
+
+def test_a_calibration_that_returns_nothing_is_refused(study, tmp_path):
+    mine = study(MINIMAL.replace("return torch.zeros(4, 3)", "torch.zeros(4, 3)"))
+    with pytest.raises(StudyFileError, match=r"calibration\(\) of mine\.py returned None"):
+        mine.build(tmp_path, {})
+
+
+def test_errors_of_this_package_pass_through_a_study_as_they_are(study, tmp_path):
+    source = (
+        MINIMAL + "def test():\n    from hq_optuna.errors import DataError as E\n    raise E('me')"
+    )
+    parts = study(source).build(tmp_path, {})
+    with pytest.raises(DataError, match=r"^me$"):
+        parts.test()
+
+
+def test_a_folder_that_cannot_be_made_is_reported(study, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StudyFileError, match=r"folder .*file/run cannot be made"):
+        study(MINIMAL).build(tmp_path / "file" / "run", {})
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("[1]", "SETTINGS must be a dict; got list"),
+        ("{'bit': 4}", r"unknown key 'bit'\. It may set: bits, activation_bits.*seed"),
+        ("{'budget': 'lots'}", r"SETTINGS\['budget'\]: 'lots' is no budget"),
+    ],
+)
+def test_settings_that_are_not_understood_are_refused(study, settings, words):
+    with pytest.raises(StudyFileError, match=words):
+        study(MINIMAL + f"SETTINGS = {settings}")
+
+
+def test_settings_are_kept_as_written_and_a_budget_may_be_an_object(study):
+    mine = study(
+        "from hq_optuna.cost import Budget\n"
+        + MINIMAL
+        + "SETTINGS = {'bits': (8, 4), 'budget': Budget.fraction(bops=0.5)}"
+    )
+    assert mine.settings == {"bits": (8, 4), "budget": Budget.fraction(bops=0.5)}
+
+
+def test_settings_name_the_space_by_its_own_words():
+    import inspect
+
+    arguments = set(inspect.signature(SearchSpace.build).parameters) - {"layers"}
+    assert arguments <= set(SETTINGS_KEYS)
+
+
+# --- find_study -----------------------------------------------------------------------------
+
+
+def test_a_path_means_that_file_and_a_bare_name_the_current_folder_before_the_checkout(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert find_study("template") == CHECKOUT / "studies" / "template.py"
+    (tmp_path / "studies").mkdir()
+    for name in ("studies/template.py", "mine.py"):
+        (tmp_path / name).write_text(MINIMAL)
+    assert find_study("template") == tmp_path / "studies" / "template.py"
+    assert find_study("mine.py") == tmp_path / "mine.py"
+    assert find_study("./mine.py") == tmp_path / "mine.py"
+    assert find_study(str(tmp_path / "mine.py")) == tmp_path / "mine.py"
+
+
+def test_a_study_that_is_not_found_lists_what_was_tried_and_what_there_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "studies" / "my_own.py").write_text(MINIMAL)
+    (tmp_path / "studies" / "_private.py").write_text(MINIMAL)
+    with pytest.raises(StudyFileError) as caught:
+        find_study("digit")
+    message = str(caught.value)
+    assert "There is no study 'digit'" in message
+    assert str(tmp_path / "studies" / "digit.py") in message
+    assert str(CHECKOUT / "studies" / "digit.py") in message
+    assert "cifar10_resnet20, digits, my_own, template" in message
+    for name in ("digit.py", "studies", "no/digits", str(tmp_path), "", ".."):
+        with pytest.raises(StudyFileError, match="There is no study"):
+            find_study(name)
+
+
+def test_reading_study_files_loads_no_torch():
+    code = (
+        "import sys; from hq_optuna.runner.study_file import find_study, parse_budget; "
+        "find_study('digits'); parse_budget('0.5'); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=CHECKOUT)
+
+
+# --- parse_budget ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [
+        ("0.25", Budget.fraction(bops=0.25)),
+        (" .25 bops ", Budget.fraction(bops=0.25)),
+        ("1", Budget.fraction(bops=1)),
+        ("0.25 size_bytes", Budget.fraction(size_bytes=0.25)),
+        ("25% size_bytes", Budget.fraction(size_bytes=0.25)),
+        ("25 %", Budget.fraction(bops=0.25)),
+        ("150% bops", Budget.fraction(bops=1.5)),
+        ("24e9 bops absolute", Budget.absolute(bops=24e9)),
+        ("24e9 absolute", Budget.absolute(bops=24e9)),
+        ("64000 size_bytes absolute", Budget.absolute(size_bytes=64_000)),
+        ("0.5 bops absolute", Budget.absolute(bops=0.5)),
+        ("24 GBOPs", Budget.absolute(bops=24e9)),
+        ("0.5 gbops", Budget.absolute(bops=0.5e9)),
+        ("24gbops absolute", Budget.absolute(bops=24e9)),
+        ("3 kBOPs", Budget.absolute(bops=3e3)),
+        ("3 MBOPs", Budget.absolute(bops=3e6)),
+        ("3 TBOPs", Budget.absolute(bops=3e12)),
+        ("64000 bytes", Budget.absolute(size_bytes=64_000)),
+        ("64 KiB", Budget.absolute(size_bytes=64 * 1024)),
+        ("5.5MiB", Budget.absolute(size_bytes=5.5 * 1024**2)),
+        ("1 GiB", Budget.absolute(size_bytes=1024**3)),
+        (0.25, Budget.fraction(bops=0.25)),
+        (Budget.absolute(bops=7), Budget.absolute(bops=7)),
+    ],
+)
+def test_budgets_are_read_as_people_write_them(text, budget):
+    assert parse_budget(text) == budget
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "'' is no budget"),
+        ("a quarter", "'a quarter' is no budget"),
+        ("nan", "is no budget"),
+        ("1e999", "is a positive number; got '1e999'"),
+        ("0", "is a positive number; got '0'"),
+        ("-0.5 bops", "is a positive number; got '-0.5 bops'"),
+        ("2 bops", r"'2 bops' is more than all of the all-8-bit cost.*'24e9 bops absolute'"),
+        ("24e9", "'24e9' is more than all"),
+        ("5.8 MB", r"'MB' in '5\.8 MB' is neither metric nor unit.*GiB, MiB, KiB, bytes"),
+        ("0.25 macs", r"'macs' in .* is neither metric nor unit.*metrics: bops, size_bytes"),
+        ("25% GBOPs", "'25% GBOPs' is no absolute budget"),
+        ("25% bops absolute", "is no absolute budget"),
+        ("9 macs absolute", "is no absolute budget"),
+        ("0.25 bops bops", "is no budget"),
+        ("0.25, bops", "is no budget"),
+    ],
+)
+def test_a_budget_that_means_nothing_or_two_things_is_refused(text, words):
+    with pytest.raises(StudyFileError, match=words):
+        parse_budget(text)
+
+
+@given(st.integers(1_000, 9_999), st.integers(0, 12), st.sampled_from(["bops", "size_bytes"]))
+def test_a_printed_absolute_budget_can_be_typed_again(digits, exponent, metric):
+    # Printed with four digits, so what is printed must read back to what prints the same.
+    printed = format_cost(digits * 10.0**exponent, metric)
+    assert format_cost(parse_budget(printed).value, metric) == printed
+    assert parse_budget(printed).metric == metric
+
+
+# --- what we ship and write down ------------------------------------------------------------
+
+
+def test_the_template_runs_as_it_is_and_its_network_is_always_right(tmp_path):
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    template = StudyFile.load(find_study("template"))
+    parts = template.build(tmp_path, template.parse_options([]))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert set(template.options) == {"width", "n_calibration"}
+    for data, n in ((parts.calibration, 64), (parts.validation, 256)):
+        batches = read_batches(data)
+        assert batches.n_samples == n
+        assert len({int(label) for batch in batches for label in batch.labels}) >= 3
+        for batch in batches:
+            outputs = parts.network(batch.inputs)
+            assert torch.equal(outputs.argmax(dim=1), batch.labels)
+            expected = torch.nn.functional.cross_entropy(outputs, batch.labels)
+            assert torch.equal(parts.loss(outputs, batch.labels), expected)
+    again = template.build(tmp_path, {"n_calibration": 64})
+    for name, tensor in parts.network.state_dict().items():
+        assert torch.equal(again.network.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("name", ["template", "digits", "cifar10_resnet20"])
+def test_shipped_studies_have_a_doc_and_every_required_option_has_help(name):
+    shipped = StudyFile.load(find_study(name))
+    assert shipped.doc.endswith(".")
+    assert all(option.help for option in shipped.options.values())
+    assert isinstance(parse_budget(shipped.settings["budget"]), Budget)
+
+
+def test_the_page_on_study_files_shows_a_study_that_works(study, tmp_path):
+    page = (CHECKOUT / "docs" / "study-files.md").read_text()
+    mine = study(re.search(r"```python\n(.*?)```", page, re.S)[1], "my_study")
+    net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    torch.save((torch.randn(600, 8), torch.zeros(600, dtype=torch.int64)), tmp_path / "data.pt")
+    command = re.search(r"hq-optuna run my_study\.py (.*)", page)[1].split()
+    arguments = [str(tmp_path / word) if word.endswith(".pt") else word for word in command]
+    parts = mine.build(tmp_path, mine.parse_options(arguments))
+    assert read_batches(parts.calibration).n_samples == 512
+    assert torch.equal(parts.network[0].weight, net[0].weight)
+
+
+def test_the_page_on_study_files_lists_every_setting_and_only_budgets_that_work():
+    page = (CHECKOUT / "docs" / "study-files.md").read_text()
+    table = page.split("## SETTINGS")[1]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.M)) == set(SETTINGS_KEYS)
+    examples = re.findall(r'"([^"]+)"', re.search(r"^\| `budget`.*$", table, re.M)[0])
+    assert len(examples) == 5
+    for example in examples:
+        parse_budget(example)
+
+
+def test_a_study_file_error_can_be_caught_as_either_kind():
+    with pytest.raises(HqOptunaError):
+        find_study("none")
+    with pytest.raises(ValueError):
+        find_study("none")
