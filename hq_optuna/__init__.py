@@ -1,3 +1,88 @@
-"""Find how many bits each layer of a trained PyTorch network needs, under a compute-cost budget."""
+"""Find how many bits each layer of a trained network needs, under a compute-cost budget.
+
+Names are loaded when they are first used, so ``import hq_optuna`` loads neither PyTorch nor Optuna.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from hq_optuna._version import __version__
-__all__ = ["__version__"]
+
+if TYPE_CHECKING:
+    from hq_optuna import cost, pruners, samplers, storages, visualization
+    from hq_optuna.assignment import BitConfig, LayerBits
+    from hq_optuna.cost import Budget, CostModel
+    from hq_optuna.history import assignment, read_history
+    from hq_optuna.introspect import introspect
+    from hq_optuna.layers import FLOAT_BITS, LayerSpec
+    from hq_optuna.quantization import prepare, set_bits
+    from hq_optuna.runner.bit_search import BitSearch
+    from hq_optuna.runner.objective import HessianObjective
+    from hq_optuna.runner.recipe import load
+    from hq_optuna.runner.report import write_report
+    from hq_optuna.runner.result import SearchResult
+    from hq_optuna.space import SearchSpace
+
+_HOME = {
+    "BitConfig": "assignment",
+    "BitSearch": "runner.bit_search",
+    "Budget": "cost",
+    "CostModel": "cost",
+    "FLOAT_BITS": "layers",
+    "HessianObjective": "runner.objective",
+    "LayerBits": "assignment",
+    "LayerSpec": "layers",
+    "SearchResult": "runner.result",
+    "SearchSpace": "space",
+    "assignment": "history",
+    "introspect": "introspect",
+    "load": "runner.recipe",
+    "prepare": "quantization",
+    "read_history": "history",
+    "set_bits": "quantization",
+    "write_report": "runner.report",
+}
+_ROOMS = ("cost", "pruners", "samplers", "storages", "visualization")
+
+__all__ = [
+    "FLOAT_BITS",
+    "BitConfig",
+    "BitSearch",
+    "Budget",
+    "CostModel",
+    "HessianObjective",
+    "LayerBits",
+    "LayerSpec",
+    "SearchResult",
+    "SearchSpace",
+    "__version__",
+    "assignment",
+    "cost",
+    "introspect",
+    "load",
+    "prepare",
+    "pruners",
+    "read_history",
+    "samplers",
+    "set_bits",
+    "storages",
+    "visualization",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    # `assignment` and `introspect` are also modules; the function is what users call.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -85,7 +85,10 @@ class BitConfig(Mapping[str, LayerBits]):
 
     @classmethod
     def uniform(
-        cls, names: Iterator[str] | list[str] | tuple[str, ...], weight_bits: int, activation_bits: int
+        cls,
+        names: Iterator[str] | list[str] | tuple[str, ...],
+        weight_bits: int,
+        activation_bits: int,
     ) -> BitConfig:
         """Give every named layer the same bits."""
-        return cls({name: (weight_bits, activation_bits) for name in names})
+        return cls(dict.fromkeys(names, (weight_bits, activation_bits)))

@@ -83,7 +83,7 @@ def split(key: str, data: Any) -> dict[str, str]:
 
 def join(key: str, attributes: Mapping[str, Any]) -> Any | None:
     """Return the data that `split` wrote among ``attributes``, or ``None``."""
-    parts = []
+    parts: list[str] = []
     while f"{key}:{len(parts)}" in attributes:
         parts.append(attributes[f"{key}:{len(parts)}"])
     return json.loads("".join(parts)) if parts else None

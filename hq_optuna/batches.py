@@ -17,17 +17,24 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from hq_optuna.errors import DataError
 
-Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
-"""What a network is called with: one tensor, positional arguments, or keyword arguments."""
+Inputs = Tensor | list[Any] | tuple[Any, ...] | Mapping[str, Any]
+"""What a network is called with: one tensor or list, positional arguments, or keyword arguments."""
 
 
 def forward(network: nn.Module, inputs: Inputs) -> Any:
-    """Call the network: a tuple or list becomes positional, a mapping keyword arguments."""
-    if isinstance(inputs, Tensor):
-        return network(inputs)
-    if isinstance(inputs, Mapping):
-        return network(**inputs)
-    return network(*inputs)
+    """Call the network: a tuple becomes positional, a mapping keyword arguments.
+
+    A tensor is one argument, and so is a list: detectors take a list of images.
+    """
+    # The fused transformer layer would compute with weights of layers that it never calls.
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        if isinstance(inputs, Mapping):
+            return network(**inputs)
+        return network(*inputs) if isinstance(inputs, tuple) else network(inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:
@@ -48,8 +55,11 @@ def move(tree: Any, device: torch.device) -> Any:
         return tree.to(device)
     if isinstance(tree, Mapping):
         return {key: move(value, device) for key, value in tree.items()}
-    if isinstance(tree, (tuple, list)):
-        return tuple(move(value, device) for value in tree)
+    if isinstance(tree, list):  # some networks tell lists from tuples, detectors for example
+        return [move(value, device) for value in tree]
+    if isinstance(tree, tuple):
+        moved = (move(value, device) for value in tree)
+        return type(tree)(*moved) if hasattr(tree, "_fields") else tuple(moved)
     return tree
 
 
@@ -85,7 +95,8 @@ class Batches(Sequence[Batch]):
         for batch in self._batches:
             for tensor in (*tensors(batch.inputs), *tensors(batch.labels)):
                 sha.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-                sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                flat = tensor.detach().cpu().contiguous().reshape(-1)
+                sha.update(flat.view(torch.uint8).numpy().tobytes())
         return sha.hexdigest()[:12]
 
     def to(self, device: torch.device) -> Batches:
@@ -108,11 +119,16 @@ def read_batches(data: Any, *, batch_size: int = 32, what: str = "calibration") 
     """
     if isinstance(data, Batches):
         return data
-    first = _read(data, batch_size, what)
+    if batch_size < 1:
+        raise ValueError(f"batch_size is at least 1; got {batch_size}.")
+    # A DataLoader draws a base seed from the global generator at each reading.
+    with torch.random.fork_rng(devices=[]):
+        first = _read(data, batch_size, what)
     _check(first, what)
     # Reading one batch again is enough to catch shuffling and random augmentation.
     if not isinstance(data, (tuple, Iterator)):
-        again = _read(data, batch_size, what, limit=1)
+        with torch.random.fork_rng(devices=[]):
+            again = _read(data, batch_size, what, limit=1)
         if again.digest() != Batches(first[:1]).digest():
             raise DataError(
                 f"The {what} data come out differently on a second reading. Turn off shuffling "
@@ -154,6 +170,8 @@ def _slice(tree: Any, part: slice) -> Any:
         return tree[part]
     if isinstance(tree, Mapping):
         return {key: _slice(value, part) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_slice(value, part) for value in tree]
     return tuple(_slice(value, part) for value in tree)
 
 
@@ -165,12 +183,32 @@ def _batch(item: Any, what: str) -> Batch:
             "Unlabelled data cannot give a loss."
         )
     inputs, labels = item
-    if isinstance(inputs, list):
-        inputs = tuple(inputs)
     first = next(tensors(inputs), None)
     if first is None:
         raise DataError(f"A {what} batch holds no tensor as input.")
-    return Batch(inputs, labels, len(first))
+    n = n_samples(inputs)
+    if next(tensors(labels), None) is None:
+        raise DataError(
+            f"A {what} batch has labels of type {type(labels).__name__}; give tensors (a Dataset "
+            "of (image, number) samples is batched for you, a plain list of samples is not)."
+        )
+    if isinstance(labels, Tensor) and (labels.dim() == 0 or len(labels) % n):
+        shape = tuple(labels.shape)
+        raise DataError(
+            f"A {what} batch holds {n} inputs and labels of shape {shape}; give one label per input."
+        )
+    return Batch(inputs, labels, n)
+
+
+def n_samples(inputs: Inputs) -> int:
+    """Return the samples in a batch of inputs: the first tensor's first axis.
+
+    A list of tensors as the first argument, as detectors take, holds one sample an entry.
+    """
+    first = inputs
+    while isinstance(first, (tuple, Mapping)) and len(first):
+        first = next(iter(first.values())) if isinstance(first, Mapping) else first[0]
+    return len(first)
 
 
 def _check(batches: Batches, what: str) -> None:

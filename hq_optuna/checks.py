@@ -54,8 +54,8 @@ def check_forward(network: nn.Module, data: Batches, loss_fn: LossFunction) -> l
                 "The network's outputs on the calibration data hold NaN or infinity. "
                 "Check the checkpoint and the normalization of the inputs."
             )
-    for b in data:
-        check_labels(first, b.labels)
+    for labels in (each.labels for each in data):
+        check_labels(first, labels)
     try:
         loss = loss_fn(first, batch.labels)
     except Exception as error:
@@ -91,9 +91,7 @@ def check_labels(outputs: Any, labels: Any) -> None:
         )
 
 
-def _check_mean(
-    network: nn.Module, data: Batches, loss_fn: LossFunction, loss: float
-) -> list[str]:
+def _check_mean(network: nn.Module, data: Batches, loss_fn: LossFunction, loss: float) -> list[str]:
     """Warn if the loss looks like a sum over the batch rather than its mean."""
     batch = data[0]
     if not isinstance(batch.inputs, Tensor) or not isinstance(batch.labels, Tensor) or batch.n < 2:

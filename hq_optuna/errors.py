@@ -7,6 +7,9 @@ catches it. Messages follow one pattern: expected, got, next step.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 
 class HqOptunaError(Exception):
     """Base of every error this package raises on purpose."""
@@ -28,6 +31,10 @@ class BudgetError(HqOptunaError, ValueError):
         super().__init__(message)
         self.limit = limit
         self.minimum = minimum
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Keyword arguments are not in `args`; without this the error could not leave a process.
+        return partial(type(self), limit=self.limit, minimum=self.minimum), self.args
 
 
 class NetworkError(HqOptunaError, ValueError):

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from numbers import Integral
 from typing import Any, Literal
 
 from hq_optuna.assignment import BitConfig, LayerBits
@@ -83,7 +84,9 @@ class SearchSpace:
                 different choices, or nothing left to search.
         """
         if not layers:
-            raise SpaceError("There are no layers to search. Give a network with quantizable layers.")
+            raise SpaceError(
+                "There are no layers to search. Give a network with quantizable layers."
+            )
         names = [layer.name for layer in layers]
         default = _notches(bits, "bits")
         own: tuple[int, ...] | None = None  # notches of activations that are searched apart
@@ -224,28 +227,33 @@ class SearchSpace:
 
 def _notches(values: Iterable[int], where: str) -> tuple[int, ...]:
     """Return the values widest first, checked."""
-    values = list(values)
+    try:
+        values = list(values)
+    except TypeError:
+        raise SpaceError(f"{where} is a sequence such as (8, 4); got {values!r}.") from None
     if not values:
         raise SpaceError(f"{where} is empty. Give at least one number of bits, for example (8, 4).")
     for value in values:
-        if isinstance(value, bool) or int(value) != value or not MIN_BITS <= value <= MAX_BITS:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, Integral)
+            or not MIN_BITS <= value <= MAX_BITS
+        ):
             raise SpaceError(
                 f"{where} holds {value!r}; bits are whole numbers from {MIN_BITS} to {MAX_BITS}."
             )
     return tuple(sorted({int(value) for value in values}, reverse=True))
 
 
-def _pin(
-    value: int | tuple[int, int], where: str, activation_bits: ActivationBits
-) -> LayerBits:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2:
+def _pin(value: int | tuple[int, int], where: str, activation_bits: ActivationBits) -> LayerBits:
+    pair = (value, value) if isinstance(value, int) else value
+    if not isinstance(pair, Sequence) or len(pair) != 2:
         raise SpaceError(f"{where} is one number or (weight bits, activation bits); got {value!r}.")
     for bits in pair:
         if bits != FLOAT_BITS:
             _notches([bits], where)
     # Where activations stay in float, one number pins the weights alone.
-    if activation_bits is None and isinstance(value, int):
+    if activation_bits in (None, FLOAT_BITS) and isinstance(value, int):
         pair = (value, FLOAT_BITS)
     return LayerBits(*pair)
 
@@ -253,9 +261,12 @@ def _pin(
 def _match(glob: str, names: Sequence[str], where: str) -> list[str]:
     found = [name for name in names if fnmatchcase(name, glob)]
     if not found:
-        shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
-        raise SpaceError(f"{where}: {glob!r} matches no layer. The layers are: {shown}.")
+        raise SpaceError(f"{where}: {glob!r} matches no layer. The layers are: {_listed(names)}.")
     return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
 
 
 def _groups(
@@ -266,11 +277,16 @@ def _groups(
     for group in tied:
         for name in group:
             if name not in names:
-                _match(name, names, "tied")
+                raise SpaceError(
+                    f"tied: {name!r} is no layer (groups hold names, not globs). "
+                    f"The layers are: {_listed(names)}."
+                )
             if name in fixed:
                 raise SpaceError(f"tied: {name!r} is pinned to {fixed[name]}; untie or unpin it.")
             if name in group_of:
                 raise SpaceError(f"tied: {name!r} stands in two groups. Join them into one.")
-            group_of[name] = tuple(sorted(group, key=names.index))
+            group_of[name] = ()
+        ordered = tuple(sorted(group, key=names.index))
+        group_of |= dict.fromkeys(ordered, ordered)
     groups = dict.fromkeys(group_of.get(name, (name,)) for name in names if name not in fixed)
     return list(groups)

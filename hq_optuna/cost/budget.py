@@ -55,7 +55,13 @@ class Budget:
 
     def limit(self, layers: Sequence[LayerSpec]) -> float:
         """Return the absolute limit for this network, in BOPs or bytes."""
-        return self.value * CostModel(layers, self.metric).int8 if self.relative else self.value
+        if not self.relative:
+            return self.value
+        limit = self.value * CostModel(layers, self.metric).int8
+        # Costs are whole bit operations or eighths of a byte. A fraction made by dividing a cost by
+        # the all-8-bit cost shall mean that cost, and not the float just below it.
+        nearest = round(8 * limit) / 8
+        return nearest if math.isclose(limit, nearest, rel_tol=1e-12) else limit
 
     def __str__(self) -> str:
         if self.relative:

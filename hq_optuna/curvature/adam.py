@@ -119,12 +119,13 @@ def calibration_adam(
         progress: Called with (batches done, batches).
     """
     copied = copy.deepcopy(network).eval()
-    weights = {layer.name: copied.get_submodule(layer.name).weight for layer in layers}
     for parameter in copied.parameters():
         parameter.requires_grad_(False)
-    for weight in weights.values():
-        weight.requires_grad_(True)  # type: ignore[union-attr, operator]
-    parameters: list[Tensor] = list(weights.values())  # type: ignore[arg-type]
+    weights: dict[str, nn.Parameter] = {
+        layer.name: copied.get_parameter(f"{layer.name}.weight").requires_grad_(True)
+        for layer in layers
+    }
+    parameters = list(weights.values())
     optimizer = torch.optim.Adam(parameters, lr=0.0, betas=(0.0, beta2))
     inputs: dict[str, list[InputCurvature]] = {layer.name: [] for layer in layers}
     calls: dict[str, int] = {}
@@ -146,13 +147,14 @@ def calibration_adam(
             # The loss is a batch mean, so a sample's own gradient is n times as large.
             entry.add(gradient * samples, samples)
 
-        x.register_hook(see)
+        x.register_hook(see)  # type: ignore[no-untyped-call]
         if not replaced:
             return None
         return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "input": x})
 
     handles = []
     for layer in layers:
+
         def hook(
             _module: nn.Module, args: Any, kwargs: Any, name: str = layer.name
         ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

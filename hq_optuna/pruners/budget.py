@@ -36,15 +36,15 @@ class CostBudgetPruner(BasePruner):
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         """Return whether the trial's work is no longer needed."""
-        ticket = Ticket.read(trial.system_attrs)
-        if ticket is None:
-            ticket = Ticket.read(study._storage.get_trial(trial._trial_id).system_attrs)
-        log_of: Any = getattr(study.sampler, "log", None)
-        if ticket is None or log_of is None:
+        sampler: Any = study.sampler  # samplers import pruners, so its class is not known here
+        if not hasattr(sampler, "ticket"):
+            return False
+        ticket: Ticket | None = sampler.ticket(study, trial._trial_id)
+        if ticket is None or ticket.kind == "free":
             return False
         if ticket.kind == "surplus":
             return True
-        log = log_of(study)
+        log = sampler.log(study)
         step = log.open
         if step is None or (step.step, step.parent) != (ticket.step, ticket.parent):
             return True

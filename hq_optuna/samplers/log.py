@@ -15,6 +15,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
@@ -201,7 +202,7 @@ class StepLog:
         return incumbent, winner
 
 
-def settings(search: ProgressiveSearch) -> dict[str, object]:
+def settings(search: ProgressiveSearch) -> dict[str, Any]:
     """Return what the history of a search depends on, as JSON data."""
     return {
         "space": search.space.digest,

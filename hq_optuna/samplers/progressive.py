@@ -14,7 +14,6 @@ import threading
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import Study
@@ -69,7 +68,9 @@ class ProgressiveBitSampler(BaseSampler):
         >>> sampler = ProgressiveBitSampler(space, budget=Budget.fraction(size_bytes=0.5))
         >>> optuna.logging.set_verbosity(optuna.logging.WARNING)
         >>> study = optuna.create_study(sampler=sampler)
-        >>> study.optimize(lambda t: sum(2.0 ** -t.suggest_categorical(n, (8, 4, 2)) for n in "abc"))
+        >>> def objective(trial):
+        ...     return sum(2.0 ** -trial.suggest_categorical(n, (8, 4, 2)) for n in "abc")
+        >>> study.optimize(objective)
         >>> sampler.log(study).incumbent.cost
         96.0
     """
@@ -88,7 +89,9 @@ class ProgressiveBitSampler(BaseSampler):
             few = len(space.variables) <= MAX_VARIABLES_AS_LAYERS
             encoding = "layers" if few else "compact"
         if encoding not in get_args(Encoding):
-            raise ValueError(f"encoding is one of {', '.join(get_args(Encoding))}; got {encoding!r}.")
+            raise ValueError(
+                f"encoding is one of {', '.join(get_args(Encoding))}; got {encoding!r}."
+            )
         if budget is not None:
             check_reachable(space, budget)
         self.space = space
@@ -101,11 +104,12 @@ class ProgressiveBitSampler(BaseSampler):
         self._independent = RandomSampler(seed=seed)
         self._logs: dict[int, StepLog] = {}
         self._checked: dict[int, str | None] = {}
+        self._tickets: dict[int, Ticket] = {}
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
         # Locks cannot be copied; logs are rebuilt from the study.
-        return {**self.__dict__, "_lock": None, "_logs": {}, "_checked": {}}
+        return {**self.__dict__, "_lock": None, "_logs": {}, "_checked": {}, "_tickets": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -155,6 +159,7 @@ class ProgressiveBitSampler(BaseSampler):
             else:
                 ticket = self._ticket(self.log(study), trial.number)
         study._storage.set_trial_system_attr(trial._trial_id, attrs.TICKET, ticket.to_json())
+        self._tickets[trial._trial_id] = ticket
         if ticket.kind == "surplus":
             self._stop(study)
 
@@ -195,7 +200,7 @@ class ProgressiveBitSampler(BaseSampler):
     ) -> dict[str, BaseDistribution]:
         """Return the parameters that the trial's ticket sets."""
         self._raise_on_other_settings(study)
-        ticket = self._ticket_of(study, trial)
+        ticket = self.ticket(study, trial._trial_id)
         if ticket is None:
             return {}
         values = self._values(ticket)
@@ -205,7 +210,7 @@ class ProgressiveBitSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """Return the bits that the trial's ticket names."""
-        ticket = self._ticket_of(study, trial)
+        ticket = self.ticket(study, trial._trial_id)
         if ticket is None or not search_space:
             return {}
         return {name: value for name, (value, _) in self._values(ticket).items()}
@@ -222,7 +227,7 @@ class ProgressiveBitSampler(BaseSampler):
         Raises:
             ValueError: The objective asks for a variable of the space with other choices.
         """
-        ticket = self._ticket_of(study, trial)
+        ticket = self.ticket(study, trial._trial_id)
         values = {} if ticket is None else self._values(ticket)
         if param_name in values:
             raise ValueError(
@@ -239,7 +244,8 @@ class ProgressiveBitSampler(BaseSampler):
         values: Sequence[float] | None,
     ) -> None:
         """End the study with the record that meets the budget."""
-        ticket = self._ticket_of(study, trial)
+        ticket = self.ticket(study, trial._trial_id)
+        self._tickets.pop(trial._trial_id, None)
         if ticket is None or ticket.kind != "incumbent" or state != TrialState.COMPLETE:
             return
         with self._lock:
@@ -270,13 +276,13 @@ class ProgressiveBitSampler(BaseSampler):
     def _values(self, ticket: Ticket) -> dict[str, tuple[int | str, tuple[int | str, ...]]]:
         return self.parameters(ticket) if ticket.kind in ("candidate", "incumbent") else {}
 
-    def _ticket_of(self, study: Study, trial: FrozenTrial) -> Ticket | None:
-        # Optuna hands us the trial as it was before its ticket was written.
-        ticket = Ticket.read(trial.system_attrs)
-        if ticket is None:
-            stored = study._storage.get_trial(trial._trial_id)
-            ticket = Ticket.read(stored.system_attrs)
-        return ticket
+    def ticket(self, study: Study, trial_id: int) -> Ticket | None:
+        """Return the ticket of a trial, by its id in the storage."""
+        # Optuna hands samplers the trial as it was before its ticket was written. Tickets of
+        # trials that run in this process are kept; a ticket never changes.
+        if trial_id in self._tickets:
+            return self._tickets[trial_id]
+        return Ticket.read(study._storage.get_trial(trial_id).system_attrs)
 
     def _check_settings(self, study: Study) -> None:
         """Remember whether the study was made with other settings; the first worker writes them."""
@@ -288,8 +294,12 @@ class ProgressiveBitSampler(BaseSampler):
             study._storage.set_study_system_attr(study._study_id, attrs.SETTINGS, mine)
             stored = mine
         changed = [name for name in mine if stored.get(name) != mine[name]]
-        self._checked[study._study_id] = None if not changed else ", ".join(
-            f"{name} (study: {stored.get(name)!r}, sampler: {mine[name]!r})" for name in changed
+        self._checked[study._study_id] = (
+            None
+            if not changed
+            else ", ".join(
+                f"{name} (study: {stored.get(name)!r}, sampler: {mine[name]!r})" for name in changed
+            )
         )
 
     def _raise_on_other_settings(self, study: Study) -> None:
@@ -318,5 +328,3 @@ def _slot(step: OpenStep, untagged: int) -> int:
     # whose workers died unseen, and costs one evaluation otherwise.
     waiting = [slot for slot in range(len(step.states)) if slot not in step.done]
     return min(waiting, key=lambda slot: (len(step.running.get(slot, ())), slot))
-
-

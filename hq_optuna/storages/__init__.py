@@ -2,9 +2,18 @@
 
 from hq_optuna.storages.opening import (
     explain_storage_errors,
+    load_study,
     open_storage,
     redact_url,
     sqlite_url,
+    study_exists,
 )
 
-__all__ = ["explain_storage_errors", "open_storage", "redact_url", "sqlite_url"]
+__all__ = [
+    "explain_storage_errors",
+    "load_study",
+    "open_storage",
+    "redact_url",
+    "sqlite_url",
+    "study_exists",
+]

@@ -14,6 +14,7 @@ import sqlalchemy
 import sqlalchemy.exc
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage
+from optuna.study import Study
 
 from hq_optuna.errors import StorageError
 
@@ -79,7 +80,9 @@ def _open_sqlite(storage: str, url: sqlalchemy.URL) -> BaseStorage:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StorageError(f"Cannot create the folder {path.parent}: {error.strerror}.") from None
+            raise StorageError(
+                f"Cannot create the folder {path.parent}: {error.strerror}."
+            ) from None
         if path.exists() and not os.access(path, os.W_OK):
             raise StorageError(f"{path} is read-only. Give a file that can be written.")
         if not path.exists() and not os.access(path.parent, os.W_OK):
@@ -89,9 +92,7 @@ def _open_sqlite(storage: str, url: sqlalchemy.URL) -> BaseStorage:
         with engine.connect() as connection:
             connection.exec_driver_sql("PRAGMA journal_mode=WAL")
         engine.dispose()
-    opened = RDBStorage(
-        storage, engine_kwargs={"connect_args": {"timeout": SQLITE_BUSY_TIMEOUT_S}}
-    )
+    opened = RDBStorage(storage, engine_kwargs={"connect_args": {"timeout": SQLITE_BUSY_TIMEOUT_S}})
     sqlalchemy.event.listen(opened.engine, "connect", _tune_connection)
     opened.engine.dispose()  # the connections made so far do not have the setting
     return optuna.storages.get_storage(opened)
@@ -129,3 +130,45 @@ def _advice(reason: str, error: BaseException) -> str:
     if "locked" in lower:
         return "Another program holds the database; try again."
     return "Check the URL, and that the database runs and can be reached."
+
+
+def study_exists(storage: str, name: str) -> bool:
+    """Return whether the storage holds a study of that name; creates nothing."""
+    if not _may_exist(storage):
+        return False
+    opened = open_storage(storage)
+    with explain_storage_errors(redact_url(storage)):
+        try:
+            opened.get_study_id_from_name(name)
+        except KeyError:
+            return False
+    return True
+
+
+def load_study(storage: str, name: str) -> Study:
+    """Open an existing study for reading; creates nothing.
+
+    Raises:
+        StorageError: The storage cannot be opened, or holds no such study.
+    """
+    if not _may_exist(storage):
+        raise StorageError(f"There is no database at {redact_url(storage)}. Was a search started?")
+    opened = open_storage(storage)
+    with explain_storage_errors(redact_url(storage)):
+        try:
+            return optuna.load_study(study_name=name, storage=opened)
+        except KeyError:
+            names = ", ".join(sorted(s.study_name for s in opened.get_all_studies())) or "none"
+            raise StorageError(
+                f"{redact_url(storage)} holds no study {name!r}. It holds: {names}."
+            ) from None
+
+
+def _may_exist(storage: str) -> bool:
+    try:
+        url = sqlalchemy.engine.make_url(storage)
+    except sqlalchemy.exc.ArgumentError:
+        return True  # open_storage explains
+    if url.get_backend_name() != "sqlite" or not url.database or url.database == ":memory:":
+        return True
+    return Path(url.database).exists()

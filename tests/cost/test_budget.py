@@ -97,7 +97,6 @@ def test_a_budget_just_below_the_minimum_is_not() -> None:
         check_reachable(space(1, 1000, 1), Budget.absolute(bops=4127.999))
 
 
-@pytest.mark.xfail(strict=True, reason="c / d · d may be one rounding below c")
 @given(st.lists(st.integers(1, 10**7), min_size=3, max_size=6))
 @example([1, 19, 1])
 def test_the_minimum_as_a_fraction_of_all_8_bit_is_allowed(n_macs: list[int]) -> None:

@@ -1,0 +1,240 @@
+"""Commands of ``hq-optuna``: run, status, report."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+from rich.console import Console
+
+from hq_optuna._version import __version__
+from hq_optuna.cli import show
+from hq_optuna.errors import HqOptunaError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Find how many bits each layer of a trained network needs, under a compute-cost budget.",
+)
+
+Study = Annotated[
+    str, typer.Argument(help="A study file, or NAME for studies/NAME.py.", show_default=False)
+]
+Storage = Annotated[
+    str | None,
+    typer.Option(help="Storage URL. [default: SQLite in the run's folder]", show_default=False),
+]
+Name = Annotated[
+    str | None,
+    typer.Option(help="Name of the study. [default: the file's name]", show_default=False),
+]
+Folder = Annotated[
+    Path | None,
+    typer.Option(help="The run's folder. [default: hq-optuna-runs/NAME]", show_default=False),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def run(
+    context: typer.Context,
+    study: Study,
+    storage: Storage = None,
+    name: Name = None,
+    folder: Folder = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="'0.25 bops' (of all-8-bit), '40% size_bytes', '24 GBOPs', '64 KiB'.",
+            show_default=False,
+        ),
+    ] = None,
+    candidates: Annotated[
+        int | None, typer.Option(help="Candidates a step. [default: 8]", show_default=False)
+    ] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option(
+            help="ratio (score per cost) or min (the patent's). [default: ratio]",
+            show_default=False,
+        ),
+    ] = None,
+    scorer: Annotated[
+        str | None,
+        typer.Option(help="diagonal or trace. [default: diagonal]", show_default=False),
+    ] = None,
+    bits: Annotated[
+        str | None, typer.Option(help="'2-8' or '8,4,2'. [default: 2-8]", show_default=False)
+    ] = None,
+    activation_bits: Annotated[
+        str | None,
+        typer.Option(
+            help="same, float, a number, or bits searched apart ('4,8'). [default: same]",
+            show_default=False,
+        ),
+    ] = None,
+    pin_first_last: Annotated[
+        str | None,
+        typer.Option(
+            help="Bits of first and last layer, or none. [default: 8]", show_default=False
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the draws. [default: 0]", show_default=False)
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Threads of PyTorch. [default: the cores]", show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Search, or go on with a search that was interrupted.
+
+    Options of the study file itself stand beside these: hq-optuna run cifar10_resnet20 --data DIR.
+    """
+    from hq_optuna.cli import running
+
+    given = {
+        "budget": budget,
+        "n_candidates": candidates,
+        "rule": rule,
+        "scorer": scorer,
+        "bits": bits,
+        "activation_bits": activation_bits,
+        "pin_first_last": pin_first_last,
+        "seed": seed,
+    }
+    with _errors(as_json):
+        data = running.run(
+            study,
+            list(context.args),
+            storage=storage,
+            name=name,
+            folder=folder,
+            given={key: value for key, value in given.items() if value is not None},
+            threads=threads,
+            command=shlex.join(["hq-optuna", *sys.argv[1:]]),
+            console=Console(stderr=as_json),
+        )
+        if as_json:
+            typer.echo(json.dumps(data))
+
+
+@app.command()
+def status(
+    study: Annotated[str | None, typer.Argument(help="As for run.", show_default=False)] = None,
+    storage: Storage = None,
+    name: Name = None,
+    folder: Folder = None,
+    as_json: Json = False,
+) -> None:
+    """Show where a search stands. Works while others run."""
+    from hq_optuna.runner.report import report_data
+
+    with _errors(as_json):
+        loaded = _load(study, storage, name, folder)
+        if as_json:
+            typer.echo(json.dumps(report_data(loaded)))
+        else:
+            show.status(Console(), loaded)
+
+
+@app.command()
+def report(
+    study: Annotated[str | None, typer.Argument(help="As for run.", show_default=False)] = None,
+    storage: Storage = None,
+    name: Name = None,
+    folder: Folder = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write. [default: report.html, or the terminal]")
+    ] = None,
+    format_: Annotated[
+        Literal["html", "json", "markdown"], typer.Option("--format", help="What to write.")
+    ] = "html",
+) -> None:
+    """Write the report of a search, finished or not."""
+    from hq_optuna.runner.report import render_markdown, report_data, write_report
+
+    with _errors(as_json=False):
+        loaded = _load(study, storage, name, folder)
+        if format_ == "html":
+            path = Path("report.html") if out is None else out
+            write_report(loaded, path)
+            Console().print(f"Report: {path}", soft_wrap=True, highlight=False)
+            return
+        data = report_data(loaded)
+        text = json.dumps(data, indent=1) if format_ == "json" else render_markdown(data)
+        if out is None:
+            typer.echo(text)
+        else:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(text + "\n", encoding="utf-8")
+
+
+def _load(study: str | None, storage: str | None, name: str | None, folder: Path | None) -> Any:
+    from hq_optuna.cli.running import Place
+    from hq_optuna.storages import load_study
+
+    if study is None and (storage is None or name is None):
+        raise typer.BadParameter("Give a study, or both --storage and --name.")
+    place = Place.of(study or str(name), storage, name, folder)
+    return load_study(place.storage, place.name)
+
+
+@contextmanager
+def _errors(as_json: bool) -> Iterator[None]:
+    """Turn errors into one sentence and an exit status: 1 for errors, 130 for Ctrl-C."""
+
+    def interrupt(_signal: int, _frame: object) -> NoReturn:
+        # Optuna gives a trial back on KeyboardInterrupt, and on nothing else.
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except HqOptunaError as error:
+        _fail(str(error), type(error).__name__, as_json)
+    except (ValueError, OSError) as error:
+        # Optuna's and the file system's own words; a bug of ours shows its traceback instead.
+        if isinstance(error, OSError) or type(error) is ValueError:
+            if os.environ.get("HQ_OPTUNA_TRACEBACK"):
+                raise
+            _fail(str(error), type(error).__name__, as_json)
+        raise
+    except KeyboardInterrupt:
+        message = "Interrupted. Everything recorded stays; start the same command again to go on."
+        if as_json:
+            typer.echo(json.dumps({"error": "Interrupted", "message": message}))
+        else:
+            Console(stderr=True).print(message)
+        raise typer.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _fail(message: str, kind: str, as_json: bool) -> NoReturn:
+    if as_json:
+        typer.echo(json.dumps({"error": kind, "message": message}))
+    else:
+        Console(stderr=True).print(
+            f"[bold red]Error:[/] {show.plain(message)}", soft_wrap=True, highlight=False
+        )
+    raise typer.Exit(1) from None

@@ -1,0 +1,103 @@
+"""Progress of a search while it runs: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from hq_optuna.cost import Budget, CostModel, format_cost
+from hq_optuna.samplers.log import StepLog
+from hq_optuna.space import SearchSpace
+
+LINE_EVERY_S = 10.0
+"""Where there is no terminal, a line is printed this often."""
+
+
+class SearchProgress:
+    """Shows phases and steps of one search.
+
+    Attributes:
+        was_finished: Whether the search was over when it was first looked at.
+        first_step: The open step at that moment.
+        first_candidates: Candidates scored until then.
+    """
+
+    def __init__(self, console: Console, space: SearchSpace, budget: Budget) -> None:
+        self.console = console
+        self.metric = budget.metric
+        self.limit = budget.limit(space.layers)
+        self.start_cost = CostModel(space.layers, budget.metric).cost(space.start)
+        self.live = console.is_terminal
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:3.0f} %"),
+            TextColumn("{task.fields[says]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            transient=True,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._printed = -float("inf")
+        self._looked = False
+        self.was_finished = False
+        self.first_step = 0
+        self.first_candidates = 0
+
+    def __enter__(self) -> Self:
+        if self.live:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.live:
+            self._bars.stop()
+
+    def phase(self, what: str, done: int, of: int) -> None:
+        """Show a phase before the search, batch by batch."""
+        self._show(what, done / of, f"batch {done} of {of}", always=done == of)
+
+    def search(self, log: StepLog) -> None:
+        """Show where the search stands."""
+        incumbent, step = log.incumbent, log.open
+        if not self._looked:
+            self._looked = True
+            self.was_finished = step is None
+            self.first_step = 0 if step is None else step.step
+            self.first_candidates = len(log.results)
+        if incumbent is None:
+            self._show("search", 0.0, "scoring the start")
+            return
+        share = self._share(incumbent.cost)
+        if step is not None and log.closed and len(log.closed) > 1:
+            # Between two steps the bar follows the candidates done.
+            ahead = share - self._share(log.closed[-2].incumbent.cost)
+            share = min(share + ahead * len(step.done) / (len(step.states) + 1), 1.0)
+        says = (
+            f"step {incumbent.step}  {len(log.results)} candidates  "
+            f"score {incumbent.score:.3g} nats  {format_cost(incumbent.cost, self.metric)} "
+            f"-> {format_cost(self.limit, self.metric)}"
+        )
+        self._show("search", 1.0 if step is None else share, says, always=step is None)
+
+    def _share(self, cost: float) -> float:
+        way = self.start_cost - self.limit
+        return 1.0 if way <= 0 else min(max((self.start_cost - cost) / way, 0.0), 1.0)
+
+    def _show(self, what: str, share: float, says: str, *, always: bool = False) -> None:
+        if self.live:
+            if what not in self._tasks:
+                self._tasks[what] = self._bars.add_task(f"{what:<11}", total=1.0, says="")
+            self._bars.update(self._tasks[what], completed=share, says=says)
+        elif always or time.monotonic() - self._printed > LINE_EVERY_S:
+            self._printed = time.monotonic()
+            self.console.print(f"{what}: {100 * share:.0f} %  {says}", highlight=False)

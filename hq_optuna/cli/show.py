@@ -1,0 +1,133 @@
+"""What people see in the terminal: opening lines, tables, status."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from optuna.study import Study
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from hq_optuna.cost import CostModel, format_cost, macs
+from hq_optuna.history import History, read_history
+from hq_optuna.layers import FLOAT_BITS
+from hq_optuna.runner.report import layer_table
+from hq_optuna.storages import redact_url
+
+plain = escape
+_COLOURS = {2: "red", 3: "dark_orange", 4: "yellow", 5: "green", 6: "cyan", 7: "blue", 8: "magenta"}
+
+
+def opening(console: Console, search: Any, place: Any) -> None:
+    """Say what is searched, before the work."""
+    space, budget = search.space, search.budget
+    model = CostModel(space.layers, budget.metric)
+    lines = [
+        f"{len(space.layers)} layers, {macs(space.layers):,} MACs, "
+        f"{sum(layer.n_weights for layer in space.layers):,} weights; "
+        f"{len(space.variables)} searched",
+        f"budget {format_cost(budget.limit(space.layers), budget.metric)} "
+        f"({100 * budget.limit(space.layers) / model.int8:.4g} % of all-8-bit "
+        f"{format_cost(model.int8, budget.metric)})",
+        f"storage {redact_url(place.storage)}, study {place.name}",
+    ]
+    for name, kind, reason in search.objective.skipped:
+        lines.append(f"not quantized: {name} ({kind}): {reason}")
+    console.print("\n".join(plain(line) for line in lines), highlight=False)
+
+
+def bits_text(bits: int) -> str:
+    """Return bits for a table, coloured."""
+    if bits == FLOAT_BITS:
+        return "float"
+    colour = _COLOURS.get(bits)
+    return f"[{colour}]{bits}[/]" if colour else str(bits)
+
+
+def result(console: Console, study: Study) -> None:
+    """Show the answer: a table of layers, costs, accuracies."""
+    history = read_history(study)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for title, side in (
+        ("layer", "left"),
+        ("kind", "left"),
+        ("weights", "right"),
+        ("MACs", "right"),
+        ("W bits", "right"),
+        ("A bits", "right"),
+        ("cost", "right"),
+        ("rise, nats", "right"),
+    ):
+        table.add_column(title, justify="right" if side == "right" else "left", no_wrap=True)
+    for row in layer_table(history):
+        table.add_row(
+            plain(row.name),
+            row.kind,
+            f"{row.n_weights:,}",
+            f"{row.macs:,}",
+            bits_text(row.weight_bits),
+            bits_text(row.activation_bits),
+            f"{100 * row.share_after:.1f} %",
+            "-" if row.sensitivity is None else f"{row.sensitivity:.2g}",
+        )
+    console.print(table)
+    console.print(_summary(history), highlight=False)
+
+
+def _summary(history: History) -> str:
+    record, info = history.incumbent, history.info
+    if record is None:
+        return "No step is closed yet."
+    cost = record.winner.cost
+    lines = [
+        f"cost      [bold]{format_cost(cost, info.metric)}[/], "
+        f"{100 * cost / info.int8:.1f} % of all-8-bit ({format_cost(info.int8, info.metric)}), "
+        f"{100 * cost / info.float32:.2f} % of float ({format_cost(info.float32, info.metric)})",
+        f"score     {record.winner.score:.3g} nats predicted loss rise "
+        f"(weights {record.winner.score_weights:.3g}, "
+        f"activations {record.winner.score_activations:.3g})",
+        f"search    {len(history.records)} steps, "
+        f"{sum(c.counted for c in history.candidates)} candidates, no training",
+    ]
+    facts = history.facts
+    measured = sorted(name.removesuffix("_before") for name in facts if name.endswith("_before"))
+    for name in measured:
+        before, after = facts[f"{name}_before"], facts.get(f"{name}_after", float("nan"))
+        if name == "accuracy":
+            before, after, unit = 100 * before, 100 * after, " %"
+        else:
+            unit = ""
+        lines.append(
+            f"{plain(name):<9} {before:.2f}{unit} float -> [bold]{after:.2f}{unit}[/] quantized "
+            f"({facts.get('validation_samples', '?')} validation samples)"
+        )
+    if not history.met:
+        lines.append("[bold red]The budget is not met.[/]")
+    return "\n".join(lines)
+
+
+def status(console: Console, study: Study) -> None:
+    """Show where a search stands."""
+    history = read_history(study)
+    info, record = history.info, history.incumbent
+    state = "finished" if history.met else f"running, step {len(history.records)} is open"
+    console.print(f"[bold]{plain(study.study_name)}[/]  {state}", highlight=False)
+    if record is not None:
+        start = history.records[0].winner.cost
+        way = start - info.limit
+        share = 1.0 if way <= 0 else min((start - record.winner.cost) / way, 1.0)
+        console.print(
+            f"{100 * share:.0f} % of the way from {format_cost(start, info.metric)} "
+            f"to {format_cost(info.limit, info.metric)}",
+            highlight=False,
+        )
+        for part, index in (("weights", 0), ("activations", 1)):
+            digits = " ".join(bits_text(bits[index]) for bits in record.config.values())
+            console.print(f"{part:<12}{digits}", highlight=False)
+    console.print(_summary(history), highlight=False)
+    console.print(
+        f"{history.n_running} running, {history.n_pruned} not needed, {history.n_failed} failed "
+        "or given back",
+        highlight=False,
+    )

@@ -1,0 +1,213 @@
+"""`BitSearch`: the whole search from one call."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import optuna
+from optuna.storages import BaseStorage
+from optuna.study import Study
+from torch import nn
+from torch.nn import functional
+
+from hq_optuna import attrs
+from hq_optuna.batches import read_batches
+from hq_optuna.cost import Budget, check_reachable
+from hq_optuna.curvature.adam import LossFunction
+from hq_optuna.errors import ResumeError
+from hq_optuna.history import read_history
+from hq_optuna.introspect import introspect
+from hq_optuna.pruners import CostBudgetPruner
+from hq_optuna.quantization import Observer, set_bits
+from hq_optuna.runner.evaluation import Evaluate, accuracy
+from hq_optuna.runner.objective import HessianObjective, Progress
+from hq_optuna.runner.publish import publish_facts, refuse_foreign_study
+from hq_optuna.runner.result import SearchResult
+from hq_optuna.runner.worker import work
+from hq_optuna.samplers import Encoding, ProgressiveBitSampler
+from hq_optuna.samplers.log import StepLog
+from hq_optuna.scoring import ScorerName
+from hq_optuna.search import Rule
+from hq_optuna.space import ActivationBits, SearchSpace
+from hq_optuna.storages import explain_storage_errors, open_storage, redact_url
+
+
+class BitSearch:
+    """Search the bits of a trained network's layers under a budget.
+
+    Everything that can be wrong with the network, the data, the space and the budget is checked
+    here, before any work.
+
+    Args:
+        model: Trained network. Left exactly as it is.
+        calibration: Labelled data that the scores read: ``(inputs, labels)`` tensors, a dataset, or
+            batches. Not the data the network is judged on later.
+        loss_fn: Mean loss of a batch from (outputs, labels).
+        bits: Bits a layer may have, each 1 to 16.
+        activation_bits: ``"same"``: the input of a layer has the bits of its weights. A number:
+            fixed. A sequence: searched apart. ``None``: float.
+        budget: What the answer may cost.
+        pin_first_last: Bits of the first and last layer; ``None`` searches them too.
+        pins: Glob over layer names to fixed bits.
+        allowed: Glob over layer names to the bits allowed there.
+        tied: Groups of layers that share their bits.
+        scorer: ``"diagonal"`` or ``"trace"``.
+        observer: How activation ranges are found.
+        validation: Data on which the network is measured before and after.
+        evaluate: What is measured there, from (network, batches); accuracy by default.
+        batch_size: Samples a batch, where data come without batches.
+
+    Raises:
+        NetworkError: Nothing to quantize, NaN weights, random forward pass.
+        DataError: Empty, unlabelled, unrepeatable or non-finite data; labels out of range.
+        SpaceError: Unknown layers, impossible bits.
+        BudgetError: The budget is below the cheapest assignment.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        calibration: Any,
+        loss_fn: LossFunction = functional.cross_entropy,
+        *,
+        bits: Iterable[int] = range(2, 9),
+        activation_bits: ActivationBits = "same",
+        budget: Budget | None = None,
+        pin_first_last: int | None = 8,
+        pins: Mapping[str, int | tuple[int, int]] | None = None,
+        allowed: Mapping[str, Iterable[int]] | None = None,
+        tied: Iterable[Sequence[str]] = (),
+        scorer: ScorerName = "diagonal",
+        observer: Observer = "squared_error",
+        validation: Any = None,
+        evaluate: Evaluate | None = None,
+        batch_size: int = 32,
+    ) -> None:
+        self.budget = Budget.fraction(bops=0.25) if budget is None else budget
+        data = read_batches(calibration, batch_size=batch_size)
+        seen = introspect(model, data[0].inputs)
+        self.space = SearchSpace.build(
+            seen.layers,
+            bits=bits,
+            activation_bits=activation_bits,
+            pin_first_last=pin_first_last,
+            pins=pins,
+            allowed=allowed,
+            tied=tied,
+        )
+        check_reachable(self.space, self.budget)
+        self.objective = HessianObjective(
+            model, data, self.space, loss_fn=loss_fn, scorer=scorer, observer=observer
+        )
+        self.objective.skipped = tuple((s.name, s.kind, s.reason) for s in seen.skipped)
+        self.validation = (
+            None
+            if validation is None
+            else read_batches(validation, batch_size=256, what="validation").to(
+                self.objective.device
+            )
+        )
+        self.evaluate: Evaluate = accuracy if evaluate is None else evaluate
+
+    def optimize(
+        self,
+        storage: str | BaseStorage | None = None,
+        study_name: str | None = None,
+        *,
+        n_candidates: int = 8,
+        rule: Rule = "ratio",
+        seed: int = 0,
+        encoding: Encoding | None = None,
+        progress: Progress | None = None,
+        on_progress: Callable[[StepLog], None] = lambda log: None,
+    ) -> Study:
+        """Search until the budget is met, or go on with a search that was interrupted.
+
+        Several processes may call this with the same arguments on one storage: they share the
+        work, and the history is the same as with one.
+
+        Args:
+            storage: Storage URL, an Optuna storage, or ``None`` for memory.
+            study_name: Name of the study; an existing one is resumed.
+            n_candidates: Candidates a step.
+            rule: ``"ratio"`` or ``"min"`` (the patent's).
+            seed: Seed of the draws.
+            encoding: ``"layers"``, ``"compact"``, or ``None`` to choose by the number of layers.
+            progress: Called with (what, done, of) while curvature is measured.
+            on_progress: Called with the record of the search after each trial.
+
+        Raises:
+            StorageError: The storage cannot be opened, read or written.
+            ResumeError: The study belongs to another search; the message names what changed.
+        """
+        sampler = ProgressiveBitSampler(
+            self.space,
+            budget=self.budget,
+            n_candidates=n_candidates,
+            rule=rule,
+            seed=seed,
+            encoding=encoding,
+        )
+        shown = redact_url(storage) if isinstance(storage, str) else "the storage"
+        opened = open_storage(storage)
+        with explain_storage_errors(shown):
+            study = optuna.create_study(
+                storage=opened,
+                study_name=study_name,
+                sampler=sampler,
+                pruner=CostBudgetPruner(self.space, self.budget),
+                load_if_exists=study_name is not None,
+            )
+            refuse_foreign_study(study)
+            if progress is not None:
+                self.objective.progress = progress
+            self.objective.prepare(study)
+            work(study, self.objective, on_progress=on_progress)
+        return study
+
+    def result(self, study: Study) -> SearchResult:
+        """Return the answer of a finished search; of a running one, its incumbent.
+
+        With validation data the network is measured before and after, and the figures are written
+        into the study.
+
+        Raises:
+            ResumeError: The study has no closed step yet.
+        """
+        self.objective.prepare(study)
+        history = read_history(study)
+        record = history.incumbent
+        if record is None:
+            raise ResumeError(f"Study {study.study_name!r} has no closed step yet.")
+        network = copy.deepcopy(self.objective.prepared)
+        set_bits(network, record.config)
+        facts = self._measure(network) if self.validation is not None else {}
+        publish_facts(study, facts)
+        return SearchResult(
+            config=record.config,
+            network=network,
+            space=self.space,
+            metric=history.info.metric,
+            cost=record.winner.cost,
+            cost_int8=history.info.int8,
+            cost_float32=history.info.float32,
+            met=history.met,
+            score=record.winner.score,
+            score_weights=record.winner.score_weights,
+            score_activations=record.winner.score_activations,
+            steps=len(history.records),
+            candidates=sum(candidate.counted for candidate in history.candidates),
+            facts=facts,
+            fingerprint=study.user_attrs[attrs.FINGERPRINT],
+        )
+
+    def _measure(self, network: nn.Module) -> dict[str, float]:
+        assert self.validation is not None
+        facts: dict[str, float] = {"validation_samples": self.validation.n_samples}
+        original = copy.deepcopy(self.objective.model).eval()
+        for when, measured in (("before", original), ("after", network)):
+            for name, value in self.evaluate(measured, self.validation).items():
+                facts[f"{name}_{when}"] = float(value)
+        return facts

@@ -1,0 +1,77 @@
+"""What a search depends on, so that a resumed search is the same search or is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping
+
+import optuna
+import torch
+from optuna.study import Study
+from torch import nn
+
+from hq_optuna import attrs
+from hq_optuna._version import __version__
+from hq_optuna.errors import ResumeError
+
+QUANTIZERS = "weights: symmetric per channel, squared error; activations: affine per tensor"
+
+_WORDS = {
+    "network": "the network's weights or structure",
+    "data": "the calibration data",
+    "space": "the search space (layers, allowed bits, pins or ties)",
+    "quantizers": "the quantizers",
+    "scorer": "the scorer",
+    "observer": "the observer of activation ranges",
+    "loss": "the loss function",
+    "budget": "the budget",
+    "rule": "the winner rule",
+    "n_candidates": "the number of candidates a step",
+    "seed": "the seed",
+    "encoding": "the encoding of candidates",
+}
+
+
+def network_digest(network: nn.Module) -> str:
+    """Return sixteen hexadecimal digits that name weights, buffers and the modules' text."""
+    sha = hashlib.sha256(str(network).encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        sha.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        sha.update(flat.view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions a result was made with."""
+    return {
+        "hq_optuna": __version__,
+        "optuna": optuna.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def check_or_write(study: Study, mine: Mapping[str, str | int]) -> None:
+    """Write the fingerprint into a new study, or refuse a study with another one.
+
+    Raises:
+        ResumeError: Naming what changed.
+    """
+    stored = study.user_attrs.get(attrs.FINGERPRINT)
+    if stored is None:
+        study.set_user_attr(attrs.FINGERPRINT, {**mine, "versions": versions()})
+        return
+    changed = tuple(name for name, value in mine.items() if stored.get(name) != value)
+    if not changed:
+        return
+    described = "; ".join(
+        f"{_WORDS.get(name, name)} (study: {stored.get(name)}, now: {mine[name]})"
+        for name in changed
+    )
+    raise ResumeError(
+        f"Study {study.study_name!r} is another search. Changed: {described}. "
+        "Undo the change to go on with it, or give a new study name (--name).",
+        changed=changed,
+    )

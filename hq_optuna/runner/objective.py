@@ -1,0 +1,277 @@
+"""`HessianObjective`: scores a trial's assignment by curvature, without training."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import optuna
+from optuna.study import Study
+from optuna.trial import Trial
+from torch import nn
+from torch.nn import functional
+
+from hq_optuna import attrs, workers
+from hq_optuna.assignment import BitConfig
+from hq_optuna.attrs import Ticket
+from hq_optuna.batches import read_batches
+from hq_optuna.checks import check_forward
+from hq_optuna.cost import Budget, CostModel
+from hq_optuna.curvature import calibration_adam
+from hq_optuna.curvature.adam import LossFunction
+from hq_optuna.pruners import CostBudgetPruner
+from hq_optuna.quantization import Observer, observe_inputs, prepare
+from hq_optuna.runner import fingerprint
+from hq_optuna.runner.publish import publish, stored_sensitivity
+from hq_optuna.samplers import ProgressiveBitSampler
+from hq_optuna.scoring import SCORERS, Score, Scorer, ScorerName, measure_sensitivity
+from hq_optuna.scoring.sensitivity import unknown_layers
+from hq_optuna.space import SearchSpace
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what, done, of)."""
+
+
+class HessianObjective:
+    """An Optuna objective: the predicted loss rise of a trial's bits, in nats.
+
+    One candidate costs one forward pass over the calibration set. What all candidates share
+    (ranges, curvature, sensitivities) is computed once, at the first trial; a worker that joins an
+    existing study takes the sensitivities from there, so all workers rank by the same numbers.
+
+    With `ProgressiveBitSampler` the trial's ticket says what to do. With any other sampler the
+    objective asks for the bits of each variable of the space, so TPE or NSGA-II can be compared.
+
+    Args:
+        model: Trained network. Left exactly as it is.
+        calibration: Labelled data, see `read_batches`.
+        space: Search space of this network.
+        loss_fn: Mean loss of a batch from (outputs, labels); cross-entropy by default.
+        scorer: ``"diagonal"`` or ``"trace"``.
+        observer: How activation ranges are found: ``"squared_error"``, ``"min_max"`` or
+            ``"percentile"``.
+        batch_size: Samples a batch, where ``calibration`` has no batches of its own.
+
+    Raises:
+        DataError: Unusable calibration data or loss.
+        NetworkError: Random or non-finite forward pass.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        calibration: Any,
+        space: SearchSpace,
+        *,
+        loss_fn: LossFunction = functional.cross_entropy,
+        scorer: ScorerName = "diagonal",
+        observer: Observer = "squared_error",
+        batch_size: int = 32,
+    ) -> None:
+        if scorer not in SCORERS:
+            raise ValueError(f"scorer is one of {', '.join(SCORERS)}; got {scorer!r}.")
+        self.model = model
+        self.space = space
+        self.loss_fn = loss_fn
+        self.scorer_name: ScorerName = scorer
+        self.observer: Observer = observer
+        self.device = next(model.parameters()).device
+        self.data = read_batches(calibration, batch_size=batch_size).to(self.device)
+        self.warnings = check_forward(model, self.data, loss_fn)
+        self.skipped: tuple[tuple[str, str, str], ...] = ()
+        self.progress: Progress = lambda what, done, of: None
+        self._scorer: Scorer | None = None
+        self._known: set[int] = set()
+
+    @property
+    def prepared(self) -> nn.Module:
+        """The prepared copy of the network; its bits are those of the last candidate."""
+        assert self._scorer is not None, "call prepare() first"
+        return self._scorer.prepared
+
+    def prepare(self, study: Study | None = None) -> Scorer:
+        """Compute what all candidates share; called by the first trial if not before.
+
+        Args:
+            study: Where sensitivities are taken from if another worker measured them, and where
+                they are written otherwise.
+
+        Raises:
+            ResumeError: The study belongs to another search.
+        """
+        if study is not None and study._study_id not in self._known:
+            fingerprint.check_or_write(study, self.fingerprint(study))
+        if self._scorer is None:
+            self._scorer = self._prepare(study)
+        if study is not None and study._study_id not in self._known:
+            info = self._info(study)
+            publish(study, self.space, info, self._scorer.sensitivity)
+            self._known.add(study._study_id)
+        return self._scorer
+
+    def _prepare(self, study: Study | None) -> Scorer:
+        network = self._eval_copy()
+        names = [layer.name for layer in self.space.layers]
+        histograms = observe_inputs(network, names, self.data)
+        prepared = prepare(network, self.space.layers, histograms, observer=self.observer)
+        sensitivity = None if study is None else stored_sensitivity(study)
+        if sensitivity is None:
+            curvature = calibration_adam(
+                network,
+                self.space.layers,
+                self.data,
+                self.loss_fn,
+                progress=lambda done, of: self.progress("curvature", done, of),
+            )
+            self.warnings += unknown_layers(curvature, self.space.layers)
+            sensitivity = measure_sensitivity(
+                prepared,
+                self.space,
+                curvature,
+                self.data,
+                self.scorer_name,
+                progress=lambda done, of: self.progress("sensitivity", done, of),
+            )
+        return Scorer(prepared, sensitivity, self.data, self.loss_fn)
+
+    def _eval_copy(self) -> nn.Module:
+        return copy.deepcopy(self.model).eval()
+
+    def fingerprint(self, study: Study) -> dict[str, str | int]:
+        """Return what this search depends on, by name."""
+        loss = getattr(self.loss_fn, "__qualname__", type(self.loss_fn).__name__)
+        mine: dict[str, str | int] = {
+            "network": fingerprint.network_digest(self.model),
+            "data": self.data.digest(),
+            "space": self.space.digest,
+            "quantizers": fingerprint.QUANTIZERS,
+            "scorer": self.scorer_name,
+            "observer": self.observer,
+            "loss": loss,
+        }
+        budget = budget_of(study)
+        if budget is not None:
+            mine["budget"] = str(budget)
+        if isinstance(study.sampler, ProgressiveBitSampler):
+            sampler = study.sampler
+            mine |= {
+                "rule": sampler.rule,
+                "n_candidates": sampler.n_candidates,
+                "seed": sampler.seed,
+                "encoding": sampler.encoding,
+            }
+        return mine
+
+    def _info(self, study: Study) -> attrs.StudyInfo:
+        budget = budget_of(study)
+        metric = "bops" if budget is None else budget.metric
+        model = CostModel(self.space.layers, metric)
+        sampler = study.sampler
+        ours = sampler if isinstance(sampler, ProgressiveBitSampler) else None
+        return attrs.StudyInfo(
+            metric=metric,
+            limit=model.float32 if budget is None else budget.limit(self.space.layers),
+            budget="none" if budget is None else str(budget),
+            int8=model.int8,
+            float32=model.float32,
+            scorer=self.scorer_name,
+            rule=type(sampler).__name__ if ours is None else ours.rule,
+            n_candidates=1 if ours is None else ours.n_candidates,
+            seed=0 if ours is None else ours.seed,
+            skipped=self.skipped,
+            warnings=tuple(self.warnings),
+        )
+
+    def __call__(self, trial: Trial) -> float:
+        """Score one trial.
+
+        Raises:
+            optuna.TrialPruned: Its work is no longer needed.
+        """
+        started = time.perf_counter()
+        study = trial.study
+        scorer = self.prepare(study)
+        sampler, ticket = study.sampler, None
+        if isinstance(sampler, ProgressiveBitSampler):
+            ticket = sampler.ticket(study, trial._trial_id)
+        if ticket is None or ticket.kind == "free":
+            bits = [trial.suggest_categorical(v.name, v.bits) for v in self.space.variables]
+            config = self.space.config(bits)
+            return self._record(trial, config, scorer.score(config), {}, started)
+        if trial.should_prune():
+            raise optuna.TrialPruned("its work is no longer needed")
+        assert isinstance(sampler, ProgressiveBitSampler)
+        for name, (_, choices) in sampler.parameters(ticket).items():
+            trial.suggest_categorical(name, choices)
+        config = self.space.config(ticket.bits)
+        if ticket.kind == "incumbent":
+            return self._record_step(trial, ticket, config, started)
+        score = scorer.score(config)
+        facts: dict[str, Any] = {attrs.KIND: "candidate", attrs.STEP: ticket.step}
+        facts[attrs.SLOT] = ticket.slot
+        if ticket.variable is not None:
+            index = [v.name for v in self.space.variables].index(ticket.variable)
+            facts |= {
+                attrs.PARENT: ticket.origin,
+                attrs.LAYER: ticket.variable,
+                attrs.FROM_BITS: ticket.from_bits,
+                attrs.TO_BITS: ticket.bits[index],
+            }
+        return self._record(trial, config, score, facts, started)
+
+    def _record_step(
+        self, trial: Trial, ticket: Ticket, config: BitConfig, started: float
+    ) -> float:
+        storage = trial.study._storage
+        trials = storage.get_all_trials(trial.study._study_id, deepcopy=False)
+        winner = trials[-1 if ticket.origin is None else ticket.origin]
+        assert winner.value is not None
+        kept = (attrs.SCORE_WEIGHTS, attrs.SCORE_ACTIVATIONS, attrs.CALIBRATION_LOSS)
+        parts = (winner.user_attrs[name] for name in kept)
+        facts = {attrs.KIND: "incumbent", attrs.STEP: ticket.step, attrs.WINNER: winner.number}
+        self._record(trial, config, Score(winner.value, *parts), facts, started)
+        # One unit in the last place below its candidate, so that `study.best_trial` is the record,
+        # which has the bits of all layers, and not the candidate it repeats.
+        return math.nextafter(winner.value, -math.inf)
+
+    def _record(
+        self,
+        trial: Trial,
+        config: BitConfig,
+        score: Score,
+        facts: dict[str, Any],
+        started: float,
+    ) -> float:
+        budget = budget_of(trial.study)
+        cost = CostModel(self.space.layers, "bops" if budget is None else budget.metric).cost(
+            config
+        )
+        facts = {
+            **facts,
+            attrs.SCORE_WEIGHTS: score.weights,
+            attrs.SCORE_ACTIVATIONS: score.activations,
+            attrs.CALIBRATION_LOSS: score.calibration_loss,
+            attrs.COST: cost,
+            attrs.SECONDS: round(time.perf_counter() - started, 6),
+            attrs.WORKER: workers.short_name(workers.worker_id()),
+        }
+        for name, value in facts.items():
+            trial.set_user_attr(name, value)
+        if budget is not None:
+            excess = cost / budget.limit(self.space.layers) - 1
+            trial.set_constraint(budget.metric, excess)
+            # optuna-dashboard up to 0.21 reads only the older form.
+            trial.study._storage.set_trial_system_attr(
+                trial._trial_id, attrs.OLD_CONSTRAINTS, [excess]
+            )
+        return score.total
+
+
+def budget_of(study: Study) -> Budget | None:
+    """Return the budget of a study: its sampler's, or its pruner's."""
+    if isinstance(study.sampler, ProgressiveBitSampler) and study.sampler.budget is not None:
+        return study.sampler.budget
+    return study.pruner.budget if isinstance(study.pruner, CostBudgetPruner) else None

@@ -1,0 +1,73 @@
+"""What a study is told once about its search, so that reports and other workers need no network."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import Any
+
+import optuna
+from optuna.study import Study
+
+from hq_optuna import attrs
+from hq_optuna.errors import ResumeError
+from hq_optuna.scoring import Sensitivity
+from hq_optuna.space import SearchSpace
+
+METRIC_NAME = "score_nats"
+"""Name of the trials' value in the dashboard and in `study.trials_dataframe()`."""
+
+
+def publish(
+    study: Study, space: SearchSpace, info: attrs.StudyInfo, sensitivity: Sensitivity
+) -> None:
+    """Write space, sensitivities and description into the study, if they are not there yet.
+
+    The description comes last: a study that has it is complete.
+    """
+    if attrs.INFO in study.user_attrs:
+        return
+    parts = {
+        **attrs.split(attrs.SPACE, space.to_json()),
+        **attrs.split(attrs.SENSITIVITY, sensitivity.to_json()),
+    }
+    for key, value in parts.items():
+        study._storage.set_study_system_attr(study._study_id, key, value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study.set_metric_names([METRIC_NAME])
+    study.set_user_attr(attrs.INFO, dataclasses.asdict(info))
+
+
+def stored_sensitivity(study: Study) -> Sensitivity | None:
+    """Return the sensitivities another worker published, or ``None``."""
+    if attrs.INFO not in study.user_attrs:
+        return None
+    system = study._storage.get_study_system_attrs(study._study_id)
+    table = attrs.join(attrs.SENSITIVITY, system)
+    return None if table is None else Sensitivity.from_json(table)
+
+
+def publish_facts(study: Study, facts: dict[str, Any]) -> None:
+    """Write what was measured at the end (accuracies, seconds) into the study, by name."""
+    stored = study.user_attrs
+    for name, value in facts.items():
+        key = f"{attrs.REPORT}:{name}"
+        if stored.get(key) != value:
+            study.set_user_attr(key, value)
+
+
+def refuse_foreign_study(study: Study) -> None:
+    """Refuse a study that holds trials but no search of ours.
+
+    Raises:
+        ResumeError: The study is of another kind.
+    """
+    multi = len(study.directions) != 1 or study.direction != optuna.study.StudyDirection.MINIMIZE
+    foreign = attrs.FINGERPRINT not in study.user_attrs and len(study.get_trials(deepcopy=False))
+    if multi or foreign:
+        raise ResumeError(
+            f"Study {study.study_name!r} in this storage belongs to another kind of study. "
+            "Give another study name (--name).",
+            changed=("kind of study",),
+        )

@@ -1,0 +1,98 @@
+"""A worker: asks for trials until the search is over, and waits between them when it must."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.study import Study
+from optuna.trial import Trial, TrialState
+
+from hq_optuna import workers
+from hq_optuna.attrs import Ticket
+from hq_optuna.samplers import ProgressiveBitSampler
+from hq_optuna.samplers.log import StepLog
+
+logger = logging.getLogger(__name__)
+
+SHORTEST_WAIT_S = 0.02
+LONGEST_WAIT_S = 1.0
+LEAST_GRACE_S = 10.0
+"""A running candidate is left to its worker at least this long before an idle one repeats it."""
+
+
+def fail_dead_trials(study: Study) -> int:
+    """Mark trials whose worker is certainly dead as failed, and return how many.
+
+    Their slots would be filled anyway; this keeps them from showing as running for ever.
+    """
+    failed = 0
+    storage = study._storage
+    for trial in storage.get_all_trials(
+        study._study_id, deepcopy=False, states=(TrialState.RUNNING,)
+    ):
+        ticket = Ticket.read(trial.system_attrs)
+        if ticket is None or not workers.is_dead(ticket.worker):
+            continue
+        try:
+            storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
+            failed += 1
+        except UpdateFinishedTrialError:  # another worker was quicker
+            continue
+    return failed
+
+
+class _Patience:
+    """Says when running trials have been quiet for so long that their work is repeated."""
+
+    def __init__(self) -> None:
+        self._seen: object = None
+        self._since = time.monotonic()
+
+    def exhausted(self, log: StepLog, slowest_s: float) -> bool:
+        step = log.open
+        assert step is not None
+        now = time.monotonic()
+        view = (step.step, tuple(sorted(step.done)), tuple(step.recording))
+        if view != self._seen:
+            self._seen, self._since = view, now
+        return now - self._since > max(LEAST_GRACE_S, 5 * slowest_s)
+
+
+def work(
+    study: Study,
+    objective: Callable[[Trial], float],
+    *,
+    on_progress: Callable[[StepLog], None] = lambda log: None,
+) -> None:
+    """Run trials until the search is over.
+
+    Ctrl-C gives the running candidate back (Optuna marks the trial failed, its slot is free again)
+    and raises `KeyboardInterrupt`; everything recorded stays.
+
+    Args:
+        study: With a `ProgressiveBitSampler`.
+        objective: Usually a `HessianObjective`.
+        on_progress: Called with the record after each trial and each wait.
+    """
+    sampler = study.sampler
+    assert isinstance(sampler, ProgressiveBitSampler)
+    fail_dead_trials(study)
+    patience, wait_s, slowest_s = _Patience(), SHORTEST_WAIT_S, 0.0
+    while True:
+        log = sampler.log(study)
+        on_progress(log)
+        step = log.open
+        if step is None:
+            return
+        waiting = bool(step.recording) if step.complete else not step.free
+        if waiting and not patience.exhausted(log, slowest_s):
+            time.sleep(wait_s)
+            wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+            continue
+        wait_s = SHORTEST_WAIT_S
+        started = time.monotonic()
+        study.optimize(objective, n_trials=1)
+        slowest_s = max(slowest_s, time.monotonic() - started)
