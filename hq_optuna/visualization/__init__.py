@@ -1,1 +1,19 @@
-"""."""
+"""Pictures of a search, as plotly figures, from what its storage holds and nothing else.
+
+Every picture is made in two halves: `…_info` reads a `History` into plain numbers, `…_figure` draws
+them, and ``plot_…(study)`` does both. A study without anything to draw gives a figure without data
+and a warning in the log. Backgrounds are transparent and texts mid-grey, so that figures stand on
+light and on dark pages.
+
+Example:
+    >>> from hq_optuna import visualization
+    >>> visualization.plot_bits(study).show()  # doctest: +SKIP
+"""
+
+from hq_optuna.visualization.bits import plot_bits
+from hq_optuna.visualization.candidates import plot_candidates
+from hq_optuna.visualization.cost_share import plot_cost_share
+from hq_optuna.visualization.sensitivity import plot_sensitivity
+from hq_optuna.visualization.steps import plot_steps
+
+__all__ = ["plot_bits", "plot_candidates", "plot_cost_share", "plot_sensitivity", "plot_steps"]

@@ -1,0 +1,128 @@
+"""`plot_bits`: which layer has how many bits after which step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import plotly.graph_objects as go
+from optuna.study import Study
+from plotly.subplots import make_subplots
+
+from hq_optuna.history import History, read_history
+from hq_optuna.layers import FLOAT_BITS
+from hq_optuna.visualization import _figure as f
+
+TITLE = "Bits of each layer over the steps"
+
+
+class BitsInfo(NamedTuple):
+    """Bits of the incumbents.
+
+    Attributes:
+        layers: Names in network order (`L`).
+        steps: Closed steps (`S`).
+        weight_bits: Shape ``(L, S)``.
+        activation_bits: Shape ``(L, S)``.
+        levels: All bits a layer of the space may have, fewest first.
+    """
+
+    layers: tuple[str, ...]
+    steps: tuple[int, ...]
+    weight_bits: tuple[tuple[int, ...], ...]
+    activation_bits: tuple[tuple[int, ...], ...]
+    levels: tuple[int, ...]
+
+
+def bits_info(history: History) -> BitsInfo:
+    """Read the bits of all layers after every closed step."""
+    names = tuple(layer.name for layer in history.space.layers)
+    configs = [record.config for record in history.records]
+    return BitsInfo(
+        layers=names,
+        steps=tuple(record.step for record in history.records),
+        weight_bits=tuple(tuple(c[name].weight_bits for c in configs) for name in names),
+        activation_bits=tuple(tuple(c[name].activation_bits for c in configs) for name in names),
+        levels=f.levels(history.space),
+    )
+
+
+def bits_figure(info: BitsInfo) -> go.Figure:
+    """Draw a heat map, layers × steps.
+
+    Activations get a panel of their own where they differ from the weights; when all have the same
+    bits in every step, the title says it in words instead.
+    """
+    if not info.steps:
+        return f.empty(TITLE, "No step is closed yet.")
+    panels = [("weights", info.weight_bits)]
+    title = TITLE
+    if info.activation_bits != info.weight_bits:
+        constant = {bits for row in info.activation_bits for bits in row}
+        if len(constant) > 1:
+            panels.append(("activations", info.activation_bits))
+        else:
+            (bits,) = constant
+            kept = "in float" if bits == FLOAT_BITS else f"at {bits} bits"
+            title += f" (weights; activations stay {kept})"
+    figure = make_subplots(
+        cols=len(panels),
+        shared_yaxes=True,
+        horizontal_spacing=0.03,
+        subplot_titles=[name for name, _ in panels] if len(panels) > 1 else None,
+    )
+    place = {bits: i for i, bits in enumerate(info.levels)}
+    n = len(info.levels)
+    # Two stops of the same colour per level make steps of the scale.
+    scale = [
+        (edge / n, colour)
+        for i, colour in enumerate(f.bit_colours(info.levels))
+        for edge in (i, i + 1)
+    ]
+    for column, (name, rows) in enumerate(panels, start=1):
+        part = f" ({name})" if len(panels) > 1 else ""
+        figure.add_heatmap(
+            x=list(info.steps),
+            y=[f.label(layer) for layer in info.layers],
+            z=np.array([[place[bits] for bits in row] for row in rows], dtype=np.uint8),
+            customdata=np.array(rows, dtype=np.uint8),
+            hovertemplate=f"%{{y}}<br>step %{{x}}<br>%{{customdata}} bits{part}<extra></extra>",
+            coloraxis="coloraxis",
+            row=1,
+            col=column,
+        )
+    height = f.layers_height(len(info.layers))
+    f.style(figure, title, height)
+    figure.update_layout(
+        coloraxis={
+            "colorscale": scale,
+            "cmin": -0.5,
+            "cmax": n - 0.5,
+            "colorbar": {
+                "title": {"text": "bits"},
+                "tickvals": list(range(n)),
+                "ticktext": [f.bits_text(bits) for bits in info.levels],
+                "lenmode": "pixels",
+                "len": min(height, 60 + 24 * n),
+                "y": 1,
+                "yanchor": "top",
+                "thickness": 16,
+                "outlinewidth": 0,
+            },
+        }
+    )
+    figure.update_xaxes(showgrid=False, zeroline=False, **f.step_axis(info.steps))
+    figure.update_yaxes(**f.layers_axis(info.layers))
+    return figure
+
+
+def plot_bits(study: Study) -> go.Figure:
+    """Plot the bits of every layer after every step as a heat map.
+
+    Args:
+        study: A study of a bit search, finished or not.
+
+    Raises:
+        ResumeError: The study is not a bit search.
+    """
+    return bits_figure(bits_info(read_history(study)))

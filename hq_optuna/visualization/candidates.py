@@ -1,0 +1,171 @@
+"""`plot_candidates`: what one step tried, and what it took."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import plotly.graph_objects as go
+from optuna.study import Study
+from plotly.subplots import make_subplots
+
+from hq_optuna.cost import Metric
+from hq_optuna.history import History, read_history
+from hq_optuna.visualization import _figure as f
+from hq_optuna.visualization.steps import describe_move
+
+TITLE = "Candidates of a step"
+
+
+class CandidateInfo(NamedTuple):
+    """One candidate against the incumbent its step started from.
+
+    Attributes:
+        number: Trial number.
+        move: What it lowers, in words.
+        rise: Rise of the score, nats (in step 0 the score itself).
+        saved: Cost saved, in the unit of the metric; ``None`` where unknown.
+        key: What the rule compares: the score for ``min``; for ``ratio`` the rise per cost saved,
+            the saving counted down to the budget only. The least wins; ``None`` never does.
+        won: Whether its step took it.
+    """
+
+    number: int
+    move: str
+    rise: float
+    saved: float | None
+    key: float | None
+    won: bool
+
+
+class CandidatesInfo(NamedTuple):
+    """The counted candidates of one step, the best of the rule first.
+
+    Attributes:
+        step: Number of the step, ``None`` when nothing was scored yet.
+        closed: Whether the step has its winner.
+        elsewhere: Number of the trial it took, if that is of an earlier step.
+        rule: Name of the winner rule.
+        metric: What is counted.
+        candidates: By ``key``.
+    """
+
+    step: int | None
+    closed: bool
+    elsewhere: int | None
+    rule: str
+    metric: Metric
+    candidates: tuple[CandidateInfo, ...]
+
+
+def candidates_info(history: History, step: int | None = None) -> CandidatesInfo:
+    """Read the candidates of a step, by default of the last one that has any.
+
+    Raises:
+        ValueError: The study has no scored candidate of this step, but of others.
+    """
+    info = history.info
+    steps = sorted({c.step for c in history.candidates if c.counted})
+    if not steps:
+        return CandidatesInfo(None, False, None, info.rule, info.metric, ())
+    if step is None:
+        step = steps[-1]
+    if step not in steps:
+        raise ValueError(f"Step {step} has no scored candidate; there are steps 0 to {steps[-1]}.")
+    parent = history.records[step - 1].winner if 0 < step <= len(history.records) else None
+    winner = history.records[step].winner if step < len(history.records) else None
+    found = []
+    for c in history.step(step):
+        rise, saved, key = c.score, None, c.score
+        if parent is not None:
+            rise, saved = c.score - parent.score, f.finite(parent.cost - c.cost)
+            if info.rule == "ratio":
+                needed = parent.cost - info.limit
+                worth = saved or 0.0
+                if 0 < needed < worth:
+                    worth = needed
+                key = rise / worth if worth > 0 else math.inf
+        won = winner is not None and c.number == winner.number
+        found.append(CandidateInfo(c.number, describe_move(c), rise, saved, f.finite(key), won))
+    ranked = sorted(found, key=lambda c: math.inf if c.key is None else c.key)
+    there = winner is None or any(c.won for c in found)
+    return CandidatesInfo(
+        step=step,
+        closed=winner is not None,
+        elsewhere=None if there or winner is None else winner.number,
+        rule=info.rule,
+        metric=info.metric,
+        candidates=tuple(ranked),
+    )
+
+
+def candidates_figure(info: CandidatesInfo) -> go.Figure:
+    """Draw rise, cost saved and the rule's quotient of every candidate, a row each."""
+    if info.step is None:
+        return f.empty(TITLE, "No candidate is scored yet.")
+    rows = info.candidates
+    savings = [c.saved for c in rows if c.saved is not None]
+    factor, unit = f.cost_unit(max(savings, default=0.0), info.metric)
+    first = "predicted loss rise (nats)" if info.step == 0 else "rise against the incumbent (nats)"
+    panels: list[tuple[str, list[float | None], str]] = [
+        (first, [c.rise for c in rows], "%{x:.4g} nats")
+    ]
+    if savings:
+        saved = [None if c.saved is None else c.saved / factor for c in rows]
+        panels.append((f"cost saved ({unit})", saved, f"%{{x:.4g}} {unit} saved"))
+        if info.rule == "ratio":
+            keys = [None if c.key is None else c.key * factor for c in rows]
+            panels.append(
+                (f"rise per saving (nats/{unit})", keys, f"%{{x:.4g}} nats per {unit} saved")
+            )
+    labels = [f"{c.move} (trial {c.number})" for c in rows]
+    winner = [c.won for c in rows]
+    figure = make_subplots(cols=len(panels), shared_yaxes=True, horizontal_spacing=0.04)
+    for column, (title, values, hover) in enumerate(panels, start=1):
+        figure.add_scatter(
+            x=values,
+            y=[f.label(text) for text in labels],
+            mode="markers",
+            marker={
+                "opacity": 1,
+                "line": {"width": 0},
+                "size": [15 if won else 10 for won in winner],
+                "symbol": ["star" if won else "circle" for won in winner],
+                "color": [f.VERMILION if won else f.BLUE for won in winner],
+            },
+            hovertemplate=f"%{{y}}<br>{hover}<extra></extra>",
+            showlegend=False,
+            row=1,
+            col=column,
+        )
+        known = [value for value in values if value is not None]
+        axis: dict[str, Any] = {"rangemode": "tozero", "nticks": 6}
+        if known and min(known) > 0 and max(known) > 20 * min(known):
+            axis = {"type": "log", "range": f.log_range(known), "exponentformat": "power"}
+            if max(known) > 1000 * min(known):
+                axis["dtick"] = 1  # whole decades only
+        figure.update_xaxes(title={"text": title}, **axis, row=1, col=column)
+    took = "★ taken" if any(winner) else "still open"
+    if info.elsewhere is not None:
+        took = f"the search ended with trial {info.elsewhere} of an earlier step"
+    f.style(
+        figure,
+        f"Candidates of step {info.step}, best first by rule “{f.label(info.rule)}” ({took})",
+        f.layers_height(len(rows)),
+    )
+    figure.update_yaxes(**{**f.layers_axis(labels, characters=70), "showgrid": True})
+    return figure
+
+
+def plot_candidates(study: Study, *, step: int | None = None) -> go.Figure:
+    """Plot all candidates of one step, the best first, the one it took marked.
+
+    Args:
+        study: A study of a bit search, finished or not.
+        step: Which step; by default the last one with a scored candidate.
+
+    Raises:
+        ResumeError: The study is not a bit search.
+        ValueError: There is no such step.
+    """
+    return candidates_figure(candidates_info(read_history(study), step))

@@ -1,0 +1,92 @@
+"""`plot_cost_share`: which layers the cost comes from, before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import plotly.graph_objects as go
+from numpy.typing import NDArray
+from optuna.study import Study
+
+from hq_optuna.assignment import BitConfig
+from hq_optuna.cost import CostModel, Metric, format_cost
+from hq_optuna.history import History, read_history
+from hq_optuna.visualization import _figure as f
+
+TITLE = "Share of each layer in the cost"
+
+
+class CostShareInfo(NamedTuple):
+    """Cost per layer, in the unit of the metric.
+
+    Attributes:
+        layers: Names in network order.
+        int8: With 8 bits everywhere.
+        incumbent: With the incumbent's bits (``None`` before the first step is closed).
+        metric: What is counted.
+    """
+
+    layers: tuple[str, ...]
+    int8: tuple[float, ...]
+    incumbent: tuple[float, ...] | None
+    metric: Metric
+
+
+def cost_share_info(history: History) -> CostShareInfo:
+    """Compute the cost of each layer at all-8-bit and for the incumbent."""
+    space, metric = history.space, history.info.metric
+    model = CostModel(space.layers, metric)
+    names = tuple(layer.name for layer in space.layers)
+    incumbent = None
+    if history.incumbent is not None:
+        incumbent = tuple(model.per_layer(history.incumbent.config).tolist())
+    int8 = tuple(model.per_layer(BitConfig.uniform(names, 8, 8)).tolist())
+    return CostShareInfo(names, int8, incumbent, metric)
+
+
+def shares(costs: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return each cost as a fraction of their sum, shape ``(L,)``; zeros where the sum is zero."""
+    values = np.asarray(costs, dtype=np.float64)
+    total = float(values.sum())
+    return values / total if total > 0 else values
+
+
+def cost_share_figure(info: CostShareInfo) -> go.Figure:
+    """Draw two bars a layer: its share in the all-8-bit cost, and in the incumbent's."""
+    figure = go.Figure()
+    bars = [("all 8 bits", info.int8, f.GREY), ("incumbent", info.incumbent, f.BLUE)]
+    for name, costs, colour in bars:
+        if costs is None:
+            continue
+        total = format_cost(sum(costs), info.metric)
+        figure.add_bar(
+            x=shares(costs),
+            y=[f.label(layer) for layer in info.layers],
+            name=f"{name}<br>({total})",
+            orientation="h",
+            marker={"color": colour, "line": {"width": 0}},
+            customdata=[format_cost(cost, info.metric) for cost in costs],
+            hovertemplate=f"%{{y}}<br>{name}: %{{x:.1%}} of {total} (%{{customdata}})"
+            "<extra></extra>",
+        )
+    f.style(figure, TITLE, f.layers_height(len(info.layers)))
+    figure.update_layout(
+        barmode="group", showlegend=True, bargap=0.25, legend={"traceorder": "normal"}
+    )
+    figure.update_xaxes(title={"text": "share of the total"}, tickformat=".0%", rangemode="tozero")
+    figure.update_yaxes(**f.layers_axis(info.layers))
+    return figure
+
+
+def plot_cost_share(study: Study) -> go.Figure:
+    """Plot each layer's share of the cost with 8 bits everywhere and for the incumbent.
+
+    Args:
+        study: A study of a bit search, finished or not.
+
+    Raises:
+        ResumeError: The study is not a bit search.
+    """
+    return cost_share_figure(cost_share_info(read_history(study)))

@@ -1,0 +1,170 @@
+"""`plot_sensitivity`: what each number of bits would cost each layer in loss."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import plotly.graph_objects as go
+from optuna.study import Study
+from plotly.subplots import make_subplots
+
+from hq_optuna.history import History, read_history
+from hq_optuna.layers import FLOAT_BITS
+from hq_optuna.visualization import _figure as f
+
+TITLE = "Sensitivity of each layer"
+
+Rows = tuple[tuple[float | None, ...], ...]
+
+
+class SensitivityInfo(NamedTuple):
+    """Predicted loss rise, nats, per layer and bits; ``None`` where it was not computed.
+
+    Attributes:
+        layers: Names in network order (`L`).
+        bits: Widest first (`B`).
+        weights: Shape ``(L, B)``.
+        activations: Shape ``(L, B)``.
+        weight_bits: The incumbent's bits per layer (``None`` before the first step is closed).
+        activation_bits: Likewise.
+    """
+
+    layers: tuple[str, ...]
+    bits: tuple[int, ...]
+    weights: Rows
+    activations: Rows
+    weight_bits: tuple[int, ...] | None
+    activation_bits: tuple[int, ...] | None
+
+
+def sensitivity_info(history: History) -> SensitivityInfo:
+    """Read the stored sensitivity table, and where the incumbent stands in it."""
+    names = tuple(layer.name for layer in history.space.layers)
+    table = history.sensitivity
+    found = {bits for parts in table.values() for row in parts.values() for bits in row}
+    bits = tuple(sorted(found - {FLOAT_BITS}, reverse=True))
+
+    def rows(part: str) -> Rows:
+        return tuple(
+            tuple(f.finite(table.get(name, {}).get(part, {}).get(b, math.nan)) for b in bits)
+            for name in names
+        )
+
+    config = None if history.incumbent is None else history.incumbent.config
+    return SensitivityInfo(
+        layers=names,
+        bits=bits,
+        weights=rows("weights"),
+        activations=rows("activations"),
+        weight_bits=None if config is None else tuple(config[n].weight_bits for n in names),
+        activation_bits=None if config is None else tuple(config[n].activation_bits for n in names),
+    )
+
+
+def sensitivity_figure(info: SensitivityInfo) -> go.Figure:
+    """Draw a heat map, layers × bits, with a log colour; circles show the incumbent's bits.
+
+    A cell that was not computed, or whose rise is zero, stays empty.
+    """
+    panels = [
+        (name, rows, chosen)
+        for name, rows, chosen in (
+            ("weights", info.weights, info.weight_bits),
+            ("activations", info.activations, info.activation_bits),
+        )
+        if any(value is not None for row in rows for value in row)
+    ]
+    if not panels:
+        return f.empty(TITLE, "The study holds no sensitivities.")
+    columns = [str(bits) for bits in info.bits]
+    labels = [f.label(layer) for layer in info.layers]
+    figure = make_subplots(
+        cols=len(panels),
+        shared_yaxes=True,
+        horizontal_spacing=0.03,
+        subplot_titles=[name for name, _, _ in panels],
+    )
+    positive: list[float] = []
+    for column, (name, rows, chosen) in enumerate(panels, start=1):
+        positive += [value for row in rows for value in row if value is not None and value > 0]
+        figure.add_heatmap(
+            x=columns,
+            y=labels,
+            z=[[math.log10(v) if v is not None and v > 0 else None for v in row] for row in rows],
+            customdata=[list(row) for row in rows],
+            hovertemplate=f"%{{y}}<br>{name} at %{{x}} bits<br>"
+            "predicted loss rise %{customdata:.3g} nats<extra></extra>",
+            coloraxis="coloraxis",
+            row=1,
+            col=column,
+        )
+        marked = [
+            (str(bits), layer)
+            for bits, layer in zip(chosen or (), labels, strict=False)
+            if bits in info.bits
+        ]
+        if marked:
+            figure.add_scatter(
+                x=[bits for bits, _ in marked],
+                y=[layer for _, layer in marked],
+                mode="markers",
+                marker={
+                    "symbol": "circle",
+                    "size": 7,
+                    "color": "white",
+                    "line": {"color": "black", "width": 1},
+                },
+                hoverinfo="skip",
+                showlegend=False,
+                row=1,
+                col=column,
+            )
+    height = f.layers_height(len(info.layers))
+    circles = "" if info.weight_bits is None else " (○ bits of the incumbent)"
+    f.style(figure, TITLE + circles, height)
+    low, high = (math.log10(min(positive)), math.log10(max(positive))) if positive else (0.0, 0.0)
+    decades = range(math.ceil(low), math.floor(high) + 1)
+    ticks = list(decades) if len(decades) > 1 else [low, high]
+    figure.update_layout(
+        coloraxis={
+            "colorscale": "Viridis",
+            "cmin": low,
+            "cmax": high if high > low else low + 1,
+            "colorbar": {
+                "title": {"text": "nats"},
+                "tickvals": ticks,
+                "ticktext": [
+                    f"10<sup>{t}</sup>".replace("-", "−") if isinstance(t, int) else f"{10**t:.2g}"
+                    for t in ticks
+                ],
+                "lenmode": "pixels",
+                "len": min(height, 320),
+                "y": 1,
+                "yanchor": "top",
+                "thickness": 16,
+                "outlinewidth": 0,
+            },
+        }
+    )
+    figure.update_xaxes(
+        type="category",
+        categoryorder="array",
+        categoryarray=columns,
+        title={"text": "bits"},
+        showgrid=False,
+    )
+    figure.update_yaxes(**f.layers_axis(info.layers))
+    return figure
+
+
+def plot_sensitivity(study: Study) -> go.Figure:
+    """Plot the predicted loss rise of every layer at every number of bits.
+
+    Args:
+        study: A study of a bit search, finished or not.
+
+    Raises:
+        ResumeError: The study is not a bit search.
+    """
+    return sensitivity_figure(sensitivity_info(read_history(study)))

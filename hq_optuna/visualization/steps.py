@@ -1,0 +1,162 @@
+"""`plot_steps`: score and cost of the incumbent, step by step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import plotly.graph_objects as go
+from optuna.study import Study
+from plotly.subplots import make_subplots
+
+from hq_optuna.cost import Metric, format_cost
+from hq_optuna.history import Candidate, History, read_history
+from hq_optuna.visualization import _figure as f
+
+TITLE = "Score and cost over the steps"
+
+
+class StepsInfo(NamedTuple):
+    """The incumbents, one entry per closed step; ``None`` where a number was not measured.
+
+    Attributes:
+        steps: Numbers of the steps.
+        taken: What each step took, in words.
+        score: Predicted loss rise, nats.
+        score_weights: The weights' part.
+        score_activations: The activations' part.
+        calibration_loss: Measured loss.
+        cost: In the unit of ``metric``.
+        limit: The budget.
+        int8: Cost with 8 bits everywhere.
+        metric: What is counted.
+    """
+
+    steps: tuple[int, ...]
+    taken: tuple[str, ...]
+    score: tuple[float | None, ...]
+    score_weights: tuple[float | None, ...]
+    score_activations: tuple[float | None, ...]
+    calibration_loss: tuple[float | None, ...]
+    cost: tuple[float | None, ...]
+    limit: float
+    int8: float
+    metric: Metric
+
+
+def describe_move(candidate: Candidate) -> str:
+    """Return what a candidate lowers, ``"conv1 8 → 7"``; ``"start"`` for the first of all."""
+    if candidate.variable is None or candidate.from_bits is None or candidate.to_bits is None:
+        return "start"
+    bits = f"{f.bits_text(candidate.from_bits)} → {f.bits_text(candidate.to_bits)}"
+    return f"{f.shorten(candidate.variable)} {bits}"
+
+
+def steps_info(history: History) -> StepsInfo:
+    """Read the incumbent of every closed step."""
+    winners = [record.winner for record in history.records]
+    return StepsInfo(
+        steps=tuple(record.step for record in history.records),
+        taken=tuple(describe_move(winner) for winner in winners),
+        score=tuple(f.finite(winner.score) for winner in winners),
+        score_weights=tuple(f.finite(winner.score_weights) for winner in winners),
+        score_activations=tuple(f.finite(winner.score_activations) for winner in winners),
+        calibration_loss=tuple(f.finite(winner.calibration_loss) for winner in winners),
+        cost=tuple(f.finite(winner.cost) for winner in winners),
+        limit=history.info.limit,
+        int8=history.info.int8,
+        metric=history.info.metric,
+    )
+
+
+def steps_figure(info: StepsInfo) -> go.Figure:
+    """Draw the score and its parts on a log axis, and the cost with the budget below."""
+    if not info.steps:
+        return f.empty(TITLE, "No step is closed yet.")
+    figure = make_subplots(rows=2, shared_xaxes=True, vertical_spacing=0.08)
+    mode = "lines+markers" if len(info.steps) <= 60 else "lines"
+    taken = [f.label(text) for text in info.taken]
+    parts = [
+        ("score", info.score, {"color": f.BLUE, "width": 2.5}, True),
+        ("weights' part", info.score_weights, {"color": f.ORANGE, "dash": "dash"}, True),
+        ("activations' part", info.score_activations, {"color": f.GREEN, "dash": "dot"}, True),
+        (
+            "calibration loss<br>(click to show)",
+            info.calibration_loss,
+            {"color": f.VERMILION, "dash": "dashdot"},
+            "legendonly",
+        ),
+    ]
+    shown: list[float] = []
+    for name, values, line, visible in parts:
+        # A log axis has no zero; a part that is zero throughout is left out.
+        positive = [value if value is not None and value > 0 else None for value in values]
+        if not any(positive):
+            continue
+        if visible is True:
+            shown += [value for value in positive if value is not None]
+        figure.add_scatter(
+            x=list(info.steps),
+            y=positive,
+            name=name,
+            mode=mode,
+            line=line,
+            visible=visible,
+            customdata=taken,
+            hovertemplate="step %{x}: %{customdata}<br>%{y:.4g} nats",
+            row=1,
+            col=1,
+        )
+    factor, unit = f.cost_unit(info.int8, info.metric)
+    figure.add_scatter(
+        x=list(info.steps),
+        y=[None if cost is None else cost / factor for cost in info.cost],
+        name="cost",
+        mode=mode,
+        line={"color": f.GREY, "width": 2.5},
+        customdata=[
+            [what, None if cost is None else cost / info.int8]
+            for what, cost in zip(taken, info.cost, strict=True)
+        ],
+        hovertemplate="step %{x}: %{customdata[0]}<br>"
+        f"%{{y:.4g}} {unit}, %{{customdata[1]:.1%}} of all-8-bit",
+        row=2,
+        col=1,
+    )
+    figure.add_hline(
+        y=info.limit / factor, line={"color": f.VERMILION, "dash": "dash"}, row=2, col=1
+    )
+    f.style(figure, TITLE, 460)
+    figure.add_annotation(
+        text=f"budget {format_cost(info.limit, info.metric)} "
+        f"({info.limit / info.int8:.1%} of all-8-bit)",
+        x=0,
+        xref="x2 domain",
+        xanchor="left",
+        y=info.limit / factor,
+        yref="y2",
+        yanchor="bottom",
+        showarrow=False,
+    )
+    figure.update_yaxes(
+        type="log",
+        title={"text": "predicted loss rise (nats)"},
+        exponentformat="power",
+        range=f.log_range(shown),
+        row=1,
+    )
+    figure.update_yaxes(title={"text": f"cost ({unit})"}, rangemode="tozero", row=2)
+    figure.update_xaxes(zeroline=False, **f.step_axis(info.steps))
+    figure.update_xaxes(title=None, row=1)
+    return figure
+
+
+def plot_steps(study: Study) -> go.Figure:
+    """Plot the score's parts and the cost of the incumbent over the steps, with the budget.
+
+    Args:
+        study: A study of a bit search, finished or not.
+
+    Raises:
+        ResumeError: The study is not a bit search.
+    """
+    return steps_figure(steps_info(read_history(study)))

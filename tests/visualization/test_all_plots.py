@@ -1,0 +1,103 @@
+"""What holds for every picture."""
+
+import json
+import subprocess
+import sys
+
+import optuna
+import plotly.graph_objects as go
+import pytest
+
+from hq_optuna import visualization
+from hq_optuna.cost import Budget
+from hq_optuna.errors import ResumeError
+from tests.fake_search import fake_space, fake_study
+
+PLOTS = [getattr(visualization, name) for name in visualization.__all__]
+
+
+@pytest.mark.parametrize("plot", PLOTS)
+def test_every_plot_of_a_finished_search_has_data_and_a_title(plot):
+    figure = plot(fake_study(6))
+    assert isinstance(figure, go.Figure)
+    assert len(figure.data) >= 1
+    assert figure.layout.title.text
+
+
+@pytest.mark.parametrize(
+    ("plot", "words"),
+    [
+        (visualization.plot_bits, "No step is closed yet"),
+        (visualization.plot_steps, "No step is closed yet"),
+        (visualization.plot_candidates, "No candidate is scored yet"),
+        (visualization.plot_sensitivity, "holds no sensitivities"),
+    ],
+)
+def test_a_study_with_nothing_to_draw_gives_an_empty_figure_and_a_warning(plot, words, caplog):
+    figure = plot(fake_study(6, n_trials=0, sensitivity=False))
+    assert len(figure.data) == 0
+    assert words in caplog.text
+    assert words in figure.layout.annotations[0].text
+
+
+@pytest.mark.parametrize("n_trials", range(1, 8))
+@pytest.mark.parametrize("plot", PLOTS)
+def test_every_plot_works_wherever_the_search_was_stopped(plot, n_trials):
+    json.loads(plot(fake_study(5, n_trials=n_trials)).to_json())
+
+
+@pytest.mark.parametrize("plot", PLOTS)
+def test_every_plot_works_on_trials_without_user_attributes(plot):
+    json.loads(plot(fake_study(5, bare=True)).to_json())
+
+
+@pytest.mark.parametrize("plot", PLOTS)
+def test_every_plot_refuses_a_study_of_another_kind(plot):
+    with pytest.raises(ResumeError, match="is not a bit search of hq_optuna"):
+        plot(optuna.create_study(study_name="other"))
+
+
+@pytest.mark.parametrize("plot", PLOTS)
+def test_every_plot_needs_nothing_but_the_storage(plot, tmp_path):
+    url = f"sqlite:///{tmp_path}/search.db"
+    study = fake_study(4, storage=url, budget=Budget.fraction(bops=0.5))
+    loaded = optuna.load_study(study_name="fake", storage=url)  # no sampler of ours
+    assert plot(loaded).to_dict() == plot(study).to_dict()
+
+
+@pytest.mark.parametrize("plot", PLOTS)
+def test_every_plot_is_transparent_and_leaves_the_study_as_it_was(plot):
+    study = fake_study(4)
+    before = [vars(trial) for trial in study.get_trials()], study.user_attrs
+    figure = plot(study)
+    assert figure.layout.paper_bgcolor == figure.layout.plot_bgcolor == "rgba(0,0,0,0)"
+    assert ([vars(trial) for trial in study.get_trials()], study.user_attrs) == before
+
+
+@pytest.mark.parametrize("budget", [Budget.fraction(size_bytes=0.5), Budget.fraction(bops=0.5)])
+def test_costs_are_labelled_in_the_unit_of_the_metric(budget):
+    figure = visualization.plot_steps(fake_study(6, budget=budget))
+    unit = {"bops": "cost (MBOPs)", "size_bytes": "cost (KiB)"}[budget.metric]
+    assert figure.layout.yaxis2.title.text == unit
+    share = visualization.plot_cost_share(fake_study(6, budget=budget))
+    assert ("BOPs" if budget.metric == "bops" else "KiB") in share.data[0].name
+
+
+def test_layer_names_are_shown_as_text_and_not_as_html():
+    space = fake_space(4)
+    layers = list(space.layers)
+    object.__setattr__(layers[1], "name", "<b>a</b>")
+    study = fake_study(type(space).build(layers, bits=(8, 4)))
+    for plot in PLOTS:
+        text = json.dumps(json.loads(plot(study).to_json()))  # without plotly's own escapes
+        assert "&lt;b&gt;a&lt;/b&gt;" in text
+        assert "<b>" not in text
+
+
+def test_the_plots_load_no_torch():
+    code = (
+        "import sys, hq_optuna.visualization; from tests.fake_search import fake_study; "
+        "hq_optuna.visualization.plot_bits(fake_study(4)); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
