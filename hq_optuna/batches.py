@@ -18,13 +18,13 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from hq_optuna.errors import DataError
 
 Inputs = Tensor | list[Any] | tuple[Any, ...] | Mapping[str, Any]
-"""What a network is called with: one tensor or list, positional arguments, or keyword arguments."""
+"""What a network is called with: one tensor, positional arguments, or keyword arguments."""
 
 
 def forward(network: nn.Module, inputs: Inputs) -> Any:
-    """Call the network: a tuple becomes positional, a mapping keyword arguments.
+    """Call the network: a tuple or list becomes positional, a mapping keyword arguments.
 
-    A tensor is one argument, and so is a list: detectors take a list of images.
+    A detector that takes a list of images as its one argument is given ``([image, …],)``.
     """
     # The fused transformer layer would compute with weights of layers that it never calls.
     fused = torch.backends.mha.get_fastpath_enabled()
@@ -32,7 +32,7 @@ def forward(network: nn.Module, inputs: Inputs) -> Any:
     try:
         if isinstance(inputs, Mapping):
             return network(**inputs)
-        return network(*inputs) if isinstance(inputs, tuple) else network(inputs)
+        return network(inputs) if isinstance(inputs, Tensor) else network(*inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
 
@@ -128,6 +128,7 @@ def read_batches(data: Any, *, batch_size: int = 32, what: str = "calibration") 
     # Reading one batch again is enough to catch shuffling and random augmentation.
     if not isinstance(data, (tuple, Iterator)):
         with torch.random.fork_rng(devices=[]):
+            torch.rand(1)  # another state than at the first reading, or shuffles would repeat
             again = _read(data, batch_size, what, limit=1)
         if again.digest() != Batches(first[:1]).digest():
             raise DataError(
@@ -183,6 +184,8 @@ def _batch(item: Any, what: str) -> Batch:
             "Unlabelled data cannot give a loss."
         )
     inputs, labels = item
+    if isinstance(inputs, list):  # what collating makes of samples with several inputs
+        inputs = tuple(inputs)
     first = next(tensors(inputs), None)
     if first is None:
         raise DataError(f"A {what} batch holds no tensor as input.")
@@ -192,10 +195,11 @@ def _batch(item: Any, what: str) -> Batch:
             f"A {what} batch has labels of type {type(labels).__name__}; give tensors (a Dataset "
             "of (image, number) samples is batched for you, a plain list of samples is not)."
         )
-    if isinstance(labels, Tensor) and (labels.dim() == 0 or len(labels) % n):
+    if isinstance(labels, Tensor) and (labels.dim() == 0 or (n and len(labels) % n)):
         shape = tuple(labels.shape)
         raise DataError(
-            f"A {what} batch holds {n} inputs and labels of shape {shape}; give one label per input."
+            f"A {what} batch holds {n} inputs and labels of shape {shape}; "
+            "give one label per input."
         )
     return Batch(inputs, labels, n)
 

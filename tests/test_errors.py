@@ -60,18 +60,7 @@ def test_a_resume_error_names_what_changed() -> None:
     assert ResumeError("other").changed == ()
 
 
-REBUILT = [
-    pytest.param(
-        kind,
-        marks=pytest.mark.xfail(strict=True, reason="keyword-only arguments are not in `args`"),
-    )
-    if kind is BudgetError
-    else kind
-    for kind in ALL
-]
-
-
-@pytest.mark.parametrize("kind", REBUILT)
+@pytest.mark.parametrize("kind", ALL)
 def test_an_error_survives_the_way_out_of_a_worker_process(kind: type[HqOptunaError]) -> None:
     # `copy` rebuilds an exception as a process pool does: a class that cannot be rebuilt from
     # its arguments breaks the whole pool instead of raising in the parent.

@@ -74,9 +74,8 @@ def watch_inputs(
     handles = []
     try:
         for name in names:
-            def hook(
-                _module: nn.Module, args: Any, kwargs: Any, name: str = name
-            ) -> None:
+
+            def hook(_module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
                 see(name, first_input(args, kwargs))
 
             module = network.get_submodule(name)

@@ -1,4 +1,4 @@
-"""One verb for users: `prepare` a copy of the network once, then `set_bits` as often as you like."""
+"""One verb for users: `prepare` a copy of the network once, then `set_bits` at will."""
 
 from __future__ import annotations
 

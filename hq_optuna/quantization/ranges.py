@@ -107,7 +107,9 @@ def affine_range(low: float, high: float, bits: int) -> AffineRange:
     return AffineRange(scale, int(np.clip(round(-low / scale), quant_min, quant_max)))
 
 
-def histogram_range(counts: NDArray[np.float64], edges: NDArray[np.float64], bits: int) -> AffineRange:
+def histogram_range(
+    counts: NDArray[np.float64], edges: NDArray[np.float64], bits: int
+) -> AffineRange:
     """Return the range with the least squared error over a histogram.
 
     Args:
