@@ -72,6 +72,8 @@ def fact(name: str, value: Any) -> str:
         if "accuracy" in name and 0 <= value <= 1:
             return percent(value)
         return f"{value:.6g}" if isinstance(value, float) else f"{value:,}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {fact(str(key), item)}" for key, item in value.items())
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -217,7 +219,7 @@ def _record(data: Mapping[str, Any]) -> list[Block]:
     fingerprint = data["fingerprint"]
     parts = fingerprint if isinstance(fingerprint, dict) else {"fingerprint": fingerprint}
     reproduce = [(f"fingerprint: {k}", fact(k, v)) for k, v in parts.items() if v is not None]
-    reproduce += [(f"version: {k}", v) for k, v in data["versions"].items()]
+    reproduce += [(f"installed now: {k}", v) for k, v in data["versions"].items()]
     lines = () if data["command"] else ("The command of this search is not known.",)
     return [
         Block(

@@ -290,6 +290,7 @@ def test_numbers_have_three_digits_and_none_is_not_measured():
         ("corrected", True, "true"),
         ("note", "as found", "as found"),
         ("list", [1, 2], "[1, 2]"),
+        ("versions", {"optuna": "5.0.0", "n": 1000}, "optuna 5.0.0, n 1,000"),
     ],
 )
 def test_facts_read_well(name, value, text):
