@@ -139,7 +139,7 @@ def candidates_figure(info: CandidatesInfo) -> go.Figure:
             col=column,
         )
         known = [value for value in values if value is not None]
-        axis: dict[str, Any] = {"rangemode": "tozero", "nticks": 6}
+        axis: dict[str, Any] = {"rangemode": "tozero", "nticks": 6, "exponentformat": "power"}
         if known and min(known) > 0 and max(known) > 20 * min(known):
             axis = {"type": "log", "range": f.log_range(known), "exponentformat": "power"}
             if max(known) > 1000 * min(known):
