@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hq_optuna import attrs, workers
 from hq_optuna.assignment import BitConfig
 from hq_optuna.attrs import StudyInfo, Ticket
+from hq_optuna.cost import CostModel
 from hq_optuna.errors import ResumeError
 from hq_optuna.space import SearchSpace
 
@@ -132,14 +133,15 @@ def read_history(study: Study) -> History:
         )
     space = SearchSpace.from_json(space_data)
     trials = storage.get_all_trials(study._study_id, deepcopy=False)
-    candidates, records = _read_trials(trials, space)
+    info = StudyInfo.from_json(user[attrs.INFO])
+    candidates, records = _read_trials(trials, space, CostModel(space.layers, info.metric))
     table = attrs.join(attrs.SENSITIVITY, system) or {}
     states = [trial.state for trial in trials]
     prefix = f"{attrs.REPORT}:"
     return History(
         study_name=study.study_name,
         space=space,
-        info=StudyInfo.from_json(user[attrs.INFO]),
+        info=info,
         candidates=candidates,
         records=records,
         sensitivity={
@@ -157,7 +159,7 @@ def read_history(study: Study) -> History:
 
 
 def _read_trials(
-    trials: list[FrozenTrial], space: SearchSpace
+    trials: list[FrozenTrial], space: SearchSpace, model: CostModel
 ) -> tuple[tuple[Candidate, ...], tuple[StepRecord, ...]]:
     names = [variable.name for variable in space.variables]
     candidates: dict[int, Candidate] = {}
@@ -186,7 +188,7 @@ def _read_trials(
                 score_weights=user.get(attrs.SCORE_WEIGHTS, float("nan")),
                 score_activations=user.get(attrs.SCORE_ACTIVATIONS, float("nan")),
                 calibration_loss=user.get(attrs.CALIBRATION_LOSS, float("nan")),
-                cost=user.get(attrs.COST, float("nan")),
+                cost=model.cost(space.config(ticket.bits)),
                 seconds=user.get(attrs.SECONDS, duration),
                 worker=user.get(attrs.WORKER) or workers.short_name(ticket.worker),
                 counted=place not in seen,

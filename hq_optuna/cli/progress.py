@@ -100,4 +100,6 @@ class SearchProgress:
             self._bars.update(self._tasks[what], completed=share, says=says)
         elif always or time.monotonic() - self._printed > LINE_EVERY_S:
             self._printed = time.monotonic()
-            self.console.print(f"{what}: {100 * share:.0f} %  {says}", highlight=False)
+            self.console.print(
+                f"{what}: {100 * share:.0f} %  {says}", highlight=False, soft_wrap=True
+            )

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from hq_optuna.cli import show
 from hq_optuna.cli.progress import SearchProgress
-from hq_optuna.cost import Budget
+from hq_optuna.cost import Budget, macs
 from hq_optuna.errors import SpaceError, StudyFileError
 from hq_optuna.layers import FLOAT_BITS
 from hq_optuna.runner.budget_text import parse_budget
@@ -82,15 +82,20 @@ def run(
         settings.pop("seed", 0),
     )
 
-    console.print(f"[bold]{show.plain(place.name)}[/]  {show.plain(file.doc)}", highlight=False)
+    console.print(
+        f"[bold]{show.plain(place.name)}[/]  {show.plain(file.doc)}",
+        highlight=False,
+        soft_wrap=True,
+    )
     with console.status("loading PyTorch and the study's network and data"):
         import torch
 
         from hq_optuna.runner.bit_search import BitSearch
         from hq_optuna.runner.report import report_data, write_report
 
-        torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        torch.set_num_threads(threads or n_cores())
+        # Failed trials show as errors of ours; Optuna would add its traceback to each.
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
         parts = file.build(place.folder, options)
         if parts.loss is not None:
             settings["loss_fn"] = parts.loss
@@ -101,9 +106,10 @@ def run(
             evaluate=parts.evaluate,
             **settings,
         )
+        torch.set_num_threads(threads or sensible_threads(macs(search.space.layers)))
     show.opening(console, search, place)
     for warning in search.objective.warnings:
-        console.print(f"[yellow]Warning:[/] {show.plain(warning)}", highlight=False)
+        console.print(f"[yellow]Warning:[/] {show.plain(warning)}", highlight=False, soft_wrap=True)
     existed = study_exists(place.storage, place.name)
     with SearchProgress(console, search.space, search.budget) as progress:
         found = search.optimize(
@@ -122,16 +128,39 @@ def run(
             else f"Went on at step {progress.first_step}, after {progress.first_candidates} "
             "candidates of an earlier run.",
             highlight=False,
+            soft_wrap=True,
         )
-    with console.status("measuring on the validation data"):
-        result = search.result(found)
+    with console.status("measuring on validation and test data"):
+        result = search.result(found, test=parts.test)
     report, saved = place.folder / "report.html", place.folder / "result"
     if not (existed and progress.was_finished and report.exists() and saved.exists()):
         result.save(saved)
         write_report(found, report, command=command)
     show.result(console, found)
-    console.print(f"Report: {report}\nResult: {saved}  (hq_optuna.load)", highlight=False)
+    console.print(
+        f"Report: {report}\nResult: {saved}  (hq_optuna.load)", highlight=False, soft_wrap=True
+    )
     return {**report_data(found, command=command), "report": str(report), "result": str(saved)}
+
+
+def n_cores() -> int:
+    """Return the processor cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def sensible_threads(macs_per_sample: int) -> int:
+    """Return how many threads a network's forward pass can keep busy.
+
+    Below some ten million MACs a sample threads wait for each other more than they compute, and on
+    a busy machine many times more. Depends on the network and the number of cores alone.
+
+    Example:
+        >>> sensible_threads(500_000)
+        1
+    """
+    return max(1, min(n_cores(), macs_per_sample // 5_000_000))
 
 
 def read_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def opening(console: Console, search: Any, place: Any) -> None:
     ]
     for name, kind, reason in search.objective.skipped:
         lines.append(f"not quantized: {name} ({kind}): {reason}")
-    console.print("\n".join(plain(line) for line in lines), highlight=False)
+    console.print("\n".join(plain(line) for line in lines), highlight=False, soft_wrap=True)
 
 
 def bits_text(bits: int) -> str:
@@ -72,7 +72,7 @@ def result(console: Console, study: Study) -> None:
             "-" if row.sensitivity is None else f"{row.sensitivity:.2g}",
         )
     console.print(table)
-    console.print(_summary(history), highlight=False)
+    console.print(_summary(history), highlight=False, soft_wrap=True)
 
 
 def _summary(history: History) -> str:
@@ -94,13 +94,15 @@ def _summary(history: History) -> str:
     measured = sorted(name.removesuffix("_before") for name in facts if name.endswith("_before"))
     for name in measured:
         before, after = facts[f"{name}_before"], facts.get(f"{name}_after", float("nan"))
-        if name == "accuracy":
+        what = "test" if name.startswith("test_") else "validation"
+        named = name.removeprefix("test_")
+        if named == "accuracy":
             before, after, unit = 100 * before, 100 * after, " %"
         else:
             unit = ""
         lines.append(
-            f"{plain(name):<9} {before:.2f}{unit} float -> [bold]{after:.2f}{unit}[/] quantized "
-            f"({facts.get('validation_samples', '?')} validation samples)"
+            f"{plain(named):<9} {before:.2f}{unit} float -> [bold]{after:.2f}{unit}[/] quantized "
+            f"({facts.get(f'{what}_samples', '?')} {what} samples)"
         )
     if not history.met:
         lines.append("[bold red]The budget is not met.[/]")
@@ -112,7 +114,7 @@ def status(console: Console, study: Study) -> None:
     history = read_history(study)
     info, record = history.info, history.incumbent
     state = "finished" if history.met else f"running, step {len(history.records)} is open"
-    console.print(f"[bold]{plain(study.study_name)}[/]  {state}", highlight=False)
+    console.print(f"[bold]{plain(study.study_name)}[/]  {state}", highlight=False, soft_wrap=True)
     if record is not None:
         start = history.records[0].winner.cost
         way = start - info.limit
@@ -124,8 +126,8 @@ def status(console: Console, study: Study) -> None:
         )
         for part, index in (("weights", 0), ("activations", 1)):
             digits = " ".join(bits_text(bits[index]) for bits in record.config.values())
-            console.print(f"{part:<12}{digits}", highlight=False)
-    console.print(_summary(history), highlight=False)
+            console.print(f"{part:<12}{digits}", highlight=False, soft_wrap=True)
+    console.print(_summary(history), highlight=False, soft_wrap=True)
     console.print(
         f"{history.n_running} running, {history.n_pruned} not needed, {history.n_failed} failed "
         "or given back",

@@ -65,7 +65,8 @@ class Budget:
 
     def __str__(self) -> str:
         if self.relative:
-            return f"{self.value:.4g} of the all-8-bit {self.metric}"
+            what = "BOPs" if self.metric == "bops" else "size"
+            return f"{100 * self.value:.6g} % of the all-8-bit {what}"
         return format_cost(self.value, self.metric)
 
 

@@ -42,8 +42,8 @@ def weight_scale(weight: Tensor, bits: int, channel_axis: int) -> Tensor:
         Shape ``(channels,)``, the weight's dtype and device, positive.
 
     Example:
-        >>> weight_scale(torch.tensor([[1.0, -2.0, 1.0]]), bits=2, channel_axis=0)
-        tensor([1.])
+        >>> weight_scale(torch.tensor([[1.0, -2.0, 0.0]]), bits=2, channel_axis=0)
+        tensor([1.5000])
     """
     rows = _rows(weight, channel_axis).to(torch.float64)
     if bits == 1:

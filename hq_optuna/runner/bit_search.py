@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from hq_optuna import attrs
-from hq_optuna.batches import read_batches
+from hq_optuna.batches import Batches, read_batches
 from hq_optuna.cost import Budget, check_reachable
 from hq_optuna.curvature.adam import LossFunction
 from hq_optuna.errors import ResumeError
@@ -167,11 +167,16 @@ class BitSearch:
             work(study, self.objective, on_progress=on_progress)
         return study
 
-    def result(self, study: Study) -> SearchResult:
+    def result(self, study: Study, *, test: Callable[[], Any] | None = None) -> SearchResult:
         """Return the answer of a finished search; of a running one, its incumbent.
 
         With validation data the network is measured before and after, and the figures are written
         into the study.
+
+        Args:
+            study: What `optimize` returned.
+            test: Returns the test data. They are read when the search is over and never before,
+                once: figures that the study holds already are not measured again.
 
         Raises:
             ResumeError: The study has no closed step yet.
@@ -183,7 +188,12 @@ class BitSearch:
             raise ResumeError(f"Study {study.study_name!r} has no closed step yet.")
         network = copy.deepcopy(self.objective.prepared)
         set_bits(network, record.config)
-        facts = self._measure(network) if self.validation is not None else {}
+        facts = dict(history.facts)
+        if self.validation is not None:
+            facts |= self._measure(network, self.validation, "validation", "")
+        if test is not None and history.met and "test_samples" not in facts:
+            data = read_batches(test(), batch_size=256, what="test").to(self.objective.device)
+            facts |= self._measure(network, data, "test", "test_")
         publish_facts(study, facts)
         return SearchResult(
             config=record.config,
@@ -203,11 +213,12 @@ class BitSearch:
             fingerprint=study.user_attrs[attrs.FINGERPRINT],
         )
 
-    def _measure(self, network: nn.Module) -> dict[str, float]:
-        assert self.validation is not None
-        facts: dict[str, float] = {"validation_samples": self.validation.n_samples}
+    def _measure(
+        self, network: nn.Module, data: Batches, what: str, prefix: str
+    ) -> dict[str, float]:
+        facts: dict[str, float] = {f"{what}_samples": data.n_samples}
         original = copy.deepcopy(self.objective.model).eval()
         for when, measured in (("before", original), ("after", network)):
-            for name, value in self.evaluate(measured, self.validation).items():
-                facts[f"{name}_{when}"] = float(value)
+            for name, value in self.evaluate(measured, data).items():
+                facts[f"{prefix}{name}_{when}"] = float(value)
         return facts

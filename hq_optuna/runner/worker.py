@@ -86,6 +86,7 @@ def work(
         on_progress(log)
         step = log.open
         if step is None:
+            fail_dead_trials(study)
             return
         waiting = bool(step.recording) if step.complete else not step.free
         if waiting and not patience.exhausted(log, slowest_s):
