@@ -21,6 +21,11 @@ from hq_optuna.runner.study_file import StudyFile, find_study
 from hq_optuna.storages import sqlite_url, study_exists
 
 RUNS = Path("hq-optuna-runs")
+RESERVED = {
+    *("storage", "name", "folder", "budget", "candidates", "rule", "scorer", "bits"),
+    *("activation_bits", "pin_first_last", "seed", "threads", "json", "help"),
+}
+"""Options of ``hq-optuna run``, which a study file's own may not be called."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,12 @@ def run(
     """
     file = StudyFile.load(find_study(study))
     place = Place.of(file.path.name, storage, name, folder)
+    taken = sorted(RESERVED & set(file.options))
+    if taken:
+        raise StudyFileError(
+            f"{file.path}: the option {taken[0]!r} is one of hq-optuna run's own, which would take "
+            "its value. Give the study's parameter another name."
+        )
     options = file.parse_options(arguments)
     settings = read_settings({**file.settings, **given})
     n_candidates, rule, seed = (

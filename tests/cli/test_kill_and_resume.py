@@ -1,0 +1,136 @@
+"""kill -9 at any moment; the same command goes on and ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from hq_optuna.history import History, read_history
+
+# Scoring is slowed down so that kills land inside candidates.
+SLOW = """
+import sys, time
+from hq_optuna.scoring import Scorer
+score = Scorer.score
+Scorer.score = lambda self, config: (time.sleep(0.05), score(self, config))[1]
+from hq_optuna.cli import main
+sys.argv[0] = "hq-optuna"
+main()
+"""
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", SLOW, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    )
+
+
+def history(name: str) -> History:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return read_history(
+        optuna.load_study(study_name=name, storage=f"sqlite:///hq-optuna-runs/{name}/study.db")
+    )
+
+
+def steps(found: History) -> list[tuple[Any, ...]]:
+    """Return what must not depend on kills or on the number of workers."""
+    return [
+        (r.step, r.winner.step, r.winner.slot, r.winner.state, r.winner.score, r.winner.cost)
+        for r in found.records
+    ]
+
+
+def tried(found: History) -> set[tuple[Any, ...]]:
+    return {(c.step, c.slot, c.state, c.score) for c in found.candidates if c.counted}
+
+
+def n_complete(name: str) -> int:
+    database = Path(f"hq-optuna-runs/{name}/study.db")
+    if not database.exists():
+        return -1
+    import sqlite3
+
+    try:
+        with sqlite3.connect(database, timeout=30) as connection:
+            rows = connection.execute("select count(*) from trials where state = 'COMPLETE'")
+            return int(rows.fetchone()[0])
+    except sqlite3.OperationalError:  # the tables are being made
+        return -1
+
+
+@pytest.fixture
+def undisturbed(study: Path) -> History:
+    process = start("run", str(study), "--name", "undisturbed", "--candidates", "3")
+    output = process.communicate(timeout=100)[0]
+    assert process.returncode == 0, output
+    return history("undisturbed")
+
+
+def test_a_killed_search_goes_on_at_its_candidate_and_ends_the_same(
+    study: Path, undisturbed: History
+) -> None:
+    arguments = ("run", str(study), "--name", "killed", "--candidates", "3")
+    for kill_after in (0, 2, 5):  # while the study is made; within a step; later
+        process = start(*arguments)
+        deadline = time.monotonic() + 60
+        while n_complete("killed") < kill_after and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()  # type: ignore[union-attr]
+    before = n_complete("killed")
+    assert before >= 5
+    process = start(*arguments)
+    output = process.communicate(timeout=100)[0]
+    assert process.returncode == 0, output
+    assert "Went on at step" in output
+    found = history("killed")
+    assert steps(found) == steps(undisturbed)
+    assert tried(found) == tried(undisturbed)
+    assert all(candidate.counted for candidate in found.candidates)  # nothing scored twice
+    assert found.n_running == 0
+    recipes = [
+        json.loads(Path(f"hq-optuna-runs/{name}/result/recipe.json").read_text())
+        for name in ("killed", "undisturbed")
+    ]
+    assert recipes[0]["layers"] == recipes[1]["layers"]
+    assert recipes[0]["weights"] == recipes[1]["weights"]
+
+
+def test_three_processes_on_one_sqlite_file_have_the_history_of_one(
+    study: Path, undisturbed: History
+) -> None:
+    arguments = ("run", str(study), "--name", "shared", "--candidates", "3")
+    processes = [start(*arguments) for _ in range(3)]
+    outputs = [process.communicate(timeout=150)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], outputs
+    found = history("shared")
+    assert steps(found) == steps(undisturbed)
+    assert tried(found) == tried(undisturbed)
+    assert len({candidate.worker for candidate in found.candidates}) >= 2
+
+
+def test_sigterm_gives_the_candidate_back(study: Path) -> None:
+    process = start("run", str(study), "--name", "ended")
+    while n_complete("ended") < 2:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, output
+    assert "start the same command again" in output
+    assert "Traceback" not in output
+    assert history("ended").n_running == 0
