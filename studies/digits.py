@@ -105,6 +105,7 @@ def network(folder: Path, epochs: int = 30) -> nn.Module:
     weights = _kept(path, settings)
     if weights is None:
         weights = _train(epochs)
+        folder.mkdir(parents=True, exist_ok=True)
         # One metadata key: with several, their order in the file would differ from run to run.
         _write(path, save(weights, metadata={"training": settings}))
     with torch.random.fork_rng(devices=[]):
