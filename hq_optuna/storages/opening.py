@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import random
+import re
 import sqlite3
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +22,15 @@ from optuna.study import Study
 
 from hq_optuna.errors import StorageError
 
+logger = logging.getLogger(__name__)
+
 SQLITE_BUSY_TIMEOUT_S = 60
 """How long a SQLite connection waits for another writer before it gives up."""
+
+FIRST_USE_ATTEMPTS = 8
+"""How often the tables are looked for again when several processes create them at once."""
+
+_SECRET = re.compile(r"(?i)([?&][^=&@]*(?:pass|pwd|secret|token)[^=&@]*=)[^&]*")
 
 
 def redact_url(url: str) -> str:
@@ -29,12 +40,16 @@ def redact_url(url: str) -> str:
         >>> redact_url("postgresql+psycopg://me:secret@db/hq")
         'postgresql+psycopg://me:***@db/hq'
     """
-    try:
-        return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
-    except sqlalchemy.exc.ArgumentError:
-        # Not a URL; still take no risk with what stands before an @.
-        head, at, tail = url.rpartition("@")
-        return f"***@{tail}" if at else head or tail
+    scheme, separator, rest = url.partition("://")
+    if scheme == "sqlite" and rest.startswith("/"):
+        return url  # a path, which may well hold an @
+    # SQLAlchemy ends the password at the first @ and would show the rest of one that holds an @.
+    user, at, tail = rest.rpartition("@") if separator else url.rpartition("@")
+    if at and not separator:  # not a URL; still take no risk with what stands before an @
+        url = f"***@{tail}"
+    elif at and ":" in user:
+        url = f"{scheme}://{user.partition(':')[0]}:***@{tail}"
+    return _SECRET.sub(r"\1***", url)
 
 
 def sqlite_url(path: Path) -> str:
@@ -61,17 +76,43 @@ def open_storage(storage: str | BaseStorage | None) -> BaseStorage:
     if isinstance(storage, BaseStorage):
         return storage
     shown = redact_url(storage)
-    try:
-        url = sqlalchemy.engine.make_url(storage)
-    except sqlalchemy.exc.ArgumentError:
-        raise StorageError(
-            f"{shown!r} is no storage URL. Expected for example 'sqlite:///search.db' or "
-            "'postgresql+psycopg://user:password@host/database'."
-        ) from None
-    with explain_storage_errors(shown):
+    url = _parse(storage)
+    with _explain_opening(shown, url):
         if url.get_backend_name() == "sqlite":
             return _open_sqlite(storage, url)
-        return optuna.storages.get_storage(RDBStorage(storage))
+        return optuna.storages.get_storage(_create_tables(storage, {}))
+
+
+def _parse(storage: str) -> sqlalchemy.URL:
+    try:
+        return sqlalchemy.engine.make_url(storage)
+    except (sqlalchemy.exc.ArgumentError, ValueError):  # a port that is no number
+        raise StorageError(
+            f"{redact_url(storage)!r} is no storage URL. Expected for example "
+            "'sqlite:///search.db' or 'postgresql+psycopg://user:password@host/database'. "
+            "Write @, : and / in a password as %40, %3A and %2F."
+        ) from None
+
+
+def _create_tables(storage: str, engine_kwargs: dict[str, Any]) -> RDBStorage:
+    """Open a database and create its tables, while other processes may be doing the same.
+
+    Optuna looks for tables and creates them in two steps; of processes that open an empty database
+    at the same time about half fail on a table that exists by then. Looking again is enough.
+    """
+    template = storage.replace("{", "{{").replace("}", "}}")  # Optuna formats the URL
+    for attempt in range(FIRST_USE_ATTEMPTS):
+        try:
+            return RDBStorage(template, engine_kwargs=engine_kwargs)
+        except (sqlalchemy.exc.DatabaseError, StorageInternalError) as error:
+            text = str(_innermost(error)).lower()
+            if not any(word in text for word in ("already exists", "unique", "duplicate")):
+                raise
+            if attempt == FIRST_USE_ATTEMPTS - 1:
+                raise
+            logger.debug("Another process creates the tables now: %s", text)
+            time.sleep(random.uniform(0.02, 0.05) * 2**attempt)
+    raise AssertionError("unreachable")
 
 
 def _open_sqlite(storage: str, url: sqlalchemy.URL) -> BaseStorage:
@@ -92,7 +133,9 @@ def _open_sqlite(storage: str, url: sqlalchemy.URL) -> BaseStorage:
         with engine.connect() as connection:
             connection.exec_driver_sql("PRAGMA journal_mode=WAL")
         engine.dispose()
-    opened = RDBStorage(storage, engine_kwargs={"connect_args": {"timeout": SQLITE_BUSY_TIMEOUT_S}})
+    opened = _create_tables(storage, {"connect_args": {"timeout": SQLITE_BUSY_TIMEOUT_S}})
+    if not url.database or url.database == ":memory:":
+        return optuna.storages.get_storage(opened)  # lives in the connection it has now
     sqlalchemy.event.listen(opened.engine, "connect", _tune_connection)
     opened.engine.dispose()  # the connections made so far do not have the setting
     return optuna.storages.get_storage(opened)
@@ -108,33 +151,67 @@ def explain_storage_errors(shown: str) -> Iterator[None]:
     """Turn database errors into `StorageError` with a next step, and without passwords."""
     try:
         yield
-    except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError, ImportError) as error:
-        # Optuna wraps the driver's error; the innermost one says what happened. Its text may hold
-        # the URL, so the chain is cut (`from None`) and only the driver's own words are kept.
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        text = str(getattr(cause, "orig", None) or cause).strip().splitlines()
-        reason = text[0] if text else type(cause).__name__
-        raise StorageError(f"Storage {shown}: {reason}. {_advice(reason, error)}") from None
+    except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError) as error:
+        raise _explained(shown, error) from None
+
+
+@contextlib.contextmanager
+def _explain_opening(shown: str, url: sqlalchemy.URL) -> Iterator[None]:
+    """Explain whatever goes wrong while a storage is opened, where only the storage can be meant.
+
+    Drivers refuse what they do not know with a TypeError, ValueError or RuntimeError of their own.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        secret = str(url.password) if url.password else None
+        raise _explained(shown, error, secret) from None
+
+
+def _innermost(error: BaseException) -> BaseException:
+    # Optuna wraps the driver's error; the innermost one says what happened.
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _explained(shown: str, error: Exception, secret: str | None = None) -> StorageError:
+    # The chain's text may hold the URL, so only the driver's own words are kept of it.
+    cause = _innermost(error)
+    text = str(getattr(cause, "orig", None) or cause).strip().splitlines()
+    reason = text[0].rstrip(".") if text else type(cause).__name__
+    if secret is not None:
+        reason = reason.replace(secret, "***")
+    return StorageError(f"Storage {shown}: {reason}. {_advice(reason, error)}")
 
 
 def _advice(reason: str, error: BaseException) -> str:
     lower = reason.lower()
     if isinstance(error, ImportError) or "no module named" in lower:
-        return "Install the driver, for example pip install 'hq_optuna[postgresql]'."
+        return (
+            "Install the driver, for example pip install 'hq_optuna[postgresql]' for "
+            "postgresql+psycopg://, or 'hq_optuna[mysql]' for mysql+pymysql://."
+        )
     if "disk is full" in lower or "no space left" in lower or "disk i/o" in lower:
         return "Free some space and start the same command again: what was recorded stays."
     if "readonly" in lower or "read-only" in lower or "unable to open" in lower:
         return "Check that the file and its folder exist and can be written."
+    if "not a database" in lower:
+        return "The file is not a SQLite database; give the path of another file."
     if "locked" in lower:
         return "Another program holds the database; try again."
     return "Check the URL, and that the database runs and can be reached."
 
 
 def study_exists(storage: str, name: str) -> bool:
-    """Return whether the storage holds a study of that name; creates nothing."""
-    if not _may_exist(storage):
+    """Return whether the storage holds a study of that name; creates nothing.
+
+    Raises:
+        StorageError: The storage cannot be opened.
+    """
+    if not _has_studies(storage):
         return False
     opened = open_storage(storage)
     with explain_storage_errors(redact_url(storage)):
@@ -151,24 +228,34 @@ def load_study(storage: str, name: str) -> Study:
     Raises:
         StorageError: The storage cannot be opened, or holds no such study.
     """
-    if not _may_exist(storage):
-        raise StorageError(f"There is no database at {redact_url(storage)}. Was a search started?")
+    shown = redact_url(storage)
+    if not _may_exist(_parse(storage)):
+        raise StorageError(f"There is no database at {shown}. Was a search started?")
+    if not _has_studies(storage):
+        raise StorageError(f"{shown} holds no study {name!r}. It holds: none.")
     opened = open_storage(storage)
-    with explain_storage_errors(redact_url(storage)):
+    with explain_storage_errors(shown):
         try:
             return optuna.load_study(study_name=name, storage=opened)
         except KeyError:
             names = ", ".join(sorted(s.study_name for s in opened.get_all_studies())) or "none"
-            raise StorageError(
-                f"{redact_url(storage)} holds no study {name!r}. It holds: {names}."
-            ) from None
+            raise StorageError(f"{shown} holds no study {name!r}. It holds: {names}.") from None
 
 
-def _may_exist(storage: str) -> bool:
-    try:
-        url = sqlalchemy.engine.make_url(storage)
-    except sqlalchemy.exc.ArgumentError:
-        return True  # open_storage explains
+def _may_exist(url: sqlalchemy.URL) -> bool:
     if url.get_backend_name() != "sqlite" or not url.database or url.database == ":memory:":
         return True
     return Path(url.database).exists()
+
+
+def _has_studies(storage: str) -> bool:
+    """Return whether the database is there and Optuna has been; creates neither."""
+    url = _parse(storage)
+    if not _may_exist(url):
+        return False
+    with _explain_opening(redact_url(storage), url):
+        engine = sqlalchemy.create_engine(url)
+        try:
+            return sqlalchemy.inspect(engine).has_table("studies")
+        finally:
+            engine.dispose()
