@@ -16,8 +16,9 @@ another parent is ignored by everyone, so a stale view can waste an evaluation a
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,7 +43,7 @@ STEP = "step"
 SLOT = "slot"  # place among the step's candidates
 PARENT = "parent"  # number of the trial that recorded the incumbent the step started from
 WINNER = "winner"  # of a step record: number of the trial it took
-LAYER = "layer"  # the variable that was lowered
+LAYER = "layer"  # the variable that was changed; of a swap all changes, in words
 FROM_BITS = "from_bits"
 TO_BITS = "to_bits"
 SCORE = "score"  # nats
@@ -87,6 +88,21 @@ def join(key: str, attributes: Mapping[str, Any]) -> Any | None:
     while f"{key}:{len(parts)}" in attributes:
         parts.append(attributes[f"{key}:{len(parts)}"])
     return json.loads("".join(parts)) if parts else None
+
+
+def parent_digest(
+    settings: Mapping[str, Any], step: int | None, state: Sequence[int] | None
+) -> str:
+    """Return the digest that tickets of the next step carry.
+
+    Args:
+        settings: What `SETTINGS` holds.
+        step: Last closed step; ``None`` before step 0 is closed.
+        state: Bits of each variable that it left; ``None`` likewise.
+    """
+    state = None if state is None else list(state)
+    text = json.dumps([dict(settings), step, state], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +155,9 @@ class Ticket:
         bits: Bits of each variable of the space.
         origin: For a step record, the number of the trial it takes; for a candidate, the number
             of the record its step started from (``None`` in step 0).
-        variable: Name of the lowered variable (``None`` in step 0 and in step records).
-        from_bits: Its bits before.
+        variable: Name of the variable that was changed, of a swap all changes in words (``None`` in
+            step 0 and in step records).
+        from_bits: Its bits before; ``None`` for a swap.
         worker: Who runs the trial, see `worker_id`.
     """
 
@@ -173,19 +190,22 @@ class Ticket:
     def read(cls, system_attrs: Mapping[str, Any]) -> Ticket | None:
         """Return the ticket among a trial's system attributes, or ``None``.
 
-        A ticket of another protocol version is treated as absent.
+        A ticket of another protocol version, or a damaged one, is treated as absent.
         """
         data = system_attrs.get(TICKET)
         if not isinstance(data, dict) or data.get("v") != PROTOCOL:
             return None
-        return cls(
-            kind=data["kind"],
-            step=data["step"],
-            slot=data["slot"],
-            parent=data["parent"],
-            bits=tuple(data["bits"]),
-            origin=data["origin"],
-            variable=data["variable"],
-            from_bits=data["from"],
-            worker=data["worker"],
-        )
+        try:
+            return cls(
+                kind=data["kind"],
+                step=data["step"],
+                slot=data["slot"],
+                parent=data["parent"],
+                bits=tuple(data["bits"]),
+                origin=data["origin"],
+                variable=data["variable"],
+                from_bits=data["from"],
+                worker=data["worker"],
+            )
+        except (KeyError, TypeError):
+            return None

@@ -5,8 +5,8 @@ Needs the storage alone: no network, no data, no sampler.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import optuna
@@ -29,9 +29,9 @@ class Candidate:
         number: Trial number.
         step: Step it was tried in.
         slot: Place in the step.
-        variable: What was lowered; ``None`` for the start.
-        from_bits: Its bits before.
-        to_bits: Its bits in this candidate.
+        variable: What was changed, of a swap all changes in words; ``None`` for the start.
+        from_bits: Its bits before; ``None`` for a swap.
+        to_bits: Its bits in this candidate; ``None`` for a swap.
         state: Bits of each variable of the space.
         score: Predicted loss rise, nats.
         score_weights: The weights' part, nats (NaN where the objective did not say).
@@ -40,7 +40,7 @@ class Candidate:
         cost: In the unit of the study's metric.
         seconds: Time of the evaluation.
         worker: ``host:pid`` of who evaluated it.
-        counted: Whether it is the first complete result of its slot.
+        counted: Whether it is the first complete result of its slot, made for this search.
     """
 
     number: int
@@ -134,7 +134,8 @@ def read_history(study: Study) -> History:
     space = SearchSpace.from_json(space_data)
     trials = storage.get_all_trials(study._study_id, deepcopy=False)
     info = StudyInfo.from_json(user[attrs.INFO])
-    candidates, records = _read_trials(trials, space, CostModel(space.layers, info.metric))
+    model = CostModel(space.layers, info.metric)
+    candidates, records = _read_trials(trials, space, model, system.get(attrs.SETTINGS))
     table = attrs.join(attrs.SENSITIVITY, system) or {}
     states = [trial.state for trial in trials]
     prefix = f"{attrs.REPORT}:"
@@ -159,20 +160,23 @@ def read_history(study: Study) -> History:
 
 
 def _read_trials(
-    trials: list[FrozenTrial], space: SearchSpace, model: CostModel
+    trials: list[FrozenTrial],
+    space: SearchSpace,
+    model: CostModel,
+    settings: Mapping[str, Any] | None,
 ) -> tuple[tuple[Candidate, ...], tuple[StepRecord, ...]]:
     names = [variable.name for variable in space.variables]
     candidates: dict[int, Candidate] = {}
-    seen: set[tuple[int, int, str]] = set()
-    closing: dict[int, tuple[int, Ticket]] = {}
+    parents: dict[int, str] = {}
+    closing: dict[int, list[tuple[int, Ticket]]] = {}
     for trial in trials:
         ticket = Ticket.read(trial.system_attrs)
         if ticket is None or trial.state != TrialState.COMPLETE or trial.value is None:
             continue
         if ticket.kind == "incumbent":
-            closing.setdefault(ticket.step, (trial.number, ticket))
+            closing.setdefault(ticket.step, []).append((trial.number, ticket))
         elif ticket.kind == "candidate":
-            place = (ticket.step, ticket.slot, ticket.parent)
+            parents[trial.number] = ticket.parent
             lowered = ticket.variable
             user = trial.user_attrs
             duration = trial.duration.total_seconds() if trial.duration else float("nan")
@@ -182,7 +186,7 @@ def _read_trials(
                 slot=ticket.slot,
                 variable=lowered,
                 from_bits=ticket.from_bits,
-                to_bits=None if lowered is None else ticket.bits[names.index(lowered)],
+                to_bits=ticket.bits[names.index(lowered)] if lowered in names else None,
                 state=ticket.bits,
                 score=trial.value,
                 score_weights=user.get(attrs.SCORE_WEIGHTS, float("nan")),
@@ -191,19 +195,40 @@ def _read_trials(
                 cost=model.cost(space.config(ticket.bits)),
                 seconds=user.get(attrs.SECONDS, duration),
                 worker=user.get(attrs.WORKER) or workers.short_name(ticket.worker),
-                counted=place not in seen,
+                counted=False,
             )
-            seen.add(place)
-    records = []
-    for step in range(len(closing)):
-        if step not in closing:
+    # Only tickets with the digest of what the step before left are of this search; the study tells
+    # the digest from the settings in it.
+    records: list[StepRecord] = []
+    followed: dict[int, str] = {}  # step → digest
+    while settings is not None:
+        step = len(records)
+        last = records[-1].winner.state if records else None
+        followed[step] = attrs.parent_digest(settings, step - 1 if records else None, last)
+        record = _first_record(closing.get(step, ()), followed[step], candidates)
+        if record is None:
             break
-        number, ticket = closing[step]
-        winner = candidates.get(-1 if ticket.origin is None else ticket.origin)
-        if winner is None:
-            break
+        number, winner = record
         records.append(StepRecord(number, step, winner, space.config(winner.state)))
+    seen: set[tuple[int, int]] = set()
+    for number, candidate in candidates.items():
+        place = (candidate.step, candidate.slot)
+        if place not in seen and followed.get(candidate.step) == parents[number]:
+            seen.add(place)
+            candidates[number] = replace(candidate, counted=True)
+    records = [replace(record, winner=candidates[record.winner.number]) for record in records]
     return tuple(candidates.values()), tuple(records)
+
+
+def _first_record(
+    records: Iterable[tuple[int, Ticket]], parent: str, candidates: Mapping[int, Candidate]
+) -> tuple[int, Candidate] | None:
+    """Return the number of a step's first record, and the candidate it took."""
+    for number, ticket in records:
+        winner = candidates.get(-1 if ticket.origin is None else ticket.origin)
+        if ticket.parent == parent and winner is not None and winner.state == ticket.bits:
+            return number, winner
+    return None
 
 
 def assignment(trial: FrozenTrial | optuna.Trial, study: Study | None = None) -> BitConfig:

@@ -49,8 +49,8 @@ def short_name(worker: str) -> str:
         >>> short_name("box/4026531836/1234/5678")
         'box:1234'
     """
-    host, _, pid, _ = worker.split("/")
-    return f"{host}:{pid}"
+    parts = worker.split("/")
+    return f"{parts[0]}:{parts[2]}" if len(parts) == 4 else worker
 
 
 def is_dead(worker: str) -> bool:

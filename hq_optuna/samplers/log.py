@@ -10,8 +10,6 @@ seen the same trials has the same view, and a worker with an older view can only
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,9 +17,9 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from hq_optuna import workers
+from hq_optuna import attrs, workers
 from hq_optuna.attrs import Ticket
-from hq_optuna.search import Incumbent, Move, ProgressiveSearch, Result
+from hq_optuna.search import Incumbent, Past, ProgressiveSearch, Result
 
 UNTAGGED_GRACE_S = 60.0
 """A trial that has not got its ticket after this long, by the observer's clock, lost its worker."""
@@ -44,7 +42,6 @@ class OpenStep:
         step: Its number.
         parent: Digest that tickets of this step carry.
         states: Bits of each candidate, one per slot.
-        moves: The move each candidate makes (``None`` in step 0).
         done: Slot → number of the trial that counts.
         running: Slot → numbers of trials whose workers are not known to be dead.
         recording: Running step records of this step, likewise.
@@ -53,7 +50,6 @@ class OpenStep:
     step: int
     parent: str
     states: tuple[tuple[int, ...], ...]
-    moves: tuple[Move | None, ...]
     done: dict[int, int] = field(default_factory=dict)
     running: dict[int, list[int]] = field(default_factory=dict)
     recording: list[int] = field(default_factory=list)
@@ -80,10 +76,11 @@ class StepLog:
     def __init__(self, search: ProgressiveSearch) -> None:
         self.search = search
         self.closed: list[Closed] = []
-        self.results: dict[tuple[int, int], Result] = {}
+        self.past = Past()
         self._by_number: dict[int, tuple[int, int, Result]] = {}
         self._candidates: dict[tuple[int, str], dict[int, list[tuple[int, float]]]] = {}
         self._records: dict[tuple[int, str], list[tuple[int, Ticket]]] = {}
+        self._closed_keys: set[tuple[int, str]] = set()
         self._cursor = 0
         self._unfinished: set[int] = set()
         self._first_seen: dict[int, float] = {}
@@ -94,6 +91,11 @@ class StepLog:
     def incumbent(self) -> Incumbent | None:
         """The incumbent of the last closed step."""
         return self.closed[-1].incumbent if self.closed else None
+
+    @property
+    def results(self) -> dict[tuple[int, int], Result]:
+        """Every candidate that counts, by ``(step, slot)``."""
+        return self.past.results
 
     @property
     def finished(self) -> bool:
@@ -117,14 +119,18 @@ class StepLog:
             self._unfinished.discard(number)
             self._first_seen.pop(number, None)
             ticket = Ticket.read(trial.system_attrs)
-            if trial.state != TrialState.COMPLETE or ticket is None or trial.value is None:
+            if trial.state != TrialState.COMPLETE or ticket is None or len(trial.values) != 1:
                 continue
             key = (ticket.step, ticket.parent)
             if ticket.kind == "incumbent":
                 self._records.setdefault(key, []).append((number, ticket))
             elif ticket.kind == "candidate":
                 slots = self._candidates.setdefault(key, {})
-                slots.setdefault(ticket.slot, []).append((number, trial.value))
+                slots.setdefault(ticket.slot, []).append((number, trial.values[0]))
+                if key in self._closed_keys and (ticket.step, ticket.slot) in self.results:
+                    # A late duplicate. Whoever reads the study afresh may name it in a record.
+                    result = self.results[ticket.step, ticket.slot]
+                    self._by_number[number] = (ticket.step, ticket.slot, result)
         self._advance()
 
     def untagged_before(self, number: int) -> int:
@@ -141,7 +147,7 @@ class StepLog:
             step = self.open
             key = (step.step, step.parent)
             for slot, entries in self._candidates.get(key, {}).items():
-                if slot < len(step.states):
+                if 0 <= slot < len(step.states):
                     number, score = min(entries)
                     step.done[slot] = number
                     state = step.states[slot]
@@ -151,18 +157,29 @@ class StepLog:
                     self.results[step.step, slot] = result
             if not step.complete or key not in self._records:
                 break
-            number, ticket = min(self._records[key], key=lambda record: record[0])
-            origin = -1 if ticket.origin is None else ticket.origin
-            if origin not in self._by_number:  # a record of trials we have not seen
+            record = self._first_record(key)
+            if record is None:
                 break
+            number, origin = record
             from_step, slot, result = self._by_number[origin]
             incumbent = Incumbent(
-                step.step, ticket.bits, result.score, result.cost, (from_step, slot)
+                step.step, result.state, result.score, result.cost, (from_step, slot)
             )
             self.closed.append(Closed(number, incumbent, origin))
-            self.open = None if self.search.finished(incumbent) else self._open_step(incumbent)
+            self._closed_keys.add(key)
+            self.past.incumbents.append(incumbent)
+            self.open = self._open_step(incumbent)
         if self.open is not None:
             self._note_running(self.open)
+
+    def _first_record(self, key: tuple[int, str]) -> tuple[int, int] | None:
+        """Return the numbers of a step's first record and of the trial it took."""
+        for number, ticket in sorted(self._records[key], key=lambda record: record[0]):
+            origin = -1 if ticket.origin is None else ticket.origin
+            # A record of what is no candidate of this search would stop it for ever.
+            if origin in self._by_number and self._by_number[origin][2].state == ticket.bits:
+                return number, origin
+        return None
 
     def _note_running(self, step: OpenStep) -> None:
         step.running, step.recording = {}, []
@@ -176,15 +193,19 @@ class StepLog:
             elif ticket.kind == "candidate":
                 step.running.setdefault(ticket.slot, []).append(number)
 
-    def _open_step(self, incumbent: Incumbent | None) -> OpenStep:
-        search = self.search
+    def _open_step(self, incumbent: Incumbent | None) -> OpenStep | None:
+        """Return the step after an incumbent, or ``None`` where the search ends with it."""
+        states = self.search.states(incumbent, self.past)
+        if not states:
+            return None
         step = 0 if incumbent is None else incumbent.step + 1
-        return OpenStep(
-            step=step,
-            parent=parent_digest(search, incumbent),
-            states=search.states(incumbent),
-            moves=search.moves(incumbent),
-        )
+        return OpenStep(step, parent_digest(self.search, incumbent), states)
+
+    def ends_with_open_step(self) -> bool:
+        """Return whether the search is over once the complete open step is recorded."""
+        incumbent, _ = self.close_open_step()
+        past = Past([*self.past.incumbents, incumbent], self.past.results)
+        return self.search.finished(incumbent, past)
 
     def close_open_step(self) -> tuple[Incumbent, int]:
         """Return what the complete open step leaves, and the number of the trial it takes."""
@@ -209,18 +230,13 @@ def settings(search: ProgressiveSearch) -> dict[str, Any]:
         "n_candidates": search.n_candidates,
         "rule": search.rule,
         "seed": search.seed,
+        "refine": search.refine,
         "limit": search.limit if search.limit > float("-inf") else None,
     }
 
 
 def parent_digest(search: ProgressiveSearch, incumbent: Incumbent | None) -> str:
     """Return the digest tickets carry: settings, step and bits the step starts from."""
-    text = json.dumps(
-        [
-            settings(search),
-            None if incumbent is None else incumbent.step,
-            None if incumbent is None else incumbent.state,
-        ],
-        sort_keys=True,
-    )
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    if incumbent is None:
+        return attrs.parent_digest(settings(search), None, None)
+    return attrs.parent_digest(settings(search), incumbent.step, incumbent.state)

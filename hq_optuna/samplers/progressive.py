@@ -8,24 +8,29 @@ closes the step; being finished, it is immutable, and is the record of the step.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
 import math
 import threading
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.exceptions import OptunaError
 from optuna.samplers import BaseSampler, RandomSampler
+from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from hq_optuna import attrs, workers
 from hq_optuna.attrs import Ticket
 from hq_optuna.cost import Budget, CostModel, check_reachable
-from hq_optuna.errors import ResumeError
 from hq_optuna.pruners import CostBudgetPruner
 from hq_optuna.samplers.log import OpenStep, StepLog, settings
-from hq_optuna.search import ProgressiveSearch, Rule
+from hq_optuna.samplers.resume import compare_settings, refuse_changes, refuse_maximization
+from hq_optuna.search import ProgressiveSearch, Rule, changes
 from hq_optuna.space import SearchSpace
 
 logger = logging.getLogger(__name__)
@@ -33,6 +38,18 @@ logger = logging.getLogger(__name__)
 Encoding = Literal["layers", "compact"]
 MAX_VARIABLES_AS_LAYERS = 30
 """Above this many variables, writing them all with each candidate costs more than it shows."""
+
+LAYER, BITS = "layer", "bits"
+"""Parameters of a candidate in the compact encoding."""
+
+
+@dataclasses.dataclass
+class _Known:
+    """What a sampler has read of one study; rebuilt from the storage where it is missing."""
+
+    log: StepLog
+    changed: dict[str, str] | None = None  # settings that differ; None: not compared yet
+    tickets: dict[int, Ticket] = dataclasses.field(default_factory=dict)
 
 
 class ProgressiveBitSampler(BaseSampler):
@@ -50,15 +67,21 @@ class ProgressiveBitSampler(BaseSampler):
         rule: ``"ratio"``: smallest rise of the score per cost saved. ``"min"``: smallest score, as
             in the patent.
         seed: Seed of the draws.
+        refine: Once the budget is met, try steps of swaps (raise here, lower there, within the
+            budget) until one brings nothing.
         encoding: ``"layers"``: each candidate has the bits of every layer as parameters, which the
-            dashboard draws. ``"compact"``: two parameters, ``layer`` and ``bits``. Step records
-            always have all layers. ``None``: ``"layers"`` up to 30 variables.
+            dashboard draws. ``"compact"``: two parameters, ``layer`` and ``bits``, and
+            `hq_optuna.assignment` has the rest. Step records always have all layers. ``None``:
+            ``"layers"`` up to 30 variables.
 
     Parameters that are not in the space are sampled independently at random, as Optuna's own
-    relative samplers do. The objective's value must be deterministic.
+    relative samplers do. The objective's value must be deterministic. A trial that is asked for
+    after the search is over shows the answer once more.
 
     Raises:
         BudgetError: The budget is below the cheapest assignment of the space.
+        ValueError: Unknown encoding or rule, no candidates, or a layer whose name the compact
+            encoding needs for itself.
 
     Example:
         >>> import optuna
@@ -83,14 +106,21 @@ class ProgressiveBitSampler(BaseSampler):
         n_candidates: int = 8,
         rule: Rule = "ratio",
         seed: int = 0,
+        refine: bool = True,
         encoding: Encoding | None = None,
     ) -> None:
+        taken = {LAYER, BITS} & set(space.parameters(space.top))
         if encoding is None:
             few = len(space.variables) <= MAX_VARIABLES_AS_LAYERS
-            encoding = "layers" if few else "compact"
+            encoding = "layers" if few or taken else "compact"
         if encoding not in get_args(Encoding):
             raise ValueError(
                 f"encoding is one of {', '.join(get_args(Encoding))}; got {encoding!r}."
+            )
+        if encoding == "compact" and taken:
+            raise ValueError(
+                f"The compact encoding has parameters {LAYER!r} and {BITS!r}, and a layer is named "
+                f"{min(taken)!r}. Use encoding='layers'."
             )
         if budget is not None:
             check_reachable(space, budget)
@@ -99,33 +129,39 @@ class ProgressiveBitSampler(BaseSampler):
         self.n_candidates = n_candidates
         self.rule: Rule = rule
         self.seed = seed
+        self.refine = refine
         self.encoding: Encoding = encoding
         self._search(None)  # refuse bad settings now
         self._independent = RandomSampler(seed=seed)
-        self._logs: dict[int, StepLog] = {}
-        self._checked: dict[int, str | None] = {}
-        self._tickets: dict[int, Ticket] = {}
+        # By storage, as studies of two storages may have the same id.
+        self._known: WeakKeyDictionary[BaseStorage, dict[int, _Known]] = WeakKeyDictionary()
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Locks cannot be copied; logs are rebuilt from the study.
-        return {**self.__dict__, "_lock": None, "_logs": {}, "_checked": {}, "_tickets": {}}
+        # Locks cannot be copied; what is known is rebuilt from the study.
+        return {**self.__dict__, "_lock": None, "_known": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._known = WeakKeyDictionary()
         self._lock = threading.RLock()
 
     # What the study says
 
     def log(self, study: Study) -> StepLog:
         """Return the record of the search as it stands in the storage now."""
-        trials = study._storage.get_all_trials(study._study_id, deepcopy=False)
         with self._lock:
-            log = self._logs.get(study._study_id)
-            if log is None:
-                log = self._logs[study._study_id] = StepLog(self._search(study))
-            log.update(trials)
+            # Read under the lock: threads must not hand the log older trials than it has seen.
+            log = self._of(study).log
+            log.update(study._storage.get_all_trials(study._study_id, deepcopy=False))
             return log
+
+    def _of(self, study: Study) -> _Known:
+        with self._lock:
+            studies = self._known.setdefault(study._storage, {})
+            if study._study_id not in studies:
+                studies[study._study_id] = _Known(StepLog(self._search(study)))
+            return studies[study._study_id]
 
     def finished(self, study: Study) -> bool:
         """Return whether the budget is met, or nothing is left to lower."""
@@ -143,25 +179,38 @@ class ProgressiveBitSampler(BaseSampler):
             n_candidates=self.n_candidates,
             rule=self.rule,
             seed=self.seed,
+            refine=self.refine,
         )
 
     # Optuna's interface
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        """Give the trial its ticket. Never raises for what the study holds, and never waits."""
-        ticket = Ticket.read(trial.system_attrs)  # a retried trial keeps its slot
-        if ticket is not None and ticket.worker == workers.worker_id():
-            return
-        with self._lock:
-            self._check_settings(study)
-            if "fixed_params" in trial.system_attrs:  # study.enqueue_trial: not a trial of ours
-                ticket = Ticket("free", -1, -1, "", (), worker=workers.worker_id())
-            else:
-                ticket = self._ticket(self.log(study), trial.number)
-        study._storage.set_trial_system_attr(trial._trial_id, attrs.TICKET, ticket.to_json())
-        self._tickets[trial._trial_id] = ticket
+        """Give the trial its ticket. Never waits.
+
+        Raises:
+            ResumeError: The study was made with other settings.
+            ValueError: The study has several objectives, or maximizes.
+        """
+        try:
+            ticket = self._new_ticket(study, trial)
+            study._storage.set_trial_system_attr(trial._trial_id, attrs.TICKET, ticket.to_json())
+        except BaseException:  # Ctrl-C too: what is raised here leaves a trial running for ever
+            with contextlib.suppress(OptunaError):
+                study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+            raise
+        self._of(study).tickets[trial._trial_id] = ticket
         if ticket.kind == "surplus":
             self._stop(study)
+
+    def _new_ticket(self, study: Study, trial: FrozenTrial) -> Ticket:
+        self._check_study(study)
+        ticket = Ticket.read(trial.system_attrs)
+        if ticket is not None:  # a retried trial keeps its parameters, and so its slot
+            return dataclasses.replace(ticket, worker=workers.worker_id())
+        if "fixed_params" in trial.system_attrs or trial.params:  # enqueued: not a trial of ours
+            return Ticket("free", -1, -1, "", (), worker=workers.worker_id())
+        with self._lock:
+            return self._ticket(self.log(study), trial.number)
 
     def _ticket(self, log: StepLog, number: int) -> Ticket:
         worker, step = workers.worker_id(), log.open
@@ -182,7 +231,14 @@ class ProgressiveBitSampler(BaseSampler):
                 worker=worker,
             )
         slot = _slot(step, log.untagged_before(number))
-        move = step.moves[slot]
+        start = step.states[slot] if log.incumbent is None else log.incumbent.state
+        moves = changes(start, step.states[slot])
+        names = [variable.name for variable in self.space.variables]
+        lowered = moves[0] if len(moves) == 1 else None
+        if lowered is not None:
+            said = names[lowered.variable]
+        else:
+            said = ", ".join(f"{names[m.variable]} {m.from_bits} → {m.to_bits}" for m in moves)
         return Ticket(
             "candidate",
             step.step,
@@ -190,8 +246,8 @@ class ProgressiveBitSampler(BaseSampler):
             step.parent,
             step.states[slot],
             origin=record,
-            variable=None if move is None else self.space.variables[move.variable].name,
-            from_bits=None if move is None else move.from_bits,
+            variable=said or None,
+            from_bits=None if lowered is None else lowered.from_bits,
             worker=worker,
         )
 
@@ -199,7 +255,7 @@ class ProgressiveBitSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
         """Return the parameters that the trial's ticket sets."""
-        self._raise_on_other_settings(study)
+        self._raise_error_if_multi_objective(study)
         ticket = self.ticket(study, trial._trial_id)
         if ticket is None:
             return {}
@@ -227,6 +283,7 @@ class ProgressiveBitSampler(BaseSampler):
         Raises:
             ValueError: The objective asks for a variable of the space with other choices.
         """
+        self._raise_error_if_multi_objective(study)
         ticket = self.ticket(study, trial._trial_id)
         values = {} if ticket is None else self._values(ticket)
         if param_name in values:
@@ -245,14 +302,14 @@ class ProgressiveBitSampler(BaseSampler):
     ) -> None:
         """End the study with the record that meets the budget."""
         ticket = self.ticket(study, trial._trial_id)
-        self._tickets.pop(trial._trial_id, None)
+        self._of(study).tickets.pop(trial._trial_id, None)
         if ticket is None or ticket.kind != "incumbent" or state != TrialState.COMPLETE:
             return
         with self._lock:
             log = self.log(study)
             if log.open is None or (
                 (log.open.step, log.open.parent) == (ticket.step, ticket.parent)
-                and log.search.finished(log.close_open_step()[0])
+                and log.ends_with_open_step()
             ):
                 self._stop(study)
 
@@ -267,51 +324,31 @@ class ProgressiveBitSampler(BaseSampler):
         if ticket.kind == "candidate" and self.encoding == "compact":
             names = tuple(variable.name for variable in self.space.variables)
             bits = tuple(sorted({b for v in self.space.variables for b in v.bits}, reverse=True))
-            if ticket.variable is None:
+            if ticket.variable not in names:
                 return {}
             to_bits = ticket.bits[names.index(ticket.variable)]
-            return {"layer": (ticket.variable, names), "bits": (to_bits, bits)}
+            return {LAYER: (ticket.variable, names), BITS: (to_bits, bits)}
         return dict(self.space.parameters(ticket.bits))
 
     def _values(self, ticket: Ticket) -> dict[str, tuple[int | str, tuple[int | str, ...]]]:
-        return self.parameters(ticket) if ticket.kind in ("candidate", "incumbent") else {}
+        return {} if ticket.kind == "free" else self.parameters(ticket)
 
     def ticket(self, study: Study, trial_id: int) -> Ticket | None:
         """Return the ticket of a trial, by its id in the storage."""
         # Optuna hands samplers the trial as it was before its ticket was written. Tickets of
         # trials that run in this process are kept; a ticket never changes.
-        if trial_id in self._tickets:
-            return self._tickets[trial_id]
+        kept = self._of(study).tickets.get(trial_id)
+        if kept is not None:
+            return kept
         return Ticket.read(study._storage.get_trial(trial_id).system_attrs)
 
-    def _check_settings(self, study: Study) -> None:
-        """Remember whether the study was made with other settings; the first worker writes them."""
-        if study._study_id in self._checked:
-            return
-        mine = settings(self._search(study))
-        stored = study._storage.get_study_system_attrs(study._study_id).get(attrs.SETTINGS)
-        if stored is None:
-            study._storage.set_study_system_attr(study._study_id, attrs.SETTINGS, mine)
-            stored = mine
-        changed = [name for name in mine if stored.get(name) != mine[name]]
-        self._checked[study._study_id] = (
-            None
-            if not changed
-            else ", ".join(
-                f"{name} (study: {stored.get(name)!r}, sampler: {mine[name]!r})" for name in changed
-            )
-        )
-
-    def _raise_on_other_settings(self, study: Study) -> None:
-        # Raised here, inside the objective, and not in before_trial: there Optuna would leave the
-        # trial running for ever.
-        changed = self._checked.get(study._study_id)
-        if changed:
-            raise ResumeError(
-                f"Study {study.study_name!r} was made with another sampler: {changed}. "
-                "Use the same settings, or another study name.",
-                changed=tuple(changed.split(", ")),
-            )
+    def _check_study(self, study: Study) -> None:
+        self._raise_error_if_multi_objective(study)
+        refuse_maximization(study)
+        known = self._of(study)
+        if known.changed is None:
+            known.changed = compare_settings(study, self.space, settings(known.log.search))
+        refuse_changes(study, known.changed)
 
     def _stop(self, study: Study) -> None:
         # study.stop() raises outside of optimize(), for example in a loop of ask and tell.

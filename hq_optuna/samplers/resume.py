@@ -1,0 +1,61 @@
+"""Whether a sampler may go on with a study: direction, and the settings it was made with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from optuna.study import Study, StudyDirection
+
+from hq_optuna import attrs
+from hq_optuna.errors import ResumeError
+from hq_optuna.space import SearchSpace
+
+
+def refuse_maximization(study: Study) -> None:
+    """Refuse a study in which the largest score is best.
+
+    Raises:
+        ValueError: The study maximizes.
+    """
+    if study.direction == StudyDirection.MAXIMIZE:
+        raise ValueError(
+            "The score is a loss and is minimized. Create the study with direction='minimize'."
+        )
+
+
+def compare_settings(study: Study, space: SearchSpace, mine: dict[str, Any]) -> dict[str, str]:
+    """Return what differs from the settings in the study, by name and in words.
+
+    The first worker finds none there, and writes its own and the space.
+    """
+    storage, study_id = study._storage, study._study_id
+    stored = storage.get_study_system_attrs(study_id).get(attrs.SETTINGS)
+    if stored is None:
+        # `hq_optuna.assignment` reads the space; the settings come last and say it is complete.
+        for key, value in attrs.split(attrs.SPACE, space.to_json()).items():
+            storage.set_study_system_attr(study_id, key, value)
+        storage.set_study_system_attr(study_id, attrs.SETTINGS, mine)
+        return {}
+    return {
+        name: f"{name} (study: {stored.get(name)!r}, sampler: {value!r})"
+        for name, value in mine.items()
+        if stored.get(name) != value
+    }
+
+
+def refuse_changes(study: Study, changed: dict[str, str]) -> None:
+    """Refuse a study that was made with other settings.
+
+    Args:
+        study: The study.
+        changed: What `compare_settings` returned.
+
+    Raises:
+        ResumeError: Naming what changed.
+    """
+    if changed:
+        raise ResumeError(
+            f"Study {study.study_name!r} was made with another sampler: "
+            f"{', '.join(changed.values())}. Use the same settings, or another study name.",
+            changed=tuple(changed),
+        )
