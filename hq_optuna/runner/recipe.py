@@ -87,6 +87,7 @@ def save(
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "layers": described,
+        "layers_sha256": _layers_digest(described),
         "weights": {"file": WEIGHTS, "sha256": _sha256(folder / WEIGHTS)},
         **about,
     }
@@ -163,24 +164,40 @@ def _read_recipe(folder: Path) -> dict[str, Any]:
         raise RecipeError(f"{path} is damaged: {error}.") from None
     if not isinstance(recipe, dict) or recipe.get("format") != FORMAT:
         raise RecipeError(f"{path} is not a recipe of hq_optuna.")
-    if recipe["format_version"] > FORMAT_VERSION:
+    version = recipe.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
         raise RecipeError(
-            f"{path} has format {recipe['format_version']}, this version reads up to "
-            f"{FORMAT_VERSION}. Update hq_optuna."
+            f"{path} has format {version}, this version reads up to {FORMAT_VERSION}. "
+            "Update hq_optuna."
         )
+    for name in ("format_version", "layers", "layers_sha256", "weights"):
+        if name not in recipe:
+            raise RecipeError(f"{path} is damaged: it lacks {name!r}.")
+    # Other bits with the ranges found for the old ones would be a silently different network.
+    if _layers_digest(recipe["layers"]) != recipe["layers_sha256"]:
+        raise RecipeError(f"{path} was altered after it was saved: the hash of its layers differs.")
     return recipe
 
 
 def _read_weights(folder: Path, recipe: Mapping[str, Any]) -> dict[str, Tensor]:
-    path = folder / recipe["weights"]["file"]
     try:
-        if _sha256(path) != recipe["weights"]["sha256"]:
+        name, expected = recipe["weights"]["file"], recipe["weights"]["sha256"]
+    except (KeyError, TypeError):
+        raise RecipeError(f"{folder / RECIPE} is damaged: it does not name its weights.") from None
+    path = folder / name
+    try:
+        if _sha256(path) != expected:
             raise RecipeError(f"{path} was altered after it was saved: its hash differs.")
         return load_file(path)
     except OSError:
         raise RecipeError(f"{path} is missing; the recipe needs it.") from None
     except SafetensorError as error:
         raise RecipeError(f"{path} is damaged: {error}.") from None
+
+
+def _layers_digest(layers: Any) -> str:
+    text = json.dumps(layers, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:
