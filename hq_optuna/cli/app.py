@@ -100,6 +100,13 @@ def run(
     seed: Annotated[
         int | None, typer.Option(help="Seed of the draws. [default: 0]", show_default=False)
     ] = None,
+    refine: Annotated[
+        bool | None,
+        typer.Option(
+            help="Refine the answer by swaps once the budget is met. [default: refine]",
+            show_default=False,
+        ),
+    ] = None,
     threads: Annotated[
         int | None,
         typer.Option(help="Threads of PyTorch. [default: the cores]", show_default=False),
@@ -121,6 +128,7 @@ def run(
         "activation_bits": activation_bits,
         "pin_first_last": pin_first_last,
         "seed": seed,
+        "refine": refine,
     }
     with _errors(as_json):
         data = running.run(

@@ -44,6 +44,7 @@ class SearchProgress:
         self._tasks: dict[str, TaskID] = {}
         self._printed = -float("inf")
         self._looked = False
+        self._began: dict[str, tuple[float, float]] = {}
         self.was_finished = False
         self.first_step = 0
         self.first_candidates = 0
@@ -100,6 +101,31 @@ class SearchProgress:
             self._bars.update(self._tasks[what], completed=share, says=says)
         elif always or time.monotonic() - self._printed > LINE_EVERY_S:
             self._printed = time.monotonic()
+            says += self._left(what, share)
             self.console.print(
                 f"{what}: {100 * share:.0f} %  {says}", highlight=False, soft_wrap=True
             )
+
+    def _left(self, what: str, share: float) -> str:
+        """Return the time left, judged by the way made since this phase was first shown."""
+        now = time.monotonic()
+        began, first = self._began.setdefault(what, (now, share))
+        if share <= first or share >= 1:
+            return ""
+        left_s = (now - began) * (1 - share) / (share - first)
+        return f"  {format_seconds(left_s)} left"
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration for people.
+
+    Example:
+        >>> format_seconds(42.4), format_seconds(125), format_seconds(7300)
+        ('42 s', '2 min 5 s', '2 h 2 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

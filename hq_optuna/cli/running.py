@@ -23,7 +23,7 @@ from hq_optuna.storages import sqlite_url, study_exists
 RUNS = Path("hq-optuna-runs")
 RESERVED = {
     *("storage", "name", "folder", "budget", "candidates", "rule", "scorer", "bits"),
-    *("activation_bits", "pin_first_last", "seed", "threads", "json", "help"),
+    *("activation_bits", "pin_first_last", "seed", "refine", "threads", "json", "help"),
 }
 """Options of ``hq-optuna run``, which a study file's own may not be called."""
 
@@ -87,11 +87,8 @@ def run(
         )
     options = file.parse_options(arguments)
     settings = read_settings({**file.settings, **given})
-    n_candidates, rule, seed = (
-        settings.pop("n_candidates", 8),
-        settings.pop("rule", "ratio"),
-        settings.pop("seed", 0),
-    )
+    of_search = ("n_candidates", "rule", "seed", "refine")
+    searching = {name: settings.pop(name) for name in of_search if name in settings}
 
     console.print(
         f"[bold]{show.plain(place.name)}[/]  {show.plain(file.doc)}",
@@ -126,9 +123,7 @@ def run(
         found = search.optimize(
             place.storage,
             place.name,
-            n_candidates=n_candidates,
-            rule=rule,
-            seed=seed,
+            **searching,
             progress=progress.phase,
             on_progress=progress.search,
         )

@@ -119,6 +119,7 @@ class BitSearch:
         n_candidates: int = 8,
         rule: Rule = "ratio",
         seed: int = 0,
+        refine: bool = True,
         encoding: Encoding | None = None,
         progress: Progress | None = None,
         on_progress: Callable[[StepLog], None] = lambda log: None,
@@ -134,6 +135,7 @@ class BitSearch:
             n_candidates: Candidates a step.
             rule: ``"ratio"`` or ``"min"`` (the patent's).
             seed: Seed of the draws.
+            refine: Whether swaps refine the answer once the budget is met.
             encoding: ``"layers"``, ``"compact"``, or ``None`` to choose by the number of layers.
             progress: Called with (what, done, of) while curvature is measured.
             on_progress: Called with the record of the search after each trial.
@@ -148,6 +150,7 @@ class BitSearch:
             n_candidates=n_candidates,
             rule=rule,
             seed=seed,
+            refine=refine,
             encoding=encoding,
         )
         shown = redact_url(storage) if isinstance(storage, str) else "the storage"

@@ -29,6 +29,7 @@ _WORDS = {
     "rule": "the winner rule",
     "n_candidates": "the number of candidates a step",
     "seed": "the seed",
+    "refine": "whether swaps refine the answer",
     "encoding": "the encoding of candidates",
 }
 

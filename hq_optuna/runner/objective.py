@@ -161,6 +161,7 @@ class HessianObjective:
                 "rule": sampler.rule,
                 "n_candidates": sampler.n_candidates,
                 "seed": sampler.seed,
+                "refine": sampler.refine,
                 "encoding": sampler.encoding,
             }
         return mine
@@ -213,12 +214,12 @@ class HessianObjective:
         facts: dict[str, Any] = {attrs.KIND: "candidate", attrs.STEP: ticket.step}
         facts[attrs.SLOT] = ticket.slot
         if ticket.variable is not None:
-            index = [v.name for v in self.space.variables].index(ticket.variable)
+            facts |= {attrs.PARENT: ticket.origin, attrs.LAYER: ticket.variable}
+        names = [v.name for v in self.space.variables]
+        if ticket.variable in names:  # one change, not a swap
             facts |= {
-                attrs.PARENT: ticket.origin,
-                attrs.LAYER: ticket.variable,
                 attrs.FROM_BITS: ticket.from_bits,
-                attrs.TO_BITS: ticket.bits[index],
+                attrs.TO_BITS: ticket.bits[names.index(ticket.variable)],
             }
         return self._record(trial, config, score, facts, started)
 

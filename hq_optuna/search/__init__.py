@@ -1,16 +1,20 @@
 """The mind of the sampler: states, moves, winner rules. No PyTorch, no Optuna."""
 
-from hq_optuna.search.moves import Move, propose
-from hq_optuna.search.progressive import Incumbent, ProgressiveSearch, Result
+from hq_optuna.search.exact import exact_allocation
+from hq_optuna.search.moves import Move, changes, propose
+from hq_optuna.search.progressive import Incumbent, Past, ProgressiveSearch, Result
 from hq_optuna.search.rules import RULES, Rule, choose
 
 __all__ = [
     "RULES",
     "Incumbent",
     "Move",
+    "Past",
     "ProgressiveSearch",
     "Result",
     "Rule",
+    "changes",
     "choose",
+    "exact_allocation",
     "propose",
 ]

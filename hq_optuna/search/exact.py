@@ -55,8 +55,8 @@ def exact_allocation(
                 f"{n} combinations of bits in one group of {len(block)} variables are too many to "
                 "enumerate; allow fewer bits or tie fewer layers."
             )
-        bits = itertools.product(*(space.variables[v].bits for v in block))
-        choices += [(index, combination) for combination in bits]
+        every = itertools.product(*(space.variables[v].bits for v in block))
+        choices += [(index, combination) for combination in every]
     rise = np.array(
         [
             sum(rises[v][b] for v, b in zip(blocks[index], bits, strict=True))
@@ -83,9 +83,9 @@ def exact_allocation(
     if solved.x is None:
         return None
     state = list(space.top)
-    for (index, bits), chosen in zip(choices, solved.x, strict=True):
+    for (index, combination), chosen in zip(choices, solved.x, strict=True):
         if chosen > 0.5:
-            for v, b in zip(blocks[index], bits, strict=True):
+            for v, b in zip(blocks[index], combination, strict=True):
                 state[v] = b
     return tuple(state)
 

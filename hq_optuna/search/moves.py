@@ -23,6 +23,12 @@ class Move(NamedTuple):
         return tuple(after)
 
 
+def changes(before: Sequence[int], after: Sequence[int]) -> tuple[Move, ...]:
+    """Return what leads from one state to another, in the order of the variables."""
+    pairs = enumerate(zip(before, after, strict=True))
+    return tuple(Move(v, a, b) for v, (a, b) in pairs if a != b)
+
+
 def lowerable(space: SearchSpace, state: Sequence[int]) -> list[Move]:
     """Return every move that lowers one variable by one notch, in the order of the variables."""
     moves = []

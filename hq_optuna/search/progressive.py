@@ -2,18 +2,20 @@
 
 Step 0 has one candidate, every variable at its widest bits. Each later step draws one-notch moves
 from the incumbent, and its winner is the next incumbent, until the incumbent's cost is within the
-limit. Nothing here remembers anything: the same record gives the same next step.
+limit. Then, unless told not to, steps of swaps refine the answer within the limit, until a step
+brings nothing. Nothing here remembers anything: the same record gives the same next step.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hq_optuna.assignment import BitConfig
-from hq_optuna.search.moves import Move, lowerable, propose
+from hq_optuna.search.moves import lowerable, propose
 from hq_optuna.search.rules import RULES, Rule, choose
+from hq_optuna.search.swaps import Notch, learn_rises, propose_swaps
 from hq_optuna.space import SearchSpace
 
 
@@ -56,6 +58,7 @@ class ProgressiveSearch:
         n_candidates: Candidates a step, at least 1.
         rule: `choose`'s rule.
         seed: Seed of the draws.
+        refine: Whether swaps refine the answer once the budget is met.
     """
 
     space: SearchSpace
@@ -64,6 +67,7 @@ class ProgressiveSearch:
     n_candidates: int = 8
     rule: Rule = "ratio"
     seed: int = 0
+    refine: bool = False
 
     def __post_init__(self) -> None:
         if self.n_candidates < 1:
@@ -75,26 +79,41 @@ class ProgressiveSearch:
         """Return the cost of a state of the search."""
         return self.cost(self.space.config(state))
 
-    def moves(self, incumbent: Incumbent | None) -> tuple[Move | None, ...]:
-        """Return the moves of the step after ``incumbent``, one per slot.
+    def states(
+        self, incumbent: Incumbent | None, past: Past | None = None
+    ) -> tuple[tuple[int, ...], ...]:
+        """Return the candidates of the step after ``incumbent`` as bits of each variable.
 
-        Step 0 (no incumbent) has a single slot without a move: the start itself.
+        Args:
+            incumbent: Where the step starts; ``None`` for step 0, whose one candidate is the start.
+            past: The record so far; needed for steps of swaps.
         """
         if incumbent is None:
-            return (None,)
-        return propose(
+            return (self.space.top,)
+        if self.met(incumbent):
+            if not self.refine or past is None or past.settled(self):
+                return ()
+            return propose_swaps(
+                self.space,
+                incumbent.state,
+                past.rises(self.space),
+                cost=self.cost_of,
+                limit=self.limit,
+                score=incumbent.score,
+                n=self.n_candidates,
+            )
+        moves = propose(
             self.space,
             incumbent.state,
             n=self.n_candidates,
             seed=self.seed,
             step=incumbent.step + 1,
         )
+        return tuple(move.apply(incumbent.state) for move in moves)
 
-    def states(self, incumbent: Incumbent | None) -> tuple[tuple[int, ...], ...]:
-        """Return the candidates of the step after ``incumbent`` as bits of each variable."""
-        if incumbent is None:
-            return (self.space.top,)
-        return tuple(move.apply(incumbent.state) for move in self.moves(incumbent) if move)
+    def met(self, incumbent: Incumbent) -> bool:
+        """Return whether the incumbent is within the limit."""
+        return incumbent.cost <= self.limit
 
     def close(
         self,
@@ -106,7 +125,8 @@ class ProgressiveSearch:
 
         When the winner meets the budget the search is over, and the answer is the candidate with
         the smallest score among all that met the budget in any step: an earlier candidate that
-        lost its step may have been within the budget already, and better.
+        lost its step may have been within the budget already, and better. A step of swaps leaves
+        its best candidate, or its incumbent where that is better.
 
         Args:
             incumbent: Where the step started (``None`` for step 0).
@@ -115,6 +135,15 @@ class ProgressiveSearch:
         """
         step = 0 if incumbent is None else incumbent.step + 1
         slot = 0
+        if incumbent is not None and self.met(incumbent):
+            best = min(range(len(results)), key=lambda k: (results[k].score, k))
+            if results[best].score >= incumbent.score:
+                return Incumbent(
+                    step, incumbent.state, incumbent.score, incumbent.cost, incumbent.origin
+                )
+            return Incumbent(
+                step, results[best].state, results[best].score, results[best].cost, (step, best)
+            )
         if incumbent is not None:
             slot = choose(
                 self.rule,
@@ -138,24 +167,55 @@ class ProgressiveSearch:
             winner = feasible[origin]
         return Incumbent(step, winner.state, winner.score, winner.cost, origin)
 
-    def finished(self, incumbent: Incumbent | None) -> bool:
-        """Return whether the search ends here: budget met, or nothing left to lower."""
+    def finished(self, incumbent: Incumbent | None, past: Past | None = None) -> bool:
+        """Return whether the search ends here.
+
+        It does when there is nothing left to lower, or when the budget is met and swaps bring
+        nothing (or are turned off).
+        """
         if incumbent is None:
             return False
-        return incumbent.cost <= self.limit or not lowerable(self.space, incumbent.state)
+        if self.met(incumbent):
+            return not self.states(incumbent, past)
+        return not lowerable(self.space, incumbent.state)
 
     def run(self, score: Callable[[BitConfig], float]) -> list[Incumbent]:
         """Run the whole search in this process and return the incumbent of every step."""
-        incumbents: list[Incumbent] = []
-        earlier: dict[tuple[int, int], Result] = {}
+        past = Past()
         incumbent: Incumbent | None = None
-        while not self.finished(incumbent):
+        while not self.finished(incumbent, past):
             results = [
                 Result(state, score(self.space.config(state)), self.cost_of(state))
-                for state in self.states(incumbent)
+                for state in self.states(incumbent, past)
             ]
-            previous, incumbent = incumbent, self.close(incumbent, results, earlier)
-            step = 0 if previous is None else previous.step + 1
-            earlier |= {(step, slot): result for slot, result in enumerate(results)}
-            incumbents.append(incumbent)
-        return incumbents
+            incumbent = self.close(incumbent, results, past.results)
+            past.results |= {(incumbent.step, slot): r for slot, r in enumerate(results)}
+            past.incumbents.append(incumbent)
+        return past.incumbents
+
+
+@dataclass
+class Past:
+    """The record of a search: what closed steps left, and every candidate that was scored.
+
+    Attributes:
+        incumbents: Of the closed steps, in order.
+        results: Candidates by ``(step, slot)``.
+    """
+
+    incumbents: list[Incumbent] = field(default_factory=list)
+    results: dict[tuple[int, int], Result] = field(default_factory=dict)
+
+    def settled(self, search: ProgressiveSearch) -> bool:
+        """Return whether the last step was one of swaps and brought nothing."""
+        last = self.incumbents[-2:]
+        return len(last) == 2 and search.met(last[0]) and last[0].state == last[1].state
+
+    def rises(self, space: SearchSpace) -> dict[Notch, float]:
+        """Return what each notch was seen to add to the score, from all closed steps."""
+        scored = []
+        for (step, _), result in sorted(self.results.items()):
+            if 0 < step <= len(self.incumbents):
+                before = self.incumbents[step - 1]
+                scored.append((before.state, before.score, result.state, result.score))
+        return learn_rises(space, scored)

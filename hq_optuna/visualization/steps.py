@@ -44,9 +44,11 @@ class StepsInfo(NamedTuple):
 
 
 def describe_move(candidate: Candidate) -> str:
-    """Return what a candidate lowers, ``"conv1 8 → 7"``; ``"start"`` for the first of all."""
-    if candidate.variable is None or candidate.from_bits is None or candidate.to_bits is None:
+    """Return what a candidate changes, ``"conv1 8 → 7"``; ``"start"`` for the first of all."""
+    if candidate.variable is None:
         return "start"
+    if candidate.from_bits is None or candidate.to_bits is None:  # a swap, in words already
+        return f.shorten(candidate.variable)
     bits = f"{f.bits_text(candidate.from_bits)} → {f.bits_text(candidate.to_bits)}"
     return f"{f.shorten(candidate.variable)} {bits}"
 

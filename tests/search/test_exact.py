@@ -72,9 +72,11 @@ def test_an_impossible_limit_gives_none() -> None:
 def test_too_many_combinations_are_refused_in_words() -> None:
     layers = [layer(f"l{i}", 1, 1) for i in range(2)]
     space = SearchSpace.build(layers, bits=range(1, 17), pin_first_last=None)
-    object.__setattr__(space, "variables", tuple(
-        type(v)(v.name, ("l0",), v.part, v.bits) for v in (*space.variables,) * 4
-    ))
+    object.__setattr__(
+        space,
+        "variables",
+        tuple(type(v)(v.name, ("l0",), v.part, v.bits) for v in (*space.variables,) * 4),
+    )
     with pytest.raises(ValueError, match="too many to enumerate"):
         exact_allocation(space, [{}] * 8, lambda *_: 1.0, 1.0)
 

@@ -291,7 +291,6 @@ def test_a_start_within_the_budget_is_the_answer_at_once() -> None:
 
 def test_step_0_has_one_candidate_the_start_without_a_move() -> None:
     search = convex(0).search()
-    assert search.moves(None) == (None,)
     assert search.states(None) == (search.space.top,)
     assert not search.finished(None)
 

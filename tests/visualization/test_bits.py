@@ -30,7 +30,13 @@ def test_the_bits_are_those_of_the_same_search_run_without_a_study():
     study = fake_study(space, budget=Budget.fraction(bops=budget), seed=3)
     table, model = fake_table(space), CostModel(space.layers)
     alone = ProgressiveSearch(
-        space, model.cost, limit=budget * model.int8, n_candidates=4, rule="ratio", seed=3
+        space,
+        model.cost,
+        limit=budget * model.int8,
+        n_candidates=4,
+        rule="ratio",
+        seed=3,
+        refine=True,
     ).run(lambda config: sum(fake_score(table, config)))
     configs = [space.config(incumbent.state) for incumbent in alone]
     info = bits_info(read_history(study))
