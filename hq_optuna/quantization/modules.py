@@ -7,6 +7,7 @@ back and forth between assignments costs a dictionary look-up.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,11 @@ class WeightFakeQuantize(nn.Module):
     """Parametrization that rounds a layer's weight to `bits`.
 
     Without gradients the rounded weight is kept for each number of bits and computed again only
-    when the weight has changed. With gradients it is computed each time, straight-through.
+    when the weight has changed. With gradients it is computed each time, straight-through. A scale
+    is found once and stays while the weight is trained.
+
+    Changes behind PyTorch's back (``weight.data.mul_(2)``) are not noticed, as in autograd itself;
+    ``with torch.no_grad(): weight.mul_(2)`` and ``load_state_dict`` are.
 
     Args:
         channel_axis: Axis of the weight's output channels.
@@ -32,26 +37,46 @@ class WeightFakeQuantize(nn.Module):
         self.channel_axis = channel_axis
         self.bits = FLOAT_BITS
         self.scales: dict[int, Tensor] = {}
-        self._kept: dict[int, tuple[tuple[int, int], Tensor]] = {}
+        self._seen: tuple[Tensor, int] | None = None
+        self._rounded: dict[int, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and files get the scales, and round anew: their weight is another tensor.
+        return {**self.__dict__, "_seen": None, "_rounded": {}}
 
     def scale(self, weight: Tensor, bits: int) -> Tensor:
         """Return the scale for ``bits``, shape ``(channels,)``; found once, then kept."""
         if bits not in self.scales:
-            self.scales[bits] = weight_scale(weight, bits, self.channel_axis)
+            with torch.inference_mode(False), torch.no_grad():
+                self.scales[bits] = weight_scale(weight, bits, self.channel_axis)
         if self.scales[bits].device != weight.device:
             self.scales[bits] = self.scales[bits].to(weight.device)
         return self.scales[bits]
 
     def quantized(self, weight: Tensor, bits: int) -> Tensor:
         """Return the rounded weight without gradient, kept until the weight changes."""
-        state = (weight.data_ptr(), weight._version)
-        kept = self._kept.get(bits)
-        if kept is None or kept[0] != state:
-            with torch.no_grad():
+        if self._changed(weight):
+            self._rounded.clear()
+        if bits not in self._rounded:
+            # What is kept must serve later in training too, so it is no inference tensor.
+            with torch.inference_mode(False), torch.no_grad():
                 scale = self.scale(weight, bits)
-                rounded = quantize_weight(weight, scale, bits, self.channel_axis)
-            kept = self._kept[bits] = (state, rounded)
-        return kept[1]
+                self._rounded[bits] = quantize_weight(weight, scale, bits, self.channel_axis)
+        return self._rounded[bits]
+
+    def _changed(self, weight: Tensor) -> bool:
+        """Say whether the weight is another than last time, and remember it."""
+        if weight.is_inference():  # keeps no count of its changes
+            self._seen = None
+            return True
+        seen, self._seen = self._seen, (weight.detach(), weight._version)
+        # `seen` holds the memory, so that no later tensor can have its address.
+        return (
+            seen is None
+            or seen[0].data_ptr() != weight.data_ptr()
+            or seen[0].dtype != weight.dtype
+            or seen[1] != weight._version
+        )
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight as the layer shall use it."""
@@ -105,7 +130,7 @@ class InputFakeQuantize(nn.Module):
         scale, zero_point = self.range(bits)
         return quantize_activation(
             x,
-            torch.tensor(scale, device=x.device),
+            torch.tensor(scale, dtype=torch.float32, device=x.device),
             torch.tensor(zero_point, dtype=torch.int32, device=x.device),
             bits,
         )

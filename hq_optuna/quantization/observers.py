@@ -51,10 +51,11 @@ class InputHistogram:
         if observer == "min_max":
             return affine_range(float(self.edges[0]), float(self.edges[-1]), bits)
         if observer == "percentile":
-            share = np.cumsum(self.counts) / self.counts.sum()
+            share = np.cumsum(self.counts) / max(self.counts.sum(), 1.0)
             tail = 1 - PERCENTILE / 100
-            low = float(self.edges[int(np.searchsorted(share, tail))])
-            high = float(self.edges[int(np.searchsorted(share, 1 - tail)) + 1])
+            last = len(self.counts) - 1  # also where no value was ever seen
+            low = float(self.edges[min(int(np.searchsorted(share, tail)), last)])
+            high = float(self.edges[min(int(np.searchsorted(share, 1 - tail)), last) + 1])
             return affine_range(low if self.edges[0] < 0 else 0.0, high, bits)
         raise ValueError(f"observer is one of {', '.join(get_args(Observer))}; got {observer!r}.")
 
@@ -104,6 +105,8 @@ def observe_inputs(
     highs = dict.fromkeys(names, -math.inf)
 
     def extremes(name: str, x: Tensor) -> None:
+        if not x.numel():
+            return
         low, high = (float(v) for v in torch.aminmax(x.detach()))
         if not (math.isfinite(low) and math.isfinite(high)):
             raise DataError(
@@ -121,7 +124,8 @@ def observe_inputs(
 
     def fill(name: str, x: Tensor) -> None:
         low, high = bounds[name]
-        counts[name] += torch.histc(x.detach().float(), N_BINS, low, high).double().cpu()
+        for part in torch.split(x.detach().float().flatten(), MOST_COUNTED):
+            counts[name] += torch.histc(part, N_BINS, low, high).double().cpu()
 
     with watch_inputs(network, names, fill):
         for batch in data:
@@ -131,6 +135,9 @@ def observe_inputs(
         for name in names
     }
 
+
+MOST_COUNTED = 2**24
+"""`torch.histc` counts in single precision: a bin stops growing there."""
 
 TINY_RANGE = 1e-6
 """A layer that only ever sees zeros still needs a range."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
 
-from hq_optuna.assignment import BitConfig, LayerBits
+from hq_optuna.assignment import BitConfig
 from hq_optuna.errors import SpaceError
 from hq_optuna.layers import FLOAT_BITS, MAX_BITS, MIN_BITS, LayerSpec
 from hq_optuna.quantization.modules import InputFakeQuantize, WeightFakeQuantize
@@ -38,7 +39,7 @@ def prepare(
             can only stay in float.
         observer: How activation ranges are found.
     """
-    prepared = copy.deepcopy(network).eval()
+    prepared = copy.deepcopy(network)
     for layer in layers:
         module = prepared.get_submodule(layer.name)
         quantizer = WeightFakeQuantize(layer.channel_axis)
@@ -46,7 +47,7 @@ def prepare(
         histogram = None if inputs is None else inputs[layer.name]
         module.add_module(_INPUT, InputFakeQuantize(histogram, observer))
         module.register_forward_pre_hook(_quantize_input, with_kwargs=True)
-    return prepared
+    return prepared.eval()
 
 
 def _quantize_input(
@@ -84,9 +85,10 @@ def float_weight(module: nn.Module) -> Any:
     return weight
 
 
-def set_bits(network: nn.Module, bits: Mapping[str, LayerBits]) -> None:
+def set_bits(network: nn.Module, bits: Mapping[str, tuple[int, int]]) -> None:
     """Set the bits of a prepared network's layers; layers not named keep theirs.
 
+    Bits are pairs, weights first: `LayerBits(4, 8)` or ``(4, 8)``. Nothing changes on an error.
     Changes two integers a layer. Scales and rounded weights are found at first use and kept, so
     returning to an assignment returns its outputs bit for bit.
 
@@ -101,14 +103,15 @@ def set_bits(network: nn.Module, bits: Mapping[str, LayerBits]) -> None:
                 f"{', '.join(layers) or 'none; call prepare() first'}."
             )
         for value in pair:
-            if value != FLOAT_BITS and not MIN_BITS <= value <= MAX_BITS:
+            integral = isinstance(value, Integral)
+            if not integral or (value != FLOAT_BITS and not MIN_BITS <= value <= MAX_BITS):
                 raise SpaceError(
                     f"Layer {name!r}: bits are {MIN_BITS} to {MAX_BITS}, or {FLOAT_BITS} for "
-                    f"float; got {value}."
+                    f"float; got {value!r}."
                 )
-    for name, pair in bits.items():
-        weight_quantizer(layers[name]).bits = pair.weight_bits
-        input_quantizer(layers[name]).bits = pair.activation_bits
+    for name, (weight_bits, activation_bits) in bits.items():
+        weight_quantizer(layers[name]).bits = int(weight_bits)
+        input_quantizer(layers[name]).bits = int(activation_bits)
 
 
 def get_bits(network: nn.Module) -> BitConfig:
