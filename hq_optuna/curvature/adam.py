@@ -6,7 +6,9 @@ Fisher matrix and B the batch size, and F approximates the Hessian's diagonal: h
 optimizer runs with learning rate 0 on a frozen copy in eval mode, so nothing is trained.
 
 The same backward passes give each layer's input curvature, the mean over samples of the squared
-gradient (∂ℓᵢ/∂x)². Both are in units of the loss: ½ Σ h Δ² is a loss rise.
+gradient (∂ℓᵢ/∂x)², through this layer alone: it is this layer's input that will be rounded, not
+what a shortcut or a neighbour reads of the same tensor. Both are in units of the loss: ½ Σ h Δ² is
+a loss rise.
 
 Sources: Kingma & Ba 2015 (Adam, eqs. in Algorithm 1); patent CN112183742B; for inputs FIT
 (Zandonati et al., 2022). Where a batch is smaller than the first one its gradient is scaled by
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from hq_optuna.batches import Batches, forward
+from hq_optuna.errors import ScoreError
 from hq_optuna.layers import LayerSpec
 from hq_optuna.quantization.observers import first_input
 
@@ -117,15 +120,17 @@ def calibration_adam(
         loss_fn: Mean loss of a batch from outputs and labels.
         beta2: Adam's second decay; its window 1 / (1 − β₂) should exceed the number of batches.
         progress: Called with (batches done, batches).
+
+    Raises:
+        ScoreError: The loss does not depend on the network through any gradient.
     """
     copied = copy.deepcopy(network).eval()
     for parameter in copied.parameters():
         parameter.requires_grad_(False)
-    weights: dict[str, nn.Parameter] = {
-        layer.name: copied.get_parameter(f"{layer.name}.weight").requires_grad_(True)
-        for layer in layers
-    }
+    weights = {layer.name: copied.get_parameter(f"{layer.name}.weight") for layer in layers}
     parameters = list(weights.values())
+    for parameter in parameters:
+        parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(parameters, lr=0.0, betas=(0.0, beta2))
     inputs: dict[str, list[InputCurvature]] = {layer.name: [] for layer in layers}
     calls: dict[str, int] = {}
@@ -133,23 +138,24 @@ def calibration_adam(
 
     def watch(
         name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         x = first_input(args, kwargs)
         call = calls[name] = calls.get(name, -1) + 1
         while len(inputs[name]) <= call:
             inputs[name].append(InputCurvature())
         entry, samples = inputs[name][call], n
-        replaced = not x.requires_grad
-        if replaced:  # the network's own input, or behind something without gradient
-            x = x.detach().requires_grad_(True)
+        # A copy, so that the gradient is that of this layer alone and not of a shortcut or another
+        # layer that reads the same tensor, and so that the network may go on to change its own.
+        if x.requires_grad and torch.is_grad_enabled():
+            x = x.clone()
+        else:  # the network's own input, or behind something without gradient
+            x = x.detach().clone().requires_grad_(True)
 
         def see(gradient: Tensor) -> None:
             # The loss is a batch mean, so a sample's own gradient is n times as large.
             entry.add(gradient * samples, samples)
 
         x.register_hook(see)  # type: ignore[no-untyped-call]
-        if not replaced:
-            return None
         return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "input": x})
 
     handles = []
@@ -169,6 +175,11 @@ def calibration_adam(
             optimizer.zero_grad(set_to_none=True)
             with torch.enable_grad():
                 loss = loss_fn(forward(copied, batch.inputs), batch.labels)
+                if not loss.requires_grad:
+                    raise ScoreError(
+                        "The loss has no gradient: the network or the loss function detaches it "
+                        "(torch.no_grad, detach, argmax?). Curvature needs a differentiable loss."
+                    )
                 loss.backward()  # type: ignore[no-untyped-call]
             for parameter in parameters:
                 if parameter.grad is not None:

@@ -129,10 +129,15 @@ def measure_sensitivity(
         progress: Called with (batches done, batches).
 
     Raises:
-        ScoreError: A value is NaN or infinite.
+        ScoreError: A value is NaN or infinite, or no layer at all received a gradient.
     """
     if scorer not in SCORERS:
         raise ValueError(f"scorer is one of {', '.join(SCORERS)}; got {scorer!r}.")
+    if all(layer.name in curvature.no_gradient for layer in space.layers):
+        raise ScoreError(
+            "No layer received a gradient on the calibration set, so layers cannot be compared. "
+            "Check that the loss depends on the network, and that it is not exactly zero."
+        )
     needed = bits_needed(space)
     weights = {
         layer.name: _weight_rises(
