@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hq_optuna.batches import Batches, forward, tensors
+from hq_optuna.batches import Batch, Batches, forward, tensors
 from hq_optuna.curvature.adam import LossFunction
 from hq_optuna.errors import DataError, NetworkError
 
@@ -32,12 +32,15 @@ def check_forward(network: nn.Module, data: Batches, loss_fn: LossFunction) -> l
         Warnings: sentences about what is doubtful but possible.
 
     Raises:
-        NetworkError: Two passes differ (dropout left on), or outputs are NaN or infinite.
+        NetworkError: Two passes differ (dropout left on), outputs are NaN or infinite, or the
+            network writes into its input.
         DataError: Labels out of range, or a loss that is not one finite number.
     """
     copied = copy.deepcopy(network).eval()
     batch = data[0]
+    kept = [tensor.clone() for tensor in tensors(batch.inputs)]
     first = forward(copied, batch.inputs)
+    _check_inputs_kept(batch, kept)
     second = forward(copied, batch.inputs)
     for a, b in zip(tensors(first), tensors(second), strict=True):
         if not torch.equal(a, b):
@@ -73,6 +76,21 @@ def check_forward(network: nn.Module, data: Batches, loss_fn: LossFunction) -> l
     return _check_mean(copied, data, loss_fn, float(loss))
 
 
+def _check_inputs_kept(batch: Batch, kept: list[Tensor]) -> None:
+    """Refuse a network that writes into its input, and put the input back."""
+    changed = False
+    for tensor, copy_ in zip(tensors(batch.inputs), kept, strict=True):
+        if not torch.equal(tensor, copy_):
+            tensor.copy_(copy_)
+            changed = True
+    if changed:
+        raise NetworkError(
+            "The network writes into its input (an in-place operation such as `x.sub_(mean)` or "
+            "ReLU(inplace=True) on it), so a second pass would see other data. Make its first "
+            "operation work on a copy."
+        )
+
+
 def check_labels(outputs: Any, labels: Any) -> None:
     """Refuse class labels that the network has no output for.
 
@@ -97,8 +115,13 @@ def _check_mean(network: nn.Module, data: Batches, loss_fn: LossFunction, loss: 
     if not isinstance(batch.inputs, Tensor) or not isinstance(batch.labels, Tensor) or batch.n < 2:
         return []
     half = batch.n // 2
-    a = float(loss_fn(forward(network, batch.inputs[:half]), batch.labels[:half]))
-    b = float(loss_fn(forward(network, batch.inputs[half:]), batch.labels[half:]))
+    cut = half * (len(batch.labels) // batch.n)  # a sample may have several labels
+    try:
+        a = float(loss_fn(forward(network, batch.inputs[:half]), batch.labels[:cut]))
+        b = float(loss_fn(forward(network, batch.inputs[half:]), batch.labels[cut:]))
+    except Exception as error:  # a network or loss that is made for one batch size
+        logger.debug("Half a batch could not be tried: %s", error)
+        return []
     mean = (a * half + b * (batch.n - half)) / batch.n
     if abs(a + b - loss) < 1e-4 * abs(loss) and abs(mean - loss) > 1e-2 * abs(loss):
         return [
