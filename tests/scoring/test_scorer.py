@@ -1,0 +1,136 @@
+"""The scorer: predicted parts that add up, and a calibration loss from one forward pass."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hq_optuna.assignment import BitConfig, LayerBits
+from hq_optuna.batches import read_batches
+from hq_optuna.curvature import calibration_adam
+from hq_optuna.errors import HqOptunaError, ScoreError, SpaceError
+from hq_optuna.layers import FLOAT_BITS
+from hq_optuna.quantization import get_bits, observe_inputs, prepare
+from hq_optuna.quantization.ranges import weight_scale
+from hq_optuna.scoring import Scorer, Sensitivity, measure_sensitivity
+from hq_optuna.space import SearchSpace
+from tests.small_networks import ConvNet, layers_of, make, seeded
+
+X = torch.randn(10, 2, 5, 5, generator=seeded(0), dtype=torch.float64)
+Y = torch.arange(10) % 3
+
+
+@pytest.fixture
+def parts():
+    network = make(ConvNet)
+    data = read_batches((X, Y), batch_size=4)
+    layers = layers_of(network, X)
+    prepared = prepare(
+        network, layers, observe_inputs(network, [layer.name for layer in layers], data)
+    )
+    space = SearchSpace.build(layers, pin_first_last=None)
+    curvature = calibration_adam(network, layers, data, F.cross_entropy)
+    sensitivity = measure_sensitivity(prepared, space, curvature, data)
+    return network, Scorer(prepared, sensitivity, data, F.cross_entropy)
+
+
+def config(scorer: Scorer, bits: int, activation_bits: int) -> BitConfig:
+    return BitConfig.uniform(list(get_bits(scorer.prepared)), bits, activation_bits)
+
+
+def test_the_total_is_the_weights_and_the_activations_part_of_all_layers(parts):
+    _, scorer = parts
+    mixed = BitConfig({name: (2 + i, 8 - i) for i, name in enumerate(get_bits(scorer.prepared))})
+    found = scorer.score(mixed)
+    table = scorer.sensitivity
+    weights = sum(table.weights[name][bits.weight_bits] for name, bits in mixed.items())
+    inputs = sum(table.activations[name][bits.activation_bits] for name, bits in mixed.items())
+    assert found.weights == pytest.approx(weights, rel=1e-14)
+    assert found.activations == pytest.approx(inputs, rel=1e-14)
+    assert found.total == found.weights + found.activations
+    assert found.weights > 0 and found.activations > 0
+
+
+@pytest.mark.parametrize("bits", [2, 4, FLOAT_BITS])
+def test_the_calibration_loss_is_the_mean_over_samples_of_the_quantized_network(parts, bits):
+    network, scorer = parts
+    by_hand = copy.deepcopy(network)
+    if bits != FLOAT_BITS:
+        for layer in layers_of(network, X):
+            weight = by_hand.get_submodule(layer.name).weight
+            scale = weight_scale(weight, bits, layer.channel_axis)
+            top, zero = 2 ** (bits - 1) - 1, torch.zeros(len(scale), dtype=torch.int32)
+            weight.data = torch.fake_quantize_per_channel_affine(
+                weight.data, scale, zero, layer.channel_axis, -top, top
+            )
+    losses = [
+        float(F.cross_entropy(by_hand(X[i : i + 1]), Y[i : i + 1]).detach()) for i in range(10)
+    ]
+    found = scorer.score(config(scorer, bits, FLOAT_BITS))
+    # The last batch of 2 counts as two samples, not as a third of all.
+    assert found.calibration_loss == pytest.approx(sum(losses) / 10, rel=1e-12)
+    assert found.activations == 0.0
+
+
+def test_a_candidate_costs_one_forward_pass_per_batch_and_no_gradient(parts):
+    _, scorer = parts
+    passes: list[bool] = []
+    scorer.prepared.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    for bits in (8, 4, 8):
+        scorer.score(config(scorer, bits, bits))
+    assert passes == [False] * 9
+
+
+def test_scoring_trains_nothing_and_gives_the_same_number_each_time(parts):
+    _, scorer = parts
+    state = copy.deepcopy(scorer.prepared.state_dict())
+    first = scorer.score(config(scorer, 3, 4))
+    other = scorer.score(config(scorer, 8, 8))
+    assert scorer.score(config(scorer, 3, 4)) == first
+    assert scorer.score(config(scorer, 8, 8)) == other
+    assert first.total > other.total
+    assert first.calibration_loss != other.calibration_loss
+    assert all(torch.equal(v, state[k]) for k, v in scorer.prepared.state_dict().items())
+    assert all(p.grad is None for p in scorer.prepared.parameters())
+    assert not any(m.training for m in scorer.prepared.modules())
+
+
+def test_the_network_is_left_at_the_candidates_bits(parts):
+    _, scorer = parts
+    scorer.score(config(scorer, 5, 6))
+    assert get_bits(scorer.prepared) == config(scorer, 5, 6)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_score_that_is_no_number_is_refused(parts, value):
+    _, scorer = parts
+    name = next(iter(scorer.sensitivity.weights))
+    weights = {**scorer.sensitivity.weights, name: {4: value}}
+    scorer.sensitivity = Sensitivity(weights, scorer.sensitivity.activations)
+    with pytest.raises(ScoreError, match=r"score of an assignment is (nan|inf).*cannot be ranked"):
+        scorer.score(config(scorer, 4, 4))
+
+
+def test_a_layer_that_was_not_prepared_is_refused(parts):
+    _, scorer = parts
+    with pytest.raises(SpaceError, match="'elsewhere' is not prepared") as caught:
+        scorer.calibration_loss({"elsewhere": LayerBits(4, 4)})
+    assert isinstance(caught.value, HqOptunaError)
+
+
+def test_the_loss_function_gets_outputs_and_labels_of_each_batch(parts):
+    _, scorer = parts
+    seen: list[tuple[int, Tensor]] = []
+
+    def loss(outputs: Tensor, labels: Tensor) -> Tensor:
+        seen.append((len(outputs), labels))
+        return outputs.sum() * 0 + float(labels.double().mean())
+
+    scorer.loss_fn = loss
+    expected = float(Y.double().mean())
+    assert scorer.calibration_loss(config(scorer, 8, 8)) == pytest.approx(expected, rel=1e-14)
+    assert [n for n, _ in seen] == [4, 4, 2]
+    assert torch.equal(torch.cat([labels for _, labels in seen]), Y)
