@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from optuna.trial import FrozenTrial, TrialState
 
@@ -32,6 +32,14 @@ class Closed:
     number: int
     incumbent: Incumbent
     winner: int
+
+
+class _Scored(NamedTuple):
+    """A complete candidate: trial number, score, and the bits that were scored."""
+
+    number: int
+    score: float
+    bits: tuple[int, ...]
 
 
 @dataclass
@@ -78,7 +86,7 @@ class StepLog:
         self.closed: list[Closed] = []
         self.past = Past()
         self._by_number: dict[int, tuple[int, int, Result]] = {}
-        self._candidates: dict[tuple[int, str], dict[int, list[tuple[int, float]]]] = {}
+        self._candidates: dict[tuple[int, str], dict[int, list[_Scored]]] = {}
         self._records: dict[tuple[int, str], list[tuple[int, Ticket]]] = {}
         self._closed_keys: set[tuple[int, str]] = set()
         self._cursor = 0
@@ -126,11 +134,12 @@ class StepLog:
                 self._records.setdefault(key, []).append((number, ticket))
             elif ticket.kind == "candidate":
                 slots = self._candidates.setdefault(key, {})
-                slots.setdefault(ticket.slot, []).append((number, trial.values[0]))
-                if key in self._closed_keys and (ticket.step, ticket.slot) in self.results:
+                scored = _Scored(number, trial.values[0], ticket.bits)
+                slots.setdefault(ticket.slot, []).append(scored)
+                late = self.results.get((ticket.step, ticket.slot))
+                if key in self._closed_keys and late is not None and late.state == ticket.bits:
                     # A late duplicate. Whoever reads the study afresh may name it in a record.
-                    result = self.results[ticket.step, ticket.slot]
-                    self._by_number[number] = (ticket.step, ticket.slot, result)
+                    self._by_number[number] = (ticket.step, ticket.slot, late)
         self._advance()
 
     def untagged_before(self, number: int) -> int:
@@ -146,15 +155,18 @@ class StepLog:
         while self.open is not None:
             step = self.open
             key = (step.step, step.parent)
-            for slot, entries in self._candidates.get(key, {}).items():
-                if 0 <= slot < len(step.states):
-                    number, score = min(entries)
-                    step.done[slot] = number
-                    state = step.states[slot]
-                    result = Result(state, score, self.search.cost_of(state))
-                    for other, _ in entries:
-                        self._by_number[other] = (step.step, slot, result)
-                    self.results[step.step, slot] = result
+            for slot, state in enumerate(step.states):
+                # What scored other bits than the slot has came from another view of the record.
+                entries = self._candidates.get(key, {}).get(slot, ())
+                entries = [scored for scored in entries if scored.bits == state]
+                if not entries:
+                    continue
+                first = min(entries)
+                result = Result(state, first.score, self.search.cost_of(state))
+                step.done[slot] = first.number
+                self.results[step.step, slot] = result
+                for scored in entries:
+                    self._by_number[scored.number] = (step.step, slot, result)
             if not step.complete or key not in self._records:
                 break
             record = self._first_record(key)
