@@ -41,6 +41,8 @@ def redact_url(url: str) -> str:
         'postgresql+psycopg://me:***@db/hq'
     """
     scheme, separator, rest = url.partition("://")
+    if "@" in scheme:
+        separator = ""
     if scheme == "sqlite" and rest.startswith("/"):
         return url  # a path, which may well hold an @
     # SQLAlchemy ends the password at the first @ and would show the rest of one that holds an @.
@@ -85,8 +87,12 @@ def open_storage(storage: str | BaseStorage | None) -> BaseStorage:
 
 def _parse(storage: str) -> sqlalchemy.URL:
     try:
-        return sqlalchemy.engine.make_url(storage)
-    except (sqlalchemy.exc.ArgumentError, ValueError):  # a port that is no number
+        url = sqlalchemy.engine.make_url(storage)
+        # A password that holds an @ would go on as the host, and into the driver's messages.
+        if url.get_backend_name() != "sqlite" and "@" in f"{url.host}{url.database}":
+            raise ValueError
+        return url
+    except (sqlalchemy.exc.ArgumentError, ValueError):  # ValueError: a port that is no number
         raise StorageError(
             f"{redact_url(storage)!r} is no storage URL. Expected for example "
             "'sqlite:///search.db' or 'postgresql+psycopg://user:password@host/database'. "
