@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 
+import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import Study
 from optuna.trial import Trial, TrialState
@@ -61,6 +62,15 @@ class _Patience:
         return now - self._since > max(LEAST_GRACE_S, 5 * slowest_s)
 
 
+def _does_another(log: StepLog, ticket: Ticket, trial: Trial) -> bool:
+    """Return whether a trial with a lower number, of a worker that may live, does the same."""
+    step = log.open
+    if step is None or (step.step, step.parent) != (ticket.step, ticket.parent):
+        return False
+    same = step.recording if ticket.kind == "incumbent" else step.running.get(ticket.slot, [])
+    return any(number < trial.number for number in same)
+
+
 def work(
     study: Study,
     objective: Callable[[Trial], float],
@@ -70,7 +80,8 @@ def work(
     """Run trials until the search is over.
 
     Ctrl-C gives the running candidate back (Optuna marks the trial failed, its slot is free again)
-    and raises `KeyboardInterrupt`; everything recorded stays.
+    and raises `KeyboardInterrupt`; everything recorded stays. When two workers reach for the last
+    free slot, the trial with the higher number is pruned unevaluated, and its worker waits.
 
     Args:
         study: With a `ProgressiveBitSampler`.
@@ -80,20 +91,47 @@ def work(
     sampler = study.sampler
     assert isinstance(sampler, ProgressiveBitSampler)
     fail_dead_trials(study)
+    try:
+        _work(study, sampler, objective, on_progress)
+    finally:
+        sampler.backs_up = True
+    fail_dead_trials(study)
+
+
+def _work(
+    study: Study,
+    sampler: ProgressiveBitSampler,
+    objective: Callable[[Trial], float],
+    on_progress: Callable[[StepLog], None],
+) -> None:
     patience, wait_s, slowest_s = _Patience(), SHORTEST_WAIT_S, 0.0
+    idle = False
+
+    def once(trial: Trial) -> float:
+        nonlocal idle
+        ticket = sampler.ticket(study, trial._trial_id)
+        idle = ticket is not None and (
+            ticket.kind == "surplus"
+            or (not sampler.backs_up and _does_another(sampler.log(study), ticket, trial))
+        )
+        if idle:
+            raise optuna.TrialPruned("its work is done, or another worker does it")
+        return objective(trial)
+
     while True:
         log = sampler.log(study)
         on_progress(log)
         step = log.open
         if step is None:
-            fail_dead_trials(study)
             return
-        waiting = bool(step.recording) if step.complete else not step.free
-        if waiting and not patience.exhausted(log, slowest_s):
+        sampler.backs_up = patience.exhausted(log, slowest_s)
+        idle = bool(step.recording) if step.complete else not step.free
+        if sampler.backs_up or not idle:
+            started = time.monotonic()
+            study.optimize(once, n_trials=1)
+            slowest_s = max(slowest_s, time.monotonic() - started)
+        if idle:
             time.sleep(wait_s)
             wait_s = min(2 * wait_s, LONGEST_WAIT_S)
-            continue
-        wait_s = SHORTEST_WAIT_S
-        started = time.monotonic()
-        study.optimize(objective, n_trials=1)
-        slowest_s = max(slowest_s, time.monotonic() - started)
+        else:
+            wait_s = SHORTEST_WAIT_S

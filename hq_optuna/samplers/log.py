@@ -21,7 +21,7 @@ from hq_optuna import attrs, workers
 from hq_optuna.attrs import Ticket
 from hq_optuna.search import Incumbent, Past, ProgressiveSearch, Result
 
-UNTAGGED_GRACE_S = 60.0
+UNTAGGED_GRACE_S = 5.0
 """A trial that has not got its ticket after this long, by the observer's clock, lost its worker."""
 
 

@@ -78,6 +78,11 @@ class ProgressiveBitSampler(BaseSampler):
     relative samplers do. The objective's value must be deterministic. A trial that is asked for
     after the search is over shows the answer once more.
 
+    Attributes:
+        backs_up: Whether a worker for whom nothing is free repeats what another one is running, so
+            that a search goes on whose workers died unseen. Who can wait instead turns it off, and
+            gets a trial of the kind ``"surplus"``.
+
     Raises:
         BudgetError: The budget is below the cheapest assignment of the space.
         ValueError: Unknown encoding or rule, no candidates, or a layer whose name the compact
@@ -131,6 +136,7 @@ class ProgressiveBitSampler(BaseSampler):
         self.seed = seed
         self.refine = refine
         self.encoding: Encoding = encoding
+        self.backs_up = True
         self._search(None)  # refuse bad settings now
         self._independent = RandomSampler(seed=seed)
         # By storage, as studies of two storages may have the same id.
@@ -214,10 +220,9 @@ class ProgressiveBitSampler(BaseSampler):
 
     def _ticket(self, log: StepLog, number: int) -> Ticket:
         worker, step = workers.worker_id(), log.open
-        if step is None:
-            assert log.incumbent is not None
-            last = log.incumbent
-            return Ticket("surplus", last.step + 1, 0, "", last.state, worker=worker)
+        start = self.space.top if log.incumbent is None else log.incumbent.state
+        if step is None or not (self.backs_up or _anything_left(step, log, number)):
+            return Ticket("surplus", len(log.closed), 0, "", start, worker=worker)
         record = log.closed[-1].number if log.closed else None
         if step.complete:
             incumbent, winner = log.close_open_step()
@@ -231,7 +236,6 @@ class ProgressiveBitSampler(BaseSampler):
                 worker=worker,
             )
         slot = _slot(step, log.untagged_before(number))
-        start = step.states[slot] if log.incumbent is None else log.incumbent.state
         moves = changes(start, step.states[slot])
         names = [variable.name for variable in self.space.variables]
         lowered = moves[0] if len(moves) == 1 else None
@@ -354,6 +358,14 @@ class ProgressiveBitSampler(BaseSampler):
         # study.stop() raises outside of optimize(), for example in a loop of ask and tell.
         if getattr(study._thread_local, "in_optimize_loop", False):
             study.stop()
+
+
+def _anything_left(step: OpenStep, log: StepLog, number: int) -> bool:
+    """Return whether the open step has work that no lower ticket has taken or is about to take."""
+    before = log.untagged_before(number)
+    if step.complete:
+        return not step.recording and not before
+    return before < len(step.free)
 
 
 def _slot(step: OpenStep, untagged: int) -> int:
