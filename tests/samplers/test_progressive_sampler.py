@@ -354,6 +354,35 @@ def test_trials_that_lost_their_worker_before_their_ticket_do_not_stop_the_searc
     assert history(study) == expected(study)
 
 
+def test_who_does_not_back_up_others_gets_nothing_to_do_where_nothing_is_left():
+    study = new_study(sampler(8, n_candidates=3))
+    study.optimize(assigned, n_trials=2)
+    ours(study).backs_up = False
+    asked = [study.ask() for _ in range(4)]
+    assert [t.kind for t in tickets(study)[2:]] == ["candidate"] * 3 + ["surplus"]
+    for trial in asked:
+        study.tell(trial, assigned(trial))
+    asked = [study.ask() for _ in range(3)]  # the step is complete, one of them records it
+    assert [t.kind for t in tickets(study)[6:]] == ["incumbent", "surplus", "surplus"]
+    for trial in asked:
+        study.tell(trial, assigned(trial))
+    study.optimize(assigned)
+    assert history(study) == expected(study)
+
+
+def test_who_does_not_back_up_others_leaves_what_a_lower_ticket_is_about_to_take():
+    study = new_study(sampler(8, n_candidates=2))
+    study.optimize(assigned, n_trials=2)
+    ours(study).backs_up = False
+    study._storage.create_new_trial(study._study_id)  # no ticket yet
+    mine = [study.ask() for _ in range(2)]
+    assert [(t.kind, t.slot) for t in tickets(study)[3:]] == [("candidate", 1), ("surplus", 0)]
+    study.tell(mine[0], 1.0)
+    add(study, open_ticket(ours(study).log(study), 0), 1.0)
+    study.ask()
+    assert tickets(study)[-1].kind == "surplus"  # the step is complete, and is recorded by them
+
+
 def test_a_stale_ticket_is_ignored_and_its_trial_changes_nothing():
     study = new_study()
     study.optimize(assigned, n_trials=2)
