@@ -116,6 +116,7 @@ class StudyInfo:
         int8: Cost with 8 bits everywhere.
         float32: Cost without quantization.
         scorer: Name of the scorer.
+        correction: Whether statistics are corrected, in candidates and in the answer.
         rule: Name of the winner rule.
         n_candidates: Candidates a step.
         seed: Seed of the draws.
@@ -132,6 +133,7 @@ class StudyInfo:
     rule: str
     n_candidates: int
     seed: int
+    correction: bool = False
     skipped: tuple[tuple[str, str, str], ...] = ()
     warnings: tuple[str, ...] = ()
 

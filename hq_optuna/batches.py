@@ -138,6 +138,36 @@ def read_batches(data: Any, *, batch_size: int = 32, what: str = "calibration") 
     return first
 
 
+def merge(data: Batches, max_samples: int) -> Batches:
+    """Return the same samples in the same order in batches of up to ``max_samples``.
+
+    Batches whose tensors do not fit together (images of different sizes) stay apart.
+    """
+    merged: list[Batch] = []
+    for batch in data:
+        last = merged[-1] if merged else None
+        if last is not None and last.n + batch.n <= max_samples:
+            inputs, labels = _cat(last.inputs, batch.inputs), _cat(last.labels, batch.labels)
+            if inputs is not None and labels is not None:
+                merged[-1] = Batch(inputs, labels, last.n + batch.n)
+                continue
+        merged.append(batch)
+    return Batches(merged)
+
+
+def _cat(a: Any, b: Any) -> Any | None:
+    """Return two trees joined along their first axes, or ``None`` where they do not fit."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.cat([a, b]) if a.dim() and a.shape[1:] == b.shape[1:] else None
+    if isinstance(a, Mapping) and isinstance(b, Mapping) and a.keys() == b.keys():
+        values = {key: _cat(value, b[key]) for key, value in a.items()}
+        return None if any(value is None for value in values.values()) else values
+    if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
+        parts = tuple(_cat(x, y) for x, y in zip(a, b, strict=True))
+        return None if any(part is None for part in parts) else parts
+    return None
+
+
 def _read(data: Any, batch_size: int, what: str, limit: int | None = None) -> Batches:
     if isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], Tensor):
         inputs, labels = data

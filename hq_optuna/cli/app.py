@@ -79,7 +79,10 @@ def run(
     ] = None,
     scorer: Annotated[
         str | None,
-        typer.Option(help="diagonal or trace. [default: diagonal]", show_default=False),
+        typer.Option(
+            help="gauss_newton, diagonal or trace. [default: gauss_newton, for losses it knows]",
+            show_default=False,
+        ),
     ] = None,
     bits: Annotated[
         str | None, typer.Option(help="'2-8' or '8,4,2'. [default: 2-8]", show_default=False)
@@ -99,6 +102,13 @@ def run(
     ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of the draws. [default: 0]", show_default=False)
+    ] = None,
+    correction: Annotated[
+        bool | None,
+        typer.Option(
+            help="Correct batch-norm statistics and biases for the bits. [default: correction]",
+            show_default=False,
+        ),
     ] = None,
     refine: Annotated[
         bool | None,
@@ -129,6 +139,7 @@ def run(
         "pin_first_last": pin_first_last,
         "seed": seed,
         "refine": refine,
+        "correction": correction,
     }
     with _errors(as_json):
         data = running.run(

@@ -23,7 +23,16 @@ from hq_optuna.storages import sqlite_url, study_exists
 RUNS = Path("hq-optuna-runs")
 RESERVED = {
     *("storage", "name", "folder", "budget", "candidates", "rule", "scorer", "bits"),
-    *("activation_bits", "pin_first_last", "seed", "refine", "threads", "json", "help"),
+    *(
+        "activation_bits",
+        "pin_first_last",
+        "seed",
+        "refine",
+        "correction",
+        "threads",
+        "json",
+        "help",
+    ),
 }
 """Options of ``hq-optuna run``, which a study file's own may not be called."""
 

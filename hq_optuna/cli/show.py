@@ -85,7 +85,7 @@ def _summary(history: History) -> str:
         f"{100 * cost / info.int8:.1f} % of all-8-bit ({format_cost(info.int8, info.metric)}), "
         f"{100 * cost / info.float32:.2f} % of float ({format_cost(info.float32, info.metric)})",
         f"score     {record.winner.score:.3g} nats predicted loss rise "
-        f"(weights {record.winner.score_weights:.3g}, "
+        f"(by layers: weights {record.winner.score_weights:.3g}, "
         f"activations {record.winner.score_activations:.3g})",
         f"search    {len(history.records)} steps, "
         f"{sum(c.counted for c in history.candidates)} candidates, no training",

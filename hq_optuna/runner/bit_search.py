@@ -20,7 +20,7 @@ from hq_optuna.errors import ResumeError
 from hq_optuna.history import read_history
 from hq_optuna.introspect import introspect
 from hq_optuna.pruners import CostBudgetPruner
-from hq_optuna.quantization import Observer, set_bits
+from hq_optuna.quantization import Observer
 from hq_optuna.runner.evaluation import Evaluate, accuracy
 from hq_optuna.runner.objective import HessianObjective, Progress
 from hq_optuna.runner.publish import publish_facts, refuse_foreign_study
@@ -53,7 +53,10 @@ class BitSearch:
         pins: Glob over layer names to fixed bits.
         allowed: Glob over layer names to the bits allowed there.
         tied: Groups of layers that share their bits.
-        scorer: ``"diagonal"`` or ``"trace"``.
+        scorer: ``"gauss_newton"``, ``"diagonal"`` or ``"trace"``; ``None``: `HessianObjective`'s
+            choice.
+        correction: Whether batch-norm statistics and biases are corrected for the bits, in each
+            candidate and in the answer. No training; see `hq_optuna.quantization.correction`.
         observer: How activation ranges are found.
         validation: Data on which the network is measured before and after.
         evaluate: What is measured there, from (network, batches); accuracy by default.
@@ -79,7 +82,8 @@ class BitSearch:
         pins: Mapping[str, int | tuple[int, int]] | None = None,
         allowed: Mapping[str, Iterable[int]] | None = None,
         tied: Iterable[Sequence[str]] = (),
-        scorer: ScorerName = "diagonal",
+        scorer: ScorerName | None = None,
+        correction: bool = True,
         observer: Observer = "squared_error",
         validation: Any = None,
         evaluate: Evaluate | None = None,
@@ -99,7 +103,13 @@ class BitSearch:
         )
         check_reachable(self.space, self.budget)
         self.objective = HessianObjective(
-            model, data, self.space, loss_fn=loss_fn, scorer=scorer, observer=observer
+            model,
+            data,
+            self.space,
+            loss_fn=loss_fn,
+            scorer=scorer,
+            correction=correction,
+            observer=observer,
         )
         self.objective.skipped = tuple((s.name, s.kind, s.reason) for s in seen.skipped)
         self.validation = (
@@ -189,8 +199,7 @@ class BitSearch:
         record = history.incumbent
         if record is None:
             raise ResumeError(f"Study {study.study_name!r} has no closed step yet.")
-        network = copy.deepcopy(self.objective.prepared)
-        set_bits(network, record.config)
+        network = self.objective.quantized(record.config)
         facts = dict(history.facts)
         if self.validation is not None:
             facts |= self._measure(network, self.validation, "validation", "")

@@ -17,17 +17,26 @@ from torch.nn import functional
 from hq_optuna import attrs, workers
 from hq_optuna.assignment import BitConfig
 from hq_optuna.attrs import Ticket
-from hq_optuna.batches import read_batches
+from hq_optuna.batches import merge, read_batches
 from hq_optuna.checks import check_forward
 from hq_optuna.cost import Budget, CostModel
 from hq_optuna.curvature import calibration_adam
 from hq_optuna.curvature.adam import LossFunction
 from hq_optuna.pruners import CostBudgetPruner
-from hq_optuna.quantization import Observer, observe_inputs, prepare
+from hq_optuna.quantization import Observer, observe_inputs, prepare, set_bits
+from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.runner import fingerprint
 from hq_optuna.runner.publish import publish, stored_sensitivity
 from hq_optuna.samplers import ProgressiveBitSampler
-from hq_optuna.scoring import SCORERS, Score, Scorer, ScorerName, measure_sensitivity
+from hq_optuna.scoring import (
+    SCORERS,
+    OutputRise,
+    Score,
+    Scorer,
+    ScorerName,
+    measure_sensitivity,
+    output_rise_of,
+)
 from hq_optuna.scoring.sensitivity import unknown_layers
 from hq_optuna.space import SearchSpace
 
@@ -50,7 +59,12 @@ class HessianObjective:
         calibration: Labelled data, see `read_batches`.
         space: Search space of this network.
         loss_fn: Mean loss of a batch from (outputs, labels); cross-entropy by default.
-        scorer: ``"diagonal"`` or ``"trace"``.
+        scorer: ``"gauss_newton"``: the rise that a candidate's own outputs tell. ``"diagonal"`` or
+            ``"trace"``: sums over layers. ``None``: Gauss-Newton where the loss is cross-entropy or
+            squared error or ``output_rise`` is given, else ``"diagonal"``.
+        correction: Whether each candidate's statistics are corrected in its forward pass.
+        output_rise: For Gauss-Newton with another loss: the loss rise, summed over samples, from
+            the outputs of the float network and of a candidate.
         observer: How activation ranges are found: ``"squared_error"``, ``"min_max"`` or
             ``"percentile"``.
         batch_size: Samples a batch, where ``calibration`` has no batches of its own.
@@ -67,16 +81,29 @@ class HessianObjective:
         space: SearchSpace,
         *,
         loss_fn: LossFunction = functional.cross_entropy,
-        scorer: ScorerName = "diagonal",
+        scorer: ScorerName | None = None,
+        correction: bool = True,
+        output_rise: OutputRise | None = None,
         observer: Observer = "squared_error",
         batch_size: int = 32,
     ) -> None:
+        if output_rise is None:
+            output_rise = output_rise_of(loss_fn)
+        if scorer is None:
+            scorer = "diagonal" if output_rise is None else "gauss_newton"
         if scorer not in SCORERS:
             raise ValueError(f"scorer is one of {', '.join(SCORERS)}; got {scorer!r}.")
+        if scorer == "gauss_newton" and output_rise is None:
+            raise ValueError(
+                "The scorer 'gauss_newton' knows cross-entropy and squared error. For another loss "
+                "give output_rise, or use scorer='diagonal'."
+            )
         self.model = model
         self.space = space
         self.loss_fn = loss_fn
         self.scorer_name: ScorerName = scorer
+        self.correct = correction
+        self.output_rise = output_rise if scorer == "gauss_newton" else None
         self.observer: Observer = observer
         self.device = next(model.parameters()).device
         self.data = read_batches(calibration, batch_size=batch_size).to(self.device)
@@ -86,11 +113,20 @@ class HessianObjective:
         self._scorer: Scorer | None = None
         self._known: set[int] = set()
 
-    @property
-    def prepared(self) -> nn.Module:
-        """The prepared copy of the network; its bits are those of the last candidate."""
+    def quantized(self, config: BitConfig) -> nn.Module:
+        """Return a network of its own with these bits, its statistics corrected if they shall be.
+
+        Call `prepare` first.
+        """
         assert self._scorer is not None, "call prepare() first"
-        return self._scorer.prepared
+        prepared, correction = self._scorer.prepared, self._scorer.correction
+        set_bits(prepared, config)
+        if correction is not None:
+            correction.apply()
+        network = copy.deepcopy(prepared)
+        if correction is not None:
+            correction.reset()
+        return network
 
     def prepare(self, study: Study | None = None) -> Scorer:
         """Compute what all candidates share; called by the first trial if not before.
@@ -132,10 +168,20 @@ class HessianObjective:
                 self.space,
                 curvature,
                 self.data,
-                self.scorer_name,
+                "diagonal" if self.scorer_name == "gauss_newton" else self.scorer_name,
                 progress=lambda done, of: self.progress("sensitivity", done, of),
             )
-        return Scorer(prepared, sensitivity, self.data, self.loss_fn)
+        largest = max(layer.n_inputs // layer.n_calls for layer in self.space.layers)
+        # Statistics want many samples at once, memory and caches do not: about 64 MiB a tensor.
+        data = merge(self.data, max(1, min(256, 2**24 // largest)))
+        return Scorer(
+            prepared,
+            sensitivity,
+            data,
+            self.loss_fn,
+            output_rise=self.output_rise,
+            correction=StatisticsCorrection(prepared, data) if self.correct else None,
+        )
 
     def _eval_copy(self) -> nn.Module:
         return copy.deepcopy(self.model).eval()
@@ -149,6 +195,7 @@ class HessianObjective:
             "space": self.space.digest,
             "quantizers": fingerprint.QUANTIZERS,
             "scorer": self.scorer_name,
+            "correction": self.correct,
             "observer": self.observer,
             "loss": loss,
         }
@@ -179,6 +226,7 @@ class HessianObjective:
             int8=model.int8,
             float32=model.float32,
             scorer=self.scorer_name,
+            correction=self.correct,
             rule=type(sampler).__name__ if ours is None else ours.rule,
             n_candidates=1 if ours is None else ours.n_candidates,
             seed=0 if ours is None else ours.seed,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from hq_optuna.assignment import BitConfig
 from hq_optuna.errors import RecipeError
 from hq_optuna.layers import FLOAT_BITS, LayerSpec
+from hq_optuna.quantization.correction import SHIFT, add_shift
 from hq_optuna.quantization.functional import activation_grid, weight_grid
 from hq_optuna.quantization.modules import InputFakeQuantize
 from hq_optuna.quantization.prepare import (
@@ -38,6 +39,7 @@ FORMAT = "hq_optuna recipe"
 FORMAT_VERSION = 1
 RECIPE, WEIGHTS = "recipe.json", "weights.safetensors"
 _SCALE = "hq_optuna.weight_scale."
+_SHIFT = "hq_optuna.output_shift."
 _PARAMETRIZED = ".parametrizations.weight.original"
 
 
@@ -81,6 +83,9 @@ def save(
                 "quant_min": quant_min,
                 "quant_max": quant_max,
             }
+        shift = dict(module.named_buffers(recurse=False)).get(SHIFT)
+        if shift is not None and bool(shift.any()):
+            tensors[f"{_SHIFT}{layer.name}"] = shift.detach().cpu().clone()
         described[layer.name] = entry
     _replace(folder / WEIGHTS, lambda path: save_file(tensors, path))
     recipe = {
@@ -110,7 +115,8 @@ def load(folder: str | Path, network: nn.Module) -> nn.Module:
     recipe = _read_recipe(folder)
     tensors = _read_weights(folder, recipe)
     scales = {k.removeprefix(_SCALE): v for k, v in tensors.items() if k.startswith(_SCALE)}
-    state = {k: v for k, v in tensors.items() if not k.startswith(_SCALE)}
+    shifts = {k.removeprefix(_SHIFT): v for k, v in tensors.items() if k.startswith(_SHIFT)}
+    state = {k: v for k, v in tensors.items() if not k.startswith((_SCALE, _SHIFT))}
     layers = [LayerSpec.from_json(_spec(entry)) for entry in recipe["layers"].values()]
     copied = copy.deepcopy(network)
     try:
@@ -127,6 +133,9 @@ def load(folder: str | Path, network: nn.Module) -> nn.Module:
             weight = float_weight(module)
             scale = scales[layer.name].to(weight.device)
             weight_quantizer(module).scales[entry["weight_bits"]] = scale
+        if layer.name in shifts:
+            add_shift(module)
+            module.get_buffer(SHIFT).copy_(shifts[layer.name])
         if "activation_quantizer" in entry:
             grid = entry["activation_quantizer"]
             known = {entry["activation_bits"]: AffineRange(grid["scale"], grid["zero_point"])}
@@ -142,6 +151,8 @@ def plain_state_dict(network: nn.Module) -> dict[str, Tensor]:
     state = {}
     for key, value in network.state_dict().items():
         layer = key.removesuffix(_PARAMETRIZED)
+        if key.rpartition(".")[2] == SHIFT and key.rpartition(".")[0] in names:
+            continue
         plain = f"{layer}.weight" if key.endswith(_PARAMETRIZED) and layer in names else key
         # safetensors refuses tensors that share memory, as tied weights do.
         state[plain] = value.detach().cpu().contiguous().clone()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import nn
@@ -13,16 +13,23 @@ from hq_optuna.assignment import LayerBits
 from hq_optuna.batches import Batches, forward
 from hq_optuna.curvature.adam import LossFunction
 from hq_optuna.errors import ScoreError
-from hq_optuna.quantization.prepare import set_bits
+from hq_optuna.layers import FLOAT_BITS
+from hq_optuna.quantization.correction import StatisticsCorrection
+from hq_optuna.quantization.prepare import get_bits, set_bits
+from hq_optuna.scoring.outputs import CrossEntropyRise, OutputRise
 from hq_optuna.scoring.sensitivity import Sensitivity
+
+ScorerName = Literal["gauss_newton", "diagonal", "trace"]
+SCORERS: tuple[ScorerName, ...] = get_args(ScorerName)
 
 
 class Score(NamedTuple):
     """What is recorded of a candidate.
 
     Attributes:
-        total: Weights' and activations' part together: what candidates are ranked by, nats.
-        weights: The weights' part, nats.
+        total: What candidates are ranked by, nats: weights' and activations' part together, or
+            what a Gauss-Newton scorer measured.
+        weights: The weights' part of the sum of sensitivities, nats.
         activations: The activations' part, nats.
         calibration_loss: Measured mean loss on the calibration set.
     """
@@ -41,6 +48,9 @@ class Scorer:
         sensitivity: Predicted loss rises of the space's layers and bits.
         data: Calibration batches on the network's device.
         loss_fn: Mean loss of a batch from outputs and labels.
+        output_rise: Ranks by the loss rise that a candidate's own outputs tell, instead of by the
+            sum of its layers' sensitivities.
+        correction: Corrects the statistics of each candidate in its forward pass.
     """
 
     def __init__(
@@ -49,11 +59,17 @@ class Scorer:
         sensitivity: Sensitivity,
         data: Batches,
         loss_fn: LossFunction,
+        *,
+        output_rise: OutputRise | None = None,
+        correction: StatisticsCorrection | None = None,
     ) -> None:
         self.prepared = prepared
         self.sensitivity = sensitivity
         self.data = data
         self.loss_fn = loss_fn
+        self.output_rise = output_rise
+        self.correction = correction
+        self._float_outputs: list[Any] | None = None
 
     def score(self, config: Mapping[str, LayerBits]) -> Score:
         """Score an assignment with one forward pass over the calibration set. Nothing is trained.
@@ -62,17 +78,51 @@ class Scorer:
             ScoreError: The predicted rise is NaN or infinite.
         """
         weights, activations = self.sensitivity.score(config)
-        total = weights + activations
+        loss, rise = self.measure(config)
+        total = weights + activations if rise is None else rise
         if not math.isfinite(total):
             raise ScoreError(f"The score of an assignment is {total}; candidates cannot be ranked.")
-        return Score(total, weights, activations, self.calibration_loss(config))
+        return Score(total, weights, activations, loss)
 
     @torch.no_grad()
+    def measure(self, config: Mapping[str, LayerBits]) -> tuple[float, float | None]:
+        """Return the mean loss with these bits, and the rise its outputs tell, nats.
+
+        The rise is rounded to nine digits, so that what another processor adds up in another order
+        ranks the same.
+        """
+        expected = self._outputs_in_float() if self.output_rise is not None else None
+        set_bits(self.prepared, config)
+        losses, rises = [], []
+        for index, outputs in enumerate(self._run()):
+            batch = self.data[index]
+            losses.append(float(self.loss_fn(outputs, batch.labels)) * batch.n)
+            if self.output_rise is not None and expected is not None:
+                rises.append(float(self.output_rise(expected[index], outputs)))
+        n = self.data.n_samples
+        rise = float(f"{math.fsum(rises) / n:.9g}") if rises else None
+        return math.fsum(losses) / n, rise
+
     def calibration_loss(self, config: Mapping[str, LayerBits]) -> float:
         """Return the mean loss over the calibration set with these bits."""
-        set_bits(self.prepared, config)
-        losses = [
-            float(self.loss_fn(forward(self.prepared, batch.inputs), batch.labels)) * batch.n
-            for batch in self.data
-        ]
-        return math.fsum(losses) / self.data.n_samples
+        return self.measure(config)[0]
+
+    def _run(self) -> Iterator[Any]:
+        """Yield the outputs of each batch with the bits set now."""
+        for index, batch in enumerate(self.data):
+            if index == 0 and self.correction is not None:
+                yield self.correction.apply()
+            else:
+                yield forward(self.prepared, batch.inputs)
+
+    def _outputs_in_float(self) -> list[Any]:
+        if self._float_outputs is None:
+            before = get_bits(self.prepared)
+            set_bits(self.prepared, dict.fromkeys(before, LayerBits(FLOAT_BITS, FLOAT_BITS)))
+            if self.correction is not None:
+                self.correction.reset()
+            self._float_outputs = [forward(self.prepared, batch.inputs) for batch in self.data]
+            set_bits(self.prepared, before)
+            if isinstance(self.output_rise, CrossEntropyRise):
+                self.output_rise = self.output_rise.calibrated(self._float_outputs)
+        return self._float_outputs

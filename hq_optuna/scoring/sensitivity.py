@@ -36,8 +36,9 @@ from hq_optuna.quantization.prepare import (
 )
 from hq_optuna.space import SearchSpace
 
-ScorerName = Literal["trace", "diagonal"]
-SCORERS: tuple[ScorerName, ...] = get_args(ScorerName)
+LayerSum = Literal["trace", "diagonal"]
+"""Scores that are sums over layers."""
+LAYER_SUMS: tuple[LayerSum, ...] = get_args(LayerSum)
 
 Table = Mapping[str, Mapping[int, float]]
 
@@ -111,7 +112,7 @@ def measure_sensitivity(
     space: SearchSpace,
     curvature: Curvature,
     data: Batches,
-    scorer: ScorerName = "diagonal",
+    scorer: LayerSum = "diagonal",
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Sensitivity:
@@ -131,8 +132,8 @@ def measure_sensitivity(
     Raises:
         ScoreError: A value is NaN or infinite, or no layer at all received a gradient.
     """
-    if scorer not in SCORERS:
-        raise ValueError(f"scorer is one of {', '.join(SCORERS)}; got {scorer!r}.")
+    if scorer not in LAYER_SUMS:
+        raise ValueError(f"scorer is one of {', '.join(LAYER_SUMS)}; got {scorer!r}.")
     if all(layer.name in curvature.no_gradient for layer in space.layers):
         raise ScoreError(
             "No layer received a gradient on the calibration set, so layers cannot be compared. "
@@ -164,7 +165,7 @@ def _weight_rises(
     layer: LayerSpec,
     bits: set[int],
     curvature: Curvature,
-    scorer: ScorerName,
+    scorer: LayerSum,
 ) -> dict[int, float]:
     weight: Tensor = float_weight(module)
     h = curvature.weights[layer.name].double()
@@ -188,7 +189,7 @@ def _activation_rises(
     bits: Mapping[str, set[int]],
     curvature: Curvature,
     data: Batches,
-    scorer: ScorerName,
+    scorer: LayerSum,
     progress: Callable[[int, int], None] | None,
 ) -> dict[str, dict[int, float]]:
     rises = {name: dict.fromkeys(sorted(b), 0.0) for name, b in bits.items()}

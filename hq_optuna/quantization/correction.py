@@ -1,0 +1,208 @@
+"""Statistics correction: batch-norm absorbs what quantization shifts and rescales. No training.
+
+Quantization moves the mean and the spread of every channel. A batch-norm layer can take that back
+if its stored statistics follow. Re-estimating them on clean images would be wrong, because they
+were gathered on augmented ones; they are corrected by the *difference* to the float network on the
+same images instead, so that each channel leaves batch-norm with the mean and the spread that it has
+in the float network:
+
+    variance = σ²_stored · σ²_quantized / σ²_float
+    mean     = μ_quantized − (μ_float − μ_stored) · σ_quantized / σ_float
+
+All layers are corrected in one forward pass, each before it passes its output on, so that a later
+layer sees its input as it will be. Correcting all layers from the statistics of one uncorrected
+pass does harm instead (ResNet-20 at uniform 3 bits: 68 % without, 9 % so, 90 % in order).
+
+A quantized layer without batch-norm behind it gets its output's mean per channel back by a shift,
+which is bias correction (Nagel et al., 2019) with measured means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hq_optuna.batches import Batches, forward
+from hq_optuna.quantization.prepare import prepared_layers
+
+SHIFT = "output_shift"
+_EPSILON = 1e-12
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """A batch-norm layer's stored statistics, and those of its input in the float network."""
+
+    stored_mean: Tensor
+    stored_var: Tensor
+    mean: Tensor
+    var: Tensor
+
+
+class StatisticsCorrection:
+    """Corrects one prepared network's statistics for the bits it has at the moment.
+
+    Args:
+        prepared: A prepared network in float bits; its float statistics are measured now.
+        data: Calibration batches. The first one is what statistics are measured on, so it should
+            be large (see `hq_optuna.batches.merge`).
+
+    The network keeps what `apply` set until `reset`, which restores the stored values bit for bit.
+    """
+
+    def __init__(self, prepared: nn.Module, data: Batches) -> None:
+        self.prepared = prepared
+        self.data = data
+        self._norms: dict[str, _Norm] = {}
+        self._shifted: dict[str, Tensor] = {}  # float output means of layers without batch-norm
+        for layer in prepared_layers(prepared).values():
+            add_shift(layer)
+        self._measure()
+
+    @property
+    def n_corrected(self) -> tuple[int, int]:
+        """Batch-norm layers, and layers whose output is shifted instead."""
+        return len(self._norms), len(self._shifted)
+
+    @torch.no_grad()
+    def _measure(self) -> None:
+        """Read the float network's statistics; find the layers with batch-norm behind them."""
+        norms = {n: m for n, m in self.prepared.named_modules() if _tracks(m)}
+        outputs: dict[int, str] = {}
+        alive: list[Tensor] = []  # an id names a tensor only as long as it lives
+        normed: set[str] = set()
+        means: dict[str, Tensor] = {}
+        calls: dict[str, int] = {}
+
+        def norm(name: str, module: Any, x: Tensor) -> None:
+            calls[name] = calls.get(name, 0) + 1
+            mean, var = _statistics(x, 1)
+            self._norms[name] = _Norm(
+                module.running_mean.clone(), module.running_var.clone(), mean, var
+            )
+            if id(x) in outputs:
+                normed.add(outputs[id(x)])
+
+        def layer(name: str, module: nn.Module, output: Tensor) -> None:
+            calls[name] = calls.get(name, 0) + 1
+            outputs[id(output)] = name
+            alive.append(output)
+            means[name] = _statistics(output, channel_axis(module, output))[0]
+
+        layers = prepared_layers(self.prepared)
+        with _before(norms, norm), _after(layers, layer):
+            forward(self.prepared, self.data[0].inputs)
+        # A module called twice has one set of statistics for two inputs: leave it alone.
+        self._norms = {n: s for n, s in self._norms.items() if calls[n] == 1}
+        self._shifted = {n: m for n, m in means.items() if n not in normed and calls[n] == 1}
+
+    @torch.no_grad()
+    def apply(self) -> Any:
+        """Correct the network for its present bits; return its outputs on the first batch."""
+        self.reset()
+        modules = dict(self.prepared.named_modules())
+
+        def norm(name: str, module: Any, x: Tensor) -> None:
+            seen = self._norms[name]
+            mean, var = _statistics(x, 1)
+            # A dead channel has no spread to match; its stored one stays.
+            alive = (seen.var > _EPSILON) & (var > _EPSILON)
+            ratio = torch.where(alive, var / seen.var.clamp_min(_EPSILON), 1.0)
+            module.running_var.copy_(seen.stored_var * ratio)
+            module.running_mean.copy_(mean - (seen.mean - seen.stored_mean) * ratio.sqrt())
+
+        def shift(name: str, module: nn.Module, output: Tensor) -> Tensor:
+            axis = channel_axis(module, output)
+            change = self._shifted[name] - _statistics(output, axis)[0]
+            module.get_buffer(SHIFT).copy_(change)
+            return output + _along(change, output, axis)
+
+        norms = {name: modules[name] for name in self._norms}
+        layers = {name: modules[name] for name in self._shifted}
+        with _before(norms, norm), _after(layers, shift):
+            return forward(self.prepared, self.data[0].inputs)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Restore the stored statistics and take shifts away."""
+        for name, seen in self._norms.items():
+            module: Any = self.prepared.get_submodule(name)
+            module.running_mean.copy_(seen.stored_mean)
+            module.running_var.copy_(seen.stored_var)
+        for name in self._shifted:
+            self.prepared.get_submodule(name).get_buffer(SHIFT).zero_()
+
+
+def add_shift(layer: nn.Module) -> None:
+    """Give a prepared layer an output shift, zero for each channel."""
+    if SHIFT in dict(layer.named_buffers(recurse=False)):
+        return
+    weight: Any = layer.weight
+    n = getattr(layer, "out_channels", None) or weight.shape[0]
+    layer.register_buffer(SHIFT, torch.zeros(n, dtype=weight.dtype, device=weight.device))
+    layer.register_forward_hook(_add_shift)
+
+
+def _add_shift(module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+    shift = module.get_buffer(SHIFT)
+    if not bool(shift.any()):
+        return None  # the output itself: float stays float bit for bit
+    return output + _along(shift, output, channel_axis(module, output))
+
+
+def channel_axis(module: nn.Module, output: Tensor) -> int:
+    """Return the axis of a layer's output that holds its channels, from the end where it can be."""
+    return output.dim() - 1 if isinstance(module, nn.Linear) else output.dim() - _spatial(module)
+
+
+def _spatial(module: nn.Module) -> int:
+    return len(getattr(module, "kernel_size", ())) + 1
+
+
+def _tracks(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and module.running_mean is not None
+
+
+def _statistics(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Return mean and variance per channel, in the tensor's precision."""
+    others = [a for a in range(x.dim()) if a != axis]
+    var, mean = torch.var_mean(x, others, correction=0)
+    return mean, var
+
+
+def _along(values: Tensor, output: Tensor, axis: int) -> Tensor:
+    shape = [1] * output.dim()
+    shape[axis] = -1
+    return values.reshape(shape)
+
+
+@contextmanager
+def _before(modules: Mapping[str, nn.Module], see: Any) -> Iterator[None]:
+    handles = [
+        module.register_forward_pre_hook(lambda m, args, name=name: see(name, m, args[0]))
+        for name, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _after(modules: Mapping[str, nn.Module], see: Any) -> Iterator[None]:
+    handles = [
+        module.register_forward_hook(lambda m, args, output, name=name: see(name, m, output))
+        for name, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

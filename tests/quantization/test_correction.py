@@ -1,0 +1,208 @@
+"""Statistics correction against closed forms, and against the float network it imitates."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hq_optuna.assignment import BitConfig
+from hq_optuna.batches import Batches, forward, merge, read_batches
+from hq_optuna.introspect import introspect
+from hq_optuna.quantization import prepare, set_bits
+from hq_optuna.quantization.correction import StatisticsCorrection
+from hq_optuna.quantization.prepare import prepared_layers
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> None:
+    torch.set_num_threads(1)
+
+
+class Residual(nn.Module):
+    """Convolutions with and without batch-norm, a shortcut and a linear head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(6)
+        self.conv2 = nn.Conv2d(6, 6, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(6)
+        self.plain = nn.Conv2d(6, 4, 1)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn1(self.conv1(x)))
+        x = torch.relu(self.bn2(self.conv2(x)) + x)
+        return self.head(torch.relu(self.plain(x)).mean((2, 3)))
+
+
+def make(seed: int = 0) -> tuple[nn.Module, Batches]:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = Residual().double()
+        data = torch.randn(64, 3, 8, 8, dtype=torch.float64), torch.arange(64) % 3
+        network.train()(data[0])  # statistics that are nearly those of the data, but not quite
+        network.eval()
+    return network, merge(read_batches(data, batch_size=16), 64)
+
+
+def prepared_of(network: nn.Module, data: Batches) -> nn.Module:
+    return prepare(network, introspect(network, data[0].inputs).layers)
+
+
+def uniform(network: nn.Module, bits: int) -> BitConfig:
+    return BitConfig.uniform(tuple(prepared_layers(network)), bits, 32)
+
+
+def inputs_of(network: nn.Module, name: str, data: Batches) -> Tensor:
+    """Return what enters a module."""
+    seen: list[Tensor] = []
+    handle = network.get_submodule(name).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0])
+    )
+    with torch.no_grad():
+        forward(network, data[0].inputs)
+    handle.remove()
+    return seen[0]
+
+
+def test_batch_norm_and_bare_layers_are_told_apart() -> None:
+    network, data = make()
+    correction = StatisticsCorrection(prepared_of(network, data), data)
+    assert correction.n_corrected == (2, 2)  # bn1, bn2; plain and head
+
+
+def test_float_stays_float_bit_for_bit() -> None:
+    network, data = make()
+    prepared = prepared_of(network, data)
+    correction = StatisticsCorrection(prepared, data)
+    with torch.no_grad():
+        expected = network(data[0].inputs)
+        assert torch.equal(prepared(data[0].inputs), expected)
+        # Nothing is quantized, so differences are zero up to the rounding of the update.
+        assert torch.allclose(correction.apply(), expected, rtol=0, atol=1e-12)
+        correction.reset()
+        assert torch.equal(prepared(data[0].inputs), expected)
+
+
+def test_reset_restores_what_was_stored_bit_for_bit() -> None:
+    network, data = make()
+    prepared = prepared_of(network, data)
+    before = copy.deepcopy(network.state_dict())
+    correction = StatisticsCorrection(prepared, data)
+    set_bits(prepared, uniform(prepared, 2))
+    with torch.no_grad():
+        uncorrected = prepared(data[0].inputs)
+        correction.apply()
+        assert not torch.equal(prepared(data[0].inputs), uncorrected)
+        correction.reset()
+        assert torch.equal(prepared(data[0].inputs), uncorrected)
+    for name in ("bn1", "bn2"):
+        module = prepared.get_submodule(name)
+        assert torch.equal(module.running_mean, before[f"{name}.running_mean"])  # type: ignore[arg-type]
+        assert torch.equal(module.running_var, before[f"{name}.running_var"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["bn1", "bn2"])
+def test_each_channel_leaves_batch_norm_with_the_mean_and_spread_of_the_float_network(
+    name: str,
+) -> None:
+    network, data = make()
+    prepared = prepared_of(network, data)
+    correction = StatisticsCorrection(prepared, data)
+    set_bits(prepared, uniform(prepared, 3))
+    correction.apply()
+    module = network.get_submodule(name)
+    with torch.no_grad():
+        expected = module(inputs_of(network, name, data))
+        found = prepared.get_submodule(name)(inputs_of(prepared, name, data))
+    # Exactly so but for batch-norm's eps, which is not scaled with the variance.
+    assert torch.allclose(found.mean((0, 2, 3)), expected.mean((0, 2, 3)), atol=1e-4)
+    assert torch.allclose(found.std((0, 2, 3)), expected.std((0, 2, 3)), rtol=1e-3)
+
+
+def test_the_update_is_that_of_the_formula() -> None:
+    network, data = make()
+    prepared = prepared_of(network, data)
+    correction = StatisticsCorrection(prepared, data)
+    set_bits(prepared, uniform(prepared, 2))
+    mean_float = inputs_of(network, "bn1", data).mean((0, 2, 3))
+    var_float = inputs_of(network, "bn1", data).var((0, 2, 3), correction=0)
+    mean, var = (
+        inputs_of(prepared, "bn1", data).mean((0, 2, 3)),
+        inputs_of(prepared, "bn1", data).var((0, 2, 3), correction=0),
+    )
+    correction.apply()
+    stored, corrected = network.get_submodule("bn1"), prepared.get_submodule("bn1")
+    expected = mean - (mean_float - stored.running_mean) * (var / var_float).sqrt()  # type: ignore[operator]
+    assert torch.allclose(corrected.running_mean, expected, rtol=1e-12)  # type: ignore[arg-type]
+    assert torch.allclose(
+        corrected.running_var,  # type: ignore[arg-type]
+        stored.running_var * var / var_float,  # type: ignore[operator]
+        rtol=1e-12,
+    )
+
+
+def test_layers_without_batch_norm_get_their_means_back() -> None:
+    network, data = make()
+    prepared = prepared_of(network, data)
+    correction = StatisticsCorrection(prepared, data)
+    set_bits(prepared, uniform(prepared, 2))
+    with torch.no_grad():
+        expected = network(data[0].inputs).mean(0)
+        before = (prepared(data[0].inputs).mean(0) - expected).abs().max()
+        returned = correction.apply()
+        after = prepared(data[0].inputs)
+    assert torch.allclose(after.mean(0), expected, atol=1e-12)
+    assert before > 1e-3
+    # One pass gives the outputs that the corrected network then has.
+    assert torch.allclose(returned, after, rtol=1e-12)
+
+
+def test_a_later_layer_is_corrected_for_the_input_it_will_have() -> None:
+    network, data = make()
+    prepared = prepared_of(network, data)
+    correction = StatisticsCorrection(prepared, data)
+    set_bits(prepared, uniform(prepared, 2))
+    correction.apply()
+    seen = inputs_of(prepared, "bn2", data).mean((0, 2, 3))
+    seen_var = inputs_of(prepared, "bn2", data).var((0, 2, 3), correction=0)
+    float_mean = inputs_of(network, "bn2", data).mean((0, 2, 3))
+    float_var = inputs_of(network, "bn2", data).var((0, 2, 3), correction=0)
+    stored = network.get_submodule("bn2")
+    expected = seen - (float_mean - stored.running_mean) * (seen_var / float_var).sqrt()  # type: ignore[operator]
+    assert torch.allclose(
+        prepared.get_submodule("bn2").running_mean,  # type: ignore[arg-type]
+        expected,
+        rtol=1e-10,
+    )
+
+
+def test_a_norm_that_is_called_twice_is_left_alone() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(self.conv(self.bn(x)))
+
+    network = Twice().double().eval()
+    data = make()[1]
+    correction = StatisticsCorrection(prepared_of(network, data), data)
+    assert correction.n_corrected[0] == 0
+
+
+def test_merging_keeps_samples_order_and_odd_sizes() -> None:
+    x, y = torch.arange(20.0).reshape(10, 2), torch.arange(10)
+    merged = merge(read_batches((x, y), batch_size=3), 7)
+    assert [batch.n for batch in merged] == [6, 4]
+    assert torch.equal(torch.cat([batch.inputs for batch in merged]), x)
+    assert torch.equal(torch.cat([batch.labels for batch in merged]), y)
+    sizes = read_batches([(torch.zeros(2, 3), y[:2]), (torch.zeros(2, 4), y[:2])])
+    assert [batch.n for batch in merge(sizes, 100)] == [2, 2]
+    pairs = read_batches([((x[:5], x[:5]), y[:5]), ((x[5:], x[5:]), y[5:])])
+    assert [batch.n for batch in merge(pairs, 100)] == [10]
