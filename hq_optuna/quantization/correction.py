@@ -28,8 +28,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hq_optuna.assignment import LayerBits
 from hq_optuna.batches import Batches, forward
-from hq_optuna.quantization.prepare import prepared_layers
+from hq_optuna.layers import FLOAT_BITS
+from hq_optuna.quantization.prepare import get_bits, prepared_layers, set_bits
 
 SHIFT = "output_shift"
 _EPSILON = 1e-12
@@ -49,7 +51,7 @@ class StatisticsCorrection:
     """Corrects one prepared network's statistics for the bits it has at the moment.
 
     Args:
-        prepared: A prepared network in float bits; its float statistics are measured now.
+        prepared: A prepared network; its statistics in float are measured now.
         data: Calibration batches. The first one is what statistics are measured on, so it should
             be large (see `hq_optuna.batches.merge`).
 
@@ -63,7 +65,12 @@ class StatisticsCorrection:
         self._shifted: dict[str, Tensor] = {}  # float output means of layers without batch-norm
         for layer in prepared_layers(prepared).values():
             add_shift(layer)
-        self._measure()
+        before = get_bits(prepared)
+        set_bits(prepared, dict.fromkeys(before, LayerBits(FLOAT_BITS, FLOAT_BITS)))
+        try:
+            self._measure()
+        finally:
+            set_bits(prepared, before)
 
     @property
     def n_corrected(self) -> tuple[int, int]:

@@ -88,6 +88,16 @@ def test_float_stays_float_bit_for_bit() -> None:
         assert torch.equal(prepared(data[0].inputs), expected)
 
 
+def test_the_float_statistics_are_those_of_the_float_network_whatever_the_bits_are_now() -> None:
+    network, data = make()
+    prepared = prepared_of(network, data)
+    first = StatisticsCorrection(prepared, data)
+    set_bits(prepared, uniform(prepared, 2))
+    expected = first.apply()
+    first.reset()
+    assert torch.equal(StatisticsCorrection(prepared, data).apply(), expected)
+
+
 def test_reset_restores_what_was_stored_bit_for_bit() -> None:
     network, data = make()
     prepared = prepared_of(network, data)
