@@ -121,7 +121,7 @@ def format_seconds(seconds: float) -> str:
 
     Example:
         >>> format_seconds(42.4), format_seconds(125), format_seconds(7300)
-        ('42 s', '2 min 5 s', '2 h 2 min')
+        ('42 s', '2 min 5 s', '2 h 1 min')
     """
     whole = round(seconds)
     if whole < 60:

@@ -35,7 +35,7 @@ def test_a_fraction_above_one_allows_more_than_8_bits() -> None:
 
 
 def test_budgets_read_as_people_write_them() -> None:
-    assert str(Budget.fraction(bops=0.25)) == "0.25 of the all-8-bit bops"
+    assert str(Budget.fraction(bops=0.25)) == "25 % of the all-8-bit BOPs"
     assert str(Budget.absolute(bops=24e9)) == "24 GBOPs"
     assert str(Budget.absolute(size_bytes=65536)) == "64 KiB"
 
