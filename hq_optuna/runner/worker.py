@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from optuna.trial import Trial, TrialState
 from hq_optuna import workers
 from hq_optuna.attrs import Ticket
 from hq_optuna.samplers import ProgressiveBitSampler
-from hq_optuna.samplers.log import StepLog
+from hq_optuna.samplers.log import StepLog, is_overdue
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,8 @@ LEAST_GRACE_S = 10.0
 def fail_dead_trials(study: Study) -> int:
     """Mark trials whose worker is certainly dead as failed, and return how many.
 
-    Their slots would be filled anyway; this keeps them from showing as running for ever.
+    Their slots would be filled anyway; this keeps them from showing as running for ever. A trial
+    whose worker died before it wrote a ticket is known by having nothing after some seconds.
     """
     failed = 0
     storage = study._storage
@@ -35,7 +37,11 @@ def fail_dead_trials(study: Study) -> int:
         study._study_id, deepcopy=False, states=(TrialState.RUNNING,)
     ):
         ticket = Ticket.read(trial.system_attrs)
-        if ticket is None or not workers.is_dead(ticket.worker):
+        if ticket is None:
+            dead = is_overdue(trial) and not (trial.params or trial.user_attrs)
+        else:
+            dead = workers.is_dead(ticket.worker)
+        if not dead:
             continue
         try:
             storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
@@ -125,10 +131,12 @@ def _work(
         if step is None:
             return
         sampler.backs_up = patience.exhausted(log, slowest_s)
-        idle = bool(step.recording) if step.complete else not step.free
+        idle = not log.anything_left()
         if sampler.backs_up or not idle:
             started = time.monotonic()
-            study.optimize(once, n_trials=1)
+            # Who was taken for dead, as after a pause, finds its trial failed and goes on.
+            with contextlib.suppress(UpdateFinishedTrialError):
+                study.optimize(once, n_trials=1)
             slowest_s = max(slowest_s, time.monotonic() - started)
         if idle:
             time.sleep(wait_s)

@@ -10,9 +10,11 @@ seen the same trials has the same view, and a worker with an older view can only
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, NamedTuple
 
 from optuna.trial import FrozenTrial, TrialState
@@ -21,8 +23,8 @@ from hq_optuna import attrs, workers
 from hq_optuna.attrs import Ticket
 from hq_optuna.search import Incumbent, Past, ProgressiveSearch, Result
 
-UNTAGGED_GRACE_S = 5.0
-"""A trial that has not got its ticket after this long, by the observer's clock, lost its worker."""
+UNTAGGED_GRACE_S = 3.0
+"""A trial that has not got its ticket after this long lost its worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +124,10 @@ class StepLog:
                 self._unfinished.add(number)
                 self._first_seen.setdefault(number, now)
                 if trial.state == TrialState.RUNNING:
-                    self._running.append((number, Ticket.read(trial.system_attrs)))
+                    ticket = Ticket.read(trial.system_attrs)
+                    if ticket is None and is_overdue(trial):
+                        self._first_seen[number] = -math.inf
+                    self._running.append((number, ticket))
                 continue
             self._unfinished.discard(number)
             self._first_seen.pop(number, None)
@@ -142,7 +147,20 @@ class StepLog:
                     self._by_number[number] = (ticket.step, ticket.slot, late)
         self._advance()
 
-    def untagged_before(self, number: int) -> int:
+    def anything_left(self, number: float = math.inf) -> bool:
+        """Return whether the open step has work for a trial of this number.
+
+        Work that a lower number has taken, or is about to take, is not.
+        """
+        step = self.open
+        if step is None:
+            return False
+        before = self.untagged_before(number)
+        if step.complete:
+            return not step.recording and not before
+        return before < len(step.free)
+
+    def untagged_before(self, number: float) -> int:
         """Return how many running trials with a lower number still wait for their ticket."""
         oldest = time.monotonic() - UNTAGGED_GRACE_S
         return sum(
@@ -233,6 +251,17 @@ class StepLog:
             else min(n for n, (s, k, _) in self._by_number.items() if (s, k) == incumbent.origin)
         )
         return incumbent, winner
+
+
+def is_overdue(trial: FrozenTrial) -> bool:
+    """Return whether a running trial should have had its ticket long ago.
+
+    By the clocks of two machines; should they differ, a wrong answer wastes an evaluation at most.
+    """
+    start = trial.datetime_start
+    if start is None:
+        return False
+    return (datetime.now(start.tzinfo) - start).total_seconds() > UNTAGGED_GRACE_S
 
 
 def settings(search: ProgressiveSearch) -> dict[str, Any]:

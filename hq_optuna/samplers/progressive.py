@@ -221,7 +221,7 @@ class ProgressiveBitSampler(BaseSampler):
     def _ticket(self, log: StepLog, number: int) -> Ticket:
         worker, step = workers.worker_id(), log.open
         start = self.space.top if log.incumbent is None else log.incumbent.state
-        if step is None or not (self.backs_up or _anything_left(step, log, number)):
+        if step is None or not (self.backs_up or log.anything_left(number)):
             return Ticket("surplus", len(log.closed), 0, "", start, worker=worker)
         record = log.closed[-1].number if log.closed else None
         if step.complete:
@@ -358,14 +358,6 @@ class ProgressiveBitSampler(BaseSampler):
         # study.stop() raises outside of optimize(), for example in a loop of ask and tell.
         if getattr(study._thread_local, "in_optimize_loop", False):
             study.stop()
-
-
-def _anything_left(step: OpenStep, log: StepLog, number: int) -> bool:
-    """Return whether the open step has work that no lower ticket has taken or is about to take."""
-    before = log.untagged_before(number)
-    if step.complete:
-        return not step.recording and not before
-    return before < len(step.free)
 
 
 def _slot(step: OpenStep, untagged: int) -> int:
