@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from datetime import timedelta
 
 import optuna
 import pytest
@@ -11,6 +12,7 @@ from optuna.trial import TrialState
 from hq_optuna import attrs, workers
 from hq_optuna.runner import worker
 from hq_optuna.runner.worker import fail_dead_trials, work
+from hq_optuna.samplers import log as log_module
 from hq_optuna.samplers.log import StepLog
 from tests.samplers.tables import (
     add,
@@ -121,6 +123,37 @@ def test_trials_of_dead_workers_are_marked_failed_and_others_are_not(study):
     assert {states(study)[n] for n in numbers.values()} == {TrialState.RUNNING}
     assert study._storage.get_trial(untagged).state == TrialState.RUNNING
     assert fail_dead_trials(study) == 0
+
+
+def begun_long_ago(study: optuna.Study, **facts: object) -> int:
+    trial = optuna.create_trial(state=TrialState.RUNNING, **facts)
+    trial.datetime_start -= timedelta(seconds=log_module.UNTAGGED_GRACE_S + 1)
+    return study._storage.create_new_trial(study._study_id, template_trial=trial)
+
+
+def test_a_trial_whose_worker_died_before_its_ticket_is_marked_failed_on_resume(study, clock):
+    begun_long_ago(study)
+    foreign = begun_long_ago(study, user_attrs={"by": "another sampler"})
+    work(study, assigned)
+    assert states(study)[0] == TrialState.FAIL
+    assert study._storage.get_trial(foreign).state == TrialState.RUNNING
+    assert history(study) == expected(study)
+    assert clock.slept == []  # neither is waited for
+
+
+def test_a_worker_that_was_taken_for_dead_goes_on_with_another_trial(study, monkeypatch):
+    """Paused between its trial and its ticket, it finds the trial failed."""
+    storage, write = study._storage, study._storage.set_trial_system_attr
+
+    def pause(trial_id: int, key: str, value: object) -> None:
+        if trial_id == 2:
+            storage.set_trial_state_values(trial_id, TrialState.FAIL)
+        write(trial_id, key, value)
+
+    monkeypatch.setattr(storage, "set_trial_system_attr", pause)
+    work(study, assigned)
+    assert states(study).count(TrialState.FAIL) == 1
+    assert history(study) == expected(study)
 
 
 def test_a_trial_that_another_worker_ended_meanwhile_is_left_as_it_is(study, monkeypatch):

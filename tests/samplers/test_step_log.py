@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import optuna
@@ -16,6 +17,7 @@ from hq_optuna import attrs, workers
 from hq_optuna.samplers import log as log_module
 from hq_optuna.samplers.log import StepLog
 from tests.samplers.tables import (
+    STORAGES,
     add,
     assigned,
     expected,
@@ -217,6 +219,40 @@ def test_untagged_trials_are_counted_below_a_number_and_only_for_a_while(study, 
     assert update(study, log).untagged_before(99) == 3
     now[0] += 2  # by now the first two have lost their workers
     assert update(study, log).untagged_before(99) == 1
+
+
+@pytest.mark.parametrize("kind", STORAGES)
+def test_a_trial_that_began_long_ago_and_has_no_ticket_is_not_waited_for(tmp_path, kind):
+    """As after a kill: whoever resumes sees the trial for the first time, and need not wait."""
+    study = new_study(storage=STORAGES[kind](tmp_path))
+    begin(study, log_module.UNTAGGED_GRACE_S + 1)
+    begin(study, 0)
+    log = ours(study).log(study)
+    assert log.untagged_before(99) == 1
+    trials = study.get_trials()
+    assert [log_module.is_overdue(trial) for trial in trials] == [True, False]
+
+
+def begin(study: Study, seconds: float) -> None:
+    """Add a running trial without a ticket that began some seconds ago."""
+    trial = optuna.create_trial(state=TrialState.RUNNING)
+    trial.datetime_start -= timedelta(seconds=seconds)
+    study._storage.create_new_trial(study._study_id, template_trial=trial)
+
+
+def test_what_is_left_is_told_for_a_number(study, log):
+    assert log.anything_left()
+    begin(study, 0)  # number 2
+    update(study, log)
+    assert log.anything_left(99)
+    for slot in (0, 1):
+        add(study, open_ticket(log, slot, worker=workers.worker_id()))
+    update(study, log)
+    assert [log.anything_left(number) for number in (2, 3, 99)] == [True, False, False]
+    fill_step(study, log)
+    assert [log.anything_left(number) for number in (2, 3)] == [True, False]
+    add(study, record_ticket(log, worker=workers.worker_id()))
+    assert not update(study, log).anything_left(2)
 
 
 @pytest.mark.parametrize(
