@@ -12,10 +12,10 @@ from hq_optuna._version import __version__
 
 if TYPE_CHECKING:
     from hq_optuna import cost, pruners, samplers, storages, visualization
-    from hq_optuna.assignment import BitConfig, LayerBits
+    from hq_optuna.bit_config import BitConfig, LayerBits
     from hq_optuna.cost import Budget, CostModel
     from hq_optuna.history import assignment, read_history
-    from hq_optuna.introspect import introspect
+    from hq_optuna.introspection import introspect
     from hq_optuna.layers import FLOAT_BITS, LayerSpec
     from hq_optuna.quantization import prepare, set_bits
     from hq_optuna.runner.bit_search import BitSearch
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
     from hq_optuna.space import SearchSpace
 
 _HOME = {
-    "BitConfig": "assignment",
+    "BitConfig": "bit_config",
     "BitSearch": "runner.bit_search",
     "Budget": "cost",
     "CostModel": "cost",
     "FLOAT_BITS": "layers",
     "HessianObjective": "runner.objective",
-    "LayerBits": "assignment",
+    "LayerBits": "bit_config",
     "LayerSpec": "layers",
     "SearchResult": "runner.result",
     "SearchSpace": "space",
     "assignment": "history",
-    "introspect": "introspect",
+    "introspect": "introspection",
     "load": "runner.recipe",
     "prepare": "quantization",
     "read_history": "history",
@@ -79,7 +79,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    # `assignment` and `introspect` are also modules; the function is what users call.
     globals()[name] = value
     return value
 

@@ -14,8 +14,8 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from hq_optuna import attrs, workers
-from hq_optuna.assignment import BitConfig
 from hq_optuna.attrs import StudyInfo, Ticket
+from hq_optuna.bit_config import BitConfig
 from hq_optuna.cost import CostModel
 from hq_optuna.errors import ResumeError
 from hq_optuna.space import SearchSpace

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from numbers import Integral
 from typing import Any, Literal
 
-from hq_optuna.assignment import BitConfig, LayerBits
+from hq_optuna.bit_config import BitConfig, LayerBits
 from hq_optuna.errors import SpaceError
 from hq_optuna.layers import FLOAT_BITS, MAX_BITS, MIN_BITS, LayerSpec
 

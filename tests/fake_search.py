@@ -17,8 +17,8 @@ from optuna.storages import BaseStorage
 from optuna.study import Study
 
 from hq_optuna import attrs
-from hq_optuna.assignment import BitConfig
 from hq_optuna.attrs import StudyInfo
+from hq_optuna.bit_config import BitConfig
 from hq_optuna.cost import Budget, CostModel
 from hq_optuna.history import assignment
 from hq_optuna.layers import FLOAT_BITS, LayerSpec

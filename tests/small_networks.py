@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hq_optuna.introspect import introspect
+from hq_optuna.introspection import introspect
 from hq_optuna.layers import LayerSpec
 
 torch.set_num_threads(1)  # tiny tensors: threads only cost time

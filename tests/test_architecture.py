@@ -23,10 +23,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "hq_optuna"
 
-BASE = {"errors", "layers", "assignment", "space", "_version"}
+BASE = {"errors", "layers", "bit_config", "space", "_version"}
 PLAIN = {"cost", "search"}
 TORCH = {
-    *("batches", "introspect", "quantization", "curvature", "scoring", "training"),
+    *("batches", "introspection", "quantization", "curvature", "scoring", "training"),
     *("as_found", "checks"),
 }
 OPTUNA = {
@@ -145,7 +145,7 @@ def test_imports_point_downwards_and_the_halves_never_meet() -> None:
         ("hq_optuna.search.moves", "from hq_optuna import samplers", "hq_optuna.samplers"),
         ("hq_optuna.scoring.trace", "from optuna.trial import Trial", "optuna"),
         ("hq_optuna.scoring.trace", "import hq_optuna.attrs as attrs", "hq_optuna.attrs"),
-        ("hq_optuna.introspect", "from hq_optuna.runner import api", "hq_optuna.runner"),
+        ("hq_optuna.introspection", "from hq_optuna.runner import api", "hq_optuna.runner"),
         ("hq_optuna.batches", "import plotly.graph_objects", "plotly"),
         ("hq_optuna.curvature.adam", "import sqlalchemy", "sqlalchemy"),
         ("hq_optuna.samplers.log", "from torch import Tensor", "torch"),

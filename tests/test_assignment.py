@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hq_optuna.assignment import BitConfig, LayerBits
+from hq_optuna.bit_config import BitConfig, LayerBits
 
 PAIRS = st.tuples(st.integers(1, 32), st.integers(1, 32))
 CONFIGS = st.dictionaries(st.text(min_size=1), PAIRS, max_size=6)
@@ -54,7 +54,7 @@ def test_the_digest_is_the_sha256_of_the_sorted_bits() -> None:
 
 
 def test_another_process_finds_the_same_digest() -> None:
-    code = "from hq_optuna.assignment import *; print(BitConfig({'ü': (4, 8), 'b': (2, 2)}).digest)"
+    code = "from hq_optuna.bit_config import *; print(BitConfig({'ü': (4, 8), 'b': (2, 2)}).digest)"
     run = subprocess.run(
         [sys.executable, "-X", "utf8", "-c", code], capture_output=True, text=True, check=True
     )

@@ -209,7 +209,6 @@ def test_assignment_says_what_is_missing():
         assignment(other.ask())
 
 
-@pytest.mark.xfail(strict=True, reason="the submodule of the same name hides the function")
 def test_users_get_the_functions_whatever_was_imported_before():
     program = (
         "import hq_optuna as hq; hq.BitSearch;"

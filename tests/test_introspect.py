@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from hq_optuna.errors import HqOptunaError, NetworkError
-from hq_optuna.introspect import QUANTIZABLE, introspect
+from hq_optuna.introspection import QUANTIZABLE, introspect
 
 
 def one(network, example):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hq_optuna.assignment import BitConfig
+from hq_optuna.bit_config import BitConfig
 from hq_optuna.errors import SpaceError
 from hq_optuna.layers import FLOAT_BITS, LayerSpec
 from hq_optuna.space import SearchSpace

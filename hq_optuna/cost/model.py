@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from hq_optuna.assignment import LayerBits
+from hq_optuna.bit_config import LayerBits
 from hq_optuna.layers import FLOAT_BITS, LayerSpec
 
 Metric = Literal["bops", "size_bytes"]
@@ -28,7 +28,7 @@ class CostModel:
         metric: ``"bops"`` (bit operations for one sample) or ``"size_bytes"`` (weights at rest).
 
     Example:
-        >>> from hq_optuna.assignment import BitConfig
+        >>> from hq_optuna.bit_config import BitConfig
         >>> from hq_optuna.layers import LayerSpec
         >>> fc = LayerSpec("fc", "Linear", (10, 64), 0, macs=640, n_calls=1, n_inputs=64)
         >>> CostModel([fc]).cost(BitConfig({"fc": (4, 8)}))

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hq_optuna.assignment import LayerBits
 from hq_optuna.batches import Batches, forward
+from hq_optuna.bit_config import LayerBits
 from hq_optuna.layers import FLOAT_BITS
 from hq_optuna.quantization.prepare import get_bits, prepared_layers, set_bits
 

@@ -18,7 +18,7 @@ from hq_optuna.cost import Budget, check_reachable
 from hq_optuna.curvature.adam import LossFunction
 from hq_optuna.errors import ResumeError
 from hq_optuna.history import read_history
-from hq_optuna.introspect import introspect
+from hq_optuna.introspection import introspect
 from hq_optuna.pruners import CostBudgetPruner
 from hq_optuna.quantization import Observer
 from hq_optuna.runner.evaluation import Evaluate, accuracy

@@ -7,17 +7,19 @@ import math
 import time
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import optuna
+from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import Trial
 from torch import nn
 from torch.nn import functional
 
 from hq_optuna import attrs, workers
-from hq_optuna.assignment import BitConfig
 from hq_optuna.attrs import Ticket
 from hq_optuna.batches import merge, read_batches
+from hq_optuna.bit_config import BitConfig
 from hq_optuna.checks import check_forward
 from hq_optuna.cost import Budget, CostModel
 from hq_optuna.curvature import calibration_adam
@@ -111,7 +113,8 @@ class HessianObjective:
         self.skipped: tuple[tuple[str, str, str], ...] = ()
         self.progress: Progress = lambda what, done, of: None
         self._scorer: Scorer | None = None
-        self._known: set[int] = set()
+        # By storage, as studies of two storages may have the same id.
+        self._known: WeakKeyDictionary[BaseStorage, set[int]] = WeakKeyDictionary()
 
     def quantized(self, config: BitConfig) -> nn.Module:
         """Return a network of its own with these bits, its statistics corrected if they shall be.
@@ -138,14 +141,15 @@ class HessianObjective:
         Raises:
             ResumeError: The study belongs to another search.
         """
-        if study is not None and study._study_id not in self._known:
+        known = set() if study is None else self._known.setdefault(study._storage, set())
+        if study is not None and study._study_id not in known:
             fingerprint.check_or_write(study, self.fingerprint(study))
         if self._scorer is None:
             self._scorer = self._prepare(study)
-        if study is not None and study._study_id not in self._known:
+        if study is not None and study._study_id not in known:
             info = self._info(study)
             publish(study, self.space, info, self._scorer.sensitivity)
-            self._known.add(study._study_id)
+            known.add(study._study_id)
         return self._scorer
 
     def _prepare(self, study: Study | None) -> Scorer:
@@ -250,7 +254,7 @@ class HessianObjective:
             bits = [trial.suggest_categorical(v.name, v.bits) for v in self.space.variables]
             config = self.space.config(bits)
             return self._record(trial, config, scorer.score(config), {}, started)
-        if trial.should_prune():
+        if ticket.kind == "surplus" or trial.should_prune():
             raise optuna.TrialPruned("its work is no longer needed")
         assert isinstance(sampler, ProgressiveBitSampler)
         for name, (_, choices) in sampler.parameters(ticket).items():

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hq_optuna.assignment import BitConfig
+from hq_optuna.bit_config import BitConfig
 from hq_optuna.errors import RecipeError
 from hq_optuna.layers import FLOAT_BITS, LayerSpec
 from hq_optuna.quantization.correction import SHIFT, add_shift

@@ -20,7 +20,7 @@ from optuna.study import Study
 
 from hq_optuna import attrs
 from hq_optuna._version import __version__
-from hq_optuna.assignment import BitConfig
+from hq_optuna.bit_config import BitConfig
 from hq_optuna.cost import CostModel
 from hq_optuna.history import History, read_history
 from hq_optuna.layers import FLOAT_BITS

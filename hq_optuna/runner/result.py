@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from hq_optuna.assignment import BitConfig
+from hq_optuna.bit_config import BitConfig
 from hq_optuna.cost import Metric, format_cost
 from hq_optuna.runner import recipe
 from hq_optuna.space import SearchSpace

@@ -14,6 +14,7 @@ from optuna.trial import Trial, TrialState
 
 from hq_optuna import workers
 from hq_optuna.attrs import Ticket
+from hq_optuna.runner.interrupts import held_interrupts
 from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.samplers.log import StepLog, is_overdue
 
@@ -112,9 +113,11 @@ def _work(
 ) -> None:
     patience, wait_s, slowest_s = _Patience(), SHORTEST_WAIT_S, 0.0
     idle = False
+    release: Callable[[], None]
 
     def once(trial: Trial) -> float:
         nonlocal idle
+        release()
         ticket = sampler.ticket(study, trial._trial_id)
         idle = ticket is not None and (
             ticket.kind == "surplus"
@@ -135,7 +138,7 @@ def _work(
         if sampler.backs_up or not idle:
             started = time.monotonic()
             # Who was taken for dead, as after a pause, finds its trial failed and goes on.
-            with contextlib.suppress(UpdateFinishedTrialError):
+            with contextlib.suppress(UpdateFinishedTrialError), held_interrupts() as release:
                 study.optimize(once, n_trials=1)
             slowest_s = max(slowest_s, time.monotonic() - started)
         if idle:

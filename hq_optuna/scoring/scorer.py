@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import nn
 
-from hq_optuna.assignment import LayerBits
 from hq_optuna.batches import Batches, forward
+from hq_optuna.bit_config import LayerBits
 from hq_optuna.curvature.adam import LossFunction
 from hq_optuna.errors import ScoreError
 from hq_optuna.layers import FLOAT_BITS

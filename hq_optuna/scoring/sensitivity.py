@@ -20,8 +20,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from hq_optuna.assignment import LayerBits
 from hq_optuna.batches import Batches, forward
+from hq_optuna.bit_config import LayerBits
 from hq_optuna.curvature import Curvature
 from hq_optuna.curvature.adam import per_sample
 from hq_optuna.errors import ScoreError

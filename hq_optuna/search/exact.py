@@ -16,7 +16,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from hq_optuna.assignment import LayerBits
+from hq_optuna.bit_config import LayerBits
 from hq_optuna.space import SearchSpace
 
 MAX_CHOICES = 20_000

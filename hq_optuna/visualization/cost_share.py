@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 from optuna.study import Study
 
-from hq_optuna.assignment import BitConfig
+from hq_optuna.bit_config import BitConfig
 from hq_optuna.cost import CostModel, Metric, format_cost
 from hq_optuna.history import History, read_history
 from hq_optuna.visualization import _figure as f

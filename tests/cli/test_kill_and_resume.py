@@ -126,7 +126,7 @@ def test_three_processes_on_one_sqlite_file_have_the_history_of_one(
 
 def test_sigterm_gives_the_candidate_back(study: Path) -> None:
     process = start("run", str(study), "--name", "ended")
-    while n_complete("ended") < 2:
+    while n_complete("ended") < 2 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]

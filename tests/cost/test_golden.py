@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hq_optuna.cost import CostModel, format_cost
-from hq_optuna.introspect import introspect
+from hq_optuna.introspection import introspect
 from hq_optuna.space import SearchSpace
 
 torchvision = pytest.importorskip("torchvision", reason="torchvision is an extra for studies")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hq_optuna.assignment import BitConfig
+from hq_optuna.bit_config import BitConfig
 from hq_optuna.cost import METRICS, CostModel, Metric, format_cost, macs
 from hq_optuna.layers import LayerSpec
 

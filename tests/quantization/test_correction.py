@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hq_optuna.assignment import BitConfig
 from hq_optuna.batches import Batches, forward, merge, read_batches
-from hq_optuna.introspect import introspect
+from hq_optuna.bit_config import BitConfig
+from hq_optuna.introspection import introspect
 from hq_optuna.quantization import prepare, set_bits
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.quantization.prepare import prepared_layers

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from hq_optuna.assignment import BitConfig, LayerBits
 from hq_optuna.batches import read_batches
+from hq_optuna.bit_config import BitConfig, LayerBits
 from hq_optuna.errors import HqOptunaError, SpaceError
 from hq_optuna.layers import FLOAT_BITS
 from hq_optuna.quantization import get_bits, modules, observe_inputs, prepare, set_bits

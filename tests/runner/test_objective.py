@@ -16,7 +16,7 @@ from hq_optuna.attrs import Ticket
 from hq_optuna.cost import CostModel
 from hq_optuna.errors import ResumeError
 from hq_optuna.history import assignment, read_history
-from hq_optuna.introspect import introspect
+from hq_optuna.introspection import introspect
 from hq_optuna.runner import objective as module
 from hq_optuna.runner.publish import stored_sensitivity
 from hq_optuna.space import SearchSpace
@@ -317,7 +317,6 @@ def test_pinned_layers_are_parameters_of_the_records():
     assert pinned.best_trial.params == {"first": 8, "middle": 4, "last": 8}
 
 
-@pytest.mark.xfail(strict=True, reason="studies of two storages with one id are mixed up")
 def test_one_objective_serves_two_studies_in_memory():
     score = objective()
     for _ in range(2):

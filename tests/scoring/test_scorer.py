@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hq_optuna.assignment import BitConfig, LayerBits
 from hq_optuna.batches import read_batches
+from hq_optuna.bit_config import BitConfig, LayerBits
 from hq_optuna.curvature import calibration_adam
 from hq_optuna.errors import HqOptunaError, ScoreError, SpaceError
 from hq_optuna.layers import FLOAT_BITS

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hq_optuna.assignment import BitConfig, LayerBits
 from hq_optuna.batches import Batches, forward, read_batches
+from hq_optuna.bit_config import BitConfig, LayerBits
 from hq_optuna.curvature import Curvature, InputCurvature, calibration_adam
 from hq_optuna.errors import ScoreError
 from hq_optuna.layers import FLOAT_BITS

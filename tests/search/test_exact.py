@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hq_optuna.assignment import LayerBits
+from hq_optuna.bit_config import LayerBits
 from hq_optuna.cost import CostModel
 from hq_optuna.layers import LayerSpec
 from hq_optuna.search.exact import exact_allocation

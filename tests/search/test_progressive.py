@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hq_optuna.assignment import BitConfig
+from hq_optuna.bit_config import BitConfig
 from hq_optuna.layers import LayerSpec
 from hq_optuna.search import (
     RULES,

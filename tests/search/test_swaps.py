@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hq_optuna.assignment import BitConfig
+from hq_optuna.bit_config import BitConfig
 from hq_optuna.cost import CostModel
 from hq_optuna.layers import LayerSpec
 from hq_optuna.search import Incumbent, Past, ProgressiveSearch, Result, exact_allocation
