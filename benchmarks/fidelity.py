@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.outcome import Outcome
-from hq_optuna.assignment import BitConfig
 from hq_optuna.batches import Batches, forward, merge, read_batches
+from hq_optuna.bit_config import BitConfig
 from hq_optuna.curvature import calibration_adam
-from hq_optuna.introspect import introspect
+from hq_optuna.introspection import introspect
 from hq_optuna.layers import FLOAT_BITS
 from hq_optuna.quantization import observe_inputs, prepare, set_bits
 from hq_optuna.quantization.correction import StatisticsCorrection

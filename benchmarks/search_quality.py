@@ -22,11 +22,11 @@ import torch
 from torch.nn import functional
 
 from benchmarks.outcome import Outcome
-from hq_optuna.assignment import BitConfig
 from hq_optuna.batches import Batches, merge, read_batches
+from hq_optuna.bit_config import BitConfig
 from hq_optuna.cost import Budget, CostModel
 from hq_optuna.curvature import calibration_adam
-from hq_optuna.introspect import introspect
+from hq_optuna.introspection import introspect
 from hq_optuna.quantization import prepare, set_bits
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.runner.evaluation import accuracy
