@@ -166,8 +166,8 @@ def _answer(data: Mapping[str, Any]) -> Block:
         ("cost with 8 bits everywhere", amount(cost["int8"])),
         ("cost in float", amount(cost["float32"])),
         ("predicted loss rise", number(score["total"], "nats")),
-        ("… of the weights", number(score["weights"], "nats")),
-        ("… of the activations", number(score["activations"], "nats")),
+        ("by layers: weights", number(score["weights"], "nats")),
+        ("by layers: activations", number(score["activations"], "nats")),
         ("loss on the calibration set", number(score["calibration_loss"])),
         *((f"{what}, before → after", text) for what, text in pairs.items()),
     ]

@@ -22,8 +22,8 @@ class StepsInfo(NamedTuple):
         steps: Numbers of the steps.
         taken: What each step took, in words.
         score: Predicted loss rise, nats.
-        score_weights: The weights' part.
-        score_activations: The activations' part.
+        score_weights: The weights' sum over layers.
+        score_activations: The activations' sum over layers.
         calibration_loss: Measured loss.
         cost: In the unit of ``metric``.
         limit: The budget.
@@ -79,8 +79,8 @@ def steps_figure(info: StepsInfo) -> go.Figure:
     taken = [f.label(text) for text in info.taken]
     parts = [
         ("score", info.score, {"color": f.BLUE, "width": 2.5}, True),
-        ("weights' part", info.score_weights, {"color": f.ORANGE, "dash": "dash"}, True),
-        ("activations' part", info.score_activations, {"color": f.GREEN, "dash": "dot"}, True),
+        ("weights, by layers", info.score_weights, {"color": f.ORANGE, "dash": "dash"}, True),
+        ("activations, by layers", info.score_activations, {"color": f.GREEN, "dash": "dot"}, True),
         (
             "calibration loss<br>(click to show)",
             info.calibration_loss,

@@ -49,7 +49,7 @@ def test_a_part_that_is_zero_throughout_is_left_out_of_the_log_axis():
     info = steps_info(read_history(_small()))._replace(score_activations=(0.0, 0.0, 0.0))
     figure = steps_figure(info)
     assert figure.layout.yaxis.type == "log"
-    assert "activations' part" not in {trace.name for trace in figure.data}
+    assert "activations, by layers" not in {trace.name for trace in figure.data}
 
 
 def test_the_budget_line_stands_at_the_limit_in_the_unit_of_the_axis():
