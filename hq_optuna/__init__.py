@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hq_optuna._version import __version__
 
 if TYPE_CHECKING:
-    from hq_optuna import cost, pruners, samplers, storages, visualization
+    from hq_optuna import artifacts, cost, pruners, samplers, storages, visualization
     from hq_optuna.bit_config import BitConfig, LayerBits
     from hq_optuna.cost import Budget, CostModel
     from hq_optuna.history import assignment, read_history
@@ -44,7 +44,7 @@ _HOME = {
     "set_bits": "quantization",
     "write_report": "runner.report",
 }
-_ROOMS = ("cost", "pruners", "samplers", "storages", "visualization")
+_ROOMS = ("artifacts", "cost", "pruners", "samplers", "storages", "visualization")
 
 __all__ = [
     "FLOAT_BITS",
@@ -58,6 +58,7 @@ __all__ = [
     "SearchResult",
     "SearchSpace",
     "__version__",
+    "artifacts",
     "assignment",
     "cost",
     "introspect",

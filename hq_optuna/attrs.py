@@ -63,6 +63,9 @@ SENSITIVITY = "hq:sensitivity"
 REPORT = "hq:report"
 """Study user attribute prefix ``hq:report:…``: facts measured at the end (accuracy, skipped)."""
 
+ARTIFACT = "hq:artifact"
+"""Study system attribute prefix ``hq:artifact:NAME``: ``{"id", "sha256", "bytes"}``."""
+
 PART_CHARACTERS = 30_000
 """Longest attribute we write: a MySQL TEXT column ends at 65,535 bytes."""
 

@@ -69,5 +69,9 @@ class StorageError(HqOptunaError, RuntimeError):
     """The storage could not be opened, read or written. Never carries a password."""
 
 
+class ArtifactError(HqOptunaError, RuntimeError):
+    """An artifact is missing, is not what was stored, or its store cannot be used."""
+
+
 class ScoreError(HqOptunaError, RuntimeError):
     """A score came out as NaN or infinity, so candidates cannot be ranked."""

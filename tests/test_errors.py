@@ -39,7 +39,11 @@ def test_the_module_defines_the_errors_the_package_promises() -> None:
 def test_code_that_knows_nothing_of_this_package_catches_the_builtin(
     kind: type[HqOptunaError],
 ) -> None:
-    builtin = RuntimeError if kind.__name__ in ("StorageError", "ScoreError") else ValueError
+    builtin = (
+        RuntimeError
+        if kind.__name__ in ("StorageError", "ArtifactError", "ScoreError")
+        else ValueError
+    )
     with pytest.raises(builtin, match="too low"):
         raise make(kind)
     assert issubclass(kind, HqOptunaError)

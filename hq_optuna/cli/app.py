@@ -117,6 +117,14 @@ def run(
             show_default=False,
         ),
     ] = None,
+    artifacts: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or s3://bucket/prefix for files of the study. "
+            "[default: artifacts in the run's folder]",
+            show_default=False,
+        ),
+    ] = None,
     threads: Annotated[
         int | None,
         typer.Option(help="Threads of PyTorch. [default: the cores]", show_default=False),
@@ -149,6 +157,7 @@ def run(
             name=name,
             folder=folder,
             given={key: value for key, value in given.items() if value is not None},
+            artifacts=artifacts,
             threads=threads,
             command=shlex.join(["hq-optuna", *sys.argv[1:]]),
             console=Console(stderr=as_json),

@@ -11,6 +11,7 @@ from typing import Any
 import optuna
 from rich.console import Console
 
+from hq_optuna.artifacts import attach, open_artifacts
 from hq_optuna.cli import show
 from hq_optuna.cli.progress import SearchProgress
 from hq_optuna.cost import Budget, macs
@@ -22,7 +23,7 @@ from hq_optuna.storages import sqlite_url, study_exists
 
 RUNS = Path("hq-optuna-runs")
 RESERVED = {
-    *("storage", "name", "folder", "budget", "candidates", "rule", "scorer", "bits"),
+    *("storage", "name", "folder", "artifacts", "budget", "candidates", "rule", "scorer", "bits"),
     *(
         "activation_bits",
         "pin_first_last",
@@ -69,6 +70,7 @@ def run(
     name: str | None,
     folder: Path | None,
     given: Mapping[str, Any],
+    artifacts: str | None,
     threads: int | None,
     command: str,
     console: Console,
@@ -82,6 +84,7 @@ def run(
         name: Name of the study or ``None``.
         folder: The run's folder or ``None``.
         given: Search settings from the command line; the study file's own fill the rest.
+        artifacts: Folder or URL of the artifact store, or ``None`` for one in the run's folder.
         threads: Threads of PyTorch.
         command: The command, for the report.
         console: Where to show progress and result.
@@ -98,6 +101,8 @@ def run(
     settings = read_settings({**file.settings, **given})
     of_search = ("n_candidates", "rule", "seed", "refine")
     searching = {name: settings.pop(name) for name in of_search if name in settings}
+
+    store = open_artifacts(place.folder / "artifacts" if artifacts is None else artifacts)
 
     console.print(
         f"[bold]{show.plain(place.name)}[/]  {show.plain(file.doc)}",
@@ -133,6 +138,7 @@ def run(
             place.storage,
             place.name,
             **searching,
+            artifacts=store,
             progress=progress.phase,
             on_progress=progress.search,
         )
@@ -151,6 +157,8 @@ def run(
     if not (existed and progress.was_finished and report.exists() and saved.exists()):
         result.save(saved)
         write_report(found, report, command=command)
+        page = store.put(report.read_bytes())
+        attach(found, "report", page, filename="report.html", mimetype="text/html")
     show.result(console, found)
     console.print(
         f"Report: {report}\nResult: {saved}  (hq_optuna.load)", highlight=False, soft_wrap=True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from hq_optuna import attrs
+from hq_optuna.artifacts import Artifacts, open_artifacts
 from hq_optuna.batches import Batches, read_batches
 from hq_optuna.cost import Budget, check_reachable
 from hq_optuna.curvature.adam import LossFunction
@@ -23,7 +25,7 @@ from hq_optuna.pruners import CostBudgetPruner
 from hq_optuna.quantization import Observer
 from hq_optuna.runner.evaluation import Evaluate, accuracy
 from hq_optuna.runner.objective import HessianObjective, Progress
-from hq_optuna.runner.publish import publish_facts, refuse_foreign_study
+from hq_optuna.runner.publish import publish_artifacts, publish_facts, refuse_foreign_study
 from hq_optuna.runner.result import SearchResult
 from hq_optuna.runner.worker import work
 from hq_optuna.samplers import Encoding, ProgressiveBitSampler
@@ -131,6 +133,7 @@ class BitSearch:
         seed: int = 0,
         refine: bool = True,
         encoding: Encoding | None = None,
+        artifacts: str | Path | Artifacts | None = None,
         progress: Progress | None = None,
         on_progress: Callable[[StepLog], None] = lambda log: None,
     ) -> Study:
@@ -147,11 +150,14 @@ class BitSearch:
             seed: Seed of the draws.
             refine: Whether swaps refine the answer once the budget is met.
             encoding: ``"layers"``, ``"compact"``, or ``None`` to choose by the number of layers.
+            artifacts: A folder or ``s3://bucket/prefix`` for what is too large for the storage; a
+                copy of the sensitivity table goes there. ``None``: nowhere.
             progress: Called with (what, done, of) while curvature is measured.
             on_progress: Called with the record of the search after each trial.
 
         Raises:
             StorageError: The storage cannot be opened, read or written.
+            ArtifactError: The artifact store cannot be opened or written.
             ResumeError: The study belongs to another search; the message names what changed.
         """
         sampler = ProgressiveBitSampler(
@@ -177,6 +183,10 @@ class BitSearch:
             if progress is not None:
                 self.objective.progress = progress
             self.objective.prepare(study)
+            if isinstance(artifacts, (str, Path)):
+                artifacts = open_artifacts(artifacts)
+            if artifacts is not None:
+                publish_artifacts(study, artifacts)
             work(study, self.objective, on_progress=on_progress)
         return study
 

@@ -10,9 +10,13 @@ import optuna
 from optuna.study import Study
 
 from hq_optuna import attrs
+from hq_optuna.artifacts import Artifacts, attach, attached
 from hq_optuna.errors import ResumeError
 from hq_optuna.scoring import Sensitivity
 from hq_optuna.space import SearchSpace
+
+SENSITIVITY = "sensitivity"
+"""Name of the artifact that holds the table of predicted loss rises, by layer and bits."""
 
 METRIC_NAME = "score_nats"
 """Name of the trials' value in the dashboard and in `study.trials_dataframe()`."""
@@ -37,6 +41,24 @@ def publish(
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         study.set_metric_names([METRIC_NAME])
     study.set_user_attr(attrs.INFO, dataclasses.asdict(info))
+
+
+def publish_artifacts(study: Study, artifacts: Artifacts) -> None:
+    """Put a copy of the sensitivity table into the artifact store, unless the study names one.
+
+    The study's own attributes stay what workers read: they need nothing but the storage, and all
+    rank by the same numbers. The copy is for people and other programs; its hash is in the study.
+    """
+    if attached(study, SENSITIVITY) is None:
+        system = study._storage.get_study_system_attrs(study._study_id)
+        table = attrs.join(attrs.SENSITIVITY, system)
+        attach(
+            study,
+            SENSITIVITY,
+            artifacts.put_json(table),
+            filename="sensitivity.json",
+            mimetype="application/json",
+        )
 
 
 def stored_sensitivity(study: Study) -> Sensitivity | None:

@@ -76,7 +76,7 @@ def exact_allocation(
             LinearConstraint(one_each, 1, 1),
             LinearConstraint(cost[None, :] / scale, -np.inf, room / scale * (1 + 1e-12)),
         ],
-        integrality=np.ones(len(choices)),
+        integrality=np.ones(len(choices), dtype=np.uint8),
         bounds=Bounds(0, 1),
         options={"mip_rel_gap": 0.0},
     )

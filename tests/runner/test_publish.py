@@ -6,8 +6,9 @@ import optuna
 import pytest
 
 from hq_optuna import attrs
+from hq_optuna.artifacts import attached, open_artifacts
 from hq_optuna.attrs import StudyInfo
-from hq_optuna.errors import ResumeError
+from hq_optuna.errors import ArtifactError, ResumeError
 from hq_optuna.runner.publish import (
     publish,
     publish_facts,
@@ -17,6 +18,7 @@ from hq_optuna.runner.publish import (
 from hq_optuna.scoring import Sensitivity
 from hq_optuna.space import SearchSpace
 from tests.fake_search import fake_space
+from tests.runner.searches import LAYERS, facts, search
 
 
 def info(**changes: object) -> StudyInfo:
@@ -115,3 +117,27 @@ def test_a_study_of_another_kind_is_refused_by_name(directions):
 def test_a_study_with_another_direction_is_refused_even_when_empty():
     with pytest.raises(ResumeError, match="another kind of study"):
         refuse_foreign_study(optuna.create_study(direction="maximize"))
+
+
+def test_a_copy_of_the_table_is_an_artifact_that_equals_what_workers_read(tmp_path):
+    store = tmp_path / "artifacts"
+    study = search().optimize(artifacts=store)
+    system = study._storage.get_study_system_attrs(study._study_id)
+    copy = open_artifacts(store).get_json(attached(study, "sensitivity"))
+    assert copy == attrs.join(attrs.SENSITIVITY, system)
+    assert set(copy) == set(LAYERS)
+    (listed,) = optuna.artifacts.get_all_artifact_meta(study)
+    assert listed.filename == "sensitivity.json"
+
+
+def test_workers_need_the_storage_alone(tmp_path):
+    storage = f"sqlite:///{tmp_path / 's.db'}"
+    store = tmp_path / "artifacts"
+    search().optimize(storage, "s", artifacts=store)
+    for file in store.iterdir():
+        file.unlink()
+    resumed = search()
+    study = resumed.optimize(storage, "s")  # no store, and the copy is gone
+    assert facts(study) == facts(search().optimize())
+    with pytest.raises(ArtifactError, match="is missing in"):
+        open_artifacts(store).get_json(attached(study, "sensitivity"))
