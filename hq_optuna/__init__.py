@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hq_optuna.runner.objective import HessianObjective
     from hq_optuna.runner.recipe import load
     from hq_optuna.runner.report import write_report
+    from hq_optuna.runner.resolving import load_assignment, pareto, resolve
     from hq_optuna.runner.result import SearchResult
     from hq_optuna.space import SearchSpace
 
@@ -39,8 +40,11 @@ _HOME = {
     "assignment": "history",
     "introspect": "introspection",
     "load": "runner.recipe",
+    "load_assignment": "runner.resolving",
+    "pareto": "runner.resolving",
     "prepare": "quantization",
     "read_history": "history",
+    "resolve": "runner.resolving",
     "set_bits": "quantization",
     "write_report": "runner.report",
 }
@@ -63,9 +67,12 @@ __all__ = [
     "cost",
     "introspect",
     "load",
+    "load_assignment",
+    "pareto",
     "prepare",
     "pruners",
     "read_history",
+    "resolve",
     "samplers",
     "set_bits",
     "storages",

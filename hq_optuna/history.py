@@ -16,8 +16,9 @@ from optuna.trial import FrozenTrial, TrialState
 from hq_optuna import attrs, workers
 from hq_optuna.attrs import StudyInfo, Ticket
 from hq_optuna.bit_config import BitConfig
-from hq_optuna.cost import CostModel
+from hq_optuna.cost import CostModel, Metric
 from hq_optuna.errors import ResumeError
+from hq_optuna.search import Additive
 from hq_optuna.space import SearchSpace
 
 
@@ -108,6 +109,21 @@ class History:
     def met(self) -> bool:
         """Whether the incumbent is within the budget."""
         return self.incumbent is not None and self.incumbent.winner.cost <= self.info.limit
+
+    def additive(self, metric: Metric | None = None) -> Additive | None:
+        """Return the sums over layers as a problem that can be solved exactly.
+
+        Args:
+            metric: What is counted; by default what the search's budget counts.
+
+        Returns:
+            ``None`` where the study does not hold a whole table of sensitivities.
+        """
+        model = CostModel(self.space.layers, self.info.metric if metric is None else metric)
+        try:
+            return Additive(self.space, self.sensitivity, model.layer_cost)
+        except ValueError:
+            return None
 
     def step(self, step: int) -> tuple[Candidate, ...]:
         """Return the counted candidates of one step, by slot."""

@@ -86,7 +86,7 @@ def test_every_option_the_readme_lists_is_one(monkeypatch: pytest.MonkeyPatch) -
     from hq_optuna.cli.app import app
 
     monkeypatch.setenv("COLUMNS", "200")
-    for command in ("run", "report"):
+    for command in ("run", "report", "resolve", "pareto"):
         usage = re.search(rf"^hq-optuna {command} STUDY((.|\n)*?)(?=^hq-|```)", README, re.M)
         assert usage
         shown = CliRunner().invoke(app, [command, "--help"]).output

@@ -1,23 +1,19 @@
-"""Commands of ``hq-optuna``: run, status, report."""
+"""Commands of ``hq-optuna``: run, status, report, and those of `solving`."""
 
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
 from hq_optuna._version import __version__
-from hq_optuna.cli import show
-from hq_optuna.errors import HqOptunaError
+from hq_optuna.cli import show, solving
+from hq_optuna.cli.common import Folder, Json, Name, Storage, Study, StudyOrNone, errors, load
 
 app = typer.Typer(
     add_completion=False,
@@ -25,23 +21,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Find how many bits each layer of a trained network needs, under a compute-cost budget.",
 )
-
-Study = Annotated[
-    str, typer.Argument(help="A study file, or NAME for studies/NAME.py.", show_default=False)
-]
-Storage = Annotated[
-    str | None,
-    typer.Option(help="Storage URL. [default: SQLite in the run's folder]", show_default=False),
-]
-Name = Annotated[
-    str | None,
-    typer.Option(help="Name of the study. [default: the file's name]", show_default=False),
-]
-Folder = Annotated[
-    Path | None,
-    typer.Option(help="The run's folder. [default: hq-optuna-runs/NAME]", show_default=False),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -149,7 +128,7 @@ def run(
         "refine": refine,
         "correction": correction,
     }
-    with _errors(as_json):
+    with errors(as_json):
         data = running.run(
             study,
             list(context.args),
@@ -168,7 +147,7 @@ def run(
 
 @app.command()
 def status(
-    study: Annotated[str | None, typer.Argument(help="As for run.", show_default=False)] = None,
+    study: StudyOrNone = None,
     storage: Storage = None,
     name: Name = None,
     folder: Folder = None,
@@ -177,8 +156,8 @@ def status(
     """Show where a search stands. Works while others run."""
     from hq_optuna.runner.report import report_data
 
-    with _errors(as_json):
-        loaded = _load(study, storage, name, folder)
+    with errors(as_json):
+        loaded = load(study, storage, name, folder)
         if as_json:
             typer.echo(json.dumps(report_data(loaded)))
         else:
@@ -187,7 +166,7 @@ def status(
 
 @app.command()
 def report(
-    study: Annotated[str | None, typer.Argument(help="As for run.", show_default=False)] = None,
+    study: StudyOrNone = None,
     storage: Storage = None,
     name: Name = None,
     folder: Folder = None,
@@ -201,8 +180,8 @@ def report(
     """Write the report of a search, finished or not."""
     from hq_optuna.runner.report import render_markdown, report_data, write_report
 
-    with _errors(as_json=False):
-        loaded = _load(study, storage, name, folder)
+    with errors(as_json=False):
+        loaded = load(study, storage, name, folder)
         if format_ == "html":
             path = Path("report.html") if out is None else out
             write_report(loaded, path)
@@ -217,52 +196,5 @@ def report(
             out.write_text(text + "\n", encoding="utf-8")
 
 
-def _load(study: str | None, storage: str | None, name: str | None, folder: Path | None) -> Any:
-    from hq_optuna.cli.running import Place
-    from hq_optuna.storages import load_study
-
-    if study is None and (storage is None or name is None):
-        raise typer.BadParameter("Give a study, or both --storage and --name.")
-    place = Place.of(study or str(name), storage, name, folder)
-    return load_study(place.storage, place.name)
-
-
-@contextmanager
-def _errors(as_json: bool) -> Iterator[None]:
-    """Turn errors into one sentence and an exit status: 1 for errors, 130 for Ctrl-C."""
-
-    def interrupt(_signal: int, _frame: object) -> NoReturn:
-        # Optuna gives a trial back on KeyboardInterrupt, and on nothing else.
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    except HqOptunaError as error:
-        _fail(str(error), type(error).__name__, as_json)
-    except (ValueError, OSError) as error:
-        # Optuna's and the file system's own words; a bug of ours shows its traceback instead.
-        if isinstance(error, OSError) or type(error) is ValueError:
-            if os.environ.get("HQ_OPTUNA_TRACEBACK"):
-                raise
-            _fail(str(error), type(error).__name__, as_json)
-        raise
-    except KeyboardInterrupt:
-        message = "Interrupted. Everything recorded stays; start the same command again to go on."
-        if as_json:
-            typer.echo(json.dumps({"error": "Interrupted", "message": message}))
-        else:
-            Console(stderr=True).print(message)
-        raise typer.Exit(130) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _fail(message: str, kind: str, as_json: bool) -> NoReturn:
-    if as_json:
-        typer.echo(json.dumps({"error": kind, "message": message}))
-    else:
-        Console(stderr=True).print(
-            f"[bold red]Error:[/] {show.plain(message)}", soft_wrap=True, highlight=False
-        )
-    raise typer.Exit(1) from None
+app.command()(solving.resolve)
+app.command()(solving.pareto)

@@ -53,6 +53,13 @@ class CostModel:
             return self._unit * pairs[:, 0] * pairs[:, 1]
         return self._unit * pairs[:, 0] / 8
 
+    def layer_cost(self, name: str, bits: LayerBits) -> float:
+        """Return the cost of one layer with these bits."""
+        unit = float(self._unit[self._names.index(name)])
+        if self.metric == "bops":
+            return unit * bits.weight_bits * bits.activation_bits
+        return unit * bits.weight_bits / 8
+
     def cost(self, config: Mapping[str, LayerBits]) -> float:
         """Return the cost of the assignment, in BOPs or bytes.
 

@@ -13,6 +13,7 @@ from hq_optuna.runner._report_text import Block, blocks
 from hq_optuna.visualization.bits import bits_figure, bits_info
 from hq_optuna.visualization.candidates import candidates_figure, candidates_info
 from hq_optuna.visualization.cost_share import cost_share_figure, cost_share_info
+from hq_optuna.visualization.pareto import pareto_figure, pareto_info
 from hq_optuna.visualization.sensitivity import sensitivity_figure, sensitivity_info
 from hq_optuna.visualization.steps import steps_figure, steps_info
 
@@ -100,6 +101,15 @@ def figures(history: History) -> list[tuple[str, str, Any]]:
                 "sensitivity",
                 "Predicted loss rise when this layer alone gets these bits; brighter hurts more.",
                 sensitivity_figure(sensitivity_info(history)),
+            )
+        )
+    if history.additive() is not None:
+        found.append(
+            (
+                "pareto",
+                "The least predicted loss rise at each cost, and what else was tried. All are sums "
+                "over layers, whatever the search ranks by.",
+                pareto_figure(pareto_info(history)),
             )
         )
     if history.candidates:

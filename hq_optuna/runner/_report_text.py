@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,6 +160,7 @@ def _answer(data: Mapping[str, Any]) -> Block:
         )
     facts = data["facts"]
     pairs = before_and_after(facts)
+    exact = data["exact"]
     rows = [
         ("budget", f"{amount(budget['limit'])} ({budget['text']})"),
         ("cost", answer),
@@ -168,6 +169,7 @@ def _answer(data: Mapping[str, Any]) -> Block:
         ("predicted loss rise", number(score["total"], "nats")),
         ("by layers: weights", number(score["weights"], "nats")),
         ("by layers: activations", number(score["activations"], "nats")),
+        *(() if exact is None else (("gap to the exact optimum", _gap(exact, amount)),)),
         ("loss on the calibration set", number(score["calibration_loss"])),
         *((f"{what}, before → after", text) for what, text in pairs.items()),
     ]
@@ -176,6 +178,18 @@ def _answer(data: Mapping[str, Any]) -> Block:
     paired = {f"{what.replace(' ', '_')}{end}" for what in pairs for end in ("_before", "_after")}
     rows += [(k.replace("_", " "), fact(k, v)) for k, v in facts.items() if k not in paired]
     return Block("answer", "In numbers", rows=tuple(rows), header=("", "value"), n_text_columns=2)
+
+
+def _gap(exact: Mapping[str, Any], amount: Callable[[float | None], str]) -> str:
+    """Return how far the answer is from the least sum over layers, in words."""
+    gap = NOT_MEASURED if exact["gap"] is None else f"{exact['gap']:.3f}"
+    text = (
+        f"{gap} (sum over layers {number(exact['answer'], 'nats')}; the least within the budget "
+        f"{number(exact['optimum'], 'nats')}, at {amount(exact['cost'])})"
+    )
+    if exact["of_the_score"]:
+        return text
+    return f"{text}; the search ranks by another score, which is no sum over layers"
 
 
 def _layers(data: Mapping[str, Any]) -> Block:

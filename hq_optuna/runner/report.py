@@ -148,6 +148,7 @@ def _data(history: History, fingerprint: Any, command: str | None) -> dict[str, 
             "activations": None if winner is None else winner.score_activations,
             "calibration_loss": None if winner is None else winner.calibration_loss,
         },
+        "exact": _exact(history),
         "layers": [dataclasses.asdict(row) for row in layer_table(history)],
         "facts": dict(history.facts),
         "settings": {
@@ -176,6 +177,25 @@ def _data(history: History, fingerprint: Any, command: str | None) -> dict[str, 
     }
     data = _json(data)
     return {"headline": headline(data), **data}
+
+
+def _exact(history: History) -> dict[str, Any] | None:
+    """Return the answer beside the exact optimum of the sums over layers, in the same budget."""
+    sums, incumbent = history.additive(), history.incumbent
+    if sums is None or incumbent is None or not history.met:
+        return None
+    best = sums.exact(history.info.limit)
+    if best is None:
+        return None
+    score = sums.score(incumbent.config)
+    return {
+        "answer": score,
+        "optimum": best.score,
+        "gap": score / best.score if best.score > 0 else None,
+        "cost": best.cost,
+        "assignment": best.config.to_json(),
+        "of_the_score": math.isclose(score, incumbent.winner.score, rel_tol=1e-9),
+    }
 
 
 def _state(history: History) -> dict[str, Any]:

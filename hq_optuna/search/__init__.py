@@ -1,5 +1,6 @@
 """The mind of the sampler: states, moves, winner rules. No PyTorch, no Optuna."""
 
+from hq_optuna.search.additive import Additive, Point, uniform_states
 from hq_optuna.search.exact import exact_allocation
 from hq_optuna.search.moves import Move, changes, propose
 from hq_optuna.search.progressive import Incumbent, Past, ProgressiveSearch, Result
@@ -7,9 +8,11 @@ from hq_optuna.search.rules import RULES, Rule, choose
 
 __all__ = [
     "RULES",
+    "Additive",
     "Incumbent",
     "Move",
     "Past",
+    "Point",
     "ProgressiveSearch",
     "Result",
     "Rule",
@@ -17,4 +20,5 @@ __all__ = [
     "choose",
     "exact_allocation",
     "propose",
+    "uniform_states",
 ]

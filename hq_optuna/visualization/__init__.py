@@ -13,7 +13,15 @@ Example:
 from hq_optuna.visualization.bits import plot_bits
 from hq_optuna.visualization.candidates import plot_candidates
 from hq_optuna.visualization.cost_share import plot_cost_share
+from hq_optuna.visualization.pareto import plot_pareto
 from hq_optuna.visualization.sensitivity import plot_sensitivity
 from hq_optuna.visualization.steps import plot_steps
 
-__all__ = ["plot_bits", "plot_candidates", "plot_cost_share", "plot_sensitivity", "plot_steps"]
+__all__ = [
+    "plot_bits",
+    "plot_candidates",
+    "plot_cost_share",
+    "plot_pareto",
+    "plot_sensitivity",
+    "plot_steps",
+]

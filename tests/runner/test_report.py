@@ -18,6 +18,7 @@ from hq_optuna.layers import LayerSpec
 from hq_optuna.runner._report_html import render_html
 from hq_optuna.runner._report_text import before_and_after, fact, number, percent, seconds
 from hq_optuna.runner.report import layer_table, render_markdown, report_data, write_report
+from hq_optuna.runner.resolving import resolve
 from hq_optuna.space import SearchSpace
 from tests.fake_search import fake_space, fake_study
 
@@ -352,7 +353,7 @@ def test_the_page_is_well_formed_and_the_answer_comes_first(tmp_path):
     order = [i for i in page.ids if not i.startswith("fig-")]
     assert order == ["answer", "layers", "settings", "reproduce", "not-counted", "warnings"]
     figures = [i for i in page.ids if i.startswith("fig-")]
-    assert len(figures) == 5
+    assert len(figures) == 6
     assert page.ids.index("layers") < page.ids.index(figures[0])
     assert page.ids.index(figures[-1]) < page.ids.index("settings")
 
@@ -419,6 +420,7 @@ def test_the_figures_of_the_page_are_those_of_the_study(tmp_path):
         "fig-bits",
         "fig-cost-share",
         "fig-sensitivity",
+        "fig-pareto",
         "fig-candidates",
     ]
     assert figures["fig-steps"]["data"][0]["name"] == "score"
@@ -501,3 +503,41 @@ def test_the_page_can_be_made_from_the_json_alone():
     data = json.loads(json.dumps(report_data(_study(facts=ACCURACY))))
     page = _Page(render_html(data, []))
     assert "4 layers at 4 to 8 bits" in page.text
+
+
+# The exact optimum
+
+
+def test_the_gap_is_the_answers_sum_over_the_least_sum_in_the_budget():
+    space = fake_space(9, bits=(8, 6, 3), activation_bits=(8, 4))
+    study = fake_study(space, budget=Budget.fraction(bops=0.4), n_candidates=1, rule="min")
+    exact = report_data(study)["exact"]
+    best = resolve(study, Budget.fraction(bops=0.4))
+    assert exact["optimum"] == best.score
+    assert exact["assignment"] == best.config.to_json()
+    assert exact["cost"] == best.cost
+    assert exact["answer"] == pytest.approx(read_history(study).incumbent.winner.score, rel=1e-12)
+    assert exact["gap"] == exact["answer"] / best.score > 1
+    assert exact["of_the_score"]
+    text = render_markdown(report_data(study))
+    assert f"| gap to the exact optimum | {exact['gap']:.3f} (sum over layers " in text
+    assert "ranks by another score" not in text
+
+
+def test_where_the_search_ranks_by_no_sum_the_report_says_so(tmp_path):
+    from tests.runner.searches import search
+
+    study = search(scorer="gauss_newton").optimize()
+    data = report_data(study)
+    assert not data["exact"]["of_the_score"]
+    assert (
+        "the search ranks by another score, which is no sum over layers"
+        in _page(study, tmp_path).text
+    )
+
+
+def test_without_table_or_answer_there_is_no_gap():
+    for study in (_study(sensitivity=False), _study(n_trials=3)):
+        data = report_data(study)
+        assert data["exact"] is None
+        assert "gap to the exact optimum" not in render_markdown(data)

@@ -1,0 +1,137 @@
+"""Additive scores: a table of rises by layer and bits, summed; what can be solved exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from hq_optuna.bit_config import BitConfig, LayerBits
+from hq_optuna.layers import FLOAT_BITS
+from hq_optuna.search.exact import LayerCost, exact_allocation
+from hq_optuna.space import SearchSpace
+
+Table = Mapping[str, Mapping[str, Mapping[int, float]]]
+"""``{layer: {"weights": {bits: nats}, "activations": {bits: nats}}}``."""
+
+N_POINTS = 33
+"""Budgets that `Additive.frontier` solves for."""
+
+
+class Point(NamedTuple):
+    """An assignment by what it costs and what it is predicted to do."""
+
+    cost: float
+    score: float
+    config: BitConfig
+
+
+class Additive:
+    """A search space with an additive score and an additive cost.
+
+    Args:
+        space: What may be chosen.
+        table: Predicted loss rises, nats.
+        layer_cost: Cost of one layer with given bits.
+
+    Raises:
+        ValueError: The table lacks a layer or a number of bits of the space, or holds NaN.
+    """
+
+    def __init__(self, space: SearchSpace, table: Table, layer_cost: LayerCost) -> None:
+        self.space = space
+        self.table = table
+        self.layer_cost = layer_cost
+        self.rises = [
+            {
+                bits: math.fsum(
+                    self._rise(name, part, bits)
+                    for name in variable.layers
+                    for part in _parts(variable.part)
+                )
+                for bits in variable.bits
+            }
+            for variable in space.variables
+        ]
+        self.score(space.start)  # what is fixed is in the table too
+
+    def _rise(self, layer: str, part: str, bits: int) -> float:
+        if bits == FLOAT_BITS:
+            return 0.0
+        rise = self.table.get(layer, {}).get(part, {}).get(bits, math.nan)
+        if not math.isfinite(rise):
+            raise ValueError(
+                f"The table of sensitivities has no value for the {part} of {layer!r} at {bits} "
+                "bits. Sums over layers are not known for this search."
+            )
+        return rise
+
+    def score(self, config: Mapping[str, LayerBits]) -> float:
+        """Return the sum over layers, nats; the order of the layers does not matter."""
+        return math.fsum(
+            self._rise(name, part, bits)
+            for name, pair in config.items()
+            for part, bits in zip(("weights", "activations"), pair, strict=True)
+        )
+
+    def cost(self, config: Mapping[str, LayerBits]) -> float:
+        """Return the cost of an assignment."""
+        return math.fsum(self.layer_cost(name, pair) for name, pair in config.items())
+
+    def point(self, config: BitConfig) -> Point:
+        """Return an assignment with its cost and score."""
+        return Point(self.cost(config), self.score(config), config)
+
+    def exact(self, limit: float) -> Point | None:
+        """Return the assignment with the least sum within the limit; ``None`` where none is."""
+        state = exact_allocation(self.space, self.rises, self.layer_cost, limit)
+        return None if state is None else self.point(self.space.config(state))
+
+    def frontier(self, limits: Iterable[float] = (), *, n: int = N_POINTS) -> list[Point]:
+        """Return the exact Pareto curve of score against cost, the cheapest first.
+
+        Each point is the optimum of one budget. Budgets are spaced evenly in the logarithm of the
+        cost, from the cheapest assignment to the widest bits.
+
+        Args:
+            limits: Further budgets.
+            n: How many budgets.
+        """
+        low = self.cost(self.space.config(self.space.bottom))
+        high = self.cost(self.space.config(self.space.top))
+        ratio = (high / low) ** (1 / (n - 1)) if low > 0 else 1.0
+        grid = [low, *(low * ratio**i for i in range(1, n - 1)), high]
+        solved = [self.exact(limit) for limit in sorted({*grid, *limits})]
+        best: list[Point] = []
+        for point in solved:
+            if point is not None and (not best or point.score < best[-1].score):
+                best.append(point)
+        return best
+
+
+def _parts(part: str) -> tuple[str, ...]:
+    return ("weights", "activations") if part == "both" else (part,)
+
+
+def uniform_states(space: SearchSpace) -> dict[tuple[int, int], tuple[int, ...]]:
+    """Return the uniform assignments of a space by their ``(weight bits, activation bits)``.
+
+    Every variable takes the given bits or, where it does not allow them, the widest below, else its
+    fewest; pinned layers keep theirs. Where activations are not searched apart, both numbers are
+    the same.
+    """
+    weights = sorted({b for v in space.variables if v.part != "activations" for b in v.bits})
+    activations = sorted({b for v in space.variables if v.part == "activations" for b in v.bits})
+    pairs = [(w, a) for w in weights for a in (activations or [w])]
+    if not weights:
+        pairs = [(a, a) for a in activations]
+    found: dict[tuple[int, int], tuple[int, ...]] = {}
+    for w, a in pairs:
+        state = tuple(
+            max((b for b in v.bits if b <= wanted), default=v.bits[-1])
+            for v in space.variables
+            for wanted in (a if v.part == "activations" else w,)
+        )
+        if state not in found.values():
+            found[w, a] = state
+    return found

@@ -1,0 +1,79 @@
+"""resolve and pareto, as a user sees them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import Result
+
+import hq_optuna
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def searched(study: Path, command: Command) -> Iterator[Path]:
+    torch.set_num_threads(1)
+    assert command("run", study).exit_code == 0
+    study.unlink()  # neither network nor data from here on
+    yield study
+
+
+def test_resolve_prints_the_layers_and_saves_what_loads(searched: Path, command: Command) -> None:
+    result = command("resolve", searched, "--budget", "0.2 bops")
+    assert result.exit_code == 0, result.output
+    words = (
+        "layer",
+        "W bits",
+        "the least sum over layers",
+        "% of all-8-bit",
+        "the search's answer",
+    )
+    for word in words:
+        assert word in result.output, result.output
+    config = hq_optuna.load_assignment("assignment.json")
+    data = json.loads(
+        command("resolve", searched, "--budget", "0.2 bops", "--out", "b/c.json", "--json").stdout
+    )
+    assert {n: tuple(b) for n, b in data["assignment"].items()} == dict(config)
+    assert data["cost"]["value"] <= 0.2 * data["cost"]["all_8_bit"]
+    assert hq_optuna.load_assignment(data["out"]) == config
+
+
+def test_pareto_prints_costs_and_sums_and_draws(searched: Path, command: Command) -> None:
+    result = command("pareto", searched, "--points", 4, "--out", "p/curve.html")
+    assert result.exit_code == 0, result.output
+    assert "least sum, nats" in result.output
+    assert "100.0 %" in result.output
+    assert "Plotly.newPlot" in Path("p/curve.html").read_text()
+    curve = json.loads(command("pareto", searched, "--metric", "size_bytes", "--json").stdout)
+    scores = [row["score_nats"] for row in curve["pareto"]]
+    assert curve["metric"] == "size_bytes"
+    assert scores == sorted(scores, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["resolve", "--budget", "0.01 bops"], "is below the cheapest assignment"),
+        (["resolve", "--budget", "much"], "is no budget"),
+        (["pareto", "--metric", "joules"], "--metric is one of bops, size_bytes"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence(
+    searched: Path, command: Command, arguments: list[str], words: str
+) -> None:
+    result = command(arguments[0], searched, *arguments[1:])
+    assert result.exit_code == 1
+    assert words in " ".join(result.output.split())
+    assert not Path("assignment.json").exists()
+
+
+def test_a_study_that_was_never_started_is_refused(study: Path, command: Command) -> None:
+    result = command("resolve", study, "--budget", "0.5 bops")
+    assert result.exit_code == 1
+    assert "There is no database" in result.output

@@ -1,0 +1,127 @@
+"""Another budget from a finished search; assignments as files."""
+
+import itertools
+import json
+
+import optuna
+import pytest
+
+import hq_optuna as hq
+from hq_optuna import attrs
+from hq_optuna.cost import Budget, CostModel
+from hq_optuna.errors import BudgetError, RecipeError, ResumeError
+from hq_optuna.runner.resolving import load_assignment, pareto, resolve
+from tests.fake_search import fake_score, fake_space, fake_study, fake_table
+from tests.runner.searches import search
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [Budget.fraction(bops=0.2), Budget.fraction(size_bytes=0.6), Budget.absolute(bops=3e8)],
+)
+def test_the_assignment_is_the_best_of_all_within_the_budget(budget):
+    space = fake_space(6, bits=(8, 4, 3, 2))
+    study = fake_study(space)
+    found = resolve(study, budget)
+    model, table = CostModel(space.layers, budget.metric), fake_table(space)
+    limit = budget.limit(space.layers)
+    every = itertools.product(*(v.bits for v in space.variables))
+    configs = [c for c in map(space.config, every) if model.cost(c) <= limit]
+    assert found.cost == model.cost(found.config) <= limit == found.limit
+    assert found.score == pytest.approx(min(sum(fake_score(table, c)) for c in configs), rel=1e-12)
+    assert found.int8 == model.int8
+
+
+def test_nothing_is_scored_and_nothing_is_written(tmp_path):
+    url = f"sqlite:///{tmp_path / 's.db'}"
+    fake_study(5, storage=url)
+    loaded = optuna.load_study(study_name="fake", storage=url)  # no network, no sampler of ours
+
+    def system(study):
+        return study._storage.get_study_system_attrs(study._study_id)
+
+    before = len(loaded.trials), loaded.user_attrs, system(loaded)
+    resolve(loaded, Budget.fraction(bops=0.3))
+    pareto(loaded)
+    assert (len(loaded.trials), loaded.user_attrs, system(loaded)) == before
+
+
+def test_an_assignment_is_saved_and_loaded(tmp_path):
+    study = fake_study(5)
+    study.set_user_attr(attrs.FINGERPRINT, {"network": "6f1c"})
+    found = resolve(study, Budget.fraction(bops=0.3))
+    path = tmp_path / "deep" / "assignment.json"
+    found.save(path)
+    assert hq.load_assignment(path) == found.config
+    data = json.loads(path.read_text())
+    assert data == json.loads(json.dumps(found.to_json()))
+    assert data["fingerprint"] == {"network": "6f1c"}
+    assert data["budget"]["text"] == "30 % of the all-8-bit BOPs"
+
+
+def test_the_assignment_of_a_saved_result_is_loaded_too(tmp_path):
+    searched = search()
+    study = searched.optimize()
+    result = searched.result(study)
+    result.save(tmp_path)
+    assert load_assignment(tmp_path / "recipe.json") == result.config
+
+
+def _damaged(change):
+    def write(path):
+        resolve(fake_study(4), Budget.fraction(bops=0.5)).save(path)
+        data = json.loads(path.read_text())
+        change(data)
+        path.write_text(json.dumps(data))
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (lambda path: None, "cannot be read: No such file"),
+        (lambda path: path.write_text("{"), "is damaged"),
+        (lambda path: path.write_text("[1]"), "holds no assignment"),
+        (_damaged(lambda d: d.update(format_version=9)), "has format 9.*Update hq_optuna"),
+        (_damaged(lambda d: d["assignment"].update(fc=[2, 2])), "was altered after it was saved"),
+        (_damaged(lambda d: d.pop("assignment")), "is damaged: KeyError"),
+        (_damaged(lambda d: d["assignment"].update(fc=8)), "is damaged: TypeError"),
+    ],
+)
+def test_a_file_that_is_no_assignment_is_refused(tmp_path, write, words):
+    path = tmp_path / "a.json"
+    write(path)
+    with pytest.raises(RecipeError, match=words):
+        load_assignment(path)
+
+
+def test_a_budget_below_the_cheapest_names_the_minimum():
+    with pytest.raises(BudgetError, match="is below the cheapest assignment"):
+        resolve(fake_study(4), Budget.fraction(bops=0.001))
+
+
+def test_a_study_without_a_table_says_what_to_do():
+    study = fake_study(4, sensitivity=False)
+    with pytest.raises(ResumeError, match=r"Start the search once; it measures them first"):
+        resolve(study, Budget.fraction(bops=0.5))
+    with pytest.raises(ResumeError, match="holds no sensitivity"):
+        pareto(study)
+
+
+def test_the_pareto_curve_holds_the_searchs_own_budget():
+    study = fake_study(fake_space(6, bits=range(2, 9)))
+    curve = pareto(study, n=5)
+    own = resolve(study, Budget.fraction(bops=0.4))
+    assert (own.cost, own.score, own.config) in curve
+    sizes = pareto(study, metric="size_bytes", n=5)
+    assert sizes[-1].cost == CostModel(fake_space(6).layers, "size_bytes").int8
+
+
+def test_a_search_by_the_layer_sum_is_no_better_than_its_resolved_budget():
+    searched = search(scorer="trace")
+    study = searched.optimize()
+    found = hq.resolve(study, searched.budget)
+    answer = searched.result(study)
+    assert found.score <= answer.score * (1 + 1e-12)
+    assert found.cost <= searched.budget.limit(searched.space.layers)
