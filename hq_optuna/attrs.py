@@ -7,11 +7,14 @@ protocol reads back (DESIGN: tickets and step records).
 A *ticket* is the single small attribute that says what a trial is for. It is written once, in one
 statement, by the sampler before the trial runs:
 
-    {"v": 1, "kind": "candidate", "step": 3, "slot": 5, "parent": "6f1c…", "bits": [8, 7, …]}
+    {"v": 1, "kind": "candidate", "step": 3, "slot": 5, "parent": "6f1c…", "search": "09ab…",
+     "bits": [8, 7, …], …}
 
 ``bits`` are those of the variables of the space, in its order, so a ticket alone rebuilds the
 assignment. ``parent`` names the state of the search the ticket was written for; a ticket with
 another parent is ignored by everyone, so a stale view can waste an evaluation and nothing else.
+``search`` names settings, network and data; the ticket with the lowest number says whose study
+this is, which is the one fact that all workers of a new study agree on.
 """
 
 from __future__ import annotations
@@ -24,6 +27,9 @@ from typing import Any, Literal
 
 TICKET = "hq:ticket"
 """Trial system attribute: the ticket."""
+
+BEAT = "hq:beat"
+"""Trial system attribute that the owner of a long trial keeps changing: a count."""
 
 SPACE = "hq:space"
 """Study system attributes ``hq:space:0``, …: `SearchSpace.to_json()` in parts, see `split`."""
@@ -104,8 +110,27 @@ def parent_digest(
         state: Bits of each variable that it left; ``None`` likewise.
     """
     state = None if state is None else list(state)
-    text = json.dumps([dict(settings), step, state], sort_keys=True)
+    return digest([dict(settings), step, state])
+
+
+def digest(data: Any) -> str:
+    """Return twelve hexadecimal digits that name JSON data."""
+    text = json.dumps(data, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def same_search(one: str, other: str) -> bool:
+    """Return whether two tickets may be of one search, from what they say of theirs.
+
+    A search is named by two digests, ``settings/rest``. The rest (network, data) is missing where a
+    ticket was written before the objective was called.
+
+    Example:
+        >>> same_search("aa/01", "aa"), same_search("aa/01", "aa/02"), same_search("aa", "bb")
+        (True, False, False)
+    """
+    (mine, _, rest), (settings, _, more) = one.partition("/"), other.partition("/")
+    return mine == settings and (rest == more or not (rest and more))
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +189,8 @@ class Ticket:
             step 0 and in step records).
         from_bits: Its bits before; ``None`` for a swap.
         worker: Who runs the trial, see `worker_id`.
+        search: Digests of what the search depends on, see `same_search`.
+        claim: Which of its worker's claims it is, from 1; 0 where the trial was there before.
     """
 
     kind: Kind
@@ -175,6 +202,8 @@ class Ticket:
     variable: str | None = None
     from_bits: int | None = None
     worker: str = ""
+    search: str = ""
+    claim: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the attribute's value."""
@@ -189,15 +218,21 @@ class Ticket:
             "variable": self.variable,
             "from": self.from_bits,
             "worker": self.worker,
+            "search": self.search,
+            "claim": self.claim,
         }
 
     @classmethod
     def read(cls, system_attrs: Mapping[str, Any]) -> Ticket | None:
-        """Return the ticket among a trial's system attributes, or ``None``.
+        """Return the ticket among a trial's system attributes, or ``None``."""
+        return cls.from_json(system_attrs.get(TICKET))
+
+    @classmethod
+    def from_json(cls, data: Any) -> Ticket | None:
+        """Return the ticket that is an attribute's value, or ``None``.
 
         A ticket of another protocol version, or a damaged one, is treated as absent.
         """
-        data = system_attrs.get(TICKET)
         if not isinstance(data, dict) or data.get("v") != PROTOCOL:
             return None
         try:
@@ -211,6 +246,8 @@ class Ticket:
                 variable=data["variable"],
                 from_bits=data["from"],
                 worker=data["worker"],
+                search=data.get("search", ""),
+                claim=data.get("claim", 0),
             )
         except (KeyError, TypeError):
             return None

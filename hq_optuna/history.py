@@ -20,6 +20,15 @@ from hq_optuna.cost import CostModel, Metric
 from hq_optuna.errors import ResumeError
 from hq_optuna.search import Additive
 from hq_optuna.space import SearchSpace
+from hq_optuna.storages.trials import TrialFacts, read_facts
+
+_FACTS = (
+    attrs.SCORE_WEIGHTS,
+    attrs.SCORE_ACTIVATIONS,
+    attrs.CALIBRATION_LOSS,
+    attrs.SECONDS,
+    attrs.WORKER,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +157,12 @@ def read_history(study: Study) -> History:
             changed=("kind of study",),
         )
     space = SearchSpace.from_json(space_data)
-    trials = storage.get_all_trials(study._study_id, deepcopy=False)
+    trials = read_facts(storage, study._study_id, _FACTS)
     info = StudyInfo.from_json(user[attrs.INFO])
     model = CostModel(space.layers, info.metric)
     candidates, records = _read_trials(trials, space, model, system.get(attrs.SETTINGS))
     table = attrs.join(attrs.SENSITIVITY, system) or {}
-    states = [trial.state for trial in trials]
+    states = [trial.row.state for trial in trials]
     prefix = f"{attrs.REPORT}:"
     return History(
         study_name=study.study_name,
@@ -176,7 +185,7 @@ def read_history(study: Study) -> History:
 
 
 def _read_trials(
-    trials: list[FrozenTrial],
+    trials: list[TrialFacts],
     space: SearchSpace,
     model: CostModel,
     settings: Mapping[str, Any] | None,
@@ -186,30 +195,29 @@ def _read_trials(
     parents: dict[int, str] = {}
     closing: dict[int, list[tuple[int, Ticket]]] = {}
     for trial in trials:
-        ticket = Ticket.read(trial.system_attrs)
-        if ticket is None or trial.state != TrialState.COMPLETE or trial.value is None:
+        number, ticket = trial.row.number, trial.row.ticket
+        if ticket is None or trial.row.state != TrialState.COMPLETE or trial.row.value is None:
             continue
         if ticket.kind == "incumbent":
-            closing.setdefault(ticket.step, []).append((trial.number, ticket))
+            closing.setdefault(ticket.step, []).append((number, ticket))
         elif ticket.kind == "candidate":
-            parents[trial.number] = ticket.parent
+            parents[number] = ticket.parent
             lowered = ticket.variable
             user = trial.user_attrs
-            duration = trial.duration.total_seconds() if trial.duration else float("nan")
-            candidates[trial.number] = Candidate(
-                number=trial.number,
+            candidates[number] = Candidate(
+                number=number,
                 step=ticket.step,
                 slot=ticket.slot,
                 variable=lowered,
                 from_bits=ticket.from_bits,
                 to_bits=ticket.bits[names.index(lowered)] if lowered in names else None,
                 state=ticket.bits,
-                score=trial.value,
+                score=trial.row.value,
                 score_weights=user.get(attrs.SCORE_WEIGHTS, float("nan")),
                 score_activations=user.get(attrs.SCORE_ACTIVATIONS, float("nan")),
                 calibration_loss=user.get(attrs.CALIBRATION_LOSS, float("nan")),
                 cost=model.cost(space.config(ticket.bits)),
-                seconds=user.get(attrs.SECONDS, duration),
+                seconds=user.get(attrs.SECONDS, trial.seconds),
                 worker=user.get(attrs.WORKER) or workers.short_name(ticket.worker),
                 counted=False,
             )

@@ -1,7 +1,8 @@
 """Who runs a trial, and whether it still lives.
 
 A worker's name says where it runs, so that a worker on the same host can tell a dead owner from a
-slow one at once. For owners on other hosts nothing is concluded here: `is_dead` says no.
+slow one at once. For owners on other hosts nothing is concluded here: both `is_dead` and `is_alive`
+say no.
 """
 
 from __future__ import annotations
@@ -55,21 +56,31 @@ def short_name(worker: str) -> str:
 
 def is_dead(worker: str) -> bool:
     """Return whether the worker certainly no longer runs: a process of this host that is gone."""
+    return _lives(worker) is False
+
+
+def is_alive(worker: str) -> bool:
+    """Return whether the worker certainly runs: a process of this host that is there."""
+    return _lives(worker) is True
+
+
+def _lives(worker: str) -> bool | None:
+    """Return whether the worker lives, or ``None`` where this host cannot know."""
     parts = worker.split("/")
     if len(parts) != 4 or not parts[2].isdigit():
-        return False
+        return None
     host, namespace, pid, start = parts
     if (host, namespace) != (socket.gethostname(), _pid_namespace()):
-        return False
+        return None
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:
-        return True
+        return False
     except OSError:
-        return False  # alive, but somebody else's
+        pass  # alive, but somebody else's
     # A process that was killed but not yet reaped by its parent is as good as gone.
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         state = "?"
-    return state == "Z" or (bool(start) and _start_time(int(pid)) not in ("", start))
+    return not (state == "Z" or (bool(start) and _start_time(int(pid)) not in ("", start)))

@@ -29,6 +29,7 @@ from tests.samplers.tables import (
     sampler,
     tickets,
     total,
+    update,
 )
 
 
@@ -154,7 +155,7 @@ def test_a_record_that_names_no_candidate_is_passed_over():
     study = fake_study(6, n_trials=0)
     log = StepLog(ours(study).log(study).search)
     study.optimize(lambda trial: 1.0, n_trials=1)
-    log.update(study.trials)
+    update(study, log)
     add(study, record_ticket(log, origin=77), 0.0)
     assert read_history(study).records == ()
     add(study, record_ticket(log), 0.0)

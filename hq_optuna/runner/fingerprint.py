@@ -55,19 +55,33 @@ def versions() -> dict[str, str]:
     }
 
 
-def check_or_write(study: Study, mine: Mapping[str, str | int]) -> None:
+def check_or_write(
+    study: Study, mine: Mapping[str, str | int], *, is_mine: bool | None = None
+) -> bool:
     """Write the fingerprint into a new study, or refuse a study with another one.
+
+    Args:
+        study: The study.
+        mine: The fingerprint of the search that wants to go on with it.
+        is_mine: Whether the study's first trial belongs to this very search. Then another
+            fingerprint there is that of a search which was started at the same moment, wrote last
+            and was refused, and is written over.
+
+    Returns:
+        Whether what is stored had to be written over.
 
     Raises:
         ResumeError: Naming what changed.
     """
     stored = study.user_attrs.get(attrs.FINGERPRINT)
-    if stored is None:
+    changed: tuple[str, ...] = ()
+    if stored is not None:
+        changed = tuple(name for name, value in mine.items() if stored.get(name) != value)
+        if not changed:
+            return False
+    if stored is None or is_mine:
         study.set_user_attr(attrs.FINGERPRINT, {**mine, "versions": versions()})
-        return
-    changed = tuple(name for name, value in mine.items() if stored.get(name) != value)
-    if not changed:
-        return
+        return bool(changed)
     described = "; ".join(
         f"{_WORDS.get(name, name)} (study: {stored.get(name)}, now: {mine[name]})"
         for name in changed

@@ -30,6 +30,8 @@ from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.runner import fingerprint
 from hq_optuna.runner.publish import publish, stored_sensitivity
 from hq_optuna.samplers import ProgressiveBitSampler
+from hq_optuna.samplers.claims import ClaimedTrial, write_facts
+from hq_optuna.samplers.tickets import excess, facts
 from hq_optuna.scoring import (
     SCORERS,
     OutputRise,
@@ -114,7 +116,7 @@ class HessianObjective:
         self.progress: Progress = lambda what, done, of: None
         self._scorer: Scorer | None = None
         # By storage, as studies of two storages may have the same id.
-        self._known: WeakKeyDictionary[BaseStorage, set[int]] = WeakKeyDictionary()
+        self._settled: WeakKeyDictionary[BaseStorage, dict[int, bool]] = WeakKeyDictionary()
 
     def quantized(self, config: BitConfig) -> nn.Module:
         """Return a network of its own with these bits, its statistics corrected if they shall be.
@@ -141,16 +143,33 @@ class HessianObjective:
         Raises:
             ResumeError: The study belongs to another search.
         """
-        known = set() if study is None else self._known.setdefault(study._storage, set())
-        if study is not None and study._study_id not in known:
-            fingerprint.check_or_write(study, self.fingerprint(study))
+        settled = {} if study is None else self._settled.setdefault(study._storage, {})
+        write_over: bool | None = None  # None: nothing to write
+        if study is not None:
+            another = self._met_another(study)
+            if settled.get(study._study_id) != another:
+                write_over = self._settle(study)
         if self._scorer is None:
             self._scorer = self._prepare(study)
-        if study is not None and study._study_id not in known:
+        if study is not None and write_over is not None:
             info = self._info(study)
-            publish(study, self.space, info, self._scorer.sensitivity)
-            known.add(study._study_id)
+            publish(study, self.space, info, self._scorer.sensitivity, again=write_over)
+            settled[study._study_id] = another
         return self._scorer
+
+    def _settle(self, study: Study) -> bool:
+        """Refuse the study of another search; return whether what it says must be written over."""
+        mine, sampler, is_mine = self.fingerprint(study), study.sampler, None
+        if isinstance(sampler, ProgressiveBitSampler):
+            sampler.name_search(study, attrs.digest(mine))
+            sampler.log(study)
+            is_mine = sampler.known(study).is_surely_mine
+        return fingerprint.check_or_write(study, mine, is_mine=is_mine)
+
+    @staticmethod
+    def _met_another(study: Study) -> bool:
+        sampler = study.sampler
+        return isinstance(sampler, ProgressiveBitSampler) and sampler.known(study).met_another
 
     def _prepare(self, study: Study | None) -> Scorer:
         network = self._eval_copy()
@@ -253,39 +272,30 @@ class HessianObjective:
         if ticket is None or ticket.kind == "free":
             bits = [trial.suggest_categorical(v.name, v.bits) for v in self.space.variables]
             config = self.space.config(bits)
-            return self._record(trial, config, scorer.score(config), {}, started)
+            return self._record(trial, config, scorer.score(config), None, started)
         if ticket.kind == "surplus" or trial.should_prune():
             raise optuna.TrialPruned("its work is no longer needed")
         assert isinstance(sampler, ProgressiveBitSampler)
-        for name, (_, choices) in sampler.parameters(ticket).items():
-            trial.suggest_categorical(name, choices)
+        if not isinstance(trial, ClaimedTrial):  # that one was created with its parameters
+            for name, (_, choices) in sampler.parameters(ticket).items():
+                trial.suggest_categorical(name, choices)
         config = self.space.config(ticket.bits)
         if ticket.kind == "incumbent":
             return self._record_step(trial, ticket, config, started)
-        score = scorer.score(config)
-        facts: dict[str, Any] = {attrs.KIND: "candidate", attrs.STEP: ticket.step}
-        facts[attrs.SLOT] = ticket.slot
-        if ticket.variable is not None:
-            facts |= {attrs.PARENT: ticket.origin, attrs.LAYER: ticket.variable}
-        names = [v.name for v in self.space.variables]
-        if ticket.variable in names:  # one change, not a swap
-            facts |= {
-                attrs.FROM_BITS: ticket.from_bits,
-                attrs.TO_BITS: ticket.bits[names.index(ticket.variable)],
-            }
-        return self._record(trial, config, score, facts, started)
+        return self._record(trial, config, scorer.score(config), ticket, started)
 
     def _record_step(
         self, trial: Trial, ticket: Ticket, config: BitConfig, started: float
     ) -> float:
-        storage = trial.study._storage
-        trials = storage.get_all_trials(trial.study._study_id, deepcopy=False)
-        winner = trials[-1 if ticket.origin is None else ticket.origin]
+        storage, study_id = trial.study._storage, trial.study._study_id
+        assert ticket.origin is not None
+        winner = storage.get_trial(
+            storage.get_trial_id_from_study_id_trial_number(study_id, ticket.origin)
+        )
         assert winner.value is not None
         kept = (attrs.SCORE_WEIGHTS, attrs.SCORE_ACTIVATIONS, attrs.CALIBRATION_LOSS)
         parts = (winner.user_attrs[name] for name in kept)
-        facts = {attrs.KIND: "incumbent", attrs.STEP: ticket.step, attrs.WINNER: winner.number}
-        self._record(trial, config, Score(winner.value, *parts), facts, started)
+        self._record(trial, config, Score(winner.value, *parts), ticket, started)
         # One unit in the last place below its candidate, so that `study.best_trial` is the record,
         # which has the bits of all layers, and not the candidate it repeats.
         return math.nextafter(winner.value, -math.inf)
@@ -295,15 +305,15 @@ class HessianObjective:
         trial: Trial,
         config: BitConfig,
         score: Score,
-        facts: dict[str, Any],
+        ticket: Ticket | None,
         started: float,
     ) -> float:
         budget = budget_of(trial.study)
         cost = CostModel(self.space.layers, "bops" if budget is None else budget.metric).cost(
             config
         )
-        facts = {
-            **facts,
+        shown: dict[str, Any] = {} if ticket is None else facts(ticket, self.space, cost)
+        shown |= {
             attrs.SCORE_WEIGHTS: score.weights,
             attrs.SCORE_ACTIVATIONS: score.activations,
             attrs.CALIBRATION_LOSS: score.calibration_loss,
@@ -311,14 +321,13 @@ class HessianObjective:
             attrs.SECONDS: round(time.perf_counter() - started, 6),
             attrs.WORKER: workers.short_name(workers.worker_id()),
         }
-        for name, value in facts.items():
-            trial.set_user_attr(name, value)
-        if budget is not None:
-            excess = cost / budget.limit(self.space.layers) - 1
-            trial.set_constraint(budget.metric, excess)
+        write_facts(trial, shown)
+        over = None if budget is None else excess(cost, budget.limit(self.space.layers))
+        if budget is not None and over is not None and not isinstance(trial, ClaimedTrial):
+            trial.set_constraint(budget.metric, over)
             # optuna-dashboard up to 0.21 reads only the older form.
             trial.study._storage.set_trial_system_attr(
-                trial._trial_id, attrs.OLD_CONSTRAINTS, [excess]
+                trial._trial_id, attrs.OLD_CONSTRAINTS, [over]
             )
         return score.total
 

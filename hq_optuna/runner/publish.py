@@ -23,13 +23,25 @@ METRIC_NAME = "score_nats"
 
 
 def publish(
-    study: Study, space: SearchSpace, info: attrs.StudyInfo, sensitivity: Sensitivity
+    study: Study,
+    space: SearchSpace,
+    info: attrs.StudyInfo,
+    sensitivity: Sensitivity,
+    *,
+    again: bool = False,
 ) -> None:
     """Write space, sensitivities and description into the study, if they are not there yet.
 
     The description comes last: a study that has it is complete.
+
+    Args:
+        study: The study.
+        space: Its search space.
+        info: Its description.
+        sensitivity: What was measured.
+        again: Write over what is there.
     """
-    if attrs.INFO in study.user_attrs:
+    if attrs.INFO in study.user_attrs and not again:
         return
     parts = {
         **attrs.split(attrs.SPACE, space.to_json()),

@@ -11,20 +11,17 @@ seen the same trials has the same view, and a worker with an older view can only
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any, NamedTuple
 
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
-from hq_optuna import attrs, workers
+from hq_optuna import attrs
 from hq_optuna.attrs import Ticket
+from hq_optuna.samplers.owners import Owners
 from hq_optuna.search import Incumbent, Past, ProgressiveSearch, Result
-
-UNTAGGED_GRACE_S = 3.0
-"""A trial that has not got its ticket after this long lost its worker."""
+from hq_optuna.storages.trials import Cursor, TrialRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,20 +78,25 @@ class StepLog:
 
     Args:
         search: The rules, which must be those the study was made with.
+
+    Attributes:
+        cursor: How far the study was read; what `update` wants is what is new since.
+        owners: Who works on what, and who is dead.
+        searches: What tickets say of their search, by number; the first one says whose study this
+            is, the others are of those who were refused. Empty in studies of earlier versions.
     """
 
     def __init__(self, search: ProgressiveSearch) -> None:
         self.search = search
+        self.cursor = Cursor()
+        self.owners = Owners()
+        self.searches: list[str] = []
         self.closed: list[Closed] = []
         self.past = Past()
         self._by_number: dict[int, tuple[int, int, Result]] = {}
         self._candidates: dict[tuple[int, str], dict[int, list[_Scored]]] = {}
         self._records: dict[tuple[int, str], list[tuple[int, Ticket]]] = {}
         self._closed_keys: set[tuple[int, str]] = set()
-        self._cursor = 0
-        self._unfinished: set[int] = set()
-        self._first_seen: dict[int, float] = {}
-        self._running: list[tuple[int, Ticket | None]] = []
         self.open: OpenStep | None = self._open_step(None)
 
     @property
@@ -112,40 +114,36 @@ class StepLog:
         """Whether the search is over."""
         return self.open is None
 
-    def update(self, trials: Sequence[FrozenTrial]) -> None:
-        """Take in what is new. ``trials`` are all trials of the study, ordered by number."""
-        look = sorted(self._unfinished | set(range(self._cursor, len(trials))))
-        self._cursor = len(trials)
-        self._running = []
-        now = time.monotonic()
-        for number in look:
-            trial = trials[number]
-            if not trial.state.is_finished():
-                self._unfinished.add(number)
-                self._first_seen.setdefault(number, now)
-                if trial.state == TrialState.RUNNING:
-                    ticket = Ticket.read(trial.system_attrs)
-                    if ticket is None and is_overdue(trial):
-                        self._first_seen[number] = -math.inf
-                    self._running.append((number, ticket))
-                continue
-            self._unfinished.discard(number)
-            self._first_seen.pop(number, None)
-            ticket = Ticket.read(trial.system_attrs)
-            if trial.state != TrialState.COMPLETE or ticket is None or len(trial.values) != 1:
+    def update(self, rows: Sequence[TrialRow]) -> None:
+        """Take in trials that are new or were unfinished, ordered by number."""
+        self.cursor.move(rows)
+        self.owners.look(rows)
+        for row in rows:
+            self._note_search(row.ticket)
+            ticket = row.ticket
+            if row.state != TrialState.COMPLETE or ticket is None or row.value is None:
                 continue
             key = (ticket.step, ticket.parent)
             if ticket.kind == "incumbent":
-                self._records.setdefault(key, []).append((number, ticket))
+                self._records.setdefault(key, []).append((row.number, ticket))
             elif ticket.kind == "candidate":
                 slots = self._candidates.setdefault(key, {})
-                scored = _Scored(number, trial.values[0], ticket.bits)
+                scored = _Scored(row.number, row.value, ticket.bits)
                 slots.setdefault(ticket.slot, []).append(scored)
                 late = self.results.get((ticket.step, ticket.slot))
                 if key in self._closed_keys and late is not None and late.state == ticket.bits:
                     # A late duplicate. Whoever reads the study afresh may name it in a record.
-                    self._by_number[number] = (ticket.step, ticket.slot, late)
+                    self._by_number[row.number] = (ticket.step, ticket.slot, late)
         self._advance()
+
+    def _note_search(self, ticket: Ticket | None) -> None:
+        if ticket is None or not ticket.search:
+            return
+        for place, search in enumerate(self.searches):
+            if attrs.same_search(search, ticket.search):
+                self.searches[place] = max(search, ticket.search, key=len)
+                return
+        self.searches.append(ticket.search)
 
     def anything_left(self, number: float = math.inf) -> bool:
         """Return whether the open step has work for a trial of this number.
@@ -162,12 +160,18 @@ class StepLog:
 
     def untagged_before(self, number: float) -> int:
         """Return how many running trials with a lower number still wait for their ticket."""
-        oldest = time.monotonic() - UNTAGGED_GRACE_S
-        return sum(
-            1
-            for other, ticket in self._running
-            if ticket is None and other < number and self._first_seen[other] > oldest
-        )
+        return sum(1 for other in self.owners.untagged if other < number)
+
+    def taken(self, ticket: Ticket, number: float) -> bool:
+        """Return whether a ticket's work is done, or a lower number of a living worker does it."""
+        step = self.open
+        if step is None or (step.step, step.parent) != (ticket.step, ticket.parent):
+            return True
+        if ticket.kind == "incumbent":
+            return any(other < number for other in step.recording)
+        if ticket.slot in step.done:
+            return True
+        return any(other < number for other in step.running.get(ticket.slot, ()))
 
     def _advance(self) -> None:
         while self.open is not None:
@@ -213,10 +217,8 @@ class StepLog:
 
     def _note_running(self, step: OpenStep) -> None:
         step.running, step.recording = {}, []
-        for number, ticket in self._running:
-            if ticket is None or (ticket.step, ticket.parent) != (step.step, step.parent):
-                continue
-            if workers.is_dead(ticket.worker):
+        for number, ticket in self.owners.running.items():
+            if (ticket.step, ticket.parent) != (step.step, step.parent):
                 continue
             if ticket.kind == "incumbent":
                 step.recording.append(number)
@@ -251,17 +253,6 @@ class StepLog:
             else min(n for n, (s, k, _) in self._by_number.items() if (s, k) == incumbent.origin)
         )
         return incumbent, winner
-
-
-def is_overdue(trial: FrozenTrial) -> bool:
-    """Return whether a running trial should have had its ticket long ago.
-
-    By the clocks of two machines; should they differ, a wrong answer wastes an evaluation at most.
-    """
-    start = trial.datetime_start
-    if start is None:
-        return False
-    return (datetime.now(start.tzinfo) - start).total_seconds() > UNTAGGED_GRACE_S
 
 
 def settings(search: ProgressiveSearch) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """`ProgressiveBitSampler`: the step protocol as an Optuna sampler.
 
-A worker asks for a trial; the trial's number is its ticket to one slot of the open step. The
-sampler replays the record, takes the u-th free slot (u: running trials with a lower number that
-have no ticket yet) and writes one attribute. When all slots of a step are done, one more trial
-closes the step; being finished, it is immutable, and is the record of the step.
+Every trial has a ticket: one slot of the open step. Workers of this package (`ask`) create a trial
+with its ticket, and of two in the same slot the lower number has it. In loops of Optuna's own the
+sampler is called once the trial is there, takes the u-th free slot (u: running trials with a lower
+number that have no ticket yet) and writes the ticket. When all slots of a step are done, one more
+trial closes the step; being finished, it is immutable, and is the record of the step.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import logging
 import math
 import threading
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 from weakref import WeakKeyDictionary
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution
@@ -28,28 +29,33 @@ from hq_optuna import attrs, workers
 from hq_optuna.attrs import Ticket
 from hq_optuna.cost import Budget, CostModel, check_reachable
 from hq_optuna.pruners import CostBudgetPruner
+from hq_optuna.samplers.claims import ClaimedTrial, claim
+from hq_optuna.samplers.known import Known
 from hq_optuna.samplers.log import OpenStep, StepLog, settings
-from hq_optuna.samplers.resume import compare_settings, refuse_changes, refuse_maximization
-from hq_optuna.search import ProgressiveSearch, Rule, changes
+from hq_optuna.samplers.resume import (
+    compare_settings,
+    refuse_another_search,
+    refuse_changes,
+    refuse_maximization,
+    write_settings,
+)
+from hq_optuna.samplers.tickets import (
+    BITS,
+    LAYER,
+    Encoding,
+    candidate_ticket,
+    idle_ticket,
+    parameters,
+    record_ticket,
+)
+from hq_optuna.search import ProgressiveSearch, Rule
 from hq_optuna.space import SearchSpace
+from hq_optuna.storages.trials import read_rows
 
 logger = logging.getLogger(__name__)
 
-Encoding = Literal["layers", "compact"]
 MAX_VARIABLES_AS_LAYERS = 30
 """Above this many variables, writing them all with each candidate costs more than it shows."""
-
-LAYER, BITS = "layer", "bits"
-"""Parameters of a candidate in the compact encoding."""
-
-
-@dataclasses.dataclass
-class _Known:
-    """What a sampler has read of one study; rebuilt from the storage where it is missing."""
-
-    log: StepLog
-    changed: dict[str, str] | None = None  # settings that differ; None: not compared yet
-    tickets: dict[int, Ticket] = dataclasses.field(default_factory=dict)
 
 
 class ProgressiveBitSampler(BaseSampler):
@@ -140,43 +146,58 @@ class ProgressiveBitSampler(BaseSampler):
         self._search(None)  # refuse bad settings now
         self._independent = RandomSampler(seed=seed)
         # By storage, as studies of two storages may have the same id.
-        self._known: WeakKeyDictionary[BaseStorage, dict[int, _Known]] = WeakKeyDictionary()
-        self._lock = threading.RLock()
+        self._known: WeakKeyDictionary[BaseStorage, dict[int, Known]] = WeakKeyDictionary()
+        self.lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
         # Locks cannot be copied; what is known is rebuilt from the study.
-        return {**self.__dict__, "_lock": None, "_known": None}
+        return {**self.__dict__, "lock": None, "_known": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._known = WeakKeyDictionary()
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
 
     # What the study says
 
     def log(self, study: Study) -> StepLog:
         """Return the record of the search as it stands in the storage now."""
-        with self._lock:
+        with self.lock:
             # Read under the lock: threads must not hand the log older trials than it has seen.
-            log = self._of(study).log
-            log.update(study._storage.get_all_trials(study._study_id, deepcopy=False))
+            log = self.known(study).log
+            log.update(read_rows(study._storage, study._study_id, log.cursor))
             return log
 
-    def _of(self, study: Study) -> _Known:
-        with self._lock:
+    def known(self, study: Study) -> Known:
+        """Return what is known of a study, as far as it was read."""
+        with self.lock:
             studies = self._known.setdefault(study._storage, {})
             if study._study_id not in studies:
-                studies[study._study_id] = _Known(StepLog(self._search(study)))
+                log = StepLog(self._search(study))
+                mine = attrs.digest(settings(log.search))
+                studies[study._study_id] = Known(log, mine, self.budget_of(study))
             return studies[study._study_id]
+
+    def name_search(self, study: Study, digest: str) -> None:
+        """Say what the search depends on besides the sampler: network, data and so on.
+
+        Tickets carry it, so that processes which start different searches in one new study at the
+        same moment are told apart.
+        """
+        self.known(study).name_search(digest)
+
+    def budget_of(self, study: Study | None) -> Budget | None:
+        """Return the budget of this sampler, or else of the study's pruner."""
+        if self.budget is None and study is not None and isinstance(study.pruner, CostBudgetPruner):
+            return study.pruner.budget
+        return self.budget
 
     def finished(self, study: Study) -> bool:
         """Return whether the budget is met, or nothing is left to lower."""
         return self.log(study).finished
 
     def _search(self, study: Study | None) -> ProgressiveSearch:
-        budget = self.budget
-        if budget is None and study is not None and isinstance(study.pruner, CostBudgetPruner):
-            budget = study.pruner.budget
+        budget = self.budget_of(study)
         model = CostModel(self.space.layers, "bops" if budget is None else budget.metric)
         return ProgressiveSearch(
             space=self.space,
@@ -188,15 +209,38 @@ class ProgressiveBitSampler(BaseSampler):
             refine=self.refine,
         )
 
+    # Asking
+
+    def ask(self, study: Study) -> ClaimedTrial | None:
+        """Claim work by creating its trial, complete with ticket, parameters and known facts.
+
+        What workers use instead of `optuna.Study.ask`. End the trial with its ``finish``.
+
+        Returns:
+            The trial, or ``None`` where other workers have all there is to do now.
+
+        Raises:
+            ResumeError: The study was made with other settings, or is another search.
+            ValueError: The study has several objectives, or maximizes.
+        """
+        self.check_study(study)
+        return claim(self, study)
+
+    def forget(self, study: Study, trial_id: int) -> None:
+        """Drop what is kept for a trial of this process while it runs."""
+        self.known(study).tickets.pop(trial_id, None)
+
     # Optuna's interface
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         """Give the trial its ticket. Never waits.
 
         Raises:
-            ResumeError: The study was made with other settings.
+            ResumeError: The study was made with other settings, or is another search.
             ValueError: The study has several objectives, or maximizes.
         """
+        if trial._trial_id in self.known(study).tickets:
+            return  # created with it, see `ask`
         try:
             ticket = self._new_ticket(study, trial)
             study._storage.set_trial_system_attr(trial._trial_id, attrs.TICKET, ticket.to_json())
@@ -204,56 +248,29 @@ class ProgressiveBitSampler(BaseSampler):
             with contextlib.suppress(OptunaError):
                 study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
             raise
-        self._of(study).tickets[trial._trial_id] = ticket
+        self.known(study).tickets[trial._trial_id] = ticket
         if ticket.kind == "surplus":
             self._stop(study)
 
     def _new_ticket(self, study: Study, trial: FrozenTrial) -> Ticket:
-        self._check_study(study)
+        self.check_study(study)
         ticket = Ticket.read(trial.system_attrs)
         if ticket is not None:  # a retried trial keeps its parameters, and so its slot
             return dataclasses.replace(ticket, worker=workers.worker_id())
         if "fixed_params" in trial.system_attrs or trial.params:  # enqueued: not a trial of ours
-            return Ticket("free", -1, -1, "", (), worker=workers.worker_id())
-        with self._lock:
-            return self._ticket(self.log(study), trial.number)
+            return idle_ticket("free")
+        with self.lock:
+            log = self.log(study)
+            refuse_another_search(study, self.known(study).is_mine)
+            return self._ticket(log, trial.number, self.known(study).search)
 
-    def _ticket(self, log: StepLog, number: int) -> Ticket:
-        worker, step = workers.worker_id(), log.open
-        start = self.space.top if log.incumbent is None else log.incumbent.state
+    def _ticket(self, log: StepLog, number: int, search: str) -> Ticket:
+        step = log.open
         if step is None or not (self.backs_up or log.anything_left(number)):
-            return Ticket("surplus", len(log.closed), 0, "", start, worker=worker)
-        record = log.closed[-1].number if log.closed else None
+            return idle_ticket("surplus", log, search)
         if step.complete:
-            incumbent, winner = log.close_open_step()
-            return Ticket(
-                "incumbent",
-                step.step,
-                incumbent.origin[1],
-                step.parent,
-                incumbent.state,
-                origin=winner,
-                worker=worker,
-            )
-        slot = _slot(step, log.untagged_before(number))
-        moves = changes(start, step.states[slot])
-        names = [variable.name for variable in self.space.variables]
-        lowered = moves[0] if len(moves) == 1 else None
-        if lowered is not None:
-            said = names[lowered.variable]
-        else:
-            said = ", ".join(f"{names[m.variable]} {m.from_bits} → {m.to_bits}" for m in moves)
-        return Ticket(
-            "candidate",
-            step.step,
-            slot,
-            step.parent,
-            step.states[slot],
-            origin=record,
-            variable=said or None,
-            from_bits=None if lowered is None else lowered.from_bits,
-            worker=worker,
-        )
+            return record_ticket(log, search)
+        return candidate_ticket(log, _slot(step, log.untagged_before(number)), search)
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
@@ -306,10 +323,10 @@ class ProgressiveBitSampler(BaseSampler):
     ) -> None:
         """End the study with the record that meets the budget."""
         ticket = self.ticket(study, trial._trial_id)
-        self._of(study).tickets.pop(trial._trial_id, None)
+        self.known(study).tickets.pop(trial._trial_id, None)
         if ticket is None or ticket.kind != "incumbent" or state != TrialState.COMPLETE:
             return
-        with self._lock:
+        with self.lock:
             log = self.log(study)
             if log.open is None or (
                 (log.open.step, log.open.parent) == (ticket.step, ticket.parent)
@@ -325,14 +342,7 @@ class ProgressiveBitSampler(BaseSampler):
 
     def parameters(self, ticket: Ticket) -> dict[str, tuple[int | str, tuple[int | str, ...]]]:
         """Return ``{parameter: (value, choices)}`` that a trial with this ticket shows."""
-        if ticket.kind == "candidate" and self.encoding == "compact":
-            names = tuple(variable.name for variable in self.space.variables)
-            bits = tuple(sorted({b for v in self.space.variables for b in v.bits}, reverse=True))
-            if ticket.variable not in names:
-                return {}
-            to_bits = ticket.bits[names.index(ticket.variable)]
-            return {LAYER: (ticket.variable, names), BITS: (to_bits, bits)}
-        return dict(self.space.parameters(ticket.bits))
+        return parameters(ticket, self.space, self.encoding)
 
     def _values(self, ticket: Ticket) -> dict[str, tuple[int | str, tuple[int | str, ...]]]:
         return {} if ticket.kind == "free" else self.parameters(ticket)
@@ -341,17 +351,28 @@ class ProgressiveBitSampler(BaseSampler):
         """Return the ticket of a trial, by its id in the storage."""
         # Optuna hands samplers the trial as it was before its ticket was written. Tickets of
         # trials that run in this process are kept; a ticket never changes.
-        kept = self._of(study).tickets.get(trial_id)
+        kept = self.known(study).tickets.get(trial_id)
         if kept is not None:
             return kept
         return Ticket.read(study._storage.get_trial(trial_id).system_attrs)
 
-    def _check_study(self, study: Study) -> None:
+    def check_study(self, study: Study) -> None:
+        """Refuse a study that this sampler cannot go on with.
+
+        Raises:
+            ResumeError: The study was made with other settings.
+            ValueError: The study has several objectives, or maximizes.
+        """
         self._raise_error_if_multi_objective(study)
         refuse_maximization(study)
-        known = self._of(study)
+        known = self.known(study)
+        mine = settings(known.log.search)
         if known.changed is None:
-            known.changed = compare_settings(study, self.space, settings(known.log.search))
+            known.changed = compare_settings(study, self.space, mine)
+        if known.changed and self.log(study) and known.is_mine:
+            # Another search was started here at the same moment, wrote last, and was refused.
+            write_settings(study, self.space, mine)
+            known.changed = {}
         refuse_changes(study, known.changed)
 
     def _stop(self, study: Study) -> None:

@@ -31,16 +31,39 @@ def compare_settings(study: Study, space: SearchSpace, mine: dict[str, Any]) -> 
     storage, study_id = study._storage, study._study_id
     stored = storage.get_study_system_attrs(study_id).get(attrs.SETTINGS)
     if stored is None:
-        # `hq_optuna.assignment` reads the space; the settings come last and say it is complete.
-        for key, value in attrs.split(attrs.SPACE, space.to_json()).items():
-            storage.set_study_system_attr(study_id, key, value)
-        storage.set_study_system_attr(study_id, attrs.SETTINGS, mine)
+        write_settings(study, space, mine)
         return {}
     return {
         name: f"{name} (study: {stored.get(name)!r}, sampler: {value!r})"
         for name, value in mine.items()
         if stored.get(name) != value
     }
+
+
+def write_settings(study: Study, space: SearchSpace, mine: dict[str, Any]) -> None:
+    """Write settings and space into the study."""
+    storage, study_id = study._storage, study._study_id
+    # `hq_optuna.assignment` reads the space; the settings come last and say it is complete.
+    for key, value in attrs.split(attrs.SPACE, space.to_json()).items():
+        storage.set_study_system_attr(study_id, key, value)
+    storage.set_study_system_attr(study_id, attrs.SETTINGS, mine)
+
+
+def refuse_another_search(study: Study, is_mine: bool | None) -> None:
+    """Refuse a study whose first trial belongs to another search.
+
+    Of two searches that are started in one new study at the same moment, both may find it empty
+    and write their settings; the lower trial number is the one thing they agree on.
+
+    Raises:
+        ResumeError: The first trial is of another search.
+    """
+    if is_mine is False:
+        raise ResumeError(
+            f"Study {study.study_name!r} is another search: its first trial was made with other "
+            "settings, another network or other data. Use the same, or another study name.",
+            changed=("search",),
+        )
 
 
 def refuse_changes(study: Study, changed: dict[str, str]) -> None:

@@ -17,10 +17,11 @@ import optuna
 import sqlalchemy
 import sqlalchemy.exc
 from optuna.exceptions import StorageInternalError
-from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages import BaseStorage
 from optuna.study import Study
 
 from hq_optuna.errors import StorageError
+from hq_optuna.storages.database import Database
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def _parse(storage: str) -> sqlalchemy.URL:
         ) from None
 
 
-def _create_tables(storage: str, engine_kwargs: dict[str, Any]) -> RDBStorage:
+def _create_tables(storage: str, engine_kwargs: dict[str, Any]) -> Database:
     """Open a database and create its tables, while other processes may be doing the same.
 
     Optuna looks for tables and creates them in two steps; of processes that open an empty database
@@ -109,7 +110,7 @@ def _create_tables(storage: str, engine_kwargs: dict[str, Any]) -> RDBStorage:
     template = storage.replace("{", "{{").replace("}", "}}")  # Optuna formats the URL
     for attempt in range(FIRST_USE_ATTEMPTS):
         try:
-            return RDBStorage(template, engine_kwargs=engine_kwargs)
+            return Database(template, engine_kwargs=engine_kwargs)
         except (sqlalchemy.exc.DatabaseError, StorageInternalError) as error:
             text = str(_innermost(error)).lower()
             if not any(word in text for word in ("already exists", "unique", "duplicate")):

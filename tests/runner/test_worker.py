@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import threading
-from datetime import timedelta
+import time
 
 import optuna
 import pytest
 from optuna.trial import TrialState
 
 from hq_optuna import attrs, workers
+from hq_optuna.errors import ResumeError
 from hq_optuna.runner import worker
+from hq_optuna.runner.beats import beating
 from hq_optuna.runner.worker import fail_dead_trials, work
-from hq_optuna.samplers import log as log_module
+from hq_optuna.samplers import owners
 from hq_optuna.samplers.log import StepLog
 from tests.samplers.tables import (
     add,
@@ -25,7 +27,6 @@ from tests.samplers.tables import (
     record_ticket,
     sampler,
     states,
-    tickets,
     total,
 )
 
@@ -94,7 +95,6 @@ def test_ctrl_c_gives_the_candidate_back_and_another_worker_takes_it_at_once(stu
     with pytest.raises(KeyboardInterrupt):
         work(study, objective)
     assert states(study)[3] == TrialState.FAIL
-    assert ours(study).backs_up  # whoever goes on without `work` can
     work(study, assigned)
     assert history(study) == expected(study)
     assert clock.slept == []
@@ -125,33 +125,53 @@ def test_trials_of_dead_workers_are_marked_failed_and_others_are_not(study):
     assert fail_dead_trials(study) == 0
 
 
-def begun_long_ago(study: optuna.Study, **facts: object) -> int:
+def begun(study: optuna.Study, **facts: object) -> int:
     trial = optuna.create_trial(state=TrialState.RUNNING, **facts)
-    trial.datetime_start -= timedelta(seconds=log_module.UNTAGGED_GRACE_S + 1)
     return study._storage.create_new_trial(study._study_id, template_trial=trial)
 
 
-def test_a_trial_whose_worker_died_before_its_ticket_is_marked_failed_on_resume(study, clock):
-    begun_long_ago(study)
-    foreign = begun_long_ago(study, user_attrs={"by": "another sampler"})
+def test_a_trial_whose_worker_died_before_its_ticket_is_marked_failed_soon(study, clock):
+    begun(study)
+    foreign = begun(study, user_attrs={"by": "another sampler"})
     work(study, assigned)
     assert states(study)[0] == TrialState.FAIL
     assert study._storage.get_trial(foreign).state == TrialState.RUNNING
     assert history(study) == expected(study)
-    assert clock.slept == []  # neither is waited for
+    assert sum(clock.slept) < 2 * owners.UNTAGGED_GRACE_S
 
 
-def test_a_worker_that_was_taken_for_dead_goes_on_with_another_trial(study, monkeypatch):
-    """Paused between its trial and its ticket, it finds the trial failed."""
-    storage, write = study._storage, study._storage.set_trial_system_attr
+def test_a_trial_has_ticket_parameters_and_facts_from_its_first_moment(study, monkeypatch):
+    """A worker that is killed right after it made a trial leaves one that tells whose it is."""
+    storage, create = study._storage, study._storage.create_new_trial
 
-    def pause(trial_id: int, key: str, value: object) -> None:
-        if trial_id == 2:
-            storage.set_trial_state_values(trial_id, TrialState.FAIL)
-        write(trial_id, key, value)
+    def made(*arguments: object, **options: object) -> int:
+        trial_id = create(*arguments, **options)
+        trial = storage.get_trial(trial_id)
+        ticket = attrs.Ticket.read(trial.system_attrs)
+        assert ticket.worker == workers.worker_id()
+        assert trial.user_attrs[attrs.KIND] == ticket.kind
+        assert trial.user_attrs[attrs.COST] == ours(study).known(study).log.search.cost_of(
+            ticket.bits
+        )
+        assert trial.system_attrs[attrs.OLD_CONSTRAINTS] == [trial.constraints["bops"]]
+        shown = ours(study).parameters(ticket)
+        assert trial.params == {name: value for name, (value, _) in shown.items()}
+        return trial_id
 
-    monkeypatch.setattr(storage, "set_trial_system_attr", pause)
+    monkeypatch.setattr(storage, "create_new_trial", made)
     work(study, assigned)
+    assert history(study) == expected(study)
+
+
+def test_a_worker_that_was_taken_for_dead_goes_on_with_another_trial(study):
+    """Paused within its trial, it finds the trial failed."""
+
+    def objective(trial: optuna.Trial) -> float:
+        if trial.number == 2:
+            study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        return assigned(trial)
+
+    work(study, objective)
     assert states(study).count(TrialState.FAIL) == 1
     assert history(study) == expected(study)
 
@@ -174,29 +194,96 @@ def test_the_slot_of_a_dead_worker_is_filled_at_once(study, clock):
     assert states(study)[0] == TrialState.FAIL
 
 
-def test_the_slot_of_a_silent_worker_elsewhere_is_filled_after_a_while(study, clock):
+@pytest.mark.parametrize("kind", ["candidate", "incumbent"])
+def test_what_a_silent_worker_elsewhere_had_is_taken_over_after_the_grace_period(
+    study, clock, kind
+):
     """Nobody here can know whether it is dead: it is waited for, and its work is then repeated."""
-    add(study, open_ticket(ours(study).log(study), 0, worker=AWAY))
+    log = ours(study).log(study)
+    if kind == "incumbent":
+        add(study, open_ticket(log, 0), total(log.search.space, log.search.space.top))
+        log = ours(study).log(study)
+    ticket = record_ticket(log, worker=AWAY) if kind == "incumbent" else None
+    number = add(study, ticket or open_ticket(log, 0, worker=AWAY))
     work(study, assigned)
     assert history(study) == expected(study)
-    assert worker.LEAST_GRACE_S < sum(clock.slept) < 2 * worker.LEAST_GRACE_S
+    assert owners.GRACE_S <= sum(clock.slept) < owners.GRACE_S + 2 * worker.LONGEST_WAIT_S
     assert max(clock.slept) <= worker.LONGEST_WAIT_S
-    assert states(study)[0] == TrialState.RUNNING
+    assert states(study)[number] == TrialState.FAIL
     log = ours(study).log(study)
     assert len(study.trials) == 1 + len(log.results) + len(log.closed)
 
 
-def test_a_silent_worker_is_waited_for_longer_where_candidates_take_long(study, clock):
-    def slow(trial: optuna.Trial) -> float:
-        clock.now += 100
-        if tickets(study)[-1].step == 1 and not away:
-            away.append(add(study, open_ticket(ours(study).log(study), 2, worker=AWAY)))
-        return assigned(trial)
+def test_a_worker_elsewhere_that_gives_signs_of_life_is_waited_for(study, clock):
+    log = ours(study).log(study)
+    number = add(study, open_ticket(log, 0, worker=AWAY))
+    trial_id = study.get_trials(deepcopy=False)[number]._trial_id
+    beats = iter(range(1000))
 
-    away: list[int] = []
-    work(study, slow)
+    def sleep(seconds: float) -> None:
+        clock.sleep(seconds)
+        if len(clock.slept) == 300:
+            top = log.search.space.top
+            value = total(log.search.space, top)
+            study._storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [value])
+        elif len(clock.slept) < 300:
+            study._storage.set_trial_system_attr(trial_id, attrs.BEAT, next(beats))
+
+    worker.time.sleep = sleep
+    work(study, assigned)
+    assert len(clock.slept) == 300
+    assert sum(clock.slept) > 5 * owners.GRACE_S
     assert history(study) == expected(study)
-    assert 500 < sum(clock.slept) < 510
+    assert TrialState.FAIL not in states(study)
+
+
+def test_a_trial_that_runs_long_gives_signs_of_life_and_a_short_one_costs_nothing(study):
+    storage = study._storage
+    trial_id = storage.create_new_trial(study._study_id)
+    with beating(storage, trial_id):
+        pass
+    assert attrs.BEAT not in storage.get_trial(trial_id).system_attrs
+    with beating(storage, trial_id, every_s=0.01):
+        deadline = time.monotonic() + 30
+        while storage.get_trial(trial_id).system_attrs.get(attrs.BEAT, 0) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    last = storage.get_trial(trial_id).system_attrs[attrs.BEAT]
+    time.sleep(0.05)
+    assert storage.get_trial(trial_id).system_attrs[attrs.BEAT] == last
+
+
+def test_signs_of_life_that_cannot_be_written_disturb_nothing(study, monkeypatch):
+    tries: list[object] = []
+
+    def away(*arguments: object) -> None:
+        tries.append(arguments)
+        raise OSError("no route to host")
+
+    trial_id = study._storage.create_new_trial(study._study_id)
+    monkeypatch.setattr(study._storage, "set_trial_system_attr", away)
+    with beating(study._storage, trial_id, every_s=0.005):
+        deadline = time.monotonic() + 30
+        while len(tries) < 3 and time.monotonic() < deadline:
+            time.sleep(0.005)
+    assert len(tries) >= 3
+
+
+def test_an_idle_worker_looks_at_most_about_once_a_second(study, clock, monkeypatch):
+    log = ours(study).log(study)
+    add(study, open_ticket(log, 0, worker=AWAY))
+    looks: list[float] = []
+    read = study._storage.get_all_trials
+
+    def counted(*arguments: object, **options: object) -> object:
+        looks.append(clock.now)
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(study._storage, "get_all_trials", counted)
+    owners_grace = owners.GRACE_S
+    work(study, assigned)
+    waiting = [look for look in looks if 5 <= look < owners_grace - 1]
+    assert len(waiting) / (owners_grace - 6) <= 1.1
 
 
 def test_a_record_that_another_worker_is_making_is_waited_for(study, clock):
@@ -219,16 +306,110 @@ def test_a_record_that_another_worker_is_making_is_waited_for(study, clock):
     assert ours(study).log(study).closed[0].number == number
 
 
-def test_of_two_workers_in_one_slot_the_one_with_the_higher_number_gives_way(study):
-    storage, log = study._storage, ours(study).log(study)
-    first = storage.create_new_trial(study._study_id)
-    trial = study.ask()  # takes the only slot before the first one wrote its ticket
-    ticket = open_ticket(log, 0, worker=AWAY)
-    storage.set_trial_system_attr(first, attrs.TICKET, ticket.to_json())
+def test_of_two_workers_in_one_slot_the_one_with_the_higher_number_gives_way(study, monkeypatch):
+    storage, create = study._storage, study._storage.create_new_trial
     log = ours(study).log(study)
-    assert log.open.running == {0: [0, 1]}
-    assert worker._does_another(log, tickets(study)[1], trial)
-    assert not worker._does_another(log, ticket, study.trials[0])
+    rival: list[int] = []
+
+    def later(*arguments: object, **options: object) -> int:
+        if not rival:  # between our look and our claim
+            monkeypatch.setattr(storage, "create_new_trial", create)
+            rival.append(add(study, open_ticket(log, 0, worker=AWAY)))
+        return create(*arguments, **options)
+
+    monkeypatch.setattr(storage, "create_new_trial", later)
+    assert ours(study).ask(study) is None
+    assert states(study) == [TrialState.RUNNING, TrialState.PRUNED]
+
+
+def test_of_two_workers_in_two_slots_both_go_on(study, monkeypatch):
+    work_until(study, 2)
+    storage, create = study._storage, study._storage.create_new_trial
+    log = ours(study).log(study)
+    rival: list[int] = []
+
+    def later(*arguments: object, **options: object) -> int:
+        if not rival:
+            monkeypatch.setattr(storage, "create_new_trial", create)
+            rival.append(add(study, open_ticket(log, 1, worker=AWAY)))
+        return create(*arguments, **options)
+
+    monkeypatch.setattr(storage, "create_new_trial", later)
+    trial = ours(study).ask(study)
+    assert (trial.number, rival) == (3, [2])
+    assert states(study)[2:] == [TrialState.RUNNING] * 2
+
+
+def work_until(study: optuna.Study, n: int) -> None:
+    """Run n trials."""
+    for _ in range(n):
+        trial = ours(study).ask(study)
+        trial.finish(TrialState.COMPLETE, assigned(trial))
+
+
+def test_of_two_searches_in_one_new_study_the_one_with_the_lower_number_has_it(study):
+    """Both found it empty and wrote their settings; the later one's are there now."""
+    other = optuna.load_study(
+        study_name=study.study_name, storage=study._storage, sampler=sampler(6, seed=5)
+    )
+    ours(study).check_study(study)
+    study._storage.set_study_system_attr(study._study_id, attrs.SETTINGS, None)
+    ours(other).check_study(other)
+    work_until(study, 1)
+    with pytest.raises(ResumeError, match="its first trial was made with other settings"):
+        work(other, assigned)
+    assert states(study) == [TrialState.COMPLETE]
+    work(
+        optuna.load_study(study_name="table", storage=study._storage, sampler=study.sampler),
+        assigned,
+    )
+    assert history(study) == expected(study)
+    again = sampler(6, encoding="compact")  # a resume finds the settings of its own search
+    work(optuna.load_study(study_name="table", storage=study._storage, sampler=again), assigned)
+
+
+def test_a_search_that_loses_the_race_for_the_first_number_gives_its_trial_back(study):
+    other = optuna.load_study(
+        study_name=study.study_name, storage=study._storage, sampler=sampler(6, encoding="compact")
+    )
+    ours(study).name_search(study, "01")
+    ours(other).name_search(other, "02")  # other data, say
+    ours(other).log(other)
+    storage, create = study._storage, study._storage.create_new_trial
+
+    def later(*arguments: object, **options: object) -> int:
+        storage.create_new_trial = create
+        work_until(study, 1)
+        return create(*arguments, **options)
+
+    storage.create_new_trial = later
+    with pytest.raises(ResumeError, match="other settings, another network or other data"):
+        work(other, assigned)
+    assert states(study) == [TrialState.COMPLETE, TrialState.FAIL]
+    work(study, assigned)
+    assert history(study) == expected(study)
+
+
+def test_an_objective_that_returns_nan_is_an_error_and_not_tried_for_ever(study):
+    with pytest.raises(ValueError, match="Trial 0: the objective returned NaN"):
+        work(study, lambda trial: float("nan"))
+    assert states(study) == [TrialState.FAIL]
+
+
+def test_trials_that_somebody_enqueued_are_run_too(study):
+    study.enqueue_trial({"temperature": 1.0})
+    seen: list[float] = []
+
+    def objective(trial: optuna.Trial) -> float:
+        if ours(study).ticket(study, trial._trial_id).kind == "free":
+            seen.append(trial.suggest_float("temperature", 0, 2))
+            return 1.0
+        return assigned(trial)
+
+    work(study, objective)
+    assert seen == [1.0]
+    assert states(study)[0] == TrialState.COMPLETE
+    assert history(study) == expected(study)
 
 
 def test_three_threads_score_every_candidate_once(study):

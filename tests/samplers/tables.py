@@ -22,6 +22,7 @@ from hq_optuna.samplers.log import StepLog
 from hq_optuna.search import Incumbent
 from hq_optuna.space import SearchSpace
 from hq_optuna.storages import open_storage, sqlite_url
+from hq_optuna.storages.trials import read_rows
 from tests.fake_search import fake_score, fake_space, fake_table
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -80,8 +81,7 @@ def assigned(trial: optuna.Trial) -> float:
 
 def history(study: Study) -> list[Incumbent]:
     """Return the incumbents of the closed steps, read anew from the storage."""
-    log = StepLog(ours(study).log(study).search)
-    log.update(study._storage.get_all_trials(study._study_id))
+    log = update(study, StepLog(ours(study).log(study).search))
     return [closed.incumbent for closed in log.closed]
 
 
@@ -151,5 +151,5 @@ def fill_step(study: Study, log: StepLog, *, shuffle: int | None = None) -> list
 
 
 def update(study: Study, log: StepLog) -> StepLog:
-    log.update(study._storage.get_all_trials(study._study_id, deepcopy=False))
+    log.update(read_rows(study._storage, study._study_id, log.cursor))
     return log

@@ -15,6 +15,7 @@ from optuna.trial import TrialState
 
 from hq_optuna import attrs, workers
 from hq_optuna.samplers import log as log_module
+from hq_optuna.samplers import owners
 from hq_optuna.samplers.log import StepLog
 from tests.samplers.tables import (
     STORAGES,
@@ -209,12 +210,12 @@ def test_running_records_are_told_apart_from_running_candidates(study, log):
 
 def test_untagged_trials_are_counted_below_a_number_and_only_for_a_while(study, log, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(log_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(owners.time, "monotonic", lambda: now[0])
     for _ in range(2):
         study._storage.create_new_trial(study._study_id)
     update(study, log)
     assert [log.untagged_before(n) for n in (2, 3, 4, 99)] == [0, 1, 2, 2]
-    now[0] += log_module.UNTAGGED_GRACE_S - 1
+    now[0] += owners.UNTAGGED_GRACE_S - 1
     study._storage.create_new_trial(study._study_id)
     assert update(study, log).untagged_before(99) == 3
     now[0] += 2  # by now the first two have lost their workers
@@ -222,15 +223,17 @@ def test_untagged_trials_are_counted_below_a_number_and_only_for_a_while(study, 
 
 
 @pytest.mark.parametrize("kind", STORAGES)
-def test_a_trial_that_began_long_ago_and_has_no_ticket_is_not_waited_for(tmp_path, kind):
-    """As after a kill: whoever resumes sees the trial for the first time, and need not wait."""
+@pytest.mark.parametrize("hours", [-5, 0, 5])
+def test_the_clock_of_whoever_made_a_trial_does_not_matter(tmp_path, kind, hours, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(owners.time, "monotonic", lambda: now[0])
     study = new_study(storage=STORAGES[kind](tmp_path))
-    begin(study, log_module.UNTAGGED_GRACE_S + 1)
-    begin(study, 0)
+    begin(study, 3600 * hours)
+    assert ours(study).log(study).untagged_before(99) == 1
+    now[0] = owners.UNTAGGED_GRACE_S + 0.1
     log = ours(study).log(study)
-    assert log.untagged_before(99) == 1
-    trials = study.get_trials()
-    assert [log_module.is_overdue(trial) for trial in trials] == [True, False]
+    assert log.untagged_before(99) == 0
+    assert list(log.owners.dead) == [0]
 
 
 def begin(study: Study, seconds: float) -> None:

@@ -171,7 +171,7 @@ def test_tables_that_another_process_made_meanwhile_are_looked_for_again(monkeyp
             raise sqlalchemy.exc.OperationalError("CREATE TABLE", {}, cause)
         return InMemoryStorage()
 
-    monkeypatch.setattr(opening, "RDBStorage", fail_twice)
+    monkeypatch.setattr(opening, "Database", fail_twice)
     monkeypatch.setattr(opening.time, "sleep", lambda seconds: None)
     open_storage("postgresql://u:p@h/d")
     assert len(attempts) == 3
@@ -298,7 +298,7 @@ def test_a_driver_that_says_the_password_is_not_repeated(monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError(f"cannot log in with {SECRET}\nsecond line")
 
-    monkeypatch.setattr(opening, "RDBStorage", fail)
+    monkeypatch.setattr(opening, "Database", fail)
     with pytest.raises(StorageError, match=r"cannot log in with \*\*\*. Check") as error:
         open_storage(f"postgresql://me:{SECRET}@127.0.0.1/hq")
     assert_silent(error.value)

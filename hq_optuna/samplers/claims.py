@@ -1,0 +1,186 @@
+"""Trials that are claimed by being created: ticket, parameters and known facts in one write.
+
+`optuna.Study.ask` creates an empty trial and fills it in pieces. A worker that dies in between
+leaves a trial that nobody can tell whose it is, and every piece is a transaction. Here a worker
+decides first and creates the trial complete. Of two that reach for the same work, the lower number
+has it: numbers are handed out one after the other on every storage, and whoever has a number sees
+all lower ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import optuna
+from optuna.distributions import CategoricalDistribution
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from hq_optuna import attrs, workers
+from hq_optuna.attrs import Ticket
+from hq_optuna.samplers.log import StepLog
+from hq_optuna.samplers.owners import HELD
+from hq_optuna.samplers.resume import refuse_another_search
+from hq_optuna.samplers.tickets import candidate_ticket, excess, facts, parameters, record_ticket
+from hq_optuna.storages.trials import add_user_attrs, finish_trial
+
+if TYPE_CHECKING:
+    from hq_optuna.samplers.progressive import ProgressiveBitSampler
+
+ATTEMPTS = 3
+"""How often a worker reaches for work in a row before it waits a little."""
+
+_numbers = itertools.count(1)
+
+
+class ClaimedTrial(optuna.Trial):
+    """A running trial that keeps its user attributes until it ends, and writes them with its value.
+
+    Attributes are lost with a worker that dies, as is its candidate.
+    """
+
+    def __init__(self, study: Study, trial_id: int, claim: int = 0) -> None:
+        super().__init__(study, trial_id)
+        self._claim = claim
+        # In memory the storage hands out its own trial, which must not change before the end.
+        self._cached_frozen_trial = copy.copy(self._cached_frozen_trial)
+        self._cached_frozen_trial.user_attrs = dict(self._cached_frozen_trial.user_attrs)
+        self._written = set(self._cached_frozen_trial.user_attrs)
+        self._kept: dict[str, Any] = {}
+
+    def set_user_attr(self, key: str, value: Any) -> None:
+        """Keep an attribute for the end of the trial; one that is in the storage changes now."""
+        if key in self._written:
+            super().set_user_attr(key, value)
+            return
+        self._kept[key] = value
+        self._cached_frozen_trial.user_attrs[key] = value
+
+    def finish(self, state: TrialState, value: float | None = None) -> None:
+        """End the trial.
+
+        Raises:
+            UpdateFinishedTrialError: Somebody took this worker for dead, and ended it.
+        """
+        HELD.pop(self._claim, None)
+        finish_trial(self.study._storage, self._trial_id, state, value, self._kept)
+
+
+def write_facts(trial: optuna.Trial, facts: Mapping[str, Any]) -> None:
+    """Give a running trial user attributes, in one transaction where the storage can.
+
+    A claimed trial writes what is new when it ends, and what it was created with never again.
+    """
+    known = trial.user_attrs
+    new = {key: value for key, value in facts.items() if key not in known}
+    if isinstance(trial, ClaimedTrial):
+        for key, value in new.items():
+            trial.set_user_attr(key, value)
+        return
+    add_user_attrs(trial.study._storage, trial._trial_id, new)
+    trial._cached_frozen_trial.user_attrs.update(new)
+    for key in facts.keys() - new.keys():  # a retried trial has those of its first life
+        trial.set_user_attr(key, facts[key])
+
+
+def template(
+    ticket: Ticket,
+    parameters: Mapping[str, tuple[int | str, tuple[int | str, ...]]],
+    facts: Mapping[str, Any],
+    constraint: tuple[str, float] | None,
+) -> FrozenTrial:
+    """Return the trial that a claim creates.
+
+    Args:
+        ticket: The claim.
+        parameters: ``{parameter: (value, choices)}``.
+        facts: User attributes.
+        constraint: Metric and excess over the budget.
+    """
+    system: dict[str, Any] = {attrs.TICKET: ticket.to_json()}
+    if constraint is not None:
+        system[attrs.OLD_CONSTRAINTS] = [constraint[1]]
+    return optuna.create_trial(
+        state=TrialState.RUNNING,
+        params={name: value for name, (value, _) in parameters.items()},
+        distributions={
+            name: CategoricalDistribution(choices) for name, (_, choices) in parameters.items()
+        },
+        user_attrs=dict(facts),
+        system_attrs=system,
+        constraints=None if constraint is None else dict([constraint]),
+    )
+
+
+def claim(sampler: ProgressiveBitSampler, study: Study) -> ClaimedTrial | None:
+    """Claim work for a worker, see `ProgressiveBitSampler.ask`."""
+    known = sampler.known(study)
+    for _ in range(ATTEMPTS):
+        log = sampler.log(study)
+        refuse_another_search(study, known.is_mine)
+        if log.owners.waiting and (queued := study._pop_waiting_trial_id()) is not None:
+            return ClaimedTrial(study, queued)  # somebody enqueued it
+        with sampler.lock:
+            if not log.anything_left():
+                return None
+            expected, ticket = log.cursor.n, _choose(log, known.search)
+        trial = _create(sampler, study, ticket)
+        if trial.number == expected or not _lost(sampler, study, ticket, trial):
+            return trial
+    return None
+
+
+def _choose(log: StepLog, search: str) -> Ticket:
+    """Return the ticket of work that is free; workers of one study choose apart."""
+    assert log.open is not None
+    if log.open.complete:
+        ticket = record_ticket(log, search)
+    else:
+        free = log.open.free[len(log.owners.untagged) :]
+        place = log.owners.place_among(workers.worker_id(), last=2 * len(log.open.states))
+        ticket = candidate_ticket(log, free[place % len(free)], search)
+    return dataclasses.replace(ticket, claim=next(_numbers))
+
+
+def _create(sampler: ProgressiveBitSampler, study: Study, ticket: Ticket) -> ClaimedTrial:
+    known, storage = sampler.known(study), study._storage
+    cost = known.log.search.cost_of(ticket.bits)
+    over = excess(cost, known.log.search.limit)
+    constraint = None
+    if known.budget is not None and over is not None:
+        constraint = (known.budget.metric, over)
+    HELD[ticket.claim] = None
+    try:
+        trial_id = storage.create_new_trial(
+            study._study_id,
+            template(
+                ticket,
+                parameters(ticket, sampler.space, sampler.encoding),
+                facts(ticket, sampler.space, cost),
+                constraint,
+            ),
+        )
+        HELD[ticket.claim] = trial_id
+        known.tickets[trial_id] = ticket
+        return ClaimedTrial(study, trial_id, ticket.claim)
+    except BaseException:
+        HELD.pop(ticket.claim, None)  # whatever was created is nobody's
+        raise
+
+
+def _lost(
+    sampler: ProgressiveBitSampler, study: Study, ticket: Ticket, trial: ClaimedTrial
+) -> bool:
+    """Give the work up if a lower number has it, and return whether so."""
+    log = sampler.log(study)
+    stranger = sampler.known(study).is_mine is False
+    if not stranger and not log.taken(ticket, trial.number):
+        return False
+    sampler.forget(study, trial._trial_id)
+    trial.finish(TrialState.FAIL if stranger else TrialState.PRUNED)
+    refuse_another_search(study, not stranger)
+    return True
