@@ -144,6 +144,7 @@ class StudyInfo:
         int8: Cost with 8 bits everywhere.
         float32: Cost without quantization.
         scorer: Name of the scorer.
+        rounding: How weights are rounded, ``"compensated"`` or ``"nearest"``.
         correction: Whether statistics are corrected, in candidates and in the answer.
         rule: Name of the winner rule.
         n_candidates: Candidates a step.
@@ -161,6 +162,7 @@ class StudyInfo:
     rule: str
     n_candidates: int
     seed: int
+    rounding: str = "nearest"
     correction: bool = False
     skipped: tuple[tuple[str, str, str], ...] = ()
     warnings: tuple[str, ...] = ()

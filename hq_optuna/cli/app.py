@@ -82,6 +82,14 @@ def run(
     seed: Annotated[
         int | None, typer.Option(help="Seed of the draws. [default: 0]", show_default=False)
     ] = None,
+    rounding: Annotated[
+        str | None,
+        typer.Option(
+            help="How weights are rounded: compensated (errors make up for each other) or nearest. "
+            "[default: compensated]",
+            show_default=False,
+        ),
+    ] = None,
     correction: Annotated[
         bool | None,
         typer.Option(
@@ -126,6 +134,7 @@ def run(
         "pin_first_last": pin_first_last,
         "seed": seed,
         "refine": refine,
+        "rounding": rounding,
         "correction": correction,
     }
     with errors(as_json):

@@ -29,6 +29,7 @@ RESERVED = {
         "pin_first_last",
         "seed",
         "refine",
+        "rounding",
         "correction",
         "threads",
         "json",

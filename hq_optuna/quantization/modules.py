@@ -37,6 +37,9 @@ class WeightFakeQuantize(nn.Module):
         self.channel_axis = channel_axis
         self.bits = FLOAT_BITS
         self.scales: dict[int, Tensor] = {}
+        # What `keep` was given, and the float weight it is for.
+        self._kept: dict[int, Tensor] = {}
+        self._kept_for: Tensor | None = None
         self._seen: tuple[Tensor, int] | None = None
         self._rounded: dict[int, Tensor] = {}
 
@@ -53,6 +56,29 @@ class WeightFakeQuantize(nn.Module):
             self.scales[bits] = self.scales[bits].to(weight.device)
         return self.scales[bits]
 
+    def keep(self, weight: Tensor, bits: int, rounded: Tensor, scale: Tensor) -> None:
+        """Take ``rounded`` for ``weight`` at ``bits`` from now on, as long as the weight is this.
+
+        Args:
+            weight: The float weight.
+            bits: Number of bits.
+            rounded: The weight's shape, values of the grid with ``scale``.
+            scale: Shape ``(channels,)``.
+        """
+        if self._kept_for is None or not torch.equal(self._kept_for, weight):
+            self._kept, self._kept_for = {}, weight.detach().clone()
+        self._kept[bits], self.scales[bits] = rounded, scale
+        self._rounded.pop(bits, None)
+
+    def kept(self, weight: Tensor, bits: int) -> Tensor | None:
+        """Return what `keep` was given for this weight, if anything."""
+        if bits not in self._kept or self._kept_for is None:
+            return None
+        if self._kept_for.device != weight.device:
+            self._kept_for = self._kept_for.to(weight.device)
+            self._kept = {b: rounded.to(weight.device) for b, rounded in self._kept.items()}
+        return self._kept[bits] if torch.equal(self._kept_for, weight) else None
+
     def quantized(self, weight: Tensor, bits: int) -> Tensor:
         """Return the rounded weight without gradient, kept until the weight changes."""
         if self._changed(weight):
@@ -60,8 +86,11 @@ class WeightFakeQuantize(nn.Module):
         if bits not in self._rounded:
             # What is kept must serve later in training too, so it is no inference tensor.
             with torch.inference_mode(False), torch.no_grad():
-                scale = self.scale(weight, bits)
-                self._rounded[bits] = quantize_weight(weight, scale, bits, self.channel_axis)
+                kept = self.kept(weight, bits)
+                if kept is None:
+                    scale = self.scale(weight, bits)
+                    kept = quantize_weight(weight, scale, bits, self.channel_axis)
+                self._rounded[bits] = kept
         return self._rounded[bits]
 
     def _changed(self, weight: Tensor) -> bool:
@@ -84,7 +113,10 @@ class WeightFakeQuantize(nn.Module):
             return weight
         if torch.is_grad_enabled() and weight.requires_grad:
             scale = self.scale(weight, self.bits)
-            return quantize_weight(weight, scale, self.bits, self.channel_axis)
+            nearest = quantize_weight(weight, scale, self.bits, self.channel_axis)
+            kept = self.kept(weight, self.bits)
+            # The value that was kept, with the gradient of rounding to nearest.
+            return nearest if kept is None else kept + (nearest - nearest.detach())
         return self.quantized(weight, self.bits)
 
 

@@ -23,6 +23,7 @@ from hq_optuna.history import read_history
 from hq_optuna.introspection import introspect
 from hq_optuna.pruners import CostBudgetPruner
 from hq_optuna.quantization import Observer
+from hq_optuna.quantization.compensation import Rounding
 from hq_optuna.runner.evaluation import Evaluate, accuracy
 from hq_optuna.runner.objective import HessianObjective, Progress
 from hq_optuna.runner.publish import publish_artifacts, publish_facts, refuse_foreign_study
@@ -57,6 +58,8 @@ class BitSearch:
         tied: Groups of layers that share their bits.
         scorer: ``"gauss_newton"``, ``"diagonal"`` or ``"trace"``; ``None``: `HessianObjective`'s
             choice.
+        rounding: ``"compensated"`` or ``"nearest"``, how weights are rounded; no training, see
+            `hq_optuna.quantization.compensation`.
         correction: Whether batch-norm statistics and biases are corrected for the bits, in each
             candidate and in the answer. No training; see `hq_optuna.quantization.correction`.
         observer: How activation ranges are found.
@@ -85,6 +88,7 @@ class BitSearch:
         allowed: Mapping[str, Iterable[int]] | None = None,
         tied: Iterable[Sequence[str]] = (),
         scorer: ScorerName | None = None,
+        rounding: Rounding = "compensated",
         correction: bool = True,
         observer: Observer = "squared_error",
         validation: Any = None,
@@ -110,6 +114,7 @@ class BitSearch:
             self.space,
             loss_fn=loss_fn,
             scorer=scorer,
+            rounding=rounding,
             correction=correction,
             observer=observer,
         )

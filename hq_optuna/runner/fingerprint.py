@@ -23,6 +23,7 @@ _WORDS = {
     "space": "the search space (layers, allowed bits, pins or ties)",
     "quantizers": "the quantizers",
     "scorer": "the scorer",
+    "rounding": "how weights are rounded",
     "correction": "whether statistics are corrected",
     "observer": "the observer of activation ranges",
     "loss": "the loss function",

@@ -26,6 +26,7 @@ from hq_optuna.curvature import calibration_adam
 from hq_optuna.curvature.adam import LossFunction
 from hq_optuna.pruners import CostBudgetPruner
 from hq_optuna.quantization import Observer, observe_inputs, prepare, set_bits
+from hq_optuna.quantization.compensation import ROUNDINGS, Rounding, compensate_weights
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.runner import fingerprint
 from hq_optuna.runner.publish import publish, stored_sensitivity
@@ -41,7 +42,7 @@ from hq_optuna.scoring import (
     measure_sensitivity,
     output_rise_of,
 )
-from hq_optuna.scoring.sensitivity import unknown_layers
+from hq_optuna.scoring.sensitivity import bits_needed, unknown_layers
 from hq_optuna.space import SearchSpace
 
 Progress = Callable[[str, int, int], None]
@@ -66,6 +67,8 @@ class HessianObjective:
         scorer: ``"gauss_newton"``: the rise that a candidate's own outputs tell. ``"diagonal"`` or
             ``"trace"``: sums over layers. ``None``: Gauss-Newton where the loss is cross-entropy or
             squared error or ``output_rise`` is given, else ``"diagonal"``.
+        rounding: ``"compensated"``: the rounding error of a weight is made up for by others of its
+            channel, see `hq_optuna.quantization.compensation`. ``"nearest"``: each by itself.
         correction: Whether each candidate's statistics are corrected in its forward pass.
         output_rise: For Gauss-Newton with another loss: the loss rise, summed over samples, from
             the outputs of the float network and of a candidate.
@@ -86,6 +89,7 @@ class HessianObjective:
         *,
         loss_fn: LossFunction = functional.cross_entropy,
         scorer: ScorerName | None = None,
+        rounding: Rounding = "compensated",
         correction: bool = True,
         output_rise: OutputRise | None = None,
         observer: Observer = "squared_error",
@@ -106,6 +110,9 @@ class HessianObjective:
         self.space = space
         self.loss_fn = loss_fn
         self.scorer_name: ScorerName = scorer
+        if rounding not in ROUNDINGS:
+            raise ValueError(f"rounding is one of {', '.join(ROUNDINGS)}; got {rounding!r}.")
+        self.rounding: Rounding = rounding
         self.correct = correction
         self.output_rise = output_rise if scorer == "gauss_newton" else None
         self.observer: Observer = observer
@@ -176,6 +183,14 @@ class HessianObjective:
         names = [layer.name for layer in self.space.layers]
         histograms = observe_inputs(network, names, self.data)
         prepared = prepare(network, self.space.layers, histograms, observer=self.observer)
+        if self.rounding == "compensated":
+            compensate_weights(
+                prepared,
+                self.space.layers,
+                self.data,
+                {name: weights for name, (weights, _) in bits_needed(self.space).items()},
+                progress=lambda done, of: self.progress("rounding", done, of),
+            )
         sensitivity = None if study is None else stored_sensitivity(study)
         if sensitivity is None:
             curvature = calibration_adam(
@@ -218,6 +233,7 @@ class HessianObjective:
             "space": self.space.digest,
             "quantizers": fingerprint.QUANTIZERS,
             "scorer": self.scorer_name,
+            "rounding": self.rounding,
             "correction": self.correct,
             "observer": self.observer,
             "loss": loss,
@@ -249,6 +265,7 @@ class HessianObjective:
             int8=model.int8,
             float32=model.float32,
             scorer=self.scorer_name,
+            rounding=self.rounding,
             correction=self.correct,
             rule=type(sampler).__name__ if ours is None else ours.rule,
             n_candidates=1 if ours is None else ours.n_candidates,

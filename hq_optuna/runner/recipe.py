@@ -1,7 +1,7 @@
 """The answer on disk: ``recipe.json`` (bits, ranges, cost, origin) and ``weights.safetensors``.
 
 `load` rebuilds a network whose outputs equal the saved one's bit for bit: it stores the float
-weights and the scales, and the rounding of one by the other is deterministic.
+weights, the scales, and the integer codes of weights that were not rounded to nearest.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ FORMAT = "hq_optuna recipe"
 FORMAT_VERSION = 1
 RECIPE, WEIGHTS = "recipe.json", "weights.safetensors"
 _SCALE = "hq_optuna.weight_scale."
+_CODES = "hq_optuna.weight_codes."
 _SHIFT = "hq_optuna.output_shift."
 _PARAMETRIZED = ".parametrizations.weight.original"
 
@@ -68,6 +70,11 @@ def save(
         if bits.weight_bits != FLOAT_BITS:
             scale = weight_quantizer(module).scale(float_weight(module), bits.weight_bits)
             tensors[f"{_SCALE}{layer.name}"] = scale.detach().cpu().clone()
+            kept = weight_quantizer(module).kept(float_weight(module), bits.weight_bits)
+            if kept is not None:
+                along = [-1 if a == layer.channel_axis else 1 for a in range(kept.dim())]
+                codes = (kept / scale.reshape(along)).round().to(torch.int8)
+                tensors[f"{_CODES}{layer.name}"] = codes.detach().cpu().contiguous()
             quant_min, quant_max = weight_grid(bits.weight_bits)
             scheme = "binary" if bits.weight_bits == 1 else "symmetric"
             entry["weight_quantizer"] = {"scheme": f"per-channel {scheme}"}
@@ -115,8 +122,9 @@ def load(folder: str | Path, network: nn.Module) -> nn.Module:
     recipe = _read_recipe(folder)
     tensors = _read_weights(folder, recipe)
     scales = {k.removeprefix(_SCALE): v for k, v in tensors.items() if k.startswith(_SCALE)}
+    codes = {k.removeprefix(_CODES): v for k, v in tensors.items() if k.startswith(_CODES)}
     shifts = {k.removeprefix(_SHIFT): v for k, v in tensors.items() if k.startswith(_SHIFT)}
-    state = {k: v for k, v in tensors.items() if not k.startswith((_SCALE, _SHIFT))}
+    state = {k: v for k, v in tensors.items() if not k.startswith((_SCALE, _CODES, _SHIFT))}
     layers = [LayerSpec.from_json(_spec(entry)) for entry in recipe["layers"].values()]
     copied = copy.deepcopy(network)
     try:
@@ -133,6 +141,10 @@ def load(folder: str | Path, network: nn.Module) -> nn.Module:
             weight = float_weight(module)
             scale = scales[layer.name].to(weight.device)
             weight_quantizer(module).scales[entry["weight_bits"]] = scale
+            if layer.name in codes:
+                along = [-1 if a == layer.channel_axis else 1 for a in range(weight.dim())]
+                rounded = codes[layer.name].to(weight) * scale.reshape(along).to(weight)
+                weight_quantizer(module).keep(weight.detach(), entry["weight_bits"], rounded, scale)
         if layer.name in shifts:
             add_shift(module)
             module.get_buffer(SHIFT).copy_(shifts[layer.name])

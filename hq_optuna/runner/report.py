@@ -153,6 +153,7 @@ def _data(history: History, fingerprint: Any, command: str | None) -> dict[str, 
         "facts": dict(history.facts),
         "settings": {
             "scorer": info.scorer,
+            "rounding": info.rounding,
             "statistics_correction": info.correction,
             "rule": info.rule,
             "n_candidates": info.n_candidates,

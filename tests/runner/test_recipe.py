@@ -146,7 +146,7 @@ def test_the_recipe_holds_bits_ranges_cost_origin_and_versions(answer):
 
 
 def test_the_ranges_in_the_recipe_give_the_outputs_of_the_network_by_pytorch_alone(answer):
-    """Anyone can use the recipe: round inputs and weights as PyTorch's own functions do."""
+    """Anyone can use the recipe: PyTorch's own rounding of inputs, codes times scale as weights."""
     result, folder = answer
     recipe = json.loads((folder / "recipe.json").read_text())
     tensors = load_file(folder / "weights.safetensors")
@@ -159,15 +159,9 @@ def test_the_ranges_in_the_recipe_give_the_outputs_of_the_network_by_pytorch_alo
     x = torch.fake_quantize_per_tensor_affine(
         seen[0][0], grid["scale"], grid["zero_point"], grid["quant_min"], grid["quant_max"]
     )
-    scale = tensors["hq_optuna.weight_scale.last"].reshape(-1)
-    weight = torch.fake_quantize_per_channel_affine(
-        tensors["last.weight"],
-        scale,
-        torch.zeros_like(scale, dtype=torch.int32),
-        0,
-        w["quant_min"],
-        w["quant_max"],
-    )
+    codes = tensors["hq_optuna.weight_codes.last"]
+    assert w["quant_min"] <= codes.min() and codes.max() <= w["quant_max"]
+    weight = codes * tensors["hq_optuna.weight_scale.last"][:, None]
     assert torch.equal(weight, module_.weight)
     bias = tensors["last.bias"] + tensors.get("hq_optuna.output_shift.last", 0)
     torch.testing.assert_close(nn.functional.linear(x, weight, bias), seen[0][1])

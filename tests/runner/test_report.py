@@ -232,6 +232,7 @@ def test_settings_fingerprint_versions_and_what_is_not_counted_are_there():
     data = report_data(study)
     assert data["settings"] == {
         "scorer": "table",
+        "rounding": "nearest",
         "statistics_correction": False,
         "rule": "ratio",
         "n_candidates": 4,

@@ -1,0 +1,189 @@
+"""Compensated rounding: each weight's rounding error is made up for by the weights after it.
+
+Rounding to nearest makes the error of each weight small. What counts is the error of the layer's
+output, tr(ΔW E[x xᵀ] ΔWᵀ), in which errors of weights that meet correlated inputs cancel or add up.
+Column by column, in falling order of E[x²], a weight is rounded and the columns still to come take
+up its error as well as they can (OBQ's step in the order of GPTQ: Frantar & Alistarh, 2022;
+Frantar et al., 2023). No training, no labels, no gradient; the float network's inputs are all.
+
+Beyond GPTQ, each channel tries several scales and keeps what has the least output error; rounding
+to nearest is among what is tried, so a channel never gets worse by it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from hq_optuna.batches import Batches
+from hq_optuna.layers import LayerSpec
+from hq_optuna.quantization.functional import quantize_weight, weight_grid
+from hq_optuna.quantization.moments import can_have_moments, columns, input_moments
+from hq_optuna.quantization.prepare import float_weight, weight_quantizer
+
+Rounding = Literal["compensated", "nearest"]
+ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
+
+DAMPING = 0.01
+"""Share of the mean of E[x²] added to the diagonal, GPTQ's own."""
+BLOCK = 128
+FEW_BITS = 4
+SCALES = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
+"""Multiples of the scale with the least weight error that are tried up to `FEW_BITS`."""
+MOST_BITS = 8
+"""Beyond this, rounding errors do not matter and weights are rounded to nearest."""
+MOST_ELEMENTS = 2**25
+"""Elements of weights rounded together."""
+MOST_BYTES = 2**30
+"""Moments gathered in one pass; a network with more takes several passes."""
+
+
+def compensate_weights(
+    prepared: nn.Module,
+    layers: Sequence[LayerSpec],
+    data: Batches,
+    bits: Mapping[str, Collection[int]],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Give a prepared network compensated weights for these bits.
+
+    Transposed convolutions, very wide layers and bits above `MOST_BITS` stay rounded to nearest.
+
+    Args:
+        prepared: A prepared network in float. Its layers keep the rounded weights as long as their
+            float weights stay the same.
+        layers: Its layers.
+        data: Calibration batches on the network's device; labels are not read.
+        bits: Layer → bits of weights that will be asked for.
+        progress: Called with (layers done, layers).
+    """
+    done = 0
+    for group in _fitting_memory(prepared, layers):
+        moments = input_moments(prepared, group, data)
+        for layer in group:
+            module = prepared.get_submodule(layer.name)
+            quantizer = weight_quantizer(module)
+            weight: Tensor = float_weight(module).detach()
+            moment = moments.pop(layer.name, None)
+            for b in sorted(bits.get(layer.name, ())):
+                if moment is not None and b <= MOST_BITS:
+                    start = quantizer.scale(weight, b)
+                    quantizer.keep(weight, b, *compensated(weight, moment, start, b))
+            done += 1
+            if progress is not None:
+                progress(done, len(layers))
+
+
+def _fitting_memory(network: nn.Module, layers: Sequence[LayerSpec]) -> list[list[LayerSpec]]:
+    """Return the layers in groups whose moments fit `MOST_BYTES`."""
+    groups: list[list[LayerSpec]] = [[]]
+    room = MOST_BYTES
+    for layer in layers:
+        module = network.get_submodule(layer.name)
+        needed = 0
+        if can_have_moments(module):
+            needed = 8 * getattr(module, "groups", 1) * columns(module) ** 2
+        if needed > room and groups[-1]:
+            groups.append([])
+            room = MOST_BYTES
+        groups[-1].append(layer)
+        room -= needed
+    return groups
+
+
+@torch.no_grad()
+def compensated(weight: Tensor, moment: Tensor, scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return the rounded weight and its scales.
+
+    Args:
+        weight: ``(channels, …)``.
+        moment: E[x xᵀ], ``(groups, d, d)`` with d weights per channel.
+        scale: Scales to start from, ``(channels,)``.
+        bits: 1 to 16.
+
+    Returns:
+        Weight of the same shape and dtype, each value a whole multiple of its channel's scale, and
+        scales ``(channels,)`` float32.
+
+    Example:
+        The second weight makes up for the first, because both meet the same input.
+
+        >>> w, scale = torch.tensor([[0.4, 0.8]]), torch.tensor([1.0])
+        >>> compensated(w, torch.ones(1, 2, 2).double(), scale, bits=3)[0].sum(1)
+        tensor([1.2000])
+    """
+    groups, d = moment.shape[:2]
+    diagonal = moment.diagonal(dim1=1, dim2=2)
+    nearest = quantize_weight(weight, scale, bits, 0)
+    if not bool((diagonal.sum(1) > 0).all()):
+        return nearest, scale  # an input that is always zero tells nothing
+    damping = DAMPING * diagonal.mean(1)
+    damped = moment + torch.diag_embed(damping[:, None].expand(groups, d))
+    order = torch.argsort(diagonal, dim=1, descending=True, stable=True)
+    damped = damped.gather(1, order[:, :, None].expand_as(damped))
+    damped = damped.gather(2, order[:, None, :].expand_as(damped))
+    # Row j of the upper Cholesky factor of the inverse says how later columns make up for column j.
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    factor = torch.linalg.cholesky(inverse, upper=True)
+
+    rows = weight.flatten(1).double().reshape(groups, -1, d).mT  # (groups, d, channels)
+    rows = rows.gather(1, order[:, :, None].expand_as(rows)).contiguous()
+    channels = rows.shape[2]
+    first = scale.double().reshape(groups, channels)
+    tried = nearest.flatten(1).double().reshape(groups, -1, d).mT
+    best = tried.gather(1, order[:, :, None].expand_as(tried))
+    best_scale = scale.reshape(groups, channels)
+    best_error = _output_error(best - rows, damped)
+    for factors in _together(SCALES if bits <= FEW_BITS else (1.0,), rows.numel()):
+        # Scales in single precision, as they are kept, so that what is tried is what is meant.
+        scales = torch.cat([(first * f).float() for f in factors], 1)
+        rounded = _round(rows.repeat(1, 1, len(factors)), factor, scales.double(), bits)
+        errors = _output_error(rounded - rows.repeat(1, 1, len(factors)), damped)
+        for i in range(len(factors)):
+            these = slice(i * channels, (i + 1) * channels)
+            better = errors[:, these] < best_error
+            best = torch.where(better[:, None], rounded[:, :, these], best)
+            best_scale = torch.where(better, scales[:, these], best_scale)
+            best_error = torch.where(better, errors[:, these], best_error)
+    back = torch.empty_like(best).scatter_(1, order[:, :, None].expand_as(best), best)
+    found = best_scale.flatten()
+    codes = (back.mT.reshape(weight.shape[0], d) / found.double()[:, None]).round()
+    result = codes.to(weight.dtype) * found[:, None].to(weight.dtype)
+    return result.reshape(weight.shape).contiguous(), found
+
+
+def _round(rows: Tensor, factor: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Round ``(groups, d, R)`` column by column, ``scale`` being ``(groups, R)``."""
+    low, high = weight_grid(bits)
+    rounded = torch.empty_like(rows)
+    d = rows.shape[1]
+    for start in range(0, d, BLOCK):
+        end = min(start + BLOCK, d)
+        errors = rows.new_empty(rows.shape[0], end - start, rows.shape[2])
+        for j in range(start, end):
+            w = rows[:, j]
+            if bits == 1:
+                q = torch.where(w >= 0, scale, -scale)
+            else:
+                q = (w / scale).round_().clamp_(low, high).mul_(scale)
+            error = (w - q) / factor[:, j, j, None]
+            rows[:, j + 1 : end] -= factor[:, j, j + 1 : end, None] * error[:, None]
+            rounded[:, j], errors[:, j - start] = q, error
+        rows[:, end:] -= factor[:, start:end, end:].mT @ errors
+    return rounded
+
+
+def _output_error(change: Tensor, moment: Tensor) -> Tensor:
+    """Return ΔW E[x xᵀ] ΔWᵀ per channel, ``(groups, R)``, from ``(groups, d, R)``."""
+    return (change * (moment @ change)).sum(1)
+
+
+def _together(factors: tuple[float, ...], elements: int) -> list[tuple[float, ...]]:
+    """Return the factors in parts that fit memory."""
+    size = max(1, min(len(factors), MOST_ELEMENTS // max(elements, 1)))
+    return [factors[i : i + size] for i in range(0, math.ceil(len(factors) / size) * size, size)]

@@ -1,0 +1,200 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from hq_optuna.batches import read_batches
+from hq_optuna.introspection import introspect
+from hq_optuna.quantization import compensation, moments, prepare, set_bits
+from hq_optuna.quantization.compensation import compensate_weights, compensated
+from hq_optuna.quantization.functional import quantize_weight, weight_grid
+from hq_optuna.quantization.moments import input_moments
+from hq_optuna.quantization.prepare import float_weight, weight_quantizer
+from hq_optuna.quantization.ranges import weight_scale
+from tests.reference.compensate import compensate
+
+MODULES = [
+    (nn.Linear(6, 4), (32, 6)),
+    (nn.Linear(6, 4), (8, 5, 6)),
+    (nn.Conv1d(4, 6, 3, stride=2, padding=1), (8, 4, 9)),
+    (nn.Conv2d(4, 6, 3, padding=1, groups=2), (8, 4, 5, 5)),
+    (nn.Conv2d(4, 4, (3, 2), stride=(2, 1), dilation=(1, 2), groups=4), (8, 4, 7, 6)),
+    (nn.Conv2d(4, 6, 3, padding="same", padding_mode="reflect"), (8, 4, 5, 5)),
+    (nn.Conv3d(2, 3, 2), (4, 2, 3, 3, 3)),
+]
+
+
+def data_of(x):
+    return read_batches((x, torch.zeros(len(x), dtype=torch.long)), batch_size=4)
+
+
+def layers_of(network, data):
+    return introspect(network, data[0].inputs).layers
+
+
+@pytest.mark.parametrize(("module", "shape"), MODULES, ids=lambda v: str(v)[:40])
+def test_moments_tell_the_error_of_the_output(module, shape):
+    """tr(ΔW E[x xᵀ] ΔWᵀ) is the mean over places of the squared change of the output."""
+    torch.manual_seed(0)
+    network = nn.Sequential(copy.deepcopy(module))
+    x = torch.randn(shape)
+    data = data_of(x)
+    moment = input_moments(network, layers_of(network, data), data)["0"]
+    layer = network[0]
+    change = torch.randn_like(layer.weight)
+    before = layer(x)
+    with torch.no_grad():
+        layer.weight += change
+    moved = (layer(x) - before).double()
+    channels = 1 if not isinstance(layer, nn.Linear) else -1
+    expected = moved.square().movedim(channels, 0).flatten(1).mean(1)
+    rows = change.flatten(1).double().reshape(len(moment), -1, moment.shape[1])
+    told = torch.einsum("grd,gde,gre->gr", rows, moment, rows).flatten()
+    torch.testing.assert_close(told, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_random_part_of_many_places_tells_the_same_each_time(monkeypatch):
+    monkeypatch.setattr(moments, "LEAST_PLACES", 500)
+    monkeypatch.setattr(moments, "PLACES_PER_INPUT", 1)
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3))
+    data = data_of(torch.randn(16, 3, 16, 16))
+    layers = layers_of(network, data)
+    some, again = (input_moments(network, layers, data)["0"] for _ in range(2))
+    assert torch.equal(some, again)
+    monkeypatch.setattr(moments, "LEAST_PLACES", 10**9)
+    every = input_moments(network, layers, data)["0"]
+    assert not torch.equal(some, every)
+    assert torch.linalg.norm(some - every) < 0.5 * torch.linalg.norm(every)
+
+
+def test_transposed_convolutions_and_very_wide_layers_are_left_out(monkeypatch):
+    monkeypatch.setattr(moments, "MOST_COLUMNS", 30)
+    network = nn.Sequential(nn.ConvTranspose2d(3, 4, 3), nn.Conv2d(4, 3, 3), nn.Conv2d(3, 2, 3))
+    data = data_of(torch.randn(4, 3, 8, 8))
+    assert list(input_moments(network, layers_of(network, data), data)) == ["2"]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 5), st.integers(2, 200))
+def test_compensation_is_obq_in_the_order_of_the_inputs_size(seed, bits, d):
+    """Against an independent reference, with one scale and more columns than a block."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(4 * d, d)) @ rng.normal(size=(d, d)) / np.sqrt(d)
+    moment = x.T @ x / len(x)
+    w = torch.from_numpy(rng.normal(size=(2, d))).float()
+    scale = weight_scale(w, bits, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compensation, "SCALES", (1.0,))
+        patch.setattr(compensation, "BLOCK", 16)
+        rounded, found = compensated(w, torch.from_numpy(moment)[None], scale, bits)
+    nearest = quantize_weight(w, scale, bits, 0).double().numpy()
+    damped = moment + 0.01 * np.mean(np.diag(moment)) * np.eye(d)
+    for channel in range(2):
+        row = w[channel].double().numpy()
+        expected = compensate(row, moment, float(scale[channel]), weight_grid(bits)[1])
+        errors = [(q - row) @ damped @ (q - row) for q in (nearest[channel], expected)]
+        best = nearest[channel] if errors[0] <= errors[1] else expected
+        np.testing.assert_allclose(rounded[channel].numpy(), best, rtol=1e-5, atol=1e-6)
+    assert torch.equal(found, scale)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 8), st.integers(1, 3))
+def test_no_channel_gets_worse_and_all_stay_on_their_grid(seed, bits, groups):
+    torch.manual_seed(seed)
+    weight = torch.randn(groups * 4, 5, 2)
+    mixed = torch.randn(groups, 10, 10).double()
+    moment = mixed @ mixed.mT
+    scale = weight_scale(weight, bits, 0)
+    rounded, found = compensated(weight, moment, scale, bits)
+    codes = rounded / found[:, None, None]
+    torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-4)
+    low, high = weight_grid(bits) if bits > 1 else (-1, 1)
+    assert codes.min() > low - 0.01 and codes.max() < high + 0.01
+    # What is kept must survive PyTorch's own rounding bit for bit.
+    assert torch.equal(quantize_weight(rounded, found, bits, 0), rounded)
+    damped = moment + torch.eye(10) * 0.01 * moment.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+
+    def error(q):
+        rows = (q - weight).double().flatten(1).reshape(groups, -1, 10)
+        return torch.einsum("grd,gde,gre->gr", rows, damped, rows).flatten()
+
+    nearest = quantize_weight(weight, scale, bits, 0)
+    assert bool((error(rounded) <= error(nearest) * (1 + 1e-6) + 1e-9).all())
+
+
+def test_inputs_that_are_always_zero_leave_rounding_to_nearest():
+    weight = torch.randn(3, 4)
+    scale = weight_scale(weight, 3, 0)
+    rounded, found = compensated(weight, torch.zeros(1, 4, 4).double(), scale, 3)
+    assert torch.equal(rounded, quantize_weight(weight, scale, 3, 0))
+    assert torch.equal(found, scale)
+
+
+def correlated_network():
+    """A layer whose inputs are nearly the same: errors can make up for each other."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(2, 24), nn.Linear(24, 8)).eval()
+    return network, data_of(torch.randn(64, 2))
+
+
+def test_outputs_come_much_closer_to_the_float_networks():
+    network, data = correlated_network()
+    layers = layers_of(network, data)
+    x = torch.randn(256, 2)
+    nearest, better = prepare(network, layers), prepare(network, layers)
+    compensate_weights(better, layers, data, {layer.name: [3] for layer in layers})
+    errors = []
+    for prepared in (nearest, better):
+        set_bits(prepared, {"1": (3, 32)})
+        with torch.no_grad():
+            errors.append(float((prepared(x) - network(x)).square().mean()))
+    assert errors[1] < 0.2 * errors[0]
+
+
+def test_several_passes_for_many_moments_give_the_same_weights(monkeypatch):
+    network, data = correlated_network()
+    layers = layers_of(network, data)
+    together, apart = prepare(network, layers), prepare(network, layers)
+    bits = {layer.name: range(2, 10) for layer in layers}
+    seen = []
+    compensate_weights(together, layers, data, bits, progress=lambda *done: seen.append(done))
+    assert seen == [(1, 2), (2, 2)]
+    monkeypatch.setattr(compensation, "MOST_BYTES", 1)
+    compensate_weights(apart, layers, data, bits)
+    for name in ("0", "1"):
+        for b in bits[name]:
+            one, other = (
+                weight_quantizer(p.get_submodule(name)).quantized(
+                    float_weight(p.get_submodule(name)), b
+                )
+                for p in (together, apart)
+            )
+            assert torch.equal(one, other)
+
+
+def test_a_changed_weight_is_rounded_to_nearest_again():
+    network, data = correlated_network()
+    layers = layers_of(network, data)
+    prepared = prepare(network, layers)
+    compensate_weights(prepared, layers, data, {"1": [3]})
+    module = prepared.get_submodule("1")
+    quantizer, weight = weight_quantizer(module), float_weight(module)
+    kept = quantizer.quantized(weight, 3).clone()
+    assert not torch.equal(kept, quantize_weight(weight, quantizer.scales[3], 3, 0))
+    copied = copy.deepcopy(prepared)
+    set_bits(copied, {"1": (3, 32)})
+    assert torch.equal(copied.get_submodule("1").weight, kept)
+    with torch.no_grad():
+        weight += 0.25
+    expected = quantize_weight(weight, quantizer.scales[3], 3, 0)
+    assert torch.equal(quantizer.quantized(weight, 3), expected)
+    with torch.no_grad():
+        weight -= 0.25
+        weight.copy_(float_weight(copied.get_submodule("1")))
+    assert torch.equal(quantizer.quantized(weight, 3), kept)
