@@ -40,6 +40,9 @@ SETTINGS = "hq:settings"
 FINGERPRINT = "hq:fingerprint"
 """Study user attribute: what the search depends on, by name (network, data, space, …)."""
 
+STARTED = "hq:started"
+"""Study user attribute: what was given on the command line that started the search."""
+
 OLD_CONSTRAINTS = "constraints"
 """Trial system attribute read by optuna-dashboard up to 0.21 instead of Optuna 5's own."""
 

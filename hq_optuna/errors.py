@@ -73,5 +73,9 @@ class ArtifactError(HqOptunaError, RuntimeError):
     """An artifact is missing, is not what was stored, or its store cannot be used."""
 
 
+class WorkerError(HqOptunaError, RuntimeError):
+    """Workers that were launched cannot go on; carries what they said."""
+
+
 class ScoreError(HqOptunaError, RuntimeError):
     """A score came out as NaN or infinity, so candidates cannot be ranked."""

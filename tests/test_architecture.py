@@ -33,7 +33,7 @@ OPTUNA = {
     *("attrs", "workers", "history", "samplers", "pruners", "storages"),
     *("artifacts", "visualization"),
 }
-BOTH = {"runner", "export"}
+BOTH = {"runner", "launching", "export"}
 FACE = "hq_optuna"
 """The package's own `__init__`, which shows names of every room (lazily)."""
 

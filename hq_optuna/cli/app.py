@@ -1,4 +1,4 @@
-"""Commands of ``hq-optuna``: run, status, report, and those of `solving`."""
+"""Commands of ``hq-optuna``: run, status, report."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -14,6 +14,7 @@ from rich.console import Console
 from hq_optuna._version import __version__
 from hq_optuna.cli import show, solving
 from hq_optuna.cli.common import Folder, Json, Name, Storage, Study, StudyOrNone, errors, load
+from hq_optuna.cli.options import RETRY_FOR, ArtifactsAt, Given, RetryFor, Threads, searches
 
 app = typer.Typer(
     add_completion=False,
@@ -32,90 +33,22 @@ def _root(
         raise typer.Exit
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+_OPEN: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""For commands that take the options of the study file beside their own."""
+
+
+@app.command(context_settings=_OPEN)
+@searches
 def run(
     context: typer.Context,
     study: Study,
+    given: Given,
     storage: Storage = None,
     name: Name = None,
     folder: Folder = None,
-    budget: Annotated[
-        str | None,
-        typer.Option(
-            help="'0.25 bops' (of all-8-bit), '40% size_bytes', '24 GBOPs', '64 KiB'.",
-            show_default=False,
-        ),
-    ] = None,
-    candidates: Annotated[
-        int | None, typer.Option(help="Candidates a step. [default: 8]", show_default=False)
-    ] = None,
-    rule: Annotated[
-        str | None,
-        typer.Option(
-            help="ratio (score per cost) or min (the patent's). [default: ratio]",
-            show_default=False,
-        ),
-    ] = None,
-    scorer: Annotated[
-        str | None,
-        typer.Option(
-            help="gauss_newton, diagonal or trace. [default: gauss_newton, for losses it knows]",
-            show_default=False,
-        ),
-    ] = None,
-    bits: Annotated[
-        str | None, typer.Option(help="'2-8' or '8,4,2'. [default: 2-8]", show_default=False)
-    ] = None,
-    activation_bits: Annotated[
-        str | None,
-        typer.Option(
-            help="same, float, a number, or bits searched apart ('4,8'). [default: same]",
-            show_default=False,
-        ),
-    ] = None,
-    pin_first_last: Annotated[
-        str | None,
-        typer.Option(
-            help="Bits of first and last layer, or none. [default: 8]", show_default=False
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Seed of the draws. [default: 0]", show_default=False)
-    ] = None,
-    rounding: Annotated[
-        str | None,
-        typer.Option(
-            help="How weights are rounded: compensated (errors make up for each other) or nearest. "
-            "[default: compensated]",
-            show_default=False,
-        ),
-    ] = None,
-    correction: Annotated[
-        bool | None,
-        typer.Option(
-            help="Correct batch-norm statistics and biases for the bits. [default: correction]",
-            show_default=False,
-        ),
-    ] = None,
-    refine: Annotated[
-        bool | None,
-        typer.Option(
-            help="Refine the answer by swaps once the budget is met. [default: refine]",
-            show_default=False,
-        ),
-    ] = None,
-    artifacts: Annotated[
-        str | None,
-        typer.Option(
-            help="Folder or s3://bucket/prefix for files of the study. "
-            "[default: artifacts in the run's folder]",
-            show_default=False,
-        ),
-    ] = None,
-    threads: Annotated[
-        int | None,
-        typer.Option(help="Threads of PyTorch. [default: the cores]", show_default=False),
-    ] = None,
+    artifacts: ArtifactsAt = None,
+    threads: Threads = None,
+    retry_for: RetryFor = RETRY_FOR,
     as_json: Json = False,
 ) -> None:
     """Search, or go on with a search that was interrupted.
@@ -123,30 +56,104 @@ def run(
     Options of the study file itself stand beside these: hq-optuna run cifar10_resnet20 --data DIR.
     """
     from hq_optuna.cli import running
+    from hq_optuna.cli.session import Request
 
-    given = {
-        "budget": budget,
-        "n_candidates": candidates,
-        "rule": rule,
-        "scorer": scorer,
-        "bits": bits,
-        "activation_bits": activation_bits,
-        "pin_first_last": pin_first_last,
-        "seed": seed,
-        "refine": refine,
-        "rounding": rounding,
-        "correction": correction,
-    }
     with errors(as_json):
         data = running.run(
-            study,
-            list(context.args),
-            storage=storage,
-            name=name,
-            folder=folder,
-            given={key: value for key, value in given.items() if value is not None},
-            artifacts=artifacts,
-            threads=threads,
+            Request(
+                study, context.args, storage, name, folder, artifacts, given, threads, retry_for
+            ),
+            command=shlex.join(["hq-optuna", *sys.argv[1:]]),
+            console=Console(stderr=as_json),
+        )
+        if as_json:
+            typer.echo(json.dumps(data))
+
+
+@app.command(context_settings=_OPEN)
+@searches
+def worker(
+    context: typer.Context,
+    study: Study,
+    given: Given,
+    storage: Storage = None,
+    name: Name = None,
+    folder: Folder = None,
+    artifacts: ArtifactsAt = None,
+    threads: Threads = None,
+    retry_for: RetryFor = RETRY_FOR,
+    create: Annotated[
+        bool, typer.Option("--create", help="Start the study if it does not exist yet.")
+    ] = False,
+    wait_for: Annotated[
+        float, typer.Option(min=0, help="Seconds to wait for a study that does not exist yet.")
+    ] = 0.0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON objects, one a line, as things happen.")
+    ] = False,
+) -> None:
+    """Join a search from any host that has the study file and reaches the storage.
+
+    What the search was started with comes from the study and need not be repeated.
+    """
+    from hq_optuna.cli import working
+    from hq_optuna.cli.session import Request
+
+    with errors(as_json):
+        working.work(
+            Request(
+                study, context.args, storage, name, folder, artifacts, given, threads, retry_for
+            ),
+            create=create,
+            wait_for_s=wait_for,
+            as_json=as_json,
+            console=Console(stderr=as_json, quiet=as_json),
+        )
+
+
+@app.command(context_settings=_OPEN)
+@searches
+def launch(
+    context: typer.Context,
+    study: Study,
+    given: Given,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="How many. [default: one for each GPU, or else for each core]",
+            show_default=False,
+        ),
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of a Dask scheduler, 'tcp://host:8786', to work on its cluster.",
+            show_default=False,
+        ),
+    ] = None,
+    storage: Storage = None,
+    name: Name = None,
+    folder: Folder = None,
+    artifacts: ArtifactsAt = None,
+    threads: Threads = None,
+    retry_for: RetryFor = RETRY_FOR,
+    as_json: Json = False,
+) -> None:
+    """Search with several workers, on this host or on a Dask cluster.
+
+    Workers that die are started again; Ctrl-C ends them all, and everything recorded stays.
+    """
+    from hq_optuna.cli import launching
+    from hq_optuna.cli.session import Request
+
+    with errors(as_json):
+        data = launching.launch(
+            Request(
+                study, context.args, storage, name, folder, artifacts, given, threads, retry_for
+            ),
+            n_workers=workers,
+            scheduler=scheduler,
             command=shlex.join(["hq-optuna", *sys.argv[1:]]),
             console=Console(stderr=as_json),
         )

@@ -22,7 +22,11 @@ Study = Annotated[
 StudyOrNone = Annotated[str | None, typer.Argument(help="As for run.", show_default=False)]
 Storage = Annotated[
     str | None,
-    typer.Option(help="Storage URL. [default: SQLite in the run's folder]", show_default=False),
+    typer.Option(
+        help="Storage URL. [default: SQLite in the run's folder]",
+        envvar="HQ_OPTUNA_STORAGE",
+        show_default=False,
+    ),
 ]
 Name = Annotated[
     str | None,
@@ -37,7 +41,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for m
 
 def load(study: str | None, storage: str | None, name: str | None, folder: Path | None) -> Any:
     """Open the study that a command names, for reading."""
-    from hq_optuna.cli.running import Place
+    from hq_optuna.cli.place import Place
     from hq_optuna.storages import load_study
 
     if study is None and (storage is None or name is None):

@@ -51,8 +51,16 @@ class SearchProgress:
 
     def __enter__(self) -> Self:
         if self.live:
-            self._bars.start()
+            self.start()
         return self
+
+    def start(self) -> None:
+        """Show the bars."""
+        self._bars.start()
+
+    def stop(self) -> None:
+        """Take the bars away."""
+        self._bars.stop()
 
     def __exit__(
         self,
@@ -61,7 +69,7 @@ class SearchProgress:
         trace: TracebackType | None,
     ) -> None:
         if self.live:
-            self._bars.stop()
+            self.stop()
 
     def phase(self, what: str, done: int, of: int) -> None:
         """Show a phase before the search, batch by batch."""

@@ -12,6 +12,7 @@ from optuna.storages import BaseStorage
 
 from hq_optuna import attrs
 from hq_optuna.samplers.owners import BEAT_S
+from hq_optuna.storages import RetryingStorage
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,8 @@ def beating(storage: BaseStorage, trial_id: int, every_s: float | None = None) -
         trial_id: Its id there.
         every_s: Seconds between beats; `BEAT_S`.
     """
+    if isinstance(storage, RetryingStorage):
+        storage = storage.wrapped  # a late beat is worth nothing
     ended = threading.Event()
     pause_s = BEAT_S if every_s is None else every_s
 

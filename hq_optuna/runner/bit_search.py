@@ -28,13 +28,20 @@ from hq_optuna.runner.evaluation import Evaluate, accuracy
 from hq_optuna.runner.objective import HessianObjective, Progress
 from hq_optuna.runner.publish import publish_artifacts, publish_facts, refuse_foreign_study
 from hq_optuna.runner.result import SearchResult
-from hq_optuna.runner.worker import work
+from hq_optuna.runner.started import Started
+from hq_optuna.runner.worker import Doing, work
 from hq_optuna.samplers import Encoding, ProgressiveBitSampler
 from hq_optuna.samplers.log import StepLog
 from hq_optuna.scoring import ScorerName
 from hq_optuna.search import Rule
 from hq_optuna.space import ActivationBits, SearchSpace
-from hq_optuna.storages import explain_storage_errors, open_storage, redact_url
+from hq_optuna.storages import (
+    RETRY_FOR_S,
+    RetryingStorage,
+    explain_storage_errors,
+    open_storage,
+    redact_url,
+)
 
 
 class BitSearch:
@@ -139,6 +146,7 @@ class BitSearch:
         refine: bool = True,
         encoding: Encoding | None = None,
         artifacts: str | Path | Artifacts | None = None,
+        retry_for_s: float = RETRY_FOR_S,
         progress: Progress | None = None,
         on_progress: Callable[[StepLog], None] = lambda log: None,
     ) -> Study:
@@ -146,6 +154,58 @@ class BitSearch:
 
         Several processes may call this with the same arguments on one storage: they share the
         work, and the history is the same as with one.
+
+        Args:
+            storage: As for `open`, which takes the arguments up to ``progress``.
+            study_name: Likewise.
+            n_candidates: Likewise.
+            rule: Likewise.
+            seed: Likewise.
+            refine: Likewise.
+            encoding: Likewise.
+            artifacts: Likewise.
+            retry_for_s: Likewise.
+            progress: Likewise.
+            on_progress: Called with the record of the search after each trial.
+
+        Raises:
+            StorageError: The storage cannot be opened, read or written.
+            ResumeError: The study belongs to another search; the message names what changed.
+            ArtifactError: The artifact store cannot be opened or written.
+        """
+        study = self.open(
+            storage,
+            study_name,
+            n_candidates=n_candidates,
+            rule=rule,
+            seed=seed,
+            refine=refine,
+            encoding=encoding,
+            artifacts=artifacts,
+            retry_for_s=retry_for_s,
+            progress=progress,
+        )
+        self.work(study, on_progress=on_progress)
+        return study
+
+    def open(
+        self,
+        storage: str | BaseStorage | None = None,
+        study_name: str | None = None,
+        *,
+        n_candidates: int = 8,
+        rule: Rule = "ratio",
+        seed: int = 0,
+        refine: bool = True,
+        encoding: Encoding | None = None,
+        artifacts: str | Path | Artifacts | None = None,
+        retry_for_s: float = RETRY_FOR_S,
+        started: Started | None = None,
+        progress: Progress | None = None,
+    ) -> Study:
+        """Open the study of this search, made if need be, with all that its workers share.
+
+        Sensitivities are measured unless the study has them.
 
         Args:
             storage: Storage URL, an Optuna storage, or ``None`` for memory.
@@ -157,13 +217,15 @@ class BitSearch:
             encoding: ``"layers"``, ``"compact"``, or ``None`` to choose by the number of layers.
             artifacts: A folder or ``s3://bucket/prefix`` for what is too large for the storage; a
                 copy of the sensitivity table goes there. ``None``: nowhere.
+            retry_for_s: How long a storage given by URL is tried again when it does not answer, or
+                its disk is full, before the worker ends with an error.
+            started: What was given on the command line, for workers that join by theirs.
             progress: Called with (what, done, of) while curvature is measured.
-            on_progress: Called with the record of the search after each trial.
 
         Raises:
             StorageError: The storage cannot be opened, read or written.
-            ArtifactError: The artifact store cannot be opened or written.
             ResumeError: The study belongs to another search; the message names what changed.
+            ArtifactError: The artifact store cannot be opened or written.
         """
         sampler = ProgressiveBitSampler(
             self.space,
@@ -174,9 +236,10 @@ class BitSearch:
             refine=refine,
             encoding=encoding,
         )
-        shown = redact_url(storage) if isinstance(storage, str) else "the storage"
         opened = open_storage(storage)
-        with explain_storage_errors(shown):
+        if isinstance(storage, str):
+            opened = RetryingStorage(opened, redact_url(storage), retry_for_s=retry_for_s)
+        with explain_storage_errors(_shown(storage)):
             study = optuna.create_study(
                 storage=opened,
                 study_name=study_name,
@@ -187,13 +250,34 @@ class BitSearch:
             refuse_foreign_study(study)
             if progress is not None:
                 self.objective.progress = progress
+            if started is not None:
+                started.remember(study)
             self.objective.prepare(study)
             if isinstance(artifacts, (str, Path)):
                 artifacts = open_artifacts(artifacts)
             if artifacts is not None:
                 publish_artifacts(study, artifacts)
-            work(study, self.objective, on_progress=on_progress)
         return study
+
+    def work(
+        self,
+        study: Study,
+        *,
+        on_progress: Callable[[StepLog], None] = lambda log: None,
+        on_doing: Callable[[Doing], None] = lambda doing: None,
+    ) -> None:
+        """Run trials of a study that `open` returned until the search is over.
+
+        Args:
+            study: The study.
+            on_progress: Called with the record of the search after each trial.
+            on_doing: Called with what this worker does, see `hq_optuna.runner.worker.work`.
+
+        Raises:
+            StorageError: The storage cannot be read or written.
+        """
+        with explain_storage_errors(_shown(study._storage)):
+            work(study, self.objective, on_progress=on_progress, on_doing=on_doing)
 
     def result(self, study: Study, *, test: Callable[[], Any] | None = None) -> SearchResult:
         """Return the answer of a finished search; of a running one, its incumbent.
@@ -249,3 +333,9 @@ class BitSearch:
             for name, value in self.evaluate(measured, data).items():
                 facts[f"{prefix}{name}_{when}"] = float(value)
         return facts
+
+
+def _shown(storage: str | BaseStorage | None) -> str:
+    if isinstance(storage, RetryingStorage):
+        return storage.shown
+    return redact_url(storage) if isinstance(storage, str) else "the storage"

@@ -1,10 +1,11 @@
-"""Holding Ctrl-C back for the moment in which a trial exists but is nobody's yet."""
+"""Holding Ctrl-C back for the moments in which a trial exists but cannot be given back."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -12,38 +13,66 @@ from typing import Any
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class Held:
+    """Interrupts that are held back now, or not."""
+
+    def __init__(self) -> None:
+        self._handlers: dict[int, Any] = {}
+        self._pending: list[tuple[int, FrameType | None]] = []
+        self._holding = True
+
+    @property
+    def pending(self) -> bool:
+        """Whether an interrupt came that was held back."""
+        return bool(self._pending)
+
+    def hold(self) -> None:
+        """Hold interrupts back from here on."""
+        self._holding = True
+
+    def release(self) -> None:
+        """Let interrupts through from here on, the held ones first."""
+        self._holding = False
+        while self._pending:
+            number, frame = self._pending.pop(0)
+            self._handlers[number](number, frame)
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep, unless an interrupt is held back or comes: then let it through."""
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(seconds)  # interrupts are the main thread's
+            return
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            if self.pending:
+                self.release()
+            time.sleep(min(left, 0.1))
+        if self.pending:
+            self.release()
+
+    def _arrive(self, number: int, frame: FrameType | None) -> None:
+        if self._holding:
+            self._pending.append((number, frame))
+        else:
+            self._handlers[number](number, frame)
+
+
 @contextmanager
-def held_interrupts() -> Iterator[Callable[[], None]]:
-    """Hold SIGINT and SIGTERM back until the yielded function is called, or the body ends.
+def held_interrupts() -> Iterator[Held]:
+    """Hold SIGINT and SIGTERM back until the yielded object releases them, or the body ends.
 
     Optuna gives a trial back when the objective is interrupted. Interrupted between making the
-    trial and calling the objective, it leaves it running for ever. Signals without a Python
-    handler, and threads other than the main one, are left alone.
+    trial and calling the objective, or while it stores the result, it leaves it running for ever.
+    Signals without a Python handler, and threads other than the main one, are left alone.
     """
-    handlers: dict[int, Any] = {}
-    pending: list[tuple[int, FrameType | None]] = []
-    holding = True
-
-    def hold(number: int, frame: FrameType | None) -> None:
-        if holding:
-            pending.append((number, frame))
-        else:
-            handlers[number](number, frame)
-
-    def release() -> None:
-        nonlocal holding
-        holding = False
-        while pending:
-            number, frame = pending.pop(0)
-            handlers[number](number, frame)
-
+    held = Held()
     if threading.current_thread() is threading.main_thread():
-        handlers = {n: h for n in SIGNALS if callable(h := signal.getsignal(n))}
-        for number in handlers:
-            signal.signal(number, hold)
+        held._handlers = {n: h for n in SIGNALS if callable(h := signal.getsignal(n))}
+        for number in held._handlers:
+            signal.signal(number, held._arrive)
     try:
-        yield release
+        yield held
     finally:
-        for number, handler in handlers.items():
+        for number, handler in held._handlers.items():
             signal.signal(number, handler)
-    release()
+    held.release()

@@ -114,7 +114,30 @@ class StudyFile:
         Raises:
             StudyFileError: Unknown option, bad or missing value, or a required option is missing.
         """
-        return self._complete(parse(self.options, arguments, self.path.name))
+        return self.complete(self.given_options(arguments))
+
+    def given_options(self, arguments: Sequence[str]) -> dict[str, Any]:
+        """Read options as typed, without defaults.
+
+        Raises:
+            StudyFileError: Unknown option, or a bad or missing value.
+        """
+        return parse(self.options, arguments, self.path.name)
+
+    def stored_options(self, stored: Mapping[str, Any]) -> dict[str, Any]:
+        """Return options as a study holds them; paths are text there."""
+        return {
+            name: Path(value) if name in self.options and self.options[name].type is Path else value
+            for name, value in stored.items()
+        }
+
+    def complete(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a value for every option, defaults filled in.
+
+        Raises:
+            StudyFileError: An option is unknown, or a required one is missing.
+        """
+        return complete(self.options, given, self.path.name)
 
     def build(self, folder: Path, options: Mapping[str, Any]) -> StudyParts:
         """Call the study's functions.
@@ -128,7 +151,7 @@ class StudyFile:
             StudyFileError: An option is unknown or missing, a function fails (names the line) or
                 returns something else. Other errors of this package pass through.
         """
-        values = self._complete(options) | {FOLDER: folder}
+        values = self.complete(options) | {FOLDER: folder}
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -156,9 +179,6 @@ class StudyFile:
             has.get("evaluate"),
             (lambda: self._call("test", values)) if "test" in has else None,
         )
-
-    def _complete(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        return complete(self.options, given, self.path.name)
 
     def _call(self, name: str, values: Mapping[str, Any]) -> Any:
         function = getattr(self._module, name)

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import Study
 from optuna.trial import Trial, TrialState
 
+from hq_optuna.errors import StorageError
 from hq_optuna.runner.beats import beating
 from hq_optuna.runner.interrupts import held_interrupts
 from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.samplers.claims import ClaimedTrial
 from hq_optuna.samplers.log import StepLog
+from hq_optuna.storages import RetryingStorage
 
 logger = logging.getLogger(__name__)
+
+Doing = Literal["scoring", "scored", "recording", "waiting"]
 
 SHORTEST_WAIT_S = 0.02
 LONGEST_WAIT_S = 1.0
@@ -53,6 +59,7 @@ def work(
     objective: Callable[[Trial], float],
     *,
     on_progress: Callable[[StepLog], None] = lambda log: None,
+    on_doing: Callable[[Doing], None] = lambda doing: None,
 ) -> None:
     """Run trials until the search is over.
 
@@ -66,10 +73,14 @@ def work(
         study: With a `ProgressiveBitSampler`.
         objective: Usually a `HessianObjective`.
         on_progress: Called with the record after each trial and each wait.
+        on_doing: Called with what this worker does: ``"scoring"`` before a candidate and
+            ``"scored"`` after it, ``"recording"`` before a step record, ``"waiting"`` before a
+            wait.
 
     Raises:
         ResumeError: The study belongs to another search.
         ValueError: The objective returned no number.
+        StorageError: The storage is away, and stayed away for as long as it is tried again.
     """
     sampler = study.sampler
     assert isinstance(sampler, ProgressiveBitSampler)
@@ -83,25 +94,36 @@ def work(
         if log.open is None:
             return
         to_do = log.anything_left() or log.owners.waiting
-        if to_do and _run_one(study, sampler, objective):
+        if to_do and _run_one(study, sampler, objective, on_doing):
             wait_s = SHORTEST_WAIT_S
         else:
+            on_doing("waiting")
             time.sleep(wait_s)
             wait_s = min(2 * wait_s, LONGEST_WAIT_S)
 
 
 def _run_one(
-    study: Study, sampler: ProgressiveBitSampler, objective: Callable[[Trial], float]
+    study: Study,
+    sampler: ProgressiveBitSampler,
+    objective: Callable[[Trial], float],
+    on_doing: Callable[[Doing], None],
 ) -> bool:
     """Run one trial and return whether there was one to run."""
-    with held_interrupts() as release:
+    storage = study._storage
+    with held_interrupts() as held:
+        if isinstance(storage, RetryingStorage):
+            storage.pause = held.sleep  # so that Ctrl-C ends a wait for the database
         trial = sampler.ask(study)
         if trial is None:
             return False
+        ticket = sampler.ticket(study, trial._trial_id)
+        recording = ticket is not None and ticket.kind == "incumbent"
         try:
-            with beating(study._storage, trial._trial_id):
-                release()
+            with beating(storage, trial._trial_id):
+                held.release()
+                on_doing("recording" if recording else "scoring")
                 value = float(objective(trial))
+                held.hold()  # a result is stored whole
             if math.isnan(value):
                 raise ValueError(
                     f"Trial {trial.number}: the objective returned NaN. Expected a number."
@@ -109,10 +131,14 @@ def _run_one(
         except optuna.TrialPruned:
             _finish(study, sampler, trial, TrialState.PRUNED)
         except BaseException:
-            _finish(study, sampler, trial, TrialState.FAIL)
+            # What cannot be given back, as the storage is away, others take up later.
+            with contextlib.suppress(StorageError):
+                _finish(study, sampler, trial, TrialState.FAIL)
             raise
         else:
             _finish(study, sampler, trial, TrialState.COMPLETE, value)
+            if not recording:
+                on_doing("scored")
     return True
 
 

@@ -8,8 +8,11 @@ from hq_optuna.storages.opening import (
     sqlite_url,
     study_exists,
 )
+from hq_optuna.storages.retrying import RETRY_FOR_S, RetryingStorage
 
 __all__ = [
+    "RETRY_FOR_S",
+    "RetryingStorage",
     "explain_storage_errors",
     "load_study",
     "open_storage",

@@ -22,6 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hq_optuna import attrs
 from hq_optuna.attrs import Ticket
 from hq_optuna.storages.database import Database
+from hq_optuna.storages.retrying import RetryingStorage
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,9 @@ def database_of(storage: BaseStorage) -> RDBStorage | None:
 
 def read_rows(storage: BaseStorage, study_id: int, cursor: Cursor) -> list[TrialRow]:
     """Return the trials that are new or were unfinished, by number."""
+    if isinstance(storage, RetryingStorage):
+        wrapped = storage.wrapped
+        return storage.retry(lambda: read_rows(wrapped, study_id, cursor))
     database = database_of(storage)
     if database is not None:
         return [_row(columns) for columns in select(database.engine, _row_query(study_id, cursor))]
@@ -118,6 +122,9 @@ class TrialFacts:
 
 def read_facts(storage: BaseStorage, study_id: int, keys: Sequence[str]) -> list[TrialFacts]:
     """Return all trials of a study by number, with some of their user attributes."""
+    if isinstance(storage, RetryingStorage):
+        wrapped = storage.wrapped
+        return storage.retry(lambda: read_facts(wrapped, study_id, keys))
     database = database_of(storage)
     if database is None:
         return [
@@ -214,6 +221,15 @@ def add_user_attrs(storage: BaseStorage, trial_id: int, user_attrs: Mapping[str,
     Raises:
         UpdateFinishedTrialError: The trial is finished.
     """
+    if isinstance(storage, RetryingStorage):
+        wrapped = storage.wrapped
+
+        def one_by_one() -> None:  # one transaction may have been committed, and cannot be twice
+            for key, value in user_attrs.items():
+                wrapped.set_trial_user_attr(trial_id, key, value)
+
+        storage.retry(lambda: add_user_attrs(wrapped, trial_id, user_attrs), one_by_one)
+        return
     database = database_of(storage)
     if isinstance(database, Database):
         database.add_user_attrs(trial_id, user_attrs)
@@ -234,6 +250,16 @@ def finish_trial(
     Raises:
         UpdateFinishedTrialError: The trial is finished already.
     """
+    if isinstance(storage, RetryingStorage):
+        wrapped = storage.wrapped
+        storage.end_trial(
+            lambda: finish_trial(wrapped, trial_id, state, value, user_attrs),
+            None,
+            trial_id,
+            state,
+            None if value is None else [value],
+        )
+        return
     database = database_of(storage)
     if isinstance(database, Database):
         database.finish_trial(trial_id, state, value, user_attrs)

@@ -13,8 +13,9 @@ import torch
 from typer.testing import Result
 
 import hq_optuna
+from hq_optuna.cli.place import Place
 from hq_optuna.cli.progress import SearchProgress
-from hq_optuna.cli.running import Place, parse_bits, read_settings, sensible_threads
+from hq_optuna.cli.settings import parse_bits, read_settings, sensible_threads
 from hq_optuna.cost import Budget
 from hq_optuna.errors import SpaceError, StudyFileError
 
@@ -296,7 +297,7 @@ def test_a_run_keeps_its_files_in_a_folder_of_its_name() -> None:
 
 
 def test_small_networks_get_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hq_optuna.cli.running.n_cores", lambda: 4)
+    monkeypatch.setattr("hq_optuna.cli.settings.n_cores", lambda: 4)
     assert [sensible_threads(m) for m in (0, 9_000_000, 10_000_000, 10**9)] == [1, 1, 2, 4]
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 
 import pytest
 
@@ -15,17 +16,17 @@ def interrupt() -> None:
 
 def test_an_interrupt_waits_until_it_is_released() -> None:
     reached = []
-    with pytest.raises(KeyboardInterrupt), held_interrupts() as release:
+    with pytest.raises(KeyboardInterrupt), held_interrupts() as held:
         interrupt()
         reached.append("held")
-        release()
+        held.release()
         reached.append("not here")
     assert reached == ["held"]
 
 
 def test_an_interrupt_comes_at_once_after_the_release() -> None:
-    with pytest.raises(KeyboardInterrupt), held_interrupts() as release:
-        release()
+    with pytest.raises(KeyboardInterrupt), held_interrupts() as held:
+        held.release()
         interrupt()
         pytest.fail("not interrupted")
 
@@ -58,3 +59,31 @@ def test_another_thread_leaves_signals_alone() -> None:
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+def test_an_interrupt_is_held_again_once_asked() -> None:
+    reached = []
+    with pytest.raises(KeyboardInterrupt):
+        with held_interrupts() as held:
+            held.release()
+            held.hold()
+            interrupt()
+            assert held.pending
+            reached.append("body")
+        reached.append("not here")
+    assert reached == ["body"]
+
+
+def test_a_sleep_ends_with_the_interrupt_that_was_held_before_it() -> None:
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), held_interrupts() as held:
+        interrupt()
+        held.sleep(60)
+    assert time.monotonic() - began < 30
+
+
+def test_a_sleep_without_an_interrupt_takes_its_time() -> None:
+    began = time.monotonic()
+    with held_interrupts() as held:
+        held.sleep(0.15)
+    assert time.monotonic() - began >= 0.15

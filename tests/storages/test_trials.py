@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 
 from hq_optuna import attrs
 from hq_optuna.samplers.claims import write_facts
-from hq_optuna.storages import open_storage, sqlite_url
+from hq_optuna.storages import RetryingStorage, open_storage, sqlite_url
 from hq_optuna.storages.trials import (
     Cursor,
     add_user_attrs,
@@ -28,7 +28,7 @@ from tests.fake_search import fake_study
 from tests.samplers.tables import assigned, new_study, ours, sampler
 
 
-@pytest.fixture(params=["ours", "optuna", "memory"])
+@pytest.fixture(params=["ours", "optuna", "memory", "retrying"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> optuna.storages.BaseStorage:
     """Our database, a database that somebody else opened, and no database at all."""
     url = sqlite_url(tmp_path / "study.db")
@@ -36,6 +36,8 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> optuna.storages.B
         return InMemoryStorage()
     if request.param == "optuna":
         return optuna.storages.get_storage(RDBStorage(url))
+    if request.param == "retrying":
+        return RetryingStorage(open_storage(url))
     return open_storage(url)
 
 
@@ -222,3 +224,28 @@ def test_a_database_that_went_away_is_told_as_optuna_tells_it(tmp_path):
         trial.finish(TrialState.COMPLETE, 1.0)
     with pytest.raises(StorageInternalError):
         add_user_attrs(storage, trial._trial_id, {"a": 1})
+
+
+def test_a_trial_that_was_ended_unheard_is_not_ended_twice(tmp_path, monkeypatch):
+    storage = RetryingStorage(open_storage(sqlite_url(tmp_path / "study.db")))
+    study = optuna.create_study(storage=storage)
+    database = database_of(storage.wrapped)
+    for method in ("finish_trial", "add_user_attrs"):
+        original = getattr(database, method)
+
+        def unheard(*arguments, original=original, calls=[], **named):  # noqa: B006
+            original(*arguments, **named)
+            calls.append(1)
+            if len(calls) == 1:
+                lost = sqlalchemy.exc.OperationalError("COMMIT", {}, Exception("connection lost"))
+                raise StorageInternalError("lost") from lost
+
+        monkeypatch.setattr(database, method, unheard)
+    trial = study.ask()
+    add_user_attrs(storage, trial._trial_id, {"a": 1})
+    finish_trial(storage, trial._trial_id, TrialState.COMPLETE, 0.5, {"b": 2})
+    (found,) = study.trials
+    assert (found.value, found.user_attrs) == (0.5, {"a": 1, "b": 2})
+    assert storage.n_retries == 2
+    with pytest.raises(UpdateFinishedTrialError):
+        finish_trial(storage, trial._trial_id, TrialState.FAIL, None, {})

@@ -1,0 +1,171 @@
+"""``hq-optuna launch``: starts workers, here or on a Dask cluster, and shows them as one."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+
+from hq_optuna.cli import show
+from hq_optuna.cli.progress import SearchProgress
+from hq_optuna.cli.running import finish, say_where_it_went_on
+from hq_optuna.cli.session import Request, Session, begin
+from hq_optuna.cli.settings import n_cores
+from hq_optuna.launching import Crew, Life, Member, WorkerCommand
+from hq_optuna.launching.process import devices, thread_share
+from hq_optuna.storages import study_exists
+
+LOOK_EVERY_S = 0.2
+READ_EVERY_S = 1.0
+"""How often the storage is read for the table."""
+
+
+def launch(
+    request: Request,
+    *,
+    n_workers: int | None,
+    scheduler: str | None,
+    command: str,
+    console: Console,
+) -> dict[str, Any]:
+    """Run a search with several workers; return the report as JSON data.
+
+    Network, data and settings are checked, tables and study are made and sensitivities are measured
+    once, here, before any worker starts.
+
+    Args:
+        request: What the user asked for.
+        n_workers: How many; ``None``: one for each GPU, or else for each core, or for each worker
+            of the cluster.
+        scheduler: Address of a Dask scheduler; ``None``: processes of this host.
+        command: The command, for the report.
+        console: Where to show progress and result.
+
+    Raises:
+        WorkerError: The workers died, or say what is wrong.
+        HqOptunaError: Whatever is wrong before any worker starts.
+    """
+    session = begin(request, console)
+    existed = study_exists(session.place.storage, session.place.name)
+    with CrewProgress(console, session) as progress:
+        study = session.open(progress=progress.phase)
+        log = functools.partial(session.log, study)
+        progress.search(log())
+        if not progress.was_finished:
+            crew, close = _crew(request, session, n_workers, scheduler, progress.news)
+            progress.members = crew.members
+            try:
+                _watch(crew, lambda: progress.search(log()))
+            finally:
+                crew.end()
+                close()
+            progress.search(log())
+    if existed:
+        say_where_it_went_on(console, progress)
+    return finish(
+        session,
+        study,
+        changed=not (existed and progress.was_finished),
+        command=command,
+        console=console,
+    )
+
+
+def _watch(crew: Crew, read: Callable[[], None]) -> None:
+    was_read = time.monotonic()
+    while crew.look():
+        if time.monotonic() - was_read >= READ_EVERY_S:
+            read()
+            was_read = time.monotonic()
+        time.sleep(LOOK_EVERY_S)
+
+
+def _crew(
+    request: Request,
+    session: Session,
+    n_workers: int | None,
+    scheduler: str | None,
+    on_news: Callable[[str], None],
+) -> tuple[Crew, Callable[[], None]]:
+    """Return the crew, and what to call when it is done."""
+    options = [*request.arguments, "--retry-for", str(request.retry_for_s)]
+    if request.artifacts is not None:
+        options += ["--artifacts", request.artifacts]
+    command = WorkerCommand(
+        study=str(session.file),
+        name=session.place.name,
+        folder=str(session.place.folder),
+        storage=session.place.storage,
+        options=tuple(options),
+    )
+    if scheduler is not None:
+        from hq_optuna.launching.cluster import Cluster
+
+        cluster = Cluster(scheduler, command, threads=request.threads)
+        n_workers = n_workers or cluster.n_workers
+        return Crew(cluster.start, n_workers, on_news=on_news), cluster.close
+    import torch
+
+    gpus = devices(os.environ, torch.cuda.device_count())
+    n_workers = n_workers or len(gpus) or n_cores()
+    threads = request.threads or min(thread_share(n_cores(), n_workers), session.threads)
+
+    def start(index: int) -> Life:
+        return command.start(threads, gpus[index % len(gpus)] if gpus else None)
+
+    return Crew(start, n_workers, on_news=on_news), lambda: None
+
+
+class CrewProgress(SearchProgress):
+    """Progress of a search with a table of its workers beside it, or plain lines."""
+
+    def __init__(self, console: Console, session: Session) -> None:
+        super().__init__(console, session.search.space, session.search.budget)
+        self.members: list[Member] = []
+        self._since = time.monotonic()
+        self._live = Live(
+            get_renderable=self.show, console=console, transient=True, refresh_per_second=4
+        )
+
+    def start(self) -> None:
+        """Show table and bars."""
+        self._live.start()
+
+    def stop(self) -> None:
+        """Take them away."""
+        self._live.stop()
+
+    def news(self, text: str) -> None:
+        """Show a sentence that stays."""
+        self.console.print(f"[yellow]{show.plain(text)}[/]", highlight=False, soft_wrap=True)
+
+    def show(self) -> RenderableType:
+        """Return table and bars."""
+        table = crew_table(self.members, time.monotonic() - self._since)
+        return Group(table, self._bars) if self.members else self._bars
+
+
+def crew_table(members: list[Member], seconds: float) -> Table:
+    """Return a table of workers: what each does, what it did, how often it was started again."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for title in ("worker", "process", "doing", "scored", "a minute", "restarts"):
+        right = title in ("worker", "scored", "a minute", "restarts")
+        table.add_column(title, justify="right" if right else "left", no_wrap=True)
+    for member in members:
+        colour = {"died": "red", "given up": "red", "done": "green"}.get(member.doing, "default")
+        rate = 60 * member.scored / seconds if seconds > 0 else 0.0
+        table.add_row(
+            str(member.index + 1),
+            show.plain(member.name or "-"),
+            f"[{colour}]{member.doing}[/]",
+            str(member.scored),
+            f"{rate:.1f}",
+            str(member.restarts),
+        )
+    return table

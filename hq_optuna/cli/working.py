@@ -1,0 +1,89 @@
+"""``hq-optuna worker``: joins a search, and tells what it does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+
+from hq_optuna import workers
+from hq_optuna.cli.progress import SearchProgress
+from hq_optuna.cli.session import Request, begin, wait_for_study
+from hq_optuna.launching.process import ENDS_WITH_STDIN
+from hq_optuna.runner.worker import Doing
+
+GRACE_S = 20.0
+"""How long a worker whose launcher is gone may take to give its candidate back."""
+
+
+def work(
+    request: Request, *, create: bool, wait_for_s: float, as_json: bool, console: Console
+) -> None:
+    """Join a search and work until it is over.
+
+    Args:
+        request: What the user asked for.
+        create: Whether to start the study if it does not exist.
+        wait_for_s: How long to wait for a study that does not exist.
+        as_json: Whether to print events as JSON, one a line.
+        console: Where to show progress otherwise.
+
+    Raises:
+        StorageError: The study does not exist.
+    """
+    if os.environ.get(ENDS_WITH_STDIN):
+        threading.Thread(target=_end_with, args=(sys.stdin.fileno(),), daemon=True).start()
+    tell = _Events(as_json)
+    if not create:
+        tell("waiting for the study")
+        wait_for_study(request.find()[1], wait_for_s)
+    tell("loading")
+    session = begin(request, console)
+    with SearchProgress(console, session.search.space, session.search.budget) as progress:
+        tell("preparing")
+        study = session.open(progress=progress.phase)
+        session.search.work(study, on_progress=progress.search, on_doing=tell.doing)
+    tell("done")
+    console.print(
+        f"The search is over. This worker, {workers.short_name(workers.worker_id())}, scored "
+        f"{tell.n_scored} candidates.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+class _Events:
+    """Tells a launcher what happens, one JSON object a line; silent without one."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        self.n_scored = 0
+        self._last = ""
+
+    def __call__(self, event: str, **facts: Any) -> None:
+        if self.as_json and event != self._last:
+            self._last = event
+            me = workers.short_name(workers.worker_id())
+            data = {"event": event, "worker": me, "scored": self.n_scored, **facts}
+            print(json.dumps(data), flush=True)
+
+    def doing(self, doing: Doing) -> None:
+        """Tell what this worker does, and count what it scored."""
+        self.n_scored += doing == "scored"
+        self(doing)
+
+
+def _end_with(descriptor: int, exit_: Callable[[int], Any] = os._exit) -> None:
+    """End this process, gracefully if it can, when its launcher is gone."""
+    while os.read(descriptor, 1024):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE_S)
+    exit_(1)

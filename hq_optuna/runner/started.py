@@ -1,0 +1,52 @@
+"""What a search was started with, so that whoever joins it need not be told again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from optuna.study import Study
+
+from hq_optuna import attrs
+
+
+@dataclass(frozen=True)
+class Started:
+    """What was given on a command line, as typed.
+
+    A worker, or a resumed run, takes these instead of the defaults, and what it is given itself
+    instead of these. Whether the result is the same search is told by the fingerprint, so options
+    that contradict are refused there, in words.
+
+    Attributes:
+        settings: Settings of the search: ``{"budget": "0.3 bops", "seed": 3}``.
+        options: Options of the study file by parameter name; paths as absolute ones.
+    """
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], options: Mapping[str, Any]) -> Started:
+        """Return the record of what was given; options may hold paths."""
+        written = {
+            name: str(value.absolute()) if isinstance(value, Path) else value
+            for name, value in options.items()
+        }
+        return cls(dict(settings), written)
+
+    @classmethod
+    def read(cls, study: Study) -> Started:
+        """Return what the study was started with; nothing where it is not known or not binding."""
+        stored = study.user_attrs
+        data = stored.get(attrs.STARTED)
+        if attrs.FINGERPRINT not in stored or not isinstance(data, dict):
+            return cls()
+        return cls(data.get("settings", {}), data.get("options", {}))
+
+    def remember(self, study: Study) -> None:
+        """Write this into a study that is new, or that nobody has worked on."""
+        if attrs.FINGERPRINT not in study.user_attrs:
+            study.set_user_attr(attrs.STARTED, asdict(self))

@@ -1,0 +1,309 @@
+"""`RetryingStorage`: calls a storage again while its database is away or its disk is full.
+
+A call that failed may have been committed all the same: the answer was lost, not the question. So
+every call here may be made twice. Attributes and parameters are written again with the same value;
+a trial that was ended by the first try is recognized by what it says; of a trial that was created
+twice the one whose number nobody heard is marked as failed (`hq_optuna.samplers.owners.HELD`).
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import random
+import time
+from collections.abc import Callable, Container, Sequence
+from typing import Any, TypeVar
+
+import sqlalchemy.exc
+from optuna.distributions import BaseDistribution
+from optuna.exceptions import DuplicatedStudyError, StorageInternalError, UpdateFinishedTrialError
+from optuna.storages import BaseStorage
+from optuna.study import StudyDirection
+from optuna.study._frozen import FrozenStudy
+from optuna.trial import FrozenTrial, TrialState
+
+from hq_optuna.errors import StorageError
+from hq_optuna.storages.opening import explain_storage_errors
+
+logger = logging.getLogger(__name__)
+
+RETRY_FOR_S = 300.0
+"""How long a storage is tried again before a worker gives up, unless told otherwise."""
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
+
+_PASSING_GRPC = {"UNAVAILABLE", "UNKNOWN", "DEADLINE_EXCEEDED", "INTERNAL", "RESOURCE_EXHAUSTED"}
+_FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_LASTING_SQLITE = ("readonly", "no such table", "no such column", "syntax error", "malformed")
+
+_T = TypeVar("_T")
+
+
+def may_pass(error: BaseException | None) -> bool:
+    """Return whether the same call may succeed later: a lost connection, a full disk, a lock.
+
+    Example:
+        >>> may_pass(OSError(errno.ENOSPC, "No space left on device")), may_pass(KeyError("x"))
+        (True, False)
+    """
+    if error is None:
+        return False
+    if isinstance(error, StorageInternalError):
+        return may_pass(error.__cause__)
+    if isinstance(error, sqlalchemy.exc.OperationalError | sqlalchemy.exc.InterfaceError):
+        return not any(words in str(error.orig).lower() for words in _LASTING_SQLITE)
+    if isinstance(error, sqlalchemy.exc.DBAPIError) and error.connection_invalidated:
+        return True
+    if isinstance(error, sqlalchemy.exc.PendingRollbackError | sqlalchemy.exc.TimeoutError):
+        return True
+    if isinstance(error, sqlalchemy.exc.InternalError):  # PostgreSQL that shuts down or recovers
+        return True
+    code = getattr(error, "code", None)  # gRPC's errors, without importing gRPC
+    if callable(code) and type(error).__module__.startswith("grpc"):
+        return getattr(code(), "name", "") in _PASSING_GRPC
+    if isinstance(error, ConnectionError):
+        return True
+    return isinstance(error, OSError) and error.errno in _FULL_DISK
+
+
+class RetryingStorage(BaseStorage):
+    """Delegates to a storage, and tries again what failed for a reason that may pass.
+
+    Args:
+        storage: The storage.
+        shown: Its name for messages, without a password.
+        retry_for_s: How long one call is tried again, with growing pauses. When that time is over
+            the call raises, and later ones are tried once, until one succeeds.
+
+    Attributes:
+        wrapped: The storage.
+        n_retries: How many calls were tried again so far.
+        pause: Called with the seconds to wait. What it raises comes out of the call.
+        hurries: Whether a pause was interrupted. Calls are then tried once: whoever interrupts a
+            wait does not want another one.
+    """
+
+    def __init__(
+        self, storage: BaseStorage, shown: str = "the storage", *, retry_for_s: float = RETRY_FOR_S
+    ) -> None:
+        if retry_for_s < 0:
+            raise ValueError(f"retry_for_s is at least 0; got {retry_for_s}.")
+        self.wrapped = storage
+        self.shown = shown
+        self.retry_for_s = retry_for_s
+        self._lost = False
+        self.n_retries = 0
+        self.pause: Callable[[float], None] = time.sleep
+        self.hurries = False
+
+    def retry(self, function: Callable[[], _T], again: Callable[[], _T] | None = None) -> _T:
+        """Call until it succeeds; ``again``, if given, is called instead after a failure.
+
+        Raises:
+            StorageError: It did not succeed in time, or a pause before was interrupted.
+        """
+        began, pause_s = time.monotonic(), FIRST_PAUSE_S
+        while True:
+            try:
+                value = function()
+            except Exception as error:
+                if not may_pass(error):
+                    raise
+                self._wait(error, began, pause_s)
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+                self.n_retries += 1
+                function = again or function
+                continue
+            self._lost = False
+            return value
+
+    def _wait(self, error: Exception, began: float, pause_s: float) -> None:
+        waited = time.monotonic() - began
+        if self._lost or self.hurries or waited + pause_s > self.retry_for_s:
+            self._lost = True
+            raise self._explained(error, waited) from None
+        if pause_s == FIRST_PAUSE_S:
+            logger.warning(
+                "%s Trying again for %.0f s.", self._explained(error, None), self.retry_for_s
+            )
+        try:
+            # Workers that lost the same server must not come back all at once.
+            self.pause(pause_s * random.uniform(0.5, 1.0))
+        except BaseException:
+            self.hurries = True
+            raise
+
+    def _explained(self, error: Exception, waited_s: float | None) -> StorageError:
+        try:
+            with explain_storage_errors(self.shown):
+                raise error
+        except StorageError as explained:
+            text = str(explained)
+        except Exception:  # gRPC's and the file system's own
+            details = getattr(error, "details", None)
+            said = (details() if callable(details) else "") or str(error) or type(error).__name__
+            text = f"Storage {self.shown}: {said.strip().splitlines()[0].rstrip('.')}."
+        if waited_s is not None and waited_s > 1:
+            text += (
+                f" It was tried for {waited_s:.0f} s (--retry-for). Everything recorded stays; "
+                "start the same command again to go on."
+            )
+        return StorageError(text)
+
+    # What reads
+
+    def get_study_id_from_name(self, study_name: str) -> int:  # noqa: D102
+        return self.retry(lambda: self.wrapped.get_study_id_from_name(study_name))
+
+    def get_study_name_from_id(self, study_id: int) -> str:  # noqa: D102
+        return self.retry(lambda: self.wrapped.get_study_name_from_id(study_id))
+
+    def get_study_directions(self, study_id: int) -> list[StudyDirection]:  # noqa: D102
+        return self.retry(lambda: self.wrapped.get_study_directions(study_id))
+
+    def get_study_user_attrs(self, study_id: int) -> dict[str, Any]:  # noqa: D102
+        return self.retry(lambda: self.wrapped.get_study_user_attrs(study_id))
+
+    def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:  # noqa: D102
+        return self.retry(lambda: self.wrapped.get_study_system_attrs(study_id))
+
+    def get_all_studies(self) -> list[FrozenStudy]:  # noqa: D102
+        return self.retry(self.wrapped.get_all_studies)
+
+    def get_trial_id_from_study_id_trial_number(  # noqa: D102
+        self, study_id: int, trial_number: int
+    ) -> int:
+        return self.retry(
+            lambda: self.wrapped.get_trial_id_from_study_id_trial_number(study_id, trial_number)
+        )
+
+    def get_trial_number_from_id(self, trial_id: int) -> int:  # noqa: D102
+        return self.retry(lambda: self.wrapped.get_trial_number_from_id(trial_id))
+
+    def get_trial_param(self, trial_id: int, param_name: str) -> float:  # noqa: D102
+        return self.retry(lambda: self.wrapped.get_trial_param(trial_id, param_name))
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:  # noqa: D102
+        return self.retry(lambda: self.wrapped.get_trial(trial_id))
+
+    def get_all_trials(  # noqa: D102
+        self,
+        study_id: int,
+        deepcopy: bool = True,
+        states: Container[TrialState] | None = None,
+    ) -> list[FrozenTrial]:
+        return self.retry(lambda: self.wrapped.get_all_trials(study_id, deepcopy, states))
+
+    def get_n_trials(  # noqa: D102
+        self, study_id: int, state: tuple[TrialState, ...] | TrialState | None = None
+    ) -> int:
+        return self.retry(lambda: self.wrapped.get_n_trials(study_id, state))
+
+    def get_best_trial(self, study_id: int) -> FrozenTrial:  # noqa: D102
+        return self.retry(lambda: self.wrapped.get_best_trial(study_id))
+
+    def remove_session(self) -> None:  # noqa: D102
+        self.wrapped.remove_session()
+
+    # What writes the same again
+
+    def set_study_user_attr(self, study_id: int, key: str, value: Any) -> None:  # noqa: D102
+        self.retry(lambda: self.wrapped.set_study_user_attr(study_id, key, value))
+
+    def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:  # noqa: D102
+        self.retry(lambda: self.wrapped.set_study_system_attr(study_id, key, value))
+
+    def set_trial_param(  # noqa: D102
+        self,
+        trial_id: int,
+        param_name: str,
+        param_value_internal: float,
+        distribution: BaseDistribution,
+    ) -> None:
+        self.retry(
+            lambda: self.wrapped.set_trial_param(
+                trial_id, param_name, param_value_internal, distribution
+            )
+        )
+
+    def set_trial_intermediate_value(  # noqa: D102
+        self, trial_id: int, step: int, intermediate_value: float
+    ) -> None:
+        self.retry(
+            lambda: self.wrapped.set_trial_intermediate_value(trial_id, step, intermediate_value)
+        )
+
+    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:  # noqa: D102
+        self.retry(lambda: self.wrapped.set_trial_user_attr(trial_id, key, value))
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:  # noqa: D102
+        self.retry(lambda: self.wrapped.set_trial_system_attr(trial_id, key, value))
+
+    # What must not happen twice
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        """Create a trial; one of a try whose answer was lost stays, and is nobody's."""
+        return self.retry(lambda: self.wrapped.create_new_trial(study_id, template_trial))
+
+    def create_new_study(
+        self, directions: Sequence[StudyDirection], study_name: str | None = None
+    ) -> int:
+        """Create a study; one that a try made whose answer was lost is taken."""
+
+        def again() -> int:
+            try:
+                return self.wrapped.create_new_study(directions, study_name)
+            except DuplicatedStudyError:
+                assert study_name is not None
+                study_id = self.wrapped.get_study_id_from_name(study_name)
+                if self.wrapped.get_n_trials(study_id):
+                    raise
+                return study_id
+
+        return self.retry(lambda: self.wrapped.create_new_study(directions, study_name), again)
+
+    def delete_study(self, study_id: int) -> None:
+        """Delete a study; one that is gone after a lost answer was deleted."""
+
+        def again() -> None:
+            try:
+                self.wrapped.delete_study(study_id)
+            except KeyError:
+                return
+
+        self.retry(lambda: self.wrapped.delete_study(study_id), again)
+
+    def set_trial_state_values(
+        self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
+    ) -> bool:
+        """Set a trial's state; one that has it already after a lost answer is done."""
+        return self.end_trial(
+            lambda: self.wrapped.set_trial_state_values(trial_id, state, values),
+            True,
+            trial_id,
+            state,
+            values,
+        )
+
+    def end_trial(
+        self,
+        function: Callable[[], _T],
+        done: _T,
+        trial_id: int,
+        state: TrialState,
+        values: Sequence[float] | None,
+    ) -> _T:
+        """Call what ends a trial; return ``done`` where an earlier try had ended it so."""
+
+        def again() -> _T:
+            try:
+                return function()
+            except UpdateFinishedTrialError:
+                trial = self.wrapped.get_trial(trial_id)
+                given = None if values is None else list(values)
+                if trial.state == state and (given is None or trial.values == given):
+                    return done
+                raise
+
+        return self.retry(function, again)
