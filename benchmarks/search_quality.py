@@ -6,6 +6,10 @@ that optimum. Accuracy is on the test images, which nothing else reads, without 
 correction. The scorer ``gauss_newton`` is not a sum over layers, so there is no exact optimum to
 compare with, and each candidate takes a forward pass: name it with ``--scorers`` to run it.
 
+With ``--baselines`` random draws within the budget, Optuna's TPE and its NSGA-II get the same
+space, score, constraint and number of evaluations as the refined search, under
+``--accuracy-seeds`` seeds.
+
     python -m benchmarks.search_quality --data DIR --checkpoint FILE [--quick] [--out FILE]
         [--scorers trace diagonal gauss_newton]
 """
@@ -16,24 +20,35 @@ import argparse
 import copy
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 
 from benchmarks.outcome import Outcome
-from hq_optuna.batches import Batches, merge, read_batches
+from hq_optuna.batches import Batches, forward, merge, read_batches
 from hq_optuna.bit_config import BitConfig
 from hq_optuna.cost import Budget, CostModel
 from hq_optuna.curvature import calibration_adam
 from hq_optuna.introspection import introspect
 from hq_optuna.quantization import prepare, set_bits
 from hq_optuna.quantization.correction import StatisticsCorrection
+from hq_optuna.runner.baselines import METHODS, Problem, run_method
 from hq_optuna.runner.evaluation import accuracy
 from hq_optuna.runner.study_file import StudyFile, find_study
 from hq_optuna.scoring import Scorer, Sensitivity, measure_sensitivity, output_rise_of
-from hq_optuna.search import ProgressiveSearch, exact_allocation
+from hq_optuna.search import Additive, ProgressiveSearch
 from hq_optuna.space import SearchSpace
+
+
+class Measured(NamedTuple):
+    """On the test images: accuracy in percent and mean loss, without and with correction."""
+
+    accuracy: float
+    accuracy_corrected: float
+    loss: float
+    loss_corrected: float
+
 
 AVERAGES = {"avg4": 4.0, "avg3": 3.0, "avg2_5": 2.5}
 
@@ -51,6 +66,7 @@ def main() -> None:
         "--scorers", nargs="+", default=["trace", "diagonal"], help="trace, diagonal, gauss_newton"
     )
     parser.add_argument("--candidates", type=int, default=8)
+    parser.add_argument("--baselines", action="store_true", help="random, TPE and NSGA-II too")
     arguments = parser.parse_args()
     n_seeds, n_measured = (2, 1) if arguments.quick else (arguments.seeds, arguments.accuracy_seeds)
 
@@ -70,26 +86,32 @@ def main() -> None:
     outcome.details["float"] = accuracy(copy.deepcopy(parts.network).eval(), test)["accuracy"]
     outcome.details["n_calibration"] = data.n_samples
 
-    def measure(config: BitConfig) -> tuple[float, float]:
-        """Return accuracy without and with statistics correction, in percent."""
-        set_bits(prepared, config)
-        plain = accuracy(prepared, test)["accuracy"]
-        correction.apply()
-        corrected = accuracy(prepared, test)["accuracy"]
-        correction.reset()
-        return 100 * plain, 100 * corrected
+    def judge() -> tuple[float, float]:
+        with torch.no_grad():
+            outputs = torch.cat([forward(prepared, batch.inputs) for batch in test])
+        labels = torch.cat([batch.labels for batch in test])
+        right = (outputs.argmax(1) == labels).double().mean()
+        return 100 * float(right), float(functional.cross_entropy(outputs, labels))
 
-    for bits in (4, 3):
+    def measure(config: BitConfig) -> Measured:
+        set_bits(prepared, config)
+        plain = judge()
+        correction.apply()
+        corrected = judge()
+        correction.reset()
+        return Measured(plain[0], corrected[0], plain[1], corrected[1])
+
+    for bits in (4, 3, 2):
         uniform = BitConfig.uniform([layer.name for layer in space.layers], bits, 32)
-        plain, corrected = measure(uniform)
-        outcome.figures[f"accuracy_uniform_{bits}"] = round(plain, 2)
-        outcome.figures[f"accuracy_uniform_{bits}_corrected"] = round(corrected, 2)
+        report(outcome, "uniform", str(bits), [(0.0, uniform, 1)], measure, "")
     for name, average in AVERAGES.items():
         limit = Budget.fraction(size_bytes=average / 8).limit(space.layers)
         for scorer, table in tables.items():
             best = exact_config(space, table, limit)
             optimum = sum(table.score(best))
-            row: dict[str, Any] = {"optimum": optimum, "accuracy_exact": measure(best)}
+            row: dict[str, Any] = {"optimum": optimum}
+            report(outcome, name, f"{scorer}_exact", [(optimum, best, 1)], measure, "gap 1.000")
+            evaluations: dict[str, int] = {}
             for rule in ("ratio", "min"):
                 for refine in (False, True) if rule == "ratio" else (False,):
                     found = [
@@ -105,7 +127,14 @@ def main() -> None:
                     gap = statistics.median(score / optimum for score, _, _ in found)
                     outcome.figures[f"gap_{name}_{how}"] = round(gap, 4)
                     row[how] = found
+                    evaluations[how] = round(statistics.median(n for _, _, n in found))
                     report(outcome, name, how, found[:n_measured], measure, f"gap {gap:.3f}")
+            if arguments.baselines:
+                problem = Problem(
+                    space, model.cost, limit, lambda config, table=table: sum(table.score(config))
+                )
+                n = evaluations[f"{scorer}_refined"]
+                compare(outcome, name, scorer, problem, n, n_measured, optimum, measure)
             outcome.details[f"{scorer}_{name}"] = str(row)
         if "gauss_newton" in arguments.scorers:
             scored = Scorer(
@@ -130,6 +159,30 @@ def main() -> None:
     outcome.finish(arguments.out)
 
 
+def compare(
+    outcome: Outcome,
+    name: str,
+    scorer: str,
+    problem: Problem,
+    n: int,
+    n_seeds: int,
+    optimum: float,
+    measure: Any,
+) -> None:
+    """Run the other methods with ``n`` evaluations each and report them like the search."""
+    for method in METHODS:
+        runs = [run_method(method, problem, n, seed) for seed in range(n_seeds)]
+        how = f"{scorer}_{method.lower().replace('-', '')}"
+        gap = statistics.median(run.score / optimum for run in runs)
+        outcome.figures[f"gap_{name}_{how}"] = round(gap, 4)  # infinite: nothing within the budget
+        seconds = statistics.mean(run.seconds for run in runs)
+        outcome.figures[f"seconds_{name}_{how}"] = round(seconds, 2)
+        within = [(r.score, r.config, r.evaluations) for r in runs if r.config is not None]
+        if within:
+            says = f"gap {gap:.3f}, {seconds:.1f} s"
+            report(outcome, name, how, within, measure, says)
+
+
 def tables_of(
     network: torch.nn.Module, data: Batches, scorers: list[Any]
 ) -> tuple[SearchSpace, torch.nn.Module, dict[str, Sensitivity]]:
@@ -150,15 +203,11 @@ def tables_of(
 
 def exact_config(space: SearchSpace, table: Sensitivity, limit: float) -> BitConfig:
     """Return the assignment with the least layer sum within the limit."""
-    sizes = {layer.name: layer.n_weights for layer in space.layers}
-    state = exact_allocation(
-        space,
-        [table.weights[v.layers[0]] for v in space.variables],
-        lambda name, bits: sizes[name] * bits.weight_bits / 8,
-        limit,
-    )
-    assert state is not None
-    return space.config(state)
+    table_json = {n: {"weights": table.weights[n], "activations": {}} for n in table.weights}
+    sums = Additive(space, table_json, CostModel(space.layers, "size_bytes").layer_cost)
+    best = sums.exact(limit)
+    assert best is not None
+    return best.config
 
 
 def search(mind: ProgressiveSearch, score: Any) -> tuple[float, BitConfig, int]:
@@ -177,14 +226,20 @@ def search(mind: ProgressiveSearch, score: Any) -> tuple[float, BitConfig, int]:
 def report(
     outcome: Outcome, name: str, how: str, found: list[Any], measure: Any, says: str
 ) -> None:
-    """Measure what was found, print it and keep the figures."""
+    """Measure what was found, print it and keep the figures: means, and spread over seeds."""
     measured = [measure(config) for _, config, _ in found]
-    for what, values in zip(("", "_corrected"), zip(*measured, strict=True), strict=True):
-        outcome.figures[f"accuracy_{name}_{how}{what}"] = round(statistics.mean(values), 2)
+    for what, values in zip(Measured._fields, zip(*measured, strict=True), strict=True):
+        key = f"{what.split('_')[0]}_{name}_{how}" + ("_corrected" if "_" in what else "")
+        outcome.figures[key] = round(statistics.mean(values), 4 if "loss" in what else 2)
+        outcome.details[key] = list(values)
+        if len(values) > 1:
+            outcome.details[f"{key}_deviation"] = statistics.stdev(values)
     n = round(statistics.median(scored for _, _, scored in found))
     print(
-        f"{name:7} {how:22} {says:9} {n:5} candidates  accuracy "
-        + ", ".join(f"{a:.2f}/{b:.2f}" for a, b in measured),
+        f"{name:7} {how:22} {says:20} {n:5} candidates  accuracy "
+        + ", ".join(f"{m.accuracy:.2f}/{m.accuracy_corrected:.2f}" for m in measured)
+        + "  loss "
+        + ", ".join(f"{m.loss:.3f}/{m.loss_corrected:.3f}" for m in measured),
         flush=True,
     )
 

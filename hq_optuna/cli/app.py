@@ -1,4 +1,4 @@
-"""Commands of ``hq-optuna``: run, status, report."""
+"""Commands of ``hq-optuna``, beside those of `solving`."""
 
 from __future__ import annotations
 
@@ -49,6 +49,14 @@ def run(
     artifacts: ArtifactsAt = None,
     threads: Threads = None,
     retry_for: RetryFor = RETRY_FOR,
+    baselines: Annotated[
+        int,
+        typer.Option(
+            help="Compare also with random draws, TPE and NSGA-II under so many seeds, each with "
+            "as many evaluations as the search.",
+            min=0,
+        ),
+    ] = 0,
     as_json: Json = False,
 ) -> None:
     """Search, or go on with a search that was interrupted.
@@ -63,6 +71,7 @@ def run(
             Request(
                 study, context.args, storage, name, folder, artifacts, given, threads, retry_for
             ),
+            baselines=baselines,
             command=shlex.join(["hq-optuna", *sys.argv[1:]]),
             console=Console(stderr=as_json),
         )

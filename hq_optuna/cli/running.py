@@ -14,13 +14,14 @@ from hq_optuna.cli.session import Request, Session, begin
 from hq_optuna.storages import study_exists
 
 
-def run(request: Request, *, command: str, console: Console) -> dict[str, Any]:
+def run(request: Request, *, command: str, console: Console, baselines: int = 0) -> dict[str, Any]:
     """Run a study file's search and show it; return the report as JSON data.
 
     Args:
         request: What the user asked for.
         command: The command, for the report.
         console: Where to show progress and result.
+        baselines: Seeds of the methods the answer is compared with.
     """
     session = begin(request, console)
     existed = study_exists(session.place.storage, session.place.name)
@@ -35,6 +36,7 @@ def run(request: Request, *, command: str, console: Console) -> dict[str, Any]:
         changed=not (existed and progress.was_finished),
         command=command,
         console=console,
+        baselines=baselines,
     )
 
 
@@ -51,7 +53,13 @@ def say_where_it_went_on(console: Console, progress: SearchProgress) -> None:
 
 
 def finish(
-    session: Session, found: Study, *, changed: bool, command: str, console: Console
+    session: Session,
+    found: Study,
+    *,
+    changed: bool,
+    command: str,
+    console: Console,
+    baselines: int = 0,
 ) -> dict[str, Any]:
     """Measure the answer, write result and report, show them; return the report as JSON data.
 
@@ -61,12 +69,16 @@ def finish(
         changed: Whether anything was done; otherwise files that exist are left as they are.
         command: The command, for the report.
         console: Where to show the result.
+        baselines: Seeds of the methods the answer is compared with.
     """
     from hq_optuna.runner.report import report_data, write_report
 
     folder = session.place.folder
-    with console.status("measuring on validation and test data"):
-        result = session.search.result(found, test=session.parts.test)
+    others = ", and other methods" if baselines else ""
+    with console.status(f"measuring on validation and test data{others}"):
+        before = found.user_attrs
+        result = session.search.result(found, test=session.parts.test, baselines=baselines)
+        changed = changed or found.user_attrs != before
     report, saved = folder / "report.html", folder / "result"
     if changed or not (report.exists() and saved.exists()):
         result.save(saved)

@@ -78,7 +78,8 @@ class Request:
 
 
 RESERVED = {
-    *("storage", "name", "folder", "artifacts", "budget", "candidates", "rule", "scorer", "bits"),
+    *("storage", "name", "folder", "artifacts", "baselines", "budget", "candidates", "rule"),
+    *("scorer", "bits"),
     *(
         "activation_bits",
         "pin_first_last",

@@ -12,6 +12,7 @@ from rich.table import Table
 from hq_optuna.cost import CostModel, format_cost, macs
 from hq_optuna.history import History, read_history
 from hq_optuna.layers import FLOAT_BITS
+from hq_optuna.runner._report_compared import COMPARED, UNIFORM, warnings
 from hq_optuna.runner.report import layer_table
 from hq_optuna.storages import redact_url
 
@@ -104,6 +105,21 @@ def _summary(history: History) -> str:
             f"{plain(named):<9} {before:.2f}{unit} float -> [bold]{after:.2f}{unit}[/] quantized "
             f"({facts.get(f'{what}_samples', '?')} {what} samples)"
         )
+    for row in facts.get(COMPARED, ()):
+        if row["method"] == UNIFORM:
+            values = row["measured"]
+            shown = {plain(name): f"{value:.4g}" for name, value in values.items()}
+            if "accuracy" in values:
+                shown = {"accuracy": f"{100 * values['accuracy']:.2f} %"}
+            figures = ", ".join(f"{name} {value}" for name, value in shown.items())
+            lines.append(
+                f"uniform   {row['bits']} cost {format_cost(row['cost'], info.metric)}: {figures} "
+                f"({facts.get('validation_samples', '?')} validation samples)"
+            )
+    lines += [
+        f"[yellow]Warning:[/] {plain(text)}"
+        for text in warnings(facts.get(COMPARED, ()), info.metric, facts.get("validation_samples"))
+    ]
     if not history.met:
         lines.append("[bold red]The budget is not met.[/]")
     return "\n".join(lines)

@@ -12,6 +12,7 @@ from typing import Any
 
 from hq_optuna.cost import format_cost
 from hq_optuna.layers import FLOAT_BITS
+from hq_optuna.runner._report_compared import table as compared_table
 
 NOT_MEASURED = "not measured"
 
@@ -143,7 +144,7 @@ def _n(count: int, noun: str) -> str:
 
 def blocks(data: Mapping[str, Any]) -> list[Block]:
     """Return the parts of the report in their order; the pictures go after ``"layers"``."""
-    return [_answer(data), _layers(data), *_record(data), *_limits(data)]
+    return [_answer(data), *_compared(data), _layers(data), *_record(data), *_limits(data)]
 
 
 def _answer(data: Mapping[str, Any]) -> Block:
@@ -178,6 +179,13 @@ def _answer(data: Mapping[str, Any]) -> Block:
     paired = {f"{what.replace(' ', '_')}{end}" for what in pairs for end in ("_before", "_after")}
     rows += [(k.replace("_", " "), fact(k, v)) for k, v in facts.items() if k not in paired]
     return Block("answer", "In numbers", rows=tuple(rows), header=("", "value"), n_text_columns=2)
+
+
+def _compared(data: Mapping[str, Any]) -> list[Block]:
+    if not data["compared"]:
+        return []
+    header, rows, lines = compared_table(data["compared"], data["budget"]["metric"])
+    return [Block("compared", "Compared", lines=lines, header=header, rows=rows)]
 
 
 def _gap(exact: Mapping[str, Any], amount: Callable[[float | None], str]) -> str:

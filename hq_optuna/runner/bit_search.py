@@ -16,7 +16,7 @@ from torch.nn import functional
 from hq_optuna import attrs
 from hq_optuna.artifacts import Artifacts, open_artifacts
 from hq_optuna.batches import Batches, read_batches
-from hq_optuna.cost import Budget, check_reachable
+from hq_optuna.cost import Budget, CostModel, check_reachable
 from hq_optuna.curvature.adam import LossFunction
 from hq_optuna.errors import ResumeError
 from hq_optuna.history import read_history
@@ -24,9 +24,12 @@ from hq_optuna.introspection import introspect
 from hq_optuna.pruners import CostBudgetPruner
 from hq_optuna.quantization import Observer
 from hq_optuna.quantization.compensation import Rounding
+from hq_optuna.runner._report_compared import COMPARED
+from hq_optuna.runner.comparison import rows
 from hq_optuna.runner.evaluation import Evaluate, accuracy
 from hq_optuna.runner.objective import HessianObjective, Progress
 from hq_optuna.runner.publish import publish_artifacts, publish_facts, refuse_foreign_study
+from hq_optuna.runner.resolving import resolve
 from hq_optuna.runner.result import SearchResult
 from hq_optuna.runner.started import Started
 from hq_optuna.runner.worker import Doing, work
@@ -279,16 +282,20 @@ class BitSearch:
         with explain_storage_errors(_shown(study._storage)):
             work(study, self.objective, on_progress=on_progress, on_doing=on_doing)
 
-    def result(self, study: Study, *, test: Callable[[], Any] | None = None) -> SearchResult:
+    def result(
+        self, study: Study, *, test: Callable[[], Any] | None = None, baselines: int = 0
+    ) -> SearchResult:
         """Return the answer of a finished search; of a running one, its incumbent.
 
-        With validation data the network is measured before and after, and the figures are written
-        into the study.
+        With validation data the network is measured before and after, uniform bits within the
+        budget beside it, and the figures are written into the study.
 
         Args:
             study: What `optimize` returned.
             test: Returns the test data. They are read when the search is over and never before,
                 once: figures that the study holds already are not measured again.
+            baselines: With validation data, compare also with random draws, TPE and NSGA-II, each
+                with as many evaluations as the search, under this many seeds.
 
         Raises:
             ResumeError: The study has no closed step yet.
@@ -299,9 +306,14 @@ class BitSearch:
         if record is None:
             raise ResumeError(f"Study {study.study_name!r} has no closed step yet.")
         network = self.objective.quantized(record.config)
-        facts = dict(history.facts)
+        facts = {name: fact for name, fact in history.facts.items() if name != COMPARED}
         if self.validation is not None:
             facts |= self._measure(network, self.validation, "validation", "")
+            compared = rows(
+                self.objective, history, self.validation, self.evaluate, seeds=baselines
+            )
+            if compared:
+                publish_facts(study, {COMPARED: compared})
         if test is not None and history.met and "test_samples" not in facts:
             data = read_batches(test(), batch_size=256, what="test").to(self.objective.device)
             facts |= self._measure(network, data, "test", "test_")
@@ -320,6 +332,44 @@ class BitSearch:
             score_activations=record.winner.score_activations,
             steps=len(history.records),
             candidates=sum(candidate.counted for candidate in history.candidates),
+            facts=facts,
+            fingerprint=study.user_attrs[attrs.FINGERPRINT],
+        )
+
+    def exact(self, study: Study, budget: Budget | None = None) -> SearchResult:
+        """Return the exact assignment for a budget: the least sum over layers, no search.
+
+        Solved on the table in the study, then scored and measured like a search's answer. Nothing
+        is written into the study.
+
+        Args:
+            study: What `optimize` returned, or any study of this search.
+            budget: By default the search's own.
+
+        Raises:
+            BudgetError: The budget is below the cheapest assignment.
+        """
+        scorer = self.objective.prepare(study)
+        found = resolve(study, self.budget if budget is None else budget)
+        network = self.objective.quantized(found.config)
+        score = scorer.score(found.config)
+        facts = {}
+        if self.validation is not None:
+            facts = self._measure(network, self.validation, "validation", "")
+        return SearchResult(
+            config=found.config,
+            network=network,
+            space=self.space,
+            metric=found.metric,
+            cost=found.cost,
+            cost_int8=found.int8,
+            cost_float32=CostModel(self.space.layers, found.metric).float32,
+            met=True,
+            score=score.total,
+            score_weights=score.weights,
+            score_activations=score.activations,
+            steps=0,
+            candidates=1,
             facts=facts,
             fingerprint=study.user_attrs[attrs.FINGERPRINT],
         )

@@ -24,6 +24,7 @@ from hq_optuna.bit_config import BitConfig
 from hq_optuna.cost import CostModel
 from hq_optuna.history import History, read_history
 from hq_optuna.layers import FLOAT_BITS
+from hq_optuna.runner._report_compared import COMPARED, warnings
 from hq_optuna.runner._report_html import figures, render_html
 from hq_optuna.runner._report_text import headline, render_markdown
 from hq_optuna.visualization.cost_share import shares
@@ -126,6 +127,9 @@ def _data(history: History, fingerprint: Any, command: str | None) -> dict[str, 
     winner = None if incumbent is None else incumbent.winner
     cost = None if winner is None else winner.cost
     counted = [c for c in history.candidates if c.counted]
+    facts = dict(history.facts)
+    compared = facts.pop(COMPARED, [])
+    said = [*info.warnings, *warnings(compared, info.metric, facts.get("validation_samples"))]
     data: dict[str, Any] = {
         "study": history.study_name,
         "state": _state(history),
@@ -150,7 +154,8 @@ def _data(history: History, fingerprint: Any, command: str | None) -> dict[str, 
         },
         "exact": _exact(history),
         "layers": [dataclasses.asdict(row) for row in layer_table(history)],
-        "facts": dict(history.facts),
+        "facts": facts,
+        "compared": compared,
         "settings": {
             "scorer": info.scorer,
             "rounding": info.rounding,
@@ -173,7 +178,7 @@ def _data(history: History, fingerprint: Any, command: str | None) -> dict[str, 
         },
         "not_counted": list(NOT_COUNTED),
         "skipped": [{"name": n, "kind": k, "reason": r} for n, k, r in info.skipped],
-        "warnings": list(info.warnings),
+        "warnings": said,
         "command": None if command is None else _mask(command),
     }
     data = _json(data)

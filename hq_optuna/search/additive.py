@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from hq_optuna.bit_config import BitConfig, LayerBits
 from hq_optuna.layers import FLOAT_BITS
-from hq_optuna.search.exact import LayerCost, exact_allocation
+from hq_optuna.search.exact import Allocation, LayerCost
 from hq_optuna.space import SearchSpace
 
 Table = Mapping[str, Mapping[str, Mapping[int, float]]]
@@ -53,6 +53,7 @@ class Additive:
             }
             for variable in space.variables
         ]
+        self._allocation: Allocation | None = None
         self.score(space.start)  # what is fixed is in the table too
 
     def _rise(self, layer: str, part: str, bits: int) -> float:
@@ -84,7 +85,9 @@ class Additive:
 
     def exact(self, limit: float) -> Point | None:
         """Return the assignment with the least sum within the limit; ``None`` where none is."""
-        state = exact_allocation(self.space, self.rises, self.layer_cost, limit)
+        if self._allocation is None:
+            self._allocation = Allocation(self.space, self.rises, self.layer_cost)
+        state = self._allocation.best(limit)
         return None if state is None else self.point(self.space.config(state))
 
     def frontier(self, limits: Iterable[float] = (), *, n: int = N_POINTS) -> list[Point]:

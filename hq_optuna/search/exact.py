@@ -1,13 +1,15 @@
 """Exact allocation: the assignment with the least additive score within a budget.
 
-An integer program with one choice per block of variables, solved by HiGHS through SciPy, as HAWQ-V3
-(Yao et al., 2021) allocates bits. The score must be a sum over variables and the cost a sum over
-layers. Variables that meet in a layer (its weights and its activations, or tied layers) form one
-block, because the cost of a layer depends on both.
+One choice per block of variables, as HAWQ-V3 (Yao et al., 2021) allocates bits: a multiple-choice
+knapsack. The score must be a sum over variables and the cost a sum over layers. Variables that meet
+in a layer (its weights and its activations, or tied layers) form one block, because the cost of a
+layer depends on both.
 
-The solver's tolerances are absolute, 1e-6. A greedy assignment is found first; what is worse alone
-than all of that is left out, and the objective is scaled by the rest, so that the optimum is exact
-to ten digits however small it is.
+Solved by dynamic programming over the blocks (Kellerer, Pferschy, Pisinger, Knapsack Problems,
+2004, chapter 11): partial assignments that another one beats in cost and rise are dropped, and so
+are those that cannot beat a greedy assignment even if the rest could be mixed (the bound of linear
+programming). SciPy's `milp` gives the same assignments, and tests hold this against it; but its
+gap is absolute, its limit a tolerance, ties depend on its version, and HiGHS writes to stdout.
 """
 
 from __future__ import annotations
@@ -18,18 +20,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
+from numpy.typing import NDArray
 
 from hq_optuna.bit_config import LayerBits
 from hq_optuna.space import SearchSpace
 
 MAX_CHOICES = 20_000
 """Most combinations of bits within one block that are enumerated."""
-
-OBJECTIVE_SCALE = 1e4
-"""Size of the objective for the solver, whose absolute gap of 1e-6 is then a relative one of 1e-10.
-"""
 
 LayerCost = Callable[[str, LayerBits], float]
 Rises = Sequence[Mapping[int, float]]
@@ -49,7 +46,7 @@ def exact_allocation(
 ) -> tuple[int, ...] | None:
     """Return the bits of each variable with the least total rise within the limit.
 
-    Of several assignments with the same total the solver's version may decide.
+    The same arguments give the same bits on every machine, also among equal totals.
 
     Args:
         space: What may be chosen.
@@ -63,22 +60,74 @@ def exact_allocation(
     Raises:
         ValueError: A block of variables has more than `MAX_CHOICES` combinations.
     """
-    blocks = _blocks(space)
-    touched = {name for block in blocks for v in block for name in space.variables[v].layers}
-    fixed = math.fsum(layer_cost(n, b) for n, b in space.start.items() if n not in touched)
-    fronts = [_front(space, block, rises, layer_cost) for block in blocks]
-    room = limit - fixed
-    best = _greedy(fronts, room)
-    if best is None:
-        return None
-    better = _solve(fronts, room, best)
-    if better is not None and _total(better) < _total(best):
-        best = better
-    state = list(space.top)
-    for block, choice in zip(blocks, best, strict=True):
-        for v, b in zip(block, choice.bits, strict=True):
-            state[v] = b
-    return tuple(state)
+    return Allocation(space, rises, layer_cost).best(limit)
+
+
+class Allocation:
+    """Exact allocation for several limits: what does not depend on the limit is computed once.
+
+    Args:
+        space: What may be chosen.
+        rises: Rise of each variable at each of its bits.
+        layer_cost: Cost of one layer with given bits.
+
+    Raises:
+        ValueError: A block of variables has more than `MAX_CHOICES` combinations.
+    """
+
+    def __init__(self, space: SearchSpace, rises: Rises, layer_cost: LayerCost) -> None:
+        self.space = space
+        self._blocks = _blocks(space)
+        touched = {n for block in self._blocks for v in block for n in space.variables[v].layers}
+        self._fixed = math.fsum(
+            layer_cost(n, b) for n, b in space.start.items() if n not in touched
+        )
+        fronts = [_front(space, block, rises, layer_cost) for block in self._blocks]
+        # Blocks with much to spend come first, so that little is left open early.
+        self._order = sorted(range(len(fronts)), key=lambda b: (-fronts[b][0].cost, b))
+        self._fronts = [fronts[b] for b in self._order]
+        self._rest = [_Relaxed(self._fronts[level:]) for level in range(len(fronts) + 1)]
+
+    def best(self, limit: float) -> tuple[int, ...] | None:
+        """Return the bits of each variable, or ``None`` where nothing is within the limit."""
+        room = limit - self._fixed
+        known = self._rest[0].rounded(room)
+        if known is None:
+            return None
+        known = _filled(self._fronts, room, known)
+        found = self._solve(room, _total(known))
+        if found is not None and _total(found) < _total(known):
+            known = found
+        state = list(self.space.top)
+        for index, choice in zip(self._order, known, strict=True):
+            for v, b in zip(self._blocks[index], choice.bits, strict=True):
+                state[v] = b
+        return tuple(state)
+
+    def _solve(self, room: float, best: float) -> list[_Choice] | None:
+        """Return the optimum, or ``None`` where nothing is better than ``best``."""
+        costs, rises = np.zeros(1), np.zeros(1)
+        trail: list[tuple[NDArray[np.intp], NDArray[np.intp]]] = []
+        for front, rest in zip(self._fronts, self._rest[1:], strict=True):
+            cost = np.add.outer(costs, [choice.cost for choice in front])  # (states, choices)
+            rise = np.add.outer(rises, [choice.rise for choice in front])
+            before, choice = np.nonzero(rise + rest.least_rise(room - cost) < best)
+            if not len(before):
+                return None
+            cost, rise = cost[before, choice], rise[before, choice]
+            # Of partial assignments only those stay that no other beats in cost and rise.
+            ranked = np.lexsort((rise, cost))
+            least = np.minimum.accumulate(rise[ranked])
+            kept = ranked[np.concatenate(([True], least[1:] < least[:-1]))]
+            costs, rises = cost[kept], rise[kept]
+            trail.append((before[kept], choice[kept]))
+        at = int(np.argmin(rises))
+        found = []
+        for front, (before, choice) in zip(reversed(self._fronts), reversed(trail), strict=True):
+            found.append(front[choice[at]])
+            at = int(before[at])
+        found.reverse()
+        return found if math.fsum(c.cost for c in found) <= room else None
 
 
 def _total(chosen: Sequence[_Choice]) -> float:
@@ -110,66 +159,73 @@ def _front(
     return front
 
 
-def _greedy(fronts: Sequence[Sequence[_Choice]], room: float) -> list[_Choice] | None:
-    """Return a good assignment: from the least rises down, always the cheapest rise per saving."""
-    places = [0] * len(fronts)
-    while math.fsum(f[p].cost for f, p in zip(fronts, places, strict=True)) > room:
-        moves = [
-            ((after.rise - now.rise) / (now.cost - after.cost), block, place)
-            for block, (front, at) in enumerate(zip(fronts, places, strict=True))
-            for now in (front[at],)
-            for place, after in enumerate(front[at + 1 :], start=at + 1)
+def _filled(
+    fronts: Sequence[Sequence[_Choice]], room: float, chosen: Sequence[_Choice]
+) -> list[_Choice]:
+    """Return the assignment with what room is left spent on the largest falls that fit."""
+    now = list(chosen)
+    while True:
+        spare = room - math.fsum(choice.cost for choice in now)
+        better = [
+            (choice.rise - now[block].rise, block, place)
+            for block, front in enumerate(fronts)
+            for place, choice in enumerate(front)
+            if choice.rise < now[block].rise and choice.cost - now[block].cost <= spare
         ]
-        if not moves:
-            return None
-        _, block, place = min(moves)
-        places[block] = place
-    return [front[place] for front, place in zip(fronts, places, strict=True)]
+        if not better:
+            return now
+        _, block, place = min(better)
+        now[block] = fronts[block][place]
+        if math.fsum(choice.cost for choice in now) > room:  # by rounding
+            return list(chosen)
 
 
-def _solve(
-    fronts: Sequence[Sequence[_Choice]], room: float, known: Sequence[_Choice]
-) -> list[_Choice] | None:
-    """Return the optimum, or ``None`` where nothing is better than what is known."""
-    least = [front[0].rise for front in fronts]
-    spare = math.fsum(c.rise - low for c, low in zip(known, least, strict=True))
-    if spare <= 0:
-        return None
-    # A choice that alone adds more than all of the known assignment is in no better one.
-    kept = [
-        (block, choice)
-        for block, front in enumerate(fronts)
-        for choice in front
-        if choice.rise - least[block] <= spare
-    ]
-    one_each = csr_array(
-        (np.ones(len(kept)), ([block for block, _ in kept], range(len(kept)))),
-        shape=(len(fronts), len(kept)),
-    )
-    rise = np.array([(choice.rise - least[block]) / spare for block, choice in kept])
-    scale = max(abs(room), max(choice.cost for _, choice in kept))
-    cost = np.array([choice.cost for _, choice in kept]) / scale
-    allowed = room
-    for _ in range(20):
-        solved = milp(
-            rise * OBJECTIVE_SCALE,
-            constraints=[
-                LinearConstraint(one_each, 1, 1),
-                LinearConstraint(cost[None, :], -np.inf, allowed / scale),
-            ],
-            integrality=np.ones(len(kept), dtype=np.uint8),
-            bounds=Bounds(0, 1),
-            # Presolve scales rows until rounding breaks them, and HiGHS then writes to stdout.
-            options={"mip_rel_gap": 0.0, "presolve": False},
+class _Relaxed:
+    """Some blocks when choices may be mixed: the bound of linear programming.
+
+    Along the lower hulls of the blocks, the cheapest rise per saving first.
+    """
+
+    def __init__(self, fronts: Sequence[Sequence[_Choice]]) -> None:
+        self.first = [front[0] for front in fronts]
+        self.cost = math.fsum(choice.cost for choice in self.first)
+        self.rise = math.fsum(choice.rise for choice in self.first)
+        self.pieces = sorted(
+            ((b.rise - a.rise) / (a.cost - b.cost), index, place, a, b)
+            for index, front in enumerate(fronts)
+            for place, (a, b) in enumerate(itertools.pairwise(_hull(front)))
         )
-        if solved.x is None:
-            return None
-        chosen = [choice for (_, choice), x in zip(kept, solved.x, strict=True) if x > 0.5]
-        excess = math.fsum(choice.cost for choice in chosen) - room
-        if excess <= 0:
-            return chosen
-        allowed -= excess  # within the solver's tolerance, but not within the limit
-    return None
+        self.saved = np.cumsum([0.0, *(a.cost - b.cost for *_, a, b in self.pieces)])
+        self.risen = np.cumsum([0.0, *(b.rise - a.rise for *_, a, b in self.pieces)])
+
+    def least_rise(self, rooms: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return a lower bound of the rise within each room; infinite where nothing fits."""
+        # Rounding must not exclude what fits exactly, so the bound is taken a little lower.
+        needed = self.cost - rooms - 1e-12 * max(self.cost, float(np.abs(rooms).max(initial=0.0)))
+        bound = self.rise + np.interp(needed, self.saved, self.risen)
+        return np.where(needed > self.saved[-1], np.inf, bound - 1e-12 * np.abs(bound))
+
+    def rounded(self, room: float) -> list[_Choice] | None:
+        """Return the assignment of the first whole pieces that fit, ``None`` where none does."""
+        now = list(self.first)
+        for _, index, _, _, choice in self.pieces:
+            if math.fsum(c.cost for c in now) <= room:
+                return now
+            now[index] = choice
+        return now if math.fsum(c.cost for c in now) <= room else None
+
+
+def _hull(front: Sequence[_Choice]) -> list[_Choice]:
+    """Return the choices on the lower convex hull of rise against saving, the least rise first."""
+    hull: list[_Choice] = []
+    for c in front:
+        while len(hull) > 1:
+            a, b = hull[-2:]
+            if (b.rise - a.rise) * (b.cost - c.cost) < (c.rise - b.rise) * (a.cost - b.cost):
+                break
+            hull.pop()
+        hull.append(c)
+    return hull
 
 
 def _blocks(space: SearchSpace) -> list[tuple[int, ...]]:

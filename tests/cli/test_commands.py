@@ -347,3 +347,20 @@ def test_table_and_report_are_artifacts_of_the_study(study: Path, command: Comma
     refused = command("run", study, "--name", "third", "--artifacts", "ftp://host")
     assert "is no artifact store" in " ".join(refused.output.split())
     assert not Path("hq-optuna-runs/third").exists()
+
+
+def test_uniform_bits_stand_beside_the_answer_and_other_methods_on_request(
+    study: Path, command: Command
+) -> None:
+    result = command("run", study)
+    assert re.search(r"uniform   4 bits cost .*: accuracy [\d.]+ % \(32 validation", result.output)
+    result = command("run", study, "--baselines", 1)
+    assert result.exit_code == 0, result.output
+    before = contents(RUN / "study.db")
+    page = (RUN / "report.html").read_text()
+    assert "TPE (Optuna)" in page
+    command("run", study, "--baselines", 1)
+    assert contents(RUN / "study.db") == before
+    assert (RUN / "report.html").read_text() == page
+    rows = json.loads(command("report", study, "--format", "json").stdout)["compared"]
+    assert [r["method"] for r in rows] == ["answer", "uniform", "random", "TPE", "NSGA-II"]

@@ -114,7 +114,9 @@ def test_the_network_is_measured_before_and_after_as_anyone_would():
         "accuracy_before": before,
         "accuracy_after": after,
     }
-    assert dict(read_history(study).facts) == dict(result.facts)
+    stored = dict(read_history(study).facts)
+    assert [row["method"] for row in stored.pop("compared")] == ["answer", "uniform"]
+    assert stored == dict(result.facts)
 
 
 def test_what_is_measured_may_be_anything():

@@ -5,6 +5,7 @@ import json
 
 import optuna
 import pytest
+import torch
 
 import hq_optuna as hq
 from hq_optuna import attrs
@@ -12,7 +13,7 @@ from hq_optuna.cost import Budget, CostModel
 from hq_optuna.errors import BudgetError, RecipeError, ResumeError
 from hq_optuna.runner.resolving import load_assignment, pareto, resolve
 from tests.fake_search import fake_score, fake_space, fake_study, fake_table
-from tests.runner.searches import search
+from tests.runner.searches import Network, data, search
 
 
 @pytest.mark.parametrize(
@@ -125,3 +126,21 @@ def test_a_search_by_the_layer_sum_is_no_better_than_its_resolved_budget():
     answer = searched.result(study)
     assert found.score <= answer.score * (1 + 1e-12)
     assert found.cost <= searched.budget.limit(searched.space.layers)
+
+
+def test_the_exact_assignment_comes_as_a_network_that_is_saved_and_loaded(tmp_path):
+    searched = search(validation=data(12, seed=7))
+    study = searched.optimize()
+    before = len(study.trials), study.user_attrs
+    budget = Budget.fraction(size_bytes=0.5)
+    exact = searched.exact(study, budget)
+    assert (len(study.trials), study.user_attrs) == before
+    assert exact.config == resolve(study, budget).config
+    assert exact.cost <= budget.limit(searched.space.layers)
+    assert exact.facts["validation_samples"] == 12
+    assert exact.score == searched.objective.prepare().score(exact.config).total
+    exact.save(tmp_path)
+    inputs, _ = data(12, seed=7)
+    with torch.no_grad():
+        assert torch.equal(hq.load(tmp_path, Network())(inputs), exact.network(inputs))
+    assert searched.exact(study).cost <= searched.budget.limit(searched.space.layers)

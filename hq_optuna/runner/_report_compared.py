@@ -1,0 +1,124 @@
+"""The report's comparison: answer, uniform bits, other methods; and what it says in words."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from hq_optuna.cost import Metric, format_cost
+from hq_optuna.runner.baselines import METHODS, NSGA2, RANDOM, TPE
+
+COMPARED = "compared"
+"""The fact that holds the rows: JSON objects as `hq_optuna.runner.comparison.rows` returns them."""
+
+ANSWER, UNIFORM = "answer", "uniform"
+
+_WORDS = {
+    RANDOM: "random within the budget",
+    TPE: "TPE (Optuna)",
+    NSGA2: "NSGA-II (Optuna)",
+}
+NOT_RUN = (
+    "Random draws, TPE and NSGA-II were not run; hq-optuna run … --baselines 3 compares with them."
+)
+
+
+def beaten_by_uniform(compared: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the rows of uniform bits that are measured to be better than the answer.
+
+    By accuracy where it was measured, else by the loss.
+    """
+    compared = list(compared)
+    answers = [r for r in compared if r["method"] == ANSWER]
+    if not answers:
+        return []
+    return [r for r in compared if r["method"] == UNIFORM and _worth(r) > _worth(answers[0])]
+
+
+def _worth(row: Mapping[str, Any]) -> float:
+    measured = row["measured"]
+    return float(measured["accuracy"]) if "accuracy" in measured else -float(measured["loss"])
+
+
+def warnings(
+    compared: Sequence[Mapping[str, Any]], metric: Metric, n_samples: int | None
+) -> list[str]:
+    """Return a sentence for each uniform assignment that beats the answer within the budget."""
+    answer = next((row for row in compared if row["method"] == ANSWER), None)
+    sentences = []
+    for row in beaten_by_uniform(compared):
+        assert answer is not None
+        name = "accuracy" if "accuracy" in row["measured"] else "loss"
+        ours, theirs = answer["measured"][name], row["measured"][name]
+        if name == "accuracy":
+            figures = f"{100 * theirs:.2f} % against {100 * ours:.2f} %"
+            if n_samples:
+                error = 100 * math.sqrt(theirs * (1 - theirs) / n_samples)
+                figures += f" ({n_samples:,} samples, standard error {error:.1f} points)"
+        else:
+            figures = f"{theirs:.4g} against {ours:.4g}"
+        sentences.append(
+            f"Mixed bits lose to uniform ones here: {row['bits']} everywhere cost "
+            f"{format_cost(row['cost'], metric)}, within the budget, and have validation {name} "
+            f"{figures}. Take the uniform ones, or judge both on more data."
+        )
+    return sentences
+
+
+def table(
+    compared: Sequence[Mapping[str, Any]], metric: Metric
+) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...], tuple[str, ...]]:
+    """Return header, rows and sentences of the comparison.
+
+    Methods with several seeds are one row, mean ± standard deviation.
+    """
+    names = list(dict.fromkeys(name for row in compared for name in row["measured"]))
+    header = ("", "cost", "score (nats)", *names, "evaluations", "seconds")
+    lines = ["Measured on the validation data; all with the same score and statistics correction."]
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in compared:
+        key = f"uniform {row['bits']}" if row["method"] == UNIFORM else row["method"]
+        groups.setdefault(key, []).append(row)
+    if not any(key.startswith("uniform") for key in groups):
+        lines.append("No uniform bits are within the budget.")
+    if not set(METHODS) & set(groups):
+        lines.append(NOT_RUN)
+    rows = []
+    for key, group in groups.items():
+        within = [row for row in group if row["cost"] is not None]
+        title = _WORDS.get(key, key)
+        if len(group) > 1:
+            title += f", {len(group)} seeds"
+        if len(within) < len(group):
+            lines.append(
+                f"{title}: {len(group) - len(within)} of {len(group)} found nothing within the "
+                "budget."
+            )
+        cells = [
+            format_cost(statistics.mean(row["cost"] for row in within), metric)
+            if within
+            else "none",
+            _spread([row["score"] for row in within], "{:.3g}".format),
+        ]
+        for name in names:
+            values = [row["measured"][name] for row in within if name in row["measured"]]
+            if name == "accuracy":
+                cells.append(_spread([100 * v for v in values], "{:.2f} %".format))
+            else:
+                cells.append(_spread(values, "{:.4g}".format))
+        cells.append(f"{round(statistics.mean(row['evaluations'] for row in group)):,}")
+        seconds = [row["seconds"] for row in group if row["seconds"] is not None]
+        cells.append(f"{statistics.mean(seconds):.3g}" if seconds else "")
+        rows.append((title, *cells))
+    return header, tuple(rows), tuple(lines)
+
+
+def _spread(values: Sequence[float], write: Callable[[float], str]) -> str:
+    if not values:
+        return "none"
+    text = write(statistics.mean(values))
+    if len(values) == 1:
+        return text
+    return f"{text} ± {statistics.stdev(values):.2g}"

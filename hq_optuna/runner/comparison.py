@@ -1,0 +1,91 @@
+"""The answer beside what else could have been had: measured on the same validation data.
+
+Uniform bits within the budget are measured after every search with validation data: a few forward
+passes, and the one comparison that says whether mixed bits are worth their trouble. The others
+(`hq_optuna.runner.baselines`) take as many evaluations as the search did, for each seed.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from hq_optuna.batches import Batches
+from hq_optuna.bit_config import BitConfig
+from hq_optuna.cost import CostModel
+from hq_optuna.history import History
+from hq_optuna.runner._report_compared import ANSWER, COMPARED, UNIFORM
+from hq_optuna.runner.baselines import METHODS, Problem, run_method, uniform_within
+from hq_optuna.runner.evaluation import Evaluate, mean_loss
+from hq_optuna.runner.objective import HessianObjective
+
+
+def rows(
+    objective: HessianObjective,
+    history: History,
+    data: Batches,
+    evaluate: Evaluate,
+    *,
+    seeds: int = 0,
+) -> list[dict[str, Any]]:
+    """Measure the answer, uniform bits, and with ``seeds`` the other methods.
+
+    What was measured in an earlier call is taken from the study.
+
+    Args:
+        objective: Prepared for this search.
+        history: The search.
+        data: Validation data.
+        evaluate: What is measured there, beside the mean loss.
+        seeds: How often each random method runs.
+
+    Returns:
+        One row each: ``{"method", "bits", "seed", "cost", "score", "evaluations", "seconds",
+        "measured": {"loss": …, "accuracy": …}}``. A method that found nothing within the budget has
+        neither cost nor score. Empty while the budget is not met.
+    """
+    record = history.incumbent
+    if record is None or not history.met:
+        return []
+    counted = [c for c in history.candidates if c.counted]
+    scorer = objective.prepare()
+    model = CostModel(history.space.layers, history.info.metric)
+    problem = Problem(
+        history.space, model.cost, history.info.limit, lambda config: scorer.score(config).total
+    )
+
+    def row(method: str, config: BitConfig | None, **more: Any) -> dict[str, Any]:
+        found: dict[str, Any] = {"method": method, "bits": None, "seed": None, **more}
+        if config is None:
+            return {**found, "cost": None, "score": None, "measured": {}}
+        network = objective.quantized(config)
+        measured = mean_loss(network, data, objective.loss_fn) | dict(evaluate(network, data))
+        return {
+            **found,
+            "cost": model.cost(config),
+            "score": more.get("score") or problem.score(config),
+            "measured": {name: float(value) for name, value in measured.items()},
+        }
+
+    found = [
+        row(
+            ANSWER,
+            record.config,
+            score=record.winner.score,
+            evaluations=len(counted),
+            seconds=math.fsum(c.seconds for c in counted),
+        )
+    ]
+    for bits, config in uniform_within(problem).items():
+        found.append(row(UNIFORM, config, bits=bits, evaluations=1, seconds=None))
+    stored = {(r["method"], r["seed"]): r for r in history.facts.get(COMPARED, ())}
+    kept = [r for r in stored.values() if r["method"] in METHODS]
+    wanted = [(m, seed) for m in METHODS for seed in range(seeds)]
+    for method, seed in wanted:
+        if (method, seed) not in stored:
+            best = run_method(method, problem, len(counted), seed)
+            more = {"evaluations": best.evaluations, "seconds": round(best.seconds, 3)}
+            more |= {} if best.config is None else {"score": best.score}
+            kept.append(row(method, best.config, seed=seed, **more))
+    kept.sort(key=lambda r: (METHODS.index(r["method"]), r["seed"]))
+    return found + kept

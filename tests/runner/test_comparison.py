@@ -1,0 +1,137 @@
+"""The answer beside uniform bits and other methods, measured and said."""
+
+import json
+
+import pytest
+import torch
+from torch.nn import functional
+
+from hq_optuna.history import read_history
+from hq_optuna.runner import comparison
+from hq_optuna.runner._report_compared import beaten_by_uniform, table, warnings
+from hq_optuna.runner.report import render_markdown, report_data
+from tests.fake_search import fake_study
+from tests.runner.searches import data, search
+
+
+def row(method="answer", accuracy=None, loss=1.0, **more):
+    measured = {"loss": loss} | ({} if accuracy is None else {"accuracy": accuracy})
+    base = {"method": method, "bits": None, "seed": None, "cost": 2e6, "score": 0.01}
+    return {**base, "evaluations": 10, "seconds": 1.0, "measured": measured, **more}
+
+
+def uniform(bits="3 bits", **more):
+    return row("uniform", bits=bits, seconds=None, **more)
+
+
+@pytest.fixture(scope="module")
+def searched():
+    mine = search(validation=data(40, seed=5), scorer="trace")
+    study = mine.optimize()
+    mine.result(study)
+    return mine, study
+
+
+def test_answer_and_uniform_bits_are_measured_on_the_validation_data(searched):
+    mine, study = searched
+    compared = read_history(study).facts["compared"]
+    assert [(r["method"], r["bits"]) for r in compared] == [("answer", None), ("uniform", "4 bits")]
+    answer, four = compared
+    history = read_history(study)
+    assert answer["score"] == history.incumbent.winner.score
+    assert answer["cost"] == history.incumbent.winner.cost <= history.info.limit
+    assert four["cost"] == pytest.approx(0.25 * history.info.int8)
+    # By hand, on the network the user would get.
+    inputs, labels = data(40, seed=5)
+    for entry, config in (
+        (answer, history.incumbent.config),
+        (four, mine.space.config((4, 4, 4))),
+    ):
+        with torch.no_grad():
+            outputs = mine.objective.quantized(config)(inputs)
+        loss = float(functional.cross_entropy(outputs, labels))
+        assert entry["measured"]["loss"] == pytest.approx(loss, rel=1e-5)  # float32 batches
+        right = float((outputs.argmax(1) == labels).double().mean())
+        assert entry["measured"]["accuracy"] == right
+        assert entry["score"] == mine.objective.prepare().score(config).total
+
+
+def test_other_methods_run_once_and_are_taken_from_the_study_later(searched, monkeypatch):
+    mine, study = searched
+    mine.result(study, baselines=2)
+    compared = read_history(study).facts["compared"]
+    others = [(r["method"], r["seed"]) for r in compared[2:]]
+    assert others == [(m, s) for m in ("random", "TPE", "NSGA-II") for s in (0, 1)]
+    assert {r["evaluations"] for r in compared[2:]} == {compared[0]["evaluations"]}
+    for entry in compared[2:]:
+        assert entry["cost"] is None or entry["cost"] <= read_history(study).info.limit
+    monkeypatch.setattr(comparison, "run_method", None)  # would fail if it were called
+    mine.result(study, baselines=2)
+    mine.result(study)
+    assert read_history(study).facts["compared"] == compared
+    text = render_markdown(report_data(study))
+    assert "| random within the budget, 2 seeds |" in text
+    assert "were not run" not in text
+    assert json.loads(json.dumps(report_data(study), allow_nan=False))["compared"]
+
+
+def test_without_validation_data_or_before_the_budget_is_met_nothing_is_compared():
+    mine = search()
+    study = mine.optimize()
+    mine.result(study)
+    assert "compared" not in read_history(study).facts
+    assert "## Compared" not in render_markdown(report_data(study))
+    unmet = read_history(fake_study(4, n_trials=3))
+    assert comparison.rows(mine.objective, unmet, mine.objective.data, lambda n, d: {}) == []
+
+
+def test_the_report_says_plainly_when_uniform_bits_are_better():
+    facts = {
+        "compared": [row(accuracy=0.9), uniform(accuracy=0.91)],
+        "validation_samples": 400,
+    }
+    data = report_data(fake_study(4, facts=facts))
+    (warning,) = data["warnings"]
+    assert warning == (
+        "Mixed bits lose to uniform ones here: 3 bits everywhere cost 2 MBOPs, within the budget, "
+        "and have validation accuracy 91.00 % against 90.00 % (400 samples, standard error 1.4 "
+        "points). Take the uniform ones, or judge both on more data."
+    )
+    assert "Mixed bits lose" in render_markdown(data)
+    assert "compared" not in data["facts"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "other", "beaten"),
+    [
+        (row(accuracy=0.9), uniform(accuracy=0.9), False),
+        (row(accuracy=0.9), uniform(accuracy=0.901), True),
+        (row(accuracy=0.9, loss=2.0), uniform(accuracy=0.8, loss=1.0), False),
+        (row(loss=2.0), uniform(loss=1.9), True),
+        (row(loss=2.0), uniform(loss=2.0), False),
+        (row(accuracy=0.1), row("TPE", accuracy=0.9), False),  # only uniform bits are a warning
+    ],
+)
+def test_uniform_bits_beat_by_accuracy_or_else_by_loss(answer, other, beaten):
+    assert bool(beaten_by_uniform([answer, other])) is beaten
+    assert bool(warnings([answer, other], "bops", None)) is beaten
+
+
+def test_seeds_become_a_mean_with_its_spread():
+    compared = [row(accuracy=0.9), uniform(accuracy=0.5)]
+    compared += [row("TPE", accuracy=a, seed=i) for i, a in enumerate((0.8, 0.9))]
+    nothing = row("NSGA-II", seed=0, cost=None, score=None)
+    compared.append({**nothing, "measured": {}})
+    header, rows, lines = table(compared, "bops")
+    assert header == ("", "cost", "score (nats)", "loss", "accuracy", "evaluations", "seconds")
+    assert rows[1][0] == "uniform 3 bits"
+    assert rows[2][0] == "TPE (Optuna), 2 seeds"
+    assert rows[2][4] == "85.00 % ± 7.1"
+    assert rows[3][1:5] == ("none",) * 4
+    assert "NSGA-II (Optuna): 1 of 1 found nothing within the budget." in lines
+
+
+def test_where_no_uniform_bits_fit_the_report_says_so():
+    _, _, lines = table([row()], "bops")
+    assert "No uniform bits are within the budget." in lines
+    assert any("--baselines 3" in line for line in lines)
