@@ -66,8 +66,11 @@ class ClaimedTrial(optuna.Trial):
         Raises:
             UpdateFinishedTrialError: Somebody took this worker for dead, and ended it.
         """
-        HELD.pop(self._claim, None)
-        finish_trial(self.study._storage, self._trial_id, state, value, self._kept)
+        try:
+            finish_trial(self.study._storage, self._trial_id, state, value, self._kept)
+        except BaseException:
+            HELD.pop(self._claim, None)  # it still runs, and nobody runs it
+            raise
 
 
 def write_facts(trial: optuna.Trial, facts: Mapping[str, Any]) -> None:
@@ -127,7 +130,10 @@ def claim(sampler: ProgressiveBitSampler, study: Study) -> ClaimedTrial | None:
         with sampler.lock:
             if not log.anything_left():
                 return None
-            expected, ticket = log.cursor.n, _choose(log, known.search)
+            # With the number that was expected nobody can have claimed anything meanwhile. Who was
+            # taken for dead may have ended its trial and itself between our look and our judgement.
+            expected = -1 if log.owners.dead else log.cursor.n
+            ticket = _choose(log, known.search)
         trial = _create(sampler, study, ticket)
         if trial.number == expected or not _lost(sampler, study, ticket, trial):
             return trial

@@ -34,7 +34,8 @@ GRACE_S = 30.0
 
 HELD: dict[int, int | None] = {}
 """Claims of this process → id of their trial, once it is known. A running trial of this process
-that is not among them is nobody's: its creation was repeated because its answer got lost."""
+that is not among them is nobody's: its creation was repeated because its answer got lost, or its
+end could not be told. Claims stay here when their trials end, as others may have looked before."""
 
 
 class Owners:

@@ -22,6 +22,7 @@ from optuna.study import Study
 
 from hq_optuna.errors import StorageError
 from hq_optuna.storages.database import Database
+from hq_optuna.storages.without_sql import is_grpc, journal_path, open_grpc, open_journal
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,8 @@ def open_storage(storage: str | BaseStorage | None) -> BaseStorage:
     database server there.
 
     Args:
-        storage: URL, an open Optuna storage (returned as it is), or ``None`` for memory.
+        storage: URL of a database, ``journal:///search.log``, ``grpc://host:port``, an open Optuna
+            storage (returned as it is), or ``None`` for memory.
 
     Raises:
         StorageError: The URL is broken, its driver is missing, or the database cannot be reached
@@ -78,6 +80,10 @@ def open_storage(storage: str | BaseStorage | None) -> BaseStorage:
         return optuna.storages.InMemoryStorage()
     if isinstance(storage, BaseStorage):
         return storage
+    if is_grpc(storage):
+        return open_grpc(storage)
+    if (path := journal_path(storage)) is not None:
+        return open_journal(path)
     shown = redact_url(storage)
     url = _parse(storage)
     with _explain_opening(shown, url):
@@ -96,7 +102,8 @@ def _parse(storage: str) -> sqlalchemy.URL:
     except (sqlalchemy.exc.ArgumentError, ValueError):  # ValueError: a port that is no number
         raise StorageError(
             f"{redact_url(storage)!r} is no storage URL. Expected for example "
-            "'sqlite:///search.db' or 'postgresql+psycopg://user:password@host/database'. "
+            "'sqlite:///search.db', 'postgresql+psycopg://user:password@host/database', "
+            "'journal:///search.log' or 'grpc://host:13000'. "
             "Write @, : and / in a password as %40, %3A and %2F."
         ) from None
 
@@ -236,7 +243,7 @@ def load_study(storage: str, name: str) -> Study:
         StorageError: The storage cannot be opened, or holds no such study.
     """
     shown = redact_url(storage)
-    if not _may_exist(_parse(storage)):
+    if not _may_exist(storage):
         raise StorageError(f"There is no database at {shown}. Was a search started?")
     if not _has_studies(storage):
         raise StorageError(f"{shown} holds no study {name!r}. It holds: none.")
@@ -249,17 +256,24 @@ def load_study(storage: str, name: str) -> Study:
             raise StorageError(f"{shown} holds no study {name!r}. It holds: {names}.") from None
 
 
-def _may_exist(url: sqlalchemy.URL) -> bool:
+def _may_exist(storage: str) -> bool:
+    if is_grpc(storage):
+        return True
+    if (path := journal_path(storage)) is not None:
+        return path.exists()
+    url = _parse(storage)
     if url.get_backend_name() != "sqlite" or not url.database or url.database == ":memory:":
         return True
     return Path(url.database).exists()
 
 
 def _has_studies(storage: str) -> bool:
-    """Return whether the database is there and Optuna has been; creates neither."""
-    url = _parse(storage)
-    if not _may_exist(url):
+    """Return whether the storage is there and Optuna has been; creates neither."""
+    if not _may_exist(storage):
         return False
+    if is_grpc(storage) or journal_path(storage) is not None:
+        return True
+    url = _parse(storage)
     with _explain_opening(redact_url(storage), url):
         engine = sqlalchemy.create_engine(url)
         try:

@@ -1,6 +1,6 @@
 """A worker process on an additive table: ``python -m tests.runner.table_worker STORAGE SECONDS``.
 
-STORAGE is a URL, or the path of a journal file. Each candidate takes about SECONDS, so that kills
+Each candidate takes about SECONDS, so that kills
 land inside candidates. No PyTorch.
 """
 
@@ -11,8 +11,7 @@ import sys
 import time
 
 import optuna
-from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages import BaseStorage
 
 from hq_optuna.runner.worker import work
 from hq_optuna.samplers import ProgressiveBitSampler
@@ -27,9 +26,7 @@ def by() -> ProgressiveBitSampler:
 
 
 def opened(storage: str) -> BaseStorage:
-    if "://" in storage:
-        return open_storage(storage)
-    return JournalStorage(JournalFileBackend(storage))
+    return open_storage(storage)
 
 
 def main(storage: str, seconds: float) -> None:

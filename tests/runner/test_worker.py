@@ -430,6 +430,26 @@ def test_of_two_workers_in_one_slot_the_one_with_the_higher_number_gives_way(stu
     assert states(study) == [TrialState.RUNNING, TrialState.PRUNED]
 
 
+def test_who_ended_its_trial_and_itself_between_our_look_and_our_claim_is_not_repeated(
+    study, monkeypatch
+):
+    storage, create = study._storage, study._storage.create_new_trial
+    log = ours(study).log(study)
+    number = add(study, open_ticket(log, 0, worker=DEAD))  # its process is gone by now
+    trial_id = study.get_trials(deepcopy=False)[number]._trial_id
+
+    def later(*arguments: object, **options: object) -> int:
+        monkeypatch.setattr(storage, "create_new_trial", create)
+        space = ours(study).space
+        storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [total(space, space.top)])
+        return create(*arguments, **options)
+
+    monkeypatch.setattr(storage, "create_new_trial", later)
+    trial = ours(study).ask(study)
+    assert ours(study).ticket(study, trial._trial_id).kind == "incumbent"
+    assert states(study) == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING]
+
+
 def test_of_two_workers_in_two_slots_both_go_on(study, monkeypatch):
     work_until(study, 2)
     storage, create = study._storage, study._storage.create_new_trial

@@ -1,0 +1,183 @@
+"""Workers that are killed again and again have the history of one that was left alone.
+
+Four workers score from a table. A driver kills random ones with SIGKILL at random moments; others
+kill themselves where that is hard to hit from outside: between the trial and its work, between the
+score and its end, when a step's record was just created, within the step owner's work, and after
+it. Whoever is dead is started again. When a study is over before the kills are, the next one
+follows, with another seed. PostgreSQL is a server of the benchmark's own, and is stopped hard and
+started again once in the middle.
+
+    python -m benchmarks.chaos [--kills 200] [--storages sqlite postgresql] [--quick] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import multiprocessing
+import random
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.exceptions import OptunaError
+
+from benchmarks.servers import own_postgresql
+from benchmarks.table_search import Deaths, Search, Told, run_worker, tell, undisturbed
+from hq_optuna.storages import open_storage, sqlite_url
+
+DEATHS = Deaths(created=0.01, scored=0.01, opening=0.05, holding=0.05, recorded=0.05)
+N_WORKERS = 4
+
+
+class Driver:
+    """Keeps workers running on a study, and kills them.
+
+    Attributes:
+        kills: How many died by SIGKILL, from outside or by their own hand.
+        errors: How many ended with an error, as when their server was restarted.
+    """
+
+    def __init__(self, rng: random.Random, seconds: float) -> None:
+        self.kills = self.errors = 0
+        self._rng, self._seconds = rng, seconds
+        # Forked from a process that has imported everything: a new worker is there at once.
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["benchmarks.chaos", "benchmarks.table_search"])
+
+    def run(
+        self, url: str, name: str, search: Search, until: int, event: Callable[[], None]
+    ) -> None:
+        """Run a study to its end; call ``event`` once, some kills later."""
+        self._url, self._name, self._search = url, name, search
+        self._storage, self._n_trials = open_storage(url), 0
+        self._study_id = self._storage.get_study_id_from_name(name)
+        workers = [self._start() for _ in range(N_WORKERS)]
+        after: int | None = self.kills + max(3, (until - self.kills) // 3)
+        while workers:
+            workers = [new for worker in workers if (new := self._look_after(worker)) is not None]
+            if after is not None and self.kills >= after:
+                event()
+                after = None
+            if workers and self.kills < until:
+                self._wait_for_progress(workers)
+                time.sleep(self._rng.expovariate(1 / self._seconds))
+                victim = self._rng.choice(workers)
+                if victim.is_alive():
+                    victim.kill()
+            else:
+                time.sleep(0.02)
+
+    def _wait_for_progress(self, workers: list[Any]) -> None:
+        """Wait until somebody claimed something: a death before any work shows little."""
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline and all(worker.is_alive() for worker in workers):
+            with contextlib.suppress(OptunaError):  # while the server starts again
+                n = self._storage.get_n_trials(self._study_id)
+                if n > self._n_trials:
+                    self._n_trials = n
+                    return
+            time.sleep(0.02)
+
+    def _start(self) -> Any:
+        deaths = DEATHS if self._rng.random() < 0.5 else None
+        arguments = (self._url, self._name, self._search, self._seconds, deaths)
+        worker = self._context.Process(target=run_worker, args=arguments)
+        worker.start()
+        return worker
+
+    def _look_after(self, worker: Any) -> Any:
+        """Return a worker, a new one in its place, or ``None`` when it found the search over."""
+        if worker.is_alive():
+            return worker
+        worker.join()
+        if worker.exitcode == 0:
+            return None
+        if worker.exitcode == -signal.SIGKILL:
+            self.kills += 1
+        else:
+            self.errors += 1
+            time.sleep(0.2)
+        return self._start()
+
+
+@contextlib.contextmanager
+def place(kind: str, folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Give a storage, and what happens to it in the middle."""
+    if kind == "sqlite":
+        yield sqlite_url(folder / "chaos.db"), lambda: None
+    else:
+        with own_postgresql() as server:
+            yield server.url, server.restart
+
+
+def differences(mine: Told, alone: Told) -> dict[str, int]:
+    """Return what was lost, what counts twice, and whether the history is the same."""
+    return {
+        "lost": len(alone.places - mine.places),
+        "doubled": mine.doubled + len(mine.places - alone.places),
+        "same_history": int(mine.text.encode() == alone.text.encode()),
+    }
+
+
+def torment(kind: str, kills: int, seconds: float, layers: int, seed: int) -> dict[str, Any]:
+    """Run studies on one storage until enough workers were killed; return the figures."""
+    driver = Driver(random.Random(seed), seconds)
+    total: dict[str, Any] = {"lost": 0, "doubled": 0, "same_history": 1, "again": 0, "running": 0}
+    studies = restarts = 0
+    with tempfile.TemporaryDirectory() as folder, place(kind, Path(folder)) as (url, restart):
+        while driver.kills < kills:
+            search = Search(layers=layers, seed=seed + studies)
+            name = f"chaos-{studies}"
+            search.make(open_storage(url), name)
+
+            def event() -> None:
+                nonlocal restarts
+                if restarts == 0:
+                    restarts += 1
+                    restart()
+
+            driver.run(url, name, search, kills, event)
+            told = tell(optuna.load_study(study_name=name, storage=open_storage(url)))
+            found = differences(told, undisturbed(search))
+            for key in ("lost", "doubled"):
+                total[key] += found[key]
+            total["same_history"] &= found["same_history"]
+            total["again"] += told.again
+            total["running"] += told.running
+            studies += 1
+            print(f"{kind} {name}: {driver.kills} kills, {found}", flush=True)
+    return {**total, "kills": driver.kills, "studies": studies, "errors": driver.errors}
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--storages", nargs="+", default=["sqlite", "postgresql"])
+    parser.add_argument("--seconds", type=float, default=0.1, help="time of a candidate")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    from benchmarks.outcome import Outcome  # PyTorch: not in every worker
+
+    outcome = Outcome("chaos")
+    kills, seconds, layers = options.kills, options.seconds, 12
+    if options.quick:
+        kills, seconds, layers = min(kills, 6), 0.03, 6
+    for kind in options.storages:
+        found = torment(kind, kills, seconds, layers, options.seed)
+        for figure in ("kills", "lost", "doubled", "same_history"):
+            outcome.figures[f"{figure}_{kind}"] = found[figure]
+        outcome.details[kind] = found
+        print(f"{kind}: {found}")
+    outcome.finish(options.out)
+
+
+if __name__ == "__main__":
+    main()
