@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hq_optuna.batches import Batch, Batches, forward, tensors
-from hq_optuna.curvature.adam import LossFunction
+from hq_optuna.curvature import LossFunction
 from hq_optuna.errors import DataError, NetworkError
 
 logger = logging.getLogger(__name__)

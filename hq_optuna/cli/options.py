@@ -58,7 +58,8 @@ def _search(
     scorer: Annotated[
         str | None,
         typer.Option(
-            help="gauss_newton, diagonal or trace. [default: gauss_newton, for losses it knows]",
+            help="gauss_newton, loss, or a sum over layers: diagonal, trace, fisher, hutchinson, "
+            "fit, hawq_v2. [default: gauss_newton, for losses it knows]",
             show_default=False,
         ),
     ] = None,

@@ -17,7 +17,7 @@ from hq_optuna import attrs
 from hq_optuna.artifacts import Artifacts, open_artifacts
 from hq_optuna.batches import Batches, read_batches
 from hq_optuna.cost import Budget, CostModel, check_reachable
-from hq_optuna.curvature.adam import LossFunction
+from hq_optuna.curvature import LossFunction
 from hq_optuna.errors import ResumeError
 from hq_optuna.history import read_history
 from hq_optuna.introspection import introspect
@@ -66,8 +66,9 @@ class BitSearch:
         pins: Glob over layer names to fixed bits.
         allowed: Glob over layer names to the bits allowed there.
         tied: Groups of layers that share their bits.
-        scorer: ``"gauss_newton"``, ``"diagonal"`` or ``"trace"``; ``None``: `HessianObjective`'s
-            choice.
+        scorer: ``"gauss_newton"``, ``"loss"``, or a sum over layers: ``"diagonal"``, ``"trace"``,
+            ``"fisher"``, ``"hutchinson"``, ``"fit"``, ``"hawq_v2"``; ``None``:
+            `HessianObjective`'s choice.
         rounding: ``"compensated"`` or ``"nearest"``, how weights are rounded; no training, see
             `hq_optuna.quantization.compensation`.
         correction: Whether batch-norm statistics and biases are corrected for the bits, in each

@@ -22,24 +22,25 @@ from hq_optuna.batches import merge, read_batches
 from hq_optuna.bit_config import BitConfig
 from hq_optuna.checks import check_forward
 from hq_optuna.cost import Budget, CostModel
-from hq_optuna.curvature import calibration_adam
-from hq_optuna.curvature.adam import LossFunction
+from hq_optuna.curvature import LossFunction, probe_of
 from hq_optuna.pruners import CostBudgetPruner
 from hq_optuna.quantization import Observer, observe_inputs, prepare, set_bits
 from hq_optuna.quantization.compensation import ROUNDINGS, Rounding, compensate_weights
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.runner import fingerprint
-from hq_optuna.runner.publish import publish, stored_sensitivity
+from hq_optuna.runner.publish import publish, publish_facts, stored_sensitivity
 from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.samplers.claims import ClaimedTrial, write_facts
 from hq_optuna.samplers.tickets import excess, facts
 from hq_optuna.scoring import (
+    LAYER_SUMS,
     SCORERS,
+    LayerSumName,
     OutputRise,
     Score,
     Scorer,
     ScorerName,
-    measure_sensitivity,
+    measure_layer_sums,
     output_rise_of,
 )
 from hq_optuna.scoring.sensitivity import bits_needed, unknown_layers
@@ -64,9 +65,10 @@ class HessianObjective:
         calibration: Labelled data, see `read_batches`.
         space: Search space of this network.
         loss_fn: Mean loss of a batch from (outputs, labels); cross-entropy by default.
-        scorer: ``"gauss_newton"``: the rise that a candidate's own outputs tell. ``"diagonal"`` or
-            ``"trace"``: sums over layers. ``None``: Gauss-Newton where the loss is cross-entropy or
-            squared error or ``output_rise`` is given, else ``"diagonal"``.
+        scorer: ``"gauss_newton"``: the rise that a candidate's own outputs tell. ``"loss"``: its
+            measured loss. Else a sum over layers, see `hq_optuna.scoring.layer_sums`.
+            ``None``: Gauss-Newton where the loss is cross-entropy or squared error or
+            ``output_rise`` is given, else ``"diagonal"``.
         rounding: ``"compensated"``: the rounding error of a weight is made up for by others of its
             channel, see `hq_optuna.quantization.compensation`. ``"nearest"``: each by itself.
         correction: Whether each candidate's statistics are corrected in its forward pass.
@@ -109,6 +111,11 @@ class HessianObjective:
         self.model = model
         self.space = space
         self.loss_fn = loss_fn
+        if scorer == "fisher" and probe_of(loss_fn) is None:
+            raise ValueError(
+                "The scorer 'fisher' knows cross-entropy and squared error. For another loss use "
+                "scorer='diagonal' or 'hutchinson'."
+            )
         self.scorer_name: ScorerName = scorer
         if rounding not in ROUNDINGS:
             raise ValueError(f"rounding is one of {', '.join(ROUNDINGS)}; got {rounding!r}.")
@@ -122,6 +129,7 @@ class HessianObjective:
         self.skipped: tuple[tuple[str, str, str], ...] = ()
         self.progress: Progress = lambda what, done, of: None
         self._scorer: Scorer | None = None
+        self._facts: dict[str, float] = {}
         # By storage, as studies of two storages may have the same id.
         self._settled: WeakKeyDictionary[BaseStorage, dict[int, bool]] = WeakKeyDictionary()
 
@@ -160,6 +168,7 @@ class HessianObjective:
             self._scorer = self._prepare(study)
         if study is not None and write_over is not None:
             info = self._info(study)
+            publish_facts(study, self._facts)
             publish(study, self.space, info, self._scorer.sensitivity, again=write_over)
             settled[study._study_id] = another
         return self._scorer
@@ -193,22 +202,22 @@ class HessianObjective:
             )
         sensitivity = None if study is None else stored_sensitivity(study)
         if sensitivity is None:
-            curvature = calibration_adam(
+            name = self.scorer_name
+            sums: LayerSumName = name if name in LAYER_SUMS else "diagonal"
+            sensitivity, curvature = measure_layer_sums(
+                sums,
                 network,
-                self.space.layers,
-                self.data,
-                self.loss_fn,
-                progress=lambda done, of: self.progress("curvature", done, of),
-            )
-            self.warnings += unknown_layers(curvature, self.space.layers)
-            sensitivity = measure_sensitivity(
                 prepared,
                 self.space,
-                curvature,
                 self.data,
-                "diagonal" if self.scorer_name == "gauss_newton" else self.scorer_name,
-                progress=lambda done, of: self.progress("sensitivity", done, of),
+                self.loss_fn,
+                progress=lambda what, done, of: self.progress(what, done, of),
             )
+            self.warnings += unknown_layers(curvature, self.space.layers)
+            self._facts = {
+                "curvature_samples": curvature.n_samples,
+                "curvature_standard_error": round(curvature.largest_error, 4),
+            }
         largest = max(layer.n_inputs // layer.n_calls for layer in self.space.layers)
         # Statistics want many samples at once, memory and caches do not: about 64 MiB a tensor.
         data = merge(self.data, max(1, min(256, 2**24 // largest)))
@@ -218,6 +227,7 @@ class HessianObjective:
             data,
             self.loss_fn,
             output_rise=self.output_rise,
+            by_loss=self.scorer_name == "loss",
             correction=StatisticsCorrection(prepared, data) if self.correct else None,
         )
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from hq_optuna.batches import Batches, forward
 from hq_optuna.bit_config import LayerBits
-from hq_optuna.curvature.adam import LossFunction
+from hq_optuna.curvature import LossFunction
 from hq_optuna.errors import ScoreError
 from hq_optuna.layers import FLOAT_BITS
 from hq_optuna.quantization.correction import StatisticsCorrection
@@ -19,7 +19,9 @@ from hq_optuna.quantization.prepare import get_bits, set_bits
 from hq_optuna.scoring.outputs import CrossEntropyRise, OutputRise
 from hq_optuna.scoring.sensitivity import Sensitivity
 
-ScorerName = Literal["gauss_newton", "diagonal", "trace"]
+ScorerName = Literal[
+    "gauss_newton", "loss", "diagonal", "trace", "fisher", "hutchinson", "fit", "hawq_v2"
+]
 SCORERS: tuple[ScorerName, ...] = get_args(ScorerName)
 
 
@@ -28,7 +30,7 @@ class Score(NamedTuple):
 
     Attributes:
         total: What candidates are ranked by, nats: weights' and activations' part together, or
-            what a Gauss-Newton scorer measured.
+            what was measured of its outputs or its loss.
         weights: The weights' part of the sum of sensitivities, nats.
         activations: The activations' part, nats.
         calibration_loss: Measured mean loss on the calibration set.
@@ -50,6 +52,8 @@ class Scorer:
         loss_fn: Mean loss of a batch from outputs and labels.
         output_rise: Ranks by the loss rise that a candidate's own outputs tell, instead of by the
             sum of its layers' sensitivities.
+        by_loss: Ranks by the measured rise of the loss on the calibration set over that of the
+            float network. A network may be better by chance with fewer bits: rises can be negative.
         correction: Corrects the statistics of each candidate in its forward pass.
     """
 
@@ -61,6 +65,7 @@ class Scorer:
         loss_fn: LossFunction,
         *,
         output_rise: OutputRise | None = None,
+        by_loss: bool = False,
         correction: StatisticsCorrection | None = None,
     ) -> None:
         self.prepared = prepared
@@ -69,7 +74,9 @@ class Scorer:
         self.loss_fn = loss_fn
         self.output_rise = output_rise
         self.correction = correction
+        self.by_loss = by_loss
         self._float_outputs: list[Any] | None = None
+        self._float_loss: float | None = None
 
     def score(self, config: Mapping[str, LayerBits]) -> Score:
         """Score an assignment with one forward pass over the calibration set. Nothing is trained.
@@ -80,6 +87,8 @@ class Scorer:
         weights, activations = self.sensitivity.score(config)
         loss, rise = self.measure(config)
         total = weights + activations if rise is None else rise
+        if self.by_loss:
+            total = round(loss - self.float_loss(), 9)  # as `measure` rounds
         if not math.isfinite(total):
             raise ScoreError(f"The score of an assignment is {total}; candidates cannot be ranked.")
         return Score(total, weights, activations, loss)
@@ -102,6 +111,17 @@ class Scorer:
         n = self.data.n_samples
         rise = float(f"{math.fsum(rises) / n:.9g}") if rises else None
         return math.fsum(losses) / n, rise
+
+    @torch.no_grad()
+    def float_loss(self) -> float:
+        """Return the mean loss of the float network over the calibration set, computed once."""
+        if self._float_loss is None:
+            losses = [
+                float(self.loss_fn(outputs, batch.labels)) * batch.n
+                for outputs, batch in zip(self._outputs_in_float(), self.data, strict=True)
+            ]
+            self._float_loss = math.fsum(losses) / self.data.n_samples
+        return self._float_loss
 
     def calibration_loss(self, config: Mapping[str, LayerBits]) -> float:
         """Return the mean loss over the calibration set with these bits."""

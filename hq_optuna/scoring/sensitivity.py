@@ -5,9 +5,10 @@
 
 ``diagonal`` takes these sums as they stand, so curvature and error meet element by element;
 ``trace`` takes the mean curvature of a layer times its squared error (HAWQ-V2's form, Dong et al.,
-2020). The errors of the activations come from one pass of the float network over the calibration
-set. All sums are in float64 and in a fixed order. The score of an assignment is the sum over its
-layers, so lowering one layer changes one term of it.
+2020). The curvature may come from any estimator of `hq_optuna.curvature`. The errors of the
+activations come from one pass of the float network over the calibration set. All sums are in
+float64 and in a fixed order. The score of an assignment is the sum over its layers, so lowering one
+layer changes one term of it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from hq_optuna.batches import Batches, forward
 from hq_optuna.bit_config import LayerBits
 from hq_optuna.curvature import Curvature
-from hq_optuna.curvature.adam import per_sample
+from hq_optuna.curvature.estimate import per_sample
 from hq_optuna.errors import ScoreError
 from hq_optuna.layers import FLOAT_BITS, LayerSpec
 from hq_optuna.quantization.observers import watch_inputs
@@ -36,9 +37,9 @@ from hq_optuna.quantization.prepare import (
 )
 from hq_optuna.space import SearchSpace
 
-LayerSum = Literal["trace", "diagonal"]
-"""Scores that are sums over layers."""
-LAYER_SUMS: tuple[LayerSum, ...] = get_args(LayerSum)
+Form = Literal["trace", "diagonal"]
+"""How curvature and squared error are brought together."""
+FORMS: tuple[Form, ...] = get_args(Form)
 
 Table = Mapping[str, Mapping[int, float]]
 
@@ -112,7 +113,7 @@ def measure_sensitivity(
     space: SearchSpace,
     curvature: Curvature,
     data: Batches,
-    scorer: LayerSum = "diagonal",
+    form: Form = "diagonal",
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Sensitivity:
@@ -124,16 +125,16 @@ def measure_sensitivity(
     Args:
         prepared: The prepared network; its bits are restored afterwards.
         space: Which bits to look at.
-        curvature: From `calibration_adam`.
+        curvature: Of the float network, see `hq_optuna.curvature`.
         data: Calibration batches on the network's device.
-        scorer: ``"diagonal"`` or ``"trace"``.
+        form: ``"diagonal"`` or ``"trace"``.
         progress: Called with (batches done, batches).
 
     Raises:
         ScoreError: A value is NaN or infinite, or no layer at all received a gradient.
     """
-    if scorer not in LAYER_SUMS:
-        raise ValueError(f"scorer is one of {', '.join(LAYER_SUMS)}; got {scorer!r}.")
+    if form not in FORMS:
+        raise ValueError(f"form is one of {', '.join(FORMS)}; got {form!r}.")
     if all(layer.name in curvature.no_gradient for layer in space.layers):
         raise ScoreError(
             "No layer received a gradient on the calibration set, so layers cannot be compared. "
@@ -142,14 +143,23 @@ def measure_sensitivity(
     needed = bits_needed(space)
     weights = {
         layer.name: _weight_rises(
-            prepared.get_submodule(layer.name), layer, needed[layer.name][0], curvature, scorer
+            prepared.get_submodule(layer.name), layer, needed[layer.name][0], curvature, form
         )
         for layer in space.layers
     }
     activations = _activation_rises(
-        prepared, {n: bits for n, (_, bits) in needed.items()}, curvature, data, scorer, progress
+        prepared, {n: bits for n, (_, bits) in needed.items()}, curvature, data, form, progress
     )
-    for table in (weights, activations):
+    return checked(Sensitivity(weights, activations))
+
+
+def checked(sensitivity: Sensitivity) -> Sensitivity:
+    """Return the table as it is.
+
+    Raises:
+        ScoreError: A value is NaN or infinite.
+    """
+    for table in (sensitivity.weights, sensitivity.activations):
         for name, row in table.items():
             for bits, value in row.items():
                 if not math.isfinite(value):
@@ -157,7 +167,7 @@ def measure_sensitivity(
                         f"The predicted loss rise of layer {name!r} at {bits} bits is {value}. "
                         "Check the loss function and the scale of its gradients."
                     )
-    return Sensitivity(weights, activations)
+    return sensitivity
 
 
 def _weight_rises(
@@ -165,7 +175,7 @@ def _weight_rises(
     layer: LayerSpec,
     bits: set[int],
     curvature: Curvature,
-    scorer: LayerSum,
+    form: Form,
 ) -> dict[int, float]:
     weight: Tensor = float_weight(module)
     h = curvature.weights[layer.name].double()
@@ -177,7 +187,7 @@ def _weight_rises(
         error = (quantizer.quantized(weight, b).double() - weight.double()).square()
         if unknown:
             rises[b] = 0.5 * mean * float(error.sum())
-        elif scorer == "trace":
+        elif form == "trace":
             rises[b] = 0.5 * float(h.mean()) * float(error.sum())
         else:
             rises[b] = 0.5 * float((h * error).sum())
@@ -189,7 +199,7 @@ def _activation_rises(
     bits: Mapping[str, set[int]],
     curvature: Curvature,
     data: Batches,
-    scorer: LayerSum,
+    form: Form,
     progress: Callable[[int, int], None] | None,
 ) -> dict[str, dict[int, float]]:
     rises = {name: dict.fromkeys(sorted(b), 0.0) for name, b in bits.items()}
@@ -210,7 +220,7 @@ def _activation_rises(
         for b in rises[name]:
             error = (input_quantizer(prepared.get_submodule(name)).quantized(x, b) - x).double()
             error.square_()
-            if scorer == "diagonal" and not unknown and entry.per_element is not None:
+            if form == "diagonal" and not unknown and entry.per_element is not None:
                 assert rows is not None
                 mean = entry.per_element / entry.n_samples  # (elements,)
                 rises[name][b] += 0.5 * float(error.reshape(n, -1).sum(0) @ mean)

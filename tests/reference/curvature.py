@@ -76,3 +76,62 @@ def input_gradients(
         for call, gradient in zip(calls, gradients, strict=True):
             call.append(gradient)
     return calls
+
+
+def input_hessian_traces(
+    network: nn.Module, name: str, x: Tensor, y: Tensor, loss_fn: Loss
+) -> list[float]:
+    """Return, for each call of a layer, the mean over samples of tr ∂²ℓᵢ/∂x², by the full Hessian.
+
+    Of all calls together, in zeros added to what the layer is given; each call has its own block.
+    """
+    shapes: list[torch.Size] = []
+    module = network.get_submodule(name)
+    handle = module.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
+    network(x[:1])
+    handle.remove()
+    sizes = [shape.numel() for shape in shapes]
+    traces = [0.0] * len(shapes)
+    for i in range(len(x)):
+
+        def loss(flat: Tensor, i: int = i) -> Tensor:
+            parts = iter(flat.split(sizes))
+            inputs = iter(shapes)
+            handle = module.register_forward_pre_hook(
+                lambda _, args: (args[0] + next(parts).reshape(next(inputs)),)
+            )
+            try:
+                return loss_fn(network(x[i : i + 1]), y[i : i + 1])
+            finally:
+                handle.remove()
+
+        zeros = torch.zeros(sum(sizes), dtype=x.dtype)
+        diagonal = torch.autograd.functional.hessian(loss, zeros).diagonal()
+        for call, part in enumerate(diagonal.split(sizes)):
+            traces[call] += float(part.detach().sum()) / len(x)
+    return traces
+
+
+def gauss_newton_diagonal(
+    network: nn.Module, name: str, x: Tensor, output_hessian: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Return the mean over samples of diag(Jᵀ H_z J) in a layer's weight, by the full Jacobian."""
+    parameters = {k: v.detach() for k, v in network.named_parameters()}
+    weight = parameters[f"{name}.weight"]
+    total = torch.zeros_like(weight)
+    for i in range(len(x)):
+
+        def outputs(flat: Tensor, i: int = i) -> Tensor:
+            changed = {**parameters, f"{name}.weight": flat.reshape(weight.shape)}
+            return torch.func.functional_call(network, changed, (x[i : i + 1],))[0]
+
+        jacobian = torch.func.jacrev(outputs)(weight.flatten())  # (C, P)
+        h = output_hessian(network(x[i : i + 1])[0].detach())
+        total += torch.einsum("cp,cd,dp->p", jacobian, h, jacobian).reshape(weight.shape)
+    return total / len(x)
+
+
+def softmax_hessian(z: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return diag(p) − p pᵀ with p = softmax(z / T)."""
+    p = (z / temperature).softmax(0)
+    return p.diag() - torch.outer(p, p)

@@ -134,3 +134,17 @@ def test_the_loss_function_gets_outputs_and_labels_of_each_batch(parts):
     assert scorer.calibration_loss(config(scorer, 8, 8)) == pytest.approx(expected, rel=1e-14)
     assert [n for n, _ in seen] == [4, 4, 2]
     assert torch.equal(torch.cat([labels for _, labels in seen]), Y)
+
+
+def test_by_loss_the_total_is_the_measured_rise_over_the_float_network(parts):
+    network, plain = parts
+    scorer = Scorer(plain.prepared, plain.sensitivity, plain.data, F.cross_entropy, by_loss=True)
+    with torch.no_grad():
+        float_loss = float(F.cross_entropy(network(X), Y))
+    assert scorer.float_loss() == pytest.approx(float_loss, rel=1e-12)
+    for bits in (2, 8):
+        found = scorer.score(config(scorer, bits, bits))
+        assert found.calibration_loss == plain.score(config(scorer, bits, bits)).calibration_loss
+        assert found.total == pytest.approx(found.calibration_loss - float_loss, abs=1e-9)
+        assert found.weights > 0 and found.activations > 0
+    assert scorer.score(config(scorer, FLOAT_BITS, FLOAT_BITS)).total == 0.0

@@ -242,7 +242,7 @@ def test_values_that_are_no_numbers_are_refused_with_the_layers_name(quadratic, 
 def test_an_unknown_scorer_is_refused_by_name(quadratic):
     network, h, data, _ = quadratic
     prepared, space = ready(network, data)
-    with pytest.raises(ValueError, match="scorer is one of trace, diagonal; got 'hutchinson'"):
+    with pytest.raises(ValueError, match="form is one of trace, diagonal; got 'hutchinson'"):
         measure_sensitivity(prepared, space, known(h, h[0], 6), data, "hutchinson")
 
 

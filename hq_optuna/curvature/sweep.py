@@ -1,0 +1,136 @@
+"""One backward sweep for weights and inputs together, on a frozen copy of the network."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hq_optuna.curvature.estimate import Curvature, InputCurvature, MeanCurvatures
+from hq_optuna.errors import ScoreError
+from hq_optuna.layers import LayerSpec
+from hq_optuna.quantization.observers import first_input
+
+
+@contextmanager
+def differentiable(
+    network: nn.Module, layers: Sequence[LayerSpec], on_input: Callable[[str, Tensor], None]
+) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
+    """Yield a copy in eval mode, and the weights of its layers; all else is frozen.
+
+    ``on_input(layer, x)`` is called whenever a layer is. ``x`` takes gradient and goes into this
+    layer alone, so its gradient is not that of a shortcut or of another layer that reads the same
+    tensor.
+
+    Args:
+        network: Left as it is.
+        layers: Layers to look at.
+        on_input: Told of each layer's input, in the order of the calls.
+    """
+    copied = copy.deepcopy(network).eval()
+    for parameter in copied.parameters():
+        parameter.requires_grad_(False)
+    weights: dict[str, Tensor] = {
+        layer.name: copied.get_parameter(f"{layer.name}.weight") for layer in layers
+    }
+    for weight in weights.values():
+        weight.requires_grad_(True)
+
+    def watch(
+        name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        x = first_input(args, kwargs)
+        # A copy also lets the network go on to change its own tensor in place.
+        if x.requires_grad and torch.is_grad_enabled():
+            x = x.clone()
+        else:  # the network's own input, or behind something without gradient
+            x = x.detach().clone().requires_grad_(True)
+        on_input(name, x)
+        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "input": x})
+
+    for layer in layers:
+
+        def hook(
+            _module: nn.Module, args: Any, kwargs: Any, name: str = layer.name
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            return watch(name, args, kwargs)
+
+        copied.get_submodule(layer.name).register_forward_pre_hook(hook, with_kwargs=True)
+    yield copied, weights
+
+
+def check_differentiable(loss: Tensor) -> None:
+    """Refuse a loss without gradient.
+
+    Raises:
+        ScoreError: The loss does not depend on the network through any gradient.
+    """
+    if not loss.requires_grad:
+        raise ScoreError(
+            "The loss has no gradient: the network or the loss function detaches it "
+            "(torch.no_grad, detach, argmax?). Curvature needs a differentiable loss."
+        )
+
+
+def signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Return random signs of a tensor's shape, type and device; the same ones on all devices."""
+    drawn = torch.randint(0, 2, like.shape, generator=generator)
+    return (2 * drawn - 1).to(like)
+
+
+class SquaredGradients:
+    """Gathers squared gradients of one backward pass a batch: of inputs by hooks, of weights after.
+
+    Args:
+        layers: Layers to look at.
+    """
+
+    def __init__(self, layers: Sequence[LayerSpec]) -> None:
+        self.inputs: dict[str, list[InputCurvature]] = {layer.name: [] for layer in layers}
+        self.means = MeanCurvatures()
+        self._calls: dict[str, int] = {}
+        self._seen: dict[str, float] = {}
+        self._n = 0
+
+    def begin(self, n: int) -> None:
+        """Start a batch of ``n`` samples."""
+        self._n = n
+        self._calls.clear()
+        self._seen = dict.fromkeys(self.inputs, 0.0)
+
+    def see(self, name: str, x: Tensor) -> None:
+        """Square the gradient of a layer's input when it comes."""
+        call = self._calls[name] = self._calls.get(name, -1) + 1
+        while len(self.inputs[name]) <= call:
+            self.inputs[name].append(InputCurvature())
+        entry = self.inputs[name][call]
+
+        def square(gradient: Tensor) -> None:
+            # The loss is a batch mean, so a sample's own gradient is n times as large.
+            self._seen[name] += entry.add(gradient * self._n, self._n)
+
+        x.register_hook(square)  # type: ignore[no-untyped-call]
+
+    def end(self, weights: dict[str, Tensor]) -> None:
+        """Close a batch, with the weights' gradients of its mean loss still there."""
+        row = {}
+        for name, weight in weights.items():
+            g = weight.grad
+            mean = 0.0 if g is None else self._n * float(g.double().square().mean())
+            row[name] = (mean, self._seen[name])
+        self.means.add(row)
+
+    def curvature(self, weights: dict[str, Tensor], batch_size: int, n_samples: int) -> Curvature:
+        """Return what was gathered, with the weights' curvature."""
+        return Curvature(
+            weights=weights,
+            inputs=self.inputs,
+            batch_size=batch_size,
+            n_samples=n_samples,
+            no_gradient=tuple(name for name, h in weights.items() if not bool(h.any())),
+            errors=self.means.errors(),
+        )

@@ -1,0 +1,106 @@
+"""Scores that are sums over layers, by name: which curvature meets which form of the error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, get_args
+
+from torch import nn
+
+from hq_optuna.batches import Batches
+from hq_optuna.curvature import (
+    Curvature,
+    LossFunction,
+    calibration_adam,
+    empirical_fisher,
+    hutchinson,
+    output_curvature,
+    probe_of,
+)
+from hq_optuna.layers import LayerSpec
+from hq_optuna.scoring.references import fit, hawq_v2
+from hq_optuna.scoring.sensitivity import Sensitivity, measure_sensitivity
+from hq_optuna.space import SearchSpace
+
+LayerSumName = Literal["diagonal", "trace", "fisher", "hutchinson", "fit", "hawq_v2"]
+"""``diagonal`` and ``trace``: calibration Adam, element by element or by its mean over a layer.
+``fisher``: the Gauss-Newton diagonal from softened outputs, element by element. ``hutchinson``: the
+true Hessian's trace. ``fit`` and ``hawq_v2``: as published (`hq_optuna.scoring.references`)."""
+LAYER_SUMS: tuple[LayerSumName, ...] = get_args(LayerSumName)
+
+Progress = Callable[[str, int, int], None]
+
+
+class LayerSums(NamedTuple):
+    """Predicted loss rises by layer and bits, and the curvature they were made from."""
+
+    sensitivity: Sensitivity
+    curvature: Curvature
+
+
+def measure_layer_sums(
+    name: LayerSumName,
+    network: nn.Module,
+    prepared: nn.Module,
+    space: SearchSpace,
+    data: Batches,
+    loss_fn: LossFunction,
+    *,
+    progress: Progress = lambda what, done, of: None,
+) -> LayerSums:
+    """Return the predicted loss rise of every layer at every number of bits, by a named score.
+
+    Args:
+        name: Which score.
+        network: The float network.
+        prepared: The same, prepared; its bits are restored afterwards.
+        space: Which bits to look at.
+        data: Calibration batches on the network's device.
+        loss_fn: Mean loss of a batch from outputs and labels.
+        progress: Called with (what, done, of).
+
+    Raises:
+        ValueError: ``fisher`` with a loss whose Hessian in the outputs is not known.
+        ScoreError: A loss without gradient, or a value that is NaN or infinite.
+    """
+    curvature = measure_curvature(
+        name, network, space.layers, data, loss_fn, lambda i, of: progress("curvature", i, of)
+    )
+    if name == "fit":
+        return LayerSums(fit(prepared, space, curvature, data), curvature)
+    if name == "hawq_v2":
+        return LayerSums(hawq_v2(prepared, space, curvature, data), curvature)
+    form: Literal["trace", "diagonal"] = "diagonal" if name in ("diagonal", "fisher") else "trace"
+    sensitivity = measure_sensitivity(
+        prepared,
+        space,
+        curvature,
+        data,
+        form,
+        progress=lambda i, of: progress("sensitivity", i, of),
+    )
+    return LayerSums(sensitivity, curvature)
+
+
+def measure_curvature(
+    name: LayerSumName,
+    network: nn.Module,
+    layers: Sequence[LayerSpec],
+    data: Batches,
+    loss_fn: LossFunction,
+    progress: Callable[[int, int], None] | None = None,
+) -> Curvature:
+    """Return the curvature that a named score is made from; see `measure_layer_sums`."""
+    if name not in LAYER_SUMS:
+        raise ValueError(f"A sum over layers is one of {', '.join(LAYER_SUMS)}; got {name!r}.")
+    if name == "fisher":
+        probe = probe_of(loss_fn)
+        if probe is None:
+            raise ValueError("'fisher' knows cross-entropy and squared error, not this loss.")
+        return output_curvature(network, layers, data, probe, progress=progress)
+    if name in ("hutchinson", "hawq_v2"):
+        raw = name == "hawq_v2"  # as published: nothing is done about negative traces
+        return hutchinson(network, layers, data, loss_fn, raw=raw, progress=progress)
+    if name == "fit":
+        return empirical_fisher(network, layers, data, loss_fn, progress=progress)
+    return calibration_adam(network, layers, data, loss_fn, progress=progress)
