@@ -214,10 +214,9 @@ class HessianObjective:
                 progress=lambda what, done, of: self.progress(what, done, of),
             )
             self.warnings += unknown_layers(curvature, self.space.layers)
-            self._facts = {
-                "curvature_samples": curvature.n_samples,
-                "curvature_standard_error": round(curvature.largest_error, 4),
-            }
+            self._facts = {"curvature_samples": curvature.n_samples}
+            if math.isfinite(curvature.largest_error):  # one batch alone has none
+                self._facts["curvature_standard_error"] = round(curvature.largest_error, 4)
         largest = max(layer.n_inputs // layer.n_calls for layer in self.space.layers)
         # Statistics want many samples at once, memory and caches do not: about 64 MiB a tensor.
         data = merge(self.data, max(1, min(256, 2**24 // largest)))

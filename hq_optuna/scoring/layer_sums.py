@@ -19,13 +19,13 @@ from hq_optuna.curvature import (
 )
 from hq_optuna.layers import LayerSpec
 from hq_optuna.scoring.references import fit, hawq_v2
-from hq_optuna.scoring.sensitivity import Sensitivity, measure_sensitivity
+from hq_optuna.scoring.sensitivity import Form, Sensitivity, measure_sensitivity
 from hq_optuna.space import SearchSpace
 
 LayerSumName = Literal["diagonal", "trace", "fisher", "hutchinson", "fit", "hawq_v2"]
 """``diagonal`` and ``trace``: calibration Adam, element by element or by its mean over a layer.
-``fisher``: the Gauss-Newton diagonal from softened outputs, element by element. ``hutchinson``: the
-true Hessian's trace. ``fit`` and ``hawq_v2``: as published (`hq_optuna.scoring.references`)."""
+``fisher``: the mean of the Gauss-Newton diagonal from softened outputs. ``hutchinson``: the true
+Hessian's. ``fit`` and ``hawq_v2``: as published (`hq_optuna.scoring.references`)."""
 LAYER_SUMS: tuple[LayerSumName, ...] = get_args(LayerSumName)
 
 Progress = Callable[[str, int, int], None]
@@ -70,7 +70,7 @@ def measure_layer_sums(
         return LayerSums(fit(prepared, space, curvature, data), curvature)
     if name == "hawq_v2":
         return LayerSums(hawq_v2(prepared, space, curvature, data), curvature)
-    form: Literal["trace", "diagonal"] = "diagonal" if name in ("diagonal", "fisher") else "trace"
+    form: Form = "diagonal" if name == "diagonal" else "trace"
     sensitivity = measure_sensitivity(
         prepared,
         space,

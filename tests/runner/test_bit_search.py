@@ -110,6 +110,7 @@ def test_the_network_is_measured_before_and_after_as_anyone_would():
         before = int((float_network(x).argmax(1) == labels).sum()) / 30
         after = int((result.network(x).argmax(1) == labels).sum()) / 30
     assert result.facts == {
+        "curvature_samples": 24,  # one batch, so no standard error
         "validation_samples": 30,
         "accuracy_before": before,
         "accuracy_after": after,
@@ -127,7 +128,8 @@ def test_what_is_measured_may_be_anything():
 
     by = search(validation=data(10, seed=7), evaluate=evaluate)
     result = by.result(run(by=by))
-    assert set(result.facts) == {"validation_samples", "loss_before", "loss_after"}
+    measured = {"validation_samples", "loss_before", "loss_after"}
+    assert set(result.facts) == {"curvature_samples", *measured}
     with torch.no_grad():
         after = functional.cross_entropy(result.network(data(10, seed=7)[0]), data(10)[1])
     assert result.facts["loss_after"] == after.item()
@@ -135,7 +137,7 @@ def test_what_is_measured_may_be_anything():
 
 def test_without_validation_data_nothing_is_measured():
     by = search()
-    assert by.result(run(by=by)).facts == {}
+    assert by.result(run(by=by)).facts == {"curvature_samples": 24}
 
 
 def test_a_search_without_a_closed_step_has_no_answer():

@@ -212,13 +212,13 @@ def test_the_callers_network_and_random_state_are_left_as_they_were():
 
 def test_curvature_is_measured_once_and_a_second_worker_takes_it_from_the_study(monkeypatch):
     calls = []
-    real = module.calibration_adam
+    real = module.measure_layer_sums
 
     def counting(*args, **kwargs):
         calls.append(1)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(module, "calibration_adam", counting)
+    monkeypatch.setattr(module, "measure_layer_sums", counting)
     shared = study()
     shared.optimize(objective(), n_trials=5)
     shared.optimize(objective(), n_trials=5)
