@@ -19,7 +19,7 @@ which is bias correction (Nagel et al., 2019) with measured means.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +32,7 @@ from hq_optuna.batches import Batches, forward
 from hq_optuna.bit_config import LayerBits
 from hq_optuna.layers import FLOAT_BITS
 from hq_optuna.quantization.prepare import get_bits, prepared_layers, set_bits
+from hq_optuna.quantization.statistics import channel_statistics
 
 SHIFT = "output_shift"
 _EPSILON = 1e-12
@@ -89,7 +90,7 @@ class StatisticsCorrection:
 
         def norm(name: str, module: Any, x: Tensor) -> None:
             calls[name] = calls.get(name, 0) + 1
-            mean, var = _statistics(x, 1)
+            mean, var = channel_statistics(x, 1)
             self._norms[name] = _Norm(
                 module.running_mean.clone(), module.running_var.clone(), mean, var
             )
@@ -100,7 +101,7 @@ class StatisticsCorrection:
             calls[name] = calls.get(name, 0) + 1
             outputs[id(output)] = name
             alive.append(output)
-            means[name] = _statistics(output, channel_axis(module, output))[0]
+            means[name] = channel_statistics(output, channel_axis(module, output))[0]
 
         layers = prepared_layers(self.prepared)
         with _before(norms, norm), _after(layers, layer):
@@ -110,14 +111,23 @@ class StatisticsCorrection:
         self._shifted = {n: m for n, m in means.items() if n not in normed and calls[n] == 1}
 
     @torch.no_grad()
-    def apply(self) -> Any:
-        """Correct the network for its present bits; return its outputs on the first batch."""
-        self.reset()
-        modules = dict(self.prepared.named_modules())
+    def apply(
+        self, run: Callable[[], Any] | None = None, *, only: Container[str] | None = None
+    ) -> Any:
+        """Correct the network for its present bits; return its outputs on the first batch.
+
+        Args:
+            run: Runs the network on the first batch; by default all of it.
+            only: Names of the modules that are corrected; the others stay as they are now. By
+                default all.
+        """
+        norms = self._chosen(self._norms, only)
+        layers = self._chosen(self._shifted, only)
+        self._reset((*norms, *layers))
 
         def norm(name: str, module: Any, x: Tensor) -> None:
             seen = self._norms[name]
-            mean, var = _statistics(x, 1)
+            mean, var = channel_statistics(x, 1)
             # A dead channel has no spread to match; its stored one stays.
             alive = (seen.var > _EPSILON) & (var > _EPSILON)
             ratio = torch.where(alive, var / seen.var.clamp_min(_EPSILON), 1.0)
@@ -126,24 +136,56 @@ class StatisticsCorrection:
 
         def shift(name: str, module: nn.Module, output: Tensor) -> Tensor:
             axis = channel_axis(module, output)
-            change = self._shifted[name] - _statistics(output, axis)[0]
+            change = self._shifted[name] - channel_statistics(output, axis)[0]
             module.get_buffer(SHIFT).copy_(change)
             return output + _along(change, output, axis)
 
-        norms = {name: modules[name] for name in self._norms}
-        layers = {name: modules[name] for name in self._shifted}
         with _before(norms, norm), _after(layers, shift):
-            return forward(self.prepared, self.data[0].inputs)
+            return forward(self.prepared, self.data[0].inputs) if run is None else run()
 
-    @torch.no_grad()
     def reset(self) -> None:
         """Restore the stored statistics and take shifts away."""
-        for name, seen in self._norms.items():
-            module: Any = self.prepared.get_submodule(name)
-            module.running_mean.copy_(seen.stored_mean)
-            module.running_var.copy_(seen.stored_var)
-        for name in self._shifted:
-            self.prepared.get_submodule(name).get_buffer(SHIFT).zero_()
+        self._reset((*self._norms, *self._shifted))
+
+    def state(self) -> dict[str, tuple[Tensor, ...]]:
+        """Return a copy of what the network's corrected modules hold now, by name."""
+        return {
+            name: tuple(buffer.clone() for buffer in self._buffers(name))
+            for name in (*self._norms, *self._shifted)
+        }
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, tuple[Tensor, ...]]) -> None:
+        """Set what `state` returned."""
+        for name, values in state.items():
+            for buffer, value in zip(self._buffers(name), values, strict=True):
+                buffer.copy_(value)
+
+    def _chosen(
+        self, names: Mapping[str, Any], only: Container[str] | None
+    ) -> dict[str, nn.Module]:
+        return {
+            name: self.prepared.get_submodule(name)
+            for name in names
+            if only is None or name in only
+        }
+
+    def _buffers(self, name: str) -> tuple[Tensor, ...]:
+        module: Any = self.prepared.get_submodule(name)
+        if name in self._norms:
+            return module.running_mean, module.running_var
+        return (module.get_buffer(SHIFT),)
+
+    def _reset(self, names: Iterable[str]) -> None:
+        norms, shifted = self._norms, self._shifted
+        self.restore(
+            {
+                name: (norms[name].stored_mean, norms[name].stored_var)
+                if name in norms
+                else (torch.zeros_like(shifted[name]),)
+                for name in names
+            }
+        )
 
 
 def add_shift(layer: nn.Module) -> None:
@@ -174,13 +216,6 @@ def _spatial(module: nn.Module) -> int:
 
 def _tracks(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and module.running_mean is not None
-
-
-def _statistics(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Return mean and variance per channel, in the tensor's precision."""
-    others = [a for a in range(x.dim()) if a != axis]
-    var, mean = torch.var_mean(x, others, correction=0)
-    return mean, var
 
 
 def _along(values: Tensor, output: Tensor, axis: int) -> Tensor:

