@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +27,41 @@ def forward(network: nn.Module, inputs: Inputs) -> Any:
 
     A detector that takes a list of images as its one argument is given ``([image, …],)``.
     """
-    # The fused transformer layer would compute with weights of layers that it never calls.
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
+    with plain_attention():
         if isinstance(inputs, Mapping):
             return network(**inputs)
         return network(inputs) if isinstance(inputs, Tensor) else network(*inputs)
+
+
+Precision = Literal["float32", "bfloat16"]
+"""Of forward passes: the network's own, or bfloat16 where PyTorch's autocast allows it."""
+
+
+def check_precision(precision: str) -> None:
+    """Refuse an unknown precision.
+
+    Raises:
+        ValueError: It is no `Precision`.
+    """
+    if precision not in get_args(Precision):
+        raise ValueError(
+            f"precision is one of {', '.join(get_args(Precision))}; got {precision!r}."
+        )
+
+
+def autocast(network: nn.Module, precision: Precision) -> torch.autocast:
+    """Return the context in which a network's passes have a precision."""
+    device = next(network.parameters()).device.type
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Turn off the fused transformer layer, which uses weights of layers that it never calls."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
 
@@ -153,6 +182,20 @@ def merge(data: Batches, max_samples: int) -> Batches:
                 continue
         merged.append(batch)
     return Batches(merged)
+
+
+def merge_first(data: Batches, max_samples: int) -> Batches:
+    """Return the same samples with the first batches merged up to ``max_samples``, and no others.
+
+    For what wants many samples at once, but only once: the first batch serves statistics, and the
+    others stay as small as caches like them.
+    """
+    n, taken = 0, 0
+    for batch in data:
+        if taken and n + batch.n > max_samples:
+            break
+        n, taken = n + batch.n, taken + 1
+    return Batches([*merge(Batches(data[:taken]), max_samples), *data[taken:]])
 
 
 def _cat(a: Any, b: Any) -> Any | None:

@@ -104,6 +104,20 @@ def _search(
             show_default=False,
         ),
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Activations kept while candidates are scored; 0 keeps none. [default: 2 GiB]",
+            show_default=False,
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="Of candidates' forward passes: float32 or bfloat16. [default: float32]",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None: ...
 
 

@@ -87,6 +87,8 @@ RESERVED = {
         "refine",
         "rounding",
         "correction",
+        "memory",
+        "precision",
         "threads",
         "json",
     ),

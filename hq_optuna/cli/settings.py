@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from hq_optuna.cost import Budget
-from hq_optuna.errors import SpaceError
+from hq_optuna.errors import SpaceError, StudyFileError
 from hq_optuna.layers import FLOAT_BITS
 from hq_optuna.runner.budget_text import parse_budget
 
@@ -54,7 +55,26 @@ def read_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     pin = read.get("pin_first_last")
     if isinstance(pin, str):
         read["pin_first_last"] = None if pin == "none" else parse_bits(pin)[0]
+    if isinstance(read.get("memory"), str):
+        read["memory"] = parse_memory(read["memory"])
     return read
+
+
+def parse_memory(text: str) -> int:
+    """Return the bytes written as ``'2 GiB'``, ``'512MiB'`` or ``'0'``.
+
+    Raises:
+        StudyFileError: The text is no amount of memory.
+
+    Example:
+        >>> parse_memory("1.5 KiB"), parse_memory("0")
+        (1536, 0)
+    """
+    match = re.fullmatch(r"\s*(\d+\.?\d*)\s*(bytes|KiB|MiB|GiB|)\s*", text, re.I)
+    if match is None:
+        raise StudyFileError(f"{text!r} is no amount of memory. Write '2 GiB', '512 MiB', or 0.")
+    units = {"": 1, "bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+    return int(float(match[1]) * units[match[2].lower()])
 
 
 def parse_bits(text: str) -> tuple[int, ...]:

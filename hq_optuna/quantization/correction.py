@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hq_optuna.batches import Batches, forward
+from hq_optuna.batches import Batches, Precision, autocast, forward
 from hq_optuna.bit_config import LayerBits
 from hq_optuna.layers import FLOAT_BITS
 from hq_optuna.quantization.prepare import get_bits, prepared_layers, set_bits
@@ -54,13 +54,17 @@ class StatisticsCorrection:
     Args:
         prepared: A prepared network; its statistics in float are measured now.
         data: Calibration batches. The first one is what statistics are measured on, so it should
-            be large (see `hq_optuna.batches.merge`).
+            be large (see `hq_optuna.batches.merge_first`).
+        precision: Of the passes that statistics are read from.
 
     The network keeps what `apply` set until `reset`, which restores the stored values bit for bit.
     """
 
-    def __init__(self, prepared: nn.Module, data: Batches) -> None:
+    def __init__(
+        self, prepared: nn.Module, data: Batches, precision: Precision = "float32"
+    ) -> None:
         self.prepared = prepared
+        self.precision: Precision = precision
         self.data = data
         self._norms: dict[str, _Norm] = {}
         self._shifted: dict[str, Tensor] = {}  # float output means of layers without batch-norm
@@ -77,6 +81,11 @@ class StatisticsCorrection:
     def n_corrected(self) -> tuple[int, int]:
         """Batch-norm layers, and layers whose output is shifted instead."""
         return len(self._norms), len(self._shifted)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules that are corrected."""
+        return (*self._norms, *self._shifted)
 
     @torch.no_grad()
     def _measure(self) -> None:
@@ -104,7 +113,7 @@ class StatisticsCorrection:
             means[name] = channel_statistics(output, channel_axis(module, output))[0]
 
         layers = prepared_layers(self.prepared)
-        with _before(norms, norm), _after(layers, layer):
+        with autocast(self.prepared, self.precision), _before(norms, norm), _after(layers, layer):
             forward(self.prepared, self.data[0].inputs)
         # A module called twice has one set of statistics for two inputs: leave it alone.
         self._norms = {n: s for n, s in self._norms.items() if calls[n] == 1}
@@ -140,18 +149,17 @@ class StatisticsCorrection:
             module.get_buffer(SHIFT).copy_(change)
             return output + _along(change, output, axis)
 
-        with _before(norms, norm), _after(layers, shift):
+        with autocast(self.prepared, self.precision), _before(norms, norm), _after(layers, shift):
             return forward(self.prepared, self.data[0].inputs) if run is None else run()
 
     def reset(self) -> None:
         """Restore the stored statistics and take shifts away."""
-        self._reset((*self._norms, *self._shifted))
+        self._reset(self.modules)
 
     def state(self) -> dict[str, tuple[Tensor, ...]]:
         """Return a copy of what the network's corrected modules hold now, by name."""
         return {
-            name: tuple(buffer.clone() for buffer in self._buffers(name))
-            for name in (*self._norms, *self._shifted)
+            name: tuple(buffer.clone() for buffer in self._buffers(name)) for name in self.modules
         }
 
     @torch.no_grad()

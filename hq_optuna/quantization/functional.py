@@ -11,6 +11,7 @@ Its gradient is the straight-through estimator: 1 inside the range, 0 where a va
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -97,8 +98,8 @@ def quantize_activation(
     graded = torch.is_grad_enabled() and x.requires_grad
     if graded or x.dtype != torch.float32 or x.device.type != "cpu":
         return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, quant_min, quant_max)
-    scale_32 = torch.tensor(scale, dtype=torch.float32)
-    rounded = torch.mul(x, float(1 / scale_32), out=out)
+    scale_32 = np.float32(scale)  # and single precision in the division, as PyTorch has it
+    rounded = torch.mul(x, float(np.float32(1) / scale_32), out=out)
     rounded.round_().clamp_(quant_min - zero_point, quant_max - zero_point)
     # 0 + scale · q instead of q · scale turns −0.0 into 0.0, as PyTorch's integers do.
     return torch.add(_ZERO, rounded, alpha=float(scale_32), out=rounded)

@@ -128,6 +128,10 @@ class InputFakeQuantize(nn.Module):
             be used (a loaded result).
         observer: How a range is found from the histogram.
         ranges: Ranges already known, by bits.
+
+    Attributes:
+        overwrites: Whether `forward` may round its argument in place, without gradient. Whoever
+            sets it knows that nobody else reads the argument.
     """
 
     def __init__(
@@ -140,6 +144,7 @@ class InputFakeQuantize(nn.Module):
         self.histogram = histogram
         self.observer: Observer = observer
         self.bits = FLOAT_BITS
+        self.overwrites = False
         self.ranges: dict[int, AffineRange] = dict(ranges or {})
 
     def range(self, bits: int) -> AffineRange:
@@ -157,11 +162,13 @@ class InputFakeQuantize(nn.Module):
             self.ranges[bits] = self.histogram.range(bits, self.observer)
         return self.ranges[bits]
 
-    def quantized(self, x: Tensor, bits: int) -> Tensor:
-        """Return ``x`` rounded to ``bits``."""
+    def quantized(self, x: Tensor, bits: int, *, out: Tensor | None = None) -> Tensor:
+        """Return ``x`` rounded to ``bits``, written into ``out`` where that saves time."""
         scale, zero_point = self.range(bits)
-        return quantize_activation(x, scale, zero_point, bits)
+        return quantize_activation(x, scale, zero_point, bits, out=out)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the input as the layer shall see it."""
-        return x if self.bits == FLOAT_BITS else self.quantized(x, self.bits)
+        if self.bits == FLOAT_BITS:
+            return x
+        return self.quantized(x, self.bits, out=x if self.overwrites else None)

@@ -71,9 +71,14 @@ def input_quantizer(module: nn.Module) -> InputFakeQuantize:
     return quantizer
 
 
+def is_prepared(module: nn.Module) -> bool:
+    """Say whether a module is a prepared layer."""
+    return hasattr(module, _INPUT)
+
+
 def prepared_layers(network: nn.Module) -> dict[str, nn.Module]:
     """Return the prepared layers of a network by name, in its order."""
-    return {name: m for name, m in network.named_modules() if hasattr(m, _INPUT)}
+    return {name: m for name, m in network.named_modules() if is_prepared(m)}
 
 
 def float_weight(module: nn.Module) -> Any:

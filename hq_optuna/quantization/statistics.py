@@ -17,7 +17,7 @@ against double precision stay below 3e-6 at this bound, and below 3e-7 where the
 
 
 def channel_statistics(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Return mean and variance (not Bessel-corrected) per channel, in the tensor's precision.
+    """Return mean and variance (not Bessel-corrected) per channel, in single precision at least.
 
     Args:
         x: Float tensor with a channel axis.
@@ -30,6 +30,8 @@ def channel_statistics(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
         >>> channel_statistics(torch.tensor([[1.0, 5.0], [3.0, 5.0]]), axis=1)
         (tensor([2., 5.]), tensor([1., 0.]))
     """
+    if x.dtype in (torch.bfloat16, torch.float16):
+        x = x.float()
     if not _is_rows(x, axis):
         others = [a for a in range(x.dim()) if a != axis % x.dim()]
         var, mean = torch.var_mean(x, others, correction=0)

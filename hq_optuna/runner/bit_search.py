@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from hq_optuna import attrs
 from hq_optuna.artifacts import Artifacts, open_artifacts
-from hq_optuna.batches import Batches, read_batches
+from hq_optuna.batches import Batches, Precision, read_batches
 from hq_optuna.cost import Budget, CostModel, check_reachable
 from hq_optuna.curvature import LossFunction
 from hq_optuna.errors import ResumeError
@@ -36,6 +36,7 @@ from hq_optuna.runner.worker import Doing, work
 from hq_optuna.samplers import Encoding, ProgressiveBitSampler
 from hq_optuna.samplers.log import StepLog
 from hq_optuna.scoring import ScorerName
+from hq_optuna.scoring.reuse import DEFAULT_MEMORY
 from hq_optuna.search import Rule
 from hq_optuna.space import ActivationBits, SearchSpace
 from hq_optuna.storages import (
@@ -74,6 +75,9 @@ class BitSearch:
         correction: Whether batch-norm statistics and biases are corrected for the bits, in each
             candidate and in the answer. No training; see `hq_optuna.quantization.correction`.
         observer: How activation ranges are found.
+        memory: Bytes of activations that are kept while candidates are scored; scores do not depend
+            on it. 0 keeps none.
+        precision: ``"float32"``, or ``"bfloat16"`` for candidates' forward passes.
         validation: Data on which the network is measured before and after.
         evaluate: What is measured there, from (network, batches); accuracy by default.
         batch_size: Samples a batch, where data come without batches.
@@ -102,6 +106,8 @@ class BitSearch:
         rounding: Rounding = "compensated",
         correction: bool = True,
         observer: Observer = "squared_error",
+        memory: int = DEFAULT_MEMORY,
+        precision: Precision = "float32",
         validation: Any = None,
         evaluate: Evaluate | None = None,
         batch_size: int = 32,
@@ -128,6 +134,8 @@ class BitSearch:
             rounding=rounding,
             correction=correction,
             observer=observer,
+            memory=memory,
+            precision=precision,
         )
         self.objective.skipped = tuple((s.name, s.kind, s.reason) for s in seen.skipped)
         self.validation = (

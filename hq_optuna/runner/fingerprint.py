@@ -25,6 +25,7 @@ _WORDS = {
     "scorer": "the scorer",
     "rounding": "how weights are rounded",
     "correction": "whether statistics are corrected",
+    "precision": "the precision of candidates' forward passes",
     "observer": "the observer of activation ranges",
     "loss": "the loss function",
     "budget": "the budget",

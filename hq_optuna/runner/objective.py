@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,11 +18,12 @@ from torch.nn import functional
 
 from hq_optuna import attrs, workers
 from hq_optuna.attrs import Ticket
-from hq_optuna.batches import merge, read_batches
+from hq_optuna.batches import Precision, check_precision, merge_first, read_batches
 from hq_optuna.bit_config import BitConfig
 from hq_optuna.checks import check_forward
 from hq_optuna.cost import Budget, CostModel
 from hq_optuna.curvature import LossFunction, probe_of
+from hq_optuna.layers import LayerSpec
 from hq_optuna.pruners import CostBudgetPruner
 from hq_optuna.quantization import Observer, observe_inputs, prepare, set_bits
 from hq_optuna.quantization.compensation import ROUNDINGS, Rounding, compensate_weights
@@ -43,6 +44,7 @@ from hq_optuna.scoring import (
     measure_layer_sums,
     output_rise_of,
 )
+from hq_optuna.scoring.reuse import DEFAULT_MEMORY
 from hq_optuna.scoring.sensitivity import bits_needed, unknown_layers
 from hq_optuna.space import SearchSpace
 
@@ -77,6 +79,10 @@ class HessianObjective:
         observer: How activation ranges are found: ``"squared_error"``, ``"min_max"`` or
             ``"percentile"``.
         batch_size: Samples a batch, where ``calibration`` has no batches of its own.
+        memory: Bytes of an incumbent's activations to keep, see `Scorer`.
+        precision: ``"float32"``: candidates run in the network's own precision. ``"bfloat16"``:
+            in bfloat16 where PyTorch's autocast allows it, which is quick on GPUs and coarse: it
+            has 8 significant bits.
 
     Raises:
         DataError: Unusable calibration data or loss.
@@ -96,6 +102,8 @@ class HessianObjective:
         output_rise: OutputRise | None = None,
         observer: Observer = "squared_error",
         batch_size: int = 32,
+        memory: int = DEFAULT_MEMORY,
+        precision: Precision = "float32",
     ) -> None:
         if output_rise is None:
             output_rise = output_rise_of(loss_fn)
@@ -123,6 +131,11 @@ class HessianObjective:
         self.correct = correction
         self.output_rise = output_rise if scorer == "gauss_newton" else None
         self.observer: Observer = observer
+        self.memory = memory
+        self.precision: Precision = precision
+        check_precision(precision)
+        if memory < 0:
+            raise ValueError(f"memory is a number of bytes, 0 or more; got {memory}.")
         self.device = next(model.parameters()).device
         self.data = read_batches(calibration, batch_size=batch_size).to(self.device)
         self.warnings = check_forward(model, self.data, loss_fn)
@@ -217,18 +230,22 @@ class HessianObjective:
             self._facts = {"curvature_samples": curvature.n_samples}
             if math.isfinite(curvature.largest_error):  # one batch alone has none
                 self._facts["curvature_standard_error"] = round(curvature.largest_error, 4)
-        largest = max(layer.n_inputs // layer.n_calls for layer in self.space.layers)
-        # Statistics want many samples at once, memory and caches do not: about 64 MiB a tensor.
-        data = merge(self.data, max(1, min(256, 2**24 // largest)))
-        return Scorer(
+        data = merge_first(self.data, statistics_samples(self.space.layers))
+        scorer = Scorer(
             prepared,
             sensitivity,
             data,
             self.loss_fn,
             output_rise=self.output_rise,
             by_loss=self.scorer_name == "loss",
-            correction=StatisticsCorrection(prepared, data) if self.correct else None,
+            correction=StatisticsCorrection(prepared, data, self.precision)
+            if self.correct
+            else None,
+            memory=self.memory,
+            precision=self.precision,
         )
+        self.warnings += scorer.warnings
+        return scorer
 
     def _eval_copy(self) -> nn.Module:
         return copy.deepcopy(self.model).eval()
@@ -245,6 +262,7 @@ class HessianObjective:
             "rounding": self.rounding,
             "correction": self.correct,
             "observer": self.observer,
+            "precision": self.precision,
             "loss": loss,
         }
         budget = budget_of(study)
@@ -308,7 +326,9 @@ class HessianObjective:
         config = self.space.config(ticket.bits)
         if ticket.kind == "incumbent":
             return self._record_step(trial, ticket, config, started)
-        return self._record(trial, config, scorer.score(config), ticket, started)
+        origin = sampler.origin(study)
+        score = scorer.score(config, config if origin is None else self.space.config(origin))
+        return self._record(trial, config, score, ticket, started)
 
     def _record_step(
         self, trial: Trial, ticket: Ticket, config: BitConfig, started: float
@@ -356,6 +376,16 @@ class HessianObjective:
                 trial._trial_id, attrs.OLD_CONSTRAINTS, [over]
             )
         return score.total
+
+
+def statistics_samples(layers: Sequence[LayerSpec]) -> int:
+    """Return how many samples statistics are measured on at once.
+
+    Statistics want many, memory and caches do not: about 64 MiB a tensor. More than 128 made no
+    difference (docs/scores.md).
+    """
+    largest = max(layer.n_inputs // layer.n_calls for layer in layers)
+    return max(1, min(128, 2**24 // largest))
 
 
 def budget_of(study: Study) -> Budget | None:

@@ -192,6 +192,14 @@ class ProgressiveBitSampler(BaseSampler):
             return study.pruner.budget
         return self.budget
 
+    def origin(self, study: Study) -> tuple[int, ...] | None:
+        """Return the bits that the open step's candidates are made from, as last read.
+
+        ``None`` before the first step is closed. Reads nothing from the storage.
+        """
+        incumbent = self.known(study).log.incumbent
+        return None if incumbent is None else incumbent.state
+
     def finished(self, study: Study) -> bool:
         """Return whether the budget is met, or nothing is left to lower."""
         return self.log(study).finished

@@ -9,14 +9,16 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import nn
 
-from hq_optuna.batches import Batches, forward
-from hq_optuna.bit_config import LayerBits
+from hq_optuna.batches import Batches, Precision, autocast, check_precision, forward
+from hq_optuna.bit_config import BitConfig, LayerBits
 from hq_optuna.curvature import LossFunction
 from hq_optuna.errors import ScoreError
 from hq_optuna.layers import FLOAT_BITS
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.quantization.prepare import get_bits, set_bits
+from hq_optuna.scoring.graph import UncuttableError
 from hq_optuna.scoring.outputs import CrossEntropyRise, OutputRise
+from hq_optuna.scoring.reuse import DEFAULT_MEMORY, Reuse
 from hq_optuna.scoring.sensitivity import Sensitivity
 
 ScorerName = Literal[
@@ -55,6 +57,14 @@ class Scorer:
         by_loss: Ranks by the measured rise of the loss on the calibration set over that of the
             float network. A network may be better by chance with fewer bits: rises can be negative.
         correction: Corrects the statistics of each candidate in its forward pass.
+        memory: Bytes of an incumbent's activations that are kept, so that its candidates run only
+            what depends on the layers they change. 0 runs every candidate whole. Scores are the
+            same, bit for bit.
+        precision: Of candidates' forward passes, see `hq_optuna.batches.Precision`.
+
+    Attributes:
+        reuse: Runs candidates on what is kept; ``None`` where they run whole.
+        warnings: Why a network's candidates run whole, in a sentence.
     """
 
     def __init__(
@@ -67,7 +77,10 @@ class Scorer:
         output_rise: OutputRise | None = None,
         by_loss: bool = False,
         correction: StatisticsCorrection | None = None,
+        memory: int = DEFAULT_MEMORY,
+        precision: Precision = "float32",
     ) -> None:
+        check_precision(precision)
         self.prepared = prepared
         self.sensitivity = sensitivity
         self.data = data
@@ -77,15 +90,38 @@ class Scorer:
         self.by_loss = by_loss
         self._float_outputs: list[Any] | None = None
         self._float_loss: float | None = None
+        self.precision: Precision = precision
+        self.warnings: list[str] = []
+        self.reuse: Reuse | None = None
+        if memory:
+            try:
+                with autocast(prepared, precision):
+                    self.reuse = Reuse(
+                        prepared, data, _searched(sensitivity), correction=correction, memory=memory
+                    )
+            except UncuttableError as error:
+                self.warnings.append(
+                    f"Each candidate runs the whole network, because {error}. Scores are the same; "
+                    "they only take longer."
+                )
 
-    def score(self, config: Mapping[str, LayerBits]) -> Score:
+    def score(
+        self,
+        config: Mapping[str, LayerBits],
+        incumbent: Mapping[str, LayerBits] | None = None,
+    ) -> Score:
         """Score an assignment with one forward pass over the calibration set. Nothing is trained.
+
+        Args:
+            config: Bits of the layers; those not named keep theirs.
+            incumbent: The assignment of all layers that this one and the following ones were made
+                from. Its activations are kept; the score does not depend on it.
 
         Raises:
             ScoreError: The predicted rise is NaN or infinite.
         """
         weights, activations = self.sensitivity.score(config)
-        loss, rise = self.measure(config)
+        loss, rise = self.measure(config, incumbent)
         total = weights + activations if rise is None else rise
         if self.by_loss:
             total = round(loss - self.float_loss(), 9)  # as `measure` rounds
@@ -94,20 +130,25 @@ class Scorer:
         return Score(total, weights, activations, loss)
 
     @torch.no_grad()
-    def measure(self, config: Mapping[str, LayerBits]) -> tuple[float, float | None]:
+    def measure(
+        self,
+        config: Mapping[str, LayerBits],
+        incumbent: Mapping[str, LayerBits] | None = None,
+    ) -> tuple[float, float | None]:
         """Return the mean loss with these bits, and the rise its outputs tell, nats.
 
         The rise is rounded to nine digits, so that what another processor adds up in another order
         ranks the same.
         """
-        expected = self._outputs_in_float() if self.output_rise is not None else None
-        set_bits(self.prepared, config)
         losses, rises = [], []
-        for index, outputs in enumerate(self._run()):
-            batch = self.data[index]
-            losses.append(float(self.loss_fn(outputs, batch.labels)) * batch.n)
-            if self.output_rise is not None and expected is not None:
-                rises.append(float(self.output_rise(expected[index], outputs)))
+        with autocast(self.prepared, self.precision):  # which keeps losses in single precision
+            expected = self._outputs_in_float() if self.output_rise is not None else None
+            set_bits(self.prepared, config)
+            for index, outputs in enumerate(self._run(incumbent)):
+                batch = self.data[index]
+                losses.append(float(self.loss_fn(outputs, batch.labels)) * batch.n)
+                if self.output_rise is not None and expected is not None:
+                    rises.append(float(self.output_rise(expected[index], outputs)))
         n = self.data.n_samples
         rise = float(f"{math.fsum(rises) / n:.9g}") if rises else None
         return math.fsum(losses) / n, rise
@@ -127,8 +168,14 @@ class Scorer:
         """Return the mean loss over the calibration set with these bits."""
         return self.measure(config)[0]
 
-    def _run(self) -> Iterator[Any]:
+    def _run(self, incumbent: Mapping[str, LayerBits] | None) -> Iterator[Any]:
         """Yield the outputs of each batch with the bits set now."""
+        # Hooks on the network itself would not see a pass that is put together from parts.
+        hooked = self.prepared._forward_hooks or self.prepared._forward_pre_hooks
+        if self.reuse is not None and not hooked:
+            origin = None if incumbent is None else BitConfig(incumbent)
+            yield from self.reuse.run(get_bits(self.prepared), origin)
+            return
         for index, batch in enumerate(self.data):
             if index == 0 and self.correction is not None:
                 yield self.correction.apply()
@@ -146,3 +193,9 @@ class Scorer:
             if isinstance(self.output_rise, CrossEntropyRise):
                 self.output_rise = self.output_rise.calibrated(self._float_outputs)
         return self._float_outputs
+
+
+def _searched(sensitivity: Sensitivity) -> list[str]:
+    """Return the layers that may have several bits."""
+    weights, inputs = sensitivity.weights, sensitivity.activations
+    return [name for name in weights if len(weights[name]) > 1 or len(inputs.get(name, ())) > 1]

@@ -1,0 +1,300 @@
+"""Evaluating a candidate from what its incumbent left: only what the changed layers reach.
+
+A candidate differs from its incumbent in a layer or two. Everything that does not depend on these
+layers is the incumbent's, also with statistics correction, which corrects layers in order. So the
+tensors that cross from the unchanged part into the changed one are kept for the incumbent, on all
+batches, and a candidate runs only the operations downstream of its changes. When the incumbent
+changes, what is kept is brought up to date the same way. Nothing is approximated: the operations
+that run are those of a full pass on the same tensors, so outputs are equal bit for bit, whatever
+was kept.
+
+If all tensors do not fit into the memory allowed, those are kept that save the most time per byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+
+from hq_optuna.batches import Batches, Inputs, forward, plain_attention, tensors
+from hq_optuna.bit_config import BitConfig, LayerBits
+from hq_optuna.layers import FLOAT_BITS
+from hq_optuna.quantization.correction import StatisticsCorrection
+from hq_optuna.quantization.prepare import get_bits, set_bits
+from hq_optuna.scoring.cuts import choose_cuts
+from hq_optuna.scoring.graph import NetworkGraph, UncuttableError, plain
+from hq_optuna.scoring.in_place import in_place, is_fresh
+
+DEFAULT_MEMORY = 2 * 2**30
+"""Bytes of activations that are kept unless told otherwise."""
+
+
+@dataclass
+class _Kept:
+    """What is kept of an incumbent.
+
+    Attributes:
+        config: Its bits.
+        values: For each batch, values of nodes.
+        statistics: Its corrected statistics.
+        weights: The state of the network's float weights when this was computed.
+    """
+
+    config: BitConfig
+    weights: object
+    values: list[dict[fx.Node, Any]]
+    statistics: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+
+
+class Reuse:
+    """Runs candidates of one prepared network on one set of batches.
+
+    Args:
+        prepared: The prepared network.
+        data: Batches on the network's device.
+        searched: Names of the layers whose bits change in a search.
+        correction: Corrects the statistics of each candidate, on the first batch.
+        memory: Bytes of activations to keep.
+
+    Raises:
+        UncuttableError: The network cannot be cut between its layers; run it as a whole.
+    """
+
+    def __init__(
+        self,
+        prepared: nn.Module,
+        data: Batches,
+        searched: Sequence[str],
+        *,
+        correction: StatisticsCorrection | None = None,
+        memory: int = DEFAULT_MEMORY,
+    ) -> None:
+        self.prepared = prepared
+        self.data = data
+        self.correction = correction
+        self.memory = memory
+        self.graph = NetworkGraph.trace(prepared, data[0].inputs)
+        self._kept: _Kept | None = None
+        self._fresh = {n for n in self.graph.nodes if is_fresh(n, self.graph.modules)}
+        self._check(searched)
+        self.cuts = choose_cuts(self.graph, searched, memory, data.n_samples / data[0].n)
+        self._names = {id(module): name for name, module in prepared.named_modules()}
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of activations kept at the moment."""
+        kept = [] if self._kept is None else self._kept.values
+        held = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for values in kept
+            for value in values.values()
+            for t in tensors(value)
+        }
+        return sum(held.values())
+
+    def forget(self) -> None:
+        """Keep nothing; the next candidate runs whole unless it names an incumbent."""
+        self._kept = None
+
+    @torch.no_grad()
+    def run(self, config: BitConfig, incumbent: BitConfig | None = None) -> Iterator[Any]:
+        """Yield the outputs of each batch for an assignment of all layers.
+
+        Args:
+            config: The candidate, whose bits the network has.
+            incumbent: What the candidate was made from. Its tensors are kept for the candidates
+                that follow. Without it what is kept already serves as far as it goes.
+        """
+        weights = self._weights()
+        if self._kept is not None and self._kept.weights != weights:
+            self._kept = None
+        if incumbent is not None and self.cuts:
+            self._keep(incumbent, weights)
+            set_bits(self.prepared, config)
+        changed, statistics = self._changed(config)
+        for index in range(len(self.data)):
+            known = {} if self._kept is None else self._kept.values[index]
+            known = {node: value for node, value in known.items() if node not in changed}
+            yield self._batch(index, known, changed, statistics, None)
+
+    def _keep(self, incumbent: BitConfig, weights: object) -> None:
+        """Bring what is kept up to date with an incumbent."""
+        if self._kept is not None and self._kept.config == incumbent:
+            return
+        set_bits(self.prepared, incumbent)
+        changed, statistics = self._changed(incumbent)
+        old = self._kept
+        values = [{} for _ in self.data] if old is None else old.values
+        self._kept = None  # an error on the way leaves nothing half-made
+        for index, kept in enumerate(values):
+            for node in changed & kept.keys():
+                del kept[node]
+            self._batch(index, kept, changed, statistics, kept)
+        state = {} if self.correction is None else self.correction.state()
+        self._kept = _Kept(incumbent, weights, values, state)
+
+    def _changed(self, config: BitConfig) -> tuple[frozenset[fx.Node], _Statistics]:
+        """Return the nodes with other values than those kept, and the statistics to start from."""
+        if self._kept is None:
+            return frozenset(self.graph.nodes), _Statistics({}, None)
+        layers = [name for name, bits in config.items() if self._kept.config[name] != bits]
+        changed = frozenset().union(*(self.graph.downstream[name] for name in layers))
+        inside = {
+            self._names[id(module)]
+            for node in changed
+            if node in self.graph.modules
+            for module in self.graph.modules[node].modules()
+        }
+        return changed, _Statistics(self._kept.statistics, inside)
+
+    def _batch(
+        self,
+        index: int,
+        known: Mapping[fx.Node, Any],
+        changed: frozenset[fx.Node],
+        statistics: _Statistics,
+        store: dict[fx.Node, Any] | None,
+    ) -> Any:
+        inputs = self.data[index].inputs
+        if index or self.correction is None:
+            return self._nodes(inputs, known, store)
+        self.correction.restore(statistics.kept)
+        return self.correction.apply(
+            lambda: self._nodes(inputs, known, store), only=statistics.corrected
+        )
+
+    def _whole(self, inputs: Inputs) -> Any:
+        return self._nodes(inputs, {}, None)
+
+    def _nodes(
+        self, inputs: Inputs, known: Mapping[fx.Node, Any], store: dict[fx.Node, Any] | None
+    ) -> Any:
+        """Run what the output needs beyond known values; keep the cuts in ``store``."""
+        graph = self.graph
+        plan = graph.needed(known)
+        if store is not None:  # also what no output needs when the rest is known
+            plan = sorted(
+                {*plan, *(n for cut in self.cuts - known.keys() for n in graph.needed(known, cut))},
+                key=graph.position.__getitem__,
+            )
+        values: dict[fx.Node, Any] = {graph.entry: inputs, **known}
+        # Memory that is not the pass's own: inputs, parameters, and what is kept.
+        foreign = {_memory(t) for v in values.values() for t in tensors(v)} | self._own()
+        last = {value: node for node in plan for value in node.all_input_nodes}
+        map_arg(graph.output, lambda node: last.pop(node, None))
+        with plain_attention():
+            for node in plan:
+                values[node] = self._node(node, values, foreign, last)
+                if store is not None and node in self.cuts:
+                    store[node] = values[node]
+                    foreign |= {_memory(t) for t in tensors(values[node])}
+                for value in node.all_input_nodes:
+                    if last.get(value) is node and value not in known:
+                        del values[value]
+        return plain(map_arg(graph.output, values.__getitem__))
+
+    def _node(
+        self,
+        node: fx.Node,
+        values: dict[fx.Node, Any],
+        foreign: set[int],
+        last: Mapping[fx.Node, fx.Node],
+    ) -> Any:
+        measured = self.graph.measured[node]
+        for written in measured.writes:
+            if written in node.all_input_nodes and _touches(values[written], foreign):
+                values = {**values, written: _copied(values[written])}
+
+        def free(value: Any) -> bool:
+            return (
+                isinstance(value, fx.Node)
+                and value in self._fresh
+                and last.get(value) is node
+                and not _touches(values[value], foreign)
+            )
+
+        if measured.alone and not measured.writes and any(map(free, node.args)):
+            args = map_arg(node.args, values.__getitem__)
+            done, value = in_place(
+                node, self.graph.modules.get(node), args, tuple(map(free, node.args))
+            )
+            if done:
+                return value
+        return self.graph.call(node, values)
+
+    def _own(self) -> set[int]:
+        held = (*self.prepared.parameters(), *self.prepared.buffers())
+        return {_memory(t) for t in (*held, *self.graph.constants.values())}
+
+    def _weights(self) -> object:
+        """Return what changes with the network's float weights and the statistics not corrected."""
+        corrected = set() if self.correction is None else set(self.correction.modules)
+        return tuple(
+            (t.data_ptr(), 0 if t.is_inference() else t._version)
+            for name, t in (*self.prepared.named_parameters(), *self.prepared.named_buffers())
+            if name.rpartition(".")[0] not in corrected or isinstance(t, nn.Parameter)
+        )
+
+    @torch.no_grad()
+    def _check(self, searched: Sequence[str]) -> None:
+        """Run parts and whole side by side, in float and with the searched weights rounded.
+
+        What tracing took for constant, a weight read outside its layer for example, shows here.
+        """
+        before = get_bits(self.prepared)
+        inputs = self.data[0].inputs
+        floats = dict.fromkeys(before, LayerBits(FLOAT_BITS, FLOAT_BITS))
+        try:
+            for bits, run in (
+                (floats, self.graph.measure),
+                ({name: LayerBits(_CHECKED, FLOAT_BITS) for name in searched}, self._whole),
+            ):
+                set_bits(self.prepared, bits)
+                if not _equal(run(inputs), forward(self.prepared, inputs)):
+                    raise UncuttableError("its parts do not give the outputs of the whole")
+        except UncuttableError:
+            raise
+        except Exception as error:  # whatever the network's own code raises on being cut
+            raise UncuttableError(f"its parts do not run: {error}") from error
+        finally:
+            set_bits(self.prepared, before)
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """Corrected statistics to start from, and the modules to correct anew (``None``: all)."""
+
+    kept: Mapping[str, tuple[Tensor, ...]]
+    corrected: set[str] | None
+
+
+_CHECKED = 3  # bits that change every weight
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _touches(value: Any, foreign: set[int]) -> bool:
+    return any(_memory(t) in foreign for t in tensors(value))
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Say whether two outputs are the same numbers in the same structure; NaN equals NaN."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        same = a.shape == b.shape and a.dtype == b.dtype
+        return same and bool(((a == b) | (a.isnan() & b.isnan())).all())
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)) and type(a) is type(b):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return type(a) is type(b) and bool(a == b)
