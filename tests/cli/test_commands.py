@@ -15,7 +15,7 @@ from typer.testing import Result
 import hq_optuna
 from hq_optuna.cli.place import Place
 from hq_optuna.cli.progress import SearchProgress
-from hq_optuna.cli.settings import parse_bits, read_settings, sensible_threads
+from hq_optuna.cli.settings import parse_bits, parse_memory, read_settings, sensible_threads
 from hq_optuna.cost import Budget
 from hq_optuna.errors import SpaceError, StudyFileError
 
@@ -232,11 +232,11 @@ def test_ctrl_c_says_that_everything_recorded_stays(
 
     score, calls = Scorer.score, []
 
-    def interrupted(self: Scorer, config: object) -> object:
+    def interrupted(self: Scorer, config: object, incumbent: object = None) -> object:
         calls.append(config)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return score(self, config)  # type: ignore[arg-type]
+        return score(self, config, incumbent)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
         patch.setattr(Scorer, "score", interrupted)
@@ -364,3 +364,17 @@ def test_uniform_bits_stand_beside_the_answer_and_other_methods_on_request(
     assert (RUN / "report.html").read_text() == page
     rows = json.loads(command("report", study, "--format", "json").stdout)["compared"]
     assert [r["method"] for r in rows] == ["answer", "uniform", "random", "TPE", "NSGA-II"]
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"), [("2 GiB", 2**31), ("512mib", 2**29), ("0", 0), ("1.5KiB", 1536)]
+)
+def test_memory_as_typed(text, n_bytes):
+    assert parse_memory(text) == n_bytes
+    assert read_settings({"memory": text}) == {"memory": n_bytes}
+
+
+@pytest.mark.parametrize("text", ["much", "-1", "2 GB", ""])
+def test_memory_that_cannot_be_read_is_refused(text):
+    with pytest.raises(StudyFileError, match="is no amount of memory"):
+        parse_memory(text)
