@@ -157,10 +157,11 @@ class Scorer:
     def float_loss(self) -> float:
         """Return the mean loss of the float network over the calibration set, computed once."""
         if self._float_loss is None:
-            losses = [
-                float(self.loss_fn(outputs, batch.labels)) * batch.n
-                for outputs, batch in zip(self._outputs_in_float(), self.data, strict=True)
-            ]
+            with autocast(self.prepared, self.precision):
+                losses = [
+                    float(self.loss_fn(outputs, batch.labels)) * batch.n
+                    for outputs, batch in zip(self._outputs_in_float(), self.data, strict=True)
+                ]
             self._float_loss = math.fsum(losses) / self.data.n_samples
         return self._float_loss
 
