@@ -88,6 +88,7 @@ class StepLog:
 
     def __init__(self, search: ProgressiveSearch) -> None:
         self.search = search
+        self._settings = settings(search)  # once: its digest of the space takes milliseconds
         self.cursor = Cursor()
         self.owners = Owners()
         self.searches: list[str] = []
@@ -231,7 +232,7 @@ class StepLog:
         if not states:
             return None
         step = 0 if incumbent is None else incumbent.step + 1
-        return OpenStep(step, parent_digest(self.search, incumbent), states)
+        return OpenStep(step, _parent_digest(self._settings, incumbent), states)
 
     def ends_with_open_step(self) -> bool:
         """Return whether the search is over once the complete open step is recorded."""
@@ -269,6 +270,10 @@ def settings(search: ProgressiveSearch) -> dict[str, Any]:
 
 def parent_digest(search: ProgressiveSearch, incumbent: Incumbent | None) -> str:
     """Return the digest tickets carry: settings, step and bits the step starts from."""
+    return _parent_digest(settings(search), incumbent)
+
+
+def _parent_digest(known: dict[str, Any], incumbent: Incumbent | None) -> str:
     if incumbent is None:
-        return attrs.parent_digest(settings(search), None, None)
-    return attrs.parent_digest(settings(search), incumbent.step, incumbent.state)
+        return attrs.parent_digest(known, None, None)
+    return attrs.parent_digest(known, incumbent.step, incumbent.state)
