@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -96,9 +96,23 @@ def _fitting_memory(network: nn.Module, layers: Sequence[LayerSpec]) -> list[lis
     return groups
 
 
+class Compensated(NamedTuple):
+    """A rounded weight.
+
+    Attributes:
+        weight: Each value a whole multiple of its channel's scale.
+        scale: Shape ``(channels,)``, float32.
+        felt: ΔW E[x xᵀ] ΔWᵀ over the mean of E[x²], ``(channels,)`` float64, weight².
+    """
+
+    weight: Tensor
+    scale: Tensor
+    felt: Tensor | None
+
+
 @torch.no_grad()
-def compensated(weight: Tensor, moment: Tensor, scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return the rounded weight and its scales.
+def compensated(weight: Tensor, moment: Tensor, scale: Tensor, bits: int) -> Compensated:
+    """Return the rounded weight.
 
     Args:
         weight: ``(channels, …)``.
@@ -106,22 +120,18 @@ def compensated(weight: Tensor, moment: Tensor, scale: Tensor, bits: int) -> tup
         scale: Scales to start from, ``(channels,)``.
         bits: 1 to 16.
 
-    Returns:
-        Weight of the same shape and dtype, each value a whole multiple of its channel's scale, and
-        scales ``(channels,)`` float32.
-
     Example:
         The second weight makes up for the first, because both meet the same input.
 
         >>> w, scale = torch.tensor([[0.4, 0.8]]), torch.tensor([1.0])
-        >>> compensated(w, torch.ones(1, 2, 2).double(), scale, bits=3)[0].sum(1)
+        >>> compensated(w, torch.ones(1, 2, 2).double(), scale, bits=3).weight.sum(1)
         tensor([1.2000])
     """
     groups, d = moment.shape[:2]
     diagonal = moment.diagonal(dim1=1, dim2=2)
     nearest = quantize_weight(weight, scale, bits, 0)
     if not bool((diagonal.sum(1) > 0).all()):
-        return nearest, scale  # an input that is always zero tells nothing
+        return Compensated(nearest, scale, None)  # an input that is always zero tells nothing
     damping = DAMPING * diagonal.mean(1)
     damped = moment + torch.diag_embed(damping[:, None].expand(groups, d))
     order = torch.argsort(diagonal, dim=1, descending=True, stable=True)
@@ -154,7 +164,9 @@ def compensated(weight: Tensor, moment: Tensor, scale: Tensor, bits: int) -> tup
     found = best_scale.flatten()
     codes = (back.mT.reshape(weight.shape[0], d) / found.double()[:, None]).round()
     result = codes.to(weight.dtype) * found[:, None].to(weight.dtype)
-    return result.reshape(weight.shape).contiguous(), found
+    change = (result.double() - weight.flatten(1).double()).reshape(groups, -1, d).mT
+    felt = _output_error(change, moment) / diagonal.mean(1)[:, None]
+    return Compensated(result.reshape(weight.shape).contiguous(), found, felt.flatten())
 
 
 def _round(rows: Tensor, factor: Tensor, scale: Tensor, bits: int) -> Tensor:

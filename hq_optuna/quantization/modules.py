@@ -39,6 +39,7 @@ class WeightFakeQuantize(nn.Module):
         self.scales: dict[int, Tensor] = {}
         # What `keep` was given, and the float weight it is for.
         self._kept: dict[int, Tensor] = {}
+        self._felt: dict[int, Tensor] = {}
         self._kept_for: Tensor | None = None
         self._seen: tuple[Tensor, int] | None = None
         self._rounded: dict[int, Tensor] = {}
@@ -56,7 +57,14 @@ class WeightFakeQuantize(nn.Module):
             self.scales[bits] = self.scales[bits].to(weight.device)
         return self.scales[bits]
 
-    def keep(self, weight: Tensor, bits: int, rounded: Tensor, scale: Tensor) -> None:
+    def keep(
+        self,
+        weight: Tensor,
+        bits: int,
+        rounded: Tensor,
+        scale: Tensor,
+        felt: Tensor | None = None,
+    ) -> None:
         """Take ``rounded`` for ``weight`` at ``bits`` from now on, as long as the weight is this.
 
         Args:
@@ -64,10 +72,13 @@ class WeightFakeQuantize(nn.Module):
             bits: Number of bits.
             rounded: The weight's shape, values of the grid with ``scale``.
             scale: Shape ``(channels,)``.
+            felt: The squared error of each channel as its output feels it, ``(channels,)``.
         """
         if self._kept_for is None or not torch.equal(self._kept_for, weight):
-            self._kept, self._kept_for = {}, weight.detach().clone()
+            self._kept, self._felt, self._kept_for = {}, {}, weight.detach().clone()
         self._kept[bits], self.scales[bits] = rounded, scale
+        if felt is not None:
+            self._felt[bits] = felt
         self._rounded.pop(bits, None)
 
     def kept(self, weight: Tensor, bits: int) -> Tensor | None:
@@ -78,6 +89,23 @@ class WeightFakeQuantize(nn.Module):
             self._kept_for = self._kept_for.to(weight.device)
             self._kept = {b: rounded.to(weight.device) for b, rounded in self._kept.items()}
         return self._kept[bits] if torch.equal(self._kept_for, weight) else None
+
+    @torch.no_grad()
+    def felt_error(self, weight: Tensor, bits: int) -> Tensor:
+        """Return the squared error of each channel as the layer's output feels it.
+
+        Where errors make up for each other, that is ΔW E[x xᵀ] ΔWᵀ over the mean of E[x²]: the
+        squared error that would change the output as much if inputs were not correlated. Elsewhere
+        it is the squared error itself.
+
+        Returns:
+            Shape ``(channels,)``, float64, weight².
+        """
+        rounded = self.quantized(weight, bits)
+        if bits in self._felt and self.kept(weight, bits) is not None:
+            return self._felt[bits].to(weight.device)
+        change = (rounded.double() - weight.double()).movedim(self.channel_axis, 0)
+        return change.flatten(1).square().sum(1)
 
     def quantized(self, weight: Tensor, bits: int) -> Tensor:
         """Return the rounded weight without gradient, kept until the weight changes."""

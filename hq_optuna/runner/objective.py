@@ -216,7 +216,8 @@ class HessianObjective:
         sensitivity = None if study is None else stored_sensitivity(study)
         if sensitivity is None:
             name = self.scorer_name
-            sums: LayerSumName = name if name in LAYER_SUMS else "diagonal"
+            known: LayerSumName = "fisher" if probe_of(self.loss_fn) is not None else "diagonal"
+            sums: LayerSumName = name if name in LAYER_SUMS else known
             sensitivity, curvature = measure_layer_sums(
                 sums,
                 network,

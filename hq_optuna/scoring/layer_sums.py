@@ -24,7 +24,8 @@ from hq_optuna.space import SearchSpace
 
 LayerSumName = Literal["diagonal", "trace", "fisher", "hutchinson", "fit", "hawq_v2"]
 """``diagonal`` and ``trace``: calibration Adam, element by element or by its mean over a layer.
-``fisher``: the mean of the Gauss-Newton diagonal from softened outputs. ``hutchinson``: the true
+``fisher``: the mean of the Gauss-Newton diagonal from softened outputs, with weight errors as the
+layer's output feels them. ``hutchinson``: the true
 Hessian's. ``fit`` and ``hawq_v2``: as published (`hq_optuna.scoring.references`)."""
 LAYER_SUMS: tuple[LayerSumName, ...] = get_args(LayerSumName)
 
@@ -70,7 +71,8 @@ def measure_layer_sums(
         return LayerSums(fit(prepared, space, curvature, data), curvature)
     if name == "hawq_v2":
         return LayerSums(hawq_v2(prepared, space, curvature, data), curvature)
-    form: Form = "diagonal" if name == "diagonal" else "trace"
+    forms: dict[str, Form] = {"diagonal": "diagonal", "fisher": "felt"}
+    form = forms.get(name, "trace")
     sensitivity = measure_sensitivity(
         prepared,
         space,

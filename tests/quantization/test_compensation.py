@@ -91,7 +91,7 @@ def test_compensation_is_obq_in_the_order_of_the_inputs_size(seed, bits, d):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compensation, "SCALES", (1.0,))
         patch.setattr(compensation, "BLOCK", 16)
-        rounded, found = compensated(w, torch.from_numpy(moment)[None], scale, bits)
+        rounded, found, felt = compensated(w, torch.from_numpy(moment)[None], scale, bits)
     nearest = quantize_weight(w, scale, bits, 0).double().numpy()
     damped = moment + 0.01 * np.mean(np.diag(moment)) * np.eye(d)
     for channel in range(2):
@@ -101,6 +101,9 @@ def test_compensation_is_obq_in_the_order_of_the_inputs_size(seed, bits, d):
         best = nearest[channel] if errors[0] <= errors[1] else expected
         np.testing.assert_allclose(rounded[channel].numpy(), best, rtol=1e-5, atol=1e-6)
     assert torch.equal(found, scale)
+    change = rounded.double().numpy() - w.double().numpy()
+    expected = np.einsum("cd,de,ce->c", change, moment, change) / np.mean(np.diag(moment))
+    np.testing.assert_allclose(felt.numpy(), expected, rtol=1e-6, atol=1e-12)
 
 
 @settings(max_examples=25, deadline=None)
@@ -111,7 +114,7 @@ def test_no_channel_gets_worse_and_all_stay_on_their_grid(seed, bits, groups):
     mixed = torch.randn(groups, 10, 10).double()
     moment = mixed @ mixed.mT
     scale = weight_scale(weight, bits, 0)
-    rounded, found = compensated(weight, moment, scale, bits)
+    rounded, found, _ = compensated(weight, moment, scale, bits)
     codes = rounded / found[:, None, None]
     torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-4)
     low, high = weight_grid(bits) if bits > 1 else (-1, 1)
@@ -131,9 +134,10 @@ def test_no_channel_gets_worse_and_all_stay_on_their_grid(seed, bits, groups):
 def test_inputs_that_are_always_zero_leave_rounding_to_nearest():
     weight = torch.randn(3, 4)
     scale = weight_scale(weight, 3, 0)
-    rounded, found = compensated(weight, torch.zeros(1, 4, 4).double(), scale, 3)
+    rounded, found, felt = compensated(weight, torch.zeros(1, 4, 4).double(), scale, 3)
     assert torch.equal(rounded, quantize_weight(weight, scale, 3, 0))
     assert torch.equal(found, scale)
+    assert felt is None
 
 
 def correlated_network():
@@ -186,6 +190,8 @@ def test_a_changed_weight_is_rounded_to_nearest_again():
     module = prepared.get_submodule("1")
     quantizer, weight = weight_quantizer(module), float_weight(module)
     kept = quantizer.quantized(weight, 3).clone()
+    squared = (kept - weight).detach().double().square().sum(1)
+    assert bool((quantizer.felt_error(weight, 3) < squared).all())
     assert not torch.equal(kept, quantize_weight(weight, quantizer.scales[3], 3, 0))
     copied = copy.deepcopy(prepared)
     set_bits(copied, {"1": (3, 32)})
@@ -194,6 +200,8 @@ def test_a_changed_weight_is_rounded_to_nearest_again():
         weight += 0.25
     expected = quantize_weight(weight, quantizer.scales[3], 3, 0)
     assert torch.equal(quantizer.quantized(weight, 3), expected)
+    squared = (expected - weight).detach().double().square().sum(1)
+    torch.testing.assert_close(quantizer.felt_error(weight, 3), squared)
     with torch.no_grad():
         weight -= 0.25
         weight.copy_(float_weight(copied.get_submodule("1")))

@@ -13,8 +13,10 @@ from hq_optuna.batches import Batches, forward, read_batches
 from hq_optuna.bit_config import BitConfig, LayerBits
 from hq_optuna.curvature import Curvature, InputCurvature, calibration_adam
 from hq_optuna.errors import ScoreError
+from hq_optuna.introspection import introspect
 from hq_optuna.layers import FLOAT_BITS
 from hq_optuna.quantization import get_bits, observe_inputs, prepare, set_bits
+from hq_optuna.quantization.compensation import compensate_weights
 from hq_optuna.quantization.observers import watch_inputs
 from hq_optuna.quantization.prepare import input_quantizer
 from hq_optuna.quantization.ranges import weight_scale
@@ -242,7 +244,7 @@ def test_values_that_are_no_numbers_are_refused_with_the_layers_name(quadratic, 
 def test_an_unknown_scorer_is_refused_by_name(quadratic):
     network, h, data, _ = quadratic
     prepared, space = ready(network, data)
-    with pytest.raises(ValueError, match="form is one of trace, diagonal; got 'hutchinson'"):
+    with pytest.raises(ValueError, match="form is one of trace, diagonal, felt; got 'hutchinson'"):
         measure_sensitivity(prepared, space, known(h, h[0], 6), data, "hutchinson")
 
 
@@ -320,3 +322,22 @@ def test_float_layers_cost_nothing():
 def test_a_table_survives_json_to_the_last_bit():
     text = json.dumps(TABLE.to_json())
     assert Sensitivity.from_json(json.loads(text)) == TABLE
+
+
+def test_felt_errors_count_less_where_they_make_up_for_each_other():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(2, 24), nn.Linear(24, 3)).eval()
+    data = read_batches((torch.randn(64, 2), torch.randint(0, 3, (64,))))
+    layers = introspect(network, data[0].inputs).layers
+    only_weights = SearchSpace.build(layers, activation_bits=None, pin_first_last=None)
+    nearest, compensated = prepare(network, layers), prepare(network, layers)
+    compensate_weights(compensated, layers, data, {layer.name: range(2, 9) for layer in layers})
+    curvature = calibration_adam(network, layers, data, nn.functional.cross_entropy)
+
+    def rises(prepared, form):
+        return measure_sensitivity(prepared, only_weights, curvature, data, form).weights["1"]
+
+    assert rises(nearest, "felt") == pytest.approx(rises(nearest, "trace"))
+    felt, squared = rises(compensated, "felt"), rises(compensated, "trace")
+    assert all(felt[bits] < 0.5 * squared[bits] for bits in range(2, 7))
+    assert felt[3] < 0.5 * rises(nearest, "felt")[3]
