@@ -1,17 +1,18 @@
 """How good the search is on ResNet-20 / CIFAR-10, weights only, without training.
 
 All 20 layers are free (no pins), 2 to 8 bits, activations in float. The score is additive, so the
-exact optimum is an integer program, solved here with SciPy's HiGHS; ``gap`` is the score found over
-that optimum. Accuracy is on the test images, which nothing else reads, without and with statistics
-correction. The scorer ``gauss_newton`` is not a sum over layers, so there is no exact optimum to
-compare with, and each candidate takes a forward pass: name it with ``--scorers`` to run it.
+exact optimum is known (`hq_optuna.search.exact`); ``gap`` is the score found over that optimum. The
+scorer ``hawq_v2`` with its exact optimum is HAWQ-V2. Accuracy is on the test images, which nothing
+else reads, without and with statistics correction. The scorer ``gauss_newton`` is not a sum over
+layers, so there is no exact optimum to compare with, and each candidate takes a forward pass: name
+it with ``--scorers`` to run it.
 
 With ``--baselines`` random draws within the budget, Optuna's TPE and its NSGA-II get the same
 space, score, constraint and number of evaluations as the refined search, under
 ``--accuracy-seeds`` seeds.
 
     python -m benchmarks.search_quality --data DIR --checkpoint FILE [--quick] [--out FILE]
-        [--scorers trace diagonal gauss_newton]
+        [--scorers fisher trace hawq_v2 gauss_newton] [--rounding nearest]
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from benchmarks.outcome import Outcome
 from hq_optuna.batches import Batches, forward, merge, read_batches
 from hq_optuna.bit_config import BitConfig
 from hq_optuna.cost import Budget, CostModel
-from hq_optuna.curvature import calibration_adam
 from hq_optuna.introspection import introspect
 from hq_optuna.quantization import prepare, set_bits
+from hq_optuna.quantization.compensation import ROUNDINGS, compensate_weights
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.runner.baselines import METHODS, Problem, run_method
 from hq_optuna.runner.evaluation import accuracy
 from hq_optuna.runner.study_file import StudyFile, find_study
-from hq_optuna.scoring import Scorer, Sensitivity, measure_sensitivity, output_rise_of
+from hq_optuna.scoring import LAYER_SUMS, Scorer, Sensitivity, measure_layer_sums, output_rise_of
 from hq_optuna.search import Additive, ProgressiveSearch
 from hq_optuna.space import SearchSpace
 
@@ -63,8 +64,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20, help="seeds of the scores' medians")
     parser.add_argument("--accuracy-seeds", type=int, default=3)
     parser.add_argument(
-        "--scorers", nargs="+", default=["trace", "diagonal"], help="trace, diagonal, gauss_newton"
+        "--scorers",
+        nargs="+",
+        default=["fisher", "trace"],
+        choices=[*LAYER_SUMS, "gauss_newton"],
+        help="sums over layers, or gauss_newton",
     )
+    parser.add_argument("--rounding", default="compensated", choices=ROUNDINGS)
     parser.add_argument("--candidates", type=int, default=8)
     parser.add_argument("--baselines", action="store_true", help="random, TPE and NSGA-II too")
     arguments = parser.parse_args()
@@ -80,11 +86,11 @@ def main() -> None:
     assert parts.test is not None
     test = read_batches(parts.test(), batch_size=256, what="test")
     sums = [scorer for scorer in arguments.scorers if scorer != "gauss_newton"]
-    space, prepared, tables = tables_of(parts.network, data, sums)
+    space, prepared, tables = tables_of(parts.network, data, sums, arguments.rounding)
     correction = StatisticsCorrection(prepared, merge(data, 256))
     model = CostModel(space.layers, "size_bytes")
     outcome.details["float"] = accuracy(copy.deepcopy(parts.network).eval(), test)["accuracy"]
-    outcome.details["n_calibration"] = data.n_samples
+    outcome.details |= {"n_calibration": data.n_samples, "rounding": arguments.rounding}
 
     def judge() -> tuple[float, float]:
         with torch.no_grad():
@@ -106,7 +112,7 @@ def main() -> None:
         report(outcome, "uniform", str(bits), [(0.0, uniform, 1)], measure, "")
     for name, average in AVERAGES.items():
         limit = Budget.fraction(size_bytes=average / 8).limit(space.layers)
-        for scorer, table in tables.items():
+        for scorer, table in tables.items() if sums else ():
             best = exact_config(space, table, limit)
             optimum = sum(table.score(best))
             row: dict[str, Any] = {"optimum": optimum}
@@ -184,21 +190,21 @@ def compare(
 
 
 def tables_of(
-    network: torch.nn.Module, data: Batches, scorers: list[Any]
+    network: torch.nn.Module, data: Batches, scorers: list[Any], rounding: str
 ) -> tuple[SearchSpace, torch.nn.Module, dict[str, Sensitivity]]:
     """Return the space without pins, the prepared network, and a table per scorer."""
     layers = introspect(network, data[0].inputs).layers
     space = SearchSpace.build(layers, activation_bits=None, pin_first_last=None)
     prepared = prepare(network, layers)
-    curvature = calibration_adam(network, layers, data, functional.cross_entropy)
-    return (
-        space,
-        prepared,
-        {
-            scorer: measure_sensitivity(prepared, space, curvature, data, scorer)
-            for scorer in scorers
-        },
-    )
+    if rounding == "compensated":
+        names = [layer.name for layer in layers]
+        compensate_weights(prepared, layers, data, dict.fromkeys(names, range(2, 9)))
+    loss = functional.cross_entropy
+    tables = {
+        scorer: measure_layer_sums(scorer, network, prepared, space, data, loss).sensitivity
+        for scorer in scorers or ["fisher"]
+    }
+    return space, prepared, tables
 
 
 def exact_config(space: SearchSpace, table: Sensitivity, limit: float) -> BitConfig:
