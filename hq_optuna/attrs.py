@@ -40,6 +40,9 @@ SETTINGS = "hq:settings"
 FINGERPRINT = "hq:fingerprint"
 """Study user attribute: what the search depends on, by name (network, data, space, …)."""
 
+LIMITS = "hq:limits"
+"""Study user attribute: what the search may spend on itself, `hq_optuna.search.Limits`."""
+
 STARTED = "hq:started"
 """Study user attribute: what was given on the command line that started the search."""
 

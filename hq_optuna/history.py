@@ -217,7 +217,7 @@ def _read_trials(
                 score_activations=user.get(attrs.SCORE_ACTIVATIONS, float("nan")),
                 calibration_loss=user.get(attrs.CALIBRATION_LOSS, float("nan")),
                 cost=model.cost(space.config(ticket.bits)),
-                seconds=user.get(attrs.SECONDS, trial.seconds),
+                seconds=user.get(attrs.SECONDS, trial.row.seconds or float("nan")),
                 worker=user.get(attrs.WORKER) or workers.short_name(ticket.worker),
                 counted=False,
             )

@@ -31,7 +31,7 @@ TORCH = {
 }
 OPTUNA = {
     *("attrs", "workers", "history", "samplers", "pruners", "storages"),
-    *("artifacts", "visualization"),
+    *("artifacts", "visualization", "standing"),
 }
 BOTH = {"runner", "launching", "export"}
 FACE = "hq_optuna"

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from hq_optuna._version import __version__
-from hq_optuna.cli import show, solving
+from hq_optuna.cli import looking, solving
 from hq_optuna.cli.common import Folder, Json, Name, Storage, Study, StudyOrNone, errors, load
 from hq_optuna.cli.options import RETRY_FOR, ArtifactsAt, Given, RetryFor, Threads, searches
 
@@ -171,25 +171,6 @@ def launch(
 
 
 @app.command()
-def status(
-    study: StudyOrNone = None,
-    storage: Storage = None,
-    name: Name = None,
-    folder: Folder = None,
-    as_json: Json = False,
-) -> None:
-    """Show where a search stands. Works while others run."""
-    from hq_optuna.runner.report import report_data
-
-    with errors(as_json):
-        loaded = load(study, storage, name, folder)
-        if as_json:
-            typer.echo(json.dumps(report_data(loaded)))
-        else:
-            show.status(Console(), loaded)
-
-
-@app.command()
 def report(
     study: StudyOrNone = None,
     storage: Storage = None,
@@ -221,5 +202,6 @@ def report(
             out.write_text(text + "\n", encoding="utf-8")
 
 
+app.command()(looking.status)
 app.command()(solving.resolve)
 app.command()(solving.pareto)

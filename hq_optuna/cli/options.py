@@ -28,6 +28,22 @@ Threads = Annotated[
         show_default=False,
     ),
 ]
+MaxTrials = Annotated[
+    int | None,
+    typer.Option(min=1, help="Trials (candidates and step records) at most.", show_default=False),
+]
+MaxEvaluations = Annotated[
+    int | None, typer.Option(min=1, help="Candidates scored at most.", show_default=False)
+]
+MaxSeconds = Annotated[
+    float | None,
+    typer.Option(
+        min=0.001,
+        help="Seconds of work of all workers together at most; where that ends depends on the "
+        "machine.",
+        show_default=False,
+    ),
+]
 RetryFor = Annotated[
     float,
     typer.Option(
@@ -118,6 +134,9 @@ def _search(
             show_default=False,
         ),
     ] = None,
+    max_trials: MaxTrials = None,
+    max_evaluations: MaxEvaluations = None,
+    max_seconds: MaxSeconds = None,
 ) -> None: ...
 
 

@@ -20,6 +20,7 @@ from hq_optuna.cost import macs
 from hq_optuna.errors import StorageError, StudyFileError
 from hq_optuna.runner.started import Started
 from hq_optuna.runner.study_file import StudyFile, StudyParts, find_study
+from hq_optuna.search import Limits
 from hq_optuna.storages import (
     load_study,
     redact_url,
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
 
 LONGEST_PAUSE_S = 5.0
 """Between two looks for a study that does not exist yet."""
+
+
+LIMITS = ("max_trials", "max_evaluations", "max_seconds")
+"""Options of `Limits`; unlike settings of the search they may be raised later."""
 
 
 @dataclass(frozen=True)
@@ -78,21 +83,10 @@ class Request:
 
 
 RESERVED = {
-    *("storage", "name", "folder", "artifacts", "baselines", "budget", "candidates", "rule"),
-    *("scorer", "bits"),
-    *(
-        "activation_bits",
-        "pin_first_last",
-        "seed",
-        "refine",
-        "rounding",
-        "correction",
-        "memory",
-        "precision",
-        "threads",
-        "json",
-    ),
-    *("help", "retry_for", "create", "wait_for", "workers", "scheduler"),
+    *("storage", "name", "folder", "artifacts", "budget", "candidates", "rule", "scorer", "bits"),
+    *("activation_bits", "pin_first_last", "seed", "refine", "rounding", "correction"),
+    *("memory", "precision", "threads", "max_trials", "max_evaluations", "max_seconds"),
+    *("retry_for", "create", "wait_for", "baselines", "workers", "scheduler", "json", "help"),
 }
 """Options of ``hq-optuna run``, ``worker`` and ``launch``; a study file's own have other names."""
 
@@ -108,6 +102,7 @@ class Session:
         search: The search.
         searching: Arguments of `BitSearch.open` that were given.
         artifacts: The artifact store.
+        limits: What the search may spend, where that was given.
         started: What to remember of the command line, if the study is new.
         retry_for_s: How long a storage that does not answer is tried again.
         threads: Threads that are of use for this network, or as given.
@@ -119,6 +114,7 @@ class Session:
     search: BitSearch
     searching: Mapping[str, Any]
     artifacts: Artifacts
+    limits: Limits | None
     started: Started
     retry_for_s: float
     threads: int
@@ -134,6 +130,7 @@ class Session:
             self.place.storage,
             self.place.name,
             artifacts=self.artifacts,
+            limits=self.limits,
             retry_for_s=self.retry_for_s,
             started=self.started,
             **self.searching,
@@ -163,7 +160,8 @@ def begin(request: Request, console: Console) -> Session:
     if study_exists(place.storage, place.name):
         stored = Started.read(load_study(place.storage, place.name))
     options = file.complete({**file.stored_options(stored.options), **given_options})
-    given = dict(request.given)
+    given = {k: v for k, v in request.given.items() if k not in LIMITS}
+    limits = {k: v for k, v in request.given.items() if k in LIMITS}
     if request.artifacts is not None:
         given["artifacts"] = request.artifacts
     settings = read_settings({**file.settings, **stored.settings, **given})
@@ -207,6 +205,7 @@ def begin(request: Request, console: Console) -> Session:
         search,
         searching,
         artifacts,
+        Limits(**limits) if limits else None,
         Started.of(given, given_options),
         request.retry_for_s,
         threads,

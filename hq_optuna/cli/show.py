@@ -14,6 +14,7 @@ from hq_optuna.history import History, read_history
 from hq_optuna.layers import FLOAT_BITS
 from hq_optuna.runner._report_compared import COMPARED, UNIFORM, warnings
 from hq_optuna.runner.report import layer_table
+from hq_optuna.standing import Standing
 from hq_optuna.storages import redact_url
 
 plain = escape
@@ -125,11 +126,11 @@ def _summary(history: History) -> str:
     return "\n".join(lines)
 
 
-def status(console: Console, study: Study) -> None:
+def status(console: Console, study: Study, standing: Standing) -> None:
     """Show where a search stands."""
     history = read_history(study)
     info, record = history.info, history.incumbent
-    state = "finished" if history.met else f"running, step {len(history.records)} is open"
+    state = standing.state + (f": {standing.reason}" if standing.reason else "")
     console.print(f"[bold]{plain(study.study_name)}[/]  {state}", highlight=False, soft_wrap=True)
     if record is not None:
         start = history.records[0].winner.cost

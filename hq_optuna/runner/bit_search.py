@@ -34,10 +34,11 @@ from hq_optuna.runner.result import SearchResult
 from hq_optuna.runner.started import Started
 from hq_optuna.runner.worker import Doing, work
 from hq_optuna.samplers import Encoding, ProgressiveBitSampler
+from hq_optuna.samplers.limiting import refuse_lower_limits, write_limits
 from hq_optuna.samplers.log import StepLog
 from hq_optuna.scoring import ScorerName
 from hq_optuna.scoring.reuse import DEFAULT_MEMORY
-from hq_optuna.search import Rule
+from hq_optuna.search import Limits, Rule
 from hq_optuna.space import ActivationBits, SearchSpace
 from hq_optuna.storages import (
     RETRY_FOR_S,
@@ -158,6 +159,7 @@ class BitSearch:
         refine: bool = True,
         encoding: Encoding | None = None,
         artifacts: str | Path | Artifacts | None = None,
+        limits: Limits | None = None,
         retry_for_s: float = RETRY_FOR_S,
         progress: Progress | None = None,
         on_progress: Callable[[StepLog], None] = lambda log: None,
@@ -176,6 +178,7 @@ class BitSearch:
             refine: Likewise.
             encoding: Likewise.
             artifacts: Likewise.
+            limits: Likewise.
             retry_for_s: Likewise.
             progress: Likewise.
             on_progress: Called with the record of the search after each trial.
@@ -194,6 +197,7 @@ class BitSearch:
             refine=refine,
             encoding=encoding,
             artifacts=artifacts,
+            limits=limits,
             retry_for_s=retry_for_s,
             progress=progress,
         )
@@ -211,6 +215,7 @@ class BitSearch:
         refine: bool = True,
         encoding: Encoding | None = None,
         artifacts: str | Path | Artifacts | None = None,
+        limits: Limits | None = None,
         retry_for_s: float = RETRY_FOR_S,
         started: Started | None = None,
         progress: Progress | None = None,
@@ -229,6 +234,8 @@ class BitSearch:
             encoding: ``"layers"``, ``"compact"``, or ``None`` to choose by the number of layers.
             artifacts: A folder or ``s3://bucket/prefix`` for what is too large for the storage; a
                 copy of the sensitivity table goes there. ``None``: nowhere.
+            limits: What the search may spend on itself. They are kept in the study; who goes on
+                with it may raise them.
             retry_for_s: How long a storage given by URL is tried again when it does not answer, or
                 its disk is full, before the worker ends with an error.
             started: What was given on the command line, for workers that join by theirs.
@@ -256,12 +263,15 @@ class BitSearch:
                 storage=opened,
                 study_name=study_name,
                 sampler=sampler,
-                pruner=CostBudgetPruner(self.space, self.budget),
+                pruner=CostBudgetPruner(self.space, self.budget, limits),
                 load_if_exists=study_name is not None,
             )
             refuse_foreign_study(study)
             if progress is not None:
                 self.objective.progress = progress
+            if limits is not None:
+                refuse_lower_limits(study, limits)
+                write_limits(study)
             if started is not None:
                 started.remember(study)
             self.objective.prepare(study)

@@ -11,6 +11,7 @@ seen the same trials has the same view, and a worker with an older view can only
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from optuna.trial import TrialState
 from hq_optuna import attrs
 from hq_optuna.attrs import Ticket
 from hq_optuna.samplers.owners import Owners
-from hq_optuna.search import Incumbent, Past, ProgressiveSearch, Result
+from hq_optuna.search import Incumbent, Limits, Past, ProgressiveSearch, Result
 from hq_optuna.storages.trials import Cursor, TrialRow
 
 
@@ -84,6 +85,8 @@ class StepLog:
         owners: Who works on what, and who is dead.
         searches: What tickets say of their search, by number; the first one says whose study this
             is, the others are of those who were refused. Empty in studies of earlier versions.
+        limits: What the search may spend.
+        stopped_by: The limit that ended the search, in words; ``None`` while none did.
     """
 
     def __init__(self, search: ProgressiveSearch) -> None:
@@ -98,7 +101,27 @@ class StepLog:
         self._candidates: dict[tuple[int, str], dict[int, list[_Scored]]] = {}
         self._records: dict[tuple[int, str], list[tuple[int, Ticket]]] = {}
         self._closed_keys: set[tuple[int, str]] = set()
-        self.open: OpenStep | None = self._open_step(None)
+        self.limits = Limits()
+        self.stopped_by: str | None = None
+        self._finished_s = 0.0
+        self._running_since: dict[int, float] = {}
+        self._step: OpenStep | None = self._open_step(None)
+
+    @property
+    def open(self) -> OpenStep | None:
+        """The step that is being worked on; ``None`` where the search is over, or was stopped."""
+        return None if self.stopped_by else self._step
+
+    @property
+    def seconds(self) -> float:
+        """What was spent so far, of all workers together."""
+        now = time.monotonic()
+        return self._finished_s + sum(now - since for since in self._running_since.values())
+
+    def limit(self, limits: Limits) -> None:
+        """Set what the search may spend; a search that was stopped by a lower limit goes on."""
+        self.limits = limits
+        self._check_limits()
 
     @property
     def incumbent(self) -> Incumbent | None:
@@ -121,6 +144,7 @@ class StepLog:
         self.owners.look(rows)
         for row in rows:
             self._note_search(row.ticket)
+            self._note_time(row)
             ticket = row.ticket
             if row.state != TrialState.COMPLETE or ticket is None or row.value is None:
                 continue
@@ -136,6 +160,23 @@ class StepLog:
                     # A late duplicate. Whoever reads the study afresh may name it in a record.
                     self._by_number[row.number] = (ticket.step, ticket.slot, late)
         self._advance()
+
+    def _note_time(self, row: TrialRow) -> None:
+        if row.state == TrialState.RUNNING and row.number in self.owners.running:
+            self._running_since.setdefault(row.number, time.monotonic())
+            return
+        self._running_since.pop(row.number, None)
+        # A trial that failed may have been found dead much later than it died.
+        if row.state in (TrialState.COMPLETE, TrialState.PRUNED) and row.seconds is not None:
+            self._finished_s += row.seconds
+
+    def _check_limits(self) -> None:
+        self.stopped_by = None
+        if self._step is not None:
+            done = sum(1 for step, _ in self.results if step < self._step.step)
+            self.stopped_by = self.limits.forbid_step(
+                len(self._step.states), done, self._step.step
+            ) or self.limits.forbid_second(self.seconds)
 
     def _note_search(self, ticket: Ticket | None) -> None:
         if ticket is None or not ticket.search:
@@ -175,8 +216,8 @@ class StepLog:
         return any(other < number for other in step.running.get(ticket.slot, ()))
 
     def _advance(self) -> None:
-        while self.open is not None:
-            step = self.open
+        while self._step is not None:
+            step = self._step
             key = (step.step, step.parent)
             for slot, state in enumerate(step.states):
                 # What scored other bits than the slot has came from another view of the record.
@@ -203,9 +244,10 @@ class StepLog:
             self.closed.append(Closed(number, incumbent, origin))
             self._closed_keys.add(key)
             self.past.incumbents.append(incumbent)
-            self.open = self._open_step(incumbent)
-        if self.open is not None:
-            self._note_running(self.open)
+            self._step = self._open_step(incumbent)
+        if self._step is not None:
+            self._note_running(self._step)
+        self._check_limits()
 
     def _first_record(self, key: tuple[int, str]) -> tuple[int, int] | None:
         """Return the numbers of a step's first record and of the trial it took."""

@@ -45,6 +45,7 @@ class Owners:
         running: Number → ticket of trials whose owner may live.
         untagged: Numbers of trials that may still get their ticket.
         dead: Number → id of trials in the storage's running state whose owner is dead.
+        died: Tickets of those.
         waiting: Whether somebody enqueued trials.
         names: Workers that live and were seen at work lately, in a fixed order.
         grace_s: See `GRACE_S`.
@@ -55,6 +56,7 @@ class Owners:
         self.running: dict[int, Ticket] = {}
         self.untagged: list[int] = []
         self.dead: dict[int, int] = {}
+        self.died: list[Ticket] = []
         self.waiting = False
         self._signs: dict[int, tuple[Any, float]] = {}  # number → (beat, when it was first seen)
         self._last_number: dict[str, int] = {}  # worker → its latest trial
@@ -63,6 +65,7 @@ class Owners:
         """Judge the running trials among rows, which are all unfinished ones and the new ones."""
         now = time.monotonic()
         self.running, self.untagged, self.dead, self.waiting = {}, [], {}, False
+        self.died = []
         for row in rows:
             if row.ticket is not None:
                 self._last_number[row.ticket.worker] = row.number
@@ -82,6 +85,7 @@ class Owners:
                     self.dead[row.number] = row.trial_id
             elif self._is_dead(row, quiet_s):
                 self.dead[row.number] = row.trial_id
+                self.died.append(row.ticket)
             else:
                 self.running[row.number] = row.ticket
 

@@ -31,6 +31,7 @@ from hq_optuna.cost import Budget, CostModel, check_reachable
 from hq_optuna.pruners import CostBudgetPruner
 from hq_optuna.samplers.claims import ClaimedTrial, claim
 from hq_optuna.samplers.known import Known
+from hq_optuna.samplers.limiting import limits_of, write_limits
 from hq_optuna.samplers.log import OpenStep, StepLog, settings
 from hq_optuna.samplers.resume import (
     compare_settings,
@@ -166,6 +167,8 @@ class ProgressiveBitSampler(BaseSampler):
             # Read under the lock: threads must not hand the log older trials than it has seen.
             log = self.known(study).log
             log.update(read_rows(study._storage, study._study_id, log.cursor))
+            if log.stopped_by and (limits := limits_of(study)) != log.limits:
+                log.limit(limits)  # somebody raised them
             return log
 
     def known(self, study: Study) -> Known:
@@ -175,6 +178,7 @@ class ProgressiveBitSampler(BaseSampler):
             if study._study_id not in studies:
                 log = StepLog(self._search(study))
                 mine = attrs.digest(settings(log.search))
+                log.limit(limits_of(study))
                 studies[study._study_id] = Known(log, mine, self.budget_of(study))
             return studies[study._study_id]
 
@@ -377,6 +381,7 @@ class ProgressiveBitSampler(BaseSampler):
         mine = settings(known.log.search)
         if known.changed is None:
             known.changed = compare_settings(study, self.space, mine)
+            write_limits(study)
         if known.changed and self.log(study) and known.is_mine:
             # Another search was started here at the same moment, wrote last, and was refused.
             write_settings(study, self.space, mine)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -65,6 +65,7 @@ class Scorer:
     Attributes:
         reuse: Runs candidates on what is kept; ``None`` where they run whole.
         warnings: Why a network's candidates run whole, in a sentence.
+        between_batches: Called between the batches of a candidate; what it raises ends the scoring.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Scorer:
         self.output_rise = output_rise
         self.correction = correction
         self.by_loss = by_loss
+        self.between_batches: Callable[[], None] = lambda: None
         self._float_outputs: list[Any] | None = None
         self._float_loss: float | None = None
         self.precision: Precision = precision
@@ -145,6 +147,8 @@ class Scorer:
             expected = self._outputs_in_float() if self.output_rise is not None else None
             set_bits(self.prepared, config)
             for index, outputs in enumerate(self._run(incumbent)):
+                if index > 0:
+                    self.between_batches()
                 batch = self.data[index]
                 losses.append(float(self.loss_fn(outputs, batch.labels)) * batch.n)
                 if self.output_rise is not None and expected is not None:

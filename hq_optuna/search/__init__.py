@@ -2,6 +2,7 @@
 
 from hq_optuna.search.additive import Additive, Point, uniform_states
 from hq_optuna.search.exact import exact_allocation
+from hq_optuna.search.limits import Limits
 from hq_optuna.search.moves import Move, changes, propose
 from hq_optuna.search.progressive import Incumbent, Past, ProgressiveSearch, Result
 from hq_optuna.search.rules import RULES, Rule, choose
@@ -10,6 +11,7 @@ __all__ = [
     "RULES",
     "Additive",
     "Incumbent",
+    "Limits",
     "Move",
     "Past",
     "Point",

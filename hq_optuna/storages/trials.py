@@ -8,7 +8,6 @@ asks for them in one query.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +35,7 @@ class TrialRow:
         value: Its value, where it has exactly one.
         ticket: Its ticket, if it has one of this protocol.
         beat: What its owner keeps changing while it runs long.
+        seconds: From its creation to its end; ``None`` while it runs.
     """
 
     number: int
@@ -44,6 +44,7 @@ class TrialRow:
     value: float | None
     ticket: Ticket | None
     beat: Any = None
+    seconds: float | None = None
 
 
 @dataclass
@@ -102,6 +103,7 @@ def row_of(trial: FrozenTrial) -> TrialRow:
         values[0] if values is not None and len(values) == 1 else None,
         Ticket.read(trial.system_attrs),
         trial.system_attrs.get(attrs.BEAT),
+        None if trial.duration is None else trial.duration.total_seconds(),
     )
 
 
@@ -112,12 +114,10 @@ class TrialFacts:
     Attributes:
         row: As the step protocol reads it.
         user_attrs: Those that were asked for.
-        seconds: From its creation to its end; NaN while it runs.
     """
 
     row: TrialRow
     user_attrs: Mapping[str, Any]
-    seconds: float
 
 
 def read_facts(storage: BaseStorage, study_id: int, keys: Sequence[str]) -> list[TrialFacts]:
@@ -131,7 +131,6 @@ def read_facts(storage: BaseStorage, study_id: int, keys: Sequence[str]) -> list
             TrialFacts(
                 row_of(trial),
                 {key: trial.user_attrs[key] for key in keys if key in trial.user_attrs},
-                trial.duration.total_seconds() if trial.duration else math.nan,
             )
             for trial in storage.get_all_trials(study_id, deepcopy=False)
         ]
@@ -146,15 +145,12 @@ def read_facts(storage: BaseStorage, study_id: int, keys: Sequence[str]) -> list
     found: dict[int, dict[str, Any]] = {}
     for trial_id, key, value in select(database.engine, query):
         found.setdefault(trial_id, {})[key] = json.loads(value)
-    return [
-        TrialFacts(_row(columns), found.get(columns.trial_id, {}), _seconds(columns))
-        for columns in rows
-    ]
+    return [TrialFacts(_row(columns), found.get(columns.trial_id, {})) for columns in rows]
 
 
-def _seconds(columns: sqlalchemy.Row[Any]) -> float:
+def _seconds(columns: sqlalchemy.Row[Any]) -> float | None:
     if columns.datetime_start is None or columns.datetime_complete is None:
-        return math.nan
+        return None
     return float((columns.datetime_complete - columns.datetime_start).total_seconds())
 
 
@@ -199,7 +195,15 @@ def _row(columns: sqlalchemy.Row[Any]) -> TrialRow:
     if columns.value_type is not None:
         value = models.TrialValueModel.stored_repr_to_value(columns.value, columns.value_type)
     ticket = None if columns.ticket is None else Ticket.from_json(json.loads(columns.ticket))
-    return TrialRow(columns.number, columns.trial_id, columns.state, value, ticket, columns.beat)
+    return TrialRow(
+        columns.number,
+        columns.trial_id,
+        columns.state,
+        value,
+        ticket,
+        columns.beat,
+        _seconds(columns),
+    )
 
 
 def select(engine: sqlalchemy.Engine, query: sqlalchemy.Select[Any]) -> list[Any]:

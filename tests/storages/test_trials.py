@@ -104,9 +104,9 @@ def test_facts_are_the_attributes_that_were_asked_for(storage):
         assert fact.row == row_of(trial)
         assert fact.user_attrs == {k: v for k, v in trial.user_attrs.items() if k in keys}
         if trial.duration is None:
-            assert math.isnan(fact.seconds)
+            assert fact.row.seconds is None
         else:
-            assert fact.seconds == pytest.approx(trial.duration.total_seconds(), abs=1e-6)
+            assert fact.row.seconds == pytest.approx(trial.duration.total_seconds(), abs=1e-6)
 
 
 def test_a_claimed_trial_shows_what_its_template_says(storage):
@@ -207,9 +207,10 @@ def test_a_worker_reads_a_study_of_thousands_of_trials_in_one_query(tmp_path):
         lambda _a, _b, text, *_: queries.append(text),
     )
     ours(mine).log(mine)
-    assert len(queries) == 1
+    assert sum("FROM trials" in query for query in queries) == 1
+    queries.clear()
     read_facts(mine._storage, mine._study_id, ["seconds"])
-    assert len(queries) == 3
+    assert len(queries) == 2
 
 
 def test_a_database_that_went_away_is_told_as_optuna_tells_it(tmp_path):

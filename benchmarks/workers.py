@@ -1,0 +1,240 @@
+"""How much several workers get done, against one.
+
+Two questions, each answered within one run:
+
+- ``sleep``: many workers on one PostgreSQL (a server of the benchmark's own), scoring replaced by a
+  sleep. Ideal are as many candidates a second as workers sleep in turn; what is missing went to the
+  storage, to waiting at the ends of steps, and to the processor, which 32 processes share. Seconds
+  of the processor per candidate, workers and server together, are measured too: on few cores they
+  are the bound.
+- ``scoring``: the digits network scored for real, by processes of one thread each. Pairs of runs
+  with one and two processes follow each other, so that a busy machine disturbs both; the median of
+  the ratios counts. What two processes of plain arithmetic reach in the same minutes is measured
+  beside it: on a busy machine two processes do not get two cores.
+
+    python -m benchmarks.workers [--parts sleep scoring] [--workers 32] [--candidates 64]
+        [--seconds 0.2] [--steps 6] [--repeat 3] [--quick] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import resource
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from benchmarks.servers import OwnPostgreSQL, own_postgresql
+from benchmarks.table_search import Search
+from hq_optuna.runner.worker import work
+from hq_optuna.samplers import ProgressiveBitSampler
+from hq_optuna.samplers.claims import write_facts
+from hq_optuna.storages import open_storage, sqlite_url
+from tests.fake_search import fake_score, fake_table
+
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+def sleeper(
+    url: str, name: str, search: Search, seconds: float, limit: int, start: Any, spent: Any
+) -> None:
+    """Work on a study whose candidates take a sleep each; put the processor's seconds there."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    sampler = search.sampler()
+    study = optuna.load_study(study_name=name, storage=open_storage(url), sampler=sampler)
+    table = fake_table(sampler.space)
+
+    def objective(trial: optuna.Trial) -> float:
+        ticket = sampler.ticket(study, trial._trial_id)
+        assert ticket is not None
+        if ticket.kind == "candidate":
+            time.sleep(seconds)
+        weights, activations = fake_score(table, sampler.space.config(ticket.bits))
+        write_facts(trial, {"score_weights": weights, "score_activations": activations})
+        return weights + activations
+
+    sampler.log(study)
+    start.wait()
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    work(study, objective)
+    now = resource.getrusage(resource.RUSAGE_SELF)
+    spent.put(now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime)
+
+
+def machine_seconds() -> float:
+    """Return the seconds all processors of the machine were busy, since it was started."""
+    fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    user, nice, system, _idle, _wait, *rest = (int(field) for field in fields)
+    return (user + nice + system + sum(rest[:2])) / os.sysconf("SC_CLK_TCK")
+
+
+def sleeping(
+    server: OwnPostgreSQL, n_workers: int, search: Search, seconds: float, n_steps: int, name: str
+) -> dict[str, float]:
+    """Run some steps and return what was reached.
+
+    The first step has one candidate, whatever the number of workers, and does not count.
+    """
+    limit = 1 + n_steps * search.n_candidates
+    study = search.make(open_storage(server.url), name)
+    study.set_user_attr("hq:limits", {"max_evaluations": limit})
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.table_search"])
+    start, spent = context.Barrier(n_workers + 1), context.Queue()
+    arguments = (server.url, name, search, seconds, limit, start, spent)
+    processes = [context.Process(target=sleeper, args=arguments) for _ in range(n_workers)]
+    for process in processes:
+        process.start()
+    start.wait()
+    busy = machine_seconds()
+    for process in processes:
+        process.join()
+    busy = machine_seconds() - busy
+    used = sum(spent.get() for _ in processes)
+    trials = [t for t in study.get_trials(deepcopy=False) if t.datetime_complete is not None]
+    ended = sorted(t.datetime_complete for t in trials if t.datetime_complete is not None)
+    first = trials[1].datetime_complete  # the record of the start
+    assert first is not None
+    taken = (ended[-1] - first).total_seconds()
+    sampler = study.sampler
+    assert isinstance(sampler, ProgressiveBitSampler)
+    log = sampler.log(study)
+    n = len(log.results) - 1
+    ideal = n_steps * -(-search.n_candidates // n_workers) * seconds
+    return {
+        "efficiency": ideal / taken,
+        "candidates": n,
+        "seconds": taken,
+        "ideal_seconds": ideal,
+        "worker_processor_ms": 1000 * used / n,
+        "machine_processor_ms": 1000 * busy / n,
+        "trials_not_needed": sum(t.state != optuna.trial.TrialState.COMPLETE for t in trials),
+    }
+
+
+def arithmetic(seconds: float, counted: Any) -> None:
+    """Count what one process of plain arithmetic gets done."""
+    until, n = time.perf_counter() + seconds, 0
+    while time.perf_counter() < until:
+        sum(range(10_000))
+        n += 1
+    counted.put(n)
+
+
+def cores_reached(seconds: float) -> float:
+    """Return how much more two processes of plain arithmetic get done than one, right now."""
+    context = multiprocessing.get_context("forkserver")
+    counts = []
+    for n in (1, 2):
+        counted = context.Queue()
+        processes = [context.Process(target=arithmetic, args=(seconds, counted)) for _ in range(n)]
+        for process in processes:
+            process.start()
+        counts.append(sum(counted.get() for _ in processes))
+        for process in processes:
+            process.join()
+    return counts[1] / counts[0]
+
+
+def scorer(url: str, folder: str, limit: int, start: Any) -> None:
+    """Score candidates of the digits network with one thread."""
+    import torch
+
+    from hq_optuna.runner.bit_search import BitSearch
+    from hq_optuna.search import Limits
+    from studies import digits
+
+    torch.set_num_threads(1)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    search = BitSearch(digits.network(Path(folder)), digits.calibration())
+    study = search.open(url, "digits", n_candidates=32, limits=Limits(max_evaluations=limit))
+    if start is not None:
+        start.wait()
+    search.work(study)
+
+
+def scoring(n_workers: int, limit: int, folder: Path) -> float:
+    """Return candidates a second of the real search, once every worker is ready."""
+    with tempfile.TemporaryDirectory() as place:
+        url = sqlite_url(Path(place) / "workers.db")
+        scorer(url, str(folder), 1, None)  # the study, its sensitivities, and the start
+        context = multiprocessing.get_context("forkserver")
+        start = context.Barrier(n_workers + 1)
+        arguments = (url, str(folder), limit, start)
+        processes = [context.Process(target=scorer, args=arguments) for _ in range(n_workers)]
+        for process in processes:
+            process.start()
+        start.wait()
+        began = time.perf_counter()
+        for process in processes:
+            process.join()
+        taken = time.perf_counter() - began
+        study = optuna.load_study(study_name="digits", storage=url)
+        kinds = [trial.user_attrs.get("kind") for trial in study.get_trials(deepcopy=False)]
+        return (kinds.count("candidate") - 1) / taken
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
+    parser.add_argument("--parts", nargs="+", default=["sleep", "scoring"])
+    parser.add_argument("--workers", type=int, default=32)
+    parser.add_argument("--candidates", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=0.2)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    if options.quick:
+        options.workers, options.candidates, options.seconds = 2, 4, 0.05
+        options.steps, options.repeat = 2, 1
+    for name in THREADS:  # before any process is started
+        os.environ[name] = "1"
+    from benchmarks.outcome import Outcome  # PyTorch: the sleepers do without
+
+    outcome = Outcome("workers")
+    figures: dict[str, float] = {}
+    details: dict[str, Any] = {}
+    if "sleep" in options.parts:
+        search = Search(layers=20, n_candidates=options.candidates)
+        with own_postgresql() as server:
+            for repeat in range(options.repeat):
+                arguments = (options.workers, search, options.seconds, options.steps)
+                found = sleeping(server, *arguments, f"sleep-{repeat}")
+                details[f"sleep_{repeat}"] = found
+                print(f"{options.workers} workers, sleep {options.seconds} s: {found}", flush=True)
+        key = f"efficiency_{options.workers}_workers"
+        runs = [details[f"sleep_{repeat}"] for repeat in range(options.repeat)]
+        figures[key] = statistics.median(run["efficiency"] for run in runs)
+        figures["worker_processor_ms"] = statistics.median(r["worker_processor_ms"] for r in runs)
+        figures["machine_processor_ms"] = statistics.median(r["machine_processor_ms"] for r in runs)
+    if "scoring" in options.parts:
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(Path(__file__).parents[1]):
+            ratios, cores = [], []
+            for repeat in range(options.repeat):
+                limit = 33 if options.quick else 32 * 10 + 1
+                one, two = (scoring(n, limit, Path(folder)) for n in (1, 2))
+                ratios.append(two / one)
+                cores.append(cores_reached(0.5 if options.quick else 5))
+                details[f"scoring_{repeat}"] = {"one": one, "two": two, "cores": cores[-1]}
+                print(
+                    f"candidates a second: {one:.1f} by one process, {two:.1f} by two "
+                    f"({ratios[-1]:.2f} times); plain arithmetic {cores[-1]:.2f} times",
+                    flush=True,
+                )
+        figures["two_processes"] = statistics.median(ratios)
+        figures["two_processes_of_arithmetic"] = statistics.median(cores)
+    outcome.figures, outcome.details = figures, details
+    outcome.finish(options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""``hq-optuna status``: where a search stands, once or as it goes on."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Annotated, Any
+
+import optuna
+import typer
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from hq_optuna.cli import show
+from hq_optuna.cli.common import Folder, Json, Name, Storage, StudyOrNone, errors, load
+from hq_optuna.cli.options import RETRY_FOR, RetryFor
+from hq_optuna.cli.progress import LINE_EVERY_S, format_seconds
+from hq_optuna.standing import Standing, Watch, WorkerStanding
+
+LOOK_EVERY_S = 2.0
+
+
+def status(
+    study: StudyOrNone = None,
+    storage: Storage = None,
+    name: Name = None,
+    folder: Folder = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Go on looking until the search is over.")
+    ] = False,
+    retry_for: RetryFor = RETRY_FOR,
+    as_json: Json = False,
+) -> None:
+    """Show where a search stands: steps, workers, rate, time left. Works while others run."""
+    from hq_optuna.runner.report import report_data
+    from hq_optuna.storages import RetryingStorage
+
+    with errors(as_json):
+        loaded = load(study, storage, name, folder)
+        if watch:
+            kept = RetryingStorage(loaded._storage, retry_for_s=retry_for)
+            _watch(Watch(optuna.load_study(study_name=loaded.study_name, storage=kept)), as_json)
+            return
+        standing = Watch(loaded).look()
+        if as_json:
+            known: dict[str, Any] = {}
+            if standing.state != "preparing":
+                known = report_data(loaded)
+            typer.echo(json.dumps({**known, "standing": standing.to_json()}))
+            return
+        console = Console()
+        if standing.state != "preparing":
+            show.status(console, loaded, standing)
+        console.print(panel(standing))
+
+
+def _watch(watch: Watch, as_json: bool) -> None:
+    console = Console(stderr=as_json)
+    seen, said = None, -float("inf")
+    live = (
+        Live(console=console, auto_refresh=False) if console.is_terminal and not as_json else None
+    )
+    if live is not None:
+        live.start()
+    try:
+        while True:
+            standing = watch.look()
+            over = standing.state in ("finished", "stopped")
+            if live is not None:
+                live.update(panel(standing), refresh=True)
+            elif as_json:
+                if standing != seen:
+                    typer.echo(json.dumps(standing.to_json()))
+            elif over or time.monotonic() - said >= LINE_EVERY_S:
+                said = time.monotonic()
+                console.print(line(standing), highlight=False, soft_wrap=True)
+            if over:
+                return
+            seen = standing
+            time.sleep(LOOK_EVERY_S)
+    finally:
+        if live is not None:
+            live.stop()
+
+
+def line(standing: Standing) -> str:
+    """Return a standing in one line."""
+    if standing.state == "preparing":
+        return "preparing: sensitivities are not measured yet"
+    says = standing.state + (f": {standing.reason}" if standing.reason else "")
+    parts = [says, f"{100 * standing.share:.0f} % of the way", f"{standing.steps} steps"]
+    if standing.of:
+        parts.append(f"{standing.done} of {standing.of} in the open one")
+    parts.append(f"{standing.candidates} candidates")
+    if standing.per_minute:
+        parts.append(f"{standing.per_minute:.3g} a minute")
+    if standing.left_s is not None:
+        parts.append(f"{format_seconds(standing.left_s)} left")
+    alive = sum(worker.alive is not False for worker in standing.workers)
+    dead = len(standing.workers) - alive
+    parts.append(f"{alive} workers" + (f", {dead} died at work" if dead else ""))
+    return "  ".join(parts)
+
+
+def panel(standing: Standing) -> RenderableType:
+    """Return a standing as its line and a table of workers."""
+    text = Text(line(standing))
+    return Group(text, _workers(standing.workers)) if standing.workers else text
+
+
+def _workers(found: tuple[WorkerStanding, ...]) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for title, side in (("worker", "left"), ("state", "left"), ("at", "left"), ("scored", "right")):
+        table.add_column(title, justify="right" if side == "right" else "left", no_wrap=True)
+    states = {True: "[green]alive[/]", False: "[red]dead[/]", None: "elsewhere"}
+    for worker in found:
+        table.add_row(
+            show.plain(worker.name), states[worker.alive], worker.doing, str(worker.candidates)
+        )
+    return table

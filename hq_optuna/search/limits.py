@@ -1,0 +1,87 @@
+"""`Limits`: what a search may spend on itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much a search may do before it ends without having met its budget.
+
+    A step is begun only if all of it is allowed, counted over what the record holds (what failed,
+    was repeated or was not needed does not count). So with ``max_trials`` and ``max_evaluations``
+    the history is the beginning of that of the search without limits, whoever works on it, and goes
+    on from there when they are raised. Not so with ``max_seconds``: what a second buys depends on
+    the machine.
+
+    Attributes:
+        max_trials: Candidates and step records.
+        max_evaluations: Candidates.
+        max_seconds: Seconds of all workers together, from the beginning to the end of their trials.
+
+    Raises:
+        ValueError: A limit is not positive.
+    """
+
+    max_trials: int | None = None
+    max_evaluations: int | None = None
+    max_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is a positive number; got {value}.")
+
+    def forbid_step(self, n_candidates: int, n_evaluations: int, n_steps: int) -> str | None:
+        """Return the limit that a step would exceed, in words, or ``None``.
+
+        Args:
+            n_candidates: Of the step.
+            n_evaluations: Candidates of the steps before.
+            n_steps: How many steps were before.
+        """
+        evaluations = n_evaluations + n_candidates
+        if self.max_evaluations is not None and evaluations > self.max_evaluations:
+            return f"at most {self.max_evaluations} evaluations (--max-evaluations)"
+        if self.max_trials is not None and evaluations + n_steps + 1 > self.max_trials:
+            return f"at most {self.max_trials} trials (--max-trials)"
+        return None
+
+    def forbid_second(self, seconds: float) -> str | None:
+        """Return the limit that more work would exceed, in words, or ``None``."""
+        if self.max_seconds is not None and seconds >= self.max_seconds:
+            return f"at most {self.max_seconds:g} s of work (--max-seconds)"
+        return None
+
+    def raised_to(self, other: Limits) -> Limits:
+        """Return the larger of both in each; what only one of them limits is limited."""
+        mine, theirs = asdict(self), asdict(other)
+        return Limits(
+            **{
+                name: max((v for v in (mine[name], theirs[name]) if v is not None), default=None)
+                for name in mine
+            }
+        )
+
+    def lowered_by(self, other: Limits) -> tuple[str, ...]:
+        """Return the names of the limits that another one would lower."""
+        mine, theirs = asdict(self), asdict(other)
+        return tuple(
+            name
+            for name in mine
+            if None not in (mine[name], theirs[name]) and theirs[name] < mine[name]
+        )
+
+    def to_json(self) -> dict[str, float]:
+        """Return the limits there are."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Limits:
+        """Rebuild from `to_json`; what is not understood is no limit."""
+        if not isinstance(data, Mapping):
+            return cls()
+        return cls(**{f.name: data[f.name] for f in fields(cls) if f.name in data})

@@ -1,0 +1,128 @@
+"""Limits as part of the record: the same end for everybody, raised by whoever goes on."""
+
+from __future__ import annotations
+
+import time
+
+import optuna
+import pytest
+
+from hq_optuna import attrs
+from hq_optuna.errors import ResumeError
+from hq_optuna.pruners import CostBudgetPruner
+from hq_optuna.runner.worker import work
+from hq_optuna.samplers import log as log_module
+from hq_optuna.samplers.limiting import refuse_lower_limits, stored_limits
+from hq_optuna.search import Limits
+from tests.fake_search import fake_space
+from tests.samplers.tables import BUDGET, STORAGES, assigned, expected, history, ours, sampler
+
+
+def limited(limits: Limits | None = None, storage: object = None) -> optuna.Study:
+    space = fake_space(6)
+    return optuna.create_study(
+        study_name="table",
+        storage=storage,
+        sampler=sampler(space, encoding="compact"),
+        pruner=CostBudgetPruner(space, BUDGET, limits),
+        load_if_exists=True,
+    )
+
+
+@pytest.mark.parametrize("kind", list(STORAGES))
+@pytest.mark.parametrize(
+    ("limits", "steps", "candidates"),
+    [
+        (Limits(max_evaluations=1), 1, 1),
+        (Limits(max_evaluations=9), 3, 7),  # the start, and twice three candidates
+        (Limits(max_evaluations=10), 4, 10),
+        (Limits(max_trials=10), 3, 7),
+        (Limits(max_trials=13), 3, 7),
+        (Limits(max_trials=14), 4, 10),
+    ],
+)
+def test_a_limited_search_is_the_beginning_of_the_whole_one(
+    tmp_path, kind, limits, steps, candidates
+):
+    study = limited(limits, STORAGES[kind](tmp_path))
+    work(study, assigned)
+    log = ours(study).log(study)
+    assert (len(log.closed), len(log.results)) == (steps, candidates)
+    assert log.open is None
+    assert log.stopped_by is not None
+    assert len(study.trials) == steps + candidates
+    assert history(study) == expected(study)[:steps]
+
+
+def test_a_search_that_ends_by_itself_is_stopped_by_nothing():
+    study = limited(Limits(max_evaluations=10**6, max_trials=10**6, max_seconds=1e6))
+    work(study, assigned)
+    assert ours(study).log(study).stopped_by is None
+    assert history(study) == expected(study)
+
+
+def test_who_goes_on_may_raise_the_limits_and_the_others_notice(tmp_path):
+    storage = STORAGES["sqlite"](tmp_path)
+    work(limited(Limits(max_evaluations=4), storage), assigned)
+    waiting = limited(None, STORAGES["sqlite"](tmp_path))
+    assert ours(waiting).log(waiting).stopped_by == "at most 4 evaluations (--max-evaluations)"
+    work(waiting, assigned)  # has nothing to do
+    assert len(waiting.trials) == 6
+    work(limited(Limits(max_evaluations=8), storage), assigned)
+    assert stored_limits(waiting) == Limits(max_evaluations=8)
+    assert len(ours(waiting).log(waiting).results) == 7
+    work(limited(Limits(max_evaluations=10**6), storage), assigned)
+    assert ours(waiting).log(waiting).stopped_by is None
+    assert history(waiting) == expected(waiting)
+
+
+def test_lower_limits_than_the_studys_are_refused_in_words():
+    study = limited(Limits(max_evaluations=8, max_seconds=60))
+    work(study, assigned)
+    with pytest.raises(ResumeError) as raised:
+        refuse_lower_limits(study, Limits(max_evaluations=7, max_trials=1))
+    assert "max_evaluations (study: 8, now: 7)" in str(raised.value)
+    assert raised.value.changed == ("max_evaluations",)
+    refuse_lower_limits(study, Limits(max_evaluations=8))
+
+
+def test_limits_stand_in_the_study_and_other_text_there_is_no_limit():
+    study = limited(Limits(max_evaluations=4))
+    work(study, assigned)
+    assert study.user_attrs[attrs.LIMITS] == {"max_evaluations": 4}
+    study.set_user_attr(attrs.LIMITS, "odd")
+    assert stored_limits(study) == Limits()
+
+
+def test_seconds_of_all_workers_together_end_the_search(monkeypatch):
+    study = limited(Limits(max_seconds=0.35))
+
+    def slow(trial: optuna.Trial) -> float:
+        time.sleep(0.1)
+        return assigned(trial)
+
+    work(study, slow)
+    log = ours(study).log(study)
+    assert log.stopped_by == "at most 0.35 s of work (--max-seconds)"
+    assert log.seconds >= 0.35
+    assert 1 <= len(log.results) <= 4
+    assert history(study) == expected(study)[: len(log.closed)]
+    work(limited(Limits(max_seconds=1e6), study._storage), assigned)
+    assert history(study) == expected(study)
+
+
+def test_running_candidates_count_and_are_told_to_stop(monkeypatch):
+    study = limited(Limits(max_seconds=100))
+    asked = []
+    now = [time.monotonic()]
+    monkeypatch.setattr(log_module.time, "monotonic", lambda: now[0])
+
+    def objective(trial: optuna.Trial) -> float:
+        asked.append(trial.should_prune())
+        now[0] += 101
+        asked.append(trial.should_prune())
+        raise KeyboardInterrupt  # the clock of the storage did not move
+
+    with pytest.raises(KeyboardInterrupt):
+        work(study, objective)
+    assert asked == [False, True]
