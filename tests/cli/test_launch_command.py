@@ -1,0 +1,142 @@
+"""`hq-optuna launch` with real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from hq_optuna.history import History, read_history
+from hq_optuna.standing import read_standing
+
+ROOT = Path(__file__).parents[2]
+SLOW = "\nimport time\nfrom hq_optuna.scoring import Scorer\n_score = Scorer.score\n" + (
+    "Scorer.score = lambda self, config: (time.sleep(SECONDS), _score(self, config))[1]\n"
+)
+
+
+def start(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "hq_optuna.cli", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        **options,
+    )
+
+
+def slow(study: Path, seconds: float) -> Path:
+    study.write_text(study.read_text() + SLOW.replace("SECONDS", str(seconds)))
+    return study
+
+
+def loaded(name: str) -> optuna.Study:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna.load_study(study_name=name, storage=f"sqlite:///hq-optuna-runs/{name}/study.db")
+
+
+def steps(found: History) -> list[object]:
+    return [(r.step, r.winner.slot, r.winner.state, r.winner.score) for r in found.records]
+
+
+def n_complete(name: str) -> int:
+    try:
+        with sqlite3.connect(f"hq-optuna-runs/{name}/study.db", timeout=30) as connection:
+            rows = connection.execute("select count(*) from trials where state = 'COMPLETE'")
+            return int(rows.fetchone()[0])
+    except sqlite3.OperationalError:
+        return 0
+
+
+def until(condition: Any, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def children(pid: int) -> list[int]:
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in text.split()]
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def test_two_workers_have_the_history_of_one_though_one_is_killed(study: Path) -> None:
+    slow(study, 0.3)
+    options = ("--candidates", 3, "--seed", 4)
+    process = start("launch", study, "--workers", 2, "--json", *options)
+    until(lambda: n_complete("tiny") >= 2, process)
+    os.kill(children(process.pid)[0], signal.SIGKILL)
+    output, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, errors
+    assert "died (SIGKILL) and is started again" in errors
+    data = json.loads(output)
+    assert Path(data["report"]).exists()
+    assert Path(data["result"], "recipe.json").exists()
+    alone = start("run", study, "--name", "alone", *options)
+    assert alone.wait(timeout=400) == 0, alone.communicate()
+    mine, other = read_history(loaded("tiny")), read_history(loaded("alone"))
+    assert steps(mine) == steps(other)
+    assert mine.n_running == 0
+    assert "curvature" in errors  # measured once, by the launcher
+    standing = read_standing(loaded("tiny"))
+    assert standing.reason == "the budget is met"
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_outlives_the_launcher(study: Path, end: signal.Signals) -> None:
+    slow(study, 1.0)
+    process = start("launch", study, "--workers", 2, start_new_session=True)
+    until(lambda: n_complete("tiny") >= 1, process)
+    workers = children(process.pid)
+    assert len(workers) == 2
+    os.kill(process.pid, end)
+    _, errors = process.communicate(timeout=120)
+    if end == signal.SIGTERM:
+        assert process.returncode == 130
+        assert "start the same command again" in errors
+    deadline = time.monotonic() + 120
+    while not all(map(gone, workers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    states = [trial.state for trial in loaded("tiny").trials]
+    assert optuna.trial.TrialState.RUNNING not in states
+
+
+def test_workers_that_die_at_once_end_in_an_error_with_their_last_words(study: Path) -> None:
+    study.write_text(
+        study.read_text() + "\nimport os, sys\nif os.environ.get('HQ_OPTUNA_ENDS_WITH_STDIN'):\n"
+        "    print('ImportError: libfoo.so.1', file=sys.stderr)\n    os._exit(7)\n"
+    )
+    process = start("launch", study, "--workers", 1)
+    _, errors = process.communicate(timeout=400)
+    assert process.returncode == 1
+    assert "The worker died 5 times without scoring a candidate" in errors
+    assert "ImportError: libfoo.so.1" in errors
+    assert "Traceback" not in errors
+
+
+def test_bad_input_ends_before_any_worker(study: Path) -> None:
+    process = start("launch", study, "--workers", 2, "--budget", "0.01 bops")
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert "is below the cheapest assignment" in errors
+    assert not Path("hq-optuna-runs/tiny/study.db").exists()
