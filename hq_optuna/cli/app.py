@@ -14,7 +14,15 @@ from rich.console import Console
 from hq_optuna._version import __version__
 from hq_optuna.cli import looking, solving
 from hq_optuna.cli.common import Folder, Json, Name, Storage, Study, StudyOrNone, errors, load
-from hq_optuna.cli.options import RETRY_FOR, ArtifactsAt, Given, RetryFor, Threads, searches
+from hq_optuna.cli.options import (
+    RETRY_FOR,
+    ArtifactsAt,
+    Baselines,
+    Given,
+    RetryFor,
+    Threads,
+    searches,
+)
 
 app = typer.Typer(
     add_completion=False,
@@ -49,14 +57,7 @@ def run(
     artifacts: ArtifactsAt = None,
     threads: Threads = None,
     retry_for: RetryFor = RETRY_FOR,
-    baselines: Annotated[
-        int,
-        typer.Option(
-            help="Compare also with random draws, TPE and NSGA-II under so many seeds, each with "
-            "as many evaluations as the search.",
-            min=0,
-        ),
-    ] = 0,
+    baselines: Baselines = 0,
     as_json: Json = False,
 ) -> None:
     """Search, or go on with a search that was interrupted.
@@ -145,6 +146,7 @@ def launch(
     name: Name = None,
     folder: Folder = None,
     artifacts: ArtifactsAt = None,
+    baselines: Baselines = 0,
     threads: Threads = None,
     retry_for: RetryFor = RETRY_FOR,
     as_json: Json = False,
@@ -162,6 +164,7 @@ def launch(
                 study, context.args, storage, name, folder, artifacts, given, threads, retry_for
             ),
             n_workers=workers,
+            baselines=baselines,
             scheduler=scheduler,
             command=shlex.join(["hq-optuna", *sys.argv[1:]]),
             console=Console(stderr=as_json),

@@ -31,6 +31,7 @@ def launch(
     *,
     n_workers: int | None,
     scheduler: str | None,
+    baselines: int,
     command: str,
     console: Console,
 ) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def launch(
         n_workers: How many; ``None``: one for each GPU, or else for each core, or for each worker
             of the cluster.
         scheduler: Address of a Dask scheduler; ``None``: processes of this host.
+        baselines: Seeds of the methods the answer is compared with.
         command: The command, for the report.
         console: Where to show progress and result.
 
@@ -72,6 +74,7 @@ def launch(
         session,
         study,
         changed=not (existed and progress.was_finished),
+        baselines=baselines,
         command=command,
         console=console,
     )

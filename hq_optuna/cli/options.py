@@ -28,6 +28,14 @@ Threads = Annotated[
         show_default=False,
     ),
 ]
+Baselines = Annotated[
+    int,
+    typer.Option(
+        help="Compare also with random draws, TPE and NSGA-II under so many seeds, each with "
+        "as many evaluations as the search.",
+        min=0,
+    ),
+]
 MaxTrials = Annotated[
     int | None,
     typer.Option(min=1, help="Trials (candidates and step records) at most.", show_default=False),

@@ -170,17 +170,7 @@ class BitSearch:
         work, and the history is the same as with one.
 
         Args:
-            storage: As for `open`, which takes the arguments up to ``progress``.
-            study_name: Likewise.
-            n_candidates: Likewise.
-            rule: Likewise.
-            seed: Likewise.
-            refine: Likewise.
-            encoding: Likewise.
-            artifacts: Likewise.
-            limits: Likewise.
-            retry_for_s: Likewise.
-            progress: Likewise.
+            storage: As for `open`, as all others up to ``progress``.
             on_progress: Called with the record of the search after each trial.
 
         Raises:
