@@ -148,7 +148,7 @@ class BitSearch:
         )
         self.evaluate: Evaluate = accuracy if evaluate is None else evaluate
 
-    def optimize(
+    def optimize(  # noqa: D417
         self,
         storage: str | BaseStorage | None = None,
         study_name: str | None = None,
