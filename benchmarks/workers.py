@@ -107,10 +107,12 @@ def sleeping(
     assert isinstance(sampler, ProgressiveBitSampler)
     log = sampler.log(study)
     n = len(log.results) - 1
-    ideal = n_steps * -(-search.n_candidates // n_workers) * seconds
+    sizes = [sum(1 for step, _ in log.results if step == s) for s in range(1, len(log.closed))]
+    ideal = sum(-(-size // n_workers) for size in sizes) * seconds
     return {
         "efficiency": ideal / taken,
         "candidates": n,
+        "steps": len(sizes),
         "seconds": taken,
         "ideal_seconds": ideal,
         "worker_processor_ms": 1000 * used / n,
@@ -204,7 +206,9 @@ def main() -> None:
     figures: dict[str, float] = {}
     details: dict[str, Any] = {}
     if "sleep" in options.parts:
-        search = Search(layers=20, n_candidates=options.candidates)
+        # More layers than candidates: a step has no more candidates than there are moves.
+        layers = options.candidates + options.candidates // 4 + 2
+        search = Search(layers=layers, n_candidates=options.candidates, encoding="compact")
         with own_postgresql() as server:
             for repeat in range(options.repeat):
                 arguments = (options.workers, search, options.seconds, options.steps)

@@ -7,6 +7,7 @@ are its allowed bits, widest first. A state of the search is one number of bits 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -218,7 +219,7 @@ class SearchSpace:
         layers = tuple(LayerSpec.from_json(layer) for layer in data["layers"])
         return cls(layers, variables, BitConfig.from_json(data["start"]))
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """Twelve hexadecimal digits that name this space."""
         text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))

@@ -34,6 +34,7 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Show where a search stands: steps, workers, rate, time left. Works while others run."""
+    from hq_optuna.history import read_history
     from hq_optuna.runner.report import report_data
     from hq_optuna.storages import RetryingStorage
 
@@ -44,6 +45,8 @@ def status(
             _watch(Watch(optuna.load_study(study_name=loaded.study_name, storage=kept)), as_json)
             return
         standing = Watch(loaded).look()
+        if standing.state == "preparing" and loaded.get_trials(deepcopy=False):
+            read_history(loaded)  # says that this is another kind of study
         if as_json:
             known: dict[str, Any] = {}
             if standing.state != "preparing":

@@ -84,7 +84,7 @@ def work(
     """
     sampler = study.sampler
     assert isinstance(sampler, ProgressiveBitSampler)
-    wait_s, alone = SHORTEST_WAIT_S, set[int]()
+    wait_s, waited_s, alone = SHORTEST_WAIT_S, 0.0, set[int]()
     while True:
         log = sampler.log(study)
         on_progress(log)
@@ -94,11 +94,12 @@ def work(
         if log.open is None:
             return
         to_do = log.anything_left() or log.owners.waiting
-        if to_do and _run_one(study, sampler, objective, on_doing):
-            wait_s = SHORTEST_WAIT_S
+        if to_do and _run_one(study, sampler, objective, on_doing, waited_s):
+            wait_s, waited_s = SHORTEST_WAIT_S, 0.0
         else:
             on_doing("waiting")
             time.sleep(wait_s)
+            waited_s += wait_s
             wait_s = min(2 * wait_s, LONGEST_WAIT_S)
 
 
@@ -107,13 +108,14 @@ def _run_one(
     sampler: ProgressiveBitSampler,
     objective: Callable[[Trial], float],
     on_doing: Callable[[Doing], None],
+    waited_s: float,
 ) -> bool:
     """Run one trial and return whether there was one to run."""
     storage = study._storage
     with held_interrupts() as held:
         if isinstance(storage, RetryingStorage):
             storage.pause = held.sleep  # so that Ctrl-C ends a wait for the database
-        trial = sampler.ask(study)
+        trial = sampler.ask(study, waited_s)
         if trial is None:
             return False
         ticket = sampler.ticket(study, trial._trial_id)

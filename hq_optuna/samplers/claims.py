@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,12 @@ if TYPE_CHECKING:
 
 ATTEMPTS = 3
 """How often a worker reaches for work in a row before it waits a little."""
+
+PATIENCE_S = 0.3
+"""A worker that found nothing of its own for so long takes what it would leave to others."""
+
+LOST_S = 0.01
+"""What losing a claim counts as waiting: others are at the same work."""
 
 _numbers = itertools.count(1)
 
@@ -119,7 +126,9 @@ def template(
     )
 
 
-def claim(sampler: ProgressiveBitSampler, study: Study) -> ClaimedTrial | None:
+def claim(
+    sampler: ProgressiveBitSampler, study: Study, waited_s: float = math.inf
+) -> ClaimedTrial | None:
     """Claim work for a worker, see `ProgressiveBitSampler.ask`."""
     known = sampler.known(study)
     for _ in range(ATTEMPTS):
@@ -133,22 +142,41 @@ def claim(sampler: ProgressiveBitSampler, study: Study) -> ClaimedTrial | None:
             # With the number that was expected nobody can have claimed anything meanwhile. Who was
             # taken for dead may have ended its trial and itself between our look and our judgement.
             expected = -1 if log.owners.dead else log.cursor.n
-            ticket = _choose(log, known.search)
+            ticket = _choose(log, known.search, waited_s)
+        if ticket is None:
+            return None
         trial = _create(sampler, study, ticket)
         if trial.number == expected or not _lost(sampler, study, ticket, trial):
             return trial
+        waited_s = max(waited_s, LOST_S)
     return None
 
 
-def _choose(log: StepLog, search: str) -> Ticket:
-    """Return the ticket of work that is free; workers of one study choose apart."""
-    assert log.open is not None
-    if log.open.complete:
-        ticket = record_ticket(log, search)
-    else:
-        free = log.open.free[len(log.owners.untagged) :]
-        place = log.owners.place_among(workers.worker_id(), last=2 * len(log.open.states))
-        ticket = candidate_ticket(log, free[place % len(free)], search)
+def _choose(log: StepLog, search: str, waited_s: float) -> Ticket | None:
+    """Return the ticket of work that is free; workers of one study choose apart.
+
+    A claim that is lost costs two transactions, and of many workers that look at the same moment
+    all but one would lose. So each has slots of its own, by its place among the workers, and takes
+    others' only while there are enough for all that are idle before it. A step is recorded by who
+    did the last of it, who looks at once. Whoever waited in vain does what is left.
+    """
+    step = log.open
+    assert step is not None
+    patient = 0 < waited_s < PATIENCE_S
+    if step.complete:
+        return None if patient else _numbered(record_ticket(log, search))
+    me, n_before = workers.worker_id(), len(log.owners.untagged)
+    free = step.free[n_before:]
+    crew = log.owners.at_work(me, last=2 * len(step.states))
+    place = crew.index(me)
+    own = [slot for slot in free if slot % len(crew) == place]
+    if not own and waited_s < PATIENCE_S and log.owners.idle_before(me, crew) >= len(free):
+        return None
+    slot = own[0] if own else free[place % len(free)]
+    return _numbered(candidate_ticket(log, slot, search))
+
+
+def _numbered(ticket: Ticket) -> Ticket:
     return dataclasses.replace(ticket, claim=next(_numbers))
 
 

@@ -61,6 +61,7 @@ class OpenStep:
     done: dict[int, int] = field(default_factory=dict)
     running: dict[int, list[int]] = field(default_factory=dict)
     recording: list[int] = field(default_factory=list)
+    seen: dict[int, int] = field(default_factory=dict, repr=False)  # slot → results looked at
 
     @property
     def complete(self) -> bool:
@@ -222,6 +223,9 @@ class StepLog:
             for slot, state in enumerate(step.states):
                 # What scored other bits than the slot has came from another view of the record.
                 entries = self._candidates.get(key, {}).get(slot, ())
+                if len(entries) == step.seen.get(slot, 0):
+                    continue
+                step.seen[slot] = len(entries)
                 entries = [scored for scored in entries if scored.bits == state]
                 if not entries:
                     continue

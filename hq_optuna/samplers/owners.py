@@ -100,8 +100,8 @@ class Owners:
         hangs = row.beat is not None or not workers.is_alive(worker)
         return hangs and quiet_s >= self.grace_s
 
-    def place_among(self, worker: str, last: int) -> int:
-        """Return a place for a worker among those at work, by which they take different slots.
+    def at_work(self, worker: str, last: int) -> list[str]:
+        """Return the workers at work, this one among them, in an order that all agree on.
 
         Args:
             worker: Its name.
@@ -109,4 +109,9 @@ class Owners:
         """
         since = max(self._last_number.values(), default=0) - last
         names = {name for name, number in self._last_number.items() if number > since}
-        return sorted(names | {worker}).index(worker)
+        return sorted(names | {worker})
+
+    def idle_before(self, worker: str, crew: Sequence[str]) -> int:
+        """Return how many of a crew are before a worker in line for work: those without a trial."""
+        busy = {ticket.worker for ticket in self.running.values()}
+        return sum(1 for name in crew if name < worker and name not in busy)

@@ -223,10 +223,16 @@ class ProgressiveBitSampler(BaseSampler):
 
     # Asking
 
-    def ask(self, study: Study) -> ClaimedTrial | None:
+    def ask(self, study: Study, waited_s: float = math.inf) -> ClaimedTrial | None:
         """Claim work by creating its trial, complete with ticket, parameters and known facts.
 
         What workers use instead of `optuna.Study.ask`. End the trial with its ``finish``.
+
+        Args:
+            study: The study.
+            waited_s: How long the caller has waited for work since it did some: who comes from
+                work goes first, who waited a little leaves others theirs, who waited long takes
+                what there is.
 
         Returns:
             The trial, or ``None`` where other workers have all there is to do now.
@@ -236,7 +242,7 @@ class ProgressiveBitSampler(BaseSampler):
             ValueError: The study has several objectives, or maximizes.
         """
         self.check_study(study)
-        return claim(self, study)
+        return claim(self, study, waited_s)
 
     def forget(self, study: Study, trial_id: int) -> None:
         """Drop what is kept for a trial of this process while it runs."""

@@ -339,7 +339,8 @@ def test_a_worker_elsewhere_that_gives_signs_of_life_is_waited_for(study, clock)
 
     worker.time.sleep = sleep
     work(study, assigned)
-    assert len(clock.slept) == 300
+    # The record of its step is left to it for a moment: it may be about to make it.
+    assert 300 <= len(clock.slept) <= 305
     assert sum(clock.slept) > 5 * owners.GRACE_S
     assert history(study) == expected(study)
     assert TrialState.FAIL not in states(study)
@@ -409,7 +410,9 @@ def test_a_record_that_another_worker_is_making_is_waited_for(study, clock):
 
     worker.time.sleep = finish
     work(study, assigned)
-    assert len(clock.slept) == 3
+    # Its maker is thought to be at work for two steps more, and is left its share for a moment.
+    assert 3 <= len(clock.slept) <= 12
+    assert sum(clock.slept) < 2
     assert history(study) == expected(study)
     assert ours(study).log(study).closed[0].number == number
 

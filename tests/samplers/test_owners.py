@@ -118,7 +118,14 @@ def test_finished_and_enqueued_trials_have_no_owner(now):
 def test_workers_that_were_seen_lately_have_places_of_their_own(now):
     seen = Owners()
     seen.look([row(n, f"w{n % 3}", state=TrialState.COMPLETE) for n in range(9)])
-    assert [seen.place_among(f"w{i}", last=8) for i in range(3)] == [0, 1, 2]
-    assert seen.place_among("a new one", last=8) == 0
+    assert seen.at_work("w1", last=8) == ["w0", "w1", "w2"]
+    assert seen.at_work("a new one", last=8) == ["a new one", "w0", "w1", "w2"]
     seen.look([row(n, "w2", state=TrialState.COMPLETE) for n in range(9, 30)])
-    assert seen.place_among("w2", last=8) == 0  # the others left
+    assert seen.at_work("w2", last=8) == ["w2"]  # the others left
+
+
+def test_the_idle_stand_in_line(now):
+    seen = Owners()
+    seen.look([row(0, "w0/a/1/b"), row(1, "w2/a/1/b")])
+    crew = ["w0/a/1/b", "w1/a/1/b", "w2/a/1/b", "w3/a/1/b"]
+    assert [seen.idle_before(name, crew) for name in crew] == [0, 0, 1, 1]
