@@ -109,7 +109,7 @@ class Owners:
         """
         since = max(self._last_number.values(), default=0) - last
         names = {name for name, number in self._last_number.items() if number > since}
-        return sorted(names | {worker})
+        return sorted({name for name in names if not workers.is_dead(name)} | {worker})
 
     def idle_before(self, worker: str, crew: Sequence[str]) -> int:
         """Return how many of a crew are before a worker in line for work: those without a trial."""

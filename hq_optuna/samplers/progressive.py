@@ -32,7 +32,7 @@ from hq_optuna.pruners import CostBudgetPruner
 from hq_optuna.samplers.claims import ClaimedTrial, claim
 from hq_optuna.samplers.known import Known
 from hq_optuna.samplers.limiting import limits_of, write_limits
-from hq_optuna.samplers.log import OpenStep, StepLog, settings
+from hq_optuna.samplers.log import StepLog, settings
 from hq_optuna.samplers.resume import (
     compare_settings,
     refuse_another_search,
@@ -48,6 +48,7 @@ from hq_optuna.samplers.tickets import (
     idle_ticket,
     parameters,
     record_ticket,
+    slot_for,
 )
 from hq_optuna.search import ProgressiveSearch, Rule
 from hq_optuna.space import SearchSpace
@@ -288,7 +289,7 @@ class ProgressiveBitSampler(BaseSampler):
             return idle_ticket("surplus", log, search)
         if step.complete:
             return record_ticket(log, search)
-        return candidate_ticket(log, _slot(step, log.untagged_before(number)), search)
+        return candidate_ticket(log, slot_for(step, log.untagged_before(number)), search)
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
@@ -398,14 +399,3 @@ class ProgressiveBitSampler(BaseSampler):
         # study.stop() raises outside of optimize(), for example in a loop of ask and tell.
         if getattr(study._thread_local, "in_optimize_loop", False):
             study.stop()
-
-
-def _slot(step: OpenStep, untagged: int) -> int:
-    """Return the slot for a worker, given how many lower tickets still wait for theirs."""
-    free = step.free
-    if untagged < len(free):
-        return free[untagged]
-    # Nothing is free: back up the slot with the fewest runners. This is what keeps a search alive
-    # whose workers died unseen, and costs one evaluation otherwise.
-    waiting = [slot for slot in range(len(step.states)) if slot not in step.done]
-    return min(waiting, key=lambda slot: (len(step.running.get(slot, ())), slot))

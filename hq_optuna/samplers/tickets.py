@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from hq_optuna import attrs, workers
 from hq_optuna.attrs import Kind, Ticket
-from hq_optuna.samplers.log import StepLog
+from hq_optuna.samplers.log import OpenStep, StepLog
 from hq_optuna.search import changes
 from hq_optuna.space import SearchSpace
 
@@ -104,3 +104,14 @@ def facts(ticket: Ticket, space: SearchSpace, cost: float) -> dict[str, Any]:
 def excess(cost: float, limit: float) -> float | None:
     """Return the constraint: by which part the cost is over the limit; ``None`` without one."""
     return None if math.isinf(limit) else cost / limit - 1
+
+
+def slot_for(step: OpenStep, untagged: int) -> int:
+    """Return the slot for a worker, given how many lower tickets still wait for theirs."""
+    free = step.free
+    if untagged < len(free):
+        return free[untagged]
+    # Nothing is free: back up the slot with the fewest runners. This is what keeps a search alive
+    # whose workers died unseen, and costs one evaluation otherwise.
+    waiting = [slot for slot in range(len(step.states)) if slot not in step.done]
+    return min(waiting, key=lambda slot: (len(step.running.get(slot, ())), slot))

@@ -144,9 +144,9 @@ class RetryingStorage(BaseStorage):
             details = getattr(error, "details", None)
             said = (details() if callable(details) else "") or str(error) or type(error).__name__
             text = f"Storage {self.shown}: {said.strip().splitlines()[0].rstrip('.')}."
-        if waited_s is not None and waited_s > 1:
+        if waited_s is not None and waited_s > 0.1:
             text += (
-                f" It was tried for {waited_s:.0f} s (--retry-for). Everything recorded stays; "
+                f" It was tried for {waited_s:.1f} s (--retry-for). Everything recorded stays; "
                 "start the same command again to go on."
             )
         return StorageError(text)
