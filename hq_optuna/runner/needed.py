@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import optuna
 from optuna.trial import Trial
 
+from hq_optuna.scoring import Scorer
+
 LOOK_EVERY_S = 2.0
 
 
-class StillNeeded:
-    """Ends a running trial once the search is over, or its slot is done.
+@contextmanager
+def while_needed(scorer: Scorer, trial: Trial) -> Iterator[None]:
+    """End the scoring of a trial once the search is over, or its slot is done.
 
-    Args:
-        trial: The running trial.
+    Asked between batches, at most every `LOOK_EVERY_S`.
 
     Raises:
-        optuna.TrialPruned: When called, at most every `LOOK_EVERY_S`: the work is not needed.
+        optuna.TrialPruned: From the scoring, when the work is not needed any more.
     """
+    last = time.monotonic()
 
-    def __init__(self, trial: Trial) -> None:
-        self._trial = trial
-        self._last = time.monotonic()
-
-    def __call__(self) -> None:
-        """Ask, if the last time is long enough ago."""
-        if time.monotonic() - self._last < LOOK_EVERY_S:
+    def look() -> None:
+        nonlocal last
+        if time.monotonic() - last < LOOK_EVERY_S:
             return
-        if self._trial.should_prune():
+        if trial.should_prune():
             raise optuna.TrialPruned("its work is no longer needed")
-        self._last = time.monotonic()
+        last = time.monotonic()
 
-
-def always() -> None:
-    """Ask nobody."""
+    before, scorer.between_batches = scorer.between_batches, look
+    try:
+        yield
+    finally:
+        scorer.between_batches = before

@@ -29,7 +29,7 @@ from hq_optuna.quantization import Observer, observe_inputs, prepare, set_bits
 from hq_optuna.quantization.compensation import ROUNDINGS, Rounding, compensate_weights
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.runner import fingerprint
-from hq_optuna.runner.needed import StillNeeded, always
+from hq_optuna.runner.needed import while_needed
 from hq_optuna.runner.publish import publish, publish_facts, stored_sensitivity
 from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.samplers.claims import ClaimedTrial, write_facts
@@ -329,11 +329,8 @@ class HessianObjective:
         if ticket.kind == "incumbent":
             return self._record_step(trial, ticket, config, started)
         origin = sampler.origin(study)
-        scorer.between_batches = StillNeeded(trial)
-        try:
+        with while_needed(scorer, trial):
             score = scorer.score(config, config if origin is None else self.space.config(origin))
-        finally:
-            scorer.between_batches = always
         return self._record(trial, config, score, ticket, started)
 
     def _record_step(

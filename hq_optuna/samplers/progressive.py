@@ -231,9 +231,8 @@ class ProgressiveBitSampler(BaseSampler):
 
         Args:
             study: The study.
-            waited_s: How long the caller has waited for work since it did some: who comes from
-                work goes first, who waited a little leaves others theirs, who waited long takes
-                what there is.
+            waited_s: How long the caller has waited for work since it did some: who waited a
+                little leaves others theirs, who waited long takes what there is.
 
         Returns:
             The trial, or ``None`` where other workers have all there is to do now.
