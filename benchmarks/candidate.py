@@ -32,7 +32,7 @@ from hq_optuna.bit_config import BitConfig, LayerBits
 from hq_optuna.introspection import introspect
 from hq_optuna.quantization import observe_inputs, prepare
 from hq_optuna.quantization.correction import StatisticsCorrection
-from hq_optuna.runner.objective import statistics_samples
+from hq_optuna.runner.scoring_setup import statistics_samples
 from hq_optuna.scoring import Scorer, Sensitivity, output_rise_of
 from hq_optuna.scoring.reuse import DEFAULT_MEMORY
 from hq_optuna.space import SearchSpace

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,12 @@ from hq_optuna.quantization import Observer
 from hq_optuna.quantization.compensation import Rounding
 from hq_optuna.runner._report_compared import COMPARED
 from hq_optuna.runner.comparison import rows
-from hq_optuna.runner.evaluation import Evaluate, accuracy
-from hq_optuna.runner.objective import HessianObjective, Progress
+from hq_optuna.runner.evaluation import Evaluate, accuracy, before_and_after
+from hq_optuna.runner.objective import HessianObjective
 from hq_optuna.runner.publish import publish_artifacts, publish_facts, refuse_foreign_study
 from hq_optuna.runner.resolving import resolve
 from hq_optuna.runner.result import SearchResult
+from hq_optuna.runner.scoring_setup import Progress
 from hq_optuna.runner.started import Started
 from hq_optuna.runner.worker import Doing, work
 from hq_optuna.samplers import Encoding, ProgressiveBitSampler
@@ -317,7 +317,7 @@ class BitSearch:
         network = self.objective.quantized(record.config)
         facts = {name: fact for name, fact in history.facts.items() if name != COMPARED}
         if self.validation is not None:
-            facts |= self._measure(network, self.validation, "validation", "")
+            facts |= self._before_and_after(network, self.validation, "validation")
             compared = rows(
                 self.objective, history, self.validation, self.evaluate, seeds=baselines
             )
@@ -325,7 +325,7 @@ class BitSearch:
                 publish_facts(study, {COMPARED: compared})
         if test is not None and history.met and "test_samples" not in facts:
             data = read_batches(test(), batch_size=256, what="test").to(self.objective.device)
-            facts |= self._measure(network, data, "test", "test_")
+            facts |= self._before_and_after(network, data, "test")
         publish_facts(study, facts)
         return SearchResult(
             config=record.config,
@@ -364,7 +364,7 @@ class BitSearch:
         score = scorer.score(found.config)
         facts = {}
         if self.validation is not None:
-            facts = self._measure(network, self.validation, "validation", "")
+            facts = self._before_and_after(network, self.validation, "validation")
         return SearchResult(
             config=found.config,
             network=network,
@@ -383,15 +383,8 @@ class BitSearch:
             fingerprint=study.user_attrs[attrs.FINGERPRINT],
         )
 
-    def _measure(
-        self, network: nn.Module, data: Batches, what: str, prefix: str
-    ) -> dict[str, float]:
-        facts: dict[str, float] = {f"{what}_samples": data.n_samples}
-        original = copy.deepcopy(self.objective.model).eval()
-        for when, measured in (("before", original), ("after", network)):
-            for name, value in self.evaluate(measured, data).items():
-                facts[f"{prefix}{name}_{when}"] = float(value)
-        return facts
+    def _before_and_after(self, network: nn.Module, data: Batches, what: str) -> dict[str, float]:
+        return before_and_after(self.evaluate, self.objective.model, network, data, what)
 
 
 def _shown(storage: str | BaseStorage | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -40,3 +41,27 @@ def mean_loss(
     """Return ``{"loss": mean over the samples}``."""
     losses = [float(loss_fn(forward(network, b.inputs), b.labels)) * b.n for b in data]
     return {"loss": math.fsum(losses) / data.n_samples}
+
+
+def before_and_after(
+    evaluate: Evaluate, model: nn.Module, network: nn.Module, data: Batches, what: str
+) -> dict[str, float]:
+    """Measure the float and the quantized network.
+
+    Args:
+        evaluate: What is measured.
+        model: The float network; left as it is.
+        network: The quantized network.
+        data: On their device.
+        what: Name of the data; figures of other than validation data have it before their names.
+
+    Returns:
+        ``{"<what>_samples": …, "accuracy_before": …, "accuracy_after": …}``.
+    """
+    facts: dict[str, float] = {f"{what}_samples": data.n_samples}
+    prefix = "" if what == "validation" else f"{what}_"
+    original = copy.deepcopy(model).eval()
+    for when, measured in (("before", original), ("after", network)):
+        for name, value in evaluate(measured, data).items():
+            facts[f"{prefix}{name}_{when}"] = float(value)
+    return facts

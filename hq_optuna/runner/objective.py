@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,39 +17,29 @@ from torch.nn import functional
 
 from hq_optuna import attrs, workers
 from hq_optuna.attrs import Ticket
-from hq_optuna.batches import Precision, check_precision, merge_first, read_batches
+from hq_optuna.batches import Precision, read_batches
 from hq_optuna.bit_config import BitConfig
 from hq_optuna.checks import check_forward
 from hq_optuna.cost import Budget, CostModel
-from hq_optuna.curvature import LossFunction, probe_of
-from hq_optuna.layers import LayerSpec
+from hq_optuna.curvature import LossFunction
 from hq_optuna.pruners import CostBudgetPruner
-from hq_optuna.quantization import Observer, observe_inputs, prepare, set_bits
-from hq_optuna.quantization.compensation import ROUNDINGS, Rounding, compensate_weights
-from hq_optuna.quantization.correction import StatisticsCorrection
+from hq_optuna.quantization import Observer, set_bits
+from hq_optuna.quantization.compensation import Rounding
 from hq_optuna.runner import fingerprint
 from hq_optuna.runner.needed import while_needed
 from hq_optuna.runner.publish import publish, publish_facts, stored_sensitivity
+from hq_optuna.runner.scoring_setup import Progress, ScoringSetup
 from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.samplers.claims import ClaimedTrial, write_facts
 from hq_optuna.samplers.tickets import excess, facts
 from hq_optuna.scoring import (
-    LAYER_SUMS,
-    SCORERS,
-    LayerSumName,
     OutputRise,
     Score,
     Scorer,
     ScorerName,
-    measure_layer_sums,
-    output_rise_of,
 )
 from hq_optuna.scoring.reuse import DEFAULT_MEMORY
-from hq_optuna.scoring.sensitivity import bits_needed, unknown_layers
 from hq_optuna.space import SearchSpace
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what, done, of)."""
 
 
 class HessianObjective:
@@ -106,37 +95,19 @@ class HessianObjective:
         memory: int = DEFAULT_MEMORY,
         precision: Precision = "float32",
     ) -> None:
-        if output_rise is None:
-            output_rise = output_rise_of(loss_fn)
-        if scorer is None:
-            scorer = "diagonal" if output_rise is None else "gauss_newton"
-        if scorer not in SCORERS:
-            raise ValueError(f"scorer is one of {', '.join(SCORERS)}; got {scorer!r}.")
-        if scorer == "gauss_newton" and output_rise is None:
-            raise ValueError(
-                "The scorer 'gauss_newton' knows cross-entropy and squared error. For another loss "
-                "give output_rise, or use scorer='diagonal'."
-            )
         self.model = model
         self.space = space
         self.loss_fn = loss_fn
-        if scorer == "fisher" and probe_of(loss_fn) is None:
-            raise ValueError(
-                "The scorer 'fisher' knows cross-entropy and squared error. For another loss use "
-                "scorer='diagonal' or 'hutchinson'."
-            )
-        self.scorer_name: ScorerName = scorer
-        if rounding not in ROUNDINGS:
-            raise ValueError(f"rounding is one of {', '.join(ROUNDINGS)}; got {rounding!r}.")
-        self.rounding: Rounding = rounding
-        self.correct = correction
-        self.output_rise = output_rise if scorer == "gauss_newton" else None
-        self.observer: Observer = observer
-        self.memory = memory
-        self.precision: Precision = precision
-        check_precision(precision)
-        if memory < 0:
-            raise ValueError(f"memory is a number of bytes, 0 or more; got {memory}.")
+        self.setup = ScoringSetup.checked(
+            loss_fn,
+            scorer=scorer,
+            rounding=rounding,
+            correction=correction,
+            output_rise=output_rise,
+            observer=observer,
+            memory=memory,
+            precision=precision,
+        )
         self.device = next(model.parameters()).device
         self.data = read_batches(calibration, batch_size=batch_size).to(self.device)
         self.warnings = check_forward(model, self.data, loss_fn)
@@ -202,55 +173,17 @@ class HessianObjective:
         return isinstance(sampler, ProgressiveBitSampler) and sampler.known(study).met_another
 
     def _prepare(self, study: Study | None) -> Scorer:
-        network = self._eval_copy()
-        names = [layer.name for layer in self.space.layers]
-        histograms = observe_inputs(network, names, self.data)
-        prepared = prepare(network, self.space.layers, histograms, observer=self.observer)
-        if self.rounding == "compensated":
-            compensate_weights(
-                prepared,
-                self.space.layers,
-                self.data,
-                {name: weights for name, (weights, _) in bits_needed(self.space).items()},
-                progress=lambda done, of: self.progress("rounding", done, of),
-            )
-        sensitivity = None if study is None else stored_sensitivity(study)
-        if sensitivity is None:
-            name = self.scorer_name
-            known: LayerSumName = "fisher" if probe_of(self.loss_fn) is not None else "diagonal"
-            sums: LayerSumName = name if name in LAYER_SUMS else known
-            sensitivity, curvature = measure_layer_sums(
-                sums,
-                network,
-                prepared,
-                self.space,
-                self.data,
-                self.loss_fn,
-                progress=lambda what, done, of: self.progress(what, done, of),
-            )
-            self.warnings += unknown_layers(curvature, self.space.layers)
-            self._facts = {"curvature_samples": curvature.n_samples}
-            if math.isfinite(curvature.largest_error):  # one batch alone has none
-                self._facts["curvature_standard_error"] = round(curvature.largest_error, 4)
-        data = merge_first(self.data, statistics_samples(self.space.layers))
-        scorer = Scorer(
-            prepared,
-            sensitivity,
-            data,
+        built = self.setup.build(
+            copy.deepcopy(self.model).eval(),
+            self.space,
+            self.data,
             self.loss_fn,
-            output_rise=self.output_rise,
-            by_loss=self.scorer_name == "loss",
-            correction=StatisticsCorrection(prepared, data, self.precision)
-            if self.correct
-            else None,
-            memory=self.memory,
-            precision=self.precision,
+            None if study is None else stored_sensitivity(study),
+            lambda what, done, of: self.progress(what, done, of),
         )
-        self.warnings += scorer.warnings
-        return scorer
-
-    def _eval_copy(self) -> nn.Module:
-        return copy.deepcopy(self.model).eval()
+        self.warnings += built.warnings
+        self._facts = built.facts
+        return built.scorer
 
     def fingerprint(self, study: Study) -> dict[str, str | int]:
         """Return what this search depends on, by name."""
@@ -260,11 +193,11 @@ class HessianObjective:
             "data": self.data.digest(),
             "space": self.space.digest,
             "quantizers": fingerprint.QUANTIZERS,
-            "scorer": self.scorer_name,
-            "rounding": self.rounding,
-            "correction": self.correct,
-            "observer": self.observer,
-            "precision": self.precision,
+            "scorer": self.setup.scorer,
+            "rounding": self.setup.rounding,
+            "correction": self.setup.correction,
+            "observer": self.setup.observer,
+            "precision": self.setup.precision,
             "loss": loss,
         }
         budget = budget_of(study)
@@ -293,9 +226,9 @@ class HessianObjective:
             budget="none" if budget is None else str(budget),
             int8=model.int8,
             float32=model.float32,
-            scorer=self.scorer_name,
-            rounding=self.rounding,
-            correction=self.correct,
+            scorer=self.setup.scorer,
+            rounding=self.setup.rounding,
+            correction=self.setup.correction,
             rule=type(sampler).__name__ if ours is None else ours.rule,
             n_candidates=1 if ours is None else ours.n_candidates,
             seed=0 if ours is None else ours.seed,
@@ -379,16 +312,6 @@ class HessianObjective:
                 trial._trial_id, attrs.OLD_CONSTRAINTS, [over]
             )
         return score.total
-
-
-def statistics_samples(layers: Sequence[LayerSpec]) -> int:
-    """Return how many samples statistics are measured on at once.
-
-    Statistics want many, memory and caches do not: about 64 MiB a tensor. More than 128 made no
-    difference (docs/scores.md).
-    """
-    largest = max(layer.n_inputs // layer.n_calls for layer in layers)
-    return max(1, min(128, 2**24 // largest))
 
 
 def budget_of(study: Study) -> Budget | None:

@@ -298,7 +298,7 @@ class ProgressiveBitSampler(BaseSampler):
         ticket = self.ticket(study, trial._trial_id)
         if ticket is None:
             return {}
-        values = self._values(ticket)
+        values = self.parameters(ticket)
         return {name: CategoricalDistribution(choices) for name, (_, choices) in values.items()}
 
     def sample_relative(
@@ -308,7 +308,7 @@ class ProgressiveBitSampler(BaseSampler):
         ticket = self.ticket(study, trial._trial_id)
         if ticket is None or not search_space:
             return {}
-        return {name: value for name, (value, _) in self._values(ticket).items()}
+        return {name: value for name, (value, _) in self.parameters(ticket).items()}
 
     def sample_independent(
         self,
@@ -324,7 +324,7 @@ class ProgressiveBitSampler(BaseSampler):
         """
         self._raise_error_if_multi_objective(study)
         ticket = self.ticket(study, trial._trial_id)
-        values = {} if ticket is None else self._values(ticket)
+        values = {} if ticket is None else self.parameters(ticket)
         if param_name in values:
             raise ValueError(
                 f"Parameter {param_name!r} allows {param_distribution} in the objective, but "
@@ -361,9 +361,6 @@ class ProgressiveBitSampler(BaseSampler):
     def parameters(self, ticket: Ticket) -> dict[str, tuple[int | str, tuple[int | str, ...]]]:
         """Return ``{parameter: (value, choices)}`` that a trial with this ticket shows."""
         return parameters(ticket, self.space, self.encoding)
-
-    def _values(self, ticket: Ticket) -> dict[str, tuple[int | str, tuple[int | str, ...]]]:
-        return {} if ticket.kind == "free" else self.parameters(ticket)
 
     def ticket(self, study: Study, trial_id: int) -> Ticket | None:
         """Return the ticket of a trial, by its id in the storage."""

@@ -73,6 +73,8 @@ def parameters(
     ticket: Ticket, space: SearchSpace, encoding: Encoding
 ) -> dict[str, tuple[int | str, tuple[int | str, ...]]]:
     """Return ``{parameter: (value, choices)}`` that a trial with this ticket shows."""
+    if ticket.kind == "free":
+        return {}  # it has those it was enqueued with
     if ticket.kind == "candidate" and encoding == "compact":
         names = tuple(variable.name for variable in space.variables)
         bits = tuple(sorted({b for v in space.variables for b in v.bits}, reverse=True))

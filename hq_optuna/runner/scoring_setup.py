@@ -1,0 +1,176 @@
+"""From a float network to a scorer: ranges, rounding, sensitivities, statistics correction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import nn
+
+from hq_optuna.batches import Batches, Precision, check_precision, merge_first
+from hq_optuna.curvature import LossFunction, probe_of
+from hq_optuna.layers import LayerSpec
+from hq_optuna.quantization import Observer, observe_inputs, prepare
+from hq_optuna.quantization.compensation import ROUNDINGS, Rounding, compensate_weights
+from hq_optuna.quantization.correction import StatisticsCorrection
+from hq_optuna.scoring import (
+    LAYER_SUMS,
+    SCORERS,
+    LayerSumName,
+    OutputRise,
+    Scorer,
+    ScorerName,
+    Sensitivity,
+    measure_layer_sums,
+    output_rise_of,
+)
+from hq_optuna.scoring.reuse import DEFAULT_MEMORY
+from hq_optuna.scoring.sensitivity import bits_needed, unknown_layers
+from hq_optuna.space import SearchSpace
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what, done, of)."""
+
+
+class BuiltScorer(NamedTuple):
+    """A scorer, and what its making found out.
+
+    Attributes:
+        scorer: Ready to score.
+        warnings: Sentences that a reader of the results must know.
+        facts: Figures for the record, by name; empty where sensitivities were known.
+    """
+
+    scorer: Scorer
+    warnings: list[str]
+    facts: dict[str, float]
+
+
+@dataclass(frozen=True)
+class ScoringSetup:
+    """How assignments are scored; `HessianObjective` says what each setting means."""
+
+    scorer: ScorerName
+    rounding: Rounding = "compensated"
+    correction: bool = True
+    output_rise: OutputRise | None = field(default=None)
+    observer: Observer = "squared_error"
+    memory: int = DEFAULT_MEMORY
+    precision: Precision = "float32"
+
+    @classmethod
+    def checked(
+        cls,
+        loss_fn: LossFunction,
+        *,
+        scorer: ScorerName | None,
+        rounding: Rounding,
+        correction: bool,
+        output_rise: OutputRise | None,
+        observer: Observer,
+        memory: int,
+        precision: Precision,
+    ) -> ScoringSetup:
+        """Return the set-up for a loss; the scorer is chosen where it is ``None``.
+
+        Raises:
+            ValueError: A value that is not allowed, or a scorer that does not know the loss.
+        """
+        if output_rise is None:
+            output_rise = output_rise_of(loss_fn)
+        if scorer is None:
+            scorer = "diagonal" if output_rise is None else "gauss_newton"
+        if scorer not in SCORERS:
+            raise ValueError(f"scorer is one of {', '.join(SCORERS)}; got {scorer!r}.")
+        if scorer == "gauss_newton" and output_rise is None:
+            raise ValueError(
+                "The scorer 'gauss_newton' knows cross-entropy and squared error. For another loss "
+                "give output_rise, or use scorer='diagonal'."
+            )
+        if scorer == "fisher" and probe_of(loss_fn) is None:
+            raise ValueError(
+                "The scorer 'fisher' knows cross-entropy and squared error. For another loss use "
+                "scorer='diagonal' or 'hutchinson'."
+            )
+        if rounding not in ROUNDINGS:
+            raise ValueError(f"rounding is one of {', '.join(ROUNDINGS)}; got {rounding!r}.")
+        check_precision(precision)
+        if memory < 0:
+            raise ValueError(f"memory is a number of bytes, 0 or more; got {memory}.")
+        rise = output_rise if scorer == "gauss_newton" else None
+        return cls(scorer, rounding, correction, rise, observer, memory, precision)
+
+    def build(
+        self,
+        network: nn.Module,
+        space: SearchSpace,
+        data: Batches,
+        loss_fn: LossFunction,
+        known: Sensitivity | None,
+        progress: Progress,
+    ) -> BuiltScorer:
+        """Return a scorer of a network.
+
+        Args:
+            network: The float network, in eval mode.
+            space: Which bits will be asked for.
+            data: Calibration batches on the network's device.
+            loss_fn: Mean loss of a batch from outputs and labels.
+            known: Sensitivities that another worker measured; ``None``: measure them.
+            progress: Told what is done.
+        """
+        names = [layer.name for layer in space.layers]
+        histograms = observe_inputs(network, names, data)
+        prepared = prepare(network, space.layers, histograms, observer=self.observer)
+        if self.rounding == "compensated":
+            compensate_weights(
+                prepared,
+                space.layers,
+                data,
+                {name: weights for name, (weights, _) in bits_needed(space).items()},
+                progress=lambda done, of: progress("rounding", done, of),
+            )
+        warnings: list[str] = []
+        facts: dict[str, float] = {}
+        if known is None:
+            known, curvature = measure_layer_sums(
+                self._layer_sum(loss_fn), network, prepared, space, data, loss_fn, progress=progress
+            )
+            warnings += unknown_layers(curvature, space.layers)
+            facts["curvature_samples"] = curvature.n_samples
+            if math.isfinite(curvature.largest_error):  # one batch alone has none
+                facts["curvature_standard_error"] = round(curvature.largest_error, 4)
+        merged = merge_first(data, statistics_samples(space.layers))
+        correct = (
+            StatisticsCorrection(prepared, merged, self.precision) if self.correction else None
+        )
+        scorer = Scorer(
+            prepared,
+            known,
+            merged,
+            loss_fn,
+            output_rise=self.output_rise,
+            by_loss=self.scorer == "loss",
+            correction=correct,
+            memory=self.memory,
+            precision=self.precision,
+        )
+        return BuiltScorer(scorer, warnings + scorer.warnings, facts)
+
+    def _layer_sum(self, loss_fn: LossFunction) -> LayerSumName:
+        """Return the sum over layers that is recorded of each candidate."""
+        if self.scorer in LAYER_SUMS:
+            return self.scorer
+        return "diagonal" if probe_of(loss_fn) is None else "fisher"
+
+
+def statistics_samples(layers: Sequence[LayerSpec]) -> int:
+    """Return how many samples statistics are measured on at once.
+
+    Statistics want many, memory and caches do not: about 64 MiB a tensor. More than 128 made no
+    difference (docs/scores.md).
+    """
+    largest = max(layer.n_inputs // layer.n_calls for layer in layers)
+    return max(1, min(128, 2**24 // largest))
