@@ -20,7 +20,7 @@ from hq_optuna.standing import read_standing
 
 ROOT = Path(__file__).parents[2]
 SLOW = "\nimport time\nfrom hq_optuna.scoring import Scorer\n_score = Scorer.score\n" + (
-    "Scorer.score = lambda self, config: (time.sleep(SECONDS), _score(self, config))[1]\n"
+    "Scorer.score = lambda self, *bits: (time.sleep(SECONDS), _score(self, *bits))[1]\n"
 )
 
 

@@ -34,11 +34,11 @@ def begun(study: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> Pat
     """A search with options of its own that was interrupted after a few candidates."""
     score, calls = Scorer.score, []
 
-    def interrupted(self: Scorer, config: object) -> object:
-        calls.append(config)
+    def interrupted(self: Scorer, *arguments: object) -> object:
+        calls.append(arguments)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return score(self, config)  # type: ignore[arg-type]
+        return score(self, *arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
         patch.setattr(Scorer, "score", interrupted)
