@@ -73,7 +73,8 @@ class SearchProgress:
 
     def phase(self, what: str, done: int, of: int) -> None:
         """Show a phase before the search, batch by batch."""
-        self._show(what, done / of, f"batch {done} of {of}", always=done == of)
+        unit = "layer" if what == "rounding" else "batch"
+        self._show(what, done / of, f"{unit} {done} of {of}", always=done == of)
 
     def search(self, log: StepLog) -> None:
         """Show where the search stands."""
