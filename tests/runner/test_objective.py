@@ -17,7 +17,7 @@ from hq_optuna.cost import CostModel
 from hq_optuna.errors import ResumeError
 from hq_optuna.history import assignment, read_history
 from hq_optuna.introspection import introspect
-from hq_optuna.runner import objective as module
+from hq_optuna.runner import scoring_setup
 from hq_optuna.runner.publish import stored_sensitivity
 from hq_optuna.space import SearchSpace
 from tests.runner.searches import BUDGET, Network, data
@@ -212,13 +212,13 @@ def test_the_callers_network_and_random_state_are_left_as_they_were():
 
 def test_curvature_is_measured_once_and_a_second_worker_takes_it_from_the_study(monkeypatch):
     calls = []
-    real = module.measure_layer_sums
+    real = scoring_setup.measure_layer_sums
 
     def counting(*args, **kwargs):
         calls.append(1)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(module, "measure_layer_sums", counting)
+    monkeypatch.setattr(scoring_setup, "measure_layer_sums", counting)
     shared = study()
     shared.optimize(objective(), n_trials=5)
     shared.optimize(objective(), n_trials=5)
