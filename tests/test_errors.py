@@ -41,7 +41,7 @@ def test_code_that_knows_nothing_of_this_package_catches_the_builtin(
 ) -> None:
     builtin = (
         RuntimeError
-        if kind.__name__ in ("StorageError", "ArtifactError", "ScoreError")
+        if kind.__name__ in ("StorageError", "ArtifactError", "WorkerError", "ScoreError")
         else ValueError
     )
     with pytest.raises(builtin, match="too low"):

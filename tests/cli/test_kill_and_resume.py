@@ -21,7 +21,7 @@ SLOW = """
 import sys, time
 from hq_optuna.scoring import Scorer
 score = Scorer.score
-Scorer.score = lambda self, config: (time.sleep(0.2), score(self, config))[1]
+Scorer.score = lambda self, *configs: (time.sleep(0.2), score(self, *configs))[1]
 from hq_optuna.cli import main
 sys.argv[0] = "hq-optuna"
 main()
