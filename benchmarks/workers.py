@@ -6,7 +6,8 @@ Two questions, each answered within one run:
   sleep. Ideal are as many candidates a second as workers sleep in turn; what is missing went to the
   storage, to waiting at the ends of steps, and to the processor, which 32 processes share. Seconds
   of the processor per candidate, workers and server together, are measured too: on few cores they
-  are the bound.
+  are the bound. Once with a launcher's foreman, who claims for all, and once with workers that each
+  claim for themselves (``direct``), as those of ``hq-optuna worker`` do.
 - ``scoring``: the digits network scored for real, by processes of one thread each. Pairs of runs
   with one and two processes follow each other, so that a busy machine disturbs both; the median of
   the ratios counts. What two processes of plain arithmetic reach in the same minutes is measured
@@ -24,6 +25,7 @@ import multiprocessing
 import os
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -33,6 +35,8 @@ import optuna
 
 from benchmarks.servers import OwnPostgreSQL, own_postgresql
 from benchmarks.table_search import Search
+from hq_optuna.launching import WorkerProcess
+from hq_optuna.runner.foreman import Foreman
 from hq_optuna.runner.worker import work
 from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.samplers.claims import write_facts
@@ -75,8 +79,37 @@ def machine_seconds() -> float:
     return (user + nice + system + sum(rest[:2])) / os.sysconf("SC_CLK_TCK")
 
 
+def led(
+    url: str, n_workers: int, search: Search, seconds: float, limit: int, name: str
+) -> tuple[float, float]:
+    """Run a study with a foreman; return seconds of the processor: the foreman's, and of all."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    sampler = search.sampler()
+    study = optuna.load_study(study_name=name, storage=open_storage(url), sampler=sampler)
+    foreman = Foreman(study)
+    command = [sys.executable, "-m", "benchmarks.sleeping_worker", str(seconds), str(search.layers)]
+    workers = [WorkerProcess(command, os.environ, foreman.hear) for _ in range(n_workers)]
+    while len(foreman.hands) < n_workers:  # as the barrier of the others
+        time.sleep(0.05)
+    used, busy = resource.getrusage(resource.RUSAGE_SELF), machine_seconds()
+    while foreman.look(0.2):
+        pass
+    now = resource.getrusage(resource.RUSAGE_SELF)
+    mine = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
+    busy = machine_seconds() - busy
+    for worker in workers:
+        worker.close()
+    return mine, busy
+
+
 def sleeping(
-    server: OwnPostgreSQL, n_workers: int, search: Search, seconds: float, n_steps: int, name: str
+    server: OwnPostgreSQL,
+    n_workers: int,
+    search: Search,
+    seconds: float,
+    n_steps: int,
+    name: str,
+    foreman: bool,
 ) -> dict[str, float]:
     """Run some steps and return what was reached.
 
@@ -85,19 +118,22 @@ def sleeping(
     limit = 1 + n_steps * search.n_candidates
     study = search.make(open_storage(server.url), name)
     study.set_user_attr("hq:limits", {"max_evaluations": limit})
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.table_search"])
-    start, spent = context.Barrier(n_workers + 1), context.Queue()
-    arguments = (server.url, name, search, seconds, limit, start, spent)
-    processes = [context.Process(target=sleeper, args=arguments) for _ in range(n_workers)]
-    for process in processes:
-        process.start()
-    start.wait()
-    busy = machine_seconds()
-    for process in processes:
-        process.join()
-    busy = machine_seconds() - busy
-    used = sum(spent.get() for _ in processes)
+    if foreman:
+        used, busy = led(server.url, n_workers, search, seconds, limit, name)
+    else:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["benchmarks.table_search"])
+        start, spent = context.Barrier(n_workers + 1), context.Queue()
+        arguments = (server.url, name, search, seconds, limit, start, spent)
+        processes = [context.Process(target=sleeper, args=arguments) for _ in range(n_workers)]
+        for process in processes:
+            process.start()
+        start.wait()
+        busy = machine_seconds()
+        for process in processes:
+            process.join()
+        busy = machine_seconds() - busy
+        used = sum(spent.get() for _ in processes)
     trials = [t for t in study.get_trials(deepcopy=False) if t.datetime_complete is not None]
     ended = sorted(t.datetime_complete for t in trials if t.datetime_complete is not None)
     first = trials[1].datetime_complete  # the record of the start
@@ -211,15 +247,19 @@ def main() -> None:
         search = Search(layers=layers, n_candidates=options.candidates, encoding="compact")
         with own_postgresql() as server:
             for repeat in range(options.repeat):
-                arguments = (options.workers, search, options.seconds, options.steps)
-                found = sleeping(server, *arguments, f"sleep-{repeat}")
-                details[f"sleep_{repeat}"] = found
-                print(f"{options.workers} workers, sleep {options.seconds} s: {found}", flush=True)
-        key = f"efficiency_{options.workers}_workers"
-        runs = [details[f"sleep_{repeat}"] for repeat in range(options.repeat)]
-        figures[key] = statistics.median(run["efficiency"] for run in runs)
-        figures["worker_processor_ms"] = statistics.median(r["worker_processor_ms"] for r in runs)
-        figures["machine_processor_ms"] = statistics.median(r["machine_processor_ms"] for r in runs)
+                for kind in ("foreman", "direct"):
+                    arguments = (options.workers, search, options.seconds, options.steps)
+                    name = f"{kind}_{repeat}"
+                    found = sleeping(server, *arguments, name, kind == "foreman")
+                    details[name] = found
+                    print(f"{options.workers} workers, {kind}: {found}", flush=True)
+        for kind, suffix in (("foreman", ""), ("direct", "_direct")):
+            runs = [details[f"{kind}_{repeat}"] for repeat in range(options.repeat)]
+            for key, what in (
+                (f"efficiency_{options.workers}", "efficiency"),
+                ("machine_processor_ms", "machine_processor_ms"),
+            ):
+                figures[key + suffix] = statistics.median(run[what] for run in runs)
     if "scoring" in options.parts:
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(Path(__file__).parents[1]):
             ratios, cores = [], []

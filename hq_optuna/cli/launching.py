@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import time
 from collections.abc import Callable
 from typing import Any
 
+import optuna
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
@@ -19,11 +21,13 @@ from hq_optuna.cli.session import Request, Session, begin
 from hq_optuna.cli.settings import n_cores
 from hq_optuna.launching import Crew, Life, Member, WorkerCommand
 from hq_optuna.launching.process import devices, thread_share
-from hq_optuna.storages import study_exists
+from hq_optuna.runner.foreman import Foreman
+from hq_optuna.samplers.log import StepLog
+from hq_optuna.storages import explain_storage_errors, redact_url, study_exists
 
 LOOK_EVERY_S = 0.2
 READ_EVERY_S = 1.0
-"""How often the storage is read for the table."""
+"""How often the table shows what is new."""
 
 
 def launch(
@@ -60,14 +64,21 @@ def launch(
         log = functools.partial(session.log, study)
         progress.search(log())
         if not progress.was_finished:
-            crew, close = _crew(request, session, n_workers, scheduler, progress.news)
+            crew, foreman, close = _crew(request, session, study, n_workers, scheduler, progress)
             progress.members = crew.members
             try:
-                _watch(crew, lambda: progress.search(log()))
+                if foreman is None:
+                    _watch(crew, lambda: progress.search(log()))
+                else:
+                    with explain_storage_errors(redact_url(session.place.storage)):
+                        _lead(crew, foreman)
             finally:
+                if foreman is not None:
+                    foreman.give_back()
                 crew.end()
                 close()
-            progress.search(log())
+            if foreman is None:
+                progress.search(log())
     if existed:
         say_where_it_went_on(console, progress)
     return finish(
@@ -89,14 +100,32 @@ def _watch(crew: Crew, read: Callable[[], None]) -> None:
         time.sleep(LOOK_EVERY_S)
 
 
+def _lead(crew: Crew, foreman: Foreman) -> None:
+    looked = -math.inf
+    while True:
+        if foreman.over or time.monotonic() - looked >= LOOK_EVERY_S:
+            looked = time.monotonic()
+            if not crew.look():
+                return
+        if foreman.over:
+            time.sleep(LOOK_EVERY_S / 10)
+        else:
+            foreman.look(LOOK_EVERY_S)
+
+
 def _crew(
     request: Request,
     session: Session,
+    study: optuna.Study,
     n_workers: int | None,
     scheduler: str | None,
-    on_news: Callable[[str], None],
-) -> tuple[Crew, Callable[[], None]]:
-    """Return the crew, and what to call when it is done."""
+    progress: CrewProgress,
+) -> tuple[Crew, Foreman | None, Callable[[], None]]:
+    """Return the crew, who leads it, and what to call when it is done.
+
+    Workers on a cluster claim for themselves, as they are on other hosts.
+    """
+    on_news = progress.news
     options = [*request.arguments, "--retry-for", str(request.retry_for_s)]
     if request.artifacts is not None:
         options += ["--artifacts", request.artifacts]
@@ -112,17 +141,20 @@ def _crew(
 
         cluster = Cluster(scheduler, command, threads=request.threads)
         n_workers = n_workers or cluster.n_workers
-        return Crew(cluster.start, n_workers, on_news=on_news), cluster.close
+        return Crew(cluster.start, n_workers, on_news=on_news), None, cluster.close
     import torch
 
     gpus = devices(os.environ, torch.cuda.device_count())
     n_workers = n_workers or len(gpus) or n_cores()
     threads = request.threads or min(thread_share(n_cores(), n_workers), session.threads)
 
-    def start(index: int) -> Life:
-        return command.start(threads, gpus[index % len(gpus)] if gpus else None)
+    foreman = Foreman(study, on_progress=progress.now_and_then)
 
-    return Crew(start, n_workers, on_news=on_news), lambda: None
+    def start(index: int) -> Life:
+        device = gpus[index % len(gpus)] if gpus else None
+        return command.start(threads, device, foreman.hear)
+
+    return Crew(start, n_workers, on_news=on_news), foreman, lambda: None
 
 
 class CrewProgress(SearchProgress):
@@ -132,6 +164,7 @@ class CrewProgress(SearchProgress):
         super().__init__(console, session.search.space, session.search.budget)
         self.members: list[Member] = []
         self._since = time.monotonic()
+        self._shown = -math.inf
         self._live = Live(
             get_renderable=self.show, console=console, transient=True, refresh_per_second=4
         )
@@ -143,6 +176,12 @@ class CrewProgress(SearchProgress):
     def stop(self) -> None:
         """Take them away."""
         self._live.stop()
+
+    def now_and_then(self, log: StepLog) -> None:
+        """Show where the search stands, unless that was done a moment ago."""
+        if log.open is None or time.monotonic() - self._shown >= READ_EVERY_S:
+            self._shown = time.monotonic()
+            self.search(log)
 
     def news(self, text: str) -> None:
         """Show a sentence that stays."""

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from hq_optuna import workers
 from hq_optuna.cli.progress import SearchProgress
 from hq_optuna.cli.session import Request, begin, wait_for_study
-from hq_optuna.launching.process import ENDS_WITH_STDIN
+from hq_optuna.launching.process import ENDS_WITH_STDIN, SERVES
+from hq_optuna.launching.serving import Answer, NotNeeded, Orders, serve
 from hq_optuna.runner.worker import Doing
+
+if TYPE_CHECKING:
+    from hq_optuna.runner.objective import HessianObjective
 
 GRACE_S = 20.0
 """How long a worker whose launcher is gone may take to give its candidate back."""
@@ -38,7 +43,10 @@ def work(
     Raises:
         StorageError: The study does not exist.
     """
-    if os.environ.get(ENDS_WITH_STDIN):
+    orders: Orders | None = None
+    if os.environ.get(SERVES):
+        orders = Orders(sys.stdin, _launcher_is_gone)
+    elif os.environ.get(ENDS_WITH_STDIN):
         threading.Thread(target=_end_with, args=(sys.stdin.fileno(),), daemon=True).start()
     tell = _Events(as_json)
     if not create:
@@ -49,7 +57,11 @@ def work(
     with SearchProgress(console, session.search.space, session.search.budget) as progress:
         tell("preparing")
         study = session.open(progress=progress.phase)
-        session.search.work(study, on_progress=progress.search, on_doing=tell.doing)
+        if orders is not None:
+            study._storage.remove_session()  # the launcher has it from here on
+            serve(orders, functools.partial(_score, session.search.objective), tell)
+        else:
+            session.search.work(study, on_progress=progress.search, on_doing=tell.doing)
     tell("done")
     console.print(
         f"The search is over. This worker, {workers.short_name(workers.worker_id())}, scored "
@@ -57,6 +69,15 @@ def work(
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _score(
+    objective: HessianObjective,
+    bits: Sequence[int],
+    origin: Sequence[int] | None,
+    needed: Callable[[], bool],
+) -> Answer:
+    return objective.evaluate(bits, origin, needed, NotNeeded())
 
 
 class _Events:
@@ -68,7 +89,8 @@ class _Events:
         self._last = ""
 
     def __call__(self, event: str, **facts: Any) -> None:
-        if self.as_json and event != self._last:
+        self.n_scored += event == "scored"
+        if self.as_json and (event != self._last or facts):
             self._last = event
             me = workers.short_name(workers.worker_id())
             data = {"event": event, "worker": me, "scored": self.n_scored, **facts}
@@ -76,7 +98,6 @@ class _Events:
 
     def doing(self, doing: Doing) -> None:
         """Tell what this worker does, and count what it scored."""
-        self.n_scored += doing == "scored"
         self(doing)
 
 
@@ -84,6 +105,10 @@ def _end_with(descriptor: int, exit_: Callable[[int], Any] = os._exit) -> None:
     """End this process, gracefully if it can, when its launcher is gone."""
     while os.read(descriptor, 1024):
         pass
+    _launcher_is_gone(exit_)
+
+
+def _launcher_is_gone(exit_: Callable[[int], Any] = os._exit) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE_S)
     exit_(1)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -19,6 +20,12 @@ LAST_WORDS = 12
 
 ENDS_WITH_STDIN = "HQ_OPTUNA_ENDS_WITH_STDIN"
 """Environment variable that tells a worker to end when its standard input does."""
+
+SERVES = "HQ_OPTUNA_SERVES"
+"""Environment variable that tells a worker to take its work from its standard input."""
+
+Listener = Callable[["WorkerProcess", dict[str, Any] | None], None]
+"""Called with each event of a worker, from a thread of its own; ``None`` when it says no more."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +67,14 @@ class WorkerCommand:
             found["CUDA_VISIBLE_DEVICES"] = device
         return found
 
-    def start(self, threads: int, device: str | None = None) -> WorkerProcess:
-        """Start the worker on this host."""
-        return WorkerProcess(self.arguments(threads), self.environment(threads, device))
+    def start(
+        self, threads: int, device: str | None = None, listener: Listener | None = None
+    ) -> WorkerProcess:
+        """Start the worker on this host; with a listener it scores what it is told to."""
+        environment = self.environment(threads, device)
+        if listener is not None:
+            environment[SERVES] = "1"
+        return WorkerProcess(self.arguments(threads), environment, listener)
 
 
 def thread_share(n_cores: int, n_workers: int) -> int:
@@ -94,11 +106,18 @@ def devices(environment: Mapping[str, str], n_found: int) -> list[str]:
 class WorkerProcess:
     """A worker that runs in a process group of its own, so that Ctrl-C reaches its launcher alone.
 
-    Its standard input is a pipe that nobody writes to: when the launcher is gone, however it went,
-    the pipe ends, and the worker gives its candidate back and ends too.
+    Its standard input is a pipe: when the launcher is gone, however it went, the pipe ends, and the
+    worker gives its candidate back and ends too.
     """
 
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        listener: Listener | None = None,
+    ) -> None:
+        self._listener = listener
+        self._writing = threading.Lock()
         self._process = subprocess.Popen(
             arguments,
             env=dict(environment),
@@ -159,7 +178,23 @@ class WorkerProcess:
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
             if stream is not None:
-                stream.close()
+                with contextlib.suppress(OSError):  # what could not be sent to it any more
+                    stream.close()
+
+    def order(self, order: Mapping[str, Any]) -> None:
+        """Send it JSON data, see `hq_optuna.launching.serving`.
+
+        Raises:
+            OSError: It is gone.
+        """
+        stream = self._process.stdin
+        assert stream is not None
+        try:
+            with self._writing:
+                stream.write(json.dumps(order) + "\n")
+                stream.flush()
+        except ValueError as error:  # closed
+            raise BrokenPipeError(str(error)) from None
 
     def _read_events(self, stream: IO[str]) -> None:
         for line in stream:
@@ -169,6 +204,10 @@ class WorkerProcess:
                 continue
             if isinstance(event, dict):
                 self._events.put(event)
+                if self._listener is not None:
+                    self._listener(self, event)
+        if self._listener is not None:
+            self._listener(self, None)
 
     def _read_words(self, stream: IO[str]) -> None:
         for line in stream:

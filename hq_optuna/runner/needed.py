@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-
-import optuna
-from optuna.trial import Trial
 
 from hq_optuna.scoring import Scorer
 
@@ -15,22 +12,25 @@ LOOK_EVERY_S = 2.0
 
 
 @contextmanager
-def while_needed(scorer: Scorer, trial: Trial) -> Iterator[None]:
-    """End the scoring of a trial once the search is over, or its slot is done.
+def while_needed(
+    scorer: Scorer, needed: Callable[[], bool], otherwise: Exception, every_s: float = LOOK_EVERY_S
+) -> Iterator[None]:
+    """End the scoring of a candidate once the search is over, or its slot is done.
 
-    Asked between batches, at most every `LOOK_EVERY_S`.
-
-    Raises:
-        optuna.TrialPruned: From the scoring, when the work is not needed any more.
+    Args:
+        scorer: Who scores.
+        needed: Asked between batches.
+        otherwise: Raised from the scoring when the work is not needed any more.
+        every_s: How often it is asked at most.
     """
     last = time.monotonic()
 
     def look() -> None:
         nonlocal last
-        if time.monotonic() - last < LOOK_EVERY_S:
+        if time.monotonic() - last < every_s:
             return
-        if trial.should_prune():
-            raise optuna.TrialPruned("its work is no longer needed")
+        if not needed():
+            raise otherwise
         last = time.monotonic()
 
     before, scorer.between_batches = scorer.between_batches, look

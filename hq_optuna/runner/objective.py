@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,6 +28,7 @@ from hq_optuna.quantization.compensation import Rounding
 from hq_optuna.runner import fingerprint
 from hq_optuna.runner.needed import while_needed
 from hq_optuna.runner.publish import publish, publish_facts, stored_sensitivity
+from hq_optuna.runner.recording import KEPT, closing, winner_of
 from hq_optuna.runner.scoring_setup import Progress, ScoringSetup
 from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.samplers.claims import ClaimedTrial, write_facts
@@ -262,25 +263,45 @@ class HessianObjective:
         if ticket.kind == "incumbent":
             return self._record_step(trial, ticket, config, started)
         origin = sampler.origin(study)
-        with while_needed(scorer, trial):
+        pruned = optuna.TrialPruned("its work is no longer needed")
+        with while_needed(scorer, lambda: not trial.should_prune(), pruned):
             score = scorer.score(config, config if origin is None else self.space.config(origin))
         return self._record(trial, config, score, ticket, started)
+
+    def evaluate(
+        self,
+        bits: Sequence[int],
+        origin: Sequence[int] | None,
+        needed: Callable[[], bool],
+        otherwise: Exception,
+    ) -> tuple[float, dict[str, Any]]:
+        """Score a candidate for somebody else's trial; call `prepare` first.
+
+        Args:
+            bits: Of each variable of the space.
+            origin: Of the incumbent that its step starts from; ``None`` in step 0.
+            needed: Asked now and then.
+            otherwise: Raised when it is not.
+
+        Returns:
+            The score, nats, and the trial's user attributes.
+        """
+        assert self._scorer is not None, "call prepare() first"
+        started = time.perf_counter()
+        config = self.space.config(bits)
+        with while_needed(self._scorer, needed, otherwise, every_s=0.0):
+            score = self._scorer.score(
+                config, config if origin is None else self.space.config(origin)
+            )
+        return score.total, _shown(score, started)
 
     def _record_step(
         self, trial: Trial, ticket: Ticket, config: BitConfig, started: float
     ) -> float:
-        storage, study_id = trial.study._storage, trial.study._study_id
         assert ticket.origin is not None
-        winner = storage.get_trial(
-            storage.get_trial_id_from_study_id_trial_number(study_id, ticket.origin)
-        )
-        assert winner.value is not None
-        kept = (attrs.SCORE_WEIGHTS, attrs.SCORE_ACTIVATIONS, attrs.CALIBRATION_LOSS)
-        parts = (winner.user_attrs[name] for name in kept)
-        self._record(trial, config, Score(winner.value, *parts), ticket, started)
-        # One unit in the last place below its candidate, so that `study.best_trial` is the record,
-        # which has the bits of all layers, and not the candidate it repeats.
-        return math.nextafter(winner.value, -math.inf)
+        value, found = winner_of(trial.study, ticket.origin)
+        self._record(trial, config, Score(value, *(found[name] for name in KEPT)), ticket, started)
+        return closing(value, found)[0]
 
     def _record(
         self,
@@ -295,15 +316,7 @@ class HessianObjective:
             config
         )
         shown: dict[str, Any] = {} if ticket is None else facts(ticket, self.space, cost)
-        shown |= {
-            attrs.SCORE_WEIGHTS: score.weights,
-            attrs.SCORE_ACTIVATIONS: score.activations,
-            attrs.CALIBRATION_LOSS: score.calibration_loss,
-            attrs.COST: cost,
-            attrs.SECONDS: round(time.perf_counter() - started, 6),
-            attrs.WORKER: workers.short_name(workers.worker_id()),
-        }
-        write_facts(trial, shown)
+        write_facts(trial, shown | {attrs.COST: cost} | _shown(score, started))
         over = None if budget is None else excess(cost, budget.limit(self.space.layers))
         if budget is not None and over is not None and not isinstance(trial, ClaimedTrial):
             trial.set_constraint(budget.metric, over)
@@ -312,6 +325,17 @@ class HessianObjective:
                 trial._trial_id, attrs.OLD_CONSTRAINTS, [over]
             )
         return score.total
+
+
+def _shown(score: Score, started: float) -> dict[str, Any]:
+    """Return what a trial says of its scoring."""
+    return {
+        attrs.SCORE_WEIGHTS: score.weights,
+        attrs.SCORE_ACTIVATIONS: score.activations,
+        attrs.CALIBRATION_LOSS: score.calibration_loss,
+        attrs.SECONDS: round(time.perf_counter() - started, 6),
+        attrs.WORKER: workers.short_name(workers.worker_id()),
+    }
 
 
 def budget_of(study: Study) -> Budget | None:

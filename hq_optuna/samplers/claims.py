@@ -13,7 +13,7 @@ import copy
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import optuna
@@ -27,7 +27,7 @@ from hq_optuna.samplers.log import StepLog
 from hq_optuna.samplers.owners import HELD
 from hq_optuna.samplers.resume import refuse_another_search
 from hq_optuna.samplers.tickets import candidate_ticket, excess, facts, parameters, record_ticket
-from hq_optuna.storages.trials import add_user_attrs, finish_trial
+from hq_optuna.storages.writing import add_user_attrs, create_trials, finish_trial
 
 if TYPE_CHECKING:
     from hq_optuna.samplers.progressive import ProgressiveBitSampler
@@ -102,6 +102,7 @@ def template(
     parameters: Mapping[str, tuple[int | str, tuple[int | str, ...]]],
     facts: Mapping[str, Any],
     constraint: tuple[str, float] | None,
+    value: float | None = None,
 ) -> FrozenTrial:
     """Return the trial that a claim creates.
 
@@ -110,12 +111,14 @@ def template(
         parameters: ``{parameter: (value, choices)}``.
         facts: User attributes.
         constraint: Metric and excess over the budget.
+        value: Of a trial that is created complete.
     """
     system: dict[str, Any] = {attrs.TICKET: ticket.to_json()}
     if constraint is not None:
         system[attrs.OLD_CONSTRAINTS] = [constraint[1]]
     return optuna.create_trial(
-        state=TrialState.RUNNING,
+        state=TrialState.RUNNING if value is None else TrialState.COMPLETE,
+        value=value,
         params={name: value for name, (value, _) in parameters.items()},
         distributions={
             name: CategoricalDistribution(choices) for name, (_, choices) in parameters.items()
@@ -176,34 +179,105 @@ def _choose(log: StepLog, search: str, waited_s: float) -> Ticket | None:
     return _numbered(candidate_ticket(log, slot, search))
 
 
+def new_claim() -> int:
+    """Return a number for a claim of this process."""
+    return next(_numbers)
+
+
 def _numbered(ticket: Ticket) -> Ticket:
-    return dataclasses.replace(ticket, claim=next(_numbers))
+    return dataclasses.replace(ticket, claim=new_claim())
 
 
 def _create(sampler: ProgressiveBitSampler, study: Study, ticket: Ticket) -> ClaimedTrial:
     known, storage = sampler.known(study), study._storage
-    cost = known.log.search.cost_of(ticket.bits)
-    over = excess(cost, known.log.search.limit)
-    constraint = None
-    if known.budget is not None and over is not None:
-        constraint = (known.budget.metric, over)
     HELD[ticket.claim] = None
     try:
-        trial_id = storage.create_new_trial(
-            study._study_id,
-            template(
-                ticket,
-                parameters(ticket, sampler.space, sampler.encoding),
-                facts(ticket, sampler.space, cost),
-                constraint,
-            ),
-        )
+        trial_id = storage.create_new_trial(study._study_id, _template_of(sampler, study, ticket))
         HELD[ticket.claim] = trial_id
         known.tickets[trial_id] = ticket
         return ClaimedTrial(study, trial_id, ticket.claim)
     except BaseException:
         HELD.pop(ticket.claim, None)  # whatever was created is nobody's
         raise
+
+
+def _template_of(
+    sampler: ProgressiveBitSampler,
+    study: Study,
+    ticket: Ticket,
+    value: float | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> FrozenTrial:
+    known = sampler.known(study)
+    cost = known.log.search.cost_of(ticket.bits)
+    over = excess(cost, known.log.search.limit)
+    constraint = None
+    if known.budget is not None and over is not None:
+        constraint = (known.budget.metric, over)
+    return template(
+        ticket,
+        parameters(ticket, sampler.space, sampler.encoding),
+        {**facts(ticket, sampler.space, cost), **(more or {})},
+        constraint,
+        value,
+    )
+
+
+def create_record(
+    sampler: ProgressiveBitSampler,
+    study: Study,
+    ticket: Ticket,
+    value: float,
+    facts: Mapping[str, Any],
+) -> None:
+    """Create a step's record complete: for who knows of nobody else that might record the step.
+
+    Should there be somebody all the same, the record with the lower number counts, and both say the
+    same.
+
+    Args:
+        sampler: The study's.
+        study: The study.
+        ticket: Of the kind ``"incumbent"``.
+        value: The record's value.
+        facts: User attributes beside those that the ticket knows.
+    """
+    made = _template_of(sampler, study, ticket, value, facts)
+    create_trials(study._storage, study._study_id, [made])
+
+
+def create_together(
+    sampler: ProgressiveBitSampler, study: Study, tickets: Sequence[Ticket]
+) -> list[tuple[int, int]]:
+    """Create the trials of several tickets at once, as claims of this process.
+
+    For candidates, whose worker is not known yet or need not be who claims, the worker is left out
+    of what the trial shows.
+
+    Args:
+        sampler: The study's.
+        study: The study.
+        tickets: With claims of their own, see `new_claim`.
+
+    Returns:
+        Number and id of each trial.
+    """
+    templates = []
+    for ticket in tickets:
+        made = _template_of(sampler, study, ticket)
+        if ticket.kind == "candidate":
+            del made.user_attrs[attrs.WORKER]
+        templates.append(made)
+        HELD[ticket.claim] = None
+    try:
+        created = create_trials(study._storage, study._study_id, templates)
+    except BaseException:
+        for ticket in tickets:
+            HELD.pop(ticket.claim, None)
+        raise
+    for ticket, (_, trial_id) in zip(tickets, created, strict=True):
+        HELD[ticket.claim] = trial_id
+    return created
 
 
 def _lost(

@@ -13,8 +13,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import sqlalchemy
@@ -28,6 +29,25 @@ from optuna.trial import FrozenTrial, TrialState
 from hq_optuna import attrs
 
 _as_json = functools.lru_cache(maxsize=4096)(distribution_to_json)
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a trial ended.
+
+    Attributes:
+        trial_id: Its id in the storage.
+        state: A finished state.
+        value: Its value, where it is complete.
+        user_attrs: Attributes it has not got yet.
+        seconds: How long it ran, where it was created before it began; ``None``: since then.
+    """
+
+    trial_id: int
+    state: TrialState
+    value: float | None = None
+    user_attrs: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float | None = None
 
 
 class Database(RDBStorage):
@@ -81,6 +101,53 @@ class Database(RDBStorage):
                 raise UpdateFinishedTrialError(f"Trial {trial_id} is finished.")
             _insert_user_attrs(connection, trial_id, user_attrs)
 
+    def create_trials(
+        self, study_id: int, templates: Sequence[FrozenTrial]
+    ) -> list[tuple[int, int]]:
+        """Create trials with tickets, running or complete, at once, with numbers in a row.
+
+        Returns:
+            Number and id of each.
+        """
+        trials, studies = models.TrialModel.__table__, models.StudyModel.__table__
+        study = studies.c.study_id == study_id
+        with self._transaction() as connection:
+            # Whoever holds the study's row hands out the next numbers, as in Optuna's own way. On
+            # SQLite nothing but a write takes the lock.
+            if connection.dialect.name == "sqlite":
+                same = sqlalchemy.update(studies).where(study)
+                connection.execute(same.values(study_name=studies.c.study_name))
+            else:
+                locked = sqlalchemy.select(studies.c.study_id).where(study).with_for_update()
+                connection.execute(locked)
+            count = sqlalchemy.select(sqlalchemy.func.count()).select_from(trials)
+            first = connection.execute(count.where(trials.c.study_id == study_id)).scalar_one()
+            rows = [
+                {
+                    "number": first + place,
+                    "study_id": study_id,
+                    "state": template.state,
+                    "datetime_start": _utc(template.datetime_start),
+                    "datetime_complete": _utc(template.datetime_complete),
+                }
+                for place, template in enumerate(templates)
+            ]
+            ids = _insert_for_ids(connection, trials, rows)
+            for table, made in (
+                (models.TrialParamModel.__table__, _parameters),
+                (models.TrialValueModel.__table__, _values),
+                (models.TrialUserAttributeModel.__table__, _user_attributes),
+                (models.TrialSystemAttributeModel.__table__, _system_attributes),
+            ):
+                more = [
+                    row
+                    for trial_id, template in zip(ids, templates, strict=True)
+                    for row in made(trial_id, template)
+                ]
+                if more:
+                    connection.execute(sqlalchemy.insert(table), more)
+        return [(first + place, trial_id) for place, trial_id in enumerate(ids)]
+
     def finish_trial(
         self,
         trial_id: int,
@@ -95,21 +162,44 @@ class Database(RDBStorage):
         Raises:
             UpdateFinishedTrialError: The trial is finished already.
         """
-        trials, values = models.TrialModel.__table__, models.TrialValueModel.__table__
+        if not self.finish_trials([Ended(trial_id, state, value, user_attrs)]):
+            raise UpdateFinishedTrialError(f"Trial {trial_id} is finished.")
+
+    def finish_trials(self, ended: Sequence[Ended]) -> list[int]:
+        """End running trials in one transaction.
+
+        Returns:
+            Ids of those that were running; what somebody else ended stays as it is.
+        """
         now = datetime.now(UTC).replace(tzinfo=None)  # as Optuna stores it
         with self._transaction() as connection:
-            ended = connection.execute(
-                sqlalchemy.update(trials)
-                .where(trials.c.trial_id == trial_id, trials.c.state == TrialState.RUNNING)
-                .values(state=state, datetime_complete=now)
+            running = _end(connection, ended, now)
+            done = [one for one in ended if one.trial_id in running]
+            values = [_value(one.trial_id, one.value) for one in done if one.value is not None]
+            if values:
+                connection.execute(sqlalchemy.insert(models.TrialValueModel.__table__), values)
+            told = [row for one in done for row in _attributes(one.trial_id, one.user_attrs)]
+            if told:
+                table = models.TrialUserAttributeModel.__table__
+                connection.execute(sqlalchemy.insert(table), told)
+        return [one.trial_id for one in done]
+
+    def beat(self, trial_ids: Sequence[int], count: int) -> None:
+        """Set the sign of life of the trials that still run, in one transaction."""
+        trials, table = models.TrialModel.__table__, models.TrialSystemAttributeModel.__table__
+        with self._transaction() as connection:
+            running = sqlalchemy.select(trials.c.trial_id).where(
+                trials.c.trial_id.in_(trial_ids), trials.c.state == TrialState.RUNNING
             )
-            if ended.rowcount != 1:
-                raise UpdateFinishedTrialError(f"Trial {trial_id} is finished.")
-            if value is not None:
-                stored, kind = models.TrialValueModel.value_to_stored_repr(value)
-                row = {"trial_id": trial_id, "objective": 0, "value": stored, "value_type": kind}
-                connection.execute(sqlalchemy.insert(values).values(row))
-            _insert_user_attrs(connection, trial_id, user_attrs)
+            found = sorted(connection.execute(running).scalars())
+            connection.execute(
+                sqlalchemy.delete(table).where(
+                    table.c.trial_id.in_(found), table.c.key == attrs.BEAT
+                )
+            )
+            if found:
+                rows = [r for i in found for r in _attributes(i, {attrs.BEAT: count})]
+                connection.execute(sqlalchemy.insert(table), rows)
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlalchemy.Connection]:
@@ -134,6 +224,67 @@ def _parameters(trial_id: int, trial: FrozenTrial) -> list[dict[str, Any]]:
 
 def _internal(distribution: BaseDistribution, value: Any) -> float:
     return float(distribution.to_internal_repr(value))
+
+
+def _values(trial_id: int, trial: FrozenTrial) -> list[dict[str, Any]]:
+    return [_value(trial_id, value) for value in trial.values or ()]
+
+
+def _value(trial_id: int, value: float) -> dict[str, Any]:
+    stored, kind = models.TrialValueModel.value_to_stored_repr(value)
+    return {"trial_id": trial_id, "objective": 0, "value": stored, "value_type": kind}
+
+
+def _user_attributes(trial_id: int, trial: FrozenTrial) -> list[dict[str, Any]]:
+    return _attributes(trial_id, trial.user_attrs)
+
+
+def _system_attributes(trial_id: int, trial: FrozenTrial) -> list[dict[str, Any]]:
+    return _attributes(trial_id, trial.system_attrs)
+
+
+def _utc(time: datetime | None) -> datetime | None:
+    return None if time is None else time.astimezone(UTC).replace(tzinfo=None)
+
+
+def _end(connection: sqlalchemy.Connection, ended: Sequence[Ended], now: datetime) -> set[int]:
+    """Set the state of those trials that run, and return their ids."""
+    trials, found = models.TrialModel.__table__, set[int]()
+    for state in sorted({one.state for one in ended}):
+        ids = sorted(one.trial_id for one in ended if one.state == state)  # all lock in one order
+        change = sqlalchemy.update(trials).where(trials.c.state == TrialState.RUNNING)
+        change = change.values(state=state, datetime_complete=now)
+        if connection.dialect.update_returning:
+            change = change.where(trials.c.trial_id.in_(ids)).returning(trials.c.trial_id)
+            found |= set(connection.execute(change).scalars())
+            continue
+        for trial_id in ids:  # MySQL and MariaDB
+            if connection.execute(change.where(trials.c.trial_id == trial_id)).rowcount == 1:
+                found.add(trial_id)
+    began = [
+        {"id": one.trial_id, "began": now - timedelta(seconds=one.seconds)}
+        for one in ended
+        if one.seconds is not None and one.trial_id in found
+    ]
+    if began:
+        change = sqlalchemy.update(trials).where(trials.c.trial_id == sqlalchemy.bindparam("id"))
+        connection.execute(change.values(datetime_start=sqlalchemy.bindparam("began")), began)
+    return found
+
+
+def _insert_for_ids(
+    connection: sqlalchemy.Connection, table: sqlalchemy.Table, rows: list[dict[str, Any]]
+) -> list[int]:
+    """Insert rows and return their ids, in the order of the rows."""
+    if connection.dialect.insert_executemany_returning_sort_by_parameter_order:
+        insert = sqlalchemy.insert(table).returning(table.c.trial_id, sort_by_parameter_order=True)
+        return [int(trial_id) for trial_id in connection.execute(insert, rows).scalars()]
+    ids = []
+    for row in rows:  # MySQL
+        key = connection.execute(sqlalchemy.insert(table), row).inserted_primary_key
+        assert key is not None
+        ids.append(int(key[0]))
+    return ids
 
 
 def _attributes(trial_id: int, attributes: Mapping[str, Any]) -> list[dict[str, Any]]:

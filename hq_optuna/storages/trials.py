@@ -1,4 +1,4 @@
-"""Reading and ending trials on any storage; on databases with as few statements as there can be.
+"""Reading trials on any storage; on databases with as few statements as there can be.
 
 Optuna's own `get_all_trials` builds every trial with all its parameters and attributes: 4 seconds
 for a new process at 5,000 trials of 20 layers. The step protocol needs five facts per trial, and
@@ -20,7 +20,6 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hq_optuna import attrs
 from hq_optuna.attrs import Ticket
-from hq_optuna.storages.database import Database
 from hq_optuna.storages.retrying import RetryingStorage
 
 
@@ -217,57 +216,3 @@ def select(engine: sqlalchemy.Engine, query: sqlalchemy.Select[Any]) -> list[Any
             return list(connection.execute(query))
     except sqlalchemy.exc.SQLAlchemyError as error:
         raise StorageInternalError("The database cannot be read.") from error
-
-
-def add_user_attrs(storage: BaseStorage, trial_id: int, user_attrs: Mapping[str, Any]) -> None:
-    """Write attributes that a running trial has not got yet; at once where the storage can.
-
-    Raises:
-        UpdateFinishedTrialError: The trial is finished.
-    """
-    if isinstance(storage, RetryingStorage):
-        wrapped = storage.wrapped
-
-        def one_by_one() -> None:  # one transaction may have been committed, and cannot be twice
-            for key, value in user_attrs.items():
-                wrapped.set_trial_user_attr(trial_id, key, value)
-
-        storage.retry(lambda: add_user_attrs(wrapped, trial_id, user_attrs), one_by_one)
-        return
-    database = database_of(storage)
-    if isinstance(database, Database):
-        database.add_user_attrs(trial_id, user_attrs)
-        return
-    for key, value in user_attrs.items():
-        storage.set_trial_user_attr(trial_id, key, value)
-
-
-def finish_trial(
-    storage: BaseStorage,
-    trial_id: int,
-    state: TrialState,
-    value: float | None,
-    user_attrs: Mapping[str, Any],
-) -> None:
-    """End a running trial with its value and attributes it has not got yet.
-
-    Raises:
-        UpdateFinishedTrialError: The trial is finished already.
-    """
-    if isinstance(storage, RetryingStorage):
-        wrapped = storage.wrapped
-        storage.end_trial(
-            lambda: finish_trial(wrapped, trial_id, state, value, user_attrs),
-            None,
-            trial_id,
-            state,
-            None if value is None else [value],
-        )
-        return
-    database = database_of(storage)
-    if isinstance(database, Database):
-        database.finish_trial(trial_id, state, value, user_attrs)
-        return
-    for key, attribute in user_attrs.items():
-        storage.set_trial_user_attr(trial_id, key, attribute)
-    storage.set_trial_state_values(trial_id, state, None if value is None else [value])

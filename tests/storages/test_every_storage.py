@@ -21,7 +21,8 @@ from hq_optuna.runner import worker
 from hq_optuna.runner.beats import beating
 from hq_optuna.runner.worker import work
 from hq_optuna.storages import load_study, open_storage, study_exists
-from hq_optuna.storages.trials import Cursor, finish_trial, read_facts, read_rows, row_of
+from hq_optuna.storages.trials import Cursor, read_facts, read_rows, row_of
+from hq_optuna.storages.writing import finish_trial
 from tests.fake_search import fake_study
 from tests.samplers.tables import (
     add,

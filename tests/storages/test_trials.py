@@ -17,13 +17,12 @@ from hq_optuna.samplers.claims import write_facts
 from hq_optuna.storages import RetryingStorage, open_storage, sqlite_url
 from hq_optuna.storages.trials import (
     Cursor,
-    add_user_attrs,
     database_of,
-    finish_trial,
     read_facts,
     read_rows,
     row_of,
 )
+from hq_optuna.storages.writing import add_user_attrs, finish_trial
 from tests.fake_search import fake_study
 from tests.samplers.tables import assigned, new_study, ours, sampler
 

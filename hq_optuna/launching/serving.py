@@ -1,0 +1,88 @@
+"""The worker's end of the pipe: takes orders from a foreman, line by line, and answers.
+
+Orders are JSON objects on standard input: ``{"claim": 7, "bits": [8, 4], "origin": [8, 8]}`` asks
+for a candidate, ``{"drop": 7}`` takes that back, ``{"end": true}`` says that the search is over.
+The end of the input says that the launcher is gone. Knows nothing of networks or storages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from queue import Empty, SimpleQueue
+from typing import Any
+
+Answer = tuple[float, Mapping[str, Any]]
+"""A candidate's score, and what is recorded beside it."""
+
+
+class NotNeeded(Exception):
+    """Raised while a candidate is scored that nobody needs any more."""
+
+
+class Orders:
+    """Orders as they arrive, read by a thread of their own.
+
+    Args:
+        lines: Where they come from.
+        on_gone: Called when the lines end.
+    """
+
+    def __init__(self, lines: Iterable[str], on_gone: Callable[[], None]) -> None:
+        self._queue: SimpleQueue[dict[str, Any]] = SimpleQueue()
+        self._dropped: set[int] = set()
+        self._lines, self._on_gone = lines, on_gone
+        threading.Thread(target=self._read, name="orders", daemon=True).start()
+
+    def _read(self) -> None:
+        with contextlib.suppress(ValueError, OSError):  # closed under our hands
+            for line in self._lines:
+                order = json.loads(line)
+                if "drop" in order:
+                    self._dropped.add(order["drop"])
+                else:
+                    self._queue.put(order)
+        self._on_gone()
+
+    def needed(self, claim: int) -> bool:
+        """Return whether a candidate was not taken back."""
+        return claim not in self._dropped
+
+    def next(self) -> dict[str, Any]:
+        """Return the next order; wait for it."""
+        # A bounded wait again and again, as a lock without end would keep Ctrl-C from Python.
+        while True:
+            with contextlib.suppress(Empty):
+                return self._queue.get(timeout=1.0)
+
+
+def serve(
+    orders: Orders,
+    score: Callable[[list[int], list[int] | None, Callable[[], bool]], Answer],
+    tell: Callable[..., None],
+) -> None:
+    """Score what is ordered until the search is over.
+
+    Args:
+        orders: The orders.
+        score: Scores the bits of each variable, given the bits its step starts from, and a function
+            that says whether the candidate is still needed; may raise `NotNeeded`.
+        tell: Called with an event and facts for the launcher.
+    """
+    tell("ready")
+    while True:
+        order = orders.next()
+        if order.get("end"):
+            return
+        claim = order["claim"]
+        tell("scoring")
+        try:
+            needed = functools.partial(orders.needed, claim)
+            value, facts = score(order["bits"], order["origin"], needed)
+        except NotNeeded:
+            tell("dropped", claim=claim)
+            continue
+        tell("scored", claim=claim, value=value, facts=dict(facts))
