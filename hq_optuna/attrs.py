@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 TICKET = "hq:ticket"
@@ -151,6 +151,7 @@ class StudyInfo:
         float32: Cost without quantization.
         scorer: Name of the scorer.
         rounding: How weights are rounded, ``"compensated"`` or ``"nearest"``.
+        quantizers: Layer → name of the quantizer of its weights, where it is not ``"uniform"``.
         correction: Whether statistics are corrected, in candidates and in the answer.
         rule: Name of the winner rule.
         n_candidates: Candidates a step.
@@ -169,6 +170,7 @@ class StudyInfo:
     n_candidates: int
     seed: int
     rounding: str = "nearest"
+    quantizers: Mapping[str, str] = field(default_factory=dict)
     correction: bool = False
     skipped: tuple[tuple[str, str, str], ...] = ()
     warnings: tuple[str, ...] = ()

@@ -109,11 +109,11 @@ class SearchSpace:
             for name in (names[0], names[-1]):
                 fixed[name] = _pin(pin_first_last, "pin_first_last", activation_bits)
         for glob, pair in (pins or {}).items():
-            for name in _match(glob, names, "pins"):
+            for name in match_layers(glob, names, "pins"):
                 fixed[name] = _pin(pair, f"pins[{glob!r}]", activation_bits)
         choices = dict.fromkeys(names, default)
         for glob, values in (allowed or {}).items():
-            for name in _match(glob, names, "allowed"):
+            for name in match_layers(glob, names, "allowed"):
                 choices[name] = _notches(values, f"allowed[{glob!r}]")
 
         start: dict[str, LayerBits] = {}
@@ -259,7 +259,17 @@ def _pin(value: int | tuple[int, int], where: str, activation_bits: ActivationBi
     return LayerBits(*pair)
 
 
-def _match(glob: str, names: Sequence[str], where: str) -> list[str]:
+def match_layers(glob: str, names: Sequence[str], where: str) -> list[str]:
+    """Return the names that a glob matches.
+
+    Args:
+        glob: As in `fnmatch`, case-sensitive.
+        names: Names of all layers.
+        where: What the glob stands in, for the message.
+
+    Raises:
+        SpaceError: It matches none.
+    """
     found = [name for name in names if fnmatchcase(name, glob)]
     if not found:
         raise SpaceError(f"{where}: {glob!r} matches no layer. The layers are: {_listed(names)}.")

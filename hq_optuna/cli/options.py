@@ -114,6 +114,16 @@ def _search(
             show_default=False,
         ),
     ] = None,
+    quantizer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="How weights of some layers are rounded: 'layer3.*=midrise', again for more "
+            "layers; uniform, binary (1 bit), ternary (2 bits), midrise or dorefa. "
+            "[default: uniform]",
+            show_default=False,
+            metavar="GLOB=NAME",
+        ),
+    ] = None,
     correction: Annotated[
         bool | None,
         typer.Option(
@@ -148,7 +158,7 @@ def _search(
 ) -> None: ...
 
 
-_SETTING_OF = {"candidates": "n_candidates"}
+_SETTING_OF = {"candidates": "n_candidates", "quantizer": "quantizers"}
 """Options whose setting has another name."""
 
 
@@ -164,7 +174,7 @@ def searches(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def called(*arguments: Any, **values: Any) -> Any:
         given = {_SETTING_OF.get(name, name): values.pop(name) for name in options}
-        set_ = {name: value for name, value in given.items() if value is not None}
+        set_ = {name: value for name, value in given.items() if value not in (None, [])}
         return command(*arguments, given=set_, **values)
 
     parameters = [*own, *options.values()]

@@ -87,6 +87,7 @@ RESERVED = {
     *("activation_bits", "pin_first_last", "seed", "refine", "rounding", "correction"),
     *("memory", "precision", "threads", "max_trials", "max_evaluations", "max_seconds"),
     *("retry_for", "create", "wait_for", "baselines", "workers", "scheduler", "json", "help"),
+    "quantizer",
 }
 """Options of ``hq-optuna run``, ``worker`` and ``launch``; a study file's own have other names."""
 

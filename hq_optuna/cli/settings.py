@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hq_optuna.cost import Budget
@@ -57,7 +57,28 @@ def read_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         read["pin_first_last"] = None if pin == "none" else parse_bits(pin)[0]
     if isinstance(read.get("memory"), str):
         read["memory"] = parse_memory(read["memory"])
+    if isinstance(read.get("quantizers"), (list, tuple)):
+        read["quantizers"] = parse_quantizers(read["quantizers"])
     return read
+
+
+def parse_quantizers(texts: Sequence[str]) -> dict[str, str]:
+    """Return ``{glob: quantizer}`` of what is written as ``'layer3.*=midrise'``.
+
+    Raises:
+        SpaceError: A text is no such pair.
+
+    Example:
+        >>> parse_quantizers(["layer3.*=midrise", "head=uniform"])
+        {'layer3.*': 'midrise', 'head': 'uniform'}
+    """
+    found = {}
+    for text in texts:
+        glob, equals, name = (part.strip() for part in str(text).rpartition("="))
+        if not (equals and glob and name):
+            raise SpaceError(f"{text!r} names no quantizer of a layer. Write 'layer3.*=midrise'.")
+        found[glob] = name
+    return found
 
 
 def parse_memory(text: str) -> int:

@@ -2,12 +2,16 @@
 
 from hq_optuna.quantization.observers import InputHistogram, Observer, observe_inputs
 from hq_optuna.quantization.prepare import get_bits, prepare, set_bits
+from hq_optuna.quantization.quantizers import QUANTIZERS, QuantizerName, WeightQuantizer
 from hq_optuna.quantization.ranges import AffineRange, weight_scale
 
 __all__ = [
+    "QUANTIZERS",
     "AffineRange",
     "InputHistogram",
     "Observer",
+    "QuantizerName",
+    "WeightQuantizer",
     "get_bits",
     "observe_inputs",
     "prepare",

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from hq_optuna.batches import Batches
 from hq_optuna.layers import LayerSpec
-from hq_optuna.quantization.functional import quantize_weight, weight_grid
 from hq_optuna.quantization.moments import can_have_moments, columns, input_moments
 from hq_optuna.quantization.prepare import float_weight, weight_quantizer
+from hq_optuna.quantization.quantizers import UNIFORM, WeightQuantizer
 
 Rounding = Literal["compensated", "nearest"]
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
@@ -52,7 +52,8 @@ def compensate_weights(
 ) -> None:
     """Give a prepared network compensated weights for these bits.
 
-    Transposed convolutions, very wide layers and bits above `MOST_BITS` stay rounded to nearest.
+    Transposed convolutions, very wide layers, bits above `MOST_BITS` and layers whose quantizer
+    does not allow it stay rounded to nearest.
 
     Args:
         prepared: A prepared network in float. Its layers keep the rounded weights as long as their
@@ -71,9 +72,10 @@ def compensate_weights(
             weight: Tensor = float_weight(module).detach()
             moment = moments.pop(layer.name, None)
             for b in sorted(bits.get(layer.name, ())):
-                if moment is not None and b <= MOST_BITS:
+                if moment is not None and b <= MOST_BITS and quantizer.quantizer.compensates:
                     start = quantizer.scale(weight, b)
-                    quantizer.keep(weight, b, *compensated(weight, moment, start, b))
+                    found = compensated(weight, moment, start, b, quantizer.quantizer)
+                    quantizer.keep(weight, b, *found)
             done += 1
             if progress is not None:
                 progress(done, len(layers))
@@ -111,7 +113,13 @@ class Compensated(NamedTuple):
 
 
 @torch.no_grad()
-def compensated(weight: Tensor, moment: Tensor, scale: Tensor, bits: int) -> Compensated:
+def compensated(
+    weight: Tensor,
+    moment: Tensor,
+    scale: Tensor,
+    bits: int,
+    quantizer: WeightQuantizer = UNIFORM,
+) -> Compensated:
     """Return the rounded weight.
 
     Args:
@@ -119,6 +127,7 @@ def compensated(weight: Tensor, moment: Tensor, scale: Tensor, bits: int) -> Com
         moment: E[x xᵀ], ``(groups, d, d)`` with d weights per channel.
         scale: Scales to start from, ``(channels,)``.
         bits: 1 to 16.
+        quantizer: Whose grid the rounded weight lies on.
 
     Example:
         The second weight makes up for the first, because both meet the same input.
@@ -129,7 +138,7 @@ def compensated(weight: Tensor, moment: Tensor, scale: Tensor, bits: int) -> Com
     """
     groups, d = moment.shape[:2]
     diagonal = moment.diagonal(dim1=1, dim2=2)
-    nearest = quantize_weight(weight, scale, bits, 0)
+    nearest = quantizer.quantize(weight, scale, bits, 0)
     if not bool((diagonal.sum(1) > 0).all()):
         return Compensated(nearest, scale, None)  # an input that is always zero tells nothing
     damping = DAMPING * diagonal.mean(1)
@@ -152,7 +161,7 @@ def compensated(weight: Tensor, moment: Tensor, scale: Tensor, bits: int) -> Com
     for factors in _together(SCALES if bits <= FEW_BITS else (1.0,), rows.numel()):
         # Scales in single precision, as they are kept, so that what is tried is what is meant.
         scales = torch.cat([(first * f).float() for f in factors], 1)
-        rounded = _round(rows.repeat(1, 1, len(factors)), factor, scales.double(), bits)
+        rounded = _round(rows.repeat(1, 1, len(factors)), factor, scales.double(), bits, quantizer)
         errors = _output_error(rounded - rows.repeat(1, 1, len(factors)), damped)
         for i in range(len(factors)):
             these = slice(i * channels, (i + 1) * channels)
@@ -169,9 +178,10 @@ def compensated(weight: Tensor, moment: Tensor, scale: Tensor, bits: int) -> Com
     return Compensated(result.reshape(weight.shape).contiguous(), found, felt.flatten())
 
 
-def _round(rows: Tensor, factor: Tensor, scale: Tensor, bits: int) -> Tensor:
+def _round(
+    rows: Tensor, factor: Tensor, scale: Tensor, bits: int, quantizer: WeightQuantizer
+) -> Tensor:
     """Round ``(groups, d, R)`` column by column, ``scale`` being ``(groups, R)``."""
-    low, high = weight_grid(bits)
     rounded = torch.empty_like(rows)
     d = rows.shape[1]
     for start in range(0, d, BLOCK):
@@ -179,10 +189,7 @@ def _round(rows: Tensor, factor: Tensor, scale: Tensor, bits: int) -> Tensor:
         errors = rows.new_empty(rows.shape[0], end - start, rows.shape[2])
         for j in range(start, end):
             w = rows[:, j]
-            if bits == 1:
-                q = torch.where(w >= 0, scale, -scale)
-            else:
-                q = (w / scale).round_().clamp_(low, high).mul_(scale)
+            q = quantizer.nearest(w, scale, bits)
             error = (w - q) / factor[:, j, j, None]
             rows[:, j + 1 : end] -= factor[:, j, j + 1 : end, None] * error[:, None]
             rounded[:, j], errors[:, j - start] = q, error

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from hq_optuna.layers import FLOAT_BITS
-from hq_optuna.quantization.functional import quantize_activation, quantize_weight
+from hq_optuna.quantization.functional import quantize_activation
 from hq_optuna.quantization.observers import InputHistogram, Observer
-from hq_optuna.quantization.ranges import AffineRange, weight_scale
+from hq_optuna.quantization.quantizers import UNIFORM, WeightQuantizer
+from hq_optuna.quantization.ranges import AffineRange
 
 
 class WeightFakeQuantize(nn.Module):
@@ -30,11 +31,13 @@ class WeightFakeQuantize(nn.Module):
 
     Args:
         channel_axis: Axis of the weight's output channels.
+        quantizer: How it is rounded.
     """
 
-    def __init__(self, channel_axis: int) -> None:
+    def __init__(self, channel_axis: int, quantizer: WeightQuantizer = UNIFORM) -> None:
         super().__init__()
         self.channel_axis = channel_axis
+        self.quantizer = quantizer
         self.bits = FLOAT_BITS
         self.scales: dict[int, Tensor] = {}
         # What `keep` was given, and the float weight it is for.
@@ -52,7 +55,7 @@ class WeightFakeQuantize(nn.Module):
         """Return the scale for ``bits``, shape ``(channels,)``; found once, then kept."""
         if bits not in self.scales:
             with torch.inference_mode(False), torch.no_grad():
-                self.scales[bits] = weight_scale(weight, bits, self.channel_axis)
+                self.scales[bits] = self.quantizer.scale(weight, bits, self.channel_axis)
         if self.scales[bits].device != weight.device:
             self.scales[bits] = self.scales[bits].to(weight.device)
         return self.scales[bits]
@@ -117,7 +120,7 @@ class WeightFakeQuantize(nn.Module):
                 kept = self.kept(weight, bits)
                 if kept is None:
                     scale = self.scale(weight, bits)
-                    kept = quantize_weight(weight, scale, bits, self.channel_axis)
+                    kept = self.quantizer.quantize(weight, scale, bits, self.channel_axis)
                 self._rounded[bits] = kept
         return self._rounded[bits]
 
@@ -141,7 +144,7 @@ class WeightFakeQuantize(nn.Module):
             return weight
         if torch.is_grad_enabled() and weight.requires_grad:
             scale = self.scale(weight, self.bits)
-            nearest = quantize_weight(weight, scale, self.bits, self.channel_axis)
+            nearest = self.quantizer.quantize(weight, scale, self.bits, self.channel_axis)
             kept = self.kept(weight, self.bits)
             # The value that was kept, with the gradient of rounding to nearest.
             return nearest if kept is None else kept + (nearest - nearest.detach())

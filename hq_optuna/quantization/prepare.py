@@ -15,6 +15,7 @@ from hq_optuna.errors import SpaceError
 from hq_optuna.layers import FLOAT_BITS, MAX_BITS, MIN_BITS, LayerSpec
 from hq_optuna.quantization.modules import InputFakeQuantize, WeightFakeQuantize
 from hq_optuna.quantization.observers import InputHistogram, Observer, first_input
+from hq_optuna.quantization.quantizers import UNIFORM, quantizer_named
 
 _INPUT = "input_fake_quantize"
 
@@ -25,6 +26,7 @@ def prepare(
     inputs: Mapping[str, InputHistogram] | None = None,
     *,
     observer: Observer = "squared_error",
+    quantizers: Mapping[str, str] | None = None,
 ) -> nn.Module:
     """Return a copy of the network whose layers can be set to any number of bits.
 
@@ -38,11 +40,22 @@ def prepare(
         inputs: Histograms of what enters each layer (`observe_inputs`); without them activations
             can only stay in float.
         observer: How activation ranges are found.
+        quantizers: Layer → name of its weight's quantizer; ``"uniform"`` for layers not named.
+
+    Raises:
+        SpaceError: A quantizer, or a layer of ``quantizers``, that does not exist.
     """
+    chosen = {name: quantizer_named(q) for name, q in (quantizers or {}).items()}
+    unknown = sorted(set(chosen) - {layer.name for layer in layers})
+    if unknown:
+        raise SpaceError(
+            f"quantizers: {unknown[0]!r} is none of the layers to prepare: "
+            f"{', '.join(layer.name for layer in layers)}."
+        )
     prepared = copy.deepcopy(network)
     for layer in layers:
         module = prepared.get_submodule(layer.name)
-        quantizer = WeightFakeQuantize(layer.channel_axis)
+        quantizer = WeightFakeQuantize(layer.channel_axis, chosen.get(layer.name, UNIFORM))
         parametrize.register_parametrization(module, "weight", quantizer, unsafe=True)
         histogram = None if inputs is None else inputs[layer.name]
         module.add_module(_INPUT, InputFakeQuantize(histogram, observer))
@@ -98,7 +111,8 @@ def set_bits(network: nn.Module, bits: Mapping[str, tuple[int, int]]) -> None:
     returning to an assignment returns its outputs bit for bit.
 
     Raises:
-        SpaceError: A layer the network was not prepared for, or bits outside 1 to 16 (and 32).
+        SpaceError: A layer the network was not prepared for, bits outside 1 to 16 (and 32), or
+            bits that the layer's quantizer cannot do.
     """
     layers = prepared_layers(network)
     for name, pair in bits.items():
@@ -114,6 +128,12 @@ def set_bits(network: nn.Module, bits: Mapping[str, tuple[int, int]]) -> None:
                     f"Layer {name!r}: bits are {MIN_BITS} to {MAX_BITS}, or {FLOAT_BITS} for "
                     f"float; got {value!r}."
                 )
+        quantizer = weight_quantizer(layers[name]).quantizer
+        if pair[0] != FLOAT_BITS and pair[0] not in quantizer.all_bits:
+            raise SpaceError(
+                f"Layer {name!r}: the quantizer {quantizer.name!r} can do {quantizer.bits_text}; "
+                f"got {pair[0]} bits for its weights."
+            )
     for name, (weight_bits, activation_bits) in bits.items():
         weight_quantizer(layers[name]).bits = int(weight_bits)
         input_quantizer(layers[name]).bits = int(activation_bits)

@@ -13,6 +13,7 @@ of the values seen on the calibration set, by the same three moves.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -57,14 +58,28 @@ def weight_scale(weight: Tensor, bits: int, channel_axis: int) -> Tensor:
     if bits == 1:
         # XNOR-Net eq. (6): the best scale of sign(w) is the mean absolute weight.
         return rows.abs().mean(1).clamp_min(TINY).float()
-    # Largest magnitude 1, so that single precision is enough for the search.
+    find = _exact_scale if rows.shape[1] * 2 ** (bits - 1) <= EXACT else _searched_scale
+    return scale_by_channel(weight, channel_axis, lambda part: find(part, bits))
+
+
+def scale_by_channel(weight: Tensor, channel_axis: int, find: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return what ``find`` says of each channel, looking at so many together as fit a cache.
+
+    Args:
+        weight: Float tensor with at least two axes.
+        channel_axis: Axis of the output channels.
+        find: Scales ``(channels,)`` of rows ``(channels, n)`` whose largest magnitude is 1.
+
+    Returns:
+        Shape ``(channels,)``, float32, positive.
+    """
+    rows = weight.detach().movedim(channel_axis, 0).flatten(1).double()
+    # Largest magnitude 1, so that single precision is enough for a search.
     largest = rows.abs().amax(1)
     largest = torch.where(largest > 0, largest, 1.0)
     rows = (rows / largest[:, None]).float()
-    n = rows.shape[1]
-    find = _exact_scale if n * 2 ** (bits - 1) <= EXACT else _searched_scale
-    together = max(1, (CHUNK if rows.device.type == "cpu" else CHUNK * 256) // n)
-    scale = torch.cat([find(part, bits) for part in torch.split(rows, together)])
+    together = max(1, (CHUNK if rows.device.type == "cpu" else CHUNK * 256) // rows.shape[1])
+    scale = torch.cat([find(part) for part in torch.split(rows, together)])
     return (scale.double() * largest).clamp_min(TINY).float()
 
 
@@ -89,11 +104,27 @@ def _exact_scale(rows: Tensor, bits: int) -> Tensor:
 def _searched_scale(rows: Tensor, bits: int) -> Tensor:
     """Return a nearly best scale of ``rows``, ``(channels, n)`` with largest magnitude 1."""
     quant_min, quant_max = weight_grid(bits)
-    # With this scale nothing is clipped.
-    full = (rows.abs().amax(1) / quant_max).clamp_min(TINY)
+    return searched_scale(
+        rows,
+        bits,
+        quant_max,
+        lambda scale: (rows * (1 / scale)[:, None]).round_().clamp_(quant_min, quant_max),
+    )
 
-    def codes(scale: Tensor) -> Tensor:
-        return (rows * (1 / scale)[:, None]).round_().clamp_(quant_min, quant_max)
+
+def searched_scale(
+    rows: Tensor, bits: int, largest_code: int, codes: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Return a nearly best scale of each channel, for any grid of whole multiples of a scale.
+
+    Args:
+        rows: Shape ``(channels, n)``, largest magnitude 1.
+        bits: Number of bits, for how finely to look.
+        largest_code: With what multiple of the scale the grid ends.
+        codes: The multiples that the rows are rounded to with scales ``(channels,)``; a new tensor.
+    """
+    # With this scale nothing is clipped.
+    full = (rows.abs().amax(1) / largest_code).clamp_min(TINY)
 
     def error(scale: Tensor) -> Tensor:
         difference = codes(scale).mul_(scale[:, None]).sub_(rows)

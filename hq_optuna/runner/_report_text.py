@@ -201,13 +201,15 @@ def _gap(exact: Mapping[str, Any], amount: Callable[[float | None], str]) -> str
 
 
 def _layers(data: Mapping[str, Any]) -> Block:
-    rows = []
+    named = any(row["quantizer"] != "uniform" for row in data["layers"])
+    rows: list[tuple[str, ...]] = []
     for row in data["layers"]:
         pinned = "" if row["searched"] else " (pinned)"
         rows.append(
             (
                 row["name"],
                 row["kind"] + pinned,
+                *((row["quantizer"],) if named else ()),
                 f"{row['n_weights']:,}",
                 f"{row['macs']:,}",
                 *(
@@ -220,8 +222,12 @@ def _layers(data: Mapping[str, Any]) -> Block:
             )
         )
     n_weights, macs = (sum(row[k] for row in data["layers"]) for k in ("n_weights", "macs"))
-    rows.append(("all", "", f"{n_weights:,}", f"{macs:,}", "", "", "100 %", "100 %", ""))
-    return Block("layers", "Layers", header=LAYER_COLUMNS, rows=tuple(rows), n_text_columns=2)
+    words = ("all", *("",) * (2 if named else 1))
+    rows.append((*words, f"{n_weights:,}", f"{macs:,}", "", "", "100 %", "100 %", ""))
+    header: tuple[str, ...] = LAYER_COLUMNS
+    if named:
+        header = (*header[:2], "quantizer", *header[2:])
+    return Block("layers", "Layers", header=header, rows=tuple(rows), n_text_columns=len(words))
 
 
 def _record(data: Mapping[str, Any]) -> list[Block]:

@@ -76,6 +76,8 @@ class BitSearch:
         correction: Whether batch-norm statistics and biases are corrected for the bits, in each
             candidate and in the answer. No training; see `hq_optuna.quantization.correction`.
         observer: How activation ranges are found.
+        quantizers: Glob over layer names to a quantizer (``"uniform"``, ``"binary"``,
+            ``"ternary"``, ``"midrise"``, ``"dorefa"``); docs/quantizers.md.
         memory: Bytes of activations that are kept while candidates are scored; scores do not depend
             on it. 0 keeps none.
         precision: ``"float32"``, or ``"bfloat16"`` for candidates' forward passes.
@@ -107,6 +109,7 @@ class BitSearch:
         rounding: Rounding = "compensated",
         correction: bool = True,
         observer: Observer = "squared_error",
+        quantizers: Mapping[str, str] | None = None,
         memory: int = DEFAULT_MEMORY,
         precision: Precision = "float32",
         validation: Any = None,
@@ -135,6 +138,7 @@ class BitSearch:
             rounding=rounding,
             correction=correction,
             observer=observer,
+            quantizers=quantizers,
             memory=memory,
             precision=precision,
         )

@@ -14,6 +14,7 @@ from torch import nn
 from hq_optuna import attrs
 from hq_optuna._version import __version__
 from hq_optuna.errors import ResumeError
+from hq_optuna.runner.quantizer_choice import in_words
 
 QUANTIZERS = "weights: symmetric per channel, squared error; activations: affine per tensor"
 
@@ -35,6 +36,19 @@ _WORDS = {
     "refine": "whether swaps refine the answer",
     "encoding": "the encoding of candidates",
 }
+
+
+def quantizers(chosen: Mapping[str, str]) -> str:
+    """Return what rounds weights and activations, given the layers whose weights are not uniform.
+
+    Example:
+        >>> quantizers({"conv2": "ternary"}).partition("; activations")[0]
+        'weights: symmetric per channel, squared error; ternary for conv2'
+    """
+    if not chosen:
+        return QUANTIZERS
+    weights, activations = QUANTIZERS.split("; ")
+    return f"{weights}; {in_words(chosen)}; {activations}"
 
 
 def network_digest(network: nn.Module) -> str:

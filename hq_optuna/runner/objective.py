@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,6 +28,7 @@ from hq_optuna.quantization.compensation import Rounding
 from hq_optuna.runner import fingerprint
 from hq_optuna.runner.needed import while_needed
 from hq_optuna.runner.publish import publish, publish_facts, stored_sensitivity
+from hq_optuna.runner.quantizer_choice import choose_quantizers
 from hq_optuna.runner.recording import KEPT, closing, winner_of
 from hq_optuna.runner.scoring_setup import Progress, ScoringSetup
 from hq_optuna.samplers import ProgressiveBitSampler
@@ -69,6 +70,8 @@ class HessianObjective:
             the outputs of the float network and of a candidate.
         observer: How activation ranges are found: ``"squared_error"``, ``"min_max"`` or
             ``"percentile"``.
+        quantizers: Glob over layer names to the quantizer of their weights, see
+            `hq_optuna.quantization.quantizers`; ``"uniform"`` where none matches.
         batch_size: Samples a batch, where ``calibration`` has no batches of its own.
         memory: Bytes of an incumbent's activations to keep, see `Scorer`.
         precision: ``"float32"``: candidates run in the network's own precision. ``"bfloat16"``:
@@ -76,6 +79,7 @@ class HessianObjective:
             has 8 significant bits.
 
     Raises:
+        SpaceError: An unknown quantizer, or one that cannot do the bits of its layers.
         DataError: Unusable calibration data or loss.
         NetworkError: Random or non-finite forward pass.
     """
@@ -92,6 +96,7 @@ class HessianObjective:
         correction: bool = True,
         output_rise: OutputRise | None = None,
         observer: Observer = "squared_error",
+        quantizers: Mapping[str, str] | None = None,
         batch_size: int = 32,
         memory: int = DEFAULT_MEMORY,
         precision: Precision = "float32",
@@ -108,6 +113,7 @@ class HessianObjective:
             observer=observer,
             memory=memory,
             precision=precision,
+            quantizers=choose_quantizers(quantizers, space),
         )
         self.device = next(model.parameters()).device
         self.data = read_batches(calibration, batch_size=batch_size).to(self.device)
@@ -193,7 +199,7 @@ class HessianObjective:
             "network": fingerprint.network_digest(self.model),
             "data": self.data.digest(),
             "space": self.space.digest,
-            "quantizers": fingerprint.QUANTIZERS,
+            "quantizers": fingerprint.quantizers(self.setup.quantizers),
             "scorer": self.setup.scorer,
             "rounding": self.setup.rounding,
             "correction": self.setup.correction,
@@ -229,6 +235,7 @@ class HessianObjective:
             float32=model.float32,
             scorer=self.setup.scorer,
             rounding=self.setup.rounding,
+            quantizers=dict(self.setup.quantizers),
             correction=self.setup.correction,
             rule=type(sampler).__name__ if ours is None else ours.rule,
             n_candidates=1 if ours is None else ours.n_candidates,

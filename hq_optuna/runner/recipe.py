@@ -1,7 +1,8 @@
 """The answer on disk: ``recipe.json`` (bits, ranges, cost, origin) and ``weights.safetensors``.
 
 `load` rebuilds a network whose outputs equal the saved one's bit for bit: it stores the float
-weights, the scales, and the integer codes of weights that were not rounded to nearest.
+weights, the scales, and the integer codes of weights that were not rounded to nearest, or by a
+quantizer that could round them otherwise on another machine.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hq_optuna.bit_config import BitConfig
-from hq_optuna.errors import RecipeError
+from hq_optuna.errors import RecipeError, SpaceError
 from hq_optuna.layers import FLOAT_BITS, LayerSpec
 from hq_optuna.quantization.correction import SHIFT, add_shift
-from hq_optuna.quantization.functional import activation_grid, weight_grid
+from hq_optuna.quantization.functional import activation_grid
 from hq_optuna.quantization.modules import InputFakeQuantize
 from hq_optuna.quantization.prepare import (
     float_weight,
@@ -34,6 +35,7 @@ from hq_optuna.quantization.prepare import (
     set_bits,
     weight_quantizer,
 )
+from hq_optuna.quantization.quantizers.base import along
 from hq_optuna.quantization.ranges import AffineRange
 
 FORMAT = "hq_optuna recipe"
@@ -68,18 +70,18 @@ def save(
         bits = config[layer.name]
         entry: dict[str, Any] = {**layer.to_json(), **bits._asdict()}
         if bits.weight_bits != FLOAT_BITS:
-            scale = weight_quantizer(module).scale(float_weight(module), bits.weight_bits)
+            weight, holder = float_weight(module), weight_quantizer(module)
+            scale = holder.scale(weight, bits.weight_bits)
             tensors[f"{_SCALE}{layer.name}"] = scale.detach().cpu().clone()
-            kept = weight_quantizer(module).kept(float_weight(module), bits.weight_bits)
+            kept = holder.kept(weight, bits.weight_bits)
+            if kept is None and holder.quantizer.stores_codes:
+                kept = holder.quantized(weight, bits.weight_bits)
             if kept is not None:
-                along = [-1 if a == layer.channel_axis else 1 for a in range(kept.dim())]
-                codes = (kept / scale.reshape(along)).round().to(torch.int8)
+                codes = (kept / along(scale, kept, layer.channel_axis)).round()
+                small = holder.quantizer.largest_code(bits.weight_bits) <= 127
+                codes = codes.to(torch.int8 if small else torch.int16)
                 tensors[f"{_CODES}{layer.name}"] = codes.detach().cpu().contiguous()
-            quant_min, quant_max = weight_grid(bits.weight_bits)
-            scheme = "binary" if bits.weight_bits == 1 else "symmetric"
-            entry["weight_quantizer"] = {"scheme": f"per-channel {scheme}"}
-            if bits.weight_bits > 1:
-                entry["weight_quantizer"] |= {"quant_min": quant_min, "quant_max": quant_max}
+            entry["weight_quantizer"] = holder.quantizer.describe(bits.weight_bits)
         if bits.activation_bits != FLOAT_BITS:
             scale_a, zero_point = input_quantizer(module).range(bits.activation_bits)
             quant_min, quant_max = activation_grid(bits.activation_bits)
@@ -133,7 +135,18 @@ def load(folder: str | Path, network: nn.Module) -> nn.Module:
         raise RecipeError(
             f"The result in {folder} belongs to a network of another structure: {error}"
         ) from None
-    prepared = prepare(copied, layers)
+    named = {
+        name: entry["weight_quantizer"]["name"]
+        for name, entry in recipe["layers"].items()
+        if "name" in entry.get("weight_quantizer", {})
+    }
+    try:
+        prepared = prepare(copied, layers, quantizers=named)
+    except SpaceError as error:
+        raise RecipeError(
+            f"The result in {folder} needs a quantizer of another version: {error} "
+            "Update hq_optuna."
+        ) from None
     for layer in layers:
         entry = recipe["layers"][layer.name]
         module = prepared.get_submodule(layer.name)
@@ -142,8 +155,7 @@ def load(folder: str | Path, network: nn.Module) -> nn.Module:
             scale = scales[layer.name].to(weight.device)
             weight_quantizer(module).scales[entry["weight_bits"]] = scale
             if layer.name in codes:
-                along = [-1 if a == layer.channel_axis else 1 for a in range(weight.dim())]
-                rounded = codes[layer.name].to(weight) * scale.reshape(along).to(weight)
+                rounded = codes[layer.name].to(weight) * along(scale, weight, layer.channel_axis)
                 weight_quantizer(module).keep(weight.detach(), entry["weight_bits"], rounded, scale)
         if layer.name in shifts:
             add_shift(module)

@@ -57,6 +57,7 @@ class LayerRow:
         share_after: Share in the cost with these bits.
         sensitivity: Predicted loss rise of this layer at its bits, weights and activations
             together, nats; ``None`` where the study does not hold it.
+        quantizer: What rounds its weights.
     """
 
     name: str
@@ -69,6 +70,7 @@ class LayerRow:
     share_before: float
     share_after: float
     sensitivity: float | None
+    quantizer: str = "uniform"
 
 
 def layer_table(history: History) -> list[LayerRow]:
@@ -92,6 +94,7 @@ def layer_table(history: History) -> list[LayerRow]:
             share_before=float(before[i]),
             share_after=float(after[i]),
             sensitivity=_sensitivity(history, layer.name, config),
+            quantizer=history.info.quantizers.get(layer.name, "uniform"),
         )
         for i, layer in enumerate(space.layers)
     ]

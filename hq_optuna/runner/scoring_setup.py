@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from hq_optuna.layers import LayerSpec
 from hq_optuna.quantization import Observer, observe_inputs, prepare
 from hq_optuna.quantization.compensation import ROUNDINGS, Rounding, compensate_weights
 from hq_optuna.quantization.correction import StatisticsCorrection
+from hq_optuna.runner.quantizer_choice import not_compensated
 from hq_optuna.scoring import (
     LAYER_SUMS,
     SCORERS,
@@ -59,6 +60,7 @@ class ScoringSetup:
     observer: Observer = "squared_error"
     memory: int = DEFAULT_MEMORY
     precision: Precision = "float32"
+    quantizers: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def checked(
@@ -72,6 +74,7 @@ class ScoringSetup:
         observer: Observer,
         memory: int,
         precision: Precision,
+        quantizers: Mapping[str, str],
     ) -> ScoringSetup:
         """Return the set-up for a loss; the scorer is chosen where it is ``None``.
 
@@ -97,10 +100,17 @@ class ScoringSetup:
         if rounding not in ROUNDINGS:
             raise ValueError(f"rounding is one of {', '.join(ROUNDINGS)}; got {rounding!r}.")
         check_precision(precision)
+        if scorer == "fit" and quantizers:
+            raise ValueError(
+                "The scorer 'fit' takes all rounding for uniform and never looks at it, so it "
+                "cannot tell quantizers apart. Use scorer='fisher', or no other quantizers."
+            )
         if memory < 0:
             raise ValueError(f"memory is a number of bytes, 0 or more; got {memory}.")
         rise = output_rise if scorer == "gauss_newton" else None
-        return cls(scorer, rounding, correction, rise, observer, memory, precision)
+        return cls(
+            scorer, rounding, correction, rise, observer, memory, precision, dict(quantizers)
+        )
 
     def build(
         self,
@@ -123,7 +133,14 @@ class ScoringSetup:
         """
         names = [layer.name for layer in space.layers]
         histograms = observe_inputs(network, names, data)
-        prepared = prepare(network, space.layers, histograms, observer=self.observer)
+        prepared = prepare(
+            network,
+            space.layers,
+            histograms,
+            observer=self.observer,
+            quantizers=self.quantizers,
+        )
+        warnings: list[str] = []
         if self.rounding == "compensated":
             compensate_weights(
                 prepared,
@@ -132,7 +149,7 @@ class ScoringSetup:
                 {name: weights for name, (weights, _) in bits_needed(space).items()},
                 progress=lambda done, of: progress("rounding", done, of),
             )
-        warnings: list[str] = []
+            warnings += not_compensated(self.quantizers)
         facts: dict[str, float] = {}
         if known is None:
             known, curvature = measure_layer_sums(

@@ -30,7 +30,7 @@ __all__ = ["SETTINGS_KEYS", "Option", "StudyFile", "StudyParts", "find_study", "
 SETTINGS_KEYS = (
     *("bits", "activation_bits", "pin_first_last", "pins", "allowed", "tied"),
     *("budget", "n_candidates", "rule", "scorer", "rounding", "correction", "seed", "refine"),
-    *("memory", "precision"),
+    *("memory", "precision", "quantizers"),
 )
 """What a study file's SETTINGS may set."""
 

@@ -12,6 +12,7 @@ from hq_optuna.errors import HqOptunaError, SpaceError
 from hq_optuna.layers import FLOAT_BITS
 from hq_optuna.quantization import get_bits, modules, observe_inputs, prepare, set_bits
 from hq_optuna.quantization.prepare import float_weight, prepared_layers
+from hq_optuna.quantization.quantizers import uniform as rounding
 from hq_optuna.quantization.ranges import weight_scale
 from tests.small_networks import (
     ConvNet,
@@ -104,8 +105,8 @@ def test_nothing_is_computed_twice_for_a_layer_and_bits(pair, monkeypatch):
 
         return count
 
-    monkeypatch.setattr(modules, "weight_scale", counted(scales, modules.weight_scale))
-    monkeypatch.setattr(modules, "quantize_weight", counted(rounded, modules.quantize_weight))
+    monkeypatch.setattr(rounding, "weight_scale", counted(scales, rounding.weight_scale))
+    monkeypatch.setattr(rounding, "quantize_weight", counted(rounded, rounding.quantize_weight))
     original = modules.InputHistogram.range
     monkeypatch.setattr(modules.InputHistogram, "range", counted(ranges, original))
     prepared, n_layers = pair[1], len(get_bits(pair[1]))

@@ -1,0 +1,57 @@
+"""Ternary: −α, 0 or +α, with the threshold of least squared error.
+
+    Q(w) = α · sign(w) where |w| > Δ, else 0   (Li and Liu, 2016, arXiv:1605.04711)
+
+For a threshold Δ the best α is the mean magnitude above it, and the error is ‖w‖² − S²/k with S the
+sum of the k magnitudes above Δ. The paper takes Δ ≈ 0.7 · Σ|w| / n, about the optimum for weights
+that are distributed uniformly or normally. But whatever the weights, those above Δ are the k
+largest, k = 1 … n, so one sort finds the exact optimum, and Δ = α / 2 separates them. On ResNet-20
+it has 8 points of accuracy more than the paper's (docs/quantizers.md).
+
+The paper has one α for a layer, here each channel has its own. The gradient passes straight
+through, as in the paper. ``uniform`` at 2 bits has the same values; its search is exact in channels
+of up to 1,024 weights and within 1 % above, and its gradient is 0 where a weight is clipped.
+
+A code takes 2 bits of storage, of whose four values one stays unused; the costs count 2 bits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hq_optuna.quantization.functional import quantize_weight
+from hq_optuna.quantization.quantizers.base import WeightQuantizer, straight_through
+from hq_optuna.quantization.ranges import scale_by_channel
+
+
+class Ternary(WeightQuantizer):
+    """``"ternary"``: minus, zero or plus one scale (TWN, exact threshold); 2 bits."""
+
+    name = "ternary"
+    all_bits = range(2, 3)
+
+    def largest_code(self, bits: int) -> int:
+        """Return the largest code."""
+        return 1
+
+    def scale(self, weight: Tensor, bits: int, channel_axis: int) -> Tensor:
+        """Return the scale of least squared error, ``(channels,)``."""
+        return scale_by_channel(weight, channel_axis, _best_scale)
+
+    def quantize(self, weight: Tensor, scale: Tensor, bits: int, channel_axis: int) -> Tensor:
+        """Return the rounded weight, with its gradient."""
+        return straight_through(quantize_weight(weight, scale, 2, channel_axis), weight)
+
+    def nearest(self, values: Tensor, scale: Tensor, bits: int) -> Tensor:
+        """Return the values of the grid next to ``values``."""
+        return (values / scale).round_().clamp_(-1, 1).mul_(scale)
+
+
+def _best_scale(rows: Tensor) -> Tensor:
+    """Return the mean of the k largest magnitudes, for the k with the least squared error."""
+    sums = rows.abs().double().sort(1, descending=True).values.cumsum(1)
+    k = torch.arange(1, rows.shape[1] + 1, dtype=torch.float64, device=rows.device)
+    best = (sums.square() / k).argmax(1, keepdim=True)
+    scale: Tensor = (sums.gather(1, best) / (best + 1)).squeeze(1)
+    return scale
