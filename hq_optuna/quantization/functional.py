@@ -63,7 +63,7 @@ def quantize_weight(weight: Tensor, scale: Tensor, bits: int, channel_axis: int)
         shape = [1] * weight.dim()
         shape[channel_axis] = -1
         signs = torch.where(weight >= 0, 1.0, -1.0).to(weight.dtype)
-        binary = signs * scale.reshape(shape)
+        binary = signs * scale.to(weight.dtype).reshape(shape)
         # Forward value binary, gradient that of the weight; the sum is exact because it is w − w.
         return binary.detach() + (weight - weight.detach())
     quant_min, quant_max = weight_grid(bits)

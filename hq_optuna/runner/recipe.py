@@ -77,7 +77,9 @@ def save(
             if kept is None and holder.quantizer.stores_codes:
                 kept = holder.quantized(weight, bits.weight_bits)
             if kept is not None:
-                codes = (kept / along(scale, kept, layer.channel_axis)).round()
+                step = along(scale, kept, layer.channel_axis)
+                # In half precision the quotient could miss its code.
+                codes = (kept.double() / step.double()).round()
                 small = holder.quantizer.largest_code(bits.weight_bits) <= 127
                 codes = codes.to(torch.int8 if small else torch.int16)
                 tensors[f"{_CODES}{layer.name}"] = codes.detach().cpu().contiguous()

@@ -14,6 +14,8 @@ from torch.nn.utils import parametrize
 
 import hq_optuna as hq
 from hq_optuna.errors import RecipeError
+from hq_optuna.quantization.prepare import float_weight, weight_quantizer
+from hq_optuna.quantization.quantizers import QUANTIZERS
 from hq_optuna.runner import recipe as module
 from hq_optuna.runner.fingerprint import network_digest
 from tests.runner.searches import LAYERS, Network, data, search
@@ -74,6 +76,11 @@ def test_the_loaded_network_equals_the_saved_one_bit_for_bit(answer):
         {"pins": {"middle": (4, 32)}, "budget": hq.Budget.fraction(size_bytes=0.6)},
         {"observer": "min_max", "scorer": "trace"},
         {"budget": hq.Budget.fraction(size_bytes=0.4)},
+        {"quantizers": {"*": "midrise"}},
+        {"quantizers": {"*": "dorefa"}, "bits": (8, 2, 1)},
+        {"quantizers": {"*": "midrise"}, "rounding": "nearest", "bits": (8, 3)},
+        {"quantizers": {"mid*": "ternary", "last": "dorefa"}, "pins": {"middle": (2, 8)}},
+        {"quantizers": {"middle": "binary"}, "pins": {"middle": (1, 8)}, "rounding": "nearest"},
     ],
     ids=str,
 )
@@ -82,6 +89,51 @@ def test_every_kind_of_answer_comes_back_bit_for_bit(tmp_path, options):
     loaded = hq.load(tmp_path, Network(seed=5))
     assert torch.equal(loaded(X), result.network(X))
     assert torch.isfinite(loaded(X)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ["midrise", "dorefa"])
+def test_codes_of_8_bits_come_back_in_every_precision(tmp_path, name, dtype):
+    layers = hq.introspect(Network(), X).layers
+    prepared = hq.prepare(Network().to(dtype), layers, quantizers=dict.fromkeys(LAYERS, name))
+    hq.set_bits(prepared, dict.fromkeys(LAYERS, (8, 32)))
+    for layer in LAYERS:
+        holder = weight_quantizer(prepared.get_submodule(layer))
+        weight = float_weight(prepared.get_submodule(layer)).detach()
+        rounded = holder.quantized(weight, 8)
+        holder.keep(weight, 8, rounded.flip(-1), holder.scales[8])  # no rounding finds it again
+    module.save(tmp_path, prepared, layers, {})
+    loaded = hq.load(tmp_path, Network(seed=5).to(dtype))
+    for layer in LAYERS:
+        assert torch.equal(loaded.get_submodule(layer).weight, prepared.get_submodule(layer).weight)
+
+
+def test_the_recipe_names_quantizers_and_codes_times_scale_are_the_weights(tmp_path):
+    result = saved(
+        tmp_path,
+        quantizers={"first": "midrise", "middle": "ternary", "last": "dorefa"},
+        pins={"middle": (2, 8)},
+    )
+    recipe = json.loads((tmp_path / "recipe.json").read_text())
+    entries = {name: entry["weight_quantizer"] for name, entry in recipe["layers"].items()}
+    assert {n: e["name"] for n, e in entries.items()} == {
+        "first": "midrise",
+        "middle": "ternary",
+        "last": "dorefa",
+    }
+    tensors = load_file(tmp_path / "weights.safetensors")
+    for name in LAYERS:
+        codes = tensors[f"hq_optuna.weight_codes.{name}"]
+        scale = tensors[f"hq_optuna.weight_scale.{name}"].reshape(-1, *[1] * (codes.dim() - 1))
+        assert torch.equal(codes * scale, result.network.get_submodule(name).weight)
+        assert codes.abs().max() <= entries[name]["quant_max"] == -entries[name]["quant_min"]
+
+
+def test_a_recipe_with_a_quantizer_of_another_version_is_refused(tmp_path, monkeypatch):
+    saved(tmp_path, quantizers={"last": "dorefa"})
+    monkeypatch.delitem(QUANTIZERS, "dorefa")
+    with pytest.raises(RecipeError, match=r"another version: .*got 'dorefa'\. Update hq_optuna"):
+        hq.load(tmp_path, Network())
 
 
 def test_a_network_with_shared_weights_comes_back_bit_for_bit(tmp_path):

@@ -77,6 +77,11 @@ def along(scale: Tensor, weight: Tensor, channel_axis: int) -> Tensor:
     return scale.to(weight.dtype).reshape(shape)
 
 
+def in_single(weight: Tensor) -> Tensor:
+    """Return the weight in single precision or better: half precision would pick other codes."""
+    return weight if weight.dtype.itemsize >= 4 else weight.float()
+
+
 def straight_through(rounded: Tensor, smooth: Tensor) -> Tensor:
     """Return ``rounded``, with the gradient of ``smooth``; the sum is exact because it adds zero.
 

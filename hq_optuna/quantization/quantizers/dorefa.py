@@ -30,7 +30,12 @@ import torch
 from torch import Tensor
 
 from hq_optuna.quantization.functional import quantize_weight
-from hq_optuna.quantization.quantizers.base import WeightQuantizer, along, straight_through
+from hq_optuna.quantization.quantizers.base import (
+    WeightQuantizer,
+    along,
+    in_single,
+    straight_through,
+)
 from hq_optuna.quantization.quantizers.midrise import odd_codes
 from hq_optuna.quantization.ranges import TINY, weight_scale
 
@@ -60,9 +65,10 @@ class Dorefa(WeightQuantizer):
         """Return the rounded weight, with its gradient."""
         if bits == 1:
             return quantize_weight(weight, scale, 1, channel_axis)
-        step, y = along(scale, weight, channel_axis), _squeezed(weight, channel_axis)
-        rounded = _codes(y.detach(), bits) * step
-        return straight_through(rounded, self.largest_code(bits) * step * (2 * y - 1))
+        y = _squeezed(weight, channel_axis)
+        rounded = _codes(y.detach(), bits).to(weight.dtype) * along(scale, weight, channel_axis)
+        smooth = self.largest_code(bits) * along(scale, y, channel_axis) * (2 * y - 1)
+        return straight_through(rounded, smooth.to(weight.dtype))
 
     def nearest(self, values: Tensor, scale: Tensor, bits: int) -> Tensor:
         """Return the values of the grid next to ``values``."""
@@ -71,7 +77,7 @@ class Dorefa(WeightQuantizer):
 
 def _squeezed(weight: Tensor, channel_axis: int) -> Tensor:
     """Return tanh(w) / (2 · max|tanh(w)|) + ½, the maximum over each channel."""
-    squeezed = torch.tanh(weight)
+    squeezed = torch.tanh(in_single(weight))
     others = [axis for axis in range(weight.dim()) if axis != channel_axis]
     largest = squeezed.abs().amax(others, keepdim=True)
     return squeezed / (2 * torch.where(largest > 0, largest, 1.0)) + 0.5

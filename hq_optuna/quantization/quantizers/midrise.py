@@ -19,7 +19,12 @@ import torch
 from torch import Tensor
 
 from hq_optuna.quantization.functional import quantize_weight
-from hq_optuna.quantization.quantizers.base import WeightQuantizer, along, straight_through
+from hq_optuna.quantization.quantizers.base import (
+    WeightQuantizer,
+    along,
+    in_single,
+    straight_through,
+)
 from hq_optuna.quantization.ranges import EXACT, scale_by_channel, searched_scale, weight_scale
 
 
@@ -55,7 +60,9 @@ class Midrise(WeightQuantizer):
         if bits == 1:
             return quantize_weight(weight, scale, 1, channel_axis)
         step, largest = along(scale, weight, channel_axis), self.largest_code(bits)
-        rounded = odd_codes(weight.detach(), step, largest) * step
+        values = in_single(weight.detach())
+        codes = odd_codes(values, along(scale, values, channel_axis), largest)
+        rounded = codes.to(weight.dtype) * step
         if not weight.requires_grad:
             return rounded
         end = (largest + 1) * step
