@@ -12,7 +12,7 @@ space, score, constraint and number of evaluations as the refined search, under
 ``--accuracy-seeds`` seeds.
 
     python -m benchmarks.search_quality --data DIR --checkpoint FILE [--quick] [--out FILE]
-        [--scorers fisher trace hawq_v2 gauss_newton] [--rounding nearest]
+        [--scorers fisher trace hawq_v2 gauss_newton] [--rounding nearest] [--quantizer midrise]
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ def main() -> None:
         help="sums over layers, or gauss_newton",
     )
     parser.add_argument("--rounding", default="compensated", choices=ROUNDINGS)
+    parser.add_argument("--quantizer", default="uniform", choices=["uniform", "midrise", "dorefa"])
     parser.add_argument("--candidates", type=int, default=8)
     parser.add_argument("--baselines", action="store_true", help="random, TPE and NSGA-II too")
     arguments = parser.parse_args()
@@ -86,11 +87,14 @@ def main() -> None:
     assert parts.test is not None
     test = read_batches(parts.test(), batch_size=256, what="test")
     sums = [scorer for scorer in arguments.scorers if scorer != "gauss_newton"]
-    space, prepared, tables = tables_of(parts.network, data, sums, arguments.rounding)
+    space, prepared, tables = tables_of(
+        parts.network, data, sums, arguments.rounding, arguments.quantizer
+    )
     correction = StatisticsCorrection(prepared, merge(data, 256))
     model = CostModel(space.layers, "size_bytes")
     outcome.details["float"] = accuracy(copy.deepcopy(parts.network).eval(), test)["accuracy"]
     outcome.details |= {"n_calibration": data.n_samples, "rounding": arguments.rounding}
+    outcome.details["quantizer"] = arguments.quantizer
 
     def judge() -> tuple[float, float]:
         with torch.no_grad():
@@ -190,14 +194,14 @@ def compare(
 
 
 def tables_of(
-    network: torch.nn.Module, data: Batches, scorers: list[Any], rounding: str
+    network: torch.nn.Module, data: Batches, scorers: list[Any], rounding: str, quantizer: str
 ) -> tuple[SearchSpace, torch.nn.Module, dict[str, Sensitivity]]:
     """Return the space without pins, the prepared network, and a table per scorer."""
     layers = introspect(network, data[0].inputs).layers
     space = SearchSpace.build(layers, activation_bits=None, pin_first_last=None)
-    prepared = prepare(network, layers)
+    names = [layer.name for layer in layers]
+    prepared = prepare(network, layers, quantizers=dict.fromkeys(names, quantizer))
     if rounding == "compensated":
-        names = [layer.name for layer in layers]
         compensate_weights(prepared, layers, data, dict.fromkeys(names, range(2, 9)))
     loss = functional.cross_entropy
     tables = {

@@ -1,8 +1,9 @@
 """Compute cost of an assignment.
 
 BOPs = Σ MACs · weight_bits · activation_bits; size = Σ weights · weight_bits / 8, as in HAQ
-(Wang et al., 2019) and HAWQ-V3 (Yao et al., 2021), with 32 for float. Biases, batch-norm
-parameters and layers that are not quantized are not counted.
+(Wang et al., 2019) and HAWQ-V3 (Yao et al., 2021), with 32 for float. A code takes its bits whether
+all codes are used or not: ternary weights count 2. Biases, batch-norm parameters and layers that
+are not quantized are not counted.
 """
 
 from __future__ import annotations

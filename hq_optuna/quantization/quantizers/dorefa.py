@@ -7,7 +7,7 @@
 with it from the start, and batch-norm learns what size the outputs have. A network that was trained
 without it knows other sizes, so two things differ here: each channel has its own max|tanh(w)|, and
 D is multiplied by the α of least squared error, Q(w) = α · D(w). On ResNet-20 the maximum of each
-channel is worth 19 points of accuracy at 2 bits and 4 at 3 bits over one maximum for a layer
+channel is worth 20 points of accuracy at 2 bits and 4 at 3 bits over one maximum for a layer
 (docs/quantizers.md).
 
 The gradient is that of D as written, with quantize_k passed straight through: it goes through tanh
