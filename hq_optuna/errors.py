@@ -65,6 +65,14 @@ class ResumeError(HqOptunaError, ValueError):
         self.changed = changed
 
 
+class CheckpointError(HqOptunaError, ValueError):
+    """A training checkpoint is damaged, or belongs to another training."""
+
+
+class TrainingError(HqOptunaError, RuntimeError):
+    """Training cannot go on: the loss is NaN or infinite, or nothing is left to train."""
+
+
 class StorageError(HqOptunaError, RuntimeError):
     """The storage could not be opened, read or written. Never carries a password."""
 

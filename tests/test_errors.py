@@ -41,7 +41,8 @@ def test_code_that_knows_nothing_of_this_package_catches_the_builtin(
 ) -> None:
     builtin = (
         RuntimeError
-        if kind.__name__ in ("StorageError", "ArtifactError", "WorkerError", "ScoreError")
+        if kind.__name__
+        in ("StorageError", "ArtifactError", "WorkerError", "ScoreError", "TrainingError")
         else ValueError
     )
     with pytest.raises(builtin, match="too low"):

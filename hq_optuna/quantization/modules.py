@@ -84,6 +84,12 @@ class WeightFakeQuantize(nn.Module):
             self._felt[bits] = felt
         self._rounded.pop(bits, None)
 
+    def retrained(self, scales: Mapping[int, Tensor]) -> None:
+        """Take the scales of a trained weight, by bits, and forget all that was found before."""
+        self.scales = dict(scales)
+        self._kept, self._felt, self._kept_for = {}, {}, None
+        self._seen = None
+
     def kept(self, weight: Tensor, bits: int) -> Tensor | None:
         """Return what `keep` was given for this weight, if anything."""
         if bits not in self._kept or self._kept_for is None:

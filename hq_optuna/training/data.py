@@ -1,0 +1,166 @@
+"""Training data: shuffled batches of one epoch, the same ones for the same seed and epoch."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from hq_optuna.batches import Batch, Inputs, n_samples, read_batches, tensors
+from hq_optuna.errors import DataError
+
+Augment = Callable[[Any, torch.Generator], Any]
+"""Returns changed inputs of one batch; all its chance comes from the generator."""
+
+
+class TrainingData:
+    """What a training reads, epoch by epoch.
+
+    Args:
+        data: ``(inputs, labels)`` tensors of equal length and a map-style ``Dataset`` are shuffled
+            anew each epoch and cut into batches; the incomplete last one is left out, because
+            batch-norm and the second moments want equal batches. Any other iterable of
+            ``(inputs, labels)`` batches, such as a ``DataLoader``, is read once an epoch as it is;
+            if it shuffles by PyTorch's, NumPy's or Python's global random state, it does so
+            repeatably.
+        batch_size: Samples a batch, for tensors and datasets.
+        augment: Changes the inputs of each batch, which it may not write into.
+
+    Raises:
+        DataError: Empty, unlabelled, or not one label per input.
+    """
+
+    def __init__(self, data: Any, batch_size: int, augment: Augment | None = None) -> None:
+        self.augment = augment
+        self._tensors: tuple[Inputs, Tensor] | None = None
+        self._dataset: Dataset[Any] | None = None
+        self._iterable: Iterable[Any] = ()
+        if isinstance(data, Tensor):
+            raise DataError("The training data have no labels; give (inputs, labels).")
+        if isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], Tensor):
+            # Checks what can be wrong with tensors, in one batch.
+            read_batches(data, batch_size=max(len(data[1]), 1), what="training")
+            self._tensors = data
+            n = len(data[1])
+        elif isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+            n = len(data)  # type: ignore[arg-type]
+            self._dataset = data
+        elif isinstance(data, Iterator):
+            raise DataError(
+                "The training data can be read only once (an iterator); give something that can "
+                "be read each epoch, such as a list of batches or a DataLoader."
+            )
+        elif isinstance(data, Iterable):
+            self._iterable = data
+            n = -1
+        else:
+            raise DataError(
+                f"The training data are a {type(data).__name__}; give (inputs, labels) tensors, a "
+                "Dataset, or an iterable of (inputs, labels) batches such as a DataLoader."
+            )
+        if n == 0:
+            raise DataError("The training data are empty. Give at least one labelled batch.")
+        self._n = n
+        self.batch_size = min(batch_size, n) if n > 0 else 0
+        self.steps = n // self.batch_size if n > 0 else self._count()
+
+    def _count(self) -> int:
+        """Return the batches of an epoch; learn the size of the first."""
+        steps = 0
+        with seeded(0):
+            for item in self._iterable:
+                if not steps:
+                    self.batch_size = _labelled(item).n
+                    if isinstance(self._iterable, DataLoader):
+                        return len(self._iterable)
+                steps += 1
+        if not steps:
+            raise DataError("The training data are empty. Give at least one labelled batch.")
+        return steps
+
+    def digest(self) -> str:
+        """Return what tells these data from others: all of tensors, the size of anything else."""
+        if self._tensors is None:
+            return f"{self._n if self._n > 0 else self.steps} of {self.batch_size}"
+        sha = hashlib.sha256()
+        for tensor in tensors(self._tensors):
+            sha.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            sha.update(flat.view(torch.uint8).numpy().data)
+        return sha.hexdigest()[:12]
+
+    def epoch(self, generator: torch.Generator) -> Iterator[Batch]:
+        """Yield the batches of one epoch; order and augmentation come from the generator."""
+        for batch in self._batches(generator):
+            if self.augment is None:
+                yield batch
+            else:
+                yield Batch(self.augment(batch.inputs, generator), batch.labels, batch.n)
+
+    def _batches(self, generator: torch.Generator) -> Iterator[Batch]:
+        if self._tensors is not None:
+            inputs, labels = self._tensors
+            order = torch.randperm(self._n, generator=generator)
+            for step in range(self.steps):
+                taken = order[step * self.batch_size : (step + 1) * self.batch_size]
+                yield Batch(_take(inputs, taken), _take(labels, taken), len(taken))
+            return
+        loader: Iterable[Any] = self._iterable
+        if self._dataset is not None:
+            loader = DataLoader(
+                self._dataset, self.batch_size, shuffle=True, drop_last=True, generator=generator
+            )
+        for item in loader:
+            yield item if isinstance(item, Batch) else _labelled(item)
+
+
+@contextmanager
+def seeded(seed: int, devices: Iterable[int] = ()) -> Iterator[None]:
+    """Seed PyTorch, NumPy and Python in the body, and put their random states back after it."""
+    kept = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(kept[0])
+            np.random.set_state(kept[1])
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """Return the seed of one epoch: no random state need be kept to go on from any of them."""
+    text = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
+    return int.from_bytes(text[:6], "little")
+
+
+def _labelled(item: Any) -> Batch:
+    if isinstance(item, Batch):
+        return item
+    if not isinstance(item, (tuple, list)) or len(item) != 2:
+        raise DataError(
+            f"A training batch is a pair (inputs, labels); got {type(item).__name__}"
+            f"{f' of {len(item)}' if isinstance(item, (tuple, list)) else ''}."
+        )
+    inputs, labels = item
+    if isinstance(inputs, list):  # what collating makes of samples with several inputs
+        inputs = tuple(inputs)
+    if next(tensors(inputs), None) is None:
+        raise DataError("A training batch holds no tensor as input.")
+    return Batch(inputs, labels, n_samples(inputs))
+
+
+def _take(tree: Any, indices: Tensor) -> Any:
+    if isinstance(tree, Tensor):
+        return tree[indices.to(tree.device)]
+    if isinstance(tree, (tuple, list)):
+        return tuple(_take(value, indices) for value in tree)
+    return {key: _take(value, indices) for key, value in tree.items()}

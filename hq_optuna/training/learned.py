@@ -1,0 +1,276 @@
+"""Learned step sizes: rounding whose scale takes gradient (LSQ, Esser et al., 2020).
+
+The value is x̂ = s · clamp(round(x / s)), as everywhere. The gradient sees the rounding as if it
+added a constant r = round(x / s) − x / s, and the clipping as it is:
+
+    ∂x̂/∂x = 1 inside the grid, 0 outside
+    ∂x̂/∂s = r inside the grid, the last code outside
+
+We differ from LSQ in what is trained: log s instead of s, as in TQT (Jain et al., 2020). A step of
+the optimizer changes a scale by a share of itself, whether it belongs to weights of 0.01 or to
+activations of 10, and never makes it negative. With ∂x̂/∂log s = s · ∂x̂/∂s all of it comes to
+
+    ∂L/∂log s = Σ g · x̂ − Σ (g inside) · x
+
+two inner products with tensors that the layer keeps anyway. LSQ multiplies the gradient of s by
+1 / √(n · quant_max), so that SGD moves scales and weights by like shares; in terms of log s that is
+1 / (√(n · quant_max) · s₀²) with s₀ the scale at the start. To Adam it makes no difference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hq_optuna.layers import FLOAT_BITS
+from hq_optuna.quantization.functional import activation_grid, weight_grid
+from hq_optuna.quantization.modules import InputFakeQuantize
+from hq_optuna.quantization.prepare import (
+    float_weight,
+    input_quantizer,
+    prepared_layers,
+    weight_quantizer,
+)
+from hq_optuna.quantization.ranges import AffineRange
+
+
+class _Rounding(torch.autograd.Function):
+    """s · clamp(round(x / s), low, high) with gradients of x and log s."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        log_scale: Tensor,
+        low: int,
+        high: int,
+        factor: Tensor | float,
+        passes: bool,
+    ) -> Tensor:
+        scale = log_scale.exp()
+        rounded = (x * (1 / scale)).round_().clamp_(low, high).mul_(scale)
+        ctx.save_for_backward(x, rounded, scale)
+        ctx.grid = low, high
+        ctx.factor, ctx.passes = factor, passes
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (g,) = gradients
+        x, rounded, scale = ctx.saved_tensors
+        low, high = ctx.grid
+        learns = ctx.needs_input_grad[1]
+        inside = g
+        if learns or not ctx.passes:
+            if scale.numel() == 1:
+                s = float(scale)
+                inside = torch.ops.aten.hardtanh_backward(g, x, low * s, high * s)
+            else:
+                inside = g * ((x >= low * scale) & (x <= high * scale))
+        by_scale = None
+        if learns:
+            by_scale = _log_scale_gradient(g, rounded, inside, x, scale) * ctx.factor
+        by_x = (g if ctx.passes else inside) if ctx.needs_input_grad[0] else None
+        return by_x, by_scale, None, None, None, None
+
+
+def _log_scale_gradient(
+    g: Tensor, rounded: Tensor, inside: Tensor, x: Tensor, scale: Tensor
+) -> Tensor:
+    """Return Σ g · x̂ − Σ inside · x, summed to the scale's shape."""
+    if scale.numel() == 1:
+        gradient = _inner(g, rounded) - _inner(inside, x)
+    else:
+        gradient = (g * rounded - inside * x).sum_to_size(scale.shape)
+    return gradient.to(scale.dtype).reshape(scale.shape)
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Return Σ a · b, in single precision at least."""
+    if a.dtype in (torch.bfloat16, torch.float16):
+        a, b = a.float(), b.float()
+    if a.dim() == 4 and a.is_contiguous(memory_format=torch.channels_last):
+        a, b = a.movedim(1, -1), b.movedim(1, -1)
+    # One pass over memory where the layout is the same; a product would write a tensor first.
+    return torch.dot(a.reshape(-1), b.reshape(-1))
+
+
+class _Binary(torch.autograd.Function):
+    """sign(x) · s with the gradient of x passed straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, log_scale: Tensor, factor: Tensor | float) -> Tensor:
+        scale = log_scale.exp()
+        rounded = torch.where(x >= 0, scale, -scale)
+        ctx.save_for_backward(rounded)
+        ctx.shape, ctx.factor = scale.shape, factor
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (g,) = gradients
+        (rounded,) = ctx.saved_tensors
+        by_scale = None
+        if ctx.needs_input_grad[1]:
+            by_scale = (g * rounded).sum_to_size(ctx.shape) * ctx.factor
+        return g, by_scale, None
+
+
+class LearnedWeight(nn.Module):
+    """Parametrization that rounds a weight with learned scales, one a channel.
+
+    Args:
+        scale: Where the scales start, ``(channels,)``.
+        weight: The float weight, for its shape.
+        bits: 1 to 16.
+        channel_axis: Axis of the output channels.
+        passes: Whether gradients of clipped weights pass.
+
+    Attributes:
+        log_scale: ``(channels,)``.
+    """
+
+    def __init__(
+        self, scale: Tensor, weight: Tensor, bits: int, channel_axis: int, passes: bool
+    ) -> None:
+        super().__init__()
+        self.bits = bits
+        self.passes = passes
+        self.shape = [1] * weight.dim()
+        self.shape[channel_axis] = -1
+        start = scale.detach().to(weight.dtype)
+        self.log_scale = nn.Parameter(start.log())
+        n = weight.numel() // len(scale)
+        most = max(weight_grid(bits)[1], 1)
+        self.factor = (1 / (math.sqrt(n * most) * start.square())).reshape(self.shape)
+
+    @property
+    def scale(self) -> Tensor:
+        """The scales as they are now, float32."""
+        return self.log_scale.detach().exp().float()
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the rounded weight."""
+        log_scale = self.log_scale.reshape(self.shape)
+        if self.bits == 1:
+            rounded: Tensor = _Binary.apply(weight, log_scale, self.factor)
+        else:
+            low, high = weight_grid(self.bits)
+            rounded = _Rounding.apply(weight, log_scale, low, high, self.factor, self.passes)
+        return rounded
+
+
+class LearnedInput(InputFakeQuantize):
+    """Rounds what enters a layer with one learned scale; the zero point stays.
+
+    Args:
+        start: Scale and zero point at the start.
+        bits: 1 to 16.
+        dtype: Of the network's parameters.
+        device: Of the network's parameters.
+    """
+
+    def __init__(
+        self, start: AffineRange, bits: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(None)
+        self.bits = bits
+        self.zero_point = start.zero_point
+        self.start = start.scale
+        value = torch.tensor(start.scale, dtype=dtype, device=device)
+        self.log_scale = nn.Parameter(value.log())
+
+    @property
+    def learned(self) -> AffineRange:
+        """Scale and zero point as they are now."""
+        return AffineRange(float(self.log_scale.detach().exp().float()), self.zero_point)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the rounded input."""
+        quant_min, quant_max = activation_grid(self.bits)
+        n = x.numel() // max(len(x), 1)
+        factor = 1 / (math.sqrt(n * quant_max) * self.start**2)
+        low, high = quant_min - self.zero_point, quant_max - self.zero_point
+        rounded: Tensor = _Rounding.apply(x, self.log_scale, low, high, factor, False)
+        return rounded
+
+
+@dataclass
+class LearnedSteps:
+    """The learned step sizes of a prepared network, for the bits it has.
+
+    Attributes:
+        weights: Layer → what rounds its weight while it is trained.
+        inputs: Layer → what rounds its input.
+    """
+
+    weights: dict[str, LearnedWeight]
+    inputs: dict[str, LearnedInput]
+
+    @classmethod
+    def of(cls, network: nn.Module, passes: bool) -> LearnedSteps:
+        """Start from the scales and ranges of a prepared network; layers in float have none."""
+        weights, inputs = {}, {}
+        for name, module in prepared_layers(network).items():
+            weight, quantizer = float_weight(module), weight_quantizer(module)
+            if quantizer.bits != FLOAT_BITS:
+                weights[name] = LearnedWeight(
+                    quantizer.scale(weight, quantizer.bits),
+                    weight,
+                    quantizer.bits,
+                    quantizer.channel_axis,
+                    passes,
+                )
+            entering = input_quantizer(module)
+            if entering.bits != FLOAT_BITS:
+                inputs[name] = LearnedInput(
+                    entering.range(entering.bits), entering.bits, weight.dtype, weight.device
+                )
+        return cls(weights, inputs)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the logarithms of all scales by name, weights' first."""
+        for name, weight in self.weights.items():
+            yield f"weight_step.{name}", weight.log_scale
+        for name, entering in self.inputs.items():
+            yield f"input_step.{name}", entering.log_scale
+
+    @contextmanager
+    def in_place_of_ranges(self, network: nn.Module) -> Iterator[None]:
+        """Let the network round with these; afterwards its own quantizers have their scales."""
+        layers = prepared_layers(network)
+        weights = {name: weight_quantizer(layers[name]) for name in self.weights}
+        inputs = {name: input_quantizer(layers[name]) for name in self.inputs}
+        try:
+            for name, learned in self.weights.items():
+                _parametrizations(layers[name])[-1] = learned
+            for name, entering in self.inputs.items():
+                layers[name].input_fake_quantize = entering
+            yield
+        finally:
+            for name, quantizer in weights.items():
+                _parametrizations(layers[name])[-1] = quantizer
+            for name, range_ in inputs.items():
+                layers[name].input_fake_quantize = range_
+            self.write_back(network)
+
+    def write_back(self, network: nn.Module) -> None:
+        """Give the scales to the network's quantizers; scales of other bits are found anew."""
+        layers = prepared_layers(network)
+        for name in layers:
+            known = {}
+            if name in self.weights:
+                known[self.weights[name].bits] = self.weights[name].scale
+            weight_quantizer(layers[name]).retrained(known)
+        for name, entering in self.inputs.items():
+            input_quantizer(layers[name]).ranges[entering.bits] = entering.learned
+
+
+def _parametrizations(module: nn.Module) -> Any:
+    return module.parametrizations.weight  # type: ignore[union-attr]

@@ -1,0 +1,66 @@
+"""Where trained weights begin, where compensated rounding has found better codes than nearest."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hq_optuna.layers import FLOAT_BITS
+from hq_optuna.quantization.functional import weight_grid
+from hq_optuna.quantization.prepare import float_weight, prepared_layers, weight_quantizer
+from hq_optuna.training.settings import Start
+
+MARGIN = 0.1
+"""How far inside its cell a moved weight lies, in steps of the grid."""
+
+
+@torch.no_grad()
+def start_weights_(network: nn.Module, start: Start) -> None:
+    """Set the float weights of a prepared network to where training begins.
+
+    Weights without compensated ones stay, as do those that other parametrizations compute.
+
+    Args:
+        network: A prepared network with its bits set.
+        start: See `Start`.
+    """
+    for module in prepared_layers(network).values():
+        quantizer = weight_quantizer(module)
+        parametrizations = module.parametrizations.weight  # type: ignore[union-attr]
+        if start == "float" or quantizer.bits == FLOAT_BITS or len(parametrizations) > 1:  # type: ignore[arg-type]
+            continue
+        weight: Tensor = float_weight(module)
+        kept = quantizer.kept(weight, quantizer.bits)
+        if kept is None:
+            continue
+        scale = quantizer.scale(weight, quantizer.bits)
+        along = [1] * weight.dim()
+        along[quantizer.channel_axis] = -1
+        begin = kept
+        if start == "moved":
+            begin = moved(weight, kept, scale.reshape(along), quantizer.bits)
+        weight.copy_(begin)
+
+
+def moved(weight: Tensor, rounded: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Return each weight at the nearest value that rounds to what ``rounded`` holds.
+
+    Args:
+        weight: The float weight.
+        rounded: Whole multiples of the scale, of the same shape.
+        scale: Broadcasts over the weight.
+        bits: 1 to 16.
+
+    Example:
+        >>> w, rounded = torch.tensor([0.2, 0.9, 3.0]), torch.tensor([1.0, 1.0, 1.0])
+        >>> moved(w, rounded, torch.tensor(1.0), bits=2)
+        tensor([0.6000, 0.9000, 3.0000])
+    """
+    if bits == 1:
+        least = MARGIN * scale
+        return torch.where(rounded > 0, weight.maximum(least), weight.minimum(-least))
+    codes = (rounded / scale).round()
+    quant_min, quant_max = weight_grid(bits)
+    low = torch.where(codes == quant_min, -torch.inf, (codes - 0.5 + MARGIN) * scale)
+    high = torch.where(codes == quant_max, torch.inf, (codes + 0.5 - MARGIN) * scale)
+    return weight.maximum(low).minimum(high)

@@ -1,0 +1,136 @@
+"""A trained network as flat tensors, and back: what an artifact holds of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from hq_optuna.bit_config import BitConfig
+from hq_optuna.errors import CheckpointError
+from hq_optuna.layers import FLOAT_BITS
+from hq_optuna.quantization.correction import SHIFT, add_shift
+from hq_optuna.quantization.prepare import (
+    float_weight,
+    get_bits,
+    input_quantizer,
+    prepared_layers,
+    set_bits,
+    weight_quantizer,
+)
+from hq_optuna.quantization.ranges import AffineRange
+
+_STATE, _BITS, _SCALE, _RANGE = "network.", "bits.", "weight_scale.", "input_range."
+
+
+def trained_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Return everything that a prepared network's outputs at its bits come from, as copies.
+
+    Names are ``network.<parameter or buffer>``, and of each prepared layer ``bits.<layer>``
+    (weights, activations), ``weight_scale.<layer>`` and ``input_range.<layer>`` (scale, zero
+    point). Compensated weights that were never trained are not among them.
+    """
+    tensors = {f"{_STATE}{n}": t.detach().clone() for n, t in network.state_dict().items()}
+    config = get_bits(network)
+    for name, module in prepared_layers(network).items():
+        bits = config[name]
+        tensors[f"{_BITS}{name}"] = torch.tensor(list(bits))
+        if bits.weight_bits != FLOAT_BITS:
+            scale = weight_quantizer(module).scale(float_weight(module), bits.weight_bits)
+            tensors[f"{_SCALE}{name}"] = scale.detach().clone()
+        if bits.activation_bits != FLOAT_BITS:
+            range_ = input_quantizer(module).range(bits.activation_bits)
+            # Double precision: single precision's scale and a zero point up to 2¹⁶, both exact.
+            tensors[f"{_RANGE}{name}"] = torch.tensor(list(range_), dtype=torch.float64)
+    return tensors
+
+
+@torch.no_grad()
+def load_trained_(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give a freshly prepared network the weights, statistics, bits and ranges of a trained one.
+
+    Its outputs are then equal to the trained one's bit for bit. Other tensors are not looked at.
+
+    Args:
+        network: A prepared network of the same structure.
+        tensors: What `trained_tensors` returned, on any device.
+
+    Raises:
+        CheckpointError: The tensors belong to a network of another structure; nothing has changed.
+    """
+    layers = prepared_layers(network)
+    named = _part(tensors, _BITS)
+    if sorted(named) != sorted(layers):
+        raise CheckpointError(
+            f"The trained layers are {', '.join(sorted(named)) or 'none'}; the network is prepared "
+            f"for {', '.join(sorted(layers)) or 'none'}. Prepare it for the same layers."
+        )
+    state = _part(tensors, _STATE)
+    own = network.state_dict()
+    for name in layers:
+        shift = f"{name}.{SHIFT}"
+        if shift in state and shift not in own:
+            own[shift] = state[shift]
+        elif shift in own and shift not in state:  # never corrected: a shift of zero
+            state[shift] = torch.zeros_like(own[shift])
+    differ = sorted(
+        name
+        for name in {*own, *state}
+        if name not in own or name not in state or own[name].shape != state[name].shape
+    )
+    if differ:
+        raise CheckpointError(
+            f"The trained network has another structure: {', '.join(differ[:5])}"
+            f"{', …' if len(differ) > 5 else ''} differ. Give the network it was trained from."
+        )
+    for name, module in layers.items():
+        if f"{name}.{SHIFT}" in state:
+            add_shift(module)
+    network.load_state_dict(state)
+    bits = BitConfig({name: (int(pair[0]), int(pair[1])) for name, pair in named.items()})
+    set_bits(network, bits)
+    scales, ranges = _part(tensors, _SCALE), _part(tensors, _RANGE)
+    for name, module in layers.items():
+        known = {}
+        if name in scales:
+            known[bits[name][0]] = scales[name].clone().to(float_weight(module).device)
+        weight_quantizer(module).retrained(known)
+        if name in ranges:
+            scale, zero_point = ranges[name].tolist()
+            found = AffineRange(scale, int(zero_point))
+            input_quantizer(module).ranges[bits[name][1]] = found
+
+
+def rounded_copy(network: nn.Module) -> nn.Module:
+    """Return a copy in eval mode whose weights *are* the rounded ones; inputs are rounded as ever.
+
+    It computes what the prepared network computes, and ``layer.weight`` is a plain parameter, so
+    curvature can be measured where the trained network is: rounding of inputs passes gradients
+    straight through.
+
+    Args:
+        network: A prepared network with its bits set; left as it is.
+    """
+    copied = copy.deepcopy(network).eval()
+    for module in prepared_layers(copied).values():
+        _harden_(module)
+    return copied
+
+
+@torch.no_grad()
+def _harden_(module: nn.Module) -> None:
+    """Make the rounded weight a plain parameter of a prepared layer.
+
+    `parametrize.remove_parametrizations` takes the property off the layer's class, which copies of
+    the layer share, so it would break the layer that this one is a copy of.
+    """
+    rounded: Tensor = module.weight.clone()  # type: ignore[operator]
+    del module.parametrizations
+    module.__class__ = type(module).__bases__[0]
+    module.register_parameter("weight", nn.Parameter(rounded))
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -1,0 +1,331 @@
+"""Quantization-aware training of one assignment, epoch by epoch.
+
+The trainer knows a prepared network with its bits set, training data and settings; nothing of
+trials, steps or searches, and it never sees validation or test data. It starts from the network as
+it stands: statistics that were corrected for these bits before (`StatisticsCorrection`) are a
+better start than those of the float network.
+
+Chance is drawn from the seed and the number of the epoch, so training that is interrupted and goes
+on from its checkpoint after any epoch gives the same weights as training that ran through, on a CPU
+bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hq_optuna.batches import Batch, autocast, forward, move
+from hq_optuna.curvature import LossFunction
+from hq_optuna.errors import CheckpointError, TrainingError
+from hq_optuna.quantization.prepare import get_bits, prepared_layers
+from hq_optuna.training import checkpoint as files
+from hq_optuna.training.data import Augment, TrainingData, epoch_seed, seeded
+from hq_optuna.training.learned import LearnedSteps
+from hq_optuna.training.losses import right_and_counted, training_loss
+from hq_optuna.training.moments import SecondMoments, second_moments
+from hq_optuna.training.optimizer import build_optimizer, set_learning_rate
+from hq_optuna.training.settings import TrainingSettings
+from hq_optuna.training.start import start_weights_
+from hq_optuna.training.trained import load_trained_, trained_tensors
+
+_STEP, _OPTIMIZER = "step.", "optimizer."
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch's result.
+
+    Attributes:
+        epoch: Counted from 1.
+        loss: Mean over the epoch's steps of what was trained on, nats for cross-entropy and
+            distillation.
+        training_accuracy: Share of right classes among the samples trained on, augmented, each
+            seen before its step changed the weights; ``None`` where there are no classes.
+        seconds: Time it took.
+        learning_rate: Of its last step.
+    """
+
+    epoch: int
+    loss: float
+    training_accuracy: float | None
+    seconds: float
+    learning_rate: float
+
+
+class Trainer:
+    """Trains a prepared network in place, one epoch each time it is asked for one.
+
+    Args:
+        network: A prepared network with its bits set. Between epochs it is an ordinary prepared
+            network in eval mode with the scales and ranges learned so far, and can be measured.
+            Do not change it or its bits until the training is done.
+        data: Training data, see `TrainingData`.
+        settings: How it is trained.
+        teacher: The float network; needed unless ``settings.label_weight`` is 1. Left as it is.
+        loss_fn: Mean loss of a batch from outputs and labels; needed unless
+            ``settings.label_weight`` is 0.
+        augment: Changes a batch's inputs, with all its chance from the generator it is given. The
+            teacher sees the same changed inputs.
+        checkpoint: Written after each epoch. Where it exists already, training goes on from it:
+            give the network as it was when that training began.
+
+    Attributes:
+        history: The epochs that are done, also those before a checkpoint.
+
+    Raises:
+        ValueError: No teacher or no loss function where the settings need one.
+        DataError: Unusable training data.
+        CheckpointError: The checkpoint is damaged, or of another training.
+
+    Example:
+        >>> from hq_optuna import introspect, prepare, set_bits
+        >>> from hq_optuna.quantization import observe_inputs
+        >>> from hq_optuna.batches import read_batches
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+        >>> x, y = torch.randn(64, 4), torch.randint(0, 2, (64,))
+        >>> layers = introspect(net, x).layers
+        >>> prepared = prepare(net, layers, observe_inputs(net, ["0", "2"], read_batches((x, y))))
+        >>> set_bits(prepared, {"0": (2, 4), "2": (2, 4)})
+        >>> trainer = Trainer(prepared, (x, y), TrainingSettings(epochs=2), teacher=net)
+        >>> [result.epoch for result in trainer.epochs()]
+        [1, 2]
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        data: Any,
+        settings: TrainingSettings | None = None,
+        *,
+        teacher: nn.Module | None = None,
+        loss_fn: LossFunction | None = None,
+        augment: Augment | None = None,
+        checkpoint: Path | None = None,
+    ) -> None:
+        self.network = network
+        self.settings = settings = settings or TrainingSettings()
+        if settings.label_weight < 1 and teacher is None:
+            raise ValueError(
+                f"label_weight is {settings.label_weight}, so part of the loss is distillation: "
+                "give the float network as teacher, or train on labels (label_weight=1)."
+            )
+        if settings.label_weight > 0 and loss_fn is None:
+            raise ValueError(
+                f"label_weight is {settings.label_weight}: give loss_fn, or label_weight=0 to "
+                "train by distillation alone."
+            )
+        if not prepared_layers(network):
+            raise ValueError("The network is not prepared for quantization; call prepare() first.")
+        self.data = TrainingData(data, settings.batch_size, augment)
+        self.loss_fn = loss_fn
+        self.checkpoint = checkpoint
+        self.device = next(network.parameters()).device
+        self.teacher = None
+        if teacher is not None and settings.label_weight < 1:
+            self.teacher = copy.deepcopy(teacher).to(self.device).eval().requires_grad_(False)
+        self.history: list[Epoch] = []
+        self._interrupted = False
+        self._belongs = self._identity()
+        known = self._read(checkpoint)  # refused before anything has changed
+        start_weights_(network, settings.start)
+        self.steps = LearnedSteps.of(network, passes=settings.out_of_range == "pass")
+        self._trained = {n: p for n, p in network.named_parameters() if p.requires_grad}
+        self._log_scales = dict(self.steps.named_parameters())
+        if not self._trained and not self._log_scales:
+            raise TrainingError("Nothing to train: no parameter takes gradient, no layer has bits.")
+        self.optimizer = build_optimizer(self._trained, self._log_scales, settings)
+        if known is not None:
+            self._load(*known)
+
+    def _read(self, checkpoint: Path | None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Return a checkpoint's content, ``None`` where there is none yet."""
+        if checkpoint is None or not checkpoint.exists():
+            return None
+        try:
+            return self._checked(checkpoint.read_bytes())
+        except CheckpointError as error:
+            raise CheckpointError(f"Checkpoint {checkpoint}: {error}") from None
+
+    def _checked(self, content: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, about = files.parse(content)
+        self._check_belongs(about["belongs"])
+        return tensors, about
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what a checkpoint must agree with, by name."""
+        teacher = "none" if self.teacher is None else files.digest_of(self.teacher.state_dict())
+        return {
+            "settings": self.settings.to_json(),
+            "network": files.digest_of(trained_tensors(self.network)),
+            "bits": {n: list(bits) for n, bits in get_bits(self.network).items()},
+            "data": self.data.digest(),
+            "teacher": teacher,
+        }
+
+    def epochs(self) -> Iterator[Epoch]:
+        """Train epoch by epoch and yield each one's result, after its checkpoint is written.
+
+        Stop asking, and training stops; ask again, and it goes on.
+
+        Raises:
+            TrainingError: The loss is NaN or infinite, or an epoch was broken off before.
+        """
+        while len(self.history) < self.settings.epochs:
+            result = self._epoch()
+            self.history.append(result)
+            if self.checkpoint is not None:
+                files.write(self.checkpoint, self.dump())
+            yield result
+
+    def _epoch(self) -> Epoch:
+        if self._interrupted:
+            raise TrainingError(
+                "An epoch was broken off half-way, so the network is between two epochs. Prepare "
+                "it anew and go on from the checkpoint."
+            )
+        started = time.perf_counter()
+        index = len(self.history)
+        seed = epoch_seed(self.settings.seed, index)
+        losses, right, counted = [], 0, 0
+        rate = 0.0
+        self._interrupted = True
+        devices = [self.device.index or 0] if self.device.type == "cuda" else []
+        with seeded(seed, devices), self._training_mode(index):
+            generator = torch.Generator().manual_seed(seed)
+            for step, batch in enumerate(self.data.epoch(generator)):
+                rate = self.settings.learning_rate_at(
+                    index * self.data.steps + step, self.data.steps
+                )
+                set_learning_rate(self.optimizer, rate)
+                loss, n_right, n = self._step(batch)
+                losses.append(loss)
+                right, counted = right + n_right, counted + n
+        self._interrupted = False
+        return Epoch(
+            epoch=index + 1,
+            loss=math.fsum(losses) / len(losses),
+            training_accuracy=right / counted if counted else None,
+            seconds=time.perf_counter() - started,
+            learning_rate=rate,
+        )
+
+    @contextmanager
+    def _training_mode(self, index: int) -> Iterator[None]:
+        left = self.settings.epochs - index  # this epoch counts
+        frozen_ranges = left <= self.settings.frozen_ranges_epochs
+        frozen_statistics = left <= self.settings.frozen_statistics_epochs
+        self.network.train()
+        try:
+            for module in self.network.modules():
+                if frozen_statistics and isinstance(module, _BatchNorm):
+                    module.eval()
+            for log_scale in self._log_scales.values():
+                log_scale.requires_grad_(not frozen_ranges)
+            with self.steps.in_place_of_ranges(self.network), torch.enable_grad():
+                yield
+        finally:
+            self.network.eval()
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _step(self, batch: Batch) -> tuple[float, int, int]:
+        settings = self.settings
+        inputs, labels = move(batch.inputs, self.device), move(batch.labels, self.device)
+        if settings.channels_last and isinstance(inputs, Tensor) and inputs.dim() == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        targets = None
+        with autocast(self.network, settings.precision):
+            if self.teacher is not None:
+                with torch.no_grad():
+                    targets = forward(self.teacher, inputs)
+            outputs = forward(self.network, inputs)
+        loss = training_loss(
+            outputs, labels, targets, self.loss_fn, settings.label_weight, settings.temperature
+        )
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"The training loss became {value} in epoch {len(self.history) + 1}. Lower "
+                "learning_rate, set clip_norm, or check the training data."
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if settings.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self._trained.values(), settings.clip_norm)
+        self.optimizer.step()
+        return value, *right_and_counted(outputs, labels)
+
+    def second_moments(self) -> SecondMoments | None:
+        """Return the second moments of the weights' gradients; ``None`` where none are kept (SGD).
+
+        They are moments of the gradients of what was trained on, see `SecondMoments`.
+        """
+        return second_moments(
+            self.network, self.optimizer, self.steps, self.settings, self.data.batch_size
+        )
+
+    def dump(self) -> bytes:
+        """Return a checkpoint: all that is needed to go on, between two epochs."""
+        tensors = trained_tensors(self.network)
+        tensors |= {f"{_STEP}{n}": p.detach() for n, p in self._log_scales.items()}
+        for name, parameter in {**self._trained, **self._log_scales}.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"{_OPTIMIZER}{key}:{name}"] = torch.as_tensor(value)
+        epochs = [asdict(epoch) for epoch in self.history]
+        return files.dump(tensors, {"belongs": self._belongs, "epochs": epochs})
+
+    def restore(self, content: bytes) -> None:
+        """Go on from what `dump` returned. On an error nothing changes.
+
+        Raises:
+            CheckpointError: It is damaged, or of another training.
+        """
+        self._load(*self._checked(content))
+
+    @torch.no_grad()
+    def _load(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        states: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith(_OPTIMIZER):
+                key, _, owner = name.removeprefix(_OPTIMIZER).partition(":")
+                states.setdefault(owner, {})[key] = tensor
+        load_trained_(self.network, tensors)
+        for name, log_scale in self._log_scales.items():
+            log_scale.copy_(tensors[f"{_STEP}{name}"])
+        for name, parameter in {**self._trained, **self._log_scales}.items():
+            self.optimizer.state.pop(parameter, None)
+            if name in states:
+                # The number of steps stays on the CPU, as the optimizer has it.
+                self.optimizer.state[parameter] = {
+                    key: value if key == "step" else value.to(parameter.device)
+                    for key, value in states[name].items()
+                }
+        self.history = [Epoch(**epoch) for epoch in about["epochs"]]
+        self._interrupted = False
+
+    def _check_belongs(self, belongs: Mapping[str, Any]) -> None:
+        differ = [name for name, own in self._belongs.items() if belongs.get(name) != own]
+        if not differ:
+            return
+        if differ == ["settings"]:
+            theirs = belongs["settings"]
+            own = self._belongs["settings"]
+            differ = [
+                f"settings ({name}: {theirs.get(name)!r} there, {own.get(name)!r} here)"
+                for name in sorted({*theirs, *own})
+                if theirs.get(name) != own.get(name)
+            ]
+        raise CheckpointError(
+            f"It belongs to another training: {', '.join(differ)} differ. Give what that training "
+            "began with, or another file."
+        )

@@ -1,0 +1,109 @@
+"""Training data: repeatable order, whole batches, and refusals."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from hq_optuna.errors import DataError
+from hq_optuna.training import TrainingData
+from hq_optuna.training.data import epoch_seed, seeded
+from tests.small_networks import seeded as generator
+
+X, Y = torch.arange(10.0)[:, None], torch.arange(10)
+
+
+def read(data: TrainingData, seed: int = 0) -> list[list[int]]:
+    with seeded(seed):
+        return [batch.labels.tolist() for batch in data.epoch(generator(seed))]
+
+
+@pytest.mark.parametrize("data", [(X, Y), TensorDataset(X, Y)])
+def test_epochs_are_shuffled_by_their_seed_into_whole_batches(data):
+    training = TrainingData(data, batch_size=4)
+    assert training.steps == 2 and training.batch_size == 4
+    first = read(training)
+    assert [len(batch) for batch in first] == [4, 4]
+    assert len({label for batch in first for label in batch}) == 8  # no sample twice
+    assert read(training) == first != read(training, seed=1)
+
+
+def test_inputs_stay_with_their_labels_in_trees_too():
+    training = TrainingData((((X, {"a": 2 * X})), Y), batch_size=5)
+    for batch in training.epoch(generator(0)):
+        assert torch.equal(batch.inputs[0][:, 0], batch.labels.float())
+        assert torch.equal(batch.inputs[1]["a"][:, 0], 2 * batch.labels.float())
+
+
+def test_fewer_samples_than_a_batch_make_one_batch():
+    assert TrainingData((X, Y), batch_size=64).batch_size == 10
+    assert [len(b) for b in read(TrainingData((X, Y), batch_size=64))] == [10]
+
+
+def test_a_shuffling_loader_is_repeatable():
+    training = TrainingData(DataLoader(TensorDataset(X, Y), 5, shuffle=True), batch_size=99)
+    assert training.steps == 2 and training.batch_size == 5
+    assert read(training) == read(training) != read(training, seed=1)
+
+
+def test_a_list_of_batches_is_read_as_it_is():
+    training = TrainingData([(X[:6], Y[:6]), (X[6:], Y[6:])], batch_size=99)
+    assert read(training) == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9]]
+    assert training.batch_size == 6
+
+
+def test_augmentation_changes_inputs_by_the_epochs_generator_and_nothing_else():
+    def noisy(x, g):
+        return x + torch.rand(x.shape, generator=g)
+
+    training = TrainingData((X, Y), batch_size=5, augment=noisy)
+
+    def inputs(seed: int) -> torch.Tensor:
+        return torch.cat([batch.inputs for batch in training.epoch(generator(seed))])
+
+    assert torch.equal(inputs(0), inputs(0)) and not torch.equal(inputs(0), inputs(1))
+    assert torch.equal(X, torch.arange(10.0)[:, None])
+
+
+def test_random_states_are_left_as_found():
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    with seeded(3):
+        first = torch.rand(1), np.random.rand(), random.random()
+    with seeded(3):
+        assert first == (torch.rand(1), np.random.rand(), random.random())
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert np.array_equal(before[1], np.random.get_state()[1]) and before[2] == random.getstate()
+
+
+def test_epochs_have_seeds_of_their_own():
+    assert len({epoch_seed(seed, epoch) for seed in range(20) for epoch in range(20)}) == 400
+
+
+def test_the_digest_tells_data_apart():
+    one = TrainingData((X, Y), 4)
+    assert one.digest() == TrainingData((X.clone(), Y), 4).digest()
+    assert one.digest() != TrainingData((X + 1, Y), 4).digest()
+    assert one.digest() != TrainingData((X, Y + 1), 4).digest()
+    assert TrainingData(TensorDataset(X, Y), 4).digest() == "10 of 4"
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (X, "have no labels"),
+        ((X, Y[:9]), "10 inputs and 9 labels"),
+        ((X[:0], Y[:0]), "empty"),
+        ((X / 0, Y), "NaN or infinity"),
+        ([], "empty"),
+        (TensorDataset(X[:0], Y[:0]), "empty"),
+        (iter([(X, Y)]), "read only once"),
+        ([X], "is a pair"),
+        ([(X, Y, Y)], "got tuple of 3"),
+        (7, "are a int; give"),
+    ],
+)
+def test_unusable_data_are_refused(data, says):
+    with pytest.raises(DataError, match=says):
+        TrainingData(data, 4)
