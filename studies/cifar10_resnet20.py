@@ -36,6 +36,7 @@ CLASSES = (
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 N_VALIDATION = 1000
+SHIFT = 4  # pixels
 
 
 class Block(nn.Module):
@@ -131,6 +132,38 @@ def calibration(
             f"{N_VALIDATION} are for validation; got {n_calibration}."
         )
     return images.read(_order(len(images), split_seed)[:n_calibration])
+
+
+def train(
+    data: Path, download: bool = False, n_calibration: int = 512, split_seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Return the training images that are neither for calibration nor for validation."""
+    images = _Images(data, download, train=True)
+    chosen = _order(len(images), split_seed)[n_calibration:-N_VALIDATION]
+    if not chosen:
+        raise DataError(
+            f"{data} has {len(images)} training images; {n_calibration} of them calibrate and "
+            f"{N_VALIDATION} validate, so none are left to train on. Give more images with --data."
+        )
+    return images.read(chosen)
+
+
+def augment(inputs: Tensor, generator: torch.Generator) -> Tensor:
+    """Shift images by up to four pixels each way, black moving in, and mirror every other one.
+
+    As the published network was trained (He et al., section 4.2).
+    """
+    n, _, height, width = inputs.shape
+    mean, std = (torch.tensor(values).reshape(1, 3, 1, 1) for values in (MEAN, STD))
+    padded = (-mean / std).to(inputs).repeat(n, 1, height + 2 * SHIFT, width + 2 * SHIFT)
+    padded[:, :, SHIFT:-SHIFT, SHIFT:-SHIFT] = inputs
+    down, right = torch.randint(0, 2 * SHIFT + 1, (2, n, 1), generator=generator)
+    mirrored = torch.rand(n, 1, generator=generator) < 0.5
+    rows = torch.arange(height) + down
+    columns = torch.arange(width) + right
+    columns = torch.where(mirrored, columns.flip(1), columns)
+    sample = torch.arange(n)[:, None, None]
+    return padded[sample, :, rows[:, :, None], columns[:, None]].movedim(-1, 1)
 
 
 def validation(data: Path, download: bool = False, split_seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -119,6 +119,16 @@ def calibration() -> tuple[Tensor, Tensor]:
     return _part("calibration")
 
 
+def train() -> tuple[Tensor, Tensor]:
+    """Return the images that the network was trained on, for training it at its bits."""
+    return _part("train")
+
+
+def augment(inputs: Tensor, generator: torch.Generator) -> Tensor:
+    """Move each image by up to a pixel each way, as when the network was trained."""
+    return _shift(inputs, SHIFT, generator)
+
+
 def validation() -> tuple[Tensor, Tensor]:
     """Return the 300 images on which accuracy is measured before and after."""
     return _part("validation")

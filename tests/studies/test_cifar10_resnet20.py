@@ -238,6 +238,43 @@ def test_calibration_and_validation_are_different_training_images(study, image_f
     torch.testing.assert_close(total, normalized(everything).sum(dim=0), rtol=0, atol=1e-3)
 
 
+def test_training_images_are_those_that_neither_calibrate_nor_validate(study, image_folder):
+    parts = [
+        study._module.train(image_folder, n_calibration=4),
+        study._module.calibration(image_folder, n_calibration=4),
+        study._module.validation(image_folder),
+    ]
+    assert [len(labels) for _, labels in parts] == [6, 4, 1000]
+    images = torch.cat([images for images, _ in parts])
+    assert len({hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in images}) == N_TRAIN
+    with pytest.raises(DataError, match="10 of them calibrate and 1000 validate, so none are left"):
+        study._module.train(image_folder, n_calibration=10)
+
+
+def test_augmented_images_are_the_padded_image_cut_elsewhere_and_mirrored(study):
+    black = -torch.tensor(study._module.MEAN) / torch.tensor(study._module.STD)
+    images = torch.randn(60, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    before = images.clone()
+    changed = study._module.augment(images, torch.Generator().manual_seed(1))
+    assert torch.equal(images, before) and changed.shape == images.shape
+    padded = black.reshape(1, 3, 1, 1).repeat(60, 1, 40, 40)
+    padded[:, :, 4:36, 4:36] = images
+    seen = []
+    for image, source in zip(changed, padded, strict=True):
+        matches = [
+            (y, x, mirrored)
+            for y in range(9)
+            for x in range(9)
+            for mirrored in (False, True)
+            if torch.equal(image.flip(2) if mirrored else image, source[:, y : y + 32, x : x + 32])
+        ]
+        assert len(matches) == 1
+        seen += matches
+    assert [len(set(values)) for values in zip(*seen, strict=True)] == [9, 9, 2]
+    again = study._module.augment(images, torch.Generator().manual_seed(1))
+    assert torch.equal(again, changed)
+
+
 def test_the_seed_alone_decides_which_images_and_fewer_are_the_first_of_more(study, image_folder):
     calibration = study._module.calibration
     ten = calibration(image_folder, n_calibration=10)

@@ -60,7 +60,7 @@ def test_the_network_has_ten_layers_of_several_kinds_and_comes_in_evaluation_mod
 
 def test_the_parts_are_the_whole_data_set_without_overlap(digits, trained):
     _, parts = trained
-    named = [parts.calibration, parts.validation, parts.test(), digits._module._part("train")]
+    named = [parts.calibration, parts.validation, parts.test(), digits._module.train()]
     assert [len(labels) for _, labels in named] == [256, 300, 300, 941]
     images = torch.cat([images for images, _ in named])
     assert (images.dtype, images.shape, images.min(), images.max()) == (
@@ -143,7 +143,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_rest(digits, tmp_path, mo
 
 def test_shifted_images_are_the_padded_image_cut_elsewhere(digits):
     images = torch.rand(200, 1, 8, 8)
-    shifted = digits._module._shift(images, 1, torch.Generator().manual_seed(0))
+    shifted = digits._module.augment(images, torch.Generator().manual_seed(0))
     padded = torch.nn.functional.pad(images, (1, 1, 1, 1))
     seen = set()
     for image, source in zip(shifted, padded, strict=True):
