@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from hq_optuna.layers import FLOAT_BITS
-from hq_optuna.quantization.functional import activation_grid, weight_grid
+from hq_optuna.quantization.functional import activation_grid
 from hq_optuna.quantization.modules import InputFakeQuantize
 from hq_optuna.quantization.prepare import (
     float_weight,
@@ -37,6 +37,8 @@ from hq_optuna.quantization.prepare import (
     prepared_layers,
     weight_quantizer,
 )
+from hq_optuna.quantization.quantizers import UNIFORM, WeightQuantizer
+from hq_optuna.quantization.quantizers.midrise import odd_codes
 from hq_optuna.quantization.ranges import AffineRange
 
 
@@ -101,16 +103,38 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
     return torch.dot(a.reshape(-1), b.reshape(-1))
 
 
-class _Binary(torch.autograd.Function):
-    """sign(x) · s with the gradient of x passed straight through."""
+class _Midrise(torch.autograd.Function):
+    """s · the nearest odd number up to ±largest, with gradients of x and log s."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, log_scale: Tensor, factor: Tensor | float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, log_scale: Tensor, largest: int, factor: Tensor, passes: bool
+    ) -> Tensor:
         scale = log_scale.exp()
-        rounded = torch.where(x >= 0, scale, -scale)
-        ctx.save_for_backward(rounded)
-        ctx.shape, ctx.factor = scale.shape, factor
+        rounded = odd_codes(x, scale, largest).mul_(scale)
+        ctx.save_for_backward(x, rounded, scale)
+        ctx.largest, ctx.factor, ctx.passes = largest, factor, passes
         return rounded
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (g,) = gradients
+        x, rounded, scale = ctx.saved_tensors
+        inside = g * (x.abs() <= ctx.largest * scale)
+        by_scale = None
+        if ctx.needs_input_grad[1]:
+            by_scale = _log_scale_gradient(g, rounded, inside, x, scale) * ctx.factor
+        return g if ctx.passes else inside, by_scale, None, None, None
+
+
+class _Scaled(torch.autograd.Function):
+    """A rounded tensor whose codes are given: the gradient of log s is g · x̂, that of x passes."""
+
+    @staticmethod
+    def forward(ctx: Any, rounded: Tensor, log_scale: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(rounded)
+        ctx.shape, ctx.factor = log_scale.shape, factor
+        return rounded.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -125,45 +149,77 @@ class _Binary(torch.autograd.Function):
 class LearnedWeight(nn.Module):
     """Parametrization that rounds a weight with learned scales, one a channel.
 
+    ``uniform``, ``ternary`` and ``midrise`` get LSQ's gradients. Where codes do not depend on the
+    scale (one bit, ``dorefa``), that of the scale is Σ g · code, and that of the weight is the
+    quantizer's own.
+
     Args:
         scale: Where the scales start, ``(channels,)``.
         weight: The float weight, for its shape.
-        bits: 1 to 16.
+        bits: A number of bits that the quantizer can do.
         channel_axis: Axis of the output channels.
         passes: Whether gradients of clipped weights pass.
+        quantizer: How the weight is rounded.
 
     Attributes:
         log_scale: ``(channels,)``.
     """
 
     def __init__(
-        self, scale: Tensor, weight: Tensor, bits: int, channel_axis: int, passes: bool
+        self,
+        scale: Tensor,
+        weight: Tensor,
+        bits: int,
+        channel_axis: int,
+        passes: bool,
+        quantizer: WeightQuantizer = UNIFORM,
     ) -> None:
         super().__init__()
         self.bits = bits
+        self.channel_axis = channel_axis
         self.passes = passes
+        self.quantizer = quantizer
         self.shape = [1] * weight.dim()
         self.shape[channel_axis] = -1
         start = scale.detach().to(weight.dtype)
         self.log_scale = nn.Parameter(start.log())
         n = weight.numel() // len(scale)
-        most = max(weight_grid(bits)[1], 1)
-        self.factor = (1 / (math.sqrt(n * most) * start.square())).reshape(self.shape)
+        self.largest = quantizer.largest_code(bits)
+        self.factor = (1 / (math.sqrt(n * self.largest) * start.square())).reshape(self.shape)
 
     @property
     def scale(self) -> Tensor:
         """The scales as they are now, float32."""
         return self.log_scale.detach().exp().float()
 
+    @property
+    def clips(self) -> bool:
+        """Whether there are weights beyond the largest code."""
+        return self.bits > 1 and self.quantizer.name in ("uniform", "ternary", "midrise")
+
     def forward(self, weight: Tensor) -> Tensor:
         """Return the rounded weight."""
         log_scale = self.log_scale.reshape(self.shape)
-        if self.bits == 1:
-            rounded: Tensor = _Binary.apply(weight, log_scale, self.factor)
+        if not self.clips:
+            rounded = self.quantizer.quantize(weight, self.scale, self.bits, self.channel_axis)
+            scaled: Tensor = _Scaled.apply(rounded, log_scale, self.factor)
+            return scaled
+        if self.quantizer.name == "midrise":
+            learned: Tensor = _Midrise.apply(
+                weight, log_scale, self.largest, self.factor, self.passes
+            )
         else:
-            low, high = weight_grid(self.bits)
-            rounded = _Rounding.apply(weight, log_scale, low, high, self.factor, self.passes)
-        return rounded
+            learned = _Rounding.apply(
+                weight, log_scale, -self.largest, self.largest, self.factor, self.passes
+            )
+        return learned
+
+    def n_clipped(self, weight: Tensor) -> int:
+        """Return how many weights lie beyond the largest code; none where nothing clips."""
+        if not self.clips:
+            return 0
+        end = self.largest * self.log_scale.detach().exp().reshape(self.shape)
+        return int((weight.detach().abs() > end).sum())
 
 
 class LearnedInput(InputFakeQuantize):
@@ -226,6 +282,7 @@ class LearnedSteps:
                     quantizer.bits,
                     quantizer.channel_axis,
                     passes,
+                    quantizer.quantizer,
                 )
             entering = input_quantizer(module)
             if entering.bits != FLOAT_BITS:

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hq_optuna.curvature import Curvature
-from hq_optuna.quantization.functional import weight_grid
 from hq_optuna.quantization.prepare import float_weight, prepared_layers
-from hq_optuna.training.learned import LearnedSteps, LearnedWeight
+from hq_optuna.training.learned import LearnedSteps
 from hq_optuna.training.settings import TrainingSettings
 
 
@@ -100,7 +99,7 @@ def second_moments(
         correction = 1 - settings.beta2 ** int(state["step"])
         moments[name] = state["exp_avg_sq"].detach() / correction
         if name in steps.weights:
-            clipped[name] = _beyond(float_weight(module), steps.weights[name])
+            clipped[name] = steps.weights[name].n_clipped(float_weight(module))
     if not moments:
         return None
     return SecondMoments(
@@ -111,12 +110,3 @@ def second_moments(
         no_gradient=tuple(name for name, v in moments.items() if not bool(v.any())),
         clip_norm=settings.clip_norm,
     )
-
-
-def _beyond(weight: Tensor, rounding: LearnedWeight) -> int:
-    """Return how many weights lie beyond the last code; binary weights have no range."""
-    if rounding.bits == 1:
-        return 0
-    low, high = weight_grid(rounding.bits)
-    scale = rounding.log_scale.detach().exp().reshape(rounding.shape)
-    return int(((weight < low * scale) | (weight > high * scale)).sum())

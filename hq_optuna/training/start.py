@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from hq_optuna.layers import FLOAT_BITS
-from hq_optuna.quantization.functional import weight_grid
 from hq_optuna.quantization.prepare import float_weight, prepared_layers, weight_quantizer
+from hq_optuna.quantization.quantizers import UNIFORM, WeightQuantizer
 from hq_optuna.training.settings import Start
 
 MARGIN = 0.1
@@ -38,29 +38,32 @@ def start_weights_(network: nn.Module, start: Start) -> None:
         along[quantizer.channel_axis] = -1
         begin = kept
         if start == "moved":
-            begin = moved(weight, kept, scale.reshape(along), quantizer.bits)
+            begin = moved(weight, kept, scale.reshape(along), quantizer.bits, quantizer.quantizer)
         weight.copy_(begin)
 
 
-def moved(weight: Tensor, rounded: Tensor, scale: Tensor, bits: int) -> Tensor:
+def moved(
+    weight: Tensor, rounded: Tensor, scale: Tensor, bits: int, quantizer: WeightQuantizer = UNIFORM
+) -> Tensor:
     """Return each weight at the nearest value that rounds to what ``rounded`` holds.
 
     Args:
         weight: The float weight.
-        rounded: Whole multiples of the scale, of the same shape.
+        rounded: Codes times the scale, of the same shape.
         scale: Broadcasts over the weight.
-        bits: 1 to 16.
+        bits: A number of bits that the quantizer can do.
+        quantizer: One whose codes are evenly spaced.
 
     Example:
         >>> w, rounded = torch.tensor([0.2, 0.9, 3.0]), torch.tensor([1.0, 1.0, 1.0])
         >>> moved(w, rounded, torch.tensor(1.0), bits=2)
         tensor([0.6000, 0.9000, 3.0000])
     """
-    if bits == 1:
-        least = MARGIN * scale
-        return torch.where(rounded > 0, weight.maximum(least), weight.minimum(-least))
+    largest = quantizer.largest_code(bits)
+    # Codes are 1 apart where one of them is 0, and 2 apart where they are odd.
+    step = 2.0 if bits == 1 or quantizer.name == "midrise" else 1.0
     codes = (rounded / scale).round()
-    quant_min, quant_max = weight_grid(bits)
-    low = torch.where(codes == quant_min, -torch.inf, (codes - 0.5 + MARGIN) * scale)
-    high = torch.where(codes == quant_max, torch.inf, (codes + 0.5 - MARGIN) * scale)
+    reach = step / 2 - MARGIN * step
+    low = torch.where(codes == -largest, -torch.inf, (codes - reach) * scale)
+    high = torch.where(codes == largest, torch.inf, (codes + reach) * scale)
     return weight.maximum(low).minimum(high)

@@ -54,7 +54,7 @@ def load_trained_(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     Its outputs are then equal to the trained one's bit for bit. Other tensors are not looked at.
 
     Args:
-        network: A prepared network of the same structure.
+        network: A prepared network of the same structure, with the same quantizers of weights.
         tensors: What `trained_tensors` returned, on any device.
 
     Raises:

@@ -28,7 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from hq_optuna.batches import Batch, autocast, forward, move
 from hq_optuna.curvature import LossFunction
 from hq_optuna.errors import CheckpointError, TrainingError
-from hq_optuna.quantization.prepare import get_bits, prepared_layers
+from hq_optuna.quantization.prepare import get_bits, prepared_layers, weight_quantizer
 from hq_optuna.training import checkpoint as files
 from hq_optuna.training.data import Augment, TrainingData, epoch_seed, seeded
 from hq_optuna.training.learned import LearnedSteps
@@ -168,6 +168,10 @@ class Trainer:
         return {
             "settings": self.settings.to_json(),
             "network": files.digest_of(trained_tensors(self.network)),
+            "quantizers": {
+                name: weight_quantizer(module).quantizer.name
+                for name, module in prepared_layers(self.network).items()
+            },
             "bits": {n: list(bits) for n, bits in get_bits(self.network).items()},
             "data": self.data.digest(),
             "teacher": teacher,

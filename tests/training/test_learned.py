@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hq_optuna.batches import read_batches
 from hq_optuna.introspection import introspect
 from hq_optuna.quantization import observe_inputs, prepare, set_bits
 from hq_optuna.quantization.functional import activation_grid, quantize_weight, weight_grid
 from hq_optuna.quantization.prepare import float_weight, input_quantizer, weight_quantizer
+from hq_optuna.quantization.quantizers import QUANTIZERS
 from hq_optuna.quantization.ranges import AffineRange
 from hq_optuna.training.learned import LearnedInput, LearnedSteps, LearnedWeight
 from tests.small_networks import ConvNet, make, seeded
@@ -61,6 +63,57 @@ def test_inputs_get_the_gradients_of_lsq(bits, zero_point):
     (lsq(x2, s, low, high, factor) * up).sum().backward()
     torch.testing.assert_close(x.grad, x2.grad, rtol=1e-12, atol=0)
     torch.testing.assert_close(learned.log_scale.grad, s.grad / 0.3)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize(("shape", "axis"), WEIGHT_SHAPES)
+def test_midrise_weights_get_the_gradients_of_lsq_on_their_grid(bits, shape, axis):
+    w = torch.randn(shape, dtype=torch.float64, generator=seeded(bits)).requires_grad_()
+    scale = torch.rand(shape[axis], dtype=torch.float64, generator=seeded(1)) * 0.3 + 0.1
+    along = [1] * len(shape)
+    along[axis] = -1
+    up = torch.randn(shape, dtype=torch.float64, generator=seeded(2))
+    midrise = QUANTIZERS["midrise"]
+    learned = LearnedWeight(scale, w, bits, axis, False, midrise)
+    (learned(w) * up).sum().backward()
+
+    largest = 2**bits - 1
+    s, w2 = scale.clone().requires_grad_(), w.detach().clone().requires_grad_()
+    factor = 1 / math.sqrt(w.numel() // shape[axis] * largest)
+    step = s.reshape(along)
+    step = (step - step * factor).detach() + step * factor
+    v = (w2 / step).clamp(-largest, largest)
+    code = (2 * (w2 / (2 * step)).floor() + 1).clamp(-largest, largest)
+    ((v + (code - v).detach()) * step * up).sum().backward()
+    torch.testing.assert_close(w.grad, w2.grad, rtol=1e-12, atol=0)
+    torch.testing.assert_close(learned.log_scale.grad, s.grad / scale)
+
+
+def test_weights_whose_codes_do_not_depend_on_the_scale_keep_their_quantizers_gradient():
+    dorefa = QUANTIZERS["dorefa"]
+    w = torch.randn(4, 6, dtype=torch.float64, generator=seeded(0)).requires_grad_()
+    scale = dorefa.scale(w, 3, 0)
+    up = torch.randn(w.shape, dtype=torch.float64, generator=seeded(1))
+    dorefa.quantize(w, scale, 3, 0).backward(up)
+    expected, w.grad = w.grad, None
+    learned = LearnedWeight(scale, w, 3, 0, True, dorefa)
+    out = learned(w)
+    out.backward(up)
+    torch.testing.assert_close(w.grad, expected, rtol=1e-6, atol=0)  # the scale by way of its log
+    slope = (up * out.detach()).sum(1) / (math.sqrt(6 * 7) * scale.double().square())
+    torch.testing.assert_close(learned.log_scale.grad, slope)
+    assert learned.n_clipped(w) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [("binary", 1), ("ternary", 2), ("midrise", 1), ("midrise", 2), ("midrise", 5), ("dorefa", 3)],
+)
+def test_every_quantizer_rounds_as_it_does_without_learning(name, bits):
+    quantizer = QUANTIZERS[name]
+    w = torch.randn(8, 4, 3, 3, generator=seeded(0))
+    learned = LearnedWeight(quantizer.scale(w, bits, 0), w, bits, 0, True, quantizer)
+    assert torch.equal(learned(w), quantizer.quantize(w, learned.scale, bits, 0))
 
 
 def test_the_gradient_of_a_scale_is_the_slope_of_the_surrogate():
@@ -184,8 +237,6 @@ def test_every_kind_of_layer_learns():
     net = make(ConvNet, dtype=torch.float32)
     x = torch.randn(8, 2, 6, 6, generator=seeded(0))
     layers = introspect(net, x).layers
-    from hq_optuna.batches import read_batches
-
     names = [layer.name for layer in layers]
     data = read_batches((x, torch.zeros(8, dtype=torch.int64)))
     prepared = prepare(net, layers, observe_inputs(net, names, data))

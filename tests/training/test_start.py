@@ -8,6 +8,7 @@ from hq_optuna.introspection import introspect
 from hq_optuna.quantization.compensation import compensate_weights
 from hq_optuna.quantization.functional import quantize_weight
 from hq_optuna.quantization.prepare import float_weight, weight_quantizer
+from hq_optuna.quantization.quantizers import QUANTIZERS
 from hq_optuna.training.start import moved, start_weights_
 from tests.small_networks import seeded
 from tests.training.examples import BITS, float_net, images, labelled, prepared_net
@@ -51,15 +52,19 @@ def test_weights_begin_where_they_round_to_the_compensated_ones(start):
             assert (w == before[name])[stays].float().mean() > 0.5
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4])
-def test_moved_weights_round_to_what_is_wanted_with_a_margin(bits):
+@pytest.mark.parametrize(
+    ("name", "bits"), [("uniform", 1), ("uniform", 2), ("uniform", 4), ("midrise", 2)]
+)
+def test_moved_weights_round_to_what_is_wanted_with_a_margin(name, bits):
+    quantizer = QUANTIZERS[name]
     w = torch.randn(500, generator=seeded(0))
     scale = torch.full((1,), 0.3)
     other = torch.randn(500, generator=seeded(1))
-    wanted = quantize_weight(other[None], scale, bits, 0)[0]
-    found = moved(w, wanted, scale, bits)
+    wanted = quantizer.quantize(other[None], scale, bits, 0)[0]
+    found = moved(w, wanted, scale, bits, quantizer)
     for nudge in (-0.09, 0.0, 0.09):
-        assert torch.equal(quantize_weight((found + nudge * 0.3)[None], scale, bits, 0)[0], wanted)
+        again = quantizer.quantize((found + nudge * 0.3)[None], scale, bits, 0)[0]
+        assert torch.equal(again, wanted)
 
 
 def test_without_compensated_weights_nothing_moves():

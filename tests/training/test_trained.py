@@ -65,6 +65,25 @@ def test_every_kind_of_layer_comes_back():
     assert torch.equal(net(x), other(x))
 
 
+@pytest.mark.parametrize("name", ["ternary", "midrise", "dorefa"])
+def test_weights_of_other_quantizers_come_back_too(name):
+    float_, (x, y) = float_net(), labelled()
+    layers = introspect(float_, x).layers
+    names = [layer.name for layer in layers]
+    histograms = observe_inputs(float_, names, read_batches((x, y)))
+
+    def fresh() -> nn.Module:
+        prepared = prepare(float_, layers, histograms, quantizers=dict.fromkeys(names, name))
+        set_bits(prepared, dict.fromkeys(names, (2, 4)))
+        return prepared
+
+    net, other = fresh(), fresh()
+    trained(net, float_, (x, y))
+    load_trained_(other, trained_tensors(net))
+    assert torch.equal(net(x), other(x)) and torch.equal(rounded_copy(net)(x), net(x))
+    assert not torch.equal(fresh()(x), net(x))
+
+
 def test_what_is_exported_is_a_copy():
     net = prepared_net()
     tensors = trained_tensors(net)
