@@ -23,10 +23,10 @@ def main() -> None:
     space = Search(layers=layers).sampler().space
     table = fake_table(space)
 
-    def score(bits: list[int], origin: list[int] | None, needed: Callable[[], bool]) -> Answer:
-        del origin, needed
+    def score(order: dict[str, Any], needed: Callable[[], bool]) -> Answer:
+        del needed
         time.sleep(seconds)
-        weights, activations = fake_score(table, space.config(bits))
+        weights, activations = fake_score(table, space.config(order["bits"]))
         facts = {"score_weights": weights, "score_activations": activations}
         return weights + activations, {**facts, "seconds": seconds, "worker": f"box:{os.getpid()}"}
 

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from hq_optuna.runner.report import write_report
     from hq_optuna.runner.resolving import load_assignment, pareto, resolve
     from hq_optuna.runner.result import SearchResult
+    from hq_optuna.runner.training_plan import TrainingPlan
     from hq_optuna.space import SearchSpace
+    from hq_optuna.training import TrainingSettings
 
 _HOME = {
     "BitConfig": "bit_config",
@@ -37,6 +39,8 @@ _HOME = {
     "LayerSpec": "layers",
     "SearchResult": "runner.result",
     "SearchSpace": "space",
+    "TrainingPlan": "runner.training_plan",
+    "TrainingSettings": "training",
     "assignment": "history",
     "introspect": "introspection",
     "load": "runner.recipe",
@@ -61,6 +65,8 @@ __all__ = [
     "LayerSpec",
     "SearchResult",
     "SearchSpace",
+    "TrainingPlan",
+    "TrainingSettings",
     "__version__",
     "artifacts",
     "assignment",

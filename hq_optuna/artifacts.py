@@ -50,6 +50,9 @@ class Store(Protocol):
     def write(self, artifact_id: str, content_body: BinaryIO) -> None:
         """Write an artifact."""
 
+    def remove(self, artifact_id: str) -> None:
+        """Remove an artifact."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reference:
@@ -144,6 +147,15 @@ class Artifacts:
             with contextlib.suppress(OSError):  # a full disk only costs the next fetch
                 write_whole(kept, data)
         return data
+
+    def discard(self, reference: Reference) -> None:
+        """Remove an artifact that nobody needs any more.
+
+        Raises:
+            ArtifactError: It is missing, or the store cannot be written.
+        """
+        with self._explained("remove", reference):
+            self.store.remove(reference.id)
 
     def put_json(self, data: Any) -> Reference:
         """Store JSON data; equal data give the same artifact."""

@@ -66,6 +66,13 @@ COST = "cost"  # in the unit of the budget's metric
 SECONDS = "seconds"
 WORKER = "worker"
 
+TRAINING = "training"
+"""User attribute of a step record whose bits were trained: what that gave, and where the weights
+and the sensitivities at them are (`hq_optuna.runner.trained_steps`)."""
+
+CHECKPOINT = "hq:checkpoint"
+"""Trial system attribute of a step record in training: the last epoch's artifact."""
+
 INFO = "hq:info"
 """Study user attribute: `StudyInfo`, what people and reports want to know of the search."""
 
@@ -153,6 +160,8 @@ class StudyInfo:
         rounding: How weights are rounded, ``"compensated"`` or ``"nearest"``.
         quantizers: Layer → name of the quantizer of its weights, where it is not ``"uniform"``.
         correction: Whether statistics are corrected, in candidates and in the answer.
+        training: When winners are trained and how, see `hq_optuna.runner.training_plan`; ``None``
+            where they are not.
         rule: Name of the winner rule.
         n_candidates: Candidates a step.
         seed: Seed of the draws.
@@ -172,6 +181,7 @@ class StudyInfo:
     rounding: str = "nearest"
     quantizers: Mapping[str, str] = field(default_factory=dict)
     correction: bool = False
+    training: Mapping[str, Any] | None = None
     skipped: tuple[tuple[str, str, str], ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -201,6 +211,8 @@ class Ticket:
         worker: Who runs the trial, see `worker_id`.
         search: Digests of what the search depends on, see `same_search`.
         claim: Which of its worker's claims it is, from 1; 0 where the trial was there before.
+        trains: Of a step record: whether its bits are trained. Its value is then the score of the
+            trained network, and not its winner's.
     """
 
     kind: Kind
@@ -214,6 +226,7 @@ class Ticket:
     worker: str = ""
     search: str = ""
     claim: int = 0
+    trains: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return the attribute's value."""
@@ -230,6 +243,7 @@ class Ticket:
             "worker": self.worker,
             "search": self.search,
             "claim": self.claim,
+            **({"trains": True} if self.trains else {}),
         }
 
     @classmethod
@@ -258,6 +272,7 @@ class Ticket:
                 worker=data["worker"],
                 search=data.get("search", ""),
                 claim=data.get("claim", 0),
+                trains=data.get("trains", False),
             )
         except (KeyError, TypeError):
             return None

@@ -28,6 +28,7 @@ _FACTS = (
     attrs.CALIBRATION_LOSS,
     attrs.SECONDS,
     attrs.WORKER,
+    attrs.TRAINING,
 )
 
 
@@ -72,12 +73,22 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """A closed step: the trial that recorded it, and the candidate it took."""
+    """A closed step: the trial that recorded it, and the candidate it took.
+
+    Attributes:
+        number: Number of the trial.
+        step: Its step.
+        winner: The candidate.
+        config: Its bits.
+        training: What training these bits gave, see `hq_optuna.runner.trained_steps`; ``None``
+            where they were not trained.
+    """
 
     number: int
     step: int
     winner: Candidate
     config: BitConfig
+    training: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -194,12 +205,15 @@ def _read_trials(
     candidates: dict[int, Candidate] = {}
     parents: dict[int, str] = {}
     closing: dict[int, list[tuple[int, Ticket]]] = {}
+    trained: dict[int, Mapping[str, Any]] = {}
     for trial in trials:
         number, ticket = trial.row.number, trial.row.ticket
         if ticket is None or trial.row.state != TrialState.COMPLETE or trial.row.value is None:
             continue
         if ticket.kind == "incumbent":
             closing.setdefault(ticket.step, []).append((number, ticket))
+            if ticket.trains:
+                trained[number] = trial.user_attrs.get(attrs.TRAINING, {})
         elif ticket.kind == "candidate":
             parents[number] = ticket.parent
             lowered = ticket.variable
@@ -233,7 +247,8 @@ def _read_trials(
         if record is None:
             break
         number, winner = record
-        records.append(StepRecord(number, step, winner, space.config(winner.state)))
+        config = space.config(winner.state)
+        records.append(StepRecord(number, step, winner, config, trained.get(number)))
     seen: set[tuple[int, int]] = set()
     for number, candidate in candidates.items():
         place = (candidate.step, candidate.slot)

@@ -126,6 +126,8 @@ class Watch:
                 rule=made["rule"],
                 seed=made["seed"],
                 refine=made["refine"],
+                train_every=made.get("train_every", 0),
+                final=made.get("final", False),
             )
             self._log = StepLog(search)
         return self._log

@@ -152,6 +152,27 @@ def _search(
             show_default=False,
         ),
     ] = None,
+    train_every: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Steps after which their winner is trained: 1 as in the patent. [default: never]",
+            show_default=False,
+        ),
+    ] = None,
+    train_epochs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Epochs of that. [default: 2]", show_default=False),
+    ] = None,
+    final_epochs: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Epochs in which the answer is trained; 0 for none. "
+            "[default: 20 with --train-every, else 0]",
+            show_default=False,
+        ),
+    ] = None,
     max_trials: MaxTrials = None,
     max_evaluations: MaxEvaluations = None,
     max_seconds: MaxSeconds = None,

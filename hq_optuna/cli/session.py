@@ -86,6 +86,7 @@ RESERVED = {
     *("storage", "name", "folder", "artifacts", "budget", "candidates", "rule", "scorer", "bits"),
     *("activation_bits", "pin_first_last", "seed", "refine", "rounding", "correction"),
     *("memory", "precision", "threads", "max_trials", "max_evaluations", "max_seconds"),
+    *("train_every", "train_epochs", "final_epochs"),
     *("retry_for", "create", "wait_for", "baselines", "workers", "scheduler", "json", "help"),
     "quantizer",
 }
@@ -180,6 +181,7 @@ def begin(request: Request, console: Console) -> Session:
         import torch
 
         from hq_optuna.runner.bit_search import BitSearch
+        from hq_optuna.runner.training_plan import SETTINGS, plan_of
 
         torch.set_num_threads(request.threads or n_cores())
         # Failed trials show as errors of ours; Optuna would add its traceback to each.
@@ -187,11 +189,13 @@ def begin(request: Request, console: Console) -> Session:
         parts = file.build(place.folder, options)
         if parts.loss is not None:
             settings["loss_fn"] = parts.loss
+        asked = {name: settings.pop(name) for name in SETTINGS if name in settings}
         search = BitSearch(
             parts.network,
             parts.calibration,
             validation=parts.validation,
             evaluate=parts.evaluate,
+            training=plan_of(asked, parts.train, parts.augment),
             **settings,
         )
         threads = request.threads or sensible_threads(macs(search.space.layers))

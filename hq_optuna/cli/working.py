@@ -9,8 +9,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from rich.console import Console
 
@@ -18,11 +18,8 @@ from hq_optuna import workers
 from hq_optuna.cli.progress import SearchProgress
 from hq_optuna.cli.session import Request, begin, wait_for_study
 from hq_optuna.launching.process import ENDS_WITH_STDIN, SERVES
-from hq_optuna.launching.serving import Answer, NotNeeded, Orders, serve
+from hq_optuna.launching.serving import Orders, serve
 from hq_optuna.runner.worker import Doing
-
-if TYPE_CHECKING:
-    from hq_optuna.runner.objective import HessianObjective
 
 GRACE_S = 20.0
 """How long a worker whose launcher is gone may take to give its candidate back."""
@@ -59,7 +56,7 @@ def work(
         study = session.open(progress=progress.phase)
         if orders is not None:
             study._storage.remove_session()  # the launcher has it from here on
-            serve(orders, functools.partial(_score, session.search.objective), tell)
+            serve(orders, functools.partial(session.search.objective.obey, study), tell)
         else:
             session.search.work(study, on_progress=progress.search, on_doing=tell.doing)
     tell("done")
@@ -69,15 +66,6 @@ def work(
         highlight=False,
         soft_wrap=True,
     )
-
-
-def _score(
-    objective: HessianObjective,
-    bits: Sequence[int],
-    origin: Sequence[int] | None,
-    needed: Callable[[], bool],
-) -> Answer:
-    return objective.evaluate(bits, origin, needed, NotNeeded())
 
 
 class _Events:

@@ -1,8 +1,9 @@
 """The worker's end of the pipe: takes orders from a foreman, line by line, and answers.
 
 Orders are JSON objects on standard input: ``{"claim": 7, "bits": [8, 4], "origin": [8, 8]}`` asks
-for a candidate, ``{"drop": 7}`` takes that back, ``{"end": true}`` says that the search is over.
-The end of the input says that the launcher is gone. Knows nothing of networks or storages.
+for a candidate, with ``"train": 12`` for the training that the trial with this id records,
+``{"drop": 7}`` takes that back, ``{"end": true}`` says that the search is over. The end of the
+input says that the launcher is gone. Knows nothing of networks or storages.
 """
 
 from __future__ import annotations
@@ -61,15 +62,15 @@ class Orders:
 
 def serve(
     orders: Orders,
-    score: Callable[[list[int], list[int] | None, Callable[[], bool]], Answer],
+    score: Callable[[dict[str, Any], Callable[[], bool]], Answer],
     tell: Callable[..., None],
 ) -> None:
     """Score what is ordered until the search is over.
 
     Args:
         orders: The orders.
-        score: Scores the bits of each variable, given the bits its step starts from, and a function
-            that says whether the candidate is still needed; may raise `NotNeeded`.
+        score: Does what an order asks for, given a function that says whether it is still needed;
+            may raise `NotNeeded`.
         tell: Called with an event and facts for the launcher.
     """
     tell("ready")
@@ -78,10 +79,9 @@ def serve(
         if order.get("end"):
             return
         claim = order["claim"]
-        tell("scoring")
+        tell("training" if "train" in order else "scoring")
         try:
-            needed = functools.partial(orders.needed, claim)
-            value, facts = score(order["bits"], order["origin"], needed)
+            value, facts = score(order, functools.partial(orders.needed, claim))
         except NotNeeded:
             tell("dropped", claim=claim)
             continue

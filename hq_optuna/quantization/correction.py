@@ -56,12 +56,18 @@ class StatisticsCorrection:
         data: Calibration batches. The first one is what statistics are measured on, so it should
             be large (see `hq_optuna.batches.merge_first`).
         precision: Of the passes that statistics are read from.
+        reference: Bits at which the stored statistics are right: those a network was trained at.
+            ``None``: in float.
 
     The network keeps what `apply` set until `reset`, which restores the stored values bit for bit.
     """
 
     def __init__(
-        self, prepared: nn.Module, data: Batches, precision: Precision = "float32"
+        self,
+        prepared: nn.Module,
+        data: Batches,
+        precision: Precision = "float32",
+        reference: Mapping[str, LayerBits] | None = None,
     ) -> None:
         self.prepared = prepared
         self.precision: Precision = precision
@@ -71,7 +77,8 @@ class StatisticsCorrection:
         for layer in prepared_layers(prepared).values():
             add_shift(layer)
         before = get_bits(prepared)
-        set_bits(prepared, dict.fromkeys(before, LayerBits(FLOAT_BITS, FLOAT_BITS)))
+        in_float = dict.fromkeys(before, LayerBits(FLOAT_BITS, FLOAT_BITS))
+        set_bits(prepared, in_float if reference is None else reference)
         try:
             self._measure()
         finally:

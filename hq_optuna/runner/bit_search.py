@@ -17,7 +17,7 @@ from hq_optuna.artifacts import Artifacts, open_artifacts
 from hq_optuna.batches import Batches, Precision, read_batches
 from hq_optuna.cost import Budget, CostModel, check_reachable
 from hq_optuna.curvature import LossFunction
-from hq_optuna.errors import ResumeError
+from hq_optuna.errors import ArtifactError, ResumeError
 from hq_optuna.history import read_history
 from hq_optuna.introspection import introspect
 from hq_optuna.pruners import CostBudgetPruner
@@ -32,6 +32,7 @@ from hq_optuna.runner.resolving import resolve
 from hq_optuna.runner.result import SearchResult
 from hq_optuna.runner.scoring_setup import Progress
 from hq_optuna.runner.started import Started
+from hq_optuna.runner.training_plan import TrainingPlan
 from hq_optuna.runner.worker import Doing, work
 from hq_optuna.samplers import Encoding, ProgressiveBitSampler
 from hq_optuna.samplers.limiting import refuse_lower_limits, write_limits
@@ -81,6 +82,7 @@ class BitSearch:
         memory: Bytes of activations that are kept while candidates are scored; scores do not depend
             on it. 0 keeps none.
         precision: ``"float32"``, or ``"bfloat16"`` for candidates' forward passes.
+        training: When winners are trained, how and on what, see `TrainingPlan`; ``None``: never.
         validation: Data on which the network is measured before and after.
         evaluate: What is measured there, from (network, batches); accuracy by default.
         batch_size: Samples a batch, where data come without batches.
@@ -112,6 +114,7 @@ class BitSearch:
         quantizers: Mapping[str, str] | None = None,
         memory: int = DEFAULT_MEMORY,
         precision: Precision = "float32",
+        training: TrainingPlan | None = None,
         validation: Any = None,
         evaluate: Evaluate | None = None,
         batch_size: int = 32,
@@ -141,7 +144,9 @@ class BitSearch:
             quantizers=quantizers,
             memory=memory,
             precision=precision,
+            training=training,
         )
+        self.training = training
         self.objective.skipped = tuple((s.name, s.kind, s.reason) for s in seen.skipped)
         self.validation = (
             None
@@ -151,6 +156,9 @@ class BitSearch:
             )
         )
         self.evaluate: Evaluate = accuracy if evaluate is None else evaluate
+        if self.objective.training is not None:
+            self.objective.training.validation = self.validation
+            self.objective.training.evaluate = self.evaluate
 
     def optimize(  # noqa: D417
         self,
@@ -227,7 +235,8 @@ class BitSearch:
             refine: Whether swaps refine the answer once the budget is met.
             encoding: ``"layers"``, ``"compact"``, or ``None`` to choose by the number of layers.
             artifacts: A folder or ``s3://bucket/prefix`` for what is too large for the storage; a
-                copy of the sensitivity table goes there. ``None``: nowhere.
+                copy of the sensitivity table goes there, and what training gives. ``None``:
+                nowhere, and a search that trains is refused.
             limits: What the search may spend on itself. They are kept in the study; who goes on
                 with it may raise them.
             retry_for_s: How long a storage given by URL is tried again when it does not answer, or
@@ -247,8 +256,19 @@ class BitSearch:
             rule=rule,
             seed=seed,
             refine=refine,
+            train_every=0 if self.training is None else self.training.every,
+            final=self.training is not None and self.training.final is not None,
             encoding=encoding,
         )
+        if isinstance(artifacts, (str, Path)):
+            artifacts = open_artifacts(artifacts)
+        if self.objective.training is not None:
+            if artifacts is None:
+                raise ArtifactError(
+                    "A search that trains keeps weights in an artifact store. Give one: "
+                    "artifacts=, a folder or s3://bucket/prefix."
+                )
+            self.objective.training.artifacts = artifacts
         opened = open_storage(storage)
         if isinstance(storage, str):
             opened = RetryingStorage(opened, redact_url(storage), retry_for_s=retry_for_s)
@@ -269,8 +289,6 @@ class BitSearch:
             if started is not None:
                 started.remember(study)
             self.objective.prepare(study)
-            if isinstance(artifacts, (str, Path)):
-                artifacts = open_artifacts(artifacts)
             if artifacts is not None:
                 publish_artifacts(study, artifacts)
         return study
@@ -318,7 +336,7 @@ class BitSearch:
         record = history.incumbent
         if record is None:
             raise ResumeError(f"Study {study.study_name!r} has no closed step yet.")
-        network = self.objective.quantized(record.config)
+        network = self.objective.answer(study, record.config)
         facts = {name: fact for name, fact in history.facts.items() if name != COMPARED}
         if self.validation is not None:
             facts |= self._before_and_after(network, self.validation, "validation")

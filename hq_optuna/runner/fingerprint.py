@@ -35,6 +35,8 @@ _WORDS = {
     "seed": "the seed",
     "refine": "whether swaps refine the answer",
     "encoding": "the encoding of candidates",
+    "training": "the training (its data or settings)",
+    "train_every": "how often winners are trained",
 }
 
 

@@ -26,6 +26,7 @@ from optuna.study import Study
 from optuna.trial import TrialState
 
 from hq_optuna import attrs, workers
+from hq_optuna.attrs import Ticket
 from hq_optuna.errors import StorageError
 from hq_optuna.runner.hands import Hand, Hands, Order
 from hq_optuna.runner.hands import Result as Said
@@ -136,7 +137,10 @@ class Foreman:
             order
             for order in list(self._claimed.values())
             if order.ticket is not None
-            and (order.ticket.parent != step.parent or order.ticket.slot in step.done)
+            and (
+                order.ticket.parent != step.parent
+                or (order.ticket.kind == "candidate" and order.ticket.slot in step.done)
+            )
         )
         if step.complete:
             return log.anything_left() and self._record(log)
@@ -218,7 +222,7 @@ class Foreman:
 
     def _order(self, bits: tuple[int, ...], log: StepLog) -> Order:
         origin = None if log.incumbent is None else log.incumbent.state
-        return Order(new_claim(), bits, origin, self._clock())
+        return Order(new_claim(), bits, origin, self._clock(), base=log.base)
 
     def _choose(self, log: StepLog) -> tuple[list[int], bool]:
         """Return the slots to claim now, and whether nobody else works on the study.
@@ -253,6 +257,8 @@ class Foreman:
         if len(self._crew(log)) > 1:
             return
         step, search = log.open, log.search
+        if search.trains(step.step):
+            return  # the next step begins from what that gives
         found = {slot: log.results[step.step, slot] for slot in step.done}
         for order, said in [*self._early, *results]:
             if order.ticket is not None and order.ticket.parent == step.parent:
@@ -266,7 +272,9 @@ class Foreman:
         past = Past([*log.past.incumbents, incumbent], log.past.results | places)
         now = self._clock()
         for bits in search.states(incumbent, past)[: self._each * len(self.hands)]:
-            self._ahead[bits] = Order(new_claim(), bits, incumbent.state, now, early=True)
+            self._ahead[bits] = Order(
+                new_claim(), bits, incumbent.state, now, early=True, base=log.base
+            )
         self.hands.hand_out(list(self._ahead.values()))
 
     # The step's record, and signs of life
@@ -277,6 +285,8 @@ class Foreman:
         search, claim = self._sampler.known(self._study).search, new_claim()
         ticket = dataclasses.replace(record_ticket(log, search), claim=claim)
         assert ticket.origin is not None
+        if ticket.trains:
+            return self._have_trained(log, ticket)
         winner = self._facts.get(ticket.origin) or winner_of(self._study, ticket.origin)
         value, facts = closing(*winner)
         facts[attrs.SECONDS] = round(time.perf_counter() - began, 6)
@@ -292,6 +302,20 @@ class Foreman:
             finish_trials(self._study._storage, [ended])
         self._facts.clear()
         return True
+
+    def _have_trained(self, log: StepLog, ticket: Ticket) -> bool:
+        """Claim a record that trains its bits, and hand it to a worker."""
+        [(number, trial_id)] = create_together(self._sampler, self._study, [ticket])
+        if self._sampler.log(self._study).taken(ticket, number):
+            finish_trials(self._study._storage, [Ended(trial_id, TrialState.PRUNED)])
+            return False
+        order = self._order(ticket.bits, log)
+        order = dataclasses.replace(
+            order, claim=ticket.claim, ticket=ticket, number=number, trial_id=trial_id, trains=True
+        )
+        self._claimed[order.claim] = order
+        self.hands.hand_out([order])
+        return False
 
     def _show_life(self) -> None:
         now = self._clock()

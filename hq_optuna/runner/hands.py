@@ -34,6 +34,8 @@ class Order:
         hand: Who has it, or had it.
         void: Whether nobody wants its result any more.
         early: Whether it was handed out before its step was open.
+        base: The record whose trained network it is made from, if there is one.
+        trains: Whether it is the record of a step whose bits are to be trained.
     """
 
     claim: int
@@ -46,11 +48,18 @@ class Order:
     hand: Hand | None = None
     void: bool = False
     early: bool = False
+    base: int | None = None
+    trains: bool = False
 
     def message(self) -> dict[str, Any]:
         """Return what a worker is told."""
         origin = None if self.origin is None else list(self.origin)
-        return {"claim": self.claim, "bits": list(self.bits), "origin": origin}
+        said = {"claim": self.claim, "bits": list(self.bits), "origin": origin}
+        if self.base is not None:
+            said["base"] = self.base
+        if self.trains:
+            said["train"] = self.trial_id
+        return said
 
     def drop(self) -> None:
         """Say that its result is not wanted, to who has it too."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,6 +22,8 @@ from hq_optuna.bit_config import BitConfig
 from hq_optuna.checks import check_forward
 from hq_optuna.cost import Budget, CostModel
 from hq_optuna.curvature import LossFunction
+from hq_optuna.errors import ResumeError
+from hq_optuna.launching.serving import NotNeeded
 from hq_optuna.pruners import CostBudgetPruner
 from hq_optuna.quantization import Observer, set_bits
 from hq_optuna.quantization.compensation import Rounding
@@ -31,6 +33,8 @@ from hq_optuna.runner.publish import publish, publish_facts, stored_sensitivity
 from hq_optuna.runner.quantizer_choice import choose_quantizers
 from hq_optuna.runner.recording import KEPT, closing, winner_of
 from hq_optuna.runner.scoring_setup import Progress, ScoringSetup
+from hq_optuna.runner.trained_steps import TrainedSteps
+from hq_optuna.runner.training_plan import TrainingPlan
 from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.samplers.claims import ClaimedTrial, write_facts
 from hq_optuna.samplers.tickets import excess, facts
@@ -77,6 +81,8 @@ class HessianObjective:
         precision: ``"float32"``: candidates run in the network's own precision. ``"bfloat16"``:
             in bfloat16 where PyTorch's autocast allows it, which is quick on GPUs and coarse: it
             has 8 significant bits.
+        training: When winners are trained, and how; the sampler must be told the same. Then
+            `training.artifacts` must be set before the first trial. ``None``: never.
 
     Raises:
         SpaceError: An unknown quantizer, or one that cannot do the bits of its layers.
@@ -100,6 +106,7 @@ class HessianObjective:
         batch_size: int = 32,
         memory: int = DEFAULT_MEMORY,
         precision: Precision = "float32",
+        training: TrainingPlan | None = None,
     ) -> None:
         self.model = model
         self.space = space
@@ -118,6 +125,17 @@ class HessianObjective:
         self.device = next(model.parameters()).device
         self.data = read_batches(calibration, batch_size=batch_size).to(self.device)
         self.warnings = check_forward(model, self.data, loss_fn)
+        self.training: TrainedSteps | None = None
+        if training is not None:
+            self.training = TrainedSteps(
+                training,
+                model,
+                space,
+                self.setup,
+                self.data,
+                loss_fn,
+                lambda what, done, of: self.progress(what, done, of),
+            )
         self.skipped: tuple[tuple[str, str, str], ...] = ()
         self.progress: Progress = lambda what, done, of: None
         self._scorer: Scorer | None = None
@@ -125,13 +143,18 @@ class HessianObjective:
         # By storage, as studies of two storages may have the same id.
         self._settled: WeakKeyDictionary[BaseStorage, dict[int, bool]] = WeakKeyDictionary()
 
-    def quantized(self, config: BitConfig) -> nn.Module:
+    def quantized(self, config: BitConfig, scorer: Scorer | None = None) -> nn.Module:
         """Return a network of its own with these bits, its statistics corrected if they shall be.
 
         Call `prepare` first.
+
+        Args:
+            config: The bits.
+            scorer: Whose network: that of `prepare` by default, which was not trained.
         """
-        assert self._scorer is not None, "call prepare() first"
-        prepared, correction = self._scorer.prepared, self._scorer.correction
+        scorer = self._scorer if scorer is None else scorer
+        assert scorer is not None, "call prepare() first"
+        prepared, correction = scorer.prepared, scorer.correction
         set_bits(prepared, config)
         if correction is not None:
             correction.apply()
@@ -139,6 +162,39 @@ class HessianObjective:
         if correction is not None:
             correction.reset()
         return network
+
+    def answer(self, study: Study, config: BitConfig) -> nn.Module:
+        """Return the network of the last closed step: trained, where that step's record is."""
+        sampler = study.sampler
+        if not isinstance(sampler, ProgressiveBitSampler) or self.training is None:
+            return self.quantized(config)
+        log = sampler.log(study)
+        scorer = self.scorer_at(study, log.base)
+        network = self.quantized(config, scorer)
+        if log.base is not None and log.closed[-1].number == log.base:
+            fresh = self.setup.prepared(self.model, self.space)
+            return self.training.network(study, log.base, fresh)
+        return network
+
+    def scorer_at(self, study: Study, base: int | None) -> Scorer:
+        """Return the scorer of candidates that are made from a trained record.
+
+        Args:
+            study: The study.
+            base: The record's number; ``None``: of the network as it was given.
+        """
+        scorer = self.prepare(study)
+        if base is None:
+            return scorer
+        if self.training is None:
+            raise ResumeError(
+                f"Study {study.study_name!r} trains its winners, and this objective was given no "
+                "training plan. Give the plan that the study was started with.",
+                changed=("training",),
+            )
+        if scorer.reuse is not None:
+            scorer.reuse.forget()  # one network's activations are enough
+        return self.training.scorer(study, base).scorer
 
     def prepare(self, study: Study | None = None) -> Scorer:
         """Compute what all candidates share; called by the first trial if not before.
@@ -207,6 +263,8 @@ class HessianObjective:
             "precision": self.setup.precision,
             "loss": loss,
         }
+        if self.training is not None:
+            mine["training"] = self.training.plan.digest()
         budget = budget_of(study)
         if budget is not None:
             mine["budget"] = str(budget)
@@ -217,6 +275,7 @@ class HessianObjective:
                 "n_candidates": sampler.n_candidates,
                 "seed": sampler.seed,
                 "refine": sampler.refine,
+                **({"train_every": sampler.train_every} if sampler.train_every else {}),
                 "encoding": sampler.encoding,
             }
         return mine
@@ -240,6 +299,7 @@ class HessianObjective:
             rule=type(sampler).__name__ if ours is None else ours.rule,
             n_candidates=1 if ours is None else ours.n_candidates,
             seed=0 if ours is None else ours.seed,
+            training=None if self.training is None else self.training.plan.to_json(),
             skipped=self.skipped,
             warnings=tuple(self.warnings),
         )
@@ -267,40 +327,76 @@ class HessianObjective:
             for name, (_, choices) in sampler.parameters(ticket).items():
                 trial.suggest_categorical(name, choices)
         config = self.space.config(ticket.bits)
+        if ticket.trains:
+            return self._record_training(trial, ticket, config, started)
         if ticket.kind == "incumbent":
             return self._record_step(trial, ticket, config, started)
         origin = sampler.origin(study)
+        scorer = self.scorer_at(study, sampler.base(study))
         pruned = optuna.TrialPruned("its work is no longer needed")
         with while_needed(scorer, lambda: not trial.should_prune(), pruned):
             score = scorer.score(config, config if origin is None else self.space.config(origin))
         return self._record(trial, config, score, ticket, started)
 
-    def evaluate(
-        self,
-        bits: Sequence[int],
-        origin: Sequence[int] | None,
-        needed: Callable[[], bool],
-        otherwise: Exception,
+    def obey(
+        self, study: Study, order: Mapping[str, Any], needed: Callable[[], bool]
     ) -> tuple[float, dict[str, Any]]:
-        """Score a candidate for somebody else's trial; call `prepare` first.
+        """Do what a foreman orders for a trial of its own; call `prepare` first.
 
         Args:
-            bits: Of each variable of the space.
-            origin: Of the incumbent that its step starts from; ``None`` in step 0.
+            study: The study. It is read only for a network that was trained meanwhile, and written
+                only while one is trained here.
+            order: See `hq_optuna.runner.hands.Order.message`.
             needed: Asked now and then.
-            otherwise: Raised when it is not.
 
         Returns:
             The score, nats, and the trial's user attributes.
+
+        Raises:
+            NotNeeded: Nobody needs it any more.
         """
         assert self._scorer is not None, "call prepare() first"
-        started = time.perf_counter()
-        config = self.space.config(bits)
-        with while_needed(self._scorer, needed, otherwise, every_s=0.0):
-            score = self._scorer.score(
-                config, config if origin is None else self.space.config(origin)
-            )
+        started, base = time.perf_counter(), order.get("base")
+        if "train" in order:
+            trial = Trial(study, order["train"])
+            sampler = study.sampler
+            assert isinstance(sampler, ProgressiveBitSampler)
+            sampler.log(study)
+            ticket = sampler.ticket(study, trial._trial_id)
+            assert ticket is not None
+            score, said = self.trained(trial, ticket)
+            return score.total, {**_shown(score, started), attrs.TRAINING: said}
+        config = self.space.config(order["bits"])
+        origin = config if order["origin"] is None else self.space.config(order["origin"])
+        scorer = self._scorer if base is None else self.scorer_at(study, base)
+        with while_needed(scorer, needed, NotNeeded(), every_s=0.0):
+            score = scorer.score(config, origin)
         return score.total, _shown(score, started)
+
+    def _record_training(
+        self, trial: Trial, ticket: Ticket, config: BitConfig, started: float
+    ) -> float:
+        score, facts = self.trained(trial, ticket)
+        write_facts(trial, {attrs.TRAINING: facts})
+        return self._record(trial, config, score, ticket, started)
+
+    def trained(self, trial: Trial, ticket: Ticket) -> tuple[Score, dict[str, Any]]:
+        """Train the bits of a step record; return the trained network's score, and what to record.
+
+        Args:
+            trial: The record's trial.
+            ticket: Its ticket.
+
+        Raises:
+            ArtifactError: The artifact store cannot be read or written.
+        """
+        study, sampler = trial.study, trial.study.sampler
+        assert isinstance(sampler, ProgressiveBitSampler)
+        log = sampler.log(study)
+        scorer = self.scorer_at(study, log.base)
+        assert self.training is not None
+        network = self.quantized(self.space.config(ticket.bits), scorer)
+        return self.training.train(trial, ticket, log, network)
 
     def _record_step(
         self, trial: Trial, ticket: Ticket, config: BitConfig, started: float

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from hq_optuna.batches import Batches, Precision, check_precision, merge_first
 from hq_optuna.curvature import LossFunction, probe_of
@@ -15,6 +15,7 @@ from hq_optuna.layers import LayerSpec
 from hq_optuna.quantization import Observer, observe_inputs, prepare
 from hq_optuna.quantization.compensation import ROUNDINGS, Rounding, compensate_weights
 from hq_optuna.quantization.correction import StatisticsCorrection
+from hq_optuna.quantization.observers import InputHistogram
 from hq_optuna.runner.quantizer_choice import not_compensated
 from hq_optuna.scoring import (
     LAYER_SUMS,
@@ -30,6 +31,7 @@ from hq_optuna.scoring import (
 from hq_optuna.scoring.reuse import DEFAULT_MEMORY
 from hq_optuna.scoring.sensitivity import bits_needed, unknown_layers
 from hq_optuna.space import SearchSpace
+from hq_optuna.training.base import TrainedBase
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, of)."""
@@ -120,6 +122,10 @@ class ScoringSetup:
         loss_fn: LossFunction,
         known: Sensitivity | None,
         progress: Progress,
+        *,
+        base: TrainedBase | None = None,
+        teacher: nn.Module | None = None,
+        moments: Mapping[str, Tensor] | None = None,
     ) -> BuiltScorer:
         """Return a scorer of a network.
 
@@ -130,30 +136,38 @@ class ScoringSetup:
             loss_fn: Mean loss of a batch from outputs and labels.
             known: Sensitivities that another worker measured; ``None``: measure them.
             progress: Told what is done.
+            base: What a training learned, where the network is a trained one.
+            teacher: Then, the network that rises are measured against.
+            moments: Then, the curvature of weights that its training told, by layer.
         """
         names = [layer.name for layer in space.layers]
-        histograms = observe_inputs(network, names, data)
-        prepared = prepare(
-            network,
-            space.layers,
-            histograms,
-            observer=self.observer,
-            quantizers=self.quantizers,
-        )
+        prepared = self.prepared(network, space, observe_inputs(network, names, data))
         warnings: list[str] = []
+        wanted = {name: set(weights) for name, (weights, _) in bits_needed(space).items()}
+        if base is not None:
+            base.settle_(prepared)
+            for name, weights in wanted.items():
+                weights.discard(base.config[name].weight_bits)
         if self.rounding == "compensated":
             compensate_weights(
                 prepared,
                 space.layers,
                 data,
-                {name: weights for name, (weights, _) in bits_needed(space).items()},
+                wanted,
                 progress=lambda done, of: progress("rounding", done, of),
             )
             warnings += not_compensated(self.quantizers)
         facts: dict[str, float] = {}
         if known is None:
             known, curvature = measure_layer_sums(
-                self._layer_sum(loss_fn), network, prepared, space, data, loss_fn, progress=progress
+                self._layer_sum(loss_fn),
+                network,
+                prepared,
+                space,
+                data,
+                loss_fn,
+                progress=progress,
+                moments=moments,
             )
             warnings += unknown_layers(curvature, space.layers)
             facts["curvature_samples"] = curvature.n_samples
@@ -161,7 +175,11 @@ class ScoringSetup:
                 facts["curvature_standard_error"] = round(curvature.largest_error, 4)
         merged = merge_first(data, statistics_samples(space.layers))
         correct = (
-            StatisticsCorrection(prepared, merged, self.precision) if self.correction else None
+            StatisticsCorrection(
+                prepared, merged, self.precision, None if base is None else base.config
+            )
+            if self.correction
+            else None
         )
         scorer = Scorer(
             prepared,
@@ -173,8 +191,20 @@ class ScoringSetup:
             correction=correct,
             memory=self.memory,
             precision=self.precision,
+            teacher=teacher,
         )
         return BuiltScorer(scorer, warnings + scorer.warnings, facts)
+
+    def prepared(
+        self,
+        network: nn.Module,
+        space: SearchSpace,
+        inputs: Mapping[str, InputHistogram] | None = None,
+    ) -> nn.Module:
+        """Return a prepared copy of a network, without ranges for its inputs unless observed."""
+        return prepare(
+            network, space.layers, inputs, observer=self.observer, quantizers=self.quantizers
+        )
 
     def _layer_sum(self, loss_fn: LossFunction) -> LayerSumName:
         """Return the sum over layers that is recorded of each candidate."""

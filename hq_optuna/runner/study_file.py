@@ -1,9 +1,9 @@
 """Study files: a plain Python file that says which network is searched, and on which data.
 
-A study file defines `network` and `calibration`, perhaps `validation`, `test`, `loss`, `evaluate`
-and `SETTINGS`. The parameters of the first four functions are its options on the command line,
-``def network(checkpoint: Path)`` becomes ``--checkpoint PATH``; a parameter called ``folder``
-receives the run's folder instead. Nothing here loads PyTorch before `StudyFile.build`.
+A study file defines `network` and `calibration`, perhaps `validation`, `test`, `train`, `augment`,
+`loss`, `evaluate` and `SETTINGS`. The parameters of the first five are its options on the command
+line: ``def network(checkpoint: Path)`` becomes ``--checkpoint PATH``; a parameter called
+``folder`` receives the run's folder instead. Nothing here loads PyTorch before `StudyFile.build`.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ __all__ = ["SETTINGS_KEYS", "Option", "StudyFile", "StudyParts", "find_study", "
 SETTINGS_KEYS = (
     *("bits", "activation_bits", "pin_first_last", "pins", "allowed", "tied"),
     *("budget", "n_candidates", "rule", "scorer", "rounding", "correction", "seed", "refine"),
-    *("memory", "precision", "quantizers"),
+    *("memory", "precision", "quantizers", "train_every", "train_epochs", "final_epochs"),
+    "training",
 )
 """What a study file's SETTINGS may set."""
 
 _REQUIRED = ("network", "calibration")
-_WITH_OPTIONS = (*_REQUIRED, "validation", "test")
-_CALLED_LATER = ("loss", "evaluate")
+_WITH_OPTIONS = (*_REQUIRED, "validation", "test", "train")
+_CALLED_LATER = ("loss", "evaluate", "augment")
 
 
 @dataclass
@@ -51,6 +52,8 @@ class StudyParts:
         evaluate: ``evaluate(network, batches)``, named figures, or ``None`` for accuracy.
         test: Returns the test data when called, or ``None``. It is a function so that nobody reads
             the test data before the end.
+        train: Returns the training data when called, or ``None``; read where winners are trained.
+        augment: ``augment(inputs, generator)``, changes a batch of training inputs, or ``None``.
     """
 
     network: Any
@@ -59,6 +62,8 @@ class StudyParts:
     loss: Callable[[Any, Any], Any] | None = None
     evaluate: Callable[[Any, Any], Mapping[str, float]] | None = None
     test: Callable[[], Any] | None = None
+    train: Callable[[], Any] | None = None
+    augment: Callable[[Any, Any], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -179,6 +184,8 @@ class StudyFile:
             has.get("loss"),
             has.get("evaluate"),
             (lambda: self._call("test", values)) if "test" in has else None,
+            (lambda: self._call("train", values)) if "train" in has else None,
+            has.get("augment"),
         )
 
     def _call(self, name: str, values: Mapping[str, Any]) -> Any:

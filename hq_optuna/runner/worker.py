@@ -24,7 +24,7 @@ from hq_optuna.storages import RetryingStorage
 
 logger = logging.getLogger(__name__)
 
-Doing = Literal["scoring", "scored", "recording", "waiting"]
+Doing = Literal["scoring", "scored", "recording", "training", "waiting"]
 
 SHORTEST_WAIT_S = 0.02
 LONGEST_WAIT_S = 1.0
@@ -74,8 +74,8 @@ def work(
         objective: Usually a `HessianObjective`.
         on_progress: Called with the record after each trial and each wait.
         on_doing: Called with what this worker does: ``"scoring"`` before a candidate and
-            ``"scored"`` after it, ``"recording"`` before a step record, ``"waiting"`` before a
-            wait.
+            ``"scored"`` after it, ``"recording"`` before a step record, ``"training"`` before one
+            that trains, ``"waiting"`` before a wait.
 
     Raises:
         ResumeError: The study belongs to another search.
@@ -123,7 +123,8 @@ def _run_one(
         try:
             with beating(storage, trial._trial_id):
                 held.release()
-                on_doing("recording" if recording else "scoring")
+                trains = ticket is not None and ticket.trains
+                on_doing("training" if trains else "recording" if recording else "scoring")
                 value = float(objective(trial))
                 held.hold()  # a result is stored whole
             if math.isnan(value):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from optuna.trial import TrialState
@@ -27,11 +27,20 @@ from hq_optuna.storages.trials import Cursor, TrialRow
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """A closed step: the number of its record, what it left, and the trial it took."""
+    """A closed step: its record, what it left, the trial it took, and whether it was trained."""
 
     number: int
     incumbent: Incumbent
     winner: int
+    trained: bool = False
+
+
+class _Record(NamedTuple):
+    """A complete step record: trial number, ticket, and value."""
+
+    number: int
+    ticket: Ticket
+    value: float
 
 
 class _Scored(NamedTuple):
@@ -53,6 +62,7 @@ class OpenStep:
         done: Slot → number of the trial that counts.
         running: Slot → numbers of trials whose workers are not known to be dead.
         recording: Running step records of this step, likewise.
+        final: Whether nothing is left but to train the answer: a step without candidates.
     """
 
     step: int
@@ -61,6 +71,7 @@ class OpenStep:
     done: dict[int, int] = field(default_factory=dict)
     running: dict[int, list[int]] = field(default_factory=dict)
     recording: list[int] = field(default_factory=list)
+    final: bool = False
     seen: dict[int, int] = field(default_factory=dict, repr=False)  # slot → results looked at
 
     @property
@@ -100,7 +111,8 @@ class StepLog:
         self.past = Past()
         self._by_number: dict[int, tuple[int, int, Result]] = {}
         self._candidates: dict[tuple[int, str], dict[int, list[_Scored]]] = {}
-        self._records: dict[tuple[int, str], list[tuple[int, Ticket]]] = {}
+        self._records: dict[tuple[int, str], list[_Record]] = {}
+        self._attempts: dict[tuple[int, str], set[int]] = {}
         self._closed_keys: set[tuple[int, str]] = set()
         self.limits = Limits()
         self.stopped_by: str | None = None
@@ -135,6 +147,14 @@ class StepLog:
         return self.past.results
 
     @property
+    def comparable(self) -> dict[tuple[int, int], Result]:
+        """Those candidates whose scores are of the network as it is now, not trained since."""
+        last = max((c.incumbent.step for c in self.closed if c.trained), default=-1)
+        if last < 0:
+            return self.results
+        return {place: result for place, result in self.results.items() if place[0] > last}
+
+    @property
     def finished(self) -> bool:
         """Whether the search is over."""
         return self.open is None
@@ -147,11 +167,13 @@ class StepLog:
             self._note_search(row.ticket)
             self._note_time(row)
             ticket = row.ticket
+            if ticket is not None and ticket.trains:
+                self._attempts.setdefault((ticket.step, ticket.parent), set()).add(row.trial_id)
             if row.state != TrialState.COMPLETE or ticket is None or row.value is None:
                 continue
             key = (ticket.step, ticket.parent)
             if ticket.kind == "incumbent":
-                self._records.setdefault(key, []).append((row.number, ticket))
+                self._records.setdefault(key, []).append(_Record(row.number, ticket, row.value))
             elif ticket.kind == "candidate":
                 slots = self._candidates.setdefault(key, {})
                 scored = _Scored(row.number, row.value, ticket.bits)
@@ -240,26 +262,28 @@ class StepLog:
             record = self._first_record(key)
             if record is None:
                 break
-            number, origin = record
-            from_step, slot, result = self._by_number[origin]
-            incumbent = Incumbent(
-                step.step, result.state, result.score, result.cost, (from_step, slot)
-            )
-            self.closed.append(Closed(number, incumbent, origin))
+            number, ticket, value = record
+            assert ticket.origin is not None
+            from_step, slot, result = self._by_number[ticket.origin]
+            score = value if ticket.trains else result.score
+            place = (from_step, slot)
+            incumbent = Incumbent(step.step, result.state, score, result.cost, place)
+            self.closed.append(Closed(number, incumbent, ticket.origin, ticket.trains))
             self._closed_keys.add(key)
             self.past.incumbents.append(incumbent)
-            self._step = self._open_step(incumbent)
+            self._step = None if step.final else self._open_step(incumbent)
         if self._step is not None:
             self._note_running(self._step)
         self._check_limits()
 
-    def _first_record(self, key: tuple[int, str]) -> tuple[int, int] | None:
-        """Return the numbers of a step's first record and of the trial it took."""
-        for number, ticket in sorted(self._records[key], key=lambda record: record[0]):
-            origin = -1 if ticket.origin is None else ticket.origin
+    def _first_record(self, key: tuple[int, str]) -> _Record | None:
+        """Return a step's first record."""
+        for record in sorted(self._records[key], key=lambda record: record.number):
+            origin = -1 if record.ticket.origin is None else record.ticket.origin
             # A record of what is no candidate of this search would stop it for ever.
-            if origin in self._by_number and self._by_number[origin][2].state == ticket.bits:
-                return number, origin
+            found = self._by_number.get(origin)
+            if found is not None and found[2].state == record.ticket.bits:
+                return record
         return None
 
     def _note_running(self, step: OpenStep) -> None:
@@ -275,13 +299,38 @@ class StepLog:
     def _open_step(self, incumbent: Incumbent | None) -> OpenStep | None:
         """Return the step after an incumbent, or ``None`` where the search ends with it."""
         states = self.search.states(incumbent, self.past)
-        if not states:
-            return None
         step = 0 if incumbent is None else incumbent.step + 1
-        return OpenStep(step, _parent_digest(self._settings, incumbent), states)
+        if not states and not self.search.final:
+            return None
+        parent = _parent_digest(self._settings, incumbent)
+        return OpenStep(step, parent, states, final=not states)
+
+    @property
+    def base(self) -> int | None:
+        """The number of the record whose trained network candidates are made from."""
+        return next((c.number for c in reversed(self.closed) if c.trained), None)
+
+    def trains_open_step(self) -> bool:
+        """Return whether the record of the complete open step trains its bits."""
+        step = self.open
+        if step is None:
+            return False
+        if step.final:
+            return True
+        # Who trains the answer at the end need not train it just before.
+        return self.search.trains(step.step) and not (
+            self.search.final and self.ends_with_open_step()
+        )
+
+    def attempts(self, step: int, parent: str) -> list[int]:
+        """Return the ids of the trials that began to train a step, the latest first."""
+        return sorted(self._attempts.get((step, parent), ()), reverse=True)
 
     def ends_with_open_step(self) -> bool:
         """Return whether the search is over once the complete open step is recorded."""
+        assert self.open is not None
+        if self.open.final:
+            return True
         incumbent, _ = self.close_open_step()
         past = Past([*self.past.incumbents, incumbent], self.past.results)
         return self.search.finished(incumbent, past)
@@ -292,7 +341,11 @@ class StepLog:
         assert self.open.complete
         step = self.open.step
         results = [self.results[step, slot] for slot in range(len(self.open.states))]
-        incumbent = self.search.close(self.incumbent, results, self.results)
+        if self.open.final:
+            assert self.incumbent is not None
+            incumbent = replace(self.incumbent, step=step)
+        else:
+            incumbent = self.search.close(self.incumbent, results, self.comparable)
         from_step, slot = incumbent.origin
         winner = (
             self.open.done[slot]
@@ -311,6 +364,9 @@ def settings(search: ProgressiveSearch) -> dict[str, Any]:
         "seed": search.seed,
         "refine": search.refine,
         "limit": search.limit if search.limit > float("-inf") else None,
+        # Named only where there is training, so that older studies go on.
+        **({"train_every": search.train_every} if search.train_every else {}),
+        **({"final": True} if search.final else {}),
     }
 
 

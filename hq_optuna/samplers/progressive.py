@@ -77,6 +77,9 @@ class ProgressiveBitSampler(BaseSampler):
         seed: Seed of the draws.
         refine: Once the budget is met, try steps of swaps (raise here, lower there, within the
             budget) until one brings nothing.
+        train_every: Steps after which the objective trains the winner, and the next ones are made
+            from the trained network; 0 for never. The objective must know how.
+        final: Whether the objective trains the answer when the search is over.
         encoding: ``"layers"``: each candidate has the bits of every layer as parameters, which the
             dashboard draws. ``"compact"``: two parameters, ``layer`` and ``bits``, and
             `hq_optuna.assignment` has the rest. Step records always have all layers. ``None``:
@@ -120,6 +123,8 @@ class ProgressiveBitSampler(BaseSampler):
         rule: Rule = "ratio",
         seed: int = 0,
         refine: bool = True,
+        train_every: int = 0,
+        final: bool = False,
         encoding: Encoding | None = None,
     ) -> None:
         taken = {LAYER, BITS} & set(space.parameters(space.top))
@@ -143,6 +148,8 @@ class ProgressiveBitSampler(BaseSampler):
         self.rule: Rule = rule
         self.seed = seed
         self.refine = refine
+        self.train_every = train_every
+        self.final = final
         self.encoding: Encoding = encoding
         self.backs_up = True
         self._search(None)  # refuse bad settings now
@@ -205,6 +212,13 @@ class ProgressiveBitSampler(BaseSampler):
         incumbent = self.known(study).log.incumbent
         return None if incumbent is None else incumbent.state
 
+    def base(self, study: Study) -> int | None:
+        """Return the number of the record whose trained network candidates are made from.
+
+        ``None`` for the network as it was given. Reads nothing from the storage.
+        """
+        return self.known(study).log.base
+
     def finished(self, study: Study) -> bool:
         """Return whether the budget is met, or nothing is left to lower."""
         return self.log(study).finished
@@ -220,6 +234,8 @@ class ProgressiveBitSampler(BaseSampler):
             rule=self.rule,
             seed=self.seed,
             refine=self.refine,
+            train_every=self.train_every,
+            final=self.final,
         )
 
     # Asking

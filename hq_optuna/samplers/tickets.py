@@ -56,6 +56,7 @@ def record_ticket(log: StepLog, search: str = "") -> Ticket:
         origin=winner,
         worker=workers.worker_id(),
         search=search,
+        trains=log.trains_open_step(),
     )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
 from hq_optuna.batches import Batches
 from hq_optuna.curvature import (
@@ -48,6 +49,7 @@ def measure_layer_sums(
     loss_fn: LossFunction,
     *,
     progress: Progress = lambda what, done, of: None,
+    moments: Mapping[str, Tensor] | None = None,
 ) -> LayerSums:
     """Return the predicted loss rise of every layer at every number of bits, by a named score.
 
@@ -59,6 +61,9 @@ def measure_layer_sums(
         data: Calibration batches on the network's device.
         loss_fn: Mean loss of a batch from outputs and labels.
         progress: Called with (what, done, of).
+        moments: Layer → curvature of its weights, nats per weight², that is known already: the
+            second moments of a training. Taken for the sums of this project, not for those as
+            published.
 
     Raises:
         ValueError: ``fisher`` with a loss whose Hessian in the outputs is not known.
@@ -67,6 +72,10 @@ def measure_layer_sums(
     curvature = measure_curvature(
         name, network, space.layers, data, loss_fn, lambda i, of: progress("curvature", i, of)
     )
+    if moments and name in ("diagonal", "trace", "fisher"):
+        known = {n: moments[n].to(h) if n in moments else h for n, h in curvature.weights.items()}
+        gone = tuple(n for n in curvature.no_gradient if n not in moments)
+        curvature = dataclasses.replace(curvature, weights=known, no_gradient=gone)
     if name == "fit":
         return LayerSums(fit(prepared, space, curvature, data), curvature)
     if name == "hawq_v2":

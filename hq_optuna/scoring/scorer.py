@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args
@@ -61,6 +62,8 @@ class Scorer:
             what depends on the layers they change. 0 runs every candidate whole. Scores are the
             same, bit for bit.
         precision: Of candidates' forward passes, see `hq_optuna.batches.Precision`.
+        teacher: Whose outputs a rise is measured against, where that is not the prepared network
+            in float: the network as it was before it was trained at fewer bits.
 
     Attributes:
         reuse: Runs candidates on what is kept; ``None`` where they run whole.
@@ -80,8 +83,10 @@ class Scorer:
         correction: StatisticsCorrection | None = None,
         memory: int = DEFAULT_MEMORY,
         precision: Precision = "float32",
+        teacher: nn.Module | None = None,
     ) -> None:
         check_precision(precision)
+        self._teacher = teacher
         self.prepared = prepared
         self.sensitivity = sensitivity
         self.data = data
@@ -189,12 +194,16 @@ class Scorer:
 
     def _outputs_in_float(self) -> list[Any]:
         if self._float_outputs is None:
-            before = get_bits(self.prepared)
-            set_bits(self.prepared, dict.fromkeys(before, LayerBits(FLOAT_BITS, FLOAT_BITS)))
-            if self.correction is not None:
-                self.correction.reset()
-            self._float_outputs = [forward(self.prepared, batch.inputs) for batch in self.data]
-            set_bits(self.prepared, before)
+            if self._teacher is not None:
+                teacher = copy.deepcopy(self._teacher).eval()
+                self._float_outputs = [forward(teacher, batch.inputs) for batch in self.data]
+            else:
+                before = get_bits(self.prepared)
+                set_bits(self.prepared, dict.fromkeys(before, LayerBits(FLOAT_BITS, FLOAT_BITS)))
+                if self.correction is not None:
+                    self.correction.reset()
+                self._float_outputs = [forward(self.prepared, b.inputs) for b in self.data]
+                set_bits(self.prepared, before)
             if isinstance(self.output_rise, CrossEntropyRise):
                 self.output_rise = self.output_rise.calibrated(self._float_outputs)
         return self._float_outputs

@@ -59,6 +59,8 @@ class ProgressiveSearch:
         rule: `choose`'s rule.
         seed: Seed of the draws.
         refine: Whether swaps refine the answer once the budget is met.
+        train_every: Steps after which their winner is trained; 0 for never.
+        final: Whether the answer is trained when the search is over.
     """
 
     space: SearchSpace
@@ -68,12 +70,20 @@ class ProgressiveSearch:
     rule: Rule = "ratio"
     seed: int = 0
     refine: bool = False
+    train_every: int = 0
+    final: bool = False
 
     def __post_init__(self) -> None:
         if self.n_candidates < 1:
             raise ValueError(f"n_candidates is at least 1; got {self.n_candidates}.")
         if self.rule not in RULES:
             raise ValueError(f"rule is one of {', '.join(RULES)}; got {self.rule!r}.")
+        if self.train_every < 0:
+            raise ValueError(f"train_every is 0 (never) or more; got {self.train_every}.")
+
+    def trains(self, step: int) -> bool:
+        """Return whether the winner of a step is trained, as far as the step's number tells."""
+        return self.train_every > 0 and step > 0 and step % self.train_every == 0
 
     def cost_of(self, state: Sequence[int]) -> float:
         """Return the cost of a state of the search."""
@@ -131,7 +141,8 @@ class ProgressiveSearch:
         Args:
             incumbent: Where the step started (``None`` for step 0).
             results: The step's candidates, one per slot.
-            earlier: Candidates of earlier steps by ``(step, slot)``.
+            earlier: Candidates of earlier steps by ``(step, slot)`` whose scores compare with the
+                results': none from before the network was last trained.
         """
         step = 0 if incumbent is None else incumbent.step + 1
         slot = 0

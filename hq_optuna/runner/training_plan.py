@@ -1,0 +1,137 @@
+"""`TrainingPlan`: when a search trains its winners, how, and on what."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from hq_optuna.errors import NetworkError, StudyFileError
+from hq_optuna.layers import LayerSpec
+from hq_optuna.training import Augment, TrainingData, TrainingSettings
+
+SETTINGS = ("train_every", "train_epochs", "final_epochs", "training")
+"""What a study file's SETTINGS and the command line say of training; ``training`` holds further
+`TrainingSettings` by name."""
+
+STEP_EPOCHS, FINAL_EPOCHS = 2, 20
+"""Epochs unless told otherwise, of a step's winner and of the answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """Training inside a search (step 6 of patent CN112183742B), and of its answer.
+
+    Args:
+        data: Training data, see `hq_optuna.training.TrainingData`; neither the calibration data nor
+            those for validation and test.
+        every: Steps after which their winner is trained; 1 as in the patent, 0 for never.
+        settings: How a winner is trained.
+        final: How the answer is trained; ``None``: it is not.
+        augment: Changes a batch's inputs, see `hq_optuna.training.Trainer`.
+
+    Raises:
+        ValueError: Nothing is ever trained, or a number that is not allowed.
+        DataError: Unusable training data.
+    """
+
+    data: Any = field(repr=False)
+    every: int = 0
+    settings: TrainingSettings = field(default_factory=lambda: TrainingSettings(epochs=STEP_EPOCHS))
+    final: TrainingSettings | None = field(
+        default_factory=lambda: TrainingSettings(epochs=FINAL_EPOCHS)
+    )
+    augment: Augment | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 0:
+            raise ValueError(f"every is a whole number of 0 or more; got {self.every!r}.")
+        if not self.every and self.final is None:
+            raise ValueError(
+                "This plan trains nothing: give every (steps) or final (settings), or no plan."
+            )
+        TrainingData(self.data, self.settings.batch_size, self.augment)
+
+    def check(self, model: nn.Module, layers: tuple[LayerSpec, ...]) -> None:
+        """Refuse a network that cannot be trained in steps.
+
+        Raises:
+            NetworkError: A layer's weight is made from other parameters (weight norm).
+        """
+        made = [
+            layer.name
+            for layer in layers
+            if parametrize.is_parametrized(model.get_submodule(layer.name), "weight")
+        ]
+        if made:
+            raise NetworkError(
+                f"The weight of {made[0]!r} is made from other parameters (a parametrization such "
+                "as weight norm), which cannot be trained at its bits. Make it a plain weight: "
+                "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')."
+            )
+
+    def digest(self) -> str:
+        """Return what tells this plan from others: settings and data."""
+        data = TrainingData(self.data, self.settings.batch_size, self.augment)
+        augment = getattr(self.augment, "__qualname__", type(self.augment).__name__)
+        said = [self.to_json(), data.digest(), augment]
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what is written down of it in the study."""
+        return {
+            "every": self.every,
+            "settings": self.settings.to_json() if self.every else None,
+            "final": None if self.final is None else self.final.to_json(),
+        }
+
+
+def plan_of(
+    given: Mapping[str, Any], train: Callable[[], Any] | None, augment: Augment | None
+) -> TrainingPlan | None:
+    """Return the plan that settings ask for, or ``None`` where they ask for no training.
+
+    Args:
+        given: Of `SETTINGS`, those that were given.
+        train: Returns the training data; called only where they are needed.
+        augment: Changes a batch's inputs.
+
+    Raises:
+        StudyFileError: Training is asked for, and there are no training data; or a setting that is
+            not understood.
+        DataError: Unusable training data.
+    """
+    every = given.get("train_every", 0)
+    final = given.get("final_epochs", FINAL_EPOCHS if every else 0)
+    if not every and not final:
+        return None
+    if train is None:
+        raise StudyFileError(
+            "Training (--train-every, --final-epochs) needs data: let the study file define "
+            "train(), which returns (inputs, labels), a Dataset or batches."
+        )
+    further = dict(given.get("training", {}))
+    if "epochs" in further:
+        raise StudyFileError("Give train_epochs and final_epochs instead of training['epochs'].")
+
+    def settings(epochs: int) -> TrainingSettings:
+        # A short training has no epoch to spare for warming up or for standing still.
+        short = {"warmup_epochs": 0.0} if epochs == 1 else {}
+        few = {"frozen_statistics_epochs": 0, "frozen_ranges_epochs": 0} if epochs < 4 else {}
+        try:
+            return TrainingSettings.from_json({**short, **few, **further, "epochs": epochs})
+        except (TypeError, ValueError) as error:
+            raise StudyFileError(f"SETTINGS['training']: {error}") from None
+
+    return TrainingPlan(
+        data=train(),
+        every=every,
+        settings=settings(given.get("train_epochs", STEP_EPOCHS)),
+        final=settings(final) if final else None,
+        augment=augment,
+    )

@@ -1,0 +1,113 @@
+"""A trained network as what the next steps of a search are made from.
+
+Its weights *are* the rounded ones, so that at its own bits it does no harm at all, and every other
+number of bits is judged by what it changes against that. Scales and ranges that were learned stay
+for its own bits.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hq_optuna.bit_config import BitConfig
+from hq_optuna.layers import FLOAT_BITS, LayerSpec
+from hq_optuna.quantization.correction import SHIFT
+from hq_optuna.quantization.prepare import (
+    float_weight,
+    get_bits,
+    input_quantizer,
+    prepare,
+    prepared_layers,
+    weight_quantizer,
+)
+from hq_optuna.quantization.ranges import AffineRange
+from hq_optuna.training.trained import load_trained_
+
+_ORIGINAL = "parametrizations.weight.original"
+
+
+@dataclass(frozen=True)
+class TrainedBase:
+    """A trained network, and what it learned for its bits.
+
+    Attributes:
+        network: Without quantizers; its weights are the rounded ones.
+        config: Bits it was trained at.
+        scales: Layer → scale of its weights at these bits, ``(channels,)``.
+        ranges: Layer → range of its input at these bits.
+    """
+
+    network: nn.Module
+    config: BitConfig
+    scales: Mapping[str, Tensor]
+    ranges: Mapping[str, AffineRange]
+
+    def settle_(self, prepared: nn.Module) -> None:
+        """Give a copy of `network` that was prepared anew what was learned for these bits."""
+        for name, module in prepared_layers(prepared).items():
+            bits = self.config[name]
+            if name in self.scales:
+                weight, quantizer = float_weight(module).detach(), weight_quantizer(module)
+                scale = self.scales[name].to(weight.device)
+                felt = torch.zeros(len(scale), dtype=torch.float64, device=weight.device)
+                quantizer.keep(weight, bits.weight_bits, weight.clone(), scale, felt)
+            if name in self.ranges:
+                input_quantizer(module).ranges[bits.activation_bits] = self.ranges[name]
+
+
+@torch.no_grad()
+def trained_base(
+    model: nn.Module,
+    layers: Sequence[LayerSpec],
+    tensors: Mapping[str, Tensor],
+    quantizers: Mapping[str, str] | None = None,
+) -> TrainedBase:
+    """Return the base that `trained_tensors` of a trained network make.
+
+    Args:
+        model: The network as the search was given it; left as it is.
+        layers: Its layers.
+        tensors: On any device.
+        quantizers: Layer → quantizer of its weights, where that is not the uniform one.
+
+    Raises:
+        CheckpointError: The tensors belong to a network of another structure.
+    """
+    prepared = prepare(model, layers, quantizers=quantizers)
+    load_trained_(prepared, tensors)
+    config = get_bits(prepared)
+    state = prepared.state_dict()
+    plain = copy.deepcopy(model).eval()
+    scales, ranges = {}, {}
+    for name, module in prepared_layers(prepared).items():
+        bits, quantizer = config[name], weight_quantizer(module)
+        weight = state.pop(f"{name}.{_ORIGINAL}")
+        if bits.weight_bits != FLOAT_BITS:
+            weight = quantizer.quantized(float_weight(module), bits.weight_bits)
+            scales[name] = quantizer.scale(float_weight(module), bits.weight_bits).clone()
+        if bits.activation_bits != FLOAT_BITS:
+            ranges[name] = input_quantizer(module).range(bits.activation_bits)
+        state[f"{name}.weight"] = weight
+        state.pop(f"{name}.{SHIFT}", None)  # zero: see `fold_shifts_`
+    plain.load_state_dict(state)
+    return TrainedBase(plain, config, scales, ranges)
+
+
+@torch.no_grad()
+def fold_shifts_(network: nn.Module) -> None:
+    """Put the output shifts of statistics correction into biases, where training finds them.
+
+    A layer without bias loses its shift: behind it training has other means.
+    """
+    for module in prepared_layers(network).values():
+        shift = dict(module.named_buffers(recurse=False)).get(SHIFT)
+        if shift is None:
+            continue
+        if getattr(module, "bias", None) is not None:
+            module.bias.add_(shift)  # type: ignore[operator]
+        shift.zero_()
