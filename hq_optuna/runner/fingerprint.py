@@ -94,14 +94,15 @@ def check_or_write(
     stored = study.user_attrs.get(attrs.FINGERPRINT)
     changed: tuple[str, ...] = ()
     if stored is not None:
-        changed = tuple(name for name, value in mine.items() if stored.get(name) != value)
+        names = dict.fromkeys([*mine, *(name for name in stored if name in _WORDS)])
+        changed = tuple(name for name in names if stored.get(name) != mine.get(name))
         if not changed:
             return False
     if stored is None or is_mine:
         study.set_user_attr(attrs.FINGERPRINT, {**mine, "versions": versions()})
         return bool(changed)
     described = "; ".join(
-        f"{_WORDS.get(name, name)} (study: {stored.get(name)}, now: {mine[name]})"
+        f"{_WORDS.get(name, name)} (study: {stored.get(name, 'none')}, now: {mine.get(name, 'none')})"
         for name in changed
     )
     raise ResumeError(

@@ -364,8 +364,8 @@ class HessianObjective:
             sampler.log(study)
             ticket = sampler.ticket(study, trial._trial_id)
             assert ticket is not None
-            score, said = self.trained(trial, ticket)
-            return score.total, {**_shown(score, started), attrs.TRAINING: said}
+            value, score, said = self.trained(trial, ticket)
+            return value, {**_shown(score, started), attrs.TRAINING: said}
         config = self.space.config(order["bits"])
         origin = config if order["origin"] is None else self.space.config(order["origin"])
         scorer = self._scorer if base is None else self.scorer_at(study, base)
@@ -376,12 +376,13 @@ class HessianObjective:
     def _record_training(
         self, trial: Trial, ticket: Ticket, config: BitConfig, started: float
     ) -> float:
-        score, facts = self.trained(trial, ticket)
+        value, score, facts = self.trained(trial, ticket)
         write_facts(trial, {attrs.TRAINING: facts})
-        return self._record(trial, config, score, ticket, started)
+        self._record(trial, config, score, ticket, started)
+        return value
 
-    def trained(self, trial: Trial, ticket: Ticket) -> tuple[Score, dict[str, Any]]:
-        """Train the bits of a step record; return the trained network's score, and what to record.
+    def trained(self, trial: Trial, ticket: Ticket) -> tuple[float, Score, dict[str, Any]]:
+        """Train the bits of a step record; return its value, the score, and what to record.
 
         Args:
             trial: The record's trial.

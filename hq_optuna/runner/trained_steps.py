@@ -71,7 +71,6 @@ class TrainedSteps:
         loss_fn: LossFunction,
         progress: Progress,
     ) -> None:
-        plan.check(model, space.layers)
         self.plan, self.model, self.space, self.setup = plan, model, space, setup
         self.data, self.loss_fn, self.progress = data, loss_fn, progress
         self.artifacts: Artifacts | None = None
@@ -143,8 +142,11 @@ class TrainedSteps:
         log: StepLog,
         network: nn.Module,
         between: Callable[[], None] = lambda: None,
-    ) -> tuple[Score, dict[str, Any]]:
-        """Train a record's bits and return the trained network's score, and what is recorded.
+    ) -> tuple[float, Score, dict[str, Any]]:
+        """Train a record's bits; return the record's value, the score, and what is recorded.
+
+        The value is the trained network's score. That of the answer is below all within the budget,
+        whatever its score, so that `study.best_trial` is the answer.
 
         Args:
             trial: The record's trial, which is this process's.
@@ -190,6 +192,7 @@ class TrainedSteps:
         score = built.scorer.score(config)
         facts = {
             "kind": "final" if final else "step",
+            "score": score.total,
             "epochs": settings.epochs,
             "seconds": round(math.fsum(e.seconds for e in trainer.history), 3),
             "samples": trainer.data.steps * trainer.data.batch_size,
@@ -203,7 +206,10 @@ class TrainedSteps:
             "sensitivity": store.put_json(built.scorer.sensitivity.to_json()).to_json(),
         }
         self._discard(last, weights)
-        return score, facts
+        value = score.total
+        if final:
+            value = min(value, math.nextafter(log.best_within_budget(), -math.inf))
+        return value, score, facts
 
     def _resume(self, trial: Trial, attempts: list[int], trainer: Trainer) -> Reference | None:
         """Go on from the last epoch that an earlier owner of this record finished."""

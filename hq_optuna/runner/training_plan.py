@@ -8,11 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
-from torch.nn.utils import parametrize
-
-from hq_optuna.errors import NetworkError, StudyFileError
-from hq_optuna.layers import LayerSpec
+from hq_optuna.errors import StudyFileError
 from hq_optuna.training import Augment, TrainingData, TrainingSettings
 
 SETTINGS = ("train_every", "train_epochs", "final_epochs", "training")
@@ -56,24 +52,6 @@ class TrainingPlan:
                 "This plan trains nothing: give every (steps) or final (settings), or no plan."
             )
         TrainingData(self.data, self.settings.batch_size, self.augment)
-
-    def check(self, model: nn.Module, layers: tuple[LayerSpec, ...]) -> None:
-        """Refuse a network that cannot be trained in steps.
-
-        Raises:
-            NetworkError: A layer's weight is made from other parameters (weight norm).
-        """
-        made = [
-            layer.name
-            for layer in layers
-            if parametrize.is_parametrized(model.get_submodule(layer.name), "weight")
-        ]
-        if made:
-            raise NetworkError(
-                f"The weight of {made[0]!r} is made from other parameters (a parametrization such "
-                "as weight norm), which cannot be trained at its bits. Make it a plain weight: "
-                "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')."
-            )
 
     def digest(self) -> str:
         """Return what tells this plan from others: settings and data."""

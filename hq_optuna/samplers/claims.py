@@ -251,8 +251,8 @@ def create_together(
 ) -> list[tuple[int, int]]:
     """Create the trials of several tickets at once, as claims of this process.
 
-    For candidates, whose worker is not known yet or need not be who claims, the worker is left out
-    of what the trial shows.
+    The worker is left out of what a candidate and a training show: it is not known yet, or need not
+    be who claims.
 
     Args:
         sampler: The study's.
@@ -265,7 +265,7 @@ def create_together(
     templates = []
     for ticket in tickets:
         made = _template_of(sampler, study, ticket)
-        if ticket.kind == "candidate":
+        if ticket.kind == "candidate" or ticket.trains:
             del made.user_attrs[attrs.WORKER]
         templates.append(made)
         HELD[ticket.claim] = None

@@ -322,6 +322,14 @@ class StepLog:
             self.search.final and self.ends_with_open_step()
         )
 
+    def best_within_budget(self) -> float:
+        """Return the smallest value of a trial within the budget, infinity where there is none."""
+        limit = self.search.limit
+        scores = [r.score for r in self.results.values() if r.cost <= limit]
+        scores += [c.incumbent.score for c in self.closed if c.incumbent.cost <= limit]
+        # A record may be one unit in the last place below its winner.
+        return math.nextafter(min(scores, default=math.inf), -math.inf)
+
     def attempts(self, step: int, parent: str) -> list[int]:
         """Return the ids of the trials that began to train a step, the latest first."""
         return sorted(self._attempts.get((step, parent), ()), reverse=True)

@@ -34,9 +34,9 @@ def compare_settings(study: Study, space: SearchSpace, mine: dict[str, Any]) -> 
         write_settings(study, space, mine)
         return {}
     return {
-        name: f"{name} (study: {stored.get(name)!r}, sampler: {value!r})"
-        for name, value in mine.items()
-        if stored.get(name) != value
+        name: f"{name} (study: {stored.get(name)!r}, sampler: {mine.get(name)!r})"
+        for name in dict.fromkeys([*mine, *stored])
+        if stored.get(name) != mine.get(name)
     }
 
 

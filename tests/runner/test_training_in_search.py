@@ -1,0 +1,332 @@
+"""Winners that are trained inside a search: one history, whoever trains and whoever dies."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from optuna.trial import TrialState
+
+import hq_optuna as hq
+from hq_optuna import attrs, workers
+from hq_optuna.artifacts import Reference, attached, open_artifacts
+from hq_optuna.errors import ArtifactError, DataError, ResumeError
+from hq_optuna.history import read_history
+from hq_optuna.runner.foreman import Foreman
+from hq_optuna.runner.tensors import get_tensors
+from hq_optuna.runner.training_plan import TrainingPlan, plan_of
+from hq_optuna.samplers import ProgressiveBitSampler
+from hq_optuna.scoring.outputs import CrossEntropyRise
+from hq_optuna.storages import sqlite_url
+from hq_optuna.storages.trials import database_of
+from hq_optuna.training import TrainingSettings
+from tests.runner.searches import Network, data, search
+
+TRAIN = data(40, seed=5)
+SHORT = TrainingSettings(
+    epochs=2, batch_size=8, warmup_epochs=0, frozen_statistics_epochs=0, frozen_ranges_epochs=0
+)
+
+
+def plan(**options: Any) -> TrainingPlan:
+    return TrainingPlan(**{"data": TRAIN, "every": 1, "settings": SHORT, "final": SHORT, **options})
+
+
+def log_of(study: optuna.Study) -> Any:
+    assert isinstance(study.sampler, ProgressiveBitSampler)
+    return study.sampler.log(study)
+
+
+def said(study: optuna.Study) -> list[Any]:
+    """Return what must not depend on who did it: bits, scores to the bit, hashes of weights."""
+    found = read_history(study)
+    candidates = sorted(
+        (c.step, c.slot, c.state, c.score.hex()) for c in found.candidates if c.counted
+    )
+    return [
+        candidates,
+        [
+            (r.step, r.winner.step, r.winner.slot, r.training and r.training["weights"])
+            for r in found.records
+        ],
+        [(c.incumbent.score.hex(), c.trained) for c in log_of(study).closed],
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[hq.BitSearch, optuna.Study]:
+    """One worker, never interrupted."""
+    folder = tmp_path_factory.mktemp("alone")
+    found = search(training=plan(), validation=data(30, 2))
+    study = found.optimize(sqlite_url(folder / "study.db"), "s", artifacts=folder / "artifacts")
+    return found, study
+
+
+def test_winners_and_answer_are_trained_and_recorded(alone):
+    found, study = alone
+    records = read_history(study).records
+    trained = [record.training["kind"] for record in records if record.training is not None]
+    # Every step but step 0, and not the last winner just before the answer is.
+    assert trained == ["step"] * (len(records) - 3) + ["final"]
+    last = records[-1].training
+    assert last["epochs"] == 2
+    assert {"accuracy_before", "accuracy_after", "loss_before", "loss_after"} <= last.keys()
+    assert last["samples"] == 40
+    assert records[-1].config == records[-2].config
+    assert study.best_trial.number == records[-1].number
+    assert log_of(study).finished
+    # The record's value is the rise of the trained network's outputs over the float network's.
+    network = found.objective.answer(study, records[-1].config)
+    with torch.no_grad():
+        outputs, expected = network(data()[0]), Network().eval()(data()[0])
+    rise = CrossEntropyRise(3.0).calibrated([expected])(expected, outputs)
+    assert float(rise) / 24 == pytest.approx(records[-1].training["score"], rel=0.05)
+    assert study.best_value <= records[-1].training["score"]
+
+
+def test_the_answer_is_the_trained_network_and_is_saved_bit_for_bit(alone, tmp_path):
+    found, study = alone
+    result = found.result(study)
+    record = read_history(study).records[-1]
+    assert result.facts["accuracy_after"] == record.training["accuracy_after"]
+    result.save(tmp_path / "answer")
+    loaded = hq.load(tmp_path / "answer", Network())
+    inputs = data(64, 9)[0]
+    assert torch.equal(loaded(inputs), result.network(inputs))
+    untrained = found.objective.quantized(record.config)
+    assert not torch.equal(untrained(inputs), result.network(inputs))
+
+
+def test_curvature_of_the_next_step_is_the_optimizers(alone):
+    found, study = alone
+    record = next(r for r in read_history(study).records if r.training is not None)
+    store = found.objective.training.artifacts
+    tensors = get_tensors(store, Reference.from_json(record.training["weights"]))
+    curvature = tensors["curvature.middle"].double()
+    table = store.get_json(Reference.from_json(record.training["sensitivity"]))
+    bits = record.config["middle"].weight_bits
+    assert record.training["curvature"] == "second moments of training"
+    assert bool((curvature >= 0).all()) and bool(curvature.any())
+    # At its own bits a trained layer does no harm.
+    assert table["middle"]["weights"][str(bits)] == 0.0
+    fewer = [b for b in (4, 2) if b < bits]
+    assert all(table["middle"]["weights"][str(b)] > 0 for b in fewer)
+    scorer = found.objective.scorer_at(study, record.number)
+    weight = scorer.prepared.get_submodule("middle").parametrizations.weight.original
+    assert sorted(scorer.sensitivity.to_json()) == sorted(table)
+    assert scorer.sensitivity.to_json() == table
+    assert weight.detach().unique().numel() <= 4 * 2**bits  # it is the rounded weight
+
+
+class Interrupt(Exception):
+    pass
+
+
+def test_killed_in_training_it_goes_on_from_its_last_epoch(alone, tmp_path, monkeypatch):
+    """The first life ends after one of two epochs; nobody trains that epoch again."""
+    from hq_optuna.runner import trained_steps
+
+    folder = tmp_path
+    epochs: list[int] = []
+    trainer = trained_steps.Trainer
+
+    class Counted(trainer):  # type: ignore[misc, valid-type]
+        def _epoch(self) -> Any:
+            found = super()._epoch()
+            epochs.append(found.epoch)
+            return found
+
+    monkeypatch.setattr(trained_steps, "Trainer", Counted)
+
+    def start() -> optuna.Study:
+        again = search(training=plan(), validation=data(30, 2))
+        if not epochs:
+            again.objective.training.progress = stop
+        return again.optimize(sqlite_url(folder / "s.db"), "s", artifacts=folder / "artifacts")
+
+    def stop(what: str, done: int, of: int) -> None:
+        if what == "training" and len(epochs) >= 2:  # in the second epoch's wake
+            raise Interrupt
+
+    original = trained_steps.TrainedSteps.train
+
+    def dies(self: Any, *arguments: Any, **options: Any) -> Any:
+        def between() -> None:
+            if len(epochs) == 1:
+                raise Interrupt
+
+        return original(self, *arguments, between=between, **options)
+
+    monkeypatch.setattr(trained_steps.TrainedSteps, "train", dies)
+    with pytest.raises(Interrupt):
+        start()
+    monkeypatch.setattr(trained_steps.TrainedSteps, "train", original)
+    assert epochs == [1]
+    study = start()
+    assert epochs[:2] == [1, 2]  # and not 1 again
+    assert said(study) == said(alone[1])
+    n_trained = sum(r.training is not None for r in read_history(study).records)
+    assert len(epochs) == 2 * n_trained
+    # Checkpoints are gone when they are not needed any more.
+    kept = {r.training[k]["id"] for r in read_history(study).records if r.training
+            for k in ("weights", "sensitivity")}  # fmt: skip
+    kept |= {attached(study, "sensitivity").id}
+    assert {path.name for path in (folder / "artifacts").iterdir()} == kept
+
+
+TORCH = threading.Lock()
+"""`torch.fx` traces one network at a time in a process; real workers are processes of their own."""
+
+
+class Hand(threading.Thread):
+    """A foreman's worker, as a thread with an objective of its own."""
+
+    def __init__(self, foreman: Foreman, folder: Path) -> None:
+        super().__init__(daemon=True)
+        self.foreman, self.folder = foreman, folder
+        self.orders: list[Mapping[str, Any]] = []
+        self.news = threading.Semaphore(0)
+        self.did: list[str] = []
+        self.error: BaseException | None = None
+        self.start()
+
+    def order(self, order: Mapping[str, Any]) -> None:
+        if "drop" not in order:
+            self.orders.append(json.loads(json.dumps(order)))
+            self.news.release()
+
+    def run(self) -> None:
+        try:
+            with TORCH:
+                mine = search(training=plan(), validation=data(30, 2))
+                url = sqlite_url(self.folder / "s.db")
+                study = mine.open(url, "s", artifacts=self.folder / "artifacts")
+            self.foreman.hear(self, {"event": "ready"})
+            while True:
+                self.news.acquire()
+                order = self.orders.pop(0)
+                if order.get("end"):
+                    return
+                self.did.append("trained" if "train" in order else "scored")
+                with TORCH:
+                    value, facts = mine.objective.obey(study, order, lambda: True)
+                event = {"event": "scored", "claim": order["claim"], "value": value}
+                self.foreman.hear(self, json.loads(json.dumps({**event, "facts": facts})))
+        except BaseException as error:
+            self.error = error
+            self.foreman.hear(self, None)
+
+
+def test_a_foremans_workers_train_once_and_the_history_is_the_same(alone, tmp_path):
+    leader = search(training=plan(), validation=data(30, 2))
+    study = leader.open(sqlite_url(tmp_path / "s.db"), "s", artifacts=tmp_path / "artifacts")
+    foreman = Foreman(study)
+    hands = [Hand(foreman, tmp_path) for _ in range(2)]
+    deadline = time.monotonic() + 120
+    while foreman.look(0.05):
+        assert time.monotonic() < deadline
+        assert [hand.error for hand in hands] == [None, None]
+    assert said(study) == said(alone[1])
+    n_trained = sum(r.training is not None for r in read_history(study).records)
+    assert sum(hand.did.count("trained") for hand in hands) == n_trained
+    assert {t.state for t in study.get_trials()} == {TrialState.COMPLETE}
+
+
+def test_another_worker_takes_the_training_over(alone, tmp_path, monkeypatch):
+    """A dead worker's checkpoint is of use to a worker of another name."""
+    from hq_optuna.runner import trained_steps
+
+    first = search(training=plan(), validation=data(30, 2))
+    url, store = sqlite_url(tmp_path / "s.db"), tmp_path / "artifacts"
+    original = trained_steps.TrainedSteps.train
+
+    def dies(self: Any, *arguments: Any, **options: Any) -> Any:
+        def between() -> None:
+            raise SystemExit  # the trial is given back; its checkpoint stays
+
+        return original(self, *arguments, between=between, **options)
+
+    monkeypatch.setattr(trained_steps.TrainedSteps, "train", dies)
+    with pytest.raises(SystemExit):
+        first.optimize(url, "s", artifacts=store)
+    monkeypatch.setattr(trained_steps.TrainedSteps, "train", original)
+    monkeypatch.setattr(workers, "worker_id", lambda: "elsewhere/1/2/3")
+    study = search(training=plan(), validation=data(30, 2)).optimize(url, "s", artifacts=store)
+    assert said(study) == said(alone[1])
+
+
+def test_training_only_at_the_end(tmp_path):
+    found = search(training=plan(every=0))
+    study = found.optimize(artifacts=tmp_path)
+    plain = search().optimize()
+    assert [r.config for r in read_history(study).records[:-1]] == [
+        r.config for r in read_history(plain).records
+    ]
+    assert [r.training is not None for r in read_history(study).records].count(True) == 1
+
+
+def test_sgd_keeps_no_second_moments_and_curvature_is_measured(tmp_path):
+    settings = TrainingSettings.from_json({**SHORT.to_json(), "optimizer": "sgd"})
+    found = search(training=plan(settings=settings, final=None))
+    study = found.optimize(artifacts=tmp_path)
+    record = next(r for r in read_history(study).records if r.training is not None)
+    assert record.training["curvature"] == "calibration"
+    tensors = get_tensors(open_artifacts(tmp_path), Reference.from_json(record.training["weights"]))
+    assert not [name for name in tensors if name.startswith("curvature.")]
+
+
+def test_a_resume_with_another_training_is_refused(alone):
+    _, study = alone
+    url = sqlite_url(Path(database_of(study._storage.wrapped).engine.url.database))
+    other = TrainingSettings.from_json({**SHORT.to_json(), "learning_rate": 0.5})
+    with pytest.raises(ResumeError, match="the training"):
+        search(training=plan(settings=other), validation=data(30, 2)).open(
+            url, "s", artifacts="artifacts"
+        )
+    with pytest.raises(ResumeError):
+        search(validation=data(30, 2)).open(url, "s")
+
+
+def test_bad_plans_are_refused_before_any_work(tmp_path):
+    with pytest.raises(ValueError, match="trains nothing"):
+        TrainingPlan(data=TRAIN, every=0, final=None)
+    with pytest.raises(ValueError, match="0 or more"):
+        TrainingPlan(data=TRAIN, every=-1)
+    with pytest.raises(DataError, match="empty"):
+        TrainingPlan(data=(torch.empty(0, 1, 7, 7), torch.empty(0, dtype=torch.long)))
+    with pytest.raises(ArtifactError, match="artifact store"):
+        search(training=plan()).optimize()
+
+
+def test_settings_of_a_study_file_make_a_plan():
+    assert plan_of({}, lambda: TRAIN, None) is None
+    assert plan_of({"train_every": 0, "final_epochs": 0}, None, None) is None
+    with pytest.raises(ValueError, match=r"define\s+train\(\)"):
+        plan_of({"train_every": 2}, None, None)
+    with pytest.raises(ValueError, match="learning_rate"):
+        plan_of({"final_epochs": 2, "training": {"learning_rate": -1}}, lambda: TRAIN, None)
+    with pytest.raises(ValueError, match="train_epochs and final_epochs"):
+        plan_of({"final_epochs": 2, "training": {"epochs": 1}}, lambda: TRAIN, None)
+    found = plan_of(
+        {"train_every": 2, "train_epochs": 1, "training": {"learning_rate": 0.5}},
+        lambda: TRAIN,
+        None,
+    )
+    assert found is not None and found.final is not None
+    assert (found.every, found.settings.epochs, found.final.epochs) == (2, 1, 20)
+    assert found.settings.learning_rate == found.final.learning_rate == 0.5
+
+
+def test_the_record_says_how_the_study_trains(alone):
+    _, study = alone
+    info = read_history(study).info
+    assert info.training["every"] == 1
+    assert info.training["settings"]["epochs"] == 2
+    assert attrs.INFO in study.user_attrs
