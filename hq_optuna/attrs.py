@@ -82,6 +82,13 @@ SENSITIVITY = "hq:sensitivity"
 REPORT = "hq:report"
 """Study user attribute prefix ``hq:report:…``: facts measured at the end (accuracy, skipped)."""
 
+COMPARED = "compared"
+"""The fact that holds what the answer was compared with: JSON objects, each with ``"method"``,
+``"bits"``, ``"seed"``, ``"cost"`` and ``"measured"``, see `hq_optuna.runner.comparison.rows`."""
+
+ANSWER, UNIFORM = "answer", "uniform"
+"""Methods of those rows, beside the names of `hq_optuna.runner.baselines.METHODS`."""
+
 ARTIFACT = "hq:artifact"
 """Study system attribute prefix ``hq:artifact:NAME``: ``{"id", "sha256", "bytes"}``."""
 

@@ -18,6 +18,7 @@ from hq_optuna.attrs import StudyInfo, Ticket
 from hq_optuna.bit_config import BitConfig
 from hq_optuna.cost import CostModel, Metric
 from hq_optuna.errors import ResumeError
+from hq_optuna.runs import Run, read_runs
 from hq_optuna.search import Additive
 from hq_optuna.space import SearchSpace
 from hq_optuna.storages.trials import TrialFacts, read_facts
@@ -107,6 +108,7 @@ class History:
         n_running: Trials that run now (or whose workers died unseen).
         n_pruned: Trials that were not needed.
         n_failed: Trials that ended in an error or were given back.
+        runs: All trials as work: who did them, and when.
     """
 
     study_name: str
@@ -119,6 +121,7 @@ class History:
     n_running: int
     n_pruned: int
     n_failed: int
+    runs: tuple[Run, ...] = ()
 
     @property
     def incumbent(self) -> StepRecord | None:
@@ -175,6 +178,7 @@ def read_history(study: Study) -> History:
     table = attrs.join(attrs.SENSITIVITY, system) or {}
     states = [trial.row.state for trial in trials]
     prefix = f"{attrs.REPORT}:"
+    counted = {c.number for c in candidates if c.counted} | {record.number for record in records}
     return History(
         study_name=study.study_name,
         space=space,
@@ -192,6 +196,7 @@ def read_history(study: Study) -> History:
         n_running=states.count(TrialState.RUNNING),
         n_pruned=states.count(TrialState.PRUNED),
         n_failed=states.count(TrialState.FAIL),
+        runs=read_runs(trials, counted),
     )
 
 

@@ -7,13 +7,11 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from hq_optuna import attrs
 from hq_optuna.cost import Metric, format_cost
 from hq_optuna.runner.baselines import METHODS, NSGA2, RANDOM, TPE
 
-COMPARED = "compared"
-"""The fact that holds the rows: JSON objects as `hq_optuna.runner.comparison.rows` returns them."""
-
-ANSWER, UNIFORM = "answer", "uniform"
+COMPARED, ANSWER, UNIFORM = attrs.COMPARED, attrs.ANSWER, attrs.UNIFORM
 
 _WORDS = {
     RANDOM: "random within the budget",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy
@@ -113,10 +114,14 @@ class TrialFacts:
     Attributes:
         row: As the step protocol reads it.
         user_attrs: Those that were asked for.
+        started: When it was created, by the clock of the host that did; ``None`` where it waits.
+        ended: When it ended, by the clock of the host that ended it; ``None`` while it runs.
     """
 
     row: TrialRow
     user_attrs: Mapping[str, Any]
+    started: datetime | None = None
+    ended: datetime | None = None
 
 
 def read_facts(storage: BaseStorage, study_id: int, keys: Sequence[str]) -> list[TrialFacts]:
@@ -130,6 +135,10 @@ def read_facts(storage: BaseStorage, study_id: int, keys: Sequence[str]) -> list
             TrialFacts(
                 row_of(trial),
                 {key: trial.user_attrs[key] for key in keys if key in trial.user_attrs},
+                *(
+                    None if time is None else time.astimezone(UTC)  # naive local time
+                    for time in (trial.datetime_start, trial.datetime_complete)
+                ),
             )
             for trial in storage.get_all_trials(study_id, deepcopy=False)
         ]
@@ -144,7 +153,17 @@ def read_facts(storage: BaseStorage, study_id: int, keys: Sequence[str]) -> list
     found: dict[int, dict[str, Any]] = {}
     for trial_id, key, value in select(database.engine, query):
         found.setdefault(trial_id, {})[key] = json.loads(value)
-    return [TrialFacts(_row(columns), found.get(columns.trial_id, {})) for columns in rows]
+    return [
+        TrialFacts(
+            _row(columns),
+            found.get(columns.trial_id, {}),
+            *(
+                None if time is None else time.replace(tzinfo=UTC)  # as Optuna stores it
+                for time in (columns.datetime_start, columns.datetime_complete)
+            ),
+        )
+        for columns in rows
+    ]
 
 
 def _seconds(columns: sqlalchemy.Row[Any]) -> float | None:

@@ -1,9 +1,13 @@
 """Pictures of a search, as plotly figures, from what its storage holds and nothing else.
 
 Every picture is made in two halves: `…_info` reads a `History` into plain numbers, `…_figure` draws
-them, and ``plot_…(study)`` does both. A study without anything to draw gives a figure without data
-and a warning in the log. Backgrounds are transparent and texts mid-grey, so that figures stand on
-light and on dark pages.
+them, and ``plot_…(study)`` does both. Studies may be unfinished; one without anything to draw gives
+a figure without data and a warning in the log.
+
+Backgrounds are transparent and texts mid-grey, so that figures stand on light and on dark pages;
+``dark=True`` or ``dark=False`` gives a figure of its own a page. Colours are those of Okabe & Ito
+(2008) and Viridis, which all kinds of colour vision tell apart; symbols and dashes say the same
+again. Layers stand in the order of the network, the first on top.
 
 Example:
     >>> from hq_optuna import visualization
@@ -14,14 +18,18 @@ from hq_optuna.visualization.bits import plot_bits
 from hq_optuna.visualization.candidates import plot_candidates
 from hq_optuna.visualization.cost_share import plot_cost_share
 from hq_optuna.visualization.pareto import plot_pareto
+from hq_optuna.visualization.prediction import plot_prediction
 from hq_optuna.visualization.sensitivity import plot_sensitivity
 from hq_optuna.visualization.steps import plot_steps
+from hq_optuna.visualization.workers import plot_workers
 
 __all__ = [
     "plot_bits",
     "plot_candidates",
     "plot_cost_share",
     "plot_pareto",
+    "plot_prediction",
     "plot_sensitivity",
     "plot_steps",
+    "plot_workers",
 ]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import html
+import itertools
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -19,13 +21,17 @@ logger = logging.getLogger(__name__)
 
 # Okabe & Ito (2008): told apart with any colour vision.
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+SKY = "#56B4E9"
 GREY = "#767676"
 """Text: the one grey with a contrast of 4.5 to 1 on white that also reads on a dark page."""
 
 GRID = "rgba(128,128,128,0.25)"
+PAGES = {False: ("#ffffff", "#1c1f23"), True: ("#14161a", "#e4e6ea")}
+"""Background and text of a figure for a light and for a dark page."""
+
 FLOAT_COLOUR = "#b8b8b8"
 
-TITLE_PX, PANEL_TITLE_PX, BOTTOM_PX = 56, 26, 56
+TITLE_PX, PANEL_TITLE_PX, BOTTOM_PX = 64, 26, 56
 """Room for the title and the titles of panels above the plot area, and for the axis below."""
 
 _UNITS = {
@@ -82,13 +88,18 @@ def layers_height(n_layers: int) -> int:
     return max(120, min(22 * n_layers, max(660, 11 * n_layers), 2000))
 
 
-def layers_axis(names: Sequence[str], *, characters: int = 40) -> dict[str, Any]:
+def layers_axis(names: Sequence[str], shown: Sequence[str] | None = None) -> dict[str, Any]:
     """Return the settings of a y axis with a row per name, the first on top.
 
     Rows are addressed by `label`. Where rows are narrower than text, every second (third, …) label
-    is shown; longer labels than ``characters`` are cut.
+    is shown.
+
+    Args:
+        names: What rows are addressed by and hover texts show.
+        shown: What the axis shows; by default `short_names`.
     """
     labels = [label(name) for name in names]
+    short = [label(name) for name in (short_names(names) if shown is None else shown)]
     row = layers_height(len(names)) / max(1, len(names))
     every = math.ceil(11 / row)
     return {
@@ -97,7 +108,7 @@ def layers_axis(names: Sequence[str], *, characters: int = 40) -> dict[str, Any]
         "categoryarray": labels,
         "tickmode": "array",
         "tickvals": labels[::every],
-        "ticktext": [label(shorten(name, characters)) for name in names[::every]],
+        "ticktext": short[::every],
         "tickfont": {"size": max(9, min(12, round(row) - 2))},
         "range": [len(names) - 0.5, -0.5],
         "automargin": True,
@@ -111,8 +122,35 @@ def label(name: str) -> str:
 
 
 def shorten(name: str, characters: int = 40) -> str:
-    """Return the name, its beginning cut where it is long: the end tells layers apart."""
-    return name if len(name) <= characters else "…" + name[1 - characters :]
+    """Return the name, its middle cut where it is long: beginning and end tell layers apart."""
+    if len(name) <= characters:
+        return name
+    head = characters // 2
+    return name[:head] + "…" + name[head + 1 - characters :]
+
+
+def short_names(names: Sequence[str], characters: int = 40) -> list[str]:
+    """Return names of at most ``characters`` that still tell each other apart.
+
+    Where one is too long, all lose the dotted beginning they share; what is still too long is cut
+    in the middle. Those that are the same then get their places in the list.
+
+    Example:
+        >>> short_names(["net.body.block1.conv", "net.body.block2.conv"], 14)
+        ['…block1.conv', '…block2.conv']
+    """
+    if len(names) > 1 and max(map(len, names)) > characters:
+        parents = zip(*(name.split(".")[:-1] for name in names), strict=False)
+        shared = list(itertools.takewhile(lambda parts: len(set(parts)) == 1, parents))
+        n = sum(len(parts[0]) + 1 for parts in shared)
+        names = [("…" if n else "") + name[n:] for name in names]
+    found = [shorten(name, characters) for name in names]
+    times = Counter(found)
+    places = [f"·{i}" for i in range(1, len(names) + 1)]
+    return [
+        text if times[text] == 1 or name == text else shorten(name, characters - len(place)) + place
+        for name, text, place in zip(names, found, places, strict=True)
+    ]
 
 
 def step_axis(steps: Sequence[int]) -> dict[str, Any]:
@@ -142,8 +180,8 @@ def style(figure: go.Figure, title: str, height: int) -> go.Figure:
     top = TITLE_PX + (PANEL_TITLE_PX if figure.layout.annotations else 0)
     figure.update_layout(
         title={
-            **{"text": title, "x": 0, "xref": "paper", "xanchor": "left", "font": {"size": 16}},
-            **{"y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 20}},
+            **{"text": title, "x": 0, "xref": "container", "xanchor": "left", "font": {"size": 16}},
+            **{"y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 30, "l": 10}},
         },
         height=height + top + BOTTOM_PX,
         margin={"t": top, "b": BOTTOM_PX, "l": 70, "r": 20},
@@ -158,6 +196,21 @@ def style(figure: go.Figure, title: str, height: int) -> go.Figure:
     figure.update_xaxes(**axes)
     figure.update_yaxes(**axes)
     return figure
+
+
+def on_page(figure: go.Figure, dark: bool | None) -> go.Figure:
+    """Give the figure the background and text of a light or of a dark page.
+
+    Args:
+        figure: As `style` left it, which reads on either.
+        dark: ``None`` leaves it so.
+    """
+    if dark is None:
+        return figure
+    page, text = PAGES[dark]
+    return figure.update_layout(
+        paper_bgcolor=page, plot_bgcolor=page, font_color=text, modebar_activecolor=text
+    )
 
 
 def empty(title: str, reason: str) -> go.Figure:

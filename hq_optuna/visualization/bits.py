@@ -116,13 +116,14 @@ def bits_figure(info: BitsInfo) -> go.Figure:
     return figure
 
 
-def plot_bits(study: Study) -> go.Figure:
+def plot_bits(study: Study, *, dark: bool | None = None) -> go.Figure:
     """Plot the bits of every layer after every step as a heat map.
 
     Args:
         study: A study of a bit search, finished or not.
+        dark: For a dark page or a light one; by default the figure stands on either.
 
     Raises:
         ResumeError: The study is not a bit search.
     """
-    return bits_figure(bits_info(read_history(study)))
+    return f.on_page(bits_figure(bits_info(read_history(study))), dark)

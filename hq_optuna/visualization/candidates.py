@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 from hq_optuna.cost import Metric
 from hq_optuna.history import History, read_history
 from hq_optuna.visualization import _figure as f
-from hq_optuna.visualization.steps import describe_move
+from hq_optuna.visualization.steps import describe_move, shorten_moves
 
 TITLE = "Candidates of a step"
 
@@ -25,8 +25,8 @@ class CandidateInfo(NamedTuple):
         move: What it lowers, in words.
         rise: Rise of the score, nats (in step 0 the score itself).
         saved: Cost saved, in the unit of the metric; ``None`` where unknown.
-        key: What the rule compares: the score for ``min``; for ``ratio`` the rise per cost saved,
-            the saving counted down to the budget only. The least wins; ``None`` never does.
+        key: What is compared: the score for ``min`` and ``swaps``; for ``ratio`` the rise per cost
+            saved, the saving counted down to the budget only. The least wins; ``None`` never does.
         won: Whether its step took it.
     """
 
@@ -45,7 +45,8 @@ class CandidatesInfo(NamedTuple):
         step: Number of the step, ``None`` when nothing was scored yet.
         closed: Whether the step has its winner.
         elsewhere: Number of the trial it took, if that is of an earlier step.
-        rule: Name of the winner rule.
+        rule: Name of the winner rule; ``"swaps"`` for steps that refine an answer within the
+            budget, which take the smallest score whatever the rule.
         metric: What is counted.
         candidates: By ``key``.
     """
@@ -73,13 +74,14 @@ def candidates_info(history: History, step: int | None = None) -> CandidatesInfo
     if step not in steps:
         raise ValueError(f"Step {step} has no scored candidate; there are steps 0 to {steps[-1]}.")
     parent = history.records[step - 1].winner if 0 < step <= len(history.records) else None
+    rule = "swaps" if parent is not None and parent.cost <= info.limit else info.rule
     winner = history.records[step].winner if step < len(history.records) else None
     found = []
     for c in history.step(step):
         rise, saved, key = c.score, None, c.score
         if parent is not None:
             rise, saved = c.score - parent.score, f.finite(parent.cost - c.cost)
-            if info.rule == "ratio":
+            if rule == "ratio":
                 needed = parent.cost - info.limit
                 worth = saved or 0.0
                 if 0 < needed < worth:
@@ -93,7 +95,7 @@ def candidates_info(history: History, step: int | None = None) -> CandidatesInfo
         step=step,
         closed=winner is not None,
         elsewhere=None if there or winner is None else winner.number,
-        rule=info.rule,
+        rule=rule,
         metric=info.metric,
         candidates=tuple(ranked),
     )
@@ -105,8 +107,8 @@ def candidates_figure(info: CandidatesInfo) -> go.Figure:
         return f.empty(TITLE, "No candidate is scored yet.")
     rows = info.candidates
     savings = [c.saved for c in rows if c.saved is not None]
-    factor, unit = f.cost_unit(max(savings, default=0.0), info.metric)
-    first = "predicted loss rise (nats)" if info.step == 0 else "rise against the incumbent (nats)"
+    factor, unit = f.cost_unit(max(map(abs, savings), default=0.0), info.metric)
+    first = "predicted loss rise (nats)" if info.step == 0 else "rise (nats)"
     panels: list[tuple[str, list[float | None], str]] = [
         (first, [c.rise for c in rows], "%{x:.4g} nats")
     ]
@@ -126,6 +128,7 @@ def candidates_figure(info: CandidatesInfo) -> go.Figure:
             x=values,
             y=[f.label(text) for text in labels],
             mode="markers",
+            cliponaxis=False,
             marker={
                 "opacity": 1,
                 "line": {"width": 0},
@@ -139,33 +142,38 @@ def candidates_figure(info: CandidatesInfo) -> go.Figure:
             col=column,
         )
         known = [value for value in values if value is not None]
-        axis: dict[str, Any] = {"rangemode": "tozero", "nticks": 6, "exponentformat": "power"}
+        axis: dict[str, Any] = {"rangemode": "tozero", "nticks": 4, "exponentformat": "power"}
         if known and min(known) > 0 and max(known) > 20 * min(known):
             axis = {"type": "log", "range": f.log_range(known), "exponentformat": "power"}
             if max(known) > 1000 * min(known):
                 axis["dtick"] = 1  # whole decades only
-        figure.update_xaxes(title={"text": title}, **axis, row=1, col=column)
+        figure.update_xaxes(title={"text": title}, tickangle=0, **axis, row=1, col=column)
     took = "★ taken" if any(winner) else "still open"
     if info.elsewhere is not None:
-        took = f"the search ended with trial {info.elsewhere} of an earlier step"
-    f.style(
-        figure,
-        f"Candidates of step {info.step}, best first by rule “{f.label(info.rule)}” ({took})",
-        f.layers_height(len(rows)),
-    )
-    figure.update_yaxes(**{**f.layers_axis(labels, characters=70), "showgrid": True})
+        took = f"took trial {info.elsewhere} of an earlier step"
+    title = f"Candidates of step {info.step}{' (swaps)' if info.rule == 'swaps' else ''} ({took})"
+    if len(rows) > 1:
+        order = "the least rise per saving" if info.rule == "ratio" else "the smallest score"
+        title += f"<br><sub>against the incumbent; {order} on top</sub>"
+    f.style(figure, title, f.layers_height(len(rows)))
+    moves = shorten_moves([c.move for c in rows])
+    shown = [f"{move} (trial {c.number})" for move, c in zip(moves, rows, strict=True)]
+    figure.update_yaxes(**{**f.layers_axis(labels, shown), "showgrid": True})
     return figure
 
 
-def plot_candidates(study: Study, *, step: int | None = None) -> go.Figure:
+def plot_candidates(
+    study: Study, *, step: int | None = None, dark: bool | None = None
+) -> go.Figure:
     """Plot all candidates of one step, the best first, the one it took marked.
 
     Args:
         study: A study of a bit search, finished or not.
         step: Which step; by default the last one with a scored candidate.
+        dark: For a dark page or a light one; by default the figure stands on either.
 
     Raises:
         ResumeError: The study is not a bit search.
         ValueError: There is no such step.
     """
-    return candidates_figure(candidates_info(read_history(study), step))
+    return f.on_page(candidates_figure(candidates_info(read_history(study), step)), dark)

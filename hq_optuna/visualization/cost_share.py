@@ -75,18 +75,19 @@ def cost_share_figure(info: CostShareInfo) -> go.Figure:
     figure.update_layout(
         barmode="group", showlegend=True, bargap=0.25, legend={"traceorder": "normal"}
     )
-    figure.update_xaxes(title={"text": "share of the total"}, tickformat=".0%", rangemode="tozero")
+    figure.update_xaxes(title={"text": "share of the total"}, tickformat=".2~%", rangemode="tozero")
     figure.update_yaxes(**f.layers_axis(info.layers))
     return figure
 
 
-def plot_cost_share(study: Study) -> go.Figure:
+def plot_cost_share(study: Study, *, dark: bool | None = None) -> go.Figure:
     """Plot each layer's share of the cost with 8 bits everywhere and for the incumbent.
 
     Args:
         study: A study of a bit search, finished or not.
+        dark: For a dark page or a light one; by default the figure stands on either.
 
     Raises:
         ResumeError: The study is not a bit search.
     """
-    return cost_share_figure(cost_share_info(read_history(study)))
+    return f.on_page(cost_share_figure(cost_share_info(read_history(study))), dark)

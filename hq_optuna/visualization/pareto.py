@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import plotly.graph_objects as go
@@ -12,11 +13,12 @@ from hq_optuna.cost import CostModel, Metric, format_cost
 from hq_optuna.history import History, read_history
 from hq_optuna.search import uniform_states
 from hq_optuna.visualization import _figure as f
+from hq_optuna.visualization.measured import measured_figure, measured_info
 
 TITLE = "Predicted loss rise against cost"
 N_POINTS = 17
 N_COMPARED = 30
-"""So many steps, and uniform assignments, at most have the optimum of their own cost drawn."""
+"""So many steps, and uniform assignments, at most are drawn, each above the optimum of its cost."""
 
 
 class ParetoPoint(NamedTuple):
@@ -32,8 +34,8 @@ class ParetoInfo(NamedTuple):
 
     Attributes:
         exact: The Pareto curve: the least sum at each cost, the cheapest first.
-        incumbents: What each closed step left.
-        answer: The last of them, ``None`` before the first step is closed.
+        incumbents: What closed steps left: all, or evenly picked ones where there are many.
+        answer: What the last one left, ``None`` before the first step is closed.
         uniform: The same bits everywhere (pinned layers keep theirs).
         limit: The budget; ``None`` where it counts something else.
         int8: Cost with 8 bits everywhere.
@@ -70,20 +72,22 @@ def pareto_info(history: History, *, n: int = N_POINTS, metric: Metric | None = 
     def point(config: BitConfig, name: str) -> ParetoPoint:
         return ParetoPoint(sums.cost(config), sums.score(config), name)
 
-    incumbents = tuple(point(r.config, f"step {r.step}") for r in history.records)
-    uniform = tuple(
+    # Solved at the cost of whatever is drawn, so that nothing seems to beat the curve.
+    every = max(1, math.ceil(len(history.records) / N_COMPARED))
+    incumbents = [point(r.config, f"step {r.step}") for r in history.records[::-every][::-1]]
+    states = list(uniform_states(space).items())
+    every = max(1, math.ceil(len(states) / N_COMPARED))
+    uniform = [
         point(space.config(state), f"W{w}A{a}" if w != a else f"{w} bits")
-        for (w, a), state in uniform_states(space).items()
-    )
-    # Solved at the cost of what is compared, so that nothing seems to beat the curve.
-    every = max(1, len(incumbents) // N_COMPARED)
-    compared = [p.cost for p in (*uniform[:N_COMPARED], *incumbents[::every])]
+        for (w, a), state in states[::every]
+    ]
+    compared = [p.cost for p in (*uniform, *incumbents)]
     exact = sums.frontier(compared if limit is None else [*compared, limit], n=n)
     return ParetoInfo(
         exact=tuple(ParetoPoint(p.cost, p.score, "exact") for p in exact),
-        incumbents=incumbents,
+        incumbents=tuple(incumbents),
         answer=incumbents[-1]._replace(name="answer") if incumbents else None,
-        uniform=uniform,
+        uniform=tuple(uniform),
         limit=limit,
         int8=int8,
         metric=metric,
@@ -97,6 +101,7 @@ def pareto_figure(info: ParetoInfo) -> go.Figure:
     factor, unit = f.cost_unit(info.int8, info.metric)
     figure = go.Figure()
     labelled = len(info.uniform) <= 12
+    met = info.limit is None or info.answer is None or info.answer.cost <= info.limit
     drawn = (
         (
             "exact optimum",
@@ -107,8 +112,8 @@ def pareto_figure(info: ParetoInfo) -> go.Figure:
         (
             "steps of the search",
             info.incumbents,
-            "lines+markers",
-            {"line": {"color": f.BLUE, "width": 1}, "marker": {"size": 5}},
+            "markers",  # a line between them would run below the stairs
+            {"marker": {"color": f.BLUE, "size": 7}},
         ),
         (
             "uniform bits",
@@ -120,7 +125,7 @@ def pareto_figure(info: ParetoInfo) -> go.Figure:
             },
         ),
         (
-            "answer",
+            "answer" if met else "incumbent,<br>over the budget",
             () if info.answer is None else (info.answer,),
             "markers",
             {"marker": {"color": f.VERMILION, "symbol": "star", "size": 15}},
@@ -158,18 +163,29 @@ def pareto_figure(info: ParetoInfo) -> go.Figure:
         exponentformat="power",
         range=f.log_range(shown),
     )
-    figure.update_xaxes(title={"text": f"cost ({unit})"}, rangemode="tozero")
+    costs = [p.cost / factor for p in (*info.exact, *info.uniform, *info.incumbents)]
+    figure.update_xaxes(title={"text": f"cost ({unit})"}, range=[0, 1.09 * max(costs)])
     return figure
 
 
-def plot_pareto(study: Study, *, n: int = N_POINTS) -> go.Figure:
+def plot_pareto(
+    study: Study, *, n: int = N_POINTS, measured: str | None = None, dark: bool | None = None
+) -> go.Figure:
     """Plot the exact Pareto curve, the steps of the search, its answer, and uniform bits.
 
     Args:
         study: A study of a bit search, finished or not. Nothing is scored again.
         n: Points of the exact curve.
+        measured: Instead of the predicted loss rise draw what was measured on validation data,
+            ``"accuracy"``, ``"loss"`` or a name of the search's own ``evaluate``: of the answer, of
+            uniform bits within the budget, and of random draws, TPE and NSGA-II where they ran.
+        dark: For a dark page or a light one; by default the figure stands on either.
 
     Raises:
         ResumeError: The study is not a bit search.
+        ValueError: The study holds measured figures, but none of this name.
     """
-    return pareto_figure(pareto_info(read_history(study), n=n))
+    history = read_history(study)
+    if measured is not None:
+        return f.on_page(measured_figure(measured_info(history, measured)), dark)
+    return f.on_page(pareto_figure(pareto_info(history, n=n)), dark)

@@ -158,13 +158,14 @@ def sensitivity_figure(info: SensitivityInfo) -> go.Figure:
     return figure
 
 
-def plot_sensitivity(study: Study) -> go.Figure:
+def plot_sensitivity(study: Study, *, dark: bool | None = None) -> go.Figure:
     """Plot the predicted loss rise of every layer at every number of bits.
 
     Args:
         study: A study of a bit search, finished or not.
+        dark: For a dark page or a light one; by default the figure stands on either.
 
     Raises:
         ResumeError: The study is not a bit search.
     """
-    return sensitivity_figure(sensitivity_info(read_history(study)))
+    return f.on_page(sensitivity_figure(sensitivity_info(read_history(study))), dark)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import plotly.graph_objects as go
@@ -47,10 +48,29 @@ def describe_move(candidate: Candidate) -> str:
     """Return what a candidate changes, ``"conv1 8 → 7"``; ``"start"`` for the first of all."""
     if candidate.variable is None:
         return "start"
-    if candidate.from_bits is None or candidate.to_bits is None:  # a swap, in words already
-        return f.shorten(candidate.variable)
+    if candidate.from_bits is None or candidate.to_bits is None:
+        return candidate.variable  # a swap, in words already
     bits = f"{f.bits_text(candidate.from_bits)} → {f.bits_text(candidate.to_bits)}"
-    return f"{f.shorten(candidate.variable)} {bits}"
+    return f"{candidate.variable} {bits}"
+
+
+def shorten_moves(moves: Sequence[str], characters: int = 40) -> list[str]:
+    """Return what `describe_move` says with `short_names`; those of a swap share the characters.
+
+    Example:
+        >>> shorten_moves(["net.one.conv 8 → 7", "net.one.conv 7 → 8, net.two.conv 4 → 3"], 20)
+        ['net.one.conv 8 → 7', '…one.conv 7 → 8, …two.conv 4 → 3']
+    """
+    changes = [[change.rsplit(" ", 3) for change in move.split(", ")] for move in moves]
+    names = list(dict.fromkeys(name for move in changes for name, *_ in move))
+    short = {
+        n: dict(zip(names, f.short_names(names, characters // n), strict=True))
+        for n in {len(move) for move in changes}
+    }
+    return [
+        ", ".join(" ".join((short[len(move)][name], *bits)) for name, *bits in move)
+        for move in changes
+    ]
 
 
 def steps_info(history: History) -> StepsInfo:
@@ -152,13 +172,14 @@ def steps_figure(info: StepsInfo) -> go.Figure:
     return figure
 
 
-def plot_steps(study: Study) -> go.Figure:
+def plot_steps(study: Study, *, dark: bool | None = None) -> go.Figure:
     """Plot the score's parts and the cost of the incumbent over the steps, with the budget.
 
     Args:
         study: A study of a bit search, finished or not.
+        dark: For a dark page or a light one; by default the figure stands on either.
 
     Raises:
         ResumeError: The study is not a bit search.
     """
-    return steps_figure(steps_info(read_history(study)))
+    return f.on_page(steps_figure(steps_info(read_history(study))), dark)

@@ -11,6 +11,7 @@ import pytest
 from hq_optuna import visualization
 from hq_optuna.cost import Budget
 from hq_optuna.errors import ResumeError
+from hq_optuna.visualization._figure import PAGES
 from tests.fake_search import fake_space, fake_study
 
 PLOTS = [getattr(visualization, name) for name in visualization.__all__]
@@ -32,6 +33,8 @@ def test_every_plot_of_a_finished_search_has_data_and_a_title(plot):
         (visualization.plot_candidates, "No candidate is scored yet"),
         (visualization.plot_sensitivity, "holds no sensitivities"),
         (visualization.plot_pareto, "holds no whole table of sensitivities"),
+        (visualization.plot_prediction, "No candidate has both a predicted and a measured"),
+        (visualization.plot_workers, "Nobody has begun a trial yet"),
     ],
 )
 def test_a_study_with_nothing_to_draw_gives_an_empty_figure_and_a_warning(plot, words, caplog):
@@ -73,6 +76,48 @@ def test_every_plot_is_transparent_and_leaves_the_study_as_it_was(plot):
     figure = plot(study)
     assert figure.layout.paper_bgcolor == figure.layout.plot_bgcolor == "rgba(0,0,0,0)"
     assert ([vars(trial) for trial in study.get_trials()], study.user_attrs) == before
+
+
+@pytest.mark.parametrize("plot", PLOTS)
+def test_every_plot_has_a_light_and_a_dark_page_and_draws_the_same_on_both(plot):
+    study = fake_study(4)
+    plain, light, dark = plot(study), plot(study, dark=False), plot(study, dark=True)
+    assert light.to_dict()["data"] == dark.to_dict()["data"] == plain.to_dict()["data"]
+    assert (light.layout.paper_bgcolor, light.layout.font.color) == PAGES[False]
+    assert (dark.layout.paper_bgcolor, dark.layout.font.color) == PAGES[True]
+    assert dark.layout.plot_bgcolor == dark.layout.paper_bgcolor
+
+
+@pytest.mark.parametrize("plot", PLOTS)
+def test_every_hover_text_of_a_number_of_nats_or_cost_names_its_unit(plot):
+    for trace in plot(fake_study(6)).data:
+        if trace.hoverinfo != "skip":
+            assert any(
+                word in trace.hovertemplate
+                for word in ("nats", "bits", "BOPs", "KiB", "of the total", "UTC")
+            )
+
+
+@pytest.mark.parametrize("plot", PLOTS)
+def test_layers_and_steps_of_a_network_with_150_layers_are_readable(plot, large):
+    figure = plot(large)
+    assert figure.layout.height <= 2000 + 200
+    names = [layer.name for layer in fake_space(150).layers]
+    axis = figure.layout.yaxis
+    if plot in (
+        visualization.plot_bits,
+        visualization.plot_sensitivity,
+        visualization.plot_cost_share,
+    ):
+        assert list(axis.ticktext) == names
+        assert axis.range[0] > axis.range[1]  # the first on top
+        assert 1650 / len(names) >= axis.tickfont.size + 2
+
+
+@pytest.fixture(scope="module")
+def large():
+    space = fake_space(150, bits=(8, 4))
+    return fake_study(space, encoding="compact", n_trials=60)
 
 
 @pytest.mark.parametrize("budget", [Budget.fraction(size_bytes=0.5), Budget.fraction(bops=0.5)])

@@ -88,7 +88,7 @@ def test_a_search_that_ends_with_an_earlier_candidate_says_which():
     info = candidates_info(dataclasses.replace(history, records=(*history.records[:2], last)))
     assert info.elsewhere == loser.number
     title = candidates_figure(info).layout.title.text
-    assert f"ended with trial {loser.number} of an earlier step" in title
+    assert f"took trial {loser.number} of an earlier step" in title
 
 
 def test_without_a_scored_candidate_there_is_no_step():
@@ -106,7 +106,7 @@ def test_the_panels_are_in_the_units_of_their_titles():
     figure = candidates_figure(info)
     titles = [figure.layout[f"xaxis{i}"].title.text for i in ("", 2, 3)]
     assert titles == [
-        "rise against the incumbent (nats)",
+        "rise (nats)",
         "cost saved (MBOPs)",
         "rise per saving (nats/MBOPs)",
     ]
@@ -130,3 +130,34 @@ def test_rises_over_orders_of_magnitude_get_a_log_axis_and_falls_a_linear_one():
 def test_costs_are_those_of_the_bits_where_the_objective_recorded_none():
     bare, full = (plot_candidates(fake_study(5, bare=bare)) for bare in (True, False))
     assert [list(trace.x) for trace in bare.data] == [list(trace.x) for trace in full.data]
+
+
+def test_a_step_of_swaps_is_ordered_by_the_score_whatever_the_rule():
+    space = fake_space(20, bits=range(2, 9))
+    history = read_history(fake_study(space, n_candidates=8, budget=Budget.fraction(bops=0.25)))
+    swaps = [
+        record.step
+        for record in history.records[1:]
+        if history.records[record.step - 1].winner.cost <= history.info.limit
+    ]
+    assert swaps
+    for step in swaps:
+        info = candidates_info(history, step)
+        assert info.rule == "swaps"
+        assert [c.key for c in info.candidates] == sorted(c.score for c in history.step(step))
+        assert info.candidates[0].won or info.elsewhere is not None
+        assert "(swaps)" in candidates_figure(info).layout.title.text
+        assert len(candidates_figure(info).data) == 2  # without the quotient, which decides nothing
+
+
+def test_labels_are_short_and_hover_texts_whole():
+    name = "encoder.block{}.attention.output.projection.quantized.linear"
+    moves = [f"{name.format(1)} 8 → 7", f"{name.format(1)} 6 → 7, {name.format(2)} 8 → 7"]
+    rows = tuple(CandidateInfo(i, move, 1.0, None, 1.0, False) for i, move in enumerate(moves))
+    figure = candidates_figure(CandidatesInfo(1, False, None, "min", "bops", rows))
+    shown = figure.layout.yaxis.ticktext
+    assert list(figure.data[0].y) == [f"{move} (trial {i})" for i, move in enumerate(moves)]
+    assert all(len(text) <= 75 for text in shown)
+    assert "block1" in shown[0]
+    assert "block1" in shown[1]
+    assert "block2" in shown[1]

@@ -60,13 +60,50 @@ def test_the_first_layer_stands_on_top():
     assert f.layers_axis(["a", "b", "c"])["range"] == [2.5, -0.5]
 
 
-def test_long_names_keep_the_end_that_tells_them_apart():
+def test_long_names_lose_their_middle():
     name = "encoder." * 10 + "layers.11.attention.query"
     short = f.shorten(name)
     assert len(short) == 40
-    assert short.startswith("…")
-    assert short.endswith("layers.11.attention.query")
+    assert short.startswith("encoder.")
+    assert short.endswith(".attention.query")
     assert f.shorten("conv1") == "conv1"
+
+
+@pytest.mark.parametrize("characters", [13, 20, 40])
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"net.body.encoder.{i // 6}.blocks.{i}.attention.self.query_{i % 3}" for i in range(150)],
+        [f"net.{'x' * 50}.{i}.{'y' * 50}" for i in range(150)],
+        [f"{'x' * 50}{i}{'y' * 50}" for i in range(150)],
+        ["fc", *(f"net.{'x' * 50}.{i}" for i in range(150))],
+        [f"layer{i}" for i in range(150)],
+        ["a" * 100],
+    ],
+)
+def test_short_names_tell_layers_apart(names, characters):
+    short = f.short_names(names, characters)
+    assert len(set(short)) == len(names)
+    assert max(map(len, short)) <= characters
+
+
+def test_names_that_fit_stay_whole():
+    assert f.short_names(["net.a", "net.b"]) == ["net.a", "net.b"]
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_texts_of_both_pages_have_the_contrast_of_wcag(dark):
+    page, text = (_luminance(colour) for colour in f.PAGES[dark])
+    assert (page < text) == dark
+    light, dim = max(page, text), min(page, text)
+    assert (light + 0.05) / (dim + 0.05) >= 7  # WCAG 2.1, 1.4.6 level AAA
+
+
+@pytest.mark.parametrize("colour", [f.BLUE, f.GREEN, f.VERMILION, f.GREY])
+@pytest.mark.parametrize("dark", [False, True])
+def test_lines_have_the_contrast_of_wcag_on_both_pages(colour, dark):
+    page, line = _luminance(f.PAGES[dark][0]), _luminance(colour)
+    assert (max(page, line) + 0.05) / (min(page, line) + 0.05) >= 3  # WCAG 2.1, 1.4.11
 
 
 @pytest.mark.parametrize("metric", ["bops", "size_bytes"])

@@ -72,3 +72,21 @@ def test_without_a_table_the_figure_says_so(caplog):
 def test_before_the_first_step_the_curve_stands_alone():
     figure = pareto_figure(pareto_info(read_history(fake_study(4, n_trials=0))))
     assert [trace.name for trace in figure.data] == ["exact optimum", "uniform bits"]
+
+
+def test_of_many_steps_some_are_drawn_the_last_among_them_and_none_below_the_curve():
+    space = fake_space(20, bits=range(2, 9))
+    history = read_history(fake_study(space, n_candidates=8, budget=Budget.fraction(bops=0.25)))
+    info = pareto_info(history)
+    assert len(history.records) > 2 * N_COMPARED
+    assert N_COMPARED / 2 <= len(info.incumbents) <= N_COMPARED
+    assert info.incumbents[-1].name == f"step {history.records[-1].step}"
+    for point in info.incumbents:
+        assert point.score >= best_at(info, point.cost) * (1 - 1e-12)
+
+
+def test_the_incumbent_of_an_unfinished_search_is_not_called_its_answer():
+    figure = pareto_figure(pareto_info(read_history(fake_study(8, n_trials=6))))
+    names = {trace.name for trace in figure.data}
+    assert "incumbent,<br>over the budget" in names
+    assert "answer" not in names

@@ -1,0 +1,76 @@
+"""Trials as work: who did which one, from when to when."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+from optuna.trial import TrialState
+
+from hq_optuna import attrs
+from hq_optuna.storages.trials import TrialFacts
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one trial was as work.
+
+    Times are those of the storage: the start by the clock of the host that created the trial, the
+    end by the clock of the host that ended it. Another worker ends the trial of one that died, when
+    it finds out. MySQL keeps whole seconds.
+
+    Attributes:
+        number: Trial number.
+        worker: Who ran it, see `hq_optuna.workers.worker_id`; ``host:pid`` or empty where its
+            ticket does not say.
+        kind: What its ticket was for, see `Ticket`; ``"free"`` also for trials without one.
+        step: Its step, -1 where it has none.
+        slot: Its place among the candidates of the step, -1 where it has none.
+        state: Where it stands.
+        started: UTC.
+        ended: UTC; ``None`` while it runs.
+        seconds: What its objective took, where that was recorded.
+        counted: Whether the search took its result.
+    """
+
+    number: int
+    worker: str
+    kind: Literal["candidate", "incumbent", "surplus", "free"]
+    step: int
+    slot: int
+    state: TrialState
+    started: datetime
+    ended: datetime | None
+    seconds: float | None
+    counted: bool
+
+
+def read_runs(trials: Collection[TrialFacts], counted: Collection[int]) -> tuple[Run, ...]:
+    """Return the trials that somebody ran, by number.
+
+    Args:
+        trials: With the user attributes `SECONDS` and `WORKER`.
+        counted: Numbers of those whose results the search took.
+    """
+    found = []
+    for trial in trials:
+        row, ticket, user = trial.row, trial.row.ticket, trial.user_attrs
+        if trial.started is None or row.state == TrialState.WAITING:
+            continue
+        found.append(
+            Run(
+                number=row.number,
+                worker=(ticket.worker if ticket else "") or user.get(attrs.WORKER, ""),
+                kind="free" if ticket is None else ticket.kind,
+                step=-1 if ticket is None else ticket.step,
+                slot=-1 if ticket is None else ticket.slot,
+                state=row.state,
+                started=trial.started,
+                ended=trial.ended,
+                seconds=user.get(attrs.SECONDS),
+                counted=row.number in counted,
+            )
+        )
+    return tuple(found)

@@ -1,0 +1,160 @@
+"""`plot_pareto(study, measured="accuracy")`: what was measured on validation data, against cost."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import plotly.graph_objects as go
+
+from hq_optuna import attrs
+from hq_optuna.cost import CostModel, Metric, format_cost
+from hq_optuna.history import History
+from hq_optuna.visualization import _figure as f
+
+ACCURACY = "accuracy"
+_LOOK = {
+    attrs.ANSWER: ("answer", f.VERMILION, "star", 15),
+    attrs.UNIFORM: ("uniform bits", f.ORANGE, "diamond", 10),
+    "random": ("random within<br>the budget", f.GREY, "circle", 8),
+    "TPE": ("TPE", f.BLUE, "square", 8),
+    "NSGA-II": ("NSGA-II", f.GREEN, "triangle-up", 9),
+}
+
+
+class MeasuredPoint(NamedTuple):
+    """An assignment that was measured.
+
+    Attributes:
+        method: What found it, ``"answer"``, ``"uniform"`` or the name of another method.
+        name: For people, ``"3 bits"`` or ``"TPE, seed 0"``.
+        cost: In the unit of the metric.
+        value: What was measured.
+    """
+
+    method: str
+    name: str
+    cost: float
+    value: float
+
+
+class MeasuredInfo(NamedTuple):
+    """What was measured on validation data.
+
+    Attributes:
+        name: Name of the figure, ``"accuracy"`` (a share of 1), ``"loss"``, …
+        points: The answer first.
+        before: Of the float network; ``None`` where it was not measured.
+        n_samples: Validation samples; ``None`` where the study does not say.
+        limit: The budget.
+        int8: Cost with 8 bits everywhere.
+        metric: What is counted.
+    """
+
+    name: str
+    points: tuple[MeasuredPoint, ...]
+    before: float | None
+    n_samples: int | None
+    limit: float
+    int8: float
+    metric: Metric
+
+
+def measured_info(history: History, name: str = ACCURACY) -> MeasuredInfo:
+    """Read what was measured of the answer, of uniform bits and of other methods.
+
+    Raises:
+        ValueError: Figures were measured, but none of this name.
+    """
+    rows = [row for row in history.facts.get(attrs.COMPARED, ()) if row["cost"] is not None]
+    names = sorted({known for row in rows for known in row["measured"]})
+    if names and name not in names:
+        raise ValueError(f"Nothing called {name!r} was measured; there are {', '.join(names)}.")
+    points = []
+    for row in rows:
+        method, said = row["method"], row["method"]
+        if row["bits"] is not None:
+            said = row["bits"]
+        elif row["seed"] is not None:
+            said = f"{method}, seed {row['seed']}"
+        if name in row["measured"]:
+            points.append(MeasuredPoint(method, said, row["cost"], row["measured"][name]))
+    info = history.info
+    return MeasuredInfo(
+        name=name,
+        points=tuple(points),
+        before=history.facts.get(f"{name}_before"),
+        n_samples=history.facts.get("validation_samples"),
+        limit=info.limit,
+        int8=CostModel(history.space.layers, info.metric).int8,
+        metric=info.metric,
+    )
+
+
+def standard_error(share: float, n_samples: int) -> float:
+    """Return the standard error of a share of independent samples.
+
+    Example:
+        >>> standard_error(0.9, 900)
+        0.01
+    """
+    return math.sqrt(share * (1 - share) / n_samples)
+
+
+def measured_figure(info: MeasuredInfo) -> go.Figure:
+    """Draw what was measured against cost, the float network and the budget as lines.
+
+    Accuracies are in percent, with bars of one standard error.
+    """
+    is_accuracy = info.name == ACCURACY
+    title = f"Validation {f.label(info.name)} against cost"
+    if not info.points:
+        return f.empty(title, "Nothing is measured: give the search validation data.")
+    factor, unit = f.cost_unit(info.int8, info.metric)
+    times, suffix = (100.0, " %") if is_accuracy else (1.0, "")
+    figure = go.Figure()
+    for method in dict.fromkeys(p.method for p in info.points):
+        points = [p for p in info.points if p.method == method]
+        said, colour, symbol, size = _LOOK.get(method, (method, f.SKY, "x", 8))
+        errors = None
+        if is_accuracy and info.n_samples:
+            errors = [times * standard_error(p.value, info.n_samples) for p in points]
+        spread = "" if errors is None else " ± %{customdata[1]:.1f}"
+        figure.add_scatter(
+            x=[p.cost / factor for p in points],
+            y=[times * p.value for p in points],
+            error_y=None if errors is None else {"array": errors, "thickness": 1, "width": 4},
+            name=said,
+            mode="markers+text" if method == attrs.UNIFORM and len(points) <= 12 else "markers",
+            marker={"color": colour, "symbol": symbol, "size": size},
+            text=[f.label(p.name) for p in points],
+            textposition="top right",
+            customdata=[
+                [p.cost / info.int8, error]
+                for p, error in zip(points, errors or [0.0] * len(points), strict=True)
+            ],
+            hovertemplate=f"%{{text}}: %{{y:.4g}}{spread}{suffix}<br>"
+            f"%{{x:.4g}} {unit}, %{{customdata[0]:.1%}} of all-8-bit<extra></extra>",
+        )
+    f.style(figure, title, 320)
+    figure.update_layout(showlegend=True)
+    if info.before is not None:
+        figure.add_hline(y=times * info.before, line={"color": f.GREY, "dash": "dot", "width": 1.5})
+        figure.add_annotation(
+            text=f"float {times * info.before:.4g}{suffix}",
+            **{"x": 1, "xref": "x domain", "xanchor": "right", "showarrow": False},
+            **{"y": times * info.before, "yref": "y", "yanchor": "bottom"},
+        )
+    values = [p.value for p in info.points]
+    above = 2 * values[0] > min(values) + max(values)  # where the answer is not
+    figure.add_vline(x=info.limit / factor, line={"color": f.VERMILION, "dash": "dash"})
+    figure.add_annotation(
+        text=f"budget {format_cost(info.limit, info.metric)}",
+        **{"x": info.limit / factor, "xref": "x", "xanchor": "right", "xshift": -4},
+        **{"y": 0 if above else 1, "yref": "paper", "showarrow": False},
+        yanchor="bottom" if above else "top",
+    )
+    highest = max(info.limit, *(p.cost for p in info.points)) / factor
+    figure.update_xaxes(title={"text": f"cost ({unit})"}, range=[0, 1.15 * highest])
+    figure.update_yaxes(title={"text": f"{f.label(info.name)}{' (%)' if is_accuracy else ''}"})
+    return figure

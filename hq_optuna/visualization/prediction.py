@@ -1,0 +1,264 @@
+"""`plot_prediction`: the loss rises that were predicted, against those that were measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import plotly.graph_objects as go
+from optuna.study import Study
+from plotly.subplots import make_subplots
+from scipy.stats import spearmanr
+
+from hq_optuna.history import History, read_history
+from hq_optuna.visualization import _figure as f
+from hq_optuna.visualization.steps import describe_move
+
+TITLE = "Predicted against measured loss rise"
+DECADES = 3
+"""So many decades of the axes are logarithmic; what is nearer to zero is drawn on a linear scale,
+which also knows the rises below zero that measuring gives."""
+
+MANY = 200
+"""More points than these of one kind are drawn smaller."""
+
+MEASURED = "loss"
+"""The scorer that ranks by measured losses: its score predicts nothing."""
+
+
+class PredictionPoint(NamedTuple):
+    """A candidate against the start of the search (the widest bits), nats.
+
+    Attributes:
+        number: Trial number.
+        step: Its step.
+        move: What it changes, in words.
+        by_score: Rise of the score; ``None`` where the score is itself measured.
+        by_layers: Rise of the sum over layers; ``None`` where it was not recorded.
+        measured: Rise of the mean loss on the calibration set.
+        won: Whether a step took it.
+    """
+
+    number: int
+    step: int
+    move: str
+    by_score: float | None
+    by_layers: float | None
+    measured: float
+    won: bool
+
+
+class PredictionInfo(NamedTuple):
+    """Predicted and measured rises of all candidates that count.
+
+    Attributes:
+        scorer: Name of what candidates are ranked by.
+        points: By trial number.
+        rank_by_score: Spearman's rank correlation of ``by_score`` and ``measured``; ``None`` for
+            fewer than three points or without any difference.
+        rank_by_layers: Likewise of ``by_layers``; ``None`` also where the score is that sum.
+    """
+
+    scorer: str
+    points: tuple[PredictionPoint, ...]
+    rank_by_score: float | None
+    rank_by_layers: float | None
+
+
+def prediction_info(history: History) -> PredictionInfo:
+    """Read the rises of all candidates that count, each against the start.
+
+    The start, step 0, stands in for the float network, whose loss the storage does not hold.
+    """
+    scorer = history.info.scorer
+    start = next((c for c in history.candidates if c.counted and c.step == 0), None)
+    if start is None or not math.isfinite(start.calibration_loss):
+        return PredictionInfo(scorer, (), None, None)
+    won = {record.winner.number for record in history.records}
+    points = []
+    for c in history.candidates:
+        if c.step == 0 or not c.counted or not math.isfinite(c.calibration_loss):
+            continue
+        sums = (c.score_weights + c.score_activations) - (
+            start.score_weights + start.score_activations
+        )
+        points.append(
+            PredictionPoint(
+                number=c.number,
+                step=c.step,
+                move=describe_move(c),
+                by_score=None if scorer == MEASURED else c.score - start.score,
+                by_layers=f.finite(sums),
+                measured=c.calibration_loss - start.calibration_loss,
+                won=c.number in won,
+            )
+        )
+    if all(
+        p.by_score is not None
+        and p.by_layers is not None
+        and math.isclose(p.by_score, p.by_layers, rel_tol=1e-9, abs_tol=1e-15)
+        for p in points
+    ):
+        points = [p._replace(by_layers=None) for p in points]
+    return PredictionInfo(
+        scorer=scorer,
+        points=tuple(points),
+        rank_by_score=rank_correlation([(p.by_score, p.measured) for p in points]),
+        rank_by_layers=rank_correlation([(p.by_layers, p.measured) for p in points]),
+    )
+
+
+def rank_correlation(pairs: Iterable[tuple[float | None, float]]) -> float | None:
+    """Return Spearman's rank correlation of the pairs that are whole.
+
+    Returns:
+        ``None`` for fewer than three, or where one side does not differ.
+
+    Example:
+        >>> rank_correlation([(1.0, 10.0), (2.0, 30.0), (3.0, 20.0), (None, 0.0)])
+        0.5
+    """
+    whole = [(predicted, measured) for predicted, measured in pairs if predicted is not None]
+    if len(whole) < 3 or any(len(set(side)) < 2 for side in zip(*whole, strict=True)):
+        return None
+    predicted, measured = zip(*whole, strict=True)
+    return round(float(spearmanr(predicted, measured).statistic), 12)
+
+
+def prediction_figure(info: PredictionInfo) -> go.Figure:
+    """Draw a point per candidate, a panel per way to predict; on the line both rises are equal."""
+    panels = [
+        (name, [(getattr(p, part), p) for p in info.points if getattr(p, part) is not None], rank)
+        for name, part, rank in (
+            (f"score ({info.scorer})", "by_score", info.rank_by_score),
+            ("sum over layers", "by_layers", info.rank_by_layers),
+        )
+    ]
+    panels = [panel for panel in panels if panel[1]]
+    if not panels:
+        return f.empty(TITLE, "No candidate has both a predicted and a measured loss rise yet.")
+    predicted = [x for _, points, _ in panels for x, _ in points]
+    measured = [p.measured for _, points, _ in panels for _, p in points]
+    unit = linear_unit([*predicted, *measured])
+    figure = make_subplots(
+        cols=len(panels),
+        shared_yaxes=True,
+        horizontal_spacing=0.04,
+        subplot_titles=[
+            f.label(name) + ("" if rank is None else f": rank correlation {rank:.2f}")
+            for name, _, rank in panels
+        ],
+    )
+    places = [squeeze(x, unit) for x in (*predicted, *measured)]
+    room = 0.05 * (max(places) - min(places)) or 0.1
+    for column, (_, points, _) in enumerate(panels, start=1):
+        ends = [squeeze(min(predicted), unit) - room, squeeze(max(predicted), unit) + room]
+        figure.add_scatter(
+            x=ends,
+            y=ends,
+            mode="lines",
+            line={"color": f.GREY, "width": 1.5, "dash": "dot"},
+            name="as predicted",
+            hoverinfo="skip",
+            showlegend=column == 1,
+            row=1,
+            col=column,
+        )
+        for name, won, look in (
+            ("candidates", False, {"color": f.BLUE, "size": 6, "opacity": 0.7}),
+            ("taken by a step", True, {"color": f.VERMILION, "size": 9, "symbol": "star"}),
+        ):
+            shown = [(x, p) for x, p in points if p.won == won]
+            if len(shown) > MANY:
+                look = {**look, "size": 5}
+            figure.add_scatter(
+                x=[squeeze(x, unit) for x, _ in shown],
+                y=[squeeze(p.measured, unit) for _, p in shown],
+                mode="markers",
+                marker=look,
+                name=name,
+                legendgroup=name,
+                customdata=[[p.step, f.label(p.move), p.number, x, p.measured] for x, p in shown],
+                hovertemplate="step %{customdata[0]}: %{customdata[1]} (trial %{customdata[2]})"
+                "<br>predicted %{customdata[3]:.4g} nats"
+                "<br>measured %{customdata[4]:.4g} nats<extra></extra>",
+                showlegend=column == 1,
+                row=1,
+                col=column,
+            )
+    power = f"±10<sup>{round(math.log10(unit))}</sup>".replace("-", "−")
+    f.style(figure, f"{TITLE}<br><sub>axes are linear within {power} nats</sub>", 420)
+    figure.update_layout(legend={"traceorder": "normal", "itemsizing": "constant"})
+    figure.update_xaxes(
+        title={"text": "predicted rise over the start (nats)"}, **rise_axis(predicted, unit, room)
+    )
+    axis = rise_axis(measured, unit, room)
+    figure.update_yaxes(**axis)
+    figure.update_yaxes(title={"text": "measured rise over the start (nats)"}, col=1)
+    return figure
+
+
+def linear_unit(values: Sequence[float]) -> float:
+    """Return the power of ten below which axes are linear.
+
+    Example:
+        >>> linear_unit([0.0, -0.2, 3.0])
+        0.001
+    """
+    largest = max(map(abs, values))
+    return 10.0 ** (math.floor(math.log10(largest)) - DECADES) if largest > 0 else 1.0
+
+
+def squeeze(value: float, unit: float) -> float:
+    """Return where a value stands on an axis: linear up to ``unit``, logarithmic beyond.
+
+    Example:
+        >>> [squeeze(x, 0.001) for x in (0.0, 0.001, 0.1, -0.1)]
+        [0.0, 1.0, 3.0, -3.0]
+    """
+    if abs(value) <= unit:
+        return value / unit
+    return math.copysign(1 + math.log10(abs(value) / unit), value)
+
+
+def rise_axis(values: Sequence[float], unit: float, room: float) -> dict[str, Any]:
+    """Return the settings of an axis that shows values where `squeeze` puts them."""
+    low, high = squeeze(min(values), unit) - room, squeeze(max(values), unit) + room
+    far = range(1, DECADES + 3)
+    step = 2 if high - low > 7 else 1  # both signs with all their decades
+    ticks = [t for t in (*(-place for place in far), 0, *far) if low <= t <= high and t % step == 0]
+    return {
+        "range": [low, high],
+        "tickvals": ticks,
+        "ticktext": [_power_text(t, round(math.log10(unit))) for t in ticks],
+        "zeroline": True,
+        "zerolinewidth": 1,
+    }
+
+
+def _power_text(place: int, power: int) -> str:
+    """Return the value at a place of `squeeze` in units of a power of ten."""
+    if place == 0:
+        return "0"
+    exponent = power + abs(place) - 1
+    text = {0: "1", 1: "10"}.get(exponent, f"10<sup>{exponent}</sup>")
+    return ("-" * (place < 0) + text).replace("-", "−")
+
+
+def plot_prediction(study: Study, *, dark: bool | None = None) -> go.Figure:
+    """Plot the predicted loss rise of every candidate against the measured one.
+
+    Predicted: the score, and where that is something else the sum over layers. Measured: the mean
+    loss on the calibration set, without training. Both are rises over the start of the search, the
+    widest bits. Small rises drown in what a finite calibration set says by chance: that is what
+    points below zero show.
+
+    Args:
+        study: A study of a bit search, finished or not.
+        dark: For a dark page or a light one; by default the figure stands on either.
+
+    Raises:
+        ResumeError: The study is not a bit search.
+    """
+    return f.on_page(prediction_figure(prediction_info(read_history(study))), dark)

@@ -1,0 +1,357 @@
+"""`plot_workers`: who did what when, and who died."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal, NamedTuple
+
+import plotly.graph_objects as go
+from optuna.study import Study
+from optuna.trial import TrialState
+
+from hq_optuna import workers
+from hq_optuna.history import History, read_history
+from hq_optuna.runs import Run
+from hq_optuna.visualization import _figure as f
+from hq_optuna.visualization.steps import describe_move
+
+TITLE = "Who did what when"
+LEGEND_ROW_PX = 20
+N_TICKS = 6
+TICKS_S = (
+    *(0.01, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800),
+    *(3600, 7200, 10_800, 21_600, 43_200, 86_400, 172_800, 604_800),
+)
+MOST_LABELLED = 4
+"""So many pauses have their length written above them; more would overlap."""
+
+What = Literal["candidate", "surplus", "record", "other", "running", "failed", "lost"]
+
+
+class WorkerSpan(NamedTuple):
+    """A trial on the row of its worker.
+
+    Attributes:
+        worker: Which row, from 0.
+        number: Trial number.
+        what: ``"candidate"`` and ``"record"`` (the trial that closes a step): their results count.
+            ``"surplus"``: no longer needed, or somebody else's result counts. ``"other"``: a trial
+            that somebody enqueued, or of another loop. ``"failed"``: an error, or given back.
+            ``"lost"``: its worker did nothing afterwards: it died or was interrupted.
+            ``"running"``: still runs, or its worker died unseen.
+        step: Its step, -1 where it has none.
+        text: For people.
+        start_s: Seconds after the first start.
+        seconds: How long. Of a lost trial, until somebody found out; of a running one, until the
+            last sign of anybody.
+    """
+
+    worker: int
+    number: int
+    what: What
+    step: int
+    text: str
+    start_s: float
+    seconds: float
+
+
+class WorkersInfo(NamedTuple):
+    """The work on a search.
+
+    Attributes:
+        workers: ``host:pid``, in the order they came.
+        begin: The first start, UTC.
+        spans: By trial number.
+        pauses: ``(from, to)`` in seconds after the first start: when nobody worked for long.
+    """
+
+    workers: tuple[str, ...]
+    begin: datetime
+    spans: tuple[WorkerSpan, ...]
+    pauses: tuple[tuple[float, float], ...]
+
+
+def workers_info(history: History) -> WorkersInfo:
+    """Read who ran which trial from when to when."""
+    runs = sorted(history.runs, key=lambda run: run.number)
+    if not runs:
+        return WorkersInfo((), datetime.fromtimestamp(0, UTC), (), ())
+    begin = min(run.started for run in runs)
+    until = max(max(run.started, run.ended or run.started) for run in runs)
+    last = {run.worker: run.number for run in runs}
+    came = sorted(last, key=lambda name: min(r.started for r in runs if r.worker == name))
+    row = {name: i for i, name in enumerate(came)}
+    moves = {c.number: describe_move(c) for c in history.candidates}
+    spans = []
+    for run in runs:
+        what = _what(run, is_last=last[run.worker] == run.number)
+        span_s = ((run.ended or until) - run.started).total_seconds()
+        if run.seconds and not (run.started.microsecond or (run.ended or until).microsecond):
+            span_s = max(span_s, run.seconds)  # of a storage that keeps whole seconds
+        spans.append(
+            WorkerSpan(
+                worker=row[run.worker],
+                number=run.number,
+                what=what,
+                step=run.step,
+                text=_text(run, what, moves.get(run.number)),
+                start_s=(run.started - begin).total_seconds(),
+                seconds=max(span_s, 0.0),
+            )
+        )
+    return WorkersInfo(_names(came), begin, tuple(spans), _pauses(spans))
+
+
+def _what(run: Run, *, is_last: bool) -> What:
+    if run.state == TrialState.RUNNING:
+        return "lost" if workers.is_dead(run.worker) else "running"
+    if run.state == TrialState.FAIL:
+        return "lost" if is_last else "failed"
+    if run.state == TrialState.PRUNED or run.kind == "surplus":
+        return "surplus"
+    if run.kind == "free":
+        return "other"
+    if not run.counted:
+        return "surplus"
+    return "record" if run.kind == "incumbent" else "candidate"
+
+
+def _text(run: Run, what: What, move: str | None) -> str:
+    if run.kind == "candidate":
+        doing = f"candidate {run.slot + 1} of step {run.step}"
+        doing += "" if move is None else f", {move}"
+    elif run.kind == "incumbent":
+        doing = f"record of step {run.step}"
+    else:
+        doing = "nothing to do" if run.kind == "surplus" else "enqueued or of another loop"
+    said = {
+        "surplus": "; not needed",
+        "failed": "; an error, or given back",
+        "lost": "; its worker died or was interrupted",
+        "running": "; still runs, or its worker died unseen",
+    }
+    return f"trial {run.number}: {doing}{said.get(what, '')}"
+
+
+def _names(ids: Sequence[str]) -> tuple[str, ...]:
+    """Return ``host:pid`` of each; the second process with the same gets ``(2)``."""
+    times: dict[str, int] = {}
+    names = []
+    for worker in ids:
+        name = workers.short_name(worker) or "unknown"
+        times[name] = times.get(name, 0) + 1
+        names.append(name if times[name] == 1 else f"{name} ({times[name]})")
+    return tuple(names)
+
+
+def _pauses(spans: Sequence[WorkerSpan]) -> tuple[tuple[float, float], ...]:
+    """Return when nobody worked for longer than a fifth of the time that somebody did.
+
+    Nobody knows when in a lost trial its worker died; only its start is work.
+    """
+    busy: list[list[float]] = []
+    for span in sorted(spans, key=lambda span: span.start_s):
+        end = span.start_s + (0.0 if span.what in ("lost", "running") else span.seconds)
+        if busy and span.start_s <= busy[-1][1]:
+            busy[-1][1] = max(busy[-1][1], end)
+        else:
+            busy.append([span.start_s, end])
+    worked_s = sum(end - start for start, end in busy)
+    gaps = itertools.pairwise(busy)
+    return tuple((a[1], b[0]) for a, b in gaps if b[0] - a[1] > max(1.0, worked_s / 5))
+
+
+def workers_figure(info: WorkersInfo) -> go.Figure:
+    """Draw a row per worker, a bar per trial; pauses are cut out of the time axis.
+
+    Candidates of even and of odd steps have two blues.
+    """
+    if not info.spans:
+        return f.empty(TITLE, "Nobody has begun a trial yet.")
+    figure = go.Figure()
+    bars: list[tuple[str, list[WorkerSpan], dict[str, Any], float]] = [
+        (name, [s for s in info.spans if s.what in what and chosen(s)], marker, width)
+        for name, what, chosen, marker, width in (
+            ("even steps", ("candidate",), _even, {"color": f.BLUE}, 0.7),
+            ("odd steps", ("candidate",), _odd, {"color": f.SKY}, 0.7),
+            ("not needed", ("surplus",), _any, {"color": f.GREY}, 0.7),
+            ("other trials", ("other",), _any, {"color": f.GREEN}, 0.7),
+            ("running", ("running",), _any, _hatched(f.BLUE), 0.4),
+            ("no result", ("failed", "lost"), _any, _hatched(f.VERMILION), 0.2),
+        )
+    ]
+    for name, spans, marker, width in bars:
+        if spans:
+            figure.add_bar(
+                **_where(info, spans),
+                base=[_time(info, s.start_s) for s in spans],
+                x=[1000 * s.seconds for s in spans],  # milliseconds, as of a date axis
+                name=name,
+                orientation="h",
+                width=width,
+                marker={"line": {"width": 0}, **marker},
+            )
+    marks: list[tuple[str, list[WorkerSpan], dict[str, Any]]] = [
+        (name, [s for s in info.spans if s.what == what], marker)
+        for name, what, marker in (
+            ("step closed", "record", {"symbol": "line-ns", "line": {"width": 1.5}, "size": 9}),
+            ("trial failed", "failed", {"symbol": "x-thin", "line": {"width": 2}, "size": 8}),
+            ("died or stopped", "lost", {"symbol": "x", "size": 10}),
+        )
+    ]
+    for name, spans, marker in marks:
+        if spans:
+            colour = f.ORANGE if spans[0].what == "record" else f.VERMILION
+            line = {"color": colour, **marker.get("line", {})}
+            figure.add_scatter(
+                **_where(info, spans),
+                x=[_time(info, s.start_s) for s in spans],
+                name=name,
+                mode="markers",
+                marker={**marker, "color": colour, "line": line},
+            )
+    end_s = max(s.start_s + s.seconds for s in info.spans)
+    margin_s = _margin(info)
+    for start_s, stop_s in info.pauses:
+        cut = _time(info, start_s + margin_s)
+        figure.add_vline(x=cut, line={"color": f.GREY, "dash": "dot", "width": 1.5})
+        if len(info.pauses) <= MOST_LABELLED:
+            figure.add_annotation(
+                text=_duration(stop_s - start_s),
+                **{"x": cut, "xref": "x", "xanchor": "center", "showarrow": False},
+                **{"y": 1, "yref": "paper", "yanchor": "bottom"},
+            )
+    n = len(info.workers)
+    title = f"{TITLE} ({n} worker{'' if n == 1 else 's'})"
+    if info.pauses:
+        title += "<br><sub>dotted: a pause of all, cut out</sub>"
+    f.style(figure, title, max(f.layers_height(n), LEGEND_ROW_PX * (len(figure.data) + 1)))
+    figure.update_layout(barmode="overlay", showlegend=True)
+    figure.update_xaxes(
+        type="date",
+        title={"text": "time, UTC (by the clock of the host that wrote it)"},
+        **(_ticks(info, end_s) if info.pauses else {"nticks": N_TICKS}),
+        range=[_time(info, -margin_s), _time(info, end_s + margin_s)],
+        rangebreaks=[
+            {"bounds": [_time(info, start_s + margin_s), _time(info, stop_s - margin_s)]}
+            for start_s, stop_s in info.pauses
+        ],
+        zeroline=False,
+    )
+    figure.update_yaxes(**f.layers_axis(info.workers))
+    return figure
+
+
+def _even(span: WorkerSpan) -> bool:
+    return span.step % 2 == 0
+
+
+def _odd(span: WorkerSpan) -> bool:
+    return span.step % 2 == 1
+
+
+def _any(span: WorkerSpan) -> bool:
+    return True
+
+
+def _hatched(colour: str) -> dict[str, Any]:
+    return {
+        "color": colour,
+        "pattern": {
+            "shape": "/",
+            "fgcolor": colour,
+            "fgopacity": 1,
+            "bgcolor": "rgba(0,0,0,0)",
+            "size": 5,
+        },
+    }
+
+
+def _where(info: WorkersInfo, spans: Sequence[WorkerSpan]) -> dict[str, Any]:
+    """Return rows and hover texts."""
+    names = [f.label(name) for name in info.workers]
+    return {
+        "y": [names[s.worker] for s in spans],
+        "customdata": [
+            [f.label(s.text), _time(info, s.start_s), _duration(s.seconds)] for s in spans
+        ],
+        "hovertemplate": "%{y}<br>%{customdata[0]}<br>from %{customdata[1]} UTC, "
+        "%{customdata[2]}<extra></extra>",
+    }
+
+
+def _margin(info: WorkersInfo) -> float:
+    """Return the seconds that are shown before and after work: a hundredth of what is shown."""
+    end_s = max(s.start_s + s.seconds for s in info.spans)
+    cut_s = sum(stop_s - start_s for start_s, stop_s in info.pauses)
+    return max(0.001, min(0.01 * (end_s - cut_s), *(0.2 * (b - a) for a, b in info.pauses), 1e9))
+
+
+def _ticks(info: WorkersInfo, end_s: float) -> dict[str, Any]:
+    """Return ticks at round times, for an axis with cuts: plotly would put them on the cuts.
+
+    A time within a pause, or too near to the tick before, gets none.
+    """
+    edges = [0.0, *(second for pause in info.pauses for second in pause), end_s]
+    worked = list(zip(edges[::2], edges[1::2], strict=True))
+    shown_s = sum(stop - start for start, stop in worked)
+    every = next((s for s in TICKS_S if s * N_TICKS >= shown_s), TICKS_S[-1])
+    first = info.begin.timestamp()
+    places: list[float] = []
+    texts: list[str] = []
+    before_s, last_s, day = 0.0, -math.inf, ""
+    for start, stop in worked:
+        round_s = math.ceil((first + start) / every) * every - first
+        times = [round_s + i * every for i in range(int(max(0.0, stop - round_s) / every) + 1)]
+        for time_s in [start, *(t for t in times if t <= stop)]:
+            at_s = before_s + time_s - start
+            if at_s - last_s < 0.7 * shown_s / N_TICKS:
+                continue
+            last_s = at_s
+            said = info.begin + timedelta(seconds=time_s)
+            text = said.strftime("%H:%M:%S" if every < 60 or time_s == start else "%H:%M")
+            date = said.strftime("%Y-%m-%d")
+            places.append(time_s)
+            texts.append(text if date == day else f"{text}<br>{date}")
+            day = date
+        before_s += stop - start
+    return {"tickvals": [_time(info, place) for place in places], "ticktext": texts}
+
+
+def _time(info: WorkersInfo, seconds: float) -> str:
+    time = info.begin + timedelta(seconds=seconds)
+    return time.replace(tzinfo=None).isoformat(sep=" ", timespec="milliseconds")
+
+
+def _duration(seconds: float) -> str:
+    """Return a time for people.
+
+    Example:
+        >>> _duration(0.0173), _duration(7.25), _duration(75), _duration(5000), _duration(2e5)
+        ('17.3 ms', '7.25 s', '1.2 min', '1.4 h', '2.3 days')
+    """
+    for unit, n in (("days", 86_400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= (1.5 if unit == "days" else 1.0) * n:
+            return f"{seconds / n:.1f} {unit}"
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def plot_workers(study: Study, *, dark: bool | None = None) -> go.Figure:
+    """Plot a time line of the workers: what each evaluated, when, and which died.
+
+    Times are those of the trials: a start by the clock of the host that created the trial, an end
+    by the clock of the host that ended it. Clocks that differ shift rows against each other. A
+    worker that died between two trials leaves no trace; one that was interrupted and one that was
+    killed look the same.
+
+    Args:
+        study: A study of a bit search, finished or not.
+        dark: For a dark page or a light one; by default the figure stands on either.
+
+    Raises:
+        ResumeError: The study is not a bit search.
+    """
+    return f.on_page(workers_figure(workers_info(read_history(study))), dark)
