@@ -84,7 +84,7 @@ def pareto_info(history: History, *, n: int = N_POINTS, metric: Metric | None = 
     compared = [p.cost for p in (*uniform, *incumbents)]
     exact = sums.frontier(compared if limit is None else [*compared, limit], n=n)
     return ParetoInfo(
-        exact=tuple(ParetoPoint(p.cost, p.score, "exact") for p in exact),
+        exact=tuple(ParetoPoint(p.cost, p.score, "exact optimum") for p in exact),
         incumbents=tuple(incumbents),
         answer=incumbents[-1]._replace(name="answer") if incumbents else None,
         uniform=tuple(uniform),
@@ -146,7 +146,7 @@ def pareto_figure(info: ParetoInfo) -> go.Figure:
             text=[f.label(p.name) for p in positive],
             customdata=[p.cost / info.int8 for p in positive],
             hovertemplate="%{text}: %{y:.4g} nats<br>"
-            f"%{{x:.4g}} {unit}, %{{customdata:.1%}} of all-8-bit",
+            f"%{{x:.4g}} {unit}, %{{customdata:.1%}} of all-8-bit<extra></extra>",
             **look,
         )
     f.style(figure, TITLE, 380)

@@ -124,7 +124,8 @@ def steps_figure(info: StepsInfo) -> go.Figure:
             line=line,
             visible=visible,
             customdata=taken,
-            hovertemplate="step %{x}: %{customdata}<br>%{y:.4g} nats",
+            hovertemplate=f"step %{{x}}: %{{customdata}}<br>{name.partition('<br>')[0]} "
+            "%{y:.4g} nats<extra></extra>",
             row=1,
             col=1,
         )
@@ -140,7 +141,7 @@ def steps_figure(info: StepsInfo) -> go.Figure:
             for what, cost in zip(taken, info.cost, strict=True)
         ],
         hovertemplate="step %{x}: %{customdata[0]}<br>"
-        f"%{{y:.4g}} {unit}, %{{customdata[1]:.1%}} of all-8-bit",
+        f"cost %{{y:.4g}} {unit}, %{{customdata[1]:.1%}} of all-8-bit<extra></extra>",
         row=2,
         col=1,
     )

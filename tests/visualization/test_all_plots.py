@@ -1,8 +1,10 @@
 """What holds for every picture."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import optuna
 import plotly.graph_objects as go
@@ -138,6 +140,11 @@ def test_layer_names_are_shown_as_text_and_not_as_html():
         text = json.dumps(json.loads(plot(study).to_json()))  # without plotly's own escapes
         assert plot is visualization.plot_pareto or "&lt;b&gt;a&lt;/b&gt;" in text
         assert "<b>" not in text
+
+
+def test_the_page_of_plots_names_them_all():
+    page = (Path(__file__).parents[2] / "docs" / "plots.md").read_text("utf-8")
+    assert set(re.findall(r"`(plot_\w+)", page)) == set(visualization.__all__)
 
 
 def test_the_plots_load_no_torch():
