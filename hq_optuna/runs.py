@@ -9,7 +9,7 @@ from typing import Literal
 
 from optuna.trial import TrialState
 
-from hq_optuna import attrs
+from hq_optuna import attrs, workers
 from hq_optuna.storages.trials import TrialFacts
 
 
@@ -24,7 +24,7 @@ class Run:
     Attributes:
         number: Trial number.
         worker: Who ran it, see `hq_optuna.workers.worker_id`; ``host:pid`` or empty where its
-            ticket does not say.
+            ticket does not say. Until it ended well, who claimed it.
         kind: What its ticket was for, see `Ticket`; ``"free"`` also for trials without one.
         step: Its step, -1 where it has none.
         slot: Its place among the candidates of the step, -1 where it has none.
@@ -33,6 +33,8 @@ class Run:
         ended: UTC; ``None`` while it runs.
         seconds: What its objective took, where that was recorded.
         counted: Whether the search took its result.
+        handed: Whether somebody else claimed it and handed it out, as a launcher does, so that it
+            may have waited for its worker after its start.
     """
 
     number: int
@@ -45,6 +47,7 @@ class Run:
     ended: datetime | None
     seconds: float | None
     counted: bool
+    handed: bool = False
 
 
 def read_runs(trials: Collection[TrialFacts], counted: Collection[int]) -> tuple[Run, ...]:
@@ -59,10 +62,12 @@ def read_runs(trials: Collection[TrialFacts], counted: Collection[int]) -> tuple
         row, ticket, user = trial.row, trial.row.ticket, trial.user_attrs
         if trial.started is None or row.state == TrialState.WAITING:
             continue
+        claimed, scored = ticket.worker if ticket else "", user.get(attrs.WORKER, "")
+        handed = bool(claimed and scored) and scored != workers.short_name(claimed)
         found.append(
             Run(
                 number=row.number,
-                worker=(ticket.worker if ticket else "") or user.get(attrs.WORKER, ""),
+                worker=scored if handed else claimed or scored,
                 kind="free" if ticket is None else ticket.kind,
                 step=-1 if ticket is None else ticket.step,
                 slot=-1 if ticket is None else ticket.slot,
@@ -71,6 +76,7 @@ def read_runs(trials: Collection[TrialFacts], counted: Collection[int]) -> tuple
                 ended=trial.ended,
                 seconds=user.get(attrs.SECONDS),
                 counted=row.number in counted,
+                handed=handed,
             )
         )
     return tuple(found)

@@ -39,8 +39,9 @@ class WorkerSpan(NamedTuple):
         number: Trial number.
         what: ``"candidate"`` and ``"record"`` (the trial that closes a step): their results count.
             ``"surplus"``: no longer needed, or somebody else's result counts. ``"other"``: a trial
-            that somebody enqueued, or of another loop. ``"failed"``: an error, or given back.
-            ``"lost"``: its worker did nothing afterwards: it died or was interrupted.
+            that somebody enqueued, or of another loop. ``"failed"``: an error, given back, or
+            lost by a launcher's worker. ``"lost"``: its worker did nothing afterwards: it died or
+            was interrupted.
             ``"running"``: still runs, or its worker died unseen.
         step: Its step, -1 where it has none.
         text: For people.
@@ -88,7 +89,9 @@ def workers_info(history: History) -> WorkersInfo:
     spans = []
     for run in runs:
         what = _what(run, is_last=last[run.worker] == run.number)
-        span_s = ((run.ended or until) - run.started).total_seconds()
+        start, span_s = run.started, ((run.ended or until) - run.started).total_seconds()
+        if run.handed and run.ended and run.seconds and run.seconds < span_s:
+            start, span_s = run.ended - timedelta(seconds=run.seconds), run.seconds
         if run.seconds and not (run.started.microsecond or (run.ended or until).microsecond):
             span_s = max(span_s, run.seconds)  # of a storage that keeps whole seconds
         spans.append(
@@ -98,7 +101,7 @@ def workers_info(history: History) -> WorkersInfo:
                 what=what,
                 step=run.step,
                 text=_text(run, what, moves.get(run.number)),
-                start_s=(run.started - begin).total_seconds(),
+                start_s=(start - begin).total_seconds(),
                 seconds=max(span_s, 0.0),
             )
         )
@@ -129,7 +132,7 @@ def _text(run: Run, what: What, move: str | None) -> str:
         doing = "nothing to do" if run.kind == "surplus" else "enqueued or of another loop"
     said = {
         "surplus": "; not needed",
-        "failed": "; an error, or given back",
+        "failed": "; an error, given back, or its worker was lost",
         "lost": "; its worker died or was interrupted",
         "running": "; still runs, or its worker died unseen",
     }
@@ -345,7 +348,8 @@ def plot_workers(study: Study, *, dark: bool | None = None) -> go.Figure:
     Times are those of the trials: a start by the clock of the host that created the trial, an end
     by the clock of the host that ended it. Clocks that differ shift rows against each other. A
     worker that died between two trials leaves no trace; one that was interrupted and one that was
-    killed look the same.
+    killed look the same. Trials that a launcher claimed for its workers are on the row of who
+    scored them, for as long as that took; those that such a worker lost are on the launcher's.
 
     Args:
         study: A study of a bit search, finished or not.

@@ -102,6 +102,24 @@ def test_two_processes_with_the_same_name_have_two_rows():
     assert info.workers == ("far:11", "far:11 (2)", "unknown")
 
 
+def test_what_a_launcher_handed_out_is_work_of_who_scored_it_while_it_did():
+    info = info_of(
+        run(0, "far:33", 0, 10, handed=True, seconds=2.0),
+        run(1, ANN, 10, 11, kind="incumbent"),
+    )
+    assert info.workers == ("far:33", "far:11")
+    assert (info.spans[0].start_s, info.spans[0].seconds) == (8.0, 2.0)
+
+
+def test_who_scored_a_trial_is_read_from_what_it_recorded():
+    # The objective of a fake study says that it runs elsewhere than where trials are claimed.
+    study = fake_study(4)
+    runs = read_history(study).runs
+    assert {(r.worker, r.handed) for r in runs} == {("box:1234", True)}
+    own = read_history(fake_study(4, bare=True)).runs
+    assert {(r.worker, r.handed) for r in own} == {(workers.worker_id(), False)}
+
+
 def test_clocks_that_differ_never_make_a_negative_time():
     assert info_of(run(0, ANN, 5, 4.5)).spans[0].seconds == 0.0
 
