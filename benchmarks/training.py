@@ -6,11 +6,12 @@ compensated rounding) under a budget of size, all 20 layers searched and counted
 ``13x_a4``   at most 32 / 13.1 = 2.44 bits a weight on average, 4-bit activations
 ``avg2_a8``  at most 2 bits on average, 8-bit activations
 
-The network starts from corrected statistics and is trained by distillation from the float network
-on all training images but the 512 that calibrate; there is no early stopping and no choice by
-accuracy, so the test images are read once a seed, at the end. ``drop_…`` are points of accuracy
-below the float network, mean over seeds; the standard error is that of the paired difference: per
-image, correct in float less correct after training (mean over seeds), over the images.
+Weights are rounded by the quantizer ``midrise``. The network starts from compensated weights and
+corrected statistics and is trained by distillation from the float network on all training images
+but the 512 that calibrate. Nothing is chosen by the test images: no early stopping, no best epoch.
+``drop_…`` are points of test accuracy below the float network, mean over seeds; the standard error
+is that of the paired difference: per image, correct in float less correct after training (mean over
+seeds), over the images.
 
 Second moments: a network at 4 bits everywhere is trained, then ``--assignments`` random ones lower
 some of its layers to 2 and 3 bits. Spearman's rank correlation of the measured rise of the loss
@@ -48,15 +49,17 @@ from hq_optuna.quantization import observe_inputs, prepare, set_bits
 from hq_optuna.quantization.compensation import compensate_weights
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.quantization.prepare import float_weight, weight_quantizer
-from hq_optuna.runner.study_file import find_study
 from hq_optuna.scoring import measure_layer_sums
 from hq_optuna.search import Additive
 from hq_optuna.space import SearchSpace
 from hq_optuna.training import Trainer, TrainingSettings, rounded_copy
+from studies import cifar10_resnet20 as study
 
 COMPRESSION = 13.1
 TARGETS: dict[str, tuple[float, int]] = {"13x_a4": (32 / COMPRESSION, 4), "avg2_a8": (2.0, 8)}
 """Name → bits a weight at most on average, bits of activations."""
+QUANTIZER = "midrise"
+"""Of weights: all four codes of two bits are values, where ``uniform`` has three."""
 N_CALIBRATION = 512
 MOMENT_BITS, MOMENT_EPOCHS = 4, 2
 
@@ -104,7 +107,7 @@ def main() -> None:
     outcome.finish(arguments.out)
 
 
-SETTINGS = TrainingSettings(channels_last=True)
+SETTINGS = TrainingSettings(channels_last=True, precision="bfloat16")
 
 
 def parsed(value: str) -> Any:
@@ -117,7 +120,6 @@ def parsed(value: str) -> Any:
 
 def read(data: Path, checkpoint: Path, quick: bool) -> Parts:
     """Read the study's parts; training images are all that do not calibrate."""
-    study = find_study("cifar10_resnet20")._module
     network = study.network(checkpoint)
     calibration = read_batches(study.calibration(data, n_calibration=N_CALIBRATION))
     pairs = [study.train(data, n_calibration=N_CALIBRATION), study.validation(data)]
@@ -135,7 +137,8 @@ def prepared_for(parts: Parts, bits: Mapping[str, Sequence[int]]) -> nn.Module:
     """Return the prepared network with compensated weights for these bits."""
     names = [layer.name for layer in parts.layers]
     histograms = observe_inputs(parts.network, names, parts.calibration)
-    prepared = prepare(parts.network, parts.layers, histograms)
+    quantizers = dict.fromkeys(names, QUANTIZER)
+    prepared = prepare(parts.network, parts.layers, histograms, quantizers=quantizers)
     compensate_weights(prepared, parts.layers, parts.calibration, bits)
     return prepared
 
@@ -143,20 +146,17 @@ def prepared_for(parts: Parts, bits: Mapping[str, Sequence[int]]) -> nn.Module:
 def allocate(parts: Parts, average: float, activation_bits: int) -> BitConfig:
     """Return the exact allocation for a number of bits a weight on average."""
     space = SearchSpace.build(
-        parts.layers, bits=range(2, 9), activation_bits=activation_bits, pin_first_last=None
+        parts.layers, bits=range(2, 9), activation_bits=None, pin_first_last=None
     )
     prepared = prepared_for(parts, {layer.name: range(2, 9) for layer in parts.layers})
     table = measure_layer_sums(
         "fisher", parts.network, prepared, space, parts.calibration, functional.cross_entropy
     ).sensitivity
-    # Activations have the same bits everywhere: their part is the same for all assignments.
+    # Activations have the same bits everywhere, so all assignments have the same part of theirs.
     sums = {name: {"weights": table.weights[name], "activations": {}} for name in table.weights}
-    weights_only = SearchSpace.build(
-        parts.layers, bits=range(2, 9), activation_bits=None, pin_first_last=None
-    )
     limit = sum(layer.n_weights for layer in parts.layers) * average / 8
-    cost = CostModel(weights_only.layers, "size_bytes").layer_cost
-    best = Additive(weights_only, sums, cost).exact(limit)
+    cost = CostModel(space.layers, "size_bytes").layer_cost
+    best = Additive(space, sums, cost).exact(limit)
     assert best is not None
     return BitConfig({name: (b.weight_bits, activation_bits) for name, b in best.config.items()})
 

@@ -48,7 +48,7 @@ class TrainingSettings:
         seed: Of the order of the data, of augmentation and of dropout.
     """
 
-    epochs: int = 10
+    epochs: int = 6
     optimizer: OptimizerName = "adamw"
     learning_rate: float = 1e-3
     step_rate: float = 1.0
@@ -57,12 +57,12 @@ class TrainingSettings:
     batch_size: int = 64
     warmup_epochs: float = 0.5
     label_weight: float = 0.0
-    temperature: float = 1.0
+    temperature: float = 4.0
     frozen_statistics_epochs: int = 1
     frozen_ranges_epochs: int = 1
     clip_norm: float | None = None
     out_of_range: OutOfRange = "pass"
-    start: Start = "float"
+    start: Start = "moved"
     precision: Precision = "float32"
     channels_last: bool = False
     seed: int = 0

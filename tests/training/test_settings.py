@@ -22,7 +22,7 @@ OTHER = {
     "frozen_ranges_epochs": 3,
     "clip_norm": 1.5,
     "out_of_range": "stop",
-    "start": "moved",
+    "start": "rounded",
     "precision": "bfloat16",
     "channels_last": True,
     "seed": 9,

@@ -22,7 +22,9 @@ from tests.small_networks import assert_unchanged, seeded, snapshot
 from tests.training.examples import BITS, float_net, images, labelled, prepared_net
 from tests.training.test_learned import lsq
 
-SHORT = TrainingSettings(epochs=4, batch_size=8, learning_rate=0.01, frozen_ranges_epochs=1)
+SHORT = TrainingSettings(
+    epochs=4, batch_size=8, learning_rate=0.01, frozen_ranges_epochs=1, temperature=1.0
+)
 
 
 def flipped(x, generator):
