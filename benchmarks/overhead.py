@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import statistics
 import tempfile
 import time
@@ -25,29 +24,19 @@ from typing import Any
 
 import optuna
 import sqlalchemy
-from optuna.distributions import distribution_to_json
-from optuna.storages._rdb import models
 from optuna.trial import TrialState
 
+from benchmarks.bulk import write_trials
 from benchmarks.outcome import Outcome
 from benchmarks.servers import own_postgresql
 from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.samplers.claims import write_facts
 from hq_optuna.storages import open_storage, sqlite_url
-from hq_optuna.storages.trials import database_of, row_of
+from hq_optuna.storages.trials import database_of
 from tests.fake_search import fake_score, fake_space, fake_table
 
 BITS = tuple(range(16, 0, -1))  # so that there are 5,000 candidates to try
 ENCODINGS: dict[int, Any] = {20: "layers", 60: "compact"}
-TABLES = (
-    models.TrialModel,
-    models.TrialValueModel,
-    models.TrialParamModel,
-    models.TrialUserAttributeModel,
-    models.TrialSystemAttributeModel,
-)
-ID = models.TrialModel.__table__.c.trial_id
-FINITE = models.TrialValueModel.TrialValueType.FINITE
 N_CANDIDATES = 64
 
 
@@ -131,45 +120,11 @@ def fill(study: optuna.Study, layers: int, upto: int) -> None:
 
     What stands in the tables is what the trials one by one would have left there.
     """
-    database = database_of(study._storage)
-    assert database is not None
     twin, once = ours(None, "twin", layers)
     for _ in range(upto):
         once()
     there = len(study.get_trials(deepcopy=False))
-    trials = [row_of(trial) for trial in twin.get_trials(deepcopy=False)[there:]]
-    frozen = twin.get_trials(deepcopy=False)[there:]
-    with database.engine.begin() as connection:
-        first = 1 + (connection.execute(sqlalchemy.func.max(ID).select()).scalar() or 0)
-        rows: dict[Any, list[dict[str, Any]]] = {model: [] for model in TABLES}
-        for trial_id, (row, trial) in enumerate(zip(trials, frozen, strict=True), first):
-            known = {"trial_id": trial_id}
-            made = {"datetime_start": trial.datetime_start, "state": row.state}
-            made |= {"datetime_complete": trial.datetime_complete, "number": row.number}
-            rows[models.TrialModel].append({**known, **made, "study_id": study._study_id})
-            value = {"objective": 0, "value": row.value, "value_type": FINITE}
-            rows[models.TrialValueModel].append({**known, **value})
-            for name, bits in trial.params.items():
-                distribution = trial.distributions[name]
-                inner = float(distribution.to_internal_repr(bits))
-                text = distribution_to_json(distribution)
-                shown = {"param_name": name, "param_value": inner, "distribution_json": text}
-                rows[models.TrialParamModel].append({**known, **shown})
-            for model, attributes in (
-                (models.TrialUserAttributeModel, trial.user_attrs),
-                (models.TrialSystemAttributeModel, trial.system_attrs),
-            ):
-                for key, attribute in attributes.items():
-                    rows[model].append({**known, "key": key, "value_json": json.dumps(attribute)})
-        for model, written in rows.items():
-            if written:
-                connection.execute(sqlalchemy.insert(model.__table__), written)
-        if database.engine.name == "postgresql":
-            last = first + len(trials) - 1
-            connection.exec_driver_sql(f"select setval('trials_trial_id_seq', {last})")
-    if database.engine.name == "postgresql":  # as its own housekeeping would, minutes later
-        with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as now:
-            now.exec_driver_sql("analyze")
+    write_trials(study, twin.get_trials(deepcopy=False)[there:])
 
 
 def join(url: str, name: str, layers: int) -> float:

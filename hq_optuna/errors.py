@@ -85,5 +85,9 @@ class WorkerError(HqOptunaError, RuntimeError):
     """Workers that were launched cannot go on; carries what they said."""
 
 
+class DashboardError(HqOptunaError, RuntimeError):
+    """The dashboard cannot be started: not installed, or its port is taken."""
+
+
 class ScoreError(HqOptunaError, RuntimeError):
     """A score came out as NaN or infinity, so candidates cannot be ranked."""

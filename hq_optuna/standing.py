@@ -107,6 +107,11 @@ class Watch:
         self._count(rows)
         return self._standing(log, self._info)
 
+    @property
+    def record(self) -> int | None:
+        """Number of the trial that recorded the last closed step, as of the last look."""
+        return self._log.closed[-1].number if self._log is not None and self._log.closed else None
+
     def _open(self) -> StepLog | None:
         if self._log is None:
             storage, study_id = self._study._storage, self._study._study_id

@@ -15,6 +15,7 @@ from typing import Any
 import optuna
 from optuna.storages import BaseStorage
 from optuna.study import Study
+from optuna.trial import TrialState
 
 from hq_optuna import attrs
 from hq_optuna.attrs import StudyInfo
@@ -23,6 +24,7 @@ from hq_optuna.cost import Budget, CostModel
 from hq_optuna.history import assignment
 from hq_optuna.layers import FLOAT_BITS, LayerSpec
 from hq_optuna.samplers import ProgressiveBitSampler
+from hq_optuna.samplers.claims import write_facts
 from hq_optuna.space import SearchSpace
 
 Table = dict[str, dict[str, dict[int, float]]]
@@ -160,3 +162,28 @@ def fake_study(
     if n_trials != 0:
         study.optimize(objective, n_trials=n_trials)
     return study
+
+
+def score(study: Study, space: SearchSpace, n_trials: int | None = None) -> None:
+    """Run trials of a `fake_study` as workers do: claimed whole, their facts written at the end.
+
+    Args:
+        study: With its sampler.
+        space: Its search space.
+        n_trials: Stop after so many, or when the search is over.
+    """
+    sampler, table = study.sampler, fake_table(space)
+    assert isinstance(sampler, ProgressiveBitSampler)
+    done = 0
+    while n_trials is None or done < n_trials:
+        trial = sampler.ask(study)
+        if trial is None:
+            return
+        ticket = sampler.ticket(study, trial._trial_id)
+        assert ticket is not None
+        weights, activations = fake_score(table, space.config(ticket.bits))
+        facts = {attrs.SCORE_WEIGHTS: weights, attrs.SCORE_ACTIVATIONS: activations}
+        facts |= {attrs.CALIBRATION_LOSS: 0.5 + weights + activations, attrs.SECONDS: 0.25}
+        write_facts(trial, facts)
+        trial.finish(TrialState.COMPLETE, weights + activations)
+        done += 1

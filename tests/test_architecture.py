@@ -31,7 +31,7 @@ TORCH = {
 }
 OPTUNA = {
     *("attrs", "workers", "history", "samplers", "pruners", "storages"),
-    *("artifacts", "visualization", "standing", "runs"),
+    *("artifacts", "visualization", "standing", "runs", "dashboard"),
 }
 BOTH = {"runner", "launching", "export"}
 FACE = "hq_optuna"

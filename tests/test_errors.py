@@ -42,7 +42,10 @@ def test_code_that_knows_nothing_of_this_package_catches_the_builtin(
     builtin = (
         RuntimeError
         if kind.__name__
-        in ("StorageError", "ArtifactError", "WorkerError", "ScoreError", "TrainingError")
+        in (
+            *("StorageError", "ArtifactError", "WorkerError", "DashboardError", "ScoreError"),
+            "TrainingError",
+        )
         else ValueError
     )
     with pytest.raises(builtin, match="too low"):

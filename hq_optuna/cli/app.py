@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from hq_optuna._version import __version__
-from hq_optuna.cli import looking, solving
+from hq_optuna.cli import browsing, looking, solving
 from hq_optuna.cli.common import Folder, Json, Name, Storage, Study, StudyOrNone, errors, load
 from hq_optuna.cli.options import (
     RETRY_FOR,
@@ -206,5 +206,6 @@ def report(
 
 
 app.command()(looking.status)
+app.command()(browsing.dashboard)
 app.command()(solving.resolve)
 app.command()(solving.pareto)

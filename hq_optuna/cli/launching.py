@@ -19,6 +19,7 @@ from hq_optuna.cli.progress import SearchProgress
 from hq_optuna.cli.running import finish, say_where_it_went_on
 from hq_optuna.cli.session import Request, Session, begin
 from hq_optuna.cli.settings import n_cores
+from hq_optuna.dashboard import PageWriter
 from hq_optuna.launching import Crew, Life, Member, WorkerCommand
 from hq_optuna.launching.process import devices, thread_share
 from hq_optuna.runner.foreman import Foreman
@@ -64,21 +65,29 @@ def launch(
         log = functools.partial(session.log, study)
         progress.search(log())
         if not progress.was_finished:
-            crew, foreman, close = _crew(request, session, study, n_workers, scheduler, progress)
-            progress.members = crew.members
-            try:
+            with PageWriter(study, always=True) as pages:
+
+                def tell(found: StepLog) -> None:
+                    progress.now_and_then(found)
+                    pages(found)
+
+                crew, foreman, close = _crew(
+                    request, session, study, n_workers, scheduler, progress.news, tell
+                )
+                progress.members = crew.members
+                try:
+                    if foreman is None:
+                        _watch(crew, lambda: tell(log()))
+                    else:
+                        with explain_storage_errors(redact_url(session.place.storage)):
+                            _lead(crew, foreman)
+                finally:
+                    if foreman is not None:
+                        foreman.give_back()
+                    crew.end()
+                    close()
                 if foreman is None:
-                    _watch(crew, lambda: progress.search(log()))
-                else:
-                    with explain_storage_errors(redact_url(session.place.storage)):
-                        _lead(crew, foreman)
-            finally:
-                if foreman is not None:
-                    foreman.give_back()
-                crew.end()
-                close()
-            if foreman is None:
-                progress.search(log())
+                    progress.search(log())
     if existed:
         say_where_it_went_on(console, progress)
     return finish(
@@ -119,13 +128,13 @@ def _crew(
     study: optuna.Study,
     n_workers: int | None,
     scheduler: str | None,
-    progress: CrewProgress,
+    on_news: Callable[[str], None],
+    on_progress: Callable[[StepLog], None],
 ) -> tuple[Crew, Foreman | None, Callable[[], None]]:
     """Return the crew, who leads it, and what to call when it is done.
 
     Workers on a cluster claim for themselves, as they are on other hosts.
     """
-    on_news = progress.news
     options = [*request.arguments, "--retry-for", str(request.retry_for_s)]
     if request.artifacts is not None:
         options += ["--artifacts", request.artifacts]
@@ -148,7 +157,7 @@ def _crew(
     n_workers = n_workers or len(gpus) or n_cores()
     threads = request.threads or min(thread_share(n_cores(), n_workers), session.threads)
 
-    foreman = Foreman(study, on_progress=progress.now_and_then)
+    foreman = Foreman(study, on_progress=on_progress)
 
     def start(index: int) -> Life:
         device = gpus[index % len(gpus)] if gpus else None

@@ -11,6 +11,7 @@ from hq_optuna.artifacts import attach
 from hq_optuna.cli import show
 from hq_optuna.cli.progress import SearchProgress
 from hq_optuna.cli.session import Request, Session, begin
+from hq_optuna.dashboard import PageWriter
 from hq_optuna.storages import study_exists
 
 
@@ -71,6 +72,7 @@ def finish(
         console: Where to show the result.
         baselines: Seeds of the methods the answer is compared with.
     """
+    from hq_optuna.runner.publish import publish_answer
     from hq_optuna.runner.report import report_data, write_report
 
     folder = session.place.folder
@@ -85,6 +87,8 @@ def finish(
         write_report(found, report, command=command)
         page = session.artifacts.put(report.read_bytes())
         attach(found, "report", page, filename="report.html", mimetype="text/html")
+        publish_answer(found, session.artifacts)
+    PageWriter(found, always=True).close()
     show.result(console, found)
     console.print(
         f"Report: {report}\nResult: {saved}  (hq_optuna.load)", highlight=False, soft_wrap=True

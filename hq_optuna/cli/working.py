@@ -58,7 +58,12 @@ def work(
             study._storage.remove_session()  # the launcher has it from here on
             serve(orders, functools.partial(session.search.objective.obey, study), tell)
         else:
-            session.search.work(study, on_progress=progress.search, on_doing=tell.doing)
+            session.search.work(
+                study,
+                on_progress=progress.search,
+                on_doing=tell.doing,
+                pages=ENDS_WITH_STDIN not in os.environ,  # else its launcher writes them
+            )
     tell("done")
     console.print(
         f"The search is over. This worker, {workers.short_name(workers.worker_id())}, scored "

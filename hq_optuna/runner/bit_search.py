@@ -17,6 +17,7 @@ from hq_optuna.artifacts import Artifacts, open_artifacts
 from hq_optuna.batches import Batches, Precision, read_batches
 from hq_optuna.cost import Budget, CostModel, check_reachable
 from hq_optuna.curvature import LossFunction
+from hq_optuna.dashboard import PageWriter
 from hq_optuna.errors import ArtifactError, ResumeError
 from hq_optuna.history import read_history
 from hq_optuna.introspection import introspect
@@ -178,8 +179,7 @@ class BitSearch:
     ) -> Study:
         """Search until the budget is met, or go on with a search that was interrupted.
 
-        Several processes may call this with the same arguments on one storage: they share the
-        work, and the history is the same as with one.
+        Several processes may call this on one storage: the history is the same as with one.
 
         Args:
             storage: As for `open`, as all others up to ``progress``.
@@ -299,6 +299,7 @@ class BitSearch:
         *,
         on_progress: Callable[[StepLog], None] = lambda log: None,
         on_doing: Callable[[Doing], None] = lambda doing: None,
+        pages: bool = True,
     ) -> None:
         """Run trials of a study that `open` returned until the search is over.
 
@@ -306,12 +307,14 @@ class BitSearch:
             study: The study.
             on_progress: Called with the record of the search after each trial.
             on_doing: Called with what this worker does, see `hq_optuna.runner.worker.work`.
+            pages: Whether this worker may keep the study's pages for optuna-dashboard current.
 
         Raises:
             StorageError: The storage cannot be read or written.
         """
-        with explain_storage_errors(_shown(study._storage)):
-            work(study, self.objective, on_progress=on_progress, on_doing=on_doing)
+        writer = PageWriter(study, then=on_progress, on=pages)
+        with explain_storage_errors(_shown(study._storage)), writer as progress:
+            work(study, self.objective, on_progress=progress, on_doing=on_doing)
 
     def result(
         self, study: Study, *, test: Callable[[], Any] | None = None, baselines: int = 0

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import optuna
@@ -12,11 +15,18 @@ from optuna.study import Study
 from hq_optuna import attrs
 from hq_optuna.artifacts import Artifacts, attach, attached
 from hq_optuna.errors import ResumeError
+from hq_optuna.runner import resolving
 from hq_optuna.scoring import Sensitivity
 from hq_optuna.space import SearchSpace
 
 SENSITIVITY = "sensitivity"
 """Name of the artifact that holds the table of predicted loss rises, by layer and bits."""
+
+SENSITIVITY_CSV = "sensitivity_csv"
+"""Name of the artifact that holds the same table for people."""
+
+ASSIGNMENT = "assignment"
+"""Name of the artifact that holds the bits of every layer."""
 
 METRIC_NAME = "score_nats"
 """Name of the trials' value in the dashboard and in `study.trials_dataframe()`."""
@@ -56,19 +66,63 @@ def publish(
 
 
 def publish_artifacts(study: Study, artifacts: Artifacts) -> None:
-    """Put a copy of the sensitivity table into the artifact store, unless the study names one.
+    """Put copies of the sensitivity table into the artifact store, unless the study names them.
+
+    One as JSON for programs, one as CSV, which optuna-dashboard shows as a table.
 
     The study's own attributes stay what workers read: they need nothing but the storage, and all
     rank by the same numbers. The copy is for people and other programs; its hash is in the study.
     """
+    system = study._storage.get_study_system_attrs(study._study_id)
+    table = attrs.join(attrs.SENSITIVITY, system) or {}
     if attached(study, SENSITIVITY) is None:
-        system = study._storage.get_study_system_attrs(study._study_id)
-        table = attrs.join(attrs.SENSITIVITY, system)
         attach(
             study,
             SENSITIVITY,
             artifacts.put_json(table),
             filename="sensitivity.json",
+            mimetype="application/json",
+        )
+    if attached(study, SENSITIVITY_CSV) is None:
+        attach(
+            study,
+            SENSITIVITY_CSV,
+            artifacts.put(as_csv(table).encode()),
+            filename="sensitivity.csv",
+            mimetype="text/csv",
+        )
+
+
+def as_csv(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """Return a stored table of sensitivities as CSV: one line a layer and part, widest bits first.
+
+    Example:
+        >>> print(as_csv({"fc": {"weights": {"8": 1e-05, "4": 0.002}, "activations": {}}}), end="")
+        layer,part,8 bits (nats),4 bits (nats)
+        fc,weights,1e-05,0.002
+    """
+    bits = {b for parts in table.values() for row in parts.values() for b in row}
+    columns = sorted(bits, key=int, reverse=True)
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(["layer", "part", *(f"{b} bits (nats)" for b in columns)])
+    for layer, parts in table.items():
+        for part, row in parts.items():
+            if row:
+                lines.writerow([layer, part, *(row.get(b, "") for b in columns)])
+    return text.getvalue()
+
+
+def publish_answer(study: Study, artifacts: Artifacts) -> None:
+    """Attach the incumbent's bits of every layer, as `hq_optuna.load_assignment` reads them."""
+    answer = resolving.answer(study)
+    if answer is not None:
+        reference = artifacts.put_json(answer.to_json())
+        attach(
+            study,
+            ASSIGNMENT,
+            reference,
+            filename="assignment.json",
             mimetype="application/json",
         )
 

@@ -120,6 +120,25 @@ def resolve(study: Study, budget: Budget) -> Resolved:
     )
 
 
+def answer(study: Study) -> Resolved | None:
+    """Return the incumbent of a search in the form of `resolve`'s, ``None`` before there is one."""
+    history = read_history(study)
+    info, record = history.info, history.incumbent
+    if record is None:
+        return None
+    return Resolved(
+        study_name=study.study_name,
+        config=record.config,
+        budget=info.budget,
+        metric=info.metric,
+        limit=info.limit,
+        cost=record.winner.cost,
+        int8=info.int8,
+        score=sums_of(history).score(record.config),
+        fingerprint=study.user_attrs.get(attrs.FINGERPRINT),
+    )
+
+
 def pareto(study: Study, *, metric: Metric | None = None, n: int = 33) -> list[Point]:
     """Return the exact Pareto curve of score against cost, the cheapest first.
 

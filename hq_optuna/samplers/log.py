@@ -33,6 +33,7 @@ class Closed:
     incumbent: Incumbent
     winner: int
     trained: bool = False
+    worker: str = ""  # who recorded it
 
 
 class _Record(NamedTuple):
@@ -268,7 +269,9 @@ class StepLog:
             score = value if ticket.trains else result.score
             place = (from_step, slot)
             incumbent = Incumbent(step.step, result.state, score, result.cost, place)
-            self.closed.append(Closed(number, incumbent, ticket.origin, ticket.trains))
+            self.closed.append(
+                Closed(number, incumbent, ticket.origin, ticket.trains, ticket.worker)
+            )
             self._closed_keys.add(key)
             self.past.incumbents.append(incumbent)
             self._step = None if step.final else self._open_step(incumbent)

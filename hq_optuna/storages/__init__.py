@@ -6,6 +6,7 @@ from hq_optuna.storages.opening import (
     open_storage,
     redact_url,
     sqlite_url,
+    storage_exists,
     study_exists,
 )
 from hq_optuna.storages.retrying import RETRY_FOR_S, RetryingStorage
@@ -18,5 +19,6 @@ __all__ = [
     "open_storage",
     "redact_url",
     "sqlite_url",
+    "storage_exists",
     "study_exists",
 ]

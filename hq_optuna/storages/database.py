@@ -25,6 +25,7 @@ from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.dialects import mysql, postgresql, sqlite
 
 from hq_optuna import attrs
 
@@ -201,6 +202,20 @@ class Database(RDBStorage):
                 rows = [r for i in found for r in _attributes(i, {attrs.BEAT: count})]
                 connection.execute(sqlalchemy.insert(table), rows)
 
+    def set_study_system_attrs(self, study_id: int, system_attrs: Mapping[str, Any]) -> None:
+        """Write attributes of a study in one transaction: readers see all of them or none.
+
+        What two processes write at the same moment is what one of them wrote, never a mixture.
+        """
+        # In the order of keys, so that two writers never wait for each other.
+        rows = [
+            {"study_id": study_id, "key": key, "value_json": json.dumps(value)}
+            for key, value in sorted(system_attrs.items())
+        ]
+        if rows:
+            with self._transaction() as connection:
+                connection.execute(_upsert_study_attrs(self.engine.name), rows)
+
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlalchemy.Connection]:
         try:
@@ -301,3 +316,14 @@ def _insert_user_attrs(
     if rows:
         table = models.TrialUserAttributeModel.__table__
         connection.execute(sqlalchemy.insert(table).values(rows))
+
+
+def _upsert_study_attrs(dialect: str) -> sqlalchemy.Insert:
+    table = models.StudySystemAttributeModel.__table__
+    if dialect in ("mysql", "mariadb"):
+        theirs = mysql.insert(table)
+        return theirs.on_duplicate_key_update(value_json=theirs.inserted.value_json)
+    ours = postgresql.insert(table) if dialect == "postgresql" else sqlite.insert(table)
+    return ours.on_conflict_do_update(
+        index_elements=["study_id", "key"], set_={"value_json": ours.excluded.value_json}
+    )

@@ -256,6 +256,15 @@ def load_study(storage: str, name: str) -> Study:
             raise StorageError(f"{shown} holds no study {name!r}. It holds: {names}.") from None
 
 
+def storage_exists(storage: str) -> bool:
+    """Return whether there is a storage that Optuna has used; creates nothing.
+
+    Raises:
+        StorageError: The storage cannot be opened.
+    """
+    return _has_studies(storage)
+
+
 def _may_exist(storage: str) -> bool:
     if is_grpc(storage):
         return True

@@ -126,7 +126,7 @@ def test_a_copy_of_the_table_is_an_artifact_that_equals_what_workers_read(tmp_pa
     copy = open_artifacts(store).get_json(attached(study, "sensitivity"))
     assert copy == attrs.join(attrs.SENSITIVITY, system)
     assert set(copy) == set(LAYERS)
-    (listed,) = optuna.artifacts.get_all_artifact_meta(study)
+    listed, _csv = optuna.artifacts.get_all_artifact_meta(study)
     assert listed.filename == "sensitivity.json"
 
 

@@ -1,0 +1,276 @@
+"""What the dashboard says in words: the note of a study, and one line for a trial."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hq_optuna import attrs
+from hq_optuna.artifacts import Reference
+from hq_optuna.attrs import StudyInfo
+from hq_optuna.cost import format_cost
+from hq_optuna.history import Candidate, History
+from hq_optuna.layers import FLOAT_BITS
+from hq_optuna.standing import Standing
+
+YOURS = "*What you write below this line is kept.*"
+"""Ends what is written by us; the rest of a note is its reader's."""
+
+LATEST_STEPS = 12
+
+SERVED_ID = re.compile("[0-9a-fA-F-]+")
+"""Ids of artifacts that optuna-dashboard answers; those in a prefix of a bucket it does not."""
+
+_FILES = {
+    "report": "report",
+    "assignment": "assignment (JSON)",
+    "sensitivity_csv": "sensitivities (CSV)",
+    "sensitivity": "sensitivities (JSON)",
+}
+
+
+def study_note(
+    history: History,
+    standing: Standing,
+    study_id: int,
+    files: Mapping[str, Reference],
+    written: str,
+) -> str:
+    """Return the note of a study in Markdown: goal, state, incumbent, files, layers, last steps.
+
+    Args:
+        history: The search.
+        standing: Where it stands.
+        study_id: Of the study, for links.
+        files: Artifacts of the study by name.
+        written: When, in words.
+    """
+    info, record = history.info, history.incumbent
+    n_searched = len({layer for v in history.space.variables for layer in v.layers})
+    parts = [
+        f"## {_plain(history.study_name)}: "
+        f"{'the answer' if standing.state == 'finished' and history.met else _state(standing)}",
+        f"**Goal.** Bits for each of {len(history.space.layers)} layers ({n_searched} searched) "
+        "with the smallest predicted rise of the loss, at a cost of at most "
+        f"**{format_cost(info.limit, info.metric)}**, {100 * info.limit / info.int8:.3g} % of "
+        f"all-8-bit ({format_cost(info.int8, info.metric)}).",
+        f"**State.** {_sentence(standing)}",
+    ]
+    if record is None:
+        parts.append("No step is closed yet.")
+    else:
+        parts.append(_incumbent(history, study_id))
+    links = _links(files, study_id)
+    if links:
+        parts.append(f"**Files.** {links}")
+    if "report" not in files:
+        parts.append(
+            "The report is attached when the search ends; `hq-optuna report` writes it any time."
+        )
+    parts += [f"> **Warning.** {_plain(text)}" for text in info.warnings]
+    if record is not None:
+        parts += ["### Latest steps", _steps(history, study_id), "### Bits", _layers(history)]
+    parts.append(
+        f"*Score {info.scorer}, rule {info.rule}, {info.n_candidates} candidates a step, seed "
+        f"{info.seed}. Written {written} by hq_optuna. The card “Best Trial” of a plain "
+        "optuna-dashboard does not look at the budget; this note does.*"
+    )
+    return "\n\n".join(parts)
+
+
+def with_readers_part(ours: str, stored: str) -> str:
+    """Return our part of a note, followed by what readers wrote in the stored one."""
+    _, mark, theirs = stored.partition(YOURS)
+    if not mark:
+        theirs = stored
+    theirs = theirs.strip("\n")
+    return f"{ours}\n\n---\n{YOURS}\n" + (f"\n{theirs}\n" if theirs else "")
+
+
+def trial_note(
+    trial: Mapping[str, Any],
+    info: StudyInfo,
+    *,
+    state: str = "COMPLETE",
+    score: float | None = None,
+    winner: Mapping[str, Any] | None = None,
+) -> str:
+    """Return one line that says what a trial of a search was; empty for other trials.
+
+    Args:
+        trial: Its user attributes.
+        info: What the study is about.
+        state: Name of its state.
+        score: Its value.
+        winner: User attributes of the candidate that a step record took.
+
+    Example:
+        >>> info = StudyInfo("bops", 24e9, "", 96e9, 1e12, "trace", "ratio", 8, 0)
+        >>> what = {"kind": "candidate", "step": 3, "slot": 4, "layer": "conv1", "cost": 2.4e10}
+        >>> trial_note({**what, "from_bits": 6, "to_bits": 5}, info, score=0.0012)
+        'Step 3, candidate 5: `conv1` from 6 to 5 bits. Score 0.0012 nats, 24 GBOPs, within budget.'
+    """
+    kind, step = trial.get(attrs.KIND), trial.get(attrs.STEP)
+    if kind == "candidate":
+        what = f"Step {step}, candidate {int(trial.get(attrs.SLOT, 0)) + 1}: {change(trial)}."
+    elif kind == "incumbent":
+        taken = "" if winner is None else f": {change(winner)}"
+        what = f"Closes step {step}; takes trial {trial.get(attrs.WINNER)}{taken}."
+    else:
+        return ""
+    if state == "RUNNING":
+        return f"{what} Being scored now."
+    if state != "COMPLETE" or score is None:
+        ended = "not needed any more" if state == "PRUNED" else "failed, or was given back"
+        return f"{what} It was {ended}; it does not count."
+    cost = float(trial.get(attrs.COST, math.nan))
+    within = "within budget" if cost <= info.limit else "over budget"
+    return f"{what} Score {score:.3g} nats, {format_cost(cost, info.metric)}, {within}."
+
+
+def change(trial: Mapping[str, Any]) -> str:
+    """Return what a candidate changes, in words, from its user attributes."""
+    layer = trial.get(attrs.LAYER)
+    if layer is None:
+        return "the start, every layer at its widest bits"
+    if trial.get(attrs.TO_BITS) is None:
+        return f"a swap, `{layer}`"  # in words already
+    before, after = (_bits(trial.get(key)) for key in (attrs.FROM_BITS, attrs.TO_BITS))
+    return f"`{layer}` from {before} to {after} bits"
+
+
+def user_attrs_of(candidate: Candidate) -> dict[str, Any]:
+    """Return what a candidate's trial has among its user attributes, as far as notes say it."""
+    return {
+        attrs.KIND: "candidate",
+        attrs.STEP: candidate.step,
+        attrs.SLOT: candidate.slot,
+        attrs.LAYER: candidate.variable,
+        attrs.FROM_BITS: candidate.from_bits,
+        attrs.TO_BITS: candidate.to_bits,
+        attrs.COST: candidate.cost,
+    }
+
+
+def _state(standing: Standing) -> str:
+    return {
+        "preparing": "about to begin",
+        "running": "running",
+        "idle": "nobody works on it",
+        "finished": "finished, over budget",
+        "stopped": "stopped",
+    }[standing.state]
+
+
+def _sentence(standing: Standing) -> str:
+    text = {
+        "preparing": "Sensitivities are being measured",
+        "running": "Running",
+        "idle": "Not finished, and nobody works on it now; the same command goes on with it",
+        "finished": f"Finished: {standing.reason}",
+        "stopped": f"Stopped: {standing.reason}",
+    }[standing.state]
+    if standing.state in ("running", "idle"):
+        text += f". {100 * standing.share:.0f} % of the way"
+    return f"{text}; {standing.steps} steps closed, {standing.candidates} candidates scored."
+
+
+def _incumbent(history: History, study_id: int) -> str:
+    record, info, facts = history.incumbent, history.info, history.facts
+    assert record is not None
+    won = record.winner
+    within = "within budget" if history.met else "over budget still"
+    rows = [
+        ("", "incumbent", "all 8 bits", "float"),
+        (":---", "---:", "---:", "---:"),
+        (
+            "cost",
+            f"**{format_cost(won.cost, info.metric)}**, {within}",
+            format_cost(info.int8, info.metric),
+            format_cost(info.float32, info.metric),
+        ),
+        ("predicted loss rise", f"**{won.score:.3g} nats**", "", "0"),
+    ]
+    for before in sorted(name for name in facts if name.endswith("_before")):
+        name = before.removesuffix("_before")
+        after = facts.get(f"{name}_after")
+        if after is None:
+            continue
+        test = name.startswith("test_")
+        n = facts.get("test_samples" if test else "validation_samples", "?")
+        shown = f"{name.removeprefix('test_')}, {n} {'test' if test else 'validation'} samples"
+        as_text = "{:.2%}".format if name.removeprefix("test_") == "accuracy" else "{:.4g}".format
+        rows.append((shown, f"**{as_text(after)}**", "", as_text(facts[before])))
+    trial = f"[trial {record.number}](/dashboard/studies/{study_id}/trials?numbers={record.number})"
+    return f"**Incumbent.** After step {record.step}: {trial}.\n\n" + _table(rows)
+
+
+def _links(files: Mapping[str, Reference], study_id: int) -> str:
+    return ", ".join(
+        f"[{shown}](/artifacts/{study_id}/{files[name].id})"
+        for name, shown in _FILES.items()
+        if name in files and SERVED_ID.fullmatch(files[name].id)
+    )
+
+
+def _steps(history: History, study_id: int) -> str:
+    rows = [("step", "took", "trial", "score, nats", "cost")]
+    rows.append(("---:", ":---", "---:", "---:", "---:"))
+    for record in reversed(history.records[-LATEST_STEPS:]):
+        won = record.winner
+        link = f"[{won.number}](/dashboard/studies/{study_id}/trials?numbers={won.number})"
+        cost = format_cost(won.cost, history.info.metric)
+        took = change(user_attrs_of(won))
+        rows.append((str(record.step), took, link, f"{won.score:.3g}", cost))
+    return _table(rows)
+
+
+def _layers(history: History) -> str:
+    record = history.incumbent
+    assert record is not None
+    rows = [("layer", "kind", "weights", "weight bits", "activation bits", "rise, nats")]
+    rows.append((":---", ":---", "---:", "---:", "---:", "---:"))
+    for layer in history.space.layers:
+        bits = record.config[layer.name]
+        table = history.sensitivity.get(layer.name, {})
+        rise = sum(
+            table.get(part, {}).get(b, math.nan)
+            for part, b in (("weights", bits.weight_bits), ("activations", bits.activation_bits))
+            if b != FLOAT_BITS
+        )
+        rows.append(
+            (
+                f"`{layer.name}`",
+                layer.kind,
+                f"{layer.n_weights:,}",
+                _bits(bits.weight_bits),
+                _bits(bits.activation_bits),
+                f"{rise:.2g}" if math.isfinite(rise) else "–",
+            )
+        )
+    return _table(rows)
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    # A "|" ends a cell even within code. The dashboard leaves no room between columns: an en space
+    # does, and Markdown does not strip it.
+    return "\n".join(
+        "| "
+        + " | ".join(
+            cell if set(cell) <= set(":-") and cell else cell.replace("|", "\\|") + "\u2002"
+            for cell in row
+        )
+        + " |"
+        for row in rows
+    )
+
+
+def _bits(bits: Any) -> str:
+    return "float" if str(bits) == str(FLOAT_BITS) else str(bits)
+
+
+def _plain(text: str) -> str:
+    """Return text as Markdown that shows it as it is."""
+    return re.sub(r"([\\`*_\[\]<>#|~])", r"\\\1", " ".join(text.split()))

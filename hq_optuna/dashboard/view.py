@@ -1,0 +1,179 @@
+"""A search as `hq-optuna dashboard` shows it: optuna-dashboard, told what it cannot know.
+
+optuna-dashboard is used as it is. It is given a storage that answers three of its questions for a
+bit search (which trial is the answer, which attributes and files people want to see), and its
+answers are made shorter and clearer on their way to the browser. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optuna
+from optuna.storages import BaseStorage
+from optuna.study._frozen import FrozenStudy
+from optuna.trial import FrozenTrial
+
+from hq_optuna import attrs
+from hq_optuna.artifacts import OPTUNA_PREFIX
+from hq_optuna.attrs import StudyInfo
+from hq_optuna.cost import format_cost
+from hq_optuna.dashboard.notes import trial_note
+from hq_optuna.dashboard.pages import FIGURES, artifacts_in
+from hq_optuna.standing import Watch
+from hq_optuna.storages import RetryingStorage
+
+
+class ShownStorage(RetryingStorage):
+    """A storage whose bit searches are shown to people; other studies are as they are.
+
+    Args:
+        storage: Any storage.
+    """
+
+    def __init__(self, storage: BaseStorage) -> None:
+        super().__init__(storage, retry_for_s=0.0)
+        self._watches: dict[int, Watch] = {}
+        self._lock = threading.Lock()
+
+    def info(self, study_id: int) -> StudyInfo | None:
+        """Return what a search is about; ``None`` for studies of other kinds."""
+        data = self.get_study_user_attrs(study_id).get(attrs.INFO)
+        return None if data is None else StudyInfo.from_json(data)
+
+    def get_best_trial(self, study_id: int) -> FrozenTrial:
+        """Return the incumbent, which is the answer in the end; Optuna's best ignores the budget.
+
+        Raises:
+            ValueError: No trial is complete.
+        """
+        if self.info(study_id) is not None:
+            with self._lock:  # requests are answered by several threads
+                if study_id not in self._watches:
+                    name = self.get_study_name_from_id(study_id)
+                    study = optuna.load_study(study_name=name, storage=self)
+                    self._watches[study_id] = Watch(study)
+                self._watches[study_id].look()
+                number = self._watches[study_id].record
+            if number is not None:
+                return self.get_trial(
+                    self.get_trial_id_from_study_id_trial_number(study_id, number)
+                )
+        return super().get_best_trial(study_id)
+
+    def get_all_studies(self) -> list[FrozenStudy]:
+        """Return all studies by age, with attributes for people."""
+        found = sorted(super().get_all_studies(), key=lambda study: study._study_id)
+        studies = [copy.copy(study) for study in found]
+        for study in studies:
+            if attrs.INFO in study.user_attrs:
+                study.system_attrs = without_superseded(study.system_attrs)
+                study.user_attrs = for_people(study.user_attrs)
+        return studies
+
+
+def for_people(user_attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the user attributes of a search as people want to read them."""
+    info = StudyInfo.from_json(user_attrs[attrs.INFO])
+    shown: dict[str, Any] = {
+        "budget": f"{info.budget} ({format_cost(info.limit, info.metric)})",
+        "all-8-bit cost": format_cost(info.int8, info.metric),
+        "scorer": info.scorer,
+        "rule": info.rule,
+        "candidates a step": info.n_candidates,
+        "seed": info.seed,
+        "rounding": info.rounding,
+        "statistics corrected": "yes" if info.correction else "no",
+    }
+    for key, value in user_attrs.items():
+        name = key.removeprefix(f"{attrs.REPORT}:")
+        if name != key and not isinstance(value, list | dict):
+            shown[name.replace("_", " ")] = value
+        elif not key.startswith("hq:"):
+            shown[key] = value
+    return shown
+
+
+def without_superseded(system_attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the system attributes without files that a newer one of the same name replaced."""
+    current = {reference.id for reference in artifacts_in(system_attrs).values()}
+    named = {
+        json.loads(value)["filename"]
+        for key, value in system_attrs.items()
+        if key.removeprefix(OPTUNA_PREFIX) in current and value != "null"
+    }
+    return {
+        key: value
+        for key, value in system_attrs.items()
+        if not key.startswith(OPTUNA_PREFIX)
+        or key.removeprefix(OPTUNA_PREFIX) in current
+        or (json.loads(value) or {}).get("filename") not in named
+    }
+
+
+def clearer(storage: ShownStorage) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a plugin for the dashboard's web framework that makes its answers clearer."""
+
+    def plugin(view: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(view)
+        def answer(*arguments: Any, **named: Any) -> Any:
+            body = view(*arguments, **named)
+            if isinstance(body, dict) and "union_search_space" in body:
+                make_clearer(body, storage.info(named["study_id"]))
+            return body
+
+        return answer
+
+    return plugin
+
+
+def make_clearer(body: dict[str, Any], info: StudyInfo | None) -> None:
+    """Change what optuna-dashboard tells the browser of a study, in place.
+
+    Every trial without a note gets one line that says what it was. And the choices of parameters
+    are told once, with the search space, which is all the page reads, and not again with every
+    parameter of every trial: with sixty layers that is nine tenths of what is sent.
+
+    Args:
+        body: ``/api/studies/ID`` of optuna-dashboard 0.21, before it is written as JSON.
+        info: What the search is about; ``None`` for other studies, whose trials get no notes.
+    """
+    # It comes in the order of a set.
+    body["plotly_graph_objects"].sort(key=lambda figure: _place(figure["id"]))
+    trials = [*body["trials"], *body["best_trials"]]
+    by_number = {trial["number"]: trial for trial in trials}
+    for trial in trials:
+        for parameter in trial["params"]:
+            distribution = parameter["distribution"]
+            if "choices" in distribution:
+                parameter["distribution"] = {**distribution, "choices": []}
+        if info is not None and not trial["note"]["body"]:
+            what = _typed(trial)
+            won = by_number.get(what.get(attrs.WINNER))
+            values = trial.get("values") or [None]
+            text = trial_note(
+                what,
+                info,
+                state=trial["state"].upper(),
+                score=values[0] if isinstance(values[0], float) else None,
+                winner=None if won is None else _typed(won),
+            )
+            trial["note"] = {**trial["note"], "body": text}
+
+
+def _place(name: str) -> tuple[int, str]:
+    return (FIGURES.index(name) if name in FIGURES else len(FIGURES), name)
+
+
+def _typed(trial: Mapping[str, Any]) -> dict[str, Any]:
+    """Return user attributes that the dashboard turned into texts, with their numbers."""
+    found = {item["key"]: item["value"] for item in trial["user_attrs"]}
+    for key in (attrs.STEP, attrs.SLOT, attrs.WINNER, attrs.FROM_BITS, attrs.TO_BITS):
+        if key in found:
+            found[key] = int(found[key]) if found[key].lstrip("-").isdigit() else None
+    return found
