@@ -17,6 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from hq_optuna.artifacts import open_artifacts
+from hq_optuna.dashboard import write_pages
 from hq_optuna.dashboard.server import DashboardServer
 from hq_optuna.storages import load_study, sqlite_url
 from tests.browser.chromium import Browser
@@ -52,6 +53,7 @@ def main() -> None:
             run_digits(folder)
         study = load_study(sqlite_url(folder / "study.db"), "digits")
         artifacts = open_artifacts(folder / "artifacts")
+        write_pages(study)  # a run of an earlier version may have others
         with DashboardServer(study._storage, artifacts, port=0) as server:
             page = f"{server.url}/dashboard/studies/{study._study_id}"
             with Browser(1400, 1210) as browser:
