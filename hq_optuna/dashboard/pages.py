@@ -1,7 +1,7 @@
 """Writing notes and figures into a study, as optuna-dashboard reads them.
 
 optuna-dashboard's own `save_note` and `save_plotly_graph_object` cut texts into parts of 2,045
-characters, and write and commit each alone: some sixty commits for a note and three figures, and
+characters, and write and commit each alone: fifty commits for the pages of a large search, and
 whoever reads meanwhile gets half of a figure. Here parts are as long as every database allows,
 only what changed is written, and all at once (`hq_optuna.storages.studies`). What stands in the
 study is the same format, in fewer parts.
