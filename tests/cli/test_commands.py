@@ -332,18 +332,23 @@ def test_progress_ends_at_the_whole(study: Path) -> None:
 def test_table_and_report_are_artifacts_of_the_study(study: Path, command: Command) -> None:
     import optuna
 
+    from hq_optuna import load_assignment
     from hq_optuna.artifacts import attached, open_artifacts
 
     assert command("run", study).exit_code == 0
     found = optuna.load_study(study_name="tiny", storage=f"sqlite:///{RUN / 'study.db'}")
     store = open_artifacts(RUN / "artifacts")
     names = {m.filename for m in optuna.artifacts.get_all_artifact_meta(found)}
-    assert names == {"sensitivity.json", "report.html"}
+    assert names == {"sensitivity.json", "sensitivity.csv", "report.html", "assignment.json"}
     page = attached(found, "report")
     assert page is not None
     assert store.get(page) == (RUN / "report.html").read_bytes()
+    bits = attached(found, "assignment")
+    assert bits is not None
+    (RUN / "bits.json").write_bytes(store.get(bits))
+    assert load_assignment(RUN / "bits.json") == load_assignment(RUN / "result" / "recipe.json")
     command("run", study, "--name", "second", "--artifacts", "shared")
-    assert len(list(Path("shared").iterdir())) == 2
+    assert len(list(Path("shared").iterdir())) == 4
     refused = command("run", study, "--name", "third", "--artifacts", "ftp://host")
     assert "is no artifact store" in " ".join(refused.output.split())
     assert not Path("hq-optuna-runs/third").exists()
