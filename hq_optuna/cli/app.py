@@ -41,6 +41,10 @@ def _root(
         raise typer.Exit
 
 
+def _command() -> str:
+    return shlex.join(["hq-optuna", *sys.argv[1:]])
+
+
 _OPEN: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
 """For commands that take the options of the study file beside their own."""
 
@@ -70,10 +74,11 @@ def run(
     with errors(as_json):
         data = running.run(
             Request(
-                study, context.args, storage, name, folder, artifacts, given, threads, retry_for
+                *(study, context.args, storage, name, folder, artifacts, given, threads, retry_for),
+                command=_command(),
             ),
             baselines=baselines,
-            command=shlex.join(["hq-optuna", *sys.argv[1:]]),
+            command=_command(),
             console=Console(stderr=as_json),
         )
         if as_json:
@@ -112,7 +117,8 @@ def worker(
     with errors(as_json):
         working.work(
             Request(
-                study, context.args, storage, name, folder, artifacts, given, threads, retry_for
+                *(study, context.args, storage, name, folder, artifacts, given, threads, retry_for),
+                command=_command(),
             ),
             create=create,
             wait_for_s=wait_for,
@@ -161,12 +167,13 @@ def launch(
     with errors(as_json):
         data = launching.launch(
             Request(
-                study, context.args, storage, name, folder, artifacts, given, threads, retry_for
+                *(study, context.args, storage, name, folder, artifacts, given, threads, retry_for),
+                command=_command(),
             ),
             n_workers=workers,
             baselines=baselines,
             scheduler=scheduler,
-            command=shlex.join(["hq-optuna", *sys.argv[1:]]),
+            command=_command(),
             console=Console(stderr=as_json),
         )
         if as_json:

@@ -73,6 +73,7 @@ def finish(
         baselines: Seeds of the methods the answer is compared with.
     """
     from hq_optuna.runner.publish import publish_answer
+    from hq_optuna.runner.recipe import RECIPE
     from hq_optuna.runner.report import report_data, write_report
 
     folder = session.place.folder
@@ -84,6 +85,8 @@ def finish(
     report, saved = folder / "report.html", folder / "result"
     if changed or not (report.exists() and saved.exists()):
         result.save(saved)
+        recipe = session.artifacts.put((saved / RECIPE).read_bytes())
+        attach(found, "recipe", recipe, filename=RECIPE, mimetype="application/json")
         write_report(found, report, command=command)
         page = session.artifacts.put(report.read_bytes())
         attach(found, "report", page, filename="report.html", mimetype="text/html")

@@ -54,6 +54,7 @@ class Request:
         given: Search settings from the command line; the study's and the file's fill the rest.
         threads: Threads of PyTorch.
         retry_for_s: How long a storage that does not answer is tried again.
+        command: The whole command, which the study remembers.
     """
 
     study: str
@@ -65,6 +66,7 @@ class Request:
     given: Mapping[str, Any]
     threads: int | None
     retry_for_s: float
+    command: str = ""
 
     def find(self) -> tuple[StudyFile, Place]:
         """Return the study file, and where its run keeps what it makes.
@@ -211,7 +213,7 @@ def begin(request: Request, console: Console) -> Session:
         searching,
         artifacts,
         Limits(**limits) if limits else None,
-        Started.of(given, given_options),
+        Started.of(given, given_options, request.command),
         request.retry_for_s,
         threads,
     )

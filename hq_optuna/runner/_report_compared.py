@@ -10,8 +10,10 @@ from typing import Any
 from hq_optuna import attrs
 from hq_optuna.cost import Metric, format_cost
 from hq_optuna.runner.baselines import METHODS, NSGA2, RANDOM, TPE
+from hq_optuna.runner.intervals import Interval, paired
 
-COMPARED, ANSWER, UNIFORM = attrs.COMPARED, attrs.ANSWER, attrs.UNIFORM
+COMPARED, ANSWER, UNIFORM, EIGHT = attrs.COMPARED, attrs.ANSWER, attrs.UNIFORM, "8 bits"
+"""The fact that holds the rows, and methods of rows beside those of `hq_optuna.runner.baselines`."""
 
 _WORDS = {
     RANDOM: "random within the budget",
@@ -50,19 +52,45 @@ def warnings(
         assert answer is not None
         name = "accuracy" if "accuracy" in row["measured"] else "loss"
         ours, theirs = answer["measured"][name], row["measured"][name]
+        apart = _apart(row)
         if name == "accuracy":
             figures = f"{100 * theirs:.2f} % against {100 * ours:.2f} %"
-            if n_samples:
+            if apart is not None:
+                low, high = (100 * end for end in apart)
+                figures += (
+                    f" ({row['pairs']['samples']:,} samples, 95 % interval of the difference "
+                    f"{low:+.1f} to {high:+.1f} points)"
+                )
+            elif n_samples:
                 error = 100 * math.sqrt(theirs * (1 - theirs) / n_samples)
                 figures += f" ({n_samples:,} samples, standard error {error:.1f} points)"
         else:
             figures = f"{theirs:.4g} against {ours:.4g}"
+        unclear = apart is not None and apart.low <= 0
         sentences.append(
-            f"Mixed bits lose to uniform ones here: {row['bits']} everywhere cost "
+            f"{_BETTER[unclear]}: {row['bits']} everywhere cost "
             f"{format_cost(row['cost'], metric)}, within the budget, and have validation {name} "
-            f"{figures}. Take the uniform ones, or judge both on more data."
+            f"{figures}. {_ADVICE[unclear]}"
         )
     return sentences
+
+
+_BETTER = {
+    False: "Mixed bits lose to uniform ones here",
+    True: "Mixed bits are not shown to be better than uniform ones here",
+}
+_ADVICE = {
+    False: "Take the uniform ones, or judge both on more data.",
+    True: "These samples do not tell the two apart; judge both on more data, or take the simpler.",
+}
+
+
+def _apart(row: Mapping[str, Any]) -> Interval | None:
+    """Return the interval of a row's accuracy minus the answer's, where samples were counted."""
+    pairs = row.get("pairs")
+    if not pairs:
+        return None
+    return paired(pairs["only_answer"], pairs["only_this"], pairs["samples"])
 
 
 def table(
@@ -75,11 +103,13 @@ def table(
     names = list(dict.fromkeys(name for row in compared for name in row["measured"]))
     header = ("", "cost", "score (nats)", *names, "evaluations", "seconds")
     lines = ["Measured on the validation data; all with the same score and statistics correction."]
+    if any(row["method"] == EIGHT for row in compared):
+        lines.append("Uniform 8 bits are over the budget and stand here for reference.")
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in compared:
-        key = f"uniform {row['bits']}" if row["method"] == UNIFORM else row["method"]
+        key = f"uniform {row['bits']}" if row["method"] in (UNIFORM, EIGHT) else row["method"]
         groups.setdefault(key, []).append(row)
-    if not any(key.startswith("uniform") for key in groups):
+    if not any(row["method"] == UNIFORM for row in compared):
         lines.append("No uniform bits are within the budget.")
     if not set(METHODS) & set(groups):
         lines.append(NOT_RUN)

@@ -9,13 +9,17 @@ from typing import Any
 import plotly.offline
 
 from hq_optuna.history import History
-from hq_optuna.runner._report_text import Block, blocks
+from hq_optuna.runner._report_text import BITS_COLUMNS, Block, blocks
+from hq_optuna.visualization._figure import bit_colours, bits_text, text_on
 from hq_optuna.visualization.bits import bits_figure, bits_info
 from hq_optuna.visualization.candidates import candidates_figure, candidates_info
 from hq_optuna.visualization.cost_share import cost_share_figure, cost_share_info
 from hq_optuna.visualization.pareto import pareto_figure, pareto_info
 from hq_optuna.visualization.sensitivity import sensitivity_figure, sensitivity_info
 from hq_optuna.visualization.steps import steps_figure, steps_info
+
+MARKED = ("beside", "layers")
+"""Tables whose last row stands out: the answer, the sum."""
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1c1f23; --quiet: #5c6370; --page: #fff;
@@ -26,7 +30,10 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var
   max-width: 72rem; margin: 0 auto; padding: 1.5rem }
 h1 { font-size: 1rem; color: var(--quiet); font-weight: 600; margin: 0 0 .5rem }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem }
-.answer { font-size: 1.5rem; line-height: 1.35; margin: 0 0 1rem }
+#beside h2, #layers h2 { font-size: .95rem; color: var(--quiet); margin: 1rem 0 .3rem }
+ul { margin: .4rem 0; padding-left: 1.2rem; color: var(--quiet); font-size: .9rem }
+#warnings ul, #not-counted ul { color: var(--text); font-size: 1rem }
+.answer { font-size: 1.35rem; line-height: 1.35; margin: 0 0 .6rem }
 .scroll { overflow: auto; max-height: 36rem; border: 1px solid var(--line); border-radius: 4px }
 table { border-collapse: collapse; width: 100% }
 th, td { text-align: left; vertical-align: top; padding: .25rem .7rem;
@@ -39,14 +46,30 @@ thead th { position: sticky; top: 0; background: var(--box); font-size: .85rem;
 thead .number { white-space: normal }
 .pairs th { width: 18rem; color: var(--quiet) }
 .pairs td { overflow-wrap: anywhere }
+#beside, #layers { font-size: .9rem; line-height: 1.4 }
 #layers td { white-space: nowrap }
+#layers th, #layers td { padding-top: .15rem; padding-bottom: .15rem }
+.bits { display: inline-block; min-width: 1.7em; padding: 0 .3em; border-radius: 3px;
+  text-align: center; box-sizing: border-box }
 .total > * { border-top: 2px solid var(--line); font-weight: 600 }
 pre { background: var(--box); padding: .7rem 1rem; overflow: auto; border-radius: 4px }
 figure { margin: 1.6rem 0 0 }
 figcaption { color: var(--quiet) }
 .warn { color: var(--warn) }
 footer { color: var(--quiet); margin-top: 2.5rem; font-size: .85rem }
-@media print { .scroll { max-height: none; border: 0 } thead th { position: static } }
+@page { margin: 12mm }
+@media print {
+  :root { color-scheme: light; --text: #000; --quiet: #444; --page: #fff; --line: #bbb;
+    --box: #fff; --warn: #7a3b00 }
+  body { max-width: none; padding: 0; font-size: 10pt }
+  .scroll { max-height: none; overflow: visible; border: 0 }
+  thead th { position: static }
+  tr, figure, pre, .answer { break-inside: avoid }
+  h2 { break-after: avoid }
+  pre { white-space: pre-wrap; border: 1px solid var(--line) }
+  .bits { print-color-adjust: exact; -webkit-print-color-adjust: exact }
+  .modebar { display: none }
+}
 """
 
 # The page can load and send nothing. Without this, plotly.js 4 offers to upload the figures.
@@ -67,6 +90,15 @@ for (const [id, figure] of Object.entries(figures)) {
 }
 dark.addEventListener("change", () => {
   for (const id of Object.keys(figures)) Plotly.relayout(id, {"font.color": colour()});
+});
+// Paper is white, and narrower than most windows.
+window.addEventListener("beforeprint", () => {
+  for (const id of Object.keys(figures))
+    Plotly.relayout(id, {"font.color": "#000", width: 700, autosize: false});
+});
+window.addEventListener("afterprint", () => {
+  for (const id of Object.keys(figures))
+    Plotly.relayout(id, {"font.color": colour(), width: null, autosize: true});
 });
 """
 
@@ -142,9 +174,10 @@ def render_html(data: Mapping[str, Any], pictures: Sequence[tuple[str, str, Any]
             f"warning{'' if n == 1 else 's'}, see below</a></p>"
         )
     parts.append("</header>\n<main>")
+    tints = _tints(data["levels"])
     for block in blocks(data):
-        parts.append(_block(block))
-        if block.key == "layers":
+        parts.append(_block(block, tints))
+        if block.key == "answer":
             parts += [_figure(key, caption, figure) for key, caption, figure in pictures]
     version = _text(f"hq_optuna {data['versions']['hq_optuna']}")
     parts.append(f"</main>\n<footer>Written by {version}.</footer>")
@@ -175,24 +208,32 @@ def _figure(key: str, caption: str, figure: Any) -> str:
     )
 
 
-def _block(block: Block) -> str:
+def _tints(levels: Sequence[int]) -> dict[str, str]:
+    """Return the style of a cell for each number of bits: the colours of the pictures."""
+    return {
+        bits_text(bits): f"background:{colour};color:{text_on(colour)}"
+        for bits, colour in zip(levels, bit_colours(levels), strict=True)
+    }
+
+
+def _block(block: Block, tints: Mapping[str, str]) -> str:
     parts = [f'<section id="{block.key}"><h2>{_text(block.title)}</h2>']
-    if block.lines:
-        items = "".join(f"<li>{_text(line)}</li>" for line in block.lines)
-        parts.append(f"<ul>{items}</ul>")
     if block.code:
         parts.append(f"<pre><code>{_text(block.code)}</code></pre>")
     if block.header:
-        parts.append(_table(block))
+        parts.append(_table(block, tints))
+    if block.lines:
+        items = "".join(f"<li>{_text(line)}</li>" for line in block.lines)
+        parts.append(f"<ul>{items}</ul>")
     parts.append("</section>")
     return "\n".join(parts)
 
 
-def _table(block: Block) -> str:
+def _table(block: Block, tints: Mapping[str, str]) -> str:
     kinds = [
         "" if i < block.n_text_columns else ' class="number"' for i in range(len(block.header))
     ]
-    if block.header[0]:
+    if len(block.header) > 2 or block.header[0]:
         cells = "".join(
             f'<th scope="col"{kind}>{_text(cell)}</th>'
             for kind, cell in zip(kinds, block.header, strict=True)
@@ -200,12 +241,20 @@ def _table(block: Block) -> str:
         head, style = f"<thead><tr>{cells}</tr></thead>\n", ""
     else:
         head, style = "", ' class="pairs"'
+    tinted = {i for i, title in enumerate(block.header) if title in BITS_COLUMNS}
     rows = []
     for row in block.rows:
         cells = "".join(
-            f"<td{kind}>{_text(cell)}</td>" for kind, cell in zip(kinds[1:], row[1:], strict=True)
+            f"<td{kinds[i]}>{_bits(cell, tints) if i in tinted else _text(cell)}</td>"
+            for i, cell in enumerate(row)
+            if i
         )
-        total = ' class="total"' if block.key == "layers" and row is block.rows[-1] else ""
-        rows.append(f'<tr{total}><th scope="row">{_text(row[0])}</th>{cells}</tr>')
+        marked = ' class="total"' if block.key in MARKED and row is block.rows[-1] else ""
+        rows.append(f'<tr{marked}><th scope="row">{_text(row[0])}</th>{cells}</tr>')
     body = "\n".join(rows)
     return f'<div class="scroll"><table{style}>{head}<tbody>\n{body}\n</tbody></table></div>'
+
+
+def _bits(cell: str, tints: Mapping[str, str]) -> str:
+    style = tints.get(cell)
+    return _text(cell) if style is None else f'<span class="bits" style="{style}">{cell}</span>'

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +12,21 @@ from typing import Any
 from hq_optuna.cost import format_cost
 from hq_optuna.layers import FLOAT_BITS
 from hq_optuna.runner._report_compared import table as compared_table
+from hq_optuna.runner._report_words import (
+    NOT_MEASURED,
+    before_and_after,
+    fact,
+    hundredths,
+    interval,
+    number,
+    percent,
+    points,
+    seconds,
+)
 
-NOT_MEASURED = "not measured"
-
-_NOUN = {"bops": "BOPs", "size_bytes": "size"}
-
+BITS_COLUMNS = ("weight bits", "activation bits")
 LAYER_COLUMNS = (
-    *("layer", "kind", "weights", "MACs", "weight bits", "activation bits"),
+    *("layer", "kind", "weights", "MACs", *BITS_COLUMNS),
     *("share of cost, all 8 bits", "share of cost, now", "sensitivity (nats)"),
 )
 
@@ -47,104 +54,59 @@ class Block:
     code: str = ""
 
 
-def number(value: float | None, unit: str = "") -> str:
-    """Return three significant digits, or "not measured" for ``None``."""
-    if value is None:
-        return NOT_MEASURED
-    text = f"{value:.3g}"
-    return f"{text} {unit}" if unit else text
-
-
-def percent(fraction: float | None) -> str:
-    """Return the fraction as ``"24.8 %"``, or "not measured" for ``None``."""
-    return NOT_MEASURED if fraction is None else f"{100 * fraction:.1f} %"
-
-
-def seconds(value: float | None) -> str:
-    """Return a duration in whole seconds, short ones with three digits."""
-    return number(value, "s") if value is None or value < 100 else f"{value:,.0f} s"
-
-
-def fact(name: str, value: Any) -> str:
-    """Return the value of a fact; accuracies are percentages."""
-    if value is None:
-        return NOT_MEASURED
-    if isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool)):
-        if "accuracy" in name and 0 <= value <= 1:
-            return percent(value)
-        return f"{value:.6g}" if isinstance(value, float) else f"{value:,}"
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {fact(str(key), item)}" for key, item in value.items())
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def before_and_after(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Return ``{what: "before → after"}`` of the facts that were measured twice.
-
-    Example:
-        >>> before_and_after({"accuracy_before": 0.981, "accuracy_after": 0.975})
-        {'accuracy': '98.1 % → 97.5 %'}
-    """
-    pairs = {}
-    for key in facts:
-        name = key.removesuffix("_before")
-        if name != key and f"{name}_after" in facts:
-            after = fact(name, facts[f"{name}_after"])
-            pairs[name.replace("_", " ")] = f"{fact(name, facts[key])} → {after}"
-    return pairs
-
-
-def headline(data: Mapping[str, Any]) -> str:
-    """Return the answer in one sentence, or how far the search is."""
-    state, budget, cost = data["state"], data["budget"], data["cost"]
-    eight = f"the all-8-bit {_NOUN[budget['metric']]}"
-    limit = f"the budget is {percent(budget['of_int8'])}"
-    if state["status"] == "not started":
-        return (
-            f"No step is closed yet: {_n(state['scored_in_open_step'], 'candidate')} scored; "
-            f"{limit} of {eight}."
-        )
-    rise = f"predicted loss rise {number(data['score']['total'], 'nats')}"
-    if state["status"] == "unfinished":
-        scored = state["scored_in_open_step"]
-        return (
-            f"Unfinished, {percent(state['progress'])} of the way to the budget: after step "
-            f"{state['step']} it is at {percent(cost['of_int8'])} of {eight} ({limit}), {rise}"
-            + (f"; {_n(scored, 'candidate')} of the next step scored." if scored else ".")
-        )
-    if state["status"] == "exhausted":
-        return (
-            f"Every layer is at its fewest bits and the budget is not met: "
-            f"{percent(cost['of_int8'])} of {eight} ({limit}), {rise}."
-        )
-    measured = before_and_after(data["facts"])
-    name = "accuracy" if "accuracy" in measured or not measured else next(iter(measured))
-    return (
-        f"{_layers_at(data['layers'])}: {percent(cost['of_int8'])} of {eight}, {rise}, "
-        f"validation {name} {measured.get(name, NOT_MEASURED)}."
-    )
-
-
-def _layers_at(layers: list[Mapping[str, Any]]) -> str:
-    """Return ``"18 layers at 2 to 8 bits"``."""
-    bits = {row[part] for row in layers for part in ("weight_bits", "activation_bits")}
-    integer = bits - {FLOAT_BITS}
-    text = _n(len(layers), "layer")
-    if integer:
-        low, high = min(integer), max(integer)
-        text += f" at {low} to {high} bits" if low < high else f" at {_n(low, 'bit')}"
-    if all(row["activation_bits"] == FLOAT_BITS for row in layers):
-        text += " (activations in float)"
-    return text
-
-
-def _n(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
 def blocks(data: Mapping[str, Any]) -> list[Block]:
-    """Return the parts of the report in their order; the pictures go after ``"layers"``."""
-    return [_answer(data), *_compared(data), _layers(data), *_record(data), *_limits(data)]
+    """Return the parts of the report in their order; the pictures go after ``"answer"``."""
+    return [
+        _beside(data),
+        _layers(data),
+        _answer(data),
+        *_compared(data),
+        *_record(data),
+        *_limits(data),
+    ]
+
+
+def _beside(data: Mapping[str, Any]) -> Block:
+    rows = data["beside"]
+    losses = any(row["loss"] is not None for row in rows)
+    accuracy = any(row["accuracy"] is not None for row in rows)
+    header = ["", "BOPs", "size", "of all 8 bits", "of float"]
+    if losses:
+        header.append("validation loss")
+    if accuracy:
+        header += ["validation accuracy, %", "over the answer, points"]
+    cells = []
+    for row in rows:
+        line = [
+            row["name"],
+            format_cost(row["bops"], "bops"),
+            format_cost(row["size_bytes"], "size_bytes"),
+            percent(row["of_int8"]),
+            percent(row["of_float32"]),
+        ]
+        if losses:
+            line.append("" if row["loss"] is None else f"{row['loss']:.4g}")
+        if accuracy:
+            line += [
+                NOT_MEASURED if row["accuracy"] is None else interval(row["accuracy"], hundredths),
+                "" if row["over_answer"] is None else interval(row["over_answer"], points),
+            ]
+        cells.append(tuple(line))
+    lines = []
+    if data["accuracies"]:
+        lines.append(
+            f"In brackets {100 * data['accuracies']['confidence']:.0f} % intervals; "
+            f"{data['accuracies']['methods']}."
+        )
+    elif accuracy:
+        lines.append("No intervals: how many samples were right is not in the study.")
+    if any(row["name"].startswith("uniform") for row in rows) and not all(
+        row["searched"] for row in data["layers"]
+    ):
+        lines.append("Uniform bits are the most within the budget; pinned layers keep theirs.")
+    return Block(
+        "beside", "Cost and accuracy", lines=tuple(lines), header=tuple(header), rows=tuple(cells)
+    )
 
 
 def _answer(data: Mapping[str, Any]) -> Block:
@@ -159,10 +121,10 @@ def _answer(data: Mapping[str, Any]) -> Block:
         answer += (
             f" = {percent(cost['of_int8'])} of all 8 bits, {percent(cost['of_float32'])} of float"
         )
-    facts = data["facts"]
+    facts, exact, ranks = data["facts"], data["exact"], data["agreement"]
     pairs = before_and_after(facts)
-    exact = data["exact"]
     rows = [
+        ("the search ended", _ended(data)),
         ("budget", f"{amount(budget['limit'])} ({budget['text']})"),
         ("cost", answer),
         ("cost with 8 bits everywhere", amount(cost["int8"])),
@@ -172,13 +134,51 @@ def _answer(data: Mapping[str, Any]) -> Block:
         ("by layers: activations", number(score["activations"], "nats")),
         *(() if exact is None else (("gap to the exact optimum", _gap(exact, amount)),)),
         ("loss on the calibration set", number(score["calibration_loss"])),
-        *((f"{what}, before → after", text) for what, text in pairs.items()),
+        ("does the score rank as the measured loss?", _agreement(ranks)),
+        *(
+            (f"{what.replace('_', ' ')}, before → after", text + _interval(data, what))
+            for what, text in pairs.items()
+        ),
     ]
     if not pairs:
         rows.append(("validation accuracy, before → after", NOT_MEASURED))
-    paired = {f"{what.replace(' ', '_')}{end}" for what in pairs for end in ("_before", "_after")}
-    rows += [(k.replace("_", " "), fact(k, v)) for k, v in facts.items() if k not in paired]
+    said = {f"{what.replace(' ', '_')}{end}" for what in pairs for end in ("_before", "_after")}
+    said |= {f"{what}_{end}" for what in data["accuracies"] for end in ("lost", "gained")}
+    rows += [(k.replace("_", " "), fact(k, v)) for k, v in facts.items() if k not in said]
     return Block("answer", "In numbers", rows=tuple(rows), header=("", "value"), n_text_columns=2)
+
+
+def _ended(data: Mapping[str, Any]) -> str:
+    """Return why the search ended, in words."""
+    state: Mapping[str, Any] = data["state"]
+    if not state["over"]:
+        more = "the budget is met, swaps still refine the answer"
+        return f"not yet: {more}" if state["status"] == "met" else "not yet"
+    met = "; the budget is met" if state["status"] == "met" else "; the budget is not met"
+    reason: str = state["reason"]
+    return reason + ("" if "budget" in reason else met)
+
+
+def _interval(data: Mapping[str, Any], what: str) -> str:
+    """Return the interval of an accuracy's difference and what was counted for it."""
+    name = {"accuracy": "validation", "test accuracy": "test"}.get(what, "")
+    found = data["accuracies"].get(name)
+    if not found:
+        return ""
+    return (
+        f", difference {interval(found['difference'], points)} points: of {found['samples']:,} "
+        f"samples {found['lost']:,} lost, {found['gained']:,} gained"
+    )
+
+
+def _agreement(ranks: Mapping[str, Any] | None) -> str:
+    """Return how well the score ranked what was measured beside it, and what that is worth."""
+    if ranks is None:
+        return NOT_MEASURED
+    text = f"Spearman {ranks['spearman']:.3f} over {ranks['candidates']:,} candidates"
+    if ranks["within_steps"] is not None:
+        text += f", {ranks['within_steps']:.3f} within a step (median of {ranks['steps']})"
+    return f"{text}; on the calibration set, which both read, not on unseen data"
 
 
 def _compared(data: Mapping[str, Any]) -> list[Block]:
@@ -246,9 +246,14 @@ def _record(data: Mapping[str, Any]) -> list[Block]:
     }
     fingerprint = data["fingerprint"]
     parts = fingerprint if isinstance(fingerprint, dict) else {"fingerprint": fingerprint}
-    reproduce = [(f"fingerprint: {k}", fact(k, v)) for k, v in parts.items() if v is not None]
+    reproduce = [("seed", str(data["settings"]["seed"]))]
+    reproduce += [(f"fingerprint: {k}", fact(k, v)) for k, v in parts.items() if v is not None]
+    reproduce += [
+        (f"artifact: {name}", f"SHA-256 {v['sha256']}, {v['bytes']:,} bytes")
+        for name, v in data["artifacts"].items()
+    ]
     reproduce += [(f"installed now: {k}", v) for k, v in data["versions"].items()]
-    lines = () if data["command"] else ("The command of this search is not known.",)
+    lines = () if data["command"] else ("The study does not say which command started it.",)
     return [
         Block(
             "settings",

@@ -10,14 +10,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from torch import Tensor
+
 from hq_optuna.batches import Batches
 from hq_optuna.bit_config import BitConfig
 from hq_optuna.cost import CostModel
 from hq_optuna.history import History
-from hq_optuna.runner._report_compared import ANSWER, COMPARED, UNIFORM
+from hq_optuna.runner._report_compared import ANSWER, COMPARED, EIGHT, UNIFORM
 from hq_optuna.runner.baselines import METHODS, Problem, run_method, uniform_within
-from hq_optuna.runner.evaluation import Evaluate, mean_loss
+from hq_optuna.runner.evaluation import Evaluate, accuracy, mean_loss, right, share
 from hq_optuna.runner.objective import HessianObjective
+from hq_optuna.search import uniform_states
 
 
 def rows(
@@ -41,8 +44,11 @@ def rows(
 
     Returns:
         One row each: ``{"method", "bits", "seed", "cost", "score", "evaluations", "seconds",
-        "measured": {"loss": …, "accuracy": …}}``. A method that found nothing within the budget has
-        neither cost nor score. Empty while the budget is not met.
+        "measured": {"loss": …, "accuracy": …}, "pairs": {"samples", "only_this", "only_answer"}}``.
+        A method that found nothing within the budget has neither cost nor score. ``pairs`` counts
+        the samples that only one of this row and the answer gets right; it is there where
+        `accuracy` is what is measured and there is one class a sample. 8 bits everywhere are a row
+        too, for reference, where they cost more than the budget. Empty while the budget is not met.
     """
     record = history.incumbent
     if record is None or not history.met:
@@ -54,12 +60,27 @@ def rows(
         history.space, model.cost, history.info.limit, lambda config: scorer.score(config).total
     )
 
+    of_answer: Tensor | None = None
+
     def row(method: str, config: BitConfig | None, **more: Any) -> dict[str, Any]:
+        nonlocal of_answer
         found: dict[str, Any] = {"method": method, "bits": None, "seed": None, **more}
         if config is None:
             return {**found, "cost": None, "score": None, "measured": {}}
         network = objective.quantized(config)
-        measured = mean_loss(network, data, objective.loss_fn) | dict(evaluate(network, data))
+        measured = mean_loss(network, data, objective.loss_fn)
+        mine = right(network, data) if evaluate is accuracy else None
+        if mine is None:
+            measured |= dict(evaluate(network, data))
+        else:
+            measured["accuracy"] = share(mine)
+            of_answer = mine if method == ANSWER else of_answer
+            assert of_answer is not None
+            found["pairs"] = {
+                "samples": len(mine),
+                "only_this": int((mine & ~of_answer).sum()),
+                "only_answer": int((of_answer & ~mine).sum()),
+            }
         return {
             **found,
             "cost": model.cost(config),
@@ -78,6 +99,9 @@ def rows(
     ]
     for bits, config in uniform_within(problem).items():
         found.append(row(UNIFORM, config, bits=bits, evaluations=1, seconds=None))
+    eight = uniform_states(history.space).get((8, 8))
+    if eight is not None and model.cost(config := history.space.config(eight)) > problem.limit:
+        found.append(row(EIGHT, config, bits="8 bits", evaluations=1, seconds=None))
     stored = {(r["method"], r["seed"]): r for r in history.facts.get(COMPARED, ())}
     kept = [r for r in stored.values() if r["method"] in METHODS]
     wanted = [(m, seed) for m in METHODS for seed in range(seeds)]

@@ -16,6 +16,25 @@ Evaluate = Callable[[nn.Module, Batches], Mapping[str, float]]
 
 
 @torch.no_grad()
+def right(network: nn.Module, data: Batches) -> Tensor | None:
+    """Return for each sample whether its class is right, shape ``(N,)``.
+
+    Returns:
+        ``None`` where there is not one class a sample: other outputs, or a class for each pixel,
+        which are not independent of each other.
+    """
+    found = []
+    for batch in data:
+        outputs, labels = forward(network, batch.inputs), batch.labels
+        if not (isinstance(outputs, Tensor) and isinstance(labels, Tensor)):
+            return None
+        if labels.is_floating_point() or labels.dim() != 1 or outputs.dim() != 2:
+            return None
+        found.append((outputs.argmax(1) == labels).cpu())
+    return torch.cat(found) if found else None
+
+
+@torch.no_grad()
 def accuracy(network: nn.Module, data: Batches) -> dict[str, float]:
     """Return ``{"accuracy": share of right classes}``, or nothing where there are no classes.
 
@@ -56,12 +75,27 @@ def before_and_after(
         what: Name of the data; figures of other than validation data have it before their names.
 
     Returns:
-        ``{"<what>_samples": …, "accuracy_before": …, "accuracy_after": …}``.
+        ``{"<what>_samples": …, "accuracy_before": …, "accuracy_after": …}``, and where `accuracy`
+        is what is measured and there is one class a sample, ``<what>_lost`` and ``<what>_gained``:
+        samples that only the float network, or only the quantized one, gets right.
     """
     facts: dict[str, float] = {f"{what}_samples": data.n_samples}
     prefix = "" if what == "validation" else f"{what}_"
     original = copy.deepcopy(model).eval()
+    if evaluate is accuracy:
+        before, after = right(original, data), right(network, data)
+        if before is not None and after is not None:
+            facts[f"{prefix}accuracy_before"] = share(before)
+            facts[f"{prefix}accuracy_after"] = share(after)
+            facts[f"{what}_lost"] = int((before & ~after).sum())
+            facts[f"{what}_gained"] = int((after & ~before).sum())
+            return facts
     for when, measured in (("before", original), ("after", network)):
         for name, value in evaluate(measured, data).items():
             facts[f"{prefix}{name}_{when}"] = float(value)
     return facts
+
+
+def share(right: Tensor) -> float:
+    """Return the accuracy that `right` tells."""
+    return int(right.sum()) / len(right)

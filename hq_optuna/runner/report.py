@@ -11,7 +11,6 @@ import importlib.metadata
 import math
 import os
 import platform
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,13 @@ from hq_optuna.history import History, read_history
 from hq_optuna.layers import FLOAT_BITS
 from hq_optuna.runner._report_compared import COMPARED, warnings
 from hq_optuna.runner._report_html import figures, render_html
-from hq_optuna.runner._report_text import headline, render_markdown
+from hq_optuna.runner._report_measured import accuracies, beside
+from hq_optuna.runner._report_text import render_markdown
+from hq_optuna.runner._report_words import headline
+from hq_optuna.runner.agreement import agreement
+from hq_optuna.runner.started import Started, mask
+from hq_optuna.standing import Standing, read_standing
+from hq_optuna.visualization._figure import levels
 from hq_optuna.visualization.cost_share import shares
 
 __all__ = ["LayerRow", "layer_table", "render_markdown", "report_data", "write_report"]
@@ -117,16 +122,18 @@ def report_data(study: Study, *, command: str | None = None) -> dict[str, Any]:
 
     Args:
         study: A study of a bit search, finished or not.
-        command: How the search was started. Passwords in URLs are masked.
+        command: How the search was started; by default what the study says. Passwords in URLs are
+            masked.
 
     Raises:
         ResumeError: The study is not a bit search.
     """
-    return _data(read_history(study), study.user_attrs.get(attrs.FINGERPRINT), command)
+    return _data(study, read_history(study), command)
 
 
-def _data(history: History, fingerprint: Any, command: str | None) -> dict[str, Any]:
+def _data(study: Study, history: History, command: str | None) -> dict[str, Any]:
     info, incumbent = history.info, history.incumbent
+    command = command or Started.read(study).command or None
     winner = None if incumbent is None else incumbent.winner
     cost = None if winner is None else winner.cost
     counted = [c for c in history.candidates if c.counted]
@@ -135,7 +142,7 @@ def _data(history: History, fingerprint: Any, command: str | None) -> dict[str, 
     said = [*info.warnings, *warnings(compared, info.metric, facts.get("validation_samples"))]
     data: dict[str, Any] = {
         "study": history.study_name,
-        "state": _state(history),
+        "state": _state(history, read_standing(study)),
         "budget": {
             "text": info.budget,
             "metric": info.metric,
@@ -156,6 +163,10 @@ def _data(history: History, fingerprint: Any, command: str | None) -> dict[str, 
             "calibration_loss": None if winner is None else winner.calibration_loss,
         },
         "exact": _exact(history),
+        "agreement": agreement(history),
+        "accuracies": accuracies(facts),
+        "beside": beside(history),
+        "levels": levels(history.space),
         "layers": [dataclasses.asdict(row) for row in layer_table(history)],
         "facts": facts,
         "compared": compared,
@@ -167,7 +178,8 @@ def _data(history: History, fingerprint: Any, command: str | None) -> dict[str, 
             "n_candidates": info.n_candidates,
             "seed": info.seed,
         },
-        "fingerprint": fingerprint,
+        "fingerprint": study.user_attrs.get(attrs.FINGERPRINT),
+        "artifacts": _artifacts(study),
         "versions": _versions(),
         "counts": {
             "candidates": len(counted),
@@ -182,7 +194,7 @@ def _data(history: History, fingerprint: Any, command: str | None) -> dict[str, 
         "not_counted": list(NOT_COUNTED),
         "skipped": [{"name": n, "kind": k, "reason": r} for n, k, r in info.skipped],
         "warnings": said,
-        "command": None if command is None else _mask(command),
+        "command": None if command is None else mask(command),
     }
     data = _json(data)
     return {"headline": headline(data), **data}
@@ -207,7 +219,15 @@ def _exact(history: History) -> dict[str, Any] | None:
     }
 
 
-def _state(history: History) -> dict[str, Any]:
+def _artifacts(study: Study) -> dict[str, Any]:
+    """Return what the study says of its artifacts, by name; not of the report, which this is."""
+    prefix = f"{attrs.ARTIFACT}:"
+    system = study._storage.get_study_system_attrs(study._study_id)
+    found = {k.removeprefix(prefix): v for k, v in system.items() if k.startswith(prefix)}
+    return {name: found[name] for name in sorted(found) if name != "report"}
+
+
+def _state(history: History, standing: Standing) -> dict[str, Any]:
     """Return how far the search is: its status, the last closed step, and the way to the budget."""
     incumbent, limit = history.incumbent, history.info.limit
     if incumbent is None:
@@ -222,9 +242,11 @@ def _state(history: History) -> dict[str, Any]:
     open_step = 0 if step is None else step + 1
     return {
         "status": status,
+        "over": standing.state in ("finished", "stopped"),
+        "reason": standing.reason,
         "step": step,
         "progress": progress,
-        "scored_in_open_step": 0 if status == "met" else len(history.step(open_step)),
+        "scored_in_open_step": len(history.step(open_step)),
     }
 
 
@@ -235,17 +257,6 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
-
-
-def _mask(command: str) -> str:
-    """Return the command with passwords in URLs as ``***``.
-
-    Example:
-        >>> _mask("hq-optuna run x --storage mysql://me:secret@db/hq")
-        'hq-optuna run x --storage mysql://me:***@db/hq'
-    """
-    command = re.sub(r"(://[^:/@\s]*):\S*@", r"\1:***@", command)
-    return re.sub(r"([?&]password=)[^&\s'\"]+", r"\1***", command)
 
 
 def _json(value: Any) -> Any:
@@ -268,14 +279,15 @@ def write_report(study: Study, path: Path, *, command: str | None = None) -> Non
     Args:
         study: A study of a bit search, finished or not.
         path: The file, replaced if it exists.
-        command: How the search was started. Passwords in URLs are masked.
+        command: How the search was started; by default what the study says. Passwords in URLs are
+            masked.
 
     Raises:
         ResumeError: The study is not a bit search.
         OSError: The file cannot be written; an earlier report stays as it was.
     """
     history = read_history(study)
-    data = _data(history, study.user_attrs.get(attrs.FINGERPRINT), command)
+    data = _data(study, history, command)
     text = render_html(data, figures(history))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,19 +24,23 @@ class Started:
     Attributes:
         settings: Settings of the search: ``{"budget": "0.3 bops", "seed": 3}``.
         options: Options of the study file by parameter name; paths as absolute ones.
+        command: The whole command, for reports; passwords in URLs are masked.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    command: str = ""
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any], options: Mapping[str, Any]) -> Started:
+    def of(
+        cls, settings: Mapping[str, Any], options: Mapping[str, Any], command: str = ""
+    ) -> Started:
         """Return the record of what was given; options may hold paths."""
         written = {
             name: str(value.absolute()) if isinstance(value, Path) else value
             for name, value in options.items()
         }
-        return cls(dict(settings), written)
+        return cls(dict(settings), written, mask(command))
 
     @classmethod
     def read(cls, study: Study) -> Started:
@@ -44,9 +49,20 @@ class Started:
         data = stored.get(attrs.STARTED)
         if attrs.FINGERPRINT not in stored or not isinstance(data, dict):
             return cls()
-        return cls(data.get("settings", {}), data.get("options", {}))
+        return cls(data.get("settings", {}), data.get("options", {}), data.get("command", ""))
 
     def remember(self, study: Study) -> None:
         """Write this into a study that is new, or that nobody has worked on."""
         if attrs.FINGERPRINT not in study.user_attrs:
             study.set_user_attr(attrs.STARTED, asdict(self))
+
+
+def mask(command: str) -> str:
+    """Return the command with passwords in URLs as ``***``.
+
+    Example:
+        >>> mask("hq-optuna run x --storage mysql://me:secret@db/hq")
+        'hq-optuna run x --storage mysql://me:***@db/hq'
+    """
+    command = re.sub(r"(://[^:/@\s]*):\S*@", r"\1:***@", command)
+    return re.sub(r"([?&]password=)[^&\s'\"]+", r"\1***", command)

@@ -80,6 +80,35 @@ def bit_colours(bits: Sequence[int]) -> list[str]:
     return [FLOAT_COLOUR if b == FLOAT_BITS else next(colours) for b in bits]
 
 
+def text_on(colour: str) -> str:
+    """Return black or white, whichever is easier to read on a colour.
+
+    Args:
+        colour: As `bit_colours` returns them, ``"rgb(68, 1, 84)"`` or ``"#b8b8b8"``.
+    """
+    red, green, blue = rgb(colour)
+    # Relative luminance of sRGB as in WCAG 2, with the exponent rounded to 2.2.
+    light = sum(
+        weight * (part / 255) ** 2.2
+        for weight, part in zip((0.2126, 0.7152, 0.0722), (red, green, blue), strict=True)
+    )
+    return "#000" if (light + 0.05) / 0.05 > 1.05 / (light + 0.05) else "#fff"
+
+
+def rgb(colour: str) -> tuple[int, int, int]:
+    """Return the parts of a colour that `bit_colours` returned, 0 to 255.
+
+    Example:
+        >>> rgb("rgb(68, 1, 84)"), rgb("#b8b8b8")
+        ((68, 1, 84), (184, 184, 184))
+    """
+    if colour.startswith("#"):
+        red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    else:
+        red, green, blue = (round(float(part)) for part in colour[4:-1].split(","))
+    return red, green, blue
+
+
 def layers_height(n_layers: int) -> int:
     """Return the height in pixels of a plot area with one row per layer.
 

@@ -339,7 +339,8 @@ def test_table_and_report_are_artifacts_of_the_study(study: Path, command: Comma
     found = optuna.load_study(study_name="tiny", storage=f"sqlite:///{RUN / 'study.db'}")
     store = open_artifacts(RUN / "artifacts")
     names = {m.filename for m in optuna.artifacts.get_all_artifact_meta(found)}
-    assert names == {"sensitivity.json", "sensitivity.csv", "report.html", "assignment.json"}
+    files = {"sensitivity.json", "sensitivity.csv", "report.html", "assignment.json", "recipe.json"}
+    assert names == files
     page = attached(found, "report")
     assert page is not None
     assert store.get(page) == (RUN / "report.html").read_bytes()
@@ -347,8 +348,12 @@ def test_table_and_report_are_artifacts_of_the_study(study: Path, command: Comma
     assert bits is not None
     (RUN / "bits.json").write_bytes(store.get(bits))
     assert load_assignment(RUN / "bits.json") == load_assignment(RUN / "result" / "recipe.json")
+    recipe = attached(found, "recipe")
+    assert recipe is not None
+    assert store.get(recipe) == (RUN / "result/recipe.json").read_bytes()
+    assert f"SHA-256 {recipe.sha256}" in (RUN / "report.html").read_text()
     command("run", study, "--name", "second", "--artifacts", "shared")
-    assert len(list(Path("shared").iterdir())) == 4
+    assert len(list(Path("shared").iterdir())) == 5
     refused = command("run", study, "--name", "third", "--artifacts", "ftp://host")
     assert "is no artifact store" in " ".join(refused.output.split())
     assert not Path("hq-optuna-runs/third").exists()
@@ -368,7 +373,9 @@ def test_uniform_bits_stand_beside_the_answer_and_other_methods_on_request(
     assert contents(RUN / "study.db") == before
     assert (RUN / "report.html").read_text() == page
     rows = json.loads(command("report", study, "--format", "json").stdout)["compared"]
-    assert [r["method"] for r in rows] == ["answer", "uniform", "random", "TPE", "NSGA-II"]
+    assert [r["method"] for r in rows] == [
+        *("answer", "uniform", "8 bits", "random", "TPE", "NSGA-II")
+    ]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from torch.nn import functional
 from hq_optuna.history import read_history
 from hq_optuna.runner import comparison
 from hq_optuna.runner._report_compared import beaten_by_uniform, table, warnings
+from hq_optuna.runner.intervals import paired
 from hq_optuna.runner.report import render_markdown, report_data
 from tests.fake_search import fake_study
 from tests.runner.searches import data, search
@@ -35,8 +36,12 @@ def searched():
 def test_answer_and_uniform_bits_are_measured_on_the_validation_data(searched):
     mine, study = searched
     compared = read_history(study).facts["compared"]
-    assert [(r["method"], r["bits"]) for r in compared] == [("answer", None), ("uniform", "4 bits")]
-    answer, four = compared
+    assert [(r["method"], r["bits"]) for r in compared] == [
+        ("answer", None),
+        ("uniform", "4 bits"),
+        ("8 bits", "8 bits"),
+    ]
+    answer, four, eight = compared
     history = read_history(study)
     assert answer["score"] == history.incumbent.winner.score
     assert answer["cost"] == history.incumbent.winner.cost <= history.info.limit
@@ -46,13 +51,21 @@ def test_answer_and_uniform_bits_are_measured_on_the_validation_data(searched):
     for entry, config in (
         (answer, history.incumbent.config),
         (four, mine.space.config((4, 4, 4))),
+        (eight, mine.space.config((8, 8, 8))),
     ):
         with torch.no_grad():
             outputs = mine.objective.quantized(config)(inputs)
         loss = float(functional.cross_entropy(outputs, labels))
         assert entry["measured"]["loss"] == pytest.approx(loss, rel=1e-5)  # float32 batches
-        right = float((outputs.argmax(1) == labels).double().mean())
-        assert entry["measured"]["accuracy"] == right
+        right = outputs.argmax(1) == labels
+        assert entry["measured"]["accuracy"] == float(right.double().mean())
+        if entry is answer:
+            ours = right
+        assert entry["pairs"] == {
+            "samples": 40,
+            "only_this": sum(a and not b for a, b in zip(right, ours, strict=True)),
+            "only_answer": sum(b and not a for a, b in zip(right, ours, strict=True)),
+        }
         assert entry["score"] == mine.objective.prepare().score(config).total
 
 
@@ -60,10 +73,10 @@ def test_other_methods_run_once_and_are_taken_from_the_study_later(searched, mon
     mine, study = searched
     mine.result(study, baselines=2)
     compared = read_history(study).facts["compared"]
-    others = [(r["method"], r["seed"]) for r in compared[2:]]
+    others = [(r["method"], r["seed"]) for r in compared[3:]]
     assert others == [(m, s) for m in ("random", "TPE", "NSGA-II") for s in (0, 1)]
-    assert {r["evaluations"] for r in compared[2:]} == {compared[0]["evaluations"]}
-    for entry in compared[2:]:
+    assert {r["evaluations"] for r in compared[3:]} == {compared[0]["evaluations"]}
+    for entry in compared[3:]:
         assert entry["cost"] is None or entry["cost"] <= read_history(study).info.limit
     monkeypatch.setattr(comparison, "run_method", None)  # would fail if it were called
     mine.result(study, baselines=2)
@@ -99,6 +112,25 @@ def test_the_report_says_plainly_when_uniform_bits_are_better():
     )
     assert "Mixed bits lose" in render_markdown(data)
     assert "compared" not in data["facts"]
+
+
+@pytest.mark.parametrize(
+    ("only_this", "only_answer", "words"),
+    [
+        (12, 1, ("Mixed bits lose to uniform ones here: 3 bits", "Take the uniform ones")),
+        (5, 1, ("Mixed bits are not shown to be better", "do not tell the two apart")),
+    ],
+)
+def test_where_samples_were_counted_the_warning_says_whether_they_decide(
+    only_this, only_answer, words
+):
+    pairs = {"samples": 400, "only_this": only_this, "only_answer": only_answer}
+    theirs = 0.9 + (only_this - only_answer) / 400
+    (warning,) = warnings([row(accuracy=0.9), uniform(accuracy=theirs, pairs=pairs)], "bops", 400)
+    low, high = (100 * end for end in paired(only_answer, only_this, 400))
+    assert f"95 % interval of the difference {low:+.1f} to {high:+.1f} points" in warning
+    for text in words:
+        assert text in warning
 
 
 @pytest.mark.parametrize(

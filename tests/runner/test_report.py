@@ -16,7 +16,7 @@ from hq_optuna.errors import ResumeError
 from hq_optuna.history import read_history
 from hq_optuna.layers import LayerSpec
 from hq_optuna.runner._report_html import render_html
-from hq_optuna.runner._report_text import before_and_after, fact, number, percent, seconds
+from hq_optuna.runner._report_words import before_and_after, fact, number, percent, seconds
 from hq_optuna.runner.report import layer_table, render_markdown, report_data, write_report
 from hq_optuna.runner.resolving import resolve
 from hq_optuna.space import SearchSpace
@@ -112,6 +112,8 @@ def test_the_headline_of_an_unfinished_search_says_how_far_it_is():
     data = report_data(_study(n_trials=3))
     assert data["state"] == {
         "status": "unfinished",
+        "over": False,
+        "reason": "",
         "step": 0,
         "progress": 0.0,
         "scored_in_open_step": 1,
@@ -326,7 +328,7 @@ def test_markdown_tables_have_as_many_cells_in_every_row_as_in_the_header():
     study = fake_study(SearchSpace.build(layers, bits=(8, 4), pin_first_last=None))
     text = render_markdown(report_data(study, command="hq-optuna run x"))
     tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
-    assert len(tables) == 4
+    assert len(tables) == 5
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
     for shown in (r"a\|b", r"c\*d\_e", r"\<f\>"):
@@ -350,12 +352,14 @@ def test_markdown_has_a_row_for_every_layer_and_one_for_all():
 def test_the_page_is_well_formed_and_the_answer_comes_first(tmp_path):
     page = _page(_study(facts=ACCURACY), tmp_path)
     assert page.open == []
-    assert page.text.index("4 layers at 4 to 8 bits") < page.text.index("In numbers")
+    assert page.text.index("4 layers at 4 to 8 bits") < page.text.index("Cost and accuracy")
     order = [i for i in page.ids if not i.startswith("fig-")]
-    assert order == ["answer", "layers", "settings", "reproduce", "not-counted", "warnings"]
+    assert order == [
+        *("beside", "layers", "answer", "settings", "reproduce", "not-counted", "warnings")
+    ]
     figures = [i for i in page.ids if i.startswith("fig-")]
     assert len(figures) == 6
-    assert page.ids.index("layers") < page.ids.index(figures[0])
+    assert page.ids.index("answer") < page.ids.index(figures[0])
     assert page.ids.index(figures[-1]) < page.ids.index("settings")
 
 
@@ -444,8 +448,8 @@ def test_a_page_without_warnings_says_none_and_links_to_none(tmp_path):
 def test_the_command_stands_in_the_page(tmp_path):
     page = _page(_study(), tmp_path, command="hq-optuna run digits --seed 3")
     assert "hq-optuna run digits --seed 3" in page.text
-    assert "not known" not in page.text
-    assert "The command of this search is not known." in _page(_study(), tmp_path).text
+    assert "does not say" not in page.text
+    assert "The study does not say which command started it." in _page(_study(), tmp_path).text
 
 
 def test_the_same_study_gives_the_same_bytes(tmp_path):

@@ -1,0 +1,58 @@
+"""Whether the score ranked as the measured loss does, on the calibration set, from storage alone.
+
+The candidates of a search hold both: the predicted rise they were ranked by, and the loss measured
+in the same forward pass. Both read the same samples, so their agreement says whether the prediction
+holds there and nothing about data the search has not seen.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any
+
+from hq_optuna.history import Candidate, History
+
+FEWEST = 4
+"""Candidates of a step below which their ranks are not compared."""
+
+
+def agreement(history: History) -> dict[str, Any] | None:
+    """Return rank correlations (Spearman) of score and measured calibration loss.
+
+    Over all candidates both rise as bits fall, so that correlation is high for almost any score;
+    what decides in a search is the order within a step.
+
+    Returns:
+        ``{"candidates", "spearman", "steps", "within_steps"}``; ``within_steps`` is the median over
+        the ``steps`` with at least `FEWEST` candidates, ``None`` without such steps. ``None`` where
+        fewer candidates than that have both, or where one of them is the same in all.
+    """
+    both = [
+        c
+        for c in history.candidates
+        if c.counted and math.isfinite(c.score) and math.isfinite(c.calibration_loss)
+    ]
+    overall = _spearman(both)
+    if overall is None:
+        return None
+    steps: dict[int, list[Candidate]] = {}
+    for candidate in both:
+        steps.setdefault(candidate.step, []).append(candidate)
+    within = [rho for found in steps.values() if (rho := _spearman(found)) is not None]
+    return {
+        "candidates": len(both),
+        "spearman": overall,
+        "steps": len(within),
+        "within_steps": statistics.median(within) if within else None,
+    }
+
+
+def _spearman(candidates: list[Candidate]) -> float | None:
+    scores = [c.score for c in candidates]
+    losses = [c.calibration_loss for c in candidates]
+    if len(candidates) < FEWEST or len(set(scores)) == 1 or len(set(losses)) == 1:
+        return None
+    from scipy.stats import spearmanr  # takes longer to import than a report to write
+
+    return float(spearmanr(scores, losses).statistic)

@@ -1,0 +1,237 @@
+"""What the report says of accuracies, intervals, ends of searches, ranks and artifacts."""
+
+import json
+import math
+import re
+import statistics
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hq_optuna import attrs
+from hq_optuna.artifacts import Reference
+from hq_optuna.attrs import LIMITS
+from hq_optuna.cost import Budget
+from hq_optuna.history import read_history
+from hq_optuna.runner._report_words import headline
+from hq_optuna.runner.agreement import agreement
+from hq_optuna.runner.intervals import paired, wilson
+from hq_optuna.runner.report import render_markdown, report_data
+from hq_optuna.runner.started import Started
+from tests.fake_search import fake_space, fake_study
+from tests.runner.searches import Network, data, search
+
+COUNTED = {
+    **{"accuracy_before": 0.9, "accuracy_after": 0.88, "validation_samples": 200},
+    **{"validation_lost": 6, "validation_gained": 2},
+}
+
+
+def finished(**more):
+    """Return a search whose answer is known: both inner layers at 4 bits, the others at 8."""
+    return fake_study(fake_space(4, bits=(8, 4)), budget=Budget.fraction(bops=0.32), **more)
+
+
+# Accuracies
+
+
+def test_lost_and_gained_samples_are_counted_on_the_same_data():
+    mine = search(validation=data(40, seed=5))
+    study = mine.optimize()
+    facts = mine.result(study).facts
+    inputs, labels = data(40, seed=5)
+    with torch.no_grad():
+        before = Network().eval()(inputs).argmax(1) == labels
+        after = mine.result(study).network(inputs).argmax(1) == labels
+    assert facts["validation_lost"] == sum(b and not a for b, a in zip(before, after, strict=True))
+    assert facts["validation_gained"] == sum(
+        a and not b for b, a in zip(before, after, strict=True)
+    )
+    assert facts["accuracy_before"] == float(before.double().mean())
+    assert facts["accuracy_after"] == float(after.double().mean())
+
+
+def test_a_study_that_measures_figures_of_its_own_has_no_counts_and_no_intervals():
+    mine = search(validation=data(40, seed=5), evaluate=lambda network, batches: {"accuracy": 0.5})
+    study = mine.optimize()
+    facts = mine.result(study).facts
+    assert facts["accuracy_before"] == 0.5
+    assert not {"validation_lost", "validation_gained"} & set(facts)
+    found = report_data(study)
+    assert found["accuracies"] == {}
+    assert "No intervals" in render_markdown(found)
+    assert "[" not in render_markdown(found).split("## Layers")[0].split("## Cost")[1]
+
+
+def test_intervals_follow_from_the_counts():
+    found = report_data(finished(facts=COUNTED))["accuracies"]["validation"]
+    assert found["samples"], found["lost"] == (200, 6)
+    low, high = wilson(176, 200)
+    assert found["after"] == {"value": 0.88, "low": low, "high": high}
+    low, high = paired(6, 2, 200)
+    assert found["difference"] == {"value": -0.02, "low": low, "high": high}
+
+
+def test_headline_and_tables_say_the_intervals():
+    found = report_data(finished(facts=COUNTED))
+    low, high = (f"{100 * end:+.1f}".replace("-", "−") for end in paired(6, 2, 200))
+    assert found["headline"].endswith(
+        f"validation accuracy 90.0 % → 88.0 % (−2.0 points, 95 % interval {low} to {high})."
+    )
+    text = render_markdown(found)
+    assert (
+        f"difference −2.0 \\[{low}, {high}\\] points: of 200 samples 6 lost, 2 gained" in text
+        or (f"difference −2.0 [{low}, {high}] points: of 200 samples 6 lost, 2 gained" in text)
+    )
+    assert "validation lost" not in text  # said in words already
+
+
+# Beside
+
+
+def test_costs_stand_beside_float_8_bits_and_uniform_bits_without_a_network():
+    study = fake_study(fake_space(6), budget=Budget.fraction(bops=0.4))
+    rows = {row["name"]: row for row in report_data(study)["beside"]}
+    assert list(rows) == ["float", "8 bits everywhere", "uniform 4 bits", "this answer"]
+    layers = read_history(study).space.layers
+    macs, weights = (sum(getattr(layer, k) for layer in layers) for k in ("macs", "n_weights"))
+    assert (rows["float"]["bops"], rows["float"]["size_bytes"]) == (1024 * macs, 4 * weights)
+    assert (rows["8 bits everywhere"]["bops"], rows["8 bits everywhere"]["of_int8"]) == (
+        64 * macs,
+        1.0,
+    )
+    inner = sum(layer.macs for layer in layers[1:-1])
+    assert rows["uniform 4 bits"]["bops"] == 64 * (macs - inner) + 16 * inner
+    assert rows["this answer"]["bops"] == read_history(study).incumbent.winner.cost
+    assert {row["accuracy"] for row in rows.values()} == {None}
+
+
+def test_measured_figures_stand_beside_with_their_differences():
+    mine = search(validation=data(40, seed=5))
+    study = mine.optimize()
+    mine.result(study)
+    found = report_data(study)
+    compared = {r["method"]: r for r in found["compared"]}
+    rows = {row["name"]: row for row in found["beside"]}
+    for name, method in (("8 bits everywhere", "8 bits"), ("uniform 4 bits", "uniform")):
+        pairs = compared[method]["pairs"]
+        assert rows[name]["accuracy"]["value"] == compared[method]["measured"]["accuracy"]
+        assert (
+            rows[name]["over_answer"]["value"]
+            == (pairs["only_this"] - pairs["only_answer"]) / pairs["samples"]
+        )
+        assert rows[name]["loss"] == compared[method]["measured"]["loss"]
+    assert rows["float"]["over_answer"]["value"] == pytest.approx(
+        rows["float"]["accuracy"]["value"] - rows["this answer"]["accuracy"]["value"]
+    )
+    assert rows["this answer"]["over_answer"] is None
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+# The end
+
+
+def test_the_report_says_why_the_search_ended():
+    found = report_data(finished())
+    assert (found["state"]["over"], found["state"]["reason"]) == (True, "the budget is met")
+    assert "| the search ended | the budget is met |" in render_markdown(found)
+
+
+def test_a_search_that_a_limit_stopped_says_which_and_how_far_it_came():
+    study = finished(n_trials=3)
+    study.set_user_attr(LIMITS, {"max_evaluations": 2})
+    found = report_data(study)
+    assert found["state"]["over"]
+    assert found["headline"].startswith(
+        "Stopped by a limit, at most 2 evaluations (--max-evaluations), 0.0 % of the way"
+    )
+    assert re.search(
+        r"the search ended \| at most 2 evaluations .*; the budget is not met",
+        render_markdown(found),
+    )
+
+
+def test_a_search_that_goes_on_says_so():
+    found = report_data(finished(n_trials=3))
+    assert not found["state"]["over"]
+    assert "| the search ended | not yet |" in render_markdown(found)
+
+
+def test_an_answer_that_swaps_still_refine_says_so():
+    found = report_data(finished())
+    found["state"] |= {"over": False, "reason": ""}
+    assert headline(found).endswith("; swaps still refine it.")
+    assert "not yet: the budget is met, swaps still refine" in render_markdown(found)
+
+
+# Ranks
+
+
+def test_agreement_is_perfect_where_the_loss_is_the_score():
+    found = agreement(read_history(fake_study(9)))
+    assert found["spearman"] == pytest.approx(1.0)
+    assert found["within_steps"] == pytest.approx(1.0)
+    assert found["candidates"] == sum(c.counted for c in read_history(fake_study(9)).candidates)
+
+
+def by_ranks(one, other):
+    """Spearman's formula for values that are all different."""
+
+    def ranks(values):
+        return [sorted(values).index(value) for value in values]
+
+    n = len(one)
+    d2 = sum((a - b) ** 2 for a, b in zip(ranks(one), ranks(other), strict=True))
+    return 1 - 6 * d2 / (n * (n**2 - 1))
+
+
+def test_agreement_is_spearmans_formula_overall_and_within_steps():
+    history = read_history(fake_study(9, n_candidates=5))
+    noisy = [
+        replace(
+            c,
+            score=c.score * (1 + 1e-6 * c.number),  # no ties
+            calibration_loss=c.score * (1.5 + math.sin(7.0 * c.number)),
+        )
+        for c in history.candidates
+    ]
+    found = agreement(replace(history, candidates=tuple(noisy)))
+    scores, losses = [c.score for c in noisy], [c.calibration_loss for c in noisy]
+    assert len(set(scores)) == len(scores)
+    assert found["spearman"] == pytest.approx(by_ranks(scores, losses))
+    steps = {}
+    for c in noisy:
+        steps.setdefault(c.step, []).append((c.score, c.calibration_loss))
+    within = [by_ranks(*zip(*pairs, strict=True)) for pairs in steps.values() if len(pairs) >= 4]
+    assert found["steps"] == len(within) > 3
+    assert found["within_steps"] == pytest.approx(statistics.median(within))
+
+
+def test_without_losses_there_is_no_agreement_and_the_report_says_not_measured():
+    study = finished(bare=True)
+    assert agreement(read_history(study)) is None
+    text = render_markdown(report_data(study))
+    assert "| does the score rank as the measured loss? | not measured |" in text
+
+
+# Reproduction
+
+
+def test_hashes_of_artifacts_are_there_but_not_the_reports_own():
+    study = finished()
+    for name, digit in (("sensitivity", "a"), ("report", "b")):
+        reference = Reference("x", digit * 64, 10).to_json()
+        study._storage.set_study_system_attr(study._study_id, f"{attrs.ARTIFACT}:{name}", reference)
+    found = report_data(study)
+    assert list(found["artifacts"]) == ["sensitivity"]
+    assert f"| artifact: sensitivity | SHA-256 {'a' * 64}, 10 bytes |" in render_markdown(found)
+
+
+def test_the_study_tells_the_command_that_started_it():
+    study = finished(n_trials=0)
+    Started.of({}, {}, "hq-optuna run x --storage mysql://me:secret@db/hq").remember(study)
+    study.set_user_attr(attrs.FINGERPRINT, {"seed": 0})
+    assert report_data(study)["command"] == "hq-optuna run x --storage mysql://me:***@db/hq"
+    assert "secret" not in json.dumps(dict(study.user_attrs))
+    assert report_data(study, command="another")["command"] == "another"
