@@ -161,6 +161,12 @@ class SearchSpace:
         """The narrowest bits of each variable."""
         return tuple(variable.bits[-1] for variable in self.variables)
 
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """All bits that a layer may have, pinned ones too, fewest first."""
+        found = {bits for variable in self.variables for bits in variable.bits}
+        return tuple(sorted(found | {bits for pair in self.start.values() for bits in pair}))
+
     def config(self, state: Sequence[int]) -> BitConfig:
         """Return the bits of all layers when the variables have the bits ``state``."""
         bits = dict(self.start.items())

@@ -62,6 +62,9 @@ class Standing:
         left_s: Estimate of the time until the budget is met; ``None`` where there is none.
         workers: Those that live, or work elsewhere, and those that died at work.
         gone: Workers that ended or died earlier.
+        bits: ``(weight_bits, activation_bits)`` of the incumbent's layers in network order; empty
+            before the first step is closed.
+        levels: All bits that a layer may have, fewest first.
     """
 
     state: State
@@ -76,6 +79,8 @@ class Standing:
     left_s: float | None = None
     workers: tuple[WorkerStanding, ...] = ()
     gone: int = 0
+    bits: tuple[tuple[int, int], ...] = ()
+    levels: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON data."""
@@ -155,6 +160,7 @@ class Watch:
         start = log.search.cost_of(log.search.space.top)
         way = start - info.limit
         cost = start if incumbent is None else incumbent.cost
+        config = None if incumbent is None else log.search.space.config(incumbent.state)
         state: State = "running" if n_busy else "idle"
         if step is None:
             state = "stopped" if log.stopped_by else "finished"
@@ -171,6 +177,8 @@ class Watch:
             left_s=self._left(log, start - cost, cost - info.limit, n_busy, mean_s),
             workers=found,
             gone=gone,
+            bits=() if config is None else tuple((w, a) for w, a in config.values()),
+            levels=log.search.space.levels,
         )
 
     @staticmethod

@@ -11,7 +11,6 @@ from typing import Any
 
 import optuna
 from rich.console import Console, Group, RenderableType
-from rich.live import Live
 from rich.table import Table
 
 from hq_optuna.cli import show
@@ -174,17 +173,6 @@ class CrewProgress(SearchProgress):
         self.members: list[Member] = []
         self._since = time.monotonic()
         self._shown = -math.inf
-        self._live = Live(
-            get_renderable=self.show, console=console, transient=True, refresh_per_second=4
-        )
-
-    def start(self) -> None:
-        """Show table and bars."""
-        self._live.start()
-
-    def stop(self) -> None:
-        """Take them away."""
-        self._live.stop()
 
     def now_and_then(self, log: StepLog) -> None:
         """Show where the search stands, unless that was done a moment ago."""
@@ -197,9 +185,10 @@ class CrewProgress(SearchProgress):
         self.console.print(f"[yellow]{show.plain(text)}[/]", highlight=False, soft_wrap=True)
 
     def show(self) -> RenderableType:
-        """Return table and bars."""
+        """Return table, bars and the incumbent's bits."""
+        shown = super().show()
         table = crew_table(self.members, time.monotonic() - self._since)
-        return Group(table, self._bars) if self.members else self._bars
+        return Group(table, shown) if self.members else shown
 
 
 def crew_table(members: list[Member], seconds: float) -> Table:

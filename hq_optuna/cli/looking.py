@@ -10,6 +10,7 @@ import optuna
 import typer
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +18,7 @@ from hq_optuna.cli import show
 from hq_optuna.cli.common import Folder, Json, Name, Storage, StudyOrNone, errors, load
 from hq_optuna.cli.options import RETRY_FOR, RetryFor
 from hq_optuna.cli.progress import LINE_EVERY_S, format_seconds
+from hq_optuna.cli.strip import strips
 from hq_optuna.standing import Standing, Watch, WorkerStanding
 
 LOOK_EVERY_S = 2.0
@@ -56,7 +58,9 @@ def status(
         console = Console()
         if standing.state != "preparing":
             show.status(console, loaded, standing)
-        console.print(panel(standing))
+        console.print(Text(line(standing)), soft_wrap=True)
+        if standing.workers:
+            console.print(_workers(standing.workers))
 
 
 def _watch(watch: Watch, as_json: bool) -> None:
@@ -72,7 +76,7 @@ def _watch(watch: Watch, as_json: bool) -> None:
             standing = watch.look()
             over = standing.state in ("finished", "stopped")
             if live is not None:
-                live.update(panel(standing), refresh=True)
+                live.update(panel(standing, console.width), refresh=True)
             elif as_json:
                 if standing != seen:
                     typer.echo(json.dumps(standing.to_json()))
@@ -107,10 +111,21 @@ def line(standing: Standing) -> str:
     return "  ".join(parts)
 
 
-def panel(standing: Standing) -> RenderableType:
-    """Return a standing as its line and a table of workers."""
-    text = Text(line(standing))
-    return Group(text, _workers(standing.workers)) if standing.workers else text
+def panel(standing: Standing, width: int) -> RenderableType:
+    """Return a standing as a bar, its line, the incumbent's bits and a table of workers.
+
+    Args:
+        standing: What to show.
+        width: Columns of the terminal.
+    """
+    parts: list[RenderableType] = [Text(line(standing))]
+    if standing.state != "preparing":
+        bar = ProgressBar(total=1.0, completed=standing.share, width=min(width, 60))
+        row = Table.grid()  # a bar by itself ends no line
+        row.add_row(bar)
+        parts.insert(0, row)
+        parts += strips(standing.bits, standing.levels, width) if standing.bits else []
+    return Group(*parts, *([_workers(standing.workers)] if standing.workers else []))
 
 
 def _workers(found: tuple[WorkerStanding, ...]) -> Table:

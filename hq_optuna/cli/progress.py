@@ -6,9 +6,12 @@ import time
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
+from hq_optuna.cli.strip import strips
 from hq_optuna.cost import Budget, CostModel, format_cost
 from hq_optuna.samplers.log import StepLog
 from hq_optuna.space import SearchSpace
@@ -28,6 +31,7 @@ class SearchProgress:
 
     def __init__(self, console: Console, space: SearchSpace, budget: Budget) -> None:
         self.console = console
+        self.space = space
         self.metric = budget.metric
         self.limit = budget.limit(space.layers)
         self.start_cost = CostModel(space.layers, budget.metric).cost(space.start)
@@ -36,11 +40,14 @@ class SearchProgress:
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             TextColumn("{task.percentage:3.0f} %"),
-            TextColumn("{task.fields[says]}"),
             TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[says]}"),
             console=console,
-            transient=True,
         )
+        self._live: Live | None = None
+        self._bits: tuple[tuple[int, int], ...] = ()
+        self._says = ""
+        self._scored_at: tuple[float, int] | None = None
         self._tasks: dict[str, TaskID] = {}
         self._printed = -float("inf")
         self._looked = False
@@ -56,11 +63,23 @@ class SearchProgress:
 
     def start(self) -> None:
         """Show the bars."""
-        self._bars.start()
+        self._live = Live(
+            get_renderable=self.show, console=self.console, transient=True, refresh_per_second=4
+        )
+        self._live.start()
 
     def stop(self) -> None:
         """Take the bars away."""
-        self._bars.stop()
+        if self._live is not None:
+            self._live.stop()
+
+    def show(self) -> RenderableType:
+        """Return bars, a line about the search, and the incumbent's bits."""
+        if not self._bits:
+            return self._bars
+        says = Text(self._says, no_wrap=True, overflow="ellipsis")
+        shown = strips(self._bits, self.space.levels, self.console.width)
+        return Group(self._bars, says, *shown)
 
     def __exit__(
         self,
@@ -87,6 +106,7 @@ class SearchProgress:
         if incumbent is None:
             self._show("search", 0.0, "scoring the start")
             return
+        self._bits = tuple(self.space.config(incumbent.state).values())
         share = self._share(incumbent.cost)
         if step is not None and log.closed and len(log.closed) > 1:
             # Between two steps the bar follows the candidates done.
@@ -95,9 +115,19 @@ class SearchProgress:
         says = (
             f"step {incumbent.step}  {len(log.results)} candidates  "
             f"score {incumbent.score:.3g} nats  {format_cost(incumbent.cost, self.metric)} "
-            f"-> {format_cost(self.limit, self.metric)}"
+            f"-> {format_cost(self.limit, self.metric)}{self._rate(len(log.results))}"
         )
         self._show("search", 1.0 if step is None else share, says, always=step is None)
+
+    def _rate(self, scored: int) -> str:
+        """Return candidates a minute, of all workers, since the search was first looked at."""
+        now = time.monotonic()
+        if self._scored_at is None:
+            self._scored_at = (now, scored)
+        began, before = self._scored_at
+        if scored == before or now - began < 1:
+            return ""
+        return f"  {60 * (scored - before) / (now - began):.3g} a minute"
 
     def _share(self, cost: float) -> float:
         way = self.start_cost - self.limit
@@ -107,6 +137,8 @@ class SearchProgress:
         if self.live:
             if what not in self._tasks:
                 self._tasks[what] = self._bars.add_task(f"{what:<11}", total=1.0, says="")
+            if what == "search" and self._bits:
+                self._says, says = says, ""
             self._bars.update(self._tasks[what], completed=share, says=says)
         elif always or time.monotonic() - self._printed > LINE_EVERY_S:
             self._printed = time.monotonic()

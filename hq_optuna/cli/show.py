@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optuna.study import Study
@@ -9,16 +10,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from hq_optuna.cli.strip import digit_styles, strips
 from hq_optuna.cost import CostModel, format_cost, macs
 from hq_optuna.history import History, read_history
 from hq_optuna.layers import FLOAT_BITS
 from hq_optuna.runner._report_compared import COMPARED, UNIFORM, warnings
+from hq_optuna.runner._report_measured import accuracies
 from hq_optuna.runner.report import layer_table
-from hq_optuna.standing import Standing
+from hq_optuna.standing import Standing, read_standing
 from hq_optuna.storages import redact_url
 
 plain = escape
-_COLOURS = {2: "red", 3: "dark_orange", 4: "yellow", 5: "green", 6: "cyan", 7: "blue", 8: "magenta"}
 
 
 def opening(console: Console, search: Any, place: Any) -> None:
@@ -39,12 +41,12 @@ def opening(console: Console, search: Any, place: Any) -> None:
     console.print("\n".join(plain(line) for line in lines), highlight=False, soft_wrap=True)
 
 
-def bits_text(bits: int) -> str:
-    """Return bits for a table, coloured."""
+def bits_text(bits: int, levels: Sequence[int]) -> str:
+    """Return bits for a table, on the colour that they have in the pictures."""
     if bits == FLOAT_BITS:
         return "float"
-    colour = _COLOURS.get(bits)
-    return f"[{colour}]{bits}[/]" if colour else str(bits)
+    style = digit_styles(levels).get(bits)
+    return str(bits) if style is None else f"[{style}]{bits}[/]"
 
 
 def result(console: Console, study: Study) -> None:
@@ -62,22 +64,24 @@ def result(console: Console, study: Study) -> None:
         ("rise, nats", "right"),
     ):
         table.add_column(title, justify="right" if side == "right" else "left", no_wrap=True)
+    levels = history.space.levels
     for row in layer_table(history):
         table.add_row(
             plain(row.name),
             row.kind,
             f"{row.n_weights:,}",
             f"{row.macs:,}",
-            bits_text(row.weight_bits),
-            bits_text(row.activation_bits),
+            bits_text(row.weight_bits, levels),
+            bits_text(row.activation_bits, levels),
             f"{100 * row.share_after:.1f} %",
             "-" if row.sensitivity is None else f"{row.sensitivity:.2g}",
         )
     console.print(table)
-    console.print(_summary(history), highlight=False, soft_wrap=True)
+    reason = read_standing(study).reason
+    console.print(_summary(history, reason), highlight=False, soft_wrap=True)
 
 
-def _summary(history: History) -> str:
+def _summary(history: History, reason: str = "") -> str:
     record, info = history.incumbent, history.info
     if record is None:
         return "No step is closed yet."
@@ -90,9 +94,11 @@ def _summary(history: History) -> str:
         f"(by layers: weights {record.winner.score_weights:.3g}, "
         f"activations {record.winner.score_activations:.3g})",
         f"search    {len(history.records)} steps, "
-        f"{sum(c.counted for c in history.candidates)} candidates, no training",
+        f"{sum(c.counted for c in history.candidates)} candidates, no training"
+        + (f"; ended: {reason}" if reason else ""),
     ]
     facts = history.facts
+    intervals = accuracies(facts)
     measured = sorted(name.removesuffix("_before") for name in facts if name.endswith("_before"))
     for name in measured:
         before, after = facts[f"{name}_before"], facts.get(f"{name}_after", float("nan"))
@@ -102,8 +108,10 @@ def _summary(history: History) -> str:
             before, after, unit = 100 * before, 100 * after, " %"
         else:
             unit = ""
+        counted = intervals.get(what) if named == "accuracy" else None
         lines.append(
-            f"{plain(named):<9} {before:.2f}{unit} float -> [bold]{after:.2f}{unit}[/] quantized "
+            f"{plain(named):<9} {before:.2f}{unit} float -> [bold]{after:.2f}{unit}[/] quantized"
+            f"{'' if counted is None else ', ' + _points(counted['difference'])} "
             f"({facts.get(f'{what}_samples', '?')} {what} samples)"
         )
     for row in facts.get(COMPARED, ()):
@@ -126,6 +134,18 @@ def _summary(history: History) -> str:
     return "\n".join(lines)
 
 
+def show_bits(console: Console, bits: Sequence[tuple[int, int]], levels: Sequence[int]) -> None:
+    """Show the bits of all layers as a strip of digits; whole where there is no terminal."""
+    for line in strips(bits, levels, console.width if console.is_terminal else None):
+        console.print(line, soft_wrap=True)
+
+
+def _points(difference: Mapping[str, float]) -> str:
+    """Return a difference of accuracies with its interval, for people."""
+    value, low, high = (100 * difference[end] for end in ("value", "low", "high"))
+    return f"{value:+.2f} points, 95 % interval {low:+.1f} to {high:+.1f}"
+
+
 def status(console: Console, study: Study, standing: Standing) -> None:
     """Show where a search stands."""
     history = read_history(study)
@@ -141,9 +161,7 @@ def status(console: Console, study: Study, standing: Standing) -> None:
             f"to {format_cost(info.limit, info.metric)}",
             highlight=False,
         )
-        for part, index in (("weights", 0), ("activations", 1)):
-            digits = " ".join(bits_text(bits[index]) for bits in record.config.values())
-            console.print(f"{part:<12}{digits}", highlight=False, soft_wrap=True)
+        show_bits(console, list(record.config.values()), history.space.levels)
     console.print(_summary(history), highlight=False, soft_wrap=True)
     console.print(
         f"{history.n_running} running, {history.n_pruned} not needed, {history.n_failed} failed "

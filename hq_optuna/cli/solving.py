@@ -84,7 +84,7 @@ def _layers(history: History, config: BitConfig) -> Table:
         )
         same = answer is not None and answer[name] == bits
         before = [] if answer is None else ["" if same else str(answer[name])]
-        shown = [show.bits_text(b) for b in bits]
+        shown = [show.bits_text(b, history.space.levels) for b in bits]
         table.add_row(show.plain(name), *shown, *before, f"{rise:.2g}")
     return table
 

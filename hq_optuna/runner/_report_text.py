@@ -14,6 +14,7 @@ from hq_optuna.layers import FLOAT_BITS
 from hq_optuna.runner._report_compared import table as compared_table
 from hq_optuna.runner._report_words import (
     NOT_MEASURED,
+    NOUN,
     before_and_after,
     fact,
     hundredths,
@@ -70,7 +71,8 @@ def _beside(data: Mapping[str, Any]) -> Block:
     rows = data["beside"]
     losses = any(row["loss"] is not None for row in rows)
     accuracy = any(row["accuracy"] is not None for row in rows)
-    header = ["", "BOPs", "size", "of all 8 bits", "of float"]
+    noun = NOUN[data["budget"]["metric"]]
+    header = ["", "BOPs", "size", f"{noun} of all 8 bits", f"{noun} of float"]
     if losses:
         header.append("validation loss")
     if accuracy:

@@ -10,7 +10,7 @@ from hq_optuna.layers import FLOAT_BITS
 
 NOT_MEASURED = "not measured"
 
-_NOUN = {"bops": "BOPs", "size_bytes": "size"}
+NOUN = {"bops": "BOPs", "size_bytes": "size"}
 
 
 def number(value: float | None, unit: str = "") -> str:
@@ -88,7 +88,7 @@ def hundredths(fraction: float) -> str:
 def headline(data: Mapping[str, Any]) -> str:
     """Return the answer in one sentence, or how far the search is."""
     state, budget, cost = data["state"], data["budget"], data["cost"]
-    eight = f"the all-8-bit {_NOUN[budget['metric']]}"
+    eight = f"the all-8-bit {NOUN[budget['metric']]}"
     limit = f"the budget is {percent(budget['of_int8'])}"
     stopped = f"Stopped by a limit, {state['reason']}" if state["over"] else ""
     if state["status"] == "not started":

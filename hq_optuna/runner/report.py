@@ -31,7 +31,6 @@ from hq_optuna.runner._report_words import headline
 from hq_optuna.runner.agreement import agreement
 from hq_optuna.runner.started import Started, mask
 from hq_optuna.standing import Standing, read_standing
-from hq_optuna.visualization._figure import levels
 from hq_optuna.visualization.cost_share import shares
 
 __all__ = ["LayerRow", "layer_table", "render_markdown", "report_data", "write_report"]
@@ -166,7 +165,7 @@ def _data(study: Study, history: History, command: str | None) -> dict[str, Any]
         "agreement": agreement(history),
         "accuracies": accuracies(facts),
         "beside": beside(history),
-        "levels": levels(history.space),
+        "levels": history.space.levels,
         "layers": [dataclasses.asdict(row) for row in layer_table(history)],
         "facts": facts,
         "compared": compared,

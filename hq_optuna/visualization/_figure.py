@@ -63,9 +63,7 @@ def bits_text(bits: int) -> str:
 
 def levels(space: SearchSpace) -> tuple[int, ...]:
     """Return all bits that a layer of the space may have, fewest first."""
-    found = {bits for variable in space.variables for bits in variable.bits}
-    found |= {bits for pair in space.start.values() for bits in pair}
-    return tuple(sorted(found))
+    return space.levels
 
 
 def bit_colours(bits: Sequence[int]) -> list[str]:
@@ -92,7 +90,7 @@ def text_on(colour: str) -> str:
         weight * (part / 255) ** 2.2
         for weight, part in zip((0.2126, 0.7152, 0.0722), (red, green, blue), strict=True)
     )
-    return "#000" if (light + 0.05) / 0.05 > 1.05 / (light + 0.05) else "#fff"
+    return "#000000" if (light + 0.05) / 0.05 > 1.05 / (light + 0.05) else "#ffffff"
 
 
 def rgb(colour: str) -> tuple[int, int, int]:

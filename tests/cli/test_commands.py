@@ -131,7 +131,7 @@ def test_status_shows_the_bits_and_the_way_to_the_budget(study: Path, command: C
     command("run", study)
     result = command("status", study)
     assert "finished" in result.output
-    assert re.search(r"weights +\d \d \d", result.output)
+    assert re.search(r"^bits +\d\d\d$", result.output, re.MULTILINE)
     assert "100 % of the way" in result.output
 
 
