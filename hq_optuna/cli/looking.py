@@ -107,7 +107,9 @@ def line(standing: Standing) -> str:
         parts.append(f"{format_seconds(standing.left_s)} left")
     alive = sum(worker.alive is not False for worker in standing.workers)
     dead = len(standing.workers) - alive
-    parts.append(f"{alive} workers" + (f", {dead} died at work" if dead else ""))
+    parts.append(
+        f"{alive} worker{'' if alive == 1 else 's'}" + (f", {dead} died at work" if dead else "")
+    )
     return "  ".join(parts)
 
 

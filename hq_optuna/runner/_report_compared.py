@@ -28,7 +28,7 @@ NOT_RUN = (
 def beaten_by_uniform(compared: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Return the rows of uniform bits that are measured to be better than the answer.
 
-    By accuracy where it was measured, else by the loss.
+    By accuracy where it was measured, else by the loss; where these are equal, by the cost.
     """
     compared = list(compared)
     answers = [r for r in compared if r["method"] == ANSWER]
@@ -37,9 +37,10 @@ def beaten_by_uniform(compared: Iterable[Mapping[str, Any]]) -> list[Mapping[str
     return [r for r in compared if r["method"] == UNIFORM and _worth(r) > _worth(answers[0])]
 
 
-def _worth(row: Mapping[str, Any]) -> float:
+def _worth(row: Mapping[str, Any]) -> tuple[float, float]:
     measured = row["measured"]
-    return float(measured["accuracy"]) if "accuracy" in measured else -float(measured["loss"])
+    worth = float(measured["accuracy"]) if "accuracy" in measured else -float(measured["loss"])
+    return worth, -row["cost"]
 
 
 def warnings(

@@ -269,7 +269,7 @@ def _json(value: Any) -> Any:
     return value
 
 
-def write_report(study: Study, path: Path, *, command: str | None = None) -> None:
+def write_report(study: Study, path: str | Path, *, command: str | None = None) -> None:
     """Write the report as one HTML file that needs no network.
 
     The file appears whole or not at all: it is written beside its place and then renamed. Its
@@ -288,6 +288,7 @@ def write_report(study: Study, path: Path, *, command: str | None = None) -> Non
     history = read_history(study)
     data = _data(study, history, command)
     text = render_html(data, figures(history))
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -137,6 +137,7 @@ def test_where_samples_were_counted_the_warning_says_whether_they_decide(
     ("answer", "other", "beaten"),
     [
         (row(accuracy=0.9), uniform(accuracy=0.9), False),
+        (row(accuracy=0.9), uniform(accuracy=0.9, cost=1e6), True),  # as good, and cheaper
         (row(accuracy=0.9), uniform(accuracy=0.901), True),
         (row(accuracy=0.9, loss=2.0), uniform(accuracy=0.8, loss=1.0), False),
         (row(loss=2.0), uniform(loss=1.9), True),
