@@ -13,8 +13,11 @@ from typing import Any
 
 from hq_optuna.history import Candidate, History
 
-FEWEST = 4
-"""Candidates of a step below which their ranks are not compared."""
+FEWEST = 3
+"""Candidates below which ranks are not compared."""
+
+MEASURED = "loss"
+"""The scorer that ranks by measured losses: its score predicts nothing."""
 
 
 def agreement(history: History) -> dict[str, Any] | None:
@@ -25,13 +28,16 @@ def agreement(history: History) -> dict[str, Any] | None:
 
     Returns:
         ``{"candidates", "spearman", "steps", "within_steps"}``; ``within_steps`` is the median over
-        the ``steps`` with at least `FEWEST` candidates, ``None`` without such steps. ``None`` where
-        fewer candidates than that have both, or where one of them is the same in all.
+        the ``steps`` with at least `FEWEST` candidates, ``None`` without such steps. The start is
+        no candidate. ``None`` where fewer candidates than that have both, where one of them is the
+        same in all, or where the score is itself the measured loss.
     """
+    if history.info.scorer == MEASURED:
+        return None
     both = [
         c
         for c in history.candidates
-        if c.counted and math.isfinite(c.score) and math.isfinite(c.calibration_loss)
+        if c.counted and c.step > 0 and math.isfinite(c.score + c.calibration_loss)
     ]
     overall = _spearman(both)
     if overall is None:
