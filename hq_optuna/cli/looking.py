@@ -17,7 +17,7 @@ from rich.text import Text
 from hq_optuna.cli import show
 from hq_optuna.cli.common import Folder, Json, Name, Storage, StudyOrNone, errors, load
 from hq_optuna.cli.options import RETRY_FOR, RetryFor
-from hq_optuna.cli.progress import LINE_EVERY_S, format_seconds
+from hq_optuna.cli.progress import LINE_EVERY_S, format_rate, format_seconds
 from hq_optuna.cli.strip import strips
 from hq_optuna.standing import Standing, Watch, WorkerStanding
 
@@ -102,7 +102,7 @@ def line(standing: Standing) -> str:
         parts.append(f"{standing.done} of {standing.of} in the open one")
     parts.append(f"{standing.candidates} candidates")
     if standing.per_minute:
-        parts.append(f"{standing.per_minute:.3g} a minute")
+        parts.append(format_rate(standing.per_minute))
     if standing.left_s is not None:
         parts.append(f"{format_seconds(standing.left_s)} left")
     alive = sum(worker.alive is not False for worker in standing.workers)

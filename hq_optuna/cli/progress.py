@@ -127,7 +127,7 @@ class SearchProgress:
         began, before = self._scored_at
         if scored == before or now - began < 1:
             return ""
-        return f"  {60 * (scored - before) / (now - began):.3g} a minute"
+        return f"  {format_rate(60 * (scored - before) / (now - began))}"
 
     def _share(self, cost: float) -> float:
         way = self.start_cost - self.limit
@@ -155,6 +155,17 @@ class SearchProgress:
             return ""
         left_s = (now - began) * (1 - share) / (share - first)
         return f"  {format_seconds(left_s)} left"
+
+
+def format_rate(per_minute: float) -> str:
+    """Return a rate for people.
+
+    Example:
+        >>> format_rate(1267.3), format_rate(3.14159)
+        ('1,267 a minute', '3.14 a minute')
+    """
+    number = f"{per_minute:,.0f}" if per_minute >= 100 else f"{per_minute:.3g}"
+    return f"{number} a minute"
 
 
 def format_seconds(seconds: float) -> str:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,16 @@ from hq_optuna.runner._report_words import (
     NOT_MEASURED,
     NOUN,
     before_and_after,
+    counted,
+    ended,
     fact,
+    gap_text,
     hundredths,
     interval,
     number,
     percent,
     points,
+    ranks_agree,
     seconds,
 )
 
@@ -126,19 +130,17 @@ def _answer(data: Mapping[str, Any]) -> Block:
     facts, exact, ranks = data["facts"], data["exact"], data["agreement"]
     pairs = before_and_after(facts)
     rows = [
-        ("the search ended", _ended(data)),
+        ("the search ended", ended(data)),
         ("budget", f"{amount(budget['limit'])} ({budget['text']})"),
         ("cost", answer),
-        ("cost with 8 bits everywhere", amount(cost["int8"])),
-        ("cost in float", amount(cost["float32"])),
         ("predicted loss rise", number(score["total"], "nats")),
         ("by layers: weights", number(score["weights"], "nats")),
         ("by layers: activations", number(score["activations"], "nats")),
-        *(() if exact is None else (("gap to the exact optimum", _gap(exact, amount)),)),
+        *(() if exact is None else (("gap to the exact optimum", gap_text(exact, amount)),)),
         ("loss on the calibration set", number(score["calibration_loss"])),
-        ("does the score rank as the measured loss?", _agreement(ranks)),
+        ("does the score rank as the measured loss?", ranks_agree(ranks)),
         *(
-            (f"{what.replace('_', ' ')}, before → after", text + _interval(data, what))
+            (f"{what.replace('_', ' ')}, before → after", text + counted(data, what))
             for what, text in pairs.items()
         ),
     ]
@@ -150,56 +152,11 @@ def _answer(data: Mapping[str, Any]) -> Block:
     return Block("answer", "In numbers", rows=tuple(rows), header=("", "value"), n_text_columns=2)
 
 
-def _ended(data: Mapping[str, Any]) -> str:
-    """Return why the search ended, in words."""
-    state: Mapping[str, Any] = data["state"]
-    if not state["over"]:
-        more = "the budget is met, swaps still refine the answer"
-        return f"not yet: {more}" if state["status"] == "met" else "not yet"
-    met = "; the budget is met" if state["status"] == "met" else "; the budget is not met"
-    reason: str = state["reason"]
-    return reason + ("" if "budget" in reason else met)
-
-
-def _interval(data: Mapping[str, Any], what: str) -> str:
-    """Return the interval of an accuracy's difference and what was counted for it."""
-    name = {"accuracy": "validation", "test accuracy": "test"}.get(what, "")
-    found = data["accuracies"].get(name)
-    if not found:
-        return ""
-    return (
-        f", difference {interval(found['difference'], points)} points: of {found['samples']:,} "
-        f"samples {found['lost']:,} lost, {found['gained']:,} gained"
-    )
-
-
-def _agreement(ranks: Mapping[str, Any] | None) -> str:
-    """Return how well the score ranked what was measured beside it, and what that is worth."""
-    if ranks is None:
-        return NOT_MEASURED
-    text = f"Spearman {ranks['spearman']:.3f} over {ranks['candidates']:,} candidates"
-    if ranks["within_steps"] is not None:
-        text += f", {ranks['within_steps']:.3f} within a step (median of {ranks['steps']})"
-    return f"{text}; on the calibration set, which both read, not on unseen data"
-
-
 def _compared(data: Mapping[str, Any]) -> list[Block]:
     if not data["compared"]:
         return []
     header, rows, lines = compared_table(data["compared"], data["budget"]["metric"])
     return [Block("compared", "Compared", lines=lines, header=header, rows=rows)]
-
-
-def _gap(exact: Mapping[str, Any], amount: Callable[[float | None], str]) -> str:
-    """Return how far the answer is from the least sum over layers, in words."""
-    gap = NOT_MEASURED if exact["gap"] is None else f"{exact['gap']:.3f}"
-    text = (
-        f"{gap} (sum over layers {number(exact['answer'], 'nats')}; the least within the budget "
-        f"{number(exact['optimum'], 'nats')}, at {amount(exact['cost'])})"
-    )
-    if exact["of_the_score"]:
-        return text
-    return f"{text}; the search ranks by another score, which is no sum over layers"
 
 
 def _layers(data: Mapping[str, Any]) -> Block:

@@ -143,3 +143,48 @@ def _layers_at(layers: list[Mapping[str, Any]]) -> str:
 
 def _n(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def ended(data: Mapping[str, Any]) -> str:
+    """Return why the search ended, in words."""
+    state: Mapping[str, Any] = data["state"]
+    if not state["over"]:
+        more = "the budget is met, swaps still refine the answer"
+        return f"not yet: {more}" if state["status"] == "met" else "not yet"
+    met = "; the budget is met" if state["status"] == "met" else "; the budget is not met"
+    reason: str = state["reason"]
+    return reason + ("" if "budget" in reason else met)
+
+
+def counted(data: Mapping[str, Any], what: str) -> str:
+    """Return the interval of an accuracy's difference and what was counted for it."""
+    name = {"accuracy": "validation", "test accuracy": "test"}.get(what, "")
+    found = data["accuracies"].get(name)
+    if not found:
+        return ""
+    return (
+        f", difference {interval(found['difference'], points)} points: of {found['samples']:,} "
+        f"samples {found['lost']:,} lost, {found['gained']:,} gained"
+    )
+
+
+def ranks_agree(ranks: Mapping[str, Any] | None) -> str:
+    """Return how well the score ranked what was measured beside it, and what that is worth."""
+    if ranks is None:
+        return NOT_MEASURED
+    text = f"Spearman {ranks['spearman']:.3f} over {ranks['candidates']:,} candidates"
+    if ranks["within_steps"] is not None:
+        text += f", {ranks['within_steps']:.3f} within a step (median of {ranks['steps']})"
+    return f"{text}; on the calibration set, which both read, not on unseen data"
+
+
+def gap_text(exact: Mapping[str, Any], amount: Callable[[float | None], str]) -> str:
+    """Return how far the answer is from the least sum over layers, in words."""
+    gap = NOT_MEASURED if exact["gap"] is None else f"{exact['gap']:.3f}"
+    text = (
+        f"{gap} (sum over layers {number(exact['answer'], 'nats')}; the least within the budget "
+        f"{number(exact['optimum'], 'nats')}, at {amount(exact['cost'])})"
+    )
+    if exact["of_the_score"]:
+        return text
+    return f"{text}; the search ranks by another score, which is no sum over layers"
