@@ -104,7 +104,8 @@ def test_options_of_a_search_that_never_began_bind_nobody(study, command):
     empty.set_user_attr(attrs.STARTED, {"settings": {"seed": 9}, "options": {}})
     assert command("worker", study, "--storage", url).exit_code == 0
     found = optuna.load_study(study_name="tiny", storage=url)
-    assert found.user_attrs[attrs.STARTED] == {"settings": {}, "options": {}}
+    started = found.user_attrs[attrs.STARTED]
+    assert (started["settings"], started["options"]) == ({}, {})
     assert read_history(found).info.seed == 0
 
 

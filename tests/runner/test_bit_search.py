@@ -107,16 +107,18 @@ def test_the_network_is_measured_before_and_after_as_anyone_would():
     result = by.result(study)
     float_network = Network().eval()
     with torch.no_grad():
-        before = int((float_network(x).argmax(1) == labels).sum()) / 30
-        after = int((result.network(x).argmax(1) == labels).sum()) / 30
+        right = float_network(x).argmax(1) == labels
+        still = result.network(x).argmax(1) == labels
     assert result.facts == {
         "curvature_samples": 24,  # one batch, so no standard error
         "validation_samples": 30,
-        "accuracy_before": before,
-        "accuracy_after": after,
+        "accuracy_before": int(right.sum()) / 30,
+        "accuracy_after": int(still.sum()) / 30,
+        "validation_lost": int((right & ~still).sum()),
+        "validation_gained": int((still & ~right).sum()),
     }
     stored = dict(read_history(study).facts)
-    assert [row["method"] for row in stored.pop("compared")] == ["answer", "uniform"]
+    assert [row["method"] for row in stored.pop("compared")] == ["answer", "uniform", "8 bits"]
     assert stored == dict(result.facts)
 
 
