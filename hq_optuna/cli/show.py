@@ -86,6 +86,7 @@ def _summary(history: History, reason: str = "") -> str:
     if record is None:
         return "No step is closed yet."
     cost = record.winner.cost
+    n_trained = sum(r.training is not None for r in history.records)
     lines = [
         f"cost      [bold]{format_cost(cost, info.metric)}[/], "
         f"{100 * cost / info.int8:.1f} % of all-8-bit ({format_cost(info.int8, info.metric)}), "
@@ -94,7 +95,8 @@ def _summary(history: History, reason: str = "") -> str:
         f"(by layers: weights {record.winner.score_weights:.3g}, "
         f"activations {record.winner.score_activations:.3g})",
         f"search    {len(history.records)} steps, "
-        f"{sum(c.counted for c in history.candidates)} candidates, no training"
+        f"{sum(c.counted for c in history.candidates)} candidates, "
+        + (f"{n_trained} trained" if n_trained else "no training")
         + (f"; ended: {reason}" if reason else ""),
     ]
     facts = history.facts

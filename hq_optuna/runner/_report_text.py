@@ -110,6 +110,8 @@ def _beside(data: Mapping[str, Any]) -> Block:
         row["searched"] for row in data["layers"]
     ):
         lines.append("Uniform bits are the most within the budget; pinned layers keep theirs.")
+    if data["trained"] and accuracy:
+        lines.append("The answer was trained at its bits; 8 and uniform bits were not.")
     return Block(
         "beside", "Cost and accuracy", lines=tuple(lines), header=tuple(header), rows=tuple(cells)
     )
@@ -197,6 +199,7 @@ def _record(data: Mapping[str, Any]) -> list[Block]:
         "budget": data["budget"]["text"],
         "candidates scored": _extra(counts["candidates"], counts["duplicates"], "scored twice"),
         "steps closed": f"{counts['records']:,}",
+        "of these trained": f"{counts['trained']:,}",
         "trials running, pruned, failed": ", ".join(
             str(counts[k]) for k in ("running", "pruned", "failed")
         ),

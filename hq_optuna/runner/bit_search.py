@@ -344,7 +344,9 @@ class BitSearch:
         if self.validation is not None:
             facts |= self._before_and_after(network, self.validation, "validation")
             compared = rows(
-                self.objective, history, self.validation, self.evaluate, seeds=baselines
+                *(self.objective, history, self.validation, self.evaluate),
+                seeds=baselines,
+                answer=network,
             )
             if compared:
                 publish_facts(study, {COMPARED: compared})

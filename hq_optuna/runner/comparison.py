@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hq_optuna.batches import Batches
 from hq_optuna.bit_config import BitConfig
@@ -30,6 +30,7 @@ def rows(
     evaluate: Evaluate,
     *,
     seeds: int = 0,
+    answer: nn.Module | None = None,
 ) -> list[dict[str, Any]]:
     """Measure the answer, uniform bits, and with ``seeds`` the other methods.
 
@@ -41,6 +42,7 @@ def rows(
         data: Validation data.
         evaluate: What is measured there, beside the mean loss.
         seeds: How often each random method runs.
+        answer: The answer's network, where it was trained; nothing else here is.
 
     Returns:
         One row each: ``{"method", "bits", "seed", "cost", "score", "evaluations", "seconds",
@@ -68,6 +70,8 @@ def rows(
         if config is None:
             return {**found, "cost": None, "score": None, "measured": {}}
         network = objective.quantized(config)
+        if method == ANSWER and answer is not None:
+            network = answer
         measured = mean_loss(network, data, objective.loss_fn)
         mine = right(network, data) if evaluate is accuracy else None
         if mine is None:

@@ -180,10 +180,12 @@ def _data(study: Study, history: History, command: str | None) -> dict[str, Any]
         "fingerprint": study.user_attrs.get(attrs.FINGERPRINT),
         "artifacts": _artifacts(study),
         "versions": _versions(),
+        "trained": incumbent is not None and incumbent.training is not None,
         "counts": {
             "candidates": len(counted),
             "duplicates": len(history.candidates) - len(counted),
             "records": len(history.records),
+            "trained": sum(record.training is not None for record in history.records),
             "running": history.n_running,
             "pruned": history.n_pruned,
             "failed": history.n_failed,

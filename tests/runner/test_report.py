@@ -215,6 +215,7 @@ def test_the_counts_tell_candidates_records_pruned_and_failed_apart():
         "candidates": 4,  # the start, two in step 1, one in step 2
         "duplicates": 0,
         "records": 3,
+        "trained": 0,
         "running": 0,
         "pruned": 0,
         "failed": 0,
