@@ -13,7 +13,7 @@ from hq_optuna.runner.baselines import METHODS, NSGA2, RANDOM, TPE
 from hq_optuna.runner.intervals import Interval, paired
 
 COMPARED, ANSWER, UNIFORM, EIGHT = attrs.COMPARED, attrs.ANSWER, attrs.UNIFORM, "8 bits"
-"""The fact that holds the rows, and methods of rows beside those of `hq_optuna.runner.baselines`."""
+"""The fact that holds the rows, and their methods beside those of `hq_optuna.runner.baselines`."""
 
 _WORDS = {
     RANDOM: "random within the budget",

@@ -15,7 +15,7 @@ from torch.nn import functional
 from hq_optuna import attrs
 from hq_optuna.artifacts import Artifacts, open_artifacts
 from hq_optuna.batches import Batches, Precision, read_batches
-from hq_optuna.cost import Budget, CostModel, check_reachable
+from hq_optuna.cost import Budget, check_reachable
 from hq_optuna.curvature import LossFunction
 from hq_optuna.dashboard import PageWriter
 from hq_optuna.errors import ArtifactError, ResumeError
@@ -29,7 +29,6 @@ from hq_optuna.runner.comparison import rows
 from hq_optuna.runner.evaluation import Evaluate, accuracy, before_and_after
 from hq_optuna.runner.objective import HessianObjective
 from hq_optuna.runner.publish import publish_artifacts, publish_facts, refuse_foreign_study
-from hq_optuna.runner.resolving import resolve
 from hq_optuna.runner.result import SearchResult
 from hq_optuna.runner.scoring_setup import Progress
 from hq_optuna.runner.started import Started
@@ -342,7 +341,7 @@ class BitSearch:
         network = self.objective.answer(study, record.config)
         facts = {name: fact for name, fact in history.facts.items() if name != COMPARED}
         if self.validation is not None:
-            facts |= self._before_and_after(network, self.validation, "validation")
+            facts |= self.before_and_after(network, self.validation, "validation")
             compared = rows(
                 *(self.objective, history, self.validation, self.evaluate),
                 seeds=baselines,
@@ -352,7 +351,7 @@ class BitSearch:
                 publish_facts(study, {COMPARED: compared})
         if test is not None and history.met and "test_samples" not in facts:
             data = read_batches(test(), batch_size=256, what="test").to(self.objective.device)
-            facts |= self._before_and_after(network, data, "test")
+            facts |= self.before_and_after(network, data, "test")
         publish_facts(study, facts)
         return SearchResult(
             config=record.config,
@@ -385,32 +384,10 @@ class BitSearch:
         Raises:
             BudgetError: The budget is below the cheapest assignment.
         """
-        scorer = self.objective.prepare(study)
-        found = resolve(study, self.budget if budget is None else budget)
-        network = self.objective.quantized(found.config)
-        score = scorer.score(found.config)
-        facts = {}
-        if self.validation is not None:
-            facts = self._before_and_after(network, self.validation, "validation")
-        return SearchResult(
-            config=found.config,
-            network=network,
-            space=self.space,
-            metric=found.metric,
-            cost=found.cost,
-            cost_int8=found.int8,
-            cost_float32=CostModel(self.space.layers, found.metric).float32,
-            met=True,
-            score=score.total,
-            score_weights=score.weights,
-            score_activations=score.activations,
-            steps=0,
-            candidates=1,
-            facts=facts,
-            fingerprint=study.user_attrs[attrs.FINGERPRINT],
-        )
+        return exact_result(self, study, self.budget if budget is None else budget)
 
-    def _before_and_after(self, network: nn.Module, data: Batches, what: str) -> dict[str, float]:
+    def before_and_after(self, network: nn.Module, data: Batches, what: str) -> dict[str, float]:
+        """Return what is measured of the float network and of a quantized one."""
         return before_and_after(self.evaluate, self.objective.model, network, data, what)
 
 

@@ -102,7 +102,8 @@ def check_or_write(
         study.set_user_attr(attrs.FINGERPRINT, {**mine, "versions": versions()})
         return bool(changed)
     described = "; ".join(
-        f"{_WORDS.get(name, name)} (study: {stored.get(name, 'none')}, now: {mine.get(name, 'none')})"
+        f"{_WORDS.get(name, name)} (study: {stored.get(name, 'none')}, "
+        f"now: {mine.get(name, 'none')})"
         for name in changed
     )
     raise ResumeError(

@@ -20,14 +20,13 @@ from hq_optuna.attrs import Ticket
 from hq_optuna.batches import Precision, read_batches
 from hq_optuna.bit_config import BitConfig
 from hq_optuna.checks import check_forward
-from hq_optuna.cost import Budget, CostModel
+from hq_optuna.cost import CostModel
 from hq_optuna.curvature import LossFunction
 from hq_optuna.errors import ResumeError
 from hq_optuna.launching.serving import NotNeeded
-from hq_optuna.pruners import CostBudgetPruner
 from hq_optuna.quantization import Observer, set_bits
 from hq_optuna.quantization.compensation import Rounding
-from hq_optuna.runner import fingerprint
+from hq_optuna.runner import described, fingerprint
 from hq_optuna.runner.needed import while_needed
 from hq_optuna.runner.publish import publish, publish_facts, stored_sensitivity
 from hq_optuna.runner.quantizer_choice import choose_quantizers
@@ -215,7 +214,7 @@ class HessianObjective:
         if self._scorer is None:
             self._scorer = self._prepare(study)
         if study is not None and write_over is not None:
-            info = self._info(study)
+            info = described.info_of(self, study)
             publish_facts(study, self._facts)
             publish(study, self.space, info, self._scorer.sensitivity, again=write_over)
             settled[study._study_id] = another
@@ -250,59 +249,7 @@ class HessianObjective:
 
     def fingerprint(self, study: Study) -> dict[str, str | int]:
         """Return what this search depends on, by name."""
-        loss = getattr(self.loss_fn, "__qualname__", type(self.loss_fn).__name__)
-        mine: dict[str, str | int] = {
-            "network": fingerprint.network_digest(self.model),
-            "data": self.data.digest(),
-            "space": self.space.digest,
-            "quantizers": fingerprint.quantizers(self.setup.quantizers),
-            "scorer": self.setup.scorer,
-            "rounding": self.setup.rounding,
-            "correction": self.setup.correction,
-            "observer": self.setup.observer,
-            "precision": self.setup.precision,
-            "loss": loss,
-        }
-        if self.training is not None:
-            mine["training"] = self.training.plan.digest()
-        budget = budget_of(study)
-        if budget is not None:
-            mine["budget"] = str(budget)
-        if isinstance(study.sampler, ProgressiveBitSampler):
-            sampler = study.sampler
-            mine |= {
-                "rule": sampler.rule,
-                "n_candidates": sampler.n_candidates,
-                "seed": sampler.seed,
-                "refine": sampler.refine,
-                **({"train_every": sampler.train_every} if sampler.train_every else {}),
-                "encoding": sampler.encoding,
-            }
-        return mine
-
-    def _info(self, study: Study) -> attrs.StudyInfo:
-        budget = budget_of(study)
-        metric = "bops" if budget is None else budget.metric
-        model = CostModel(self.space.layers, metric)
-        sampler = study.sampler
-        ours = sampler if isinstance(sampler, ProgressiveBitSampler) else None
-        return attrs.StudyInfo(
-            metric=metric,
-            limit=model.float32 if budget is None else budget.limit(self.space.layers),
-            budget="none" if budget is None else str(budget),
-            int8=model.int8,
-            float32=model.float32,
-            scorer=self.setup.scorer,
-            rounding=self.setup.rounding,
-            quantizers=dict(self.setup.quantizers),
-            correction=self.setup.correction,
-            rule=type(sampler).__name__ if ours is None else ours.rule,
-            n_candidates=1 if ours is None else ours.n_candidates,
-            seed=0 if ours is None else ours.seed,
-            training=None if self.training is None else self.training.plan.to_json(),
-            skipped=self.skipped,
-            warnings=tuple(self.warnings),
-        )
+        return described.fingerprint_of(self, study)
 
     def __call__(self, trial: Trial) -> float:
         """Score one trial.
@@ -415,7 +362,7 @@ class HessianObjective:
         ticket: Ticket | None,
         started: float,
     ) -> float:
-        budget = budget_of(trial.study)
+        budget = described.budget_of(trial.study)
         cost = CostModel(self.space.layers, "bops" if budget is None else budget.metric).cost(
             config
         )
@@ -440,10 +387,3 @@ def _shown(score: Score, started: float) -> dict[str, Any]:
         attrs.SECONDS: round(time.perf_counter() - started, 6),
         attrs.WORKER: workers.short_name(workers.worker_id()),
     }
-
-
-def budget_of(study: Study) -> Budget | None:
-    """Return the budget of a study: its sampler's, or its pruner's."""
-    if isinstance(study.sampler, ProgressiveBitSampler) and study.sampler.budget is not None:
-        return study.sampler.budget
-    return study.pruner.budget if isinstance(study.pruner, CostBudgetPruner) else None

@@ -31,15 +31,9 @@ from hq_optuna.cost import Budget, CostModel, check_reachable
 from hq_optuna.pruners import CostBudgetPruner
 from hq_optuna.samplers.claims import ClaimedTrial, claim
 from hq_optuna.samplers.known import Known
-from hq_optuna.samplers.limiting import limits_of, write_limits
+from hq_optuna.samplers.limiting import limits_of
 from hq_optuna.samplers.log import StepLog, settings
-from hq_optuna.samplers.resume import (
-    compare_settings,
-    refuse_another_search,
-    refuse_changes,
-    refuse_maximization,
-    write_settings,
-)
+from hq_optuna.samplers.resume import check_settings, refuse_another_search
 from hq_optuna.samplers.tickets import (
     BITS,
     LAYER,
@@ -395,17 +389,8 @@ class ProgressiveBitSampler(BaseSampler):
             ValueError: The study has several objectives, or maximizes.
         """
         self._raise_error_if_multi_objective(study)
-        refuse_maximization(study)
         known = self.known(study)
-        mine = settings(known.log.search)
-        if known.changed is None:
-            known.changed = compare_settings(study, self.space, mine)
-            write_limits(study)
-        if known.changed and self.log(study) and known.is_mine:
-            # Another search was started here at the same moment, wrote last, and was refused.
-            write_settings(study, self.space, mine)
-            known.changed = {}
-        refuse_changes(study, known.changed)
+        check_settings(study, self.space, known, lambda: self.log(study))
 
     def _stop(self, study: Study) -> None:
         # study.stop() raises outside of optimize(), for example in a loop of ask and tell.

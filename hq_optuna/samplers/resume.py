@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from optuna.study import Study, StudyDirection
 
 from hq_optuna import attrs
 from hq_optuna.errors import ResumeError
+from hq_optuna.samplers.known import Known
+from hq_optuna.samplers.limiting import write_limits
+from hq_optuna.samplers.log import StepLog, settings
 from hq_optuna.space import SearchSpace
 
 
@@ -82,3 +86,30 @@ def refuse_changes(study: Study, changed: dict[str, str]) -> None:
             f"{', '.join(changed.values())}. Use the same settings, or another study name.",
             changed=tuple(changed),
         )
+
+
+def check_settings(
+    study: Study, space: SearchSpace, known: Known, log: Callable[[], StepLog]
+) -> None:
+    """Refuse a study that was made with other settings; write them into one that has none.
+
+    Args:
+        study: The study.
+        space: The sampler's space.
+        known: What the sampler knows of the study.
+        log: Reads the study.
+
+    Raises:
+        ResumeError: The study was made with other settings.
+        ValueError: The study maximizes.
+    """
+    refuse_maximization(study)
+    mine = settings(known.log.search)
+    if known.changed is None:
+        known.changed = compare_settings(study, space, mine)
+        write_limits(study)
+    if known.changed and log() and known.is_mine:
+        # Another search was started here at the same moment, wrote last, and was refused.
+        write_settings(study, space, mine)
+        known.changed = {}
+    refuse_changes(study, known.changed)

@@ -1,0 +1,82 @@
+"""What an objective writes into its study about the search: fingerprint, description, budget."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from optuna.study import Study
+
+from hq_optuna import attrs
+from hq_optuna.cost import Budget, CostModel
+from hq_optuna.pruners import CostBudgetPruner
+from hq_optuna.runner import fingerprint
+from hq_optuna.samplers import ProgressiveBitSampler
+
+if TYPE_CHECKING:
+    from hq_optuna.runner.objective import HessianObjective
+
+
+def fingerprint_of(objective: HessianObjective, study: Study) -> dict[str, str | int]:
+    """Return what a search depends on, by name."""
+    loss = getattr(objective.loss_fn, "__qualname__", type(objective.loss_fn).__name__)
+    mine: dict[str, str | int] = {
+        "network": fingerprint.network_digest(objective.model),
+        "data": objective.data.digest(),
+        "space": objective.space.digest,
+        "quantizers": fingerprint.quantizers(objective.setup.quantizers),
+        "scorer": objective.setup.scorer,
+        "rounding": objective.setup.rounding,
+        "correction": objective.setup.correction,
+        "observer": objective.setup.observer,
+        "precision": objective.setup.precision,
+        "loss": loss,
+    }
+    if objective.training is not None:
+        mine["training"] = objective.training.plan.digest()
+    budget = budget_of(study)
+    if budget is not None:
+        mine["budget"] = str(budget)
+    if isinstance(study.sampler, ProgressiveBitSampler):
+        sampler = study.sampler
+        mine |= {
+            "rule": sampler.rule,
+            "n_candidates": sampler.n_candidates,
+            "seed": sampler.seed,
+            "refine": sampler.refine,
+            **({"train_every": sampler.train_every} if sampler.train_every else {}),
+            "encoding": sampler.encoding,
+        }
+    return mine
+
+
+def info_of(objective: HessianObjective, study: Study) -> attrs.StudyInfo:
+    """Return what a study says of its search."""
+    budget = budget_of(study)
+    metric = "bops" if budget is None else budget.metric
+    model = CostModel(objective.space.layers, metric)
+    sampler = study.sampler
+    ours = sampler if isinstance(sampler, ProgressiveBitSampler) else None
+    return attrs.StudyInfo(
+        metric=metric,
+        limit=model.float32 if budget is None else budget.limit(objective.space.layers),
+        budget="none" if budget is None else str(budget),
+        int8=model.int8,
+        float32=model.float32,
+        scorer=objective.setup.scorer,
+        rounding=objective.setup.rounding,
+        quantizers=dict(objective.setup.quantizers),
+        correction=objective.setup.correction,
+        rule=type(sampler).__name__ if ours is None else ours.rule,
+        n_candidates=1 if ours is None else ours.n_candidates,
+        seed=0 if ours is None else ours.seed,
+        training=None if objective.training is None else objective.training.plan.to_json(),
+        skipped=objective.skipped,
+        warnings=tuple(objective.warnings),
+    )
+
+
+def budget_of(study: Study) -> Budget | None:
+    """Return the budget of a study: its sampler's, or its pruner's."""
+    if isinstance(study.sampler, ProgressiveBitSampler) and study.sampler.budget is not None:
+        return study.sampler.budget
+    return study.pruner.budget if isinstance(study.pruner, CostBudgetPruner) else None
