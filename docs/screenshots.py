@@ -70,10 +70,9 @@ def main() -> None:
                 browser.run("window.scrollBy(0, -90)")
                 browser.pause(1)
                 save(browser.picture(), options.out / "dashboard.png")
-            with Browser(1200, 1250) as browser:
+            with Browser(1280, 913) as browser:
                 browser.open((folder / "report.html").absolute().as_uri())
                 browser.wait(lambda: browser.find("figure .main-svg"), WAIT_S, "figures")
-                browser.run("document.querySelector('figure').scrollIntoView()")
                 browser.pause(2)
                 save(browser.picture(), options.out / "report.png")
 
