@@ -27,6 +27,7 @@ from hq_optuna.quantization.compensation import Rounding
 from hq_optuna.runner._report_compared import COMPARED
 from hq_optuna.runner.comparison import rows
 from hq_optuna.runner.evaluation import Evaluate, accuracy, before_and_after
+from hq_optuna.runner.exact import exact_result
 from hq_optuna.runner.objective import HessianObjective
 from hq_optuna.runner.publish import publish_artifacts, publish_facts, refuse_foreign_study
 from hq_optuna.runner.result import SearchResult

@@ -94,7 +94,8 @@ def check_or_write(
     stored = study.user_attrs.get(attrs.FINGERPRINT)
     changed: tuple[str, ...] = ()
     if stored is not None:
-        names = dict.fromkeys([*mine, *(name for name in stored if name in _WORDS)])
+        # Searches without training do not name it.
+        names = dict.fromkeys([*mine, "training"])
         changed = tuple(name for name in names if stored.get(name) != mine.get(name))
         if not changed:
             return False
