@@ -15,8 +15,10 @@ from hq_optuna.visualization.bits import bits_figure, bits_info
 from hq_optuna.visualization.candidates import candidates_figure, candidates_info
 from hq_optuna.visualization.cost_share import cost_share_figure, cost_share_info
 from hq_optuna.visualization.pareto import pareto_figure, pareto_info
+from hq_optuna.visualization.prediction import prediction_figure, prediction_info
 from hq_optuna.visualization.sensitivity import sensitivity_figure, sensitivity_info
 from hq_optuna.visualization.steps import steps_figure, steps_info
+from hq_optuna.visualization.workers import workers_figure, workers_info
 
 MARKED = ("beside", "layers")
 """Tables whose last row stands out: the answer, the sum."""
@@ -150,6 +152,24 @@ def figures(history: History) -> list[tuple[str, str, Any]]:
                 "candidates",
                 "The last step: every candidate, and the one it took.",
                 candidates_figure(candidates_info(history)),
+            )
+        )
+    predicted = prediction_info(history)
+    if predicted.points:
+        found.append(
+            (
+                "prediction",
+                "Every candidate against the start, on the calibration set, which score and "
+                "measured loss both read.",
+                prediction_figure(predicted),
+            )
+        )
+    if history.runs:
+        found.append(
+            (
+                "workers",
+                "Who did what when; pauses are cut out.",
+                workers_figure(workers_info(history)),
             )
         )
     return found

@@ -359,7 +359,7 @@ def test_the_page_is_well_formed_and_the_answer_comes_first(tmp_path):
         *("beside", "layers", "answer", "settings", "reproduce", "not-counted", "warnings")
     ]
     figures = [i for i in page.ids if i.startswith("fig-")]
-    assert len(figures) == 6
+    assert len(figures) == 8
     assert page.ids.index("answer") < page.ids.index(figures[0])
     assert page.ids.index(figures[-1]) < page.ids.index("settings")
 
@@ -428,6 +428,8 @@ def test_the_figures_of_the_page_are_those_of_the_study(tmp_path):
         "fig-sensitivity",
         "fig-pareto",
         "fig-candidates",
+        "fig-prediction",
+        "fig-workers",
     ]
     assert figures["fig-steps"]["data"][0]["name"] == "score"
     assert set(figures) <= set(page.ids)
