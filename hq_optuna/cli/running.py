@@ -87,10 +87,10 @@ def finish(
         result.save(saved)
         recipe = session.artifacts.put((saved / RECIPE).read_bytes())
         attach(found, "recipe", recipe, filename=RECIPE, mimetype="application/json")
+        publish_answer(found, session.artifacts)
         write_report(found, report, command=command)
         page = session.artifacts.put(report.read_bytes())
         attach(found, "report", page, filename="report.html", mimetype="text/html")
-        publish_answer(found, session.artifacts)
     PageWriter(found, always=True).close()
     show.result(console, found)
     console.print(
