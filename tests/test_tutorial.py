@@ -50,6 +50,7 @@ def shape_of(text: str) -> list[str]:
     text = re.sub(r"\b[\w.-]+:\d+\b", "host:#", text)
     text = re.sub(r"[-+−]?\d[\d,]*(\.\d+)?(e[-+]\d+)?|\b0\.0\b", "#", text)
     text = re.sub(r"\b[kMG](?=BOPs|iB)|W#A#", "", text)
+    text = text.replace("# worker\n", "# workers\n")  # what runs here is alive afterwards
     fleeting = "search|rounding|curvature|sensitivity|Warning|Worker #[^:]*host"
     text = re.sub(rf"^({fleeting}):.*\n", "", text, flags=re.M)
     return sorted(re.sub(r"[ \t]+", " ", line).strip() for line in text.strip().splitlines())
