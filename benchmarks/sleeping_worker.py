@@ -33,7 +33,7 @@ def main() -> None:
     def tell(event: str, **said: Any) -> None:
         print(json.dumps({"event": event, **said}), flush=True)
 
-    serve(Orders(sys.stdin, lambda: os._exit(1)), score, tell)
+    serve(Orders(sys.stdin.fileno(), lambda: os._exit(1)), score, tell)
 
 
 if __name__ == "__main__":

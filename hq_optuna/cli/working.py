@@ -42,7 +42,7 @@ def work(
     """
     orders: Orders | None = None
     if os.environ.get(SERVES):
-        orders = Orders(sys.stdin, _launcher_is_gone)
+        orders = Orders(sys.stdin.fileno(), _launcher_is_gone)
     elif os.environ.get(ENDS_WITH_STDIN):
         threading.Thread(target=_end_with, args=(sys.stdin.fileno(),), daemon=True).start()
     tell = _Events(as_json)

@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -28,24 +29,28 @@ class Orders:
     """Orders as they arrive, read by a thread of their own.
 
     Args:
-        lines: Where they come from.
-        on_gone: Called when the lines end.
+        descriptor: The file they come from. It is read as it is, because Python aborts a process
+            that ends while a thread waits within ``sys.stdin``.
+        on_gone: Called when it ends.
     """
 
-    def __init__(self, lines: Iterable[str], on_gone: Callable[[], None]) -> None:
+    def __init__(self, descriptor: int, on_gone: Callable[[], None]) -> None:
         self._queue: SimpleQueue[dict[str, Any]] = SimpleQueue()
         self._dropped: set[int] = set()
-        self._lines, self._on_gone = lines, on_gone
+        self._descriptor, self._on_gone = descriptor, on_gone
         threading.Thread(target=self._read, name="orders", daemon=True).start()
 
     def _read(self) -> None:
-        with contextlib.suppress(ValueError, OSError):  # closed under our hands
-            for line in self._lines:
-                order = json.loads(line)
-                if "drop" in order:
-                    self._dropped.add(order["drop"])
-                else:
-                    self._queue.put(order)
+        left = b""
+        with contextlib.suppress(OSError):  # closed under our hands
+            while read := os.read(self._descriptor, 65536):
+                *lines, left = (left + read).split(b"\n")
+                for line in lines:
+                    order = json.loads(line)
+                    if "drop" in order:
+                        self._dropped.add(order["drop"])
+                    else:
+                        self._queue.put(order)
         self._on_gone()
 
     def needed(self, claim: int) -> bool:

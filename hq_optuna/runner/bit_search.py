@@ -354,6 +354,7 @@ class BitSearch:
             data = read_batches(test(), batch_size=256, what="test").to(self.objective.device)
             facts |= self.before_and_after(network, data, "test")
         publish_facts(study, facts)
+        PageWriter(study, always=True).close()
         return SearchResult(
             config=record.config,
             network=network,
