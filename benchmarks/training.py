@@ -3,8 +3,10 @@
 Bits of weights come from the project's own exact allocation of the layer sums ``fisher`` (with
 compensated rounding) under a budget of size, all 20 layers searched and counted:
 
-``13x_a4``   at most 32 / 13.1 = 2.44 bits a weight on average, 4-bit activations
-``avg2_a8``  at most 2 bits on average, 8-bit activations
+``13x_a4``         at most 32 / 13.1 = 2.44 bits a weight on average, 4-bit activations, and the
+                   image, which the first layer reads, at 4 bits too
+``13x_a4_image8``  the same, but the image keeps the 8 bits that its pixels have
+``avg2_a8``        at most 2 bits on average, 8-bit activations
 
 Weights are rounded by the quantizer ``midrise``. The network starts from compensated weights and
 corrected statistics and is trained by distillation from the float network on all training images
@@ -14,12 +16,19 @@ is that of the paired difference: per image, correct in float less correct after
 seeds), over the images.
 
 Second moments: a network at 4 bits everywhere is trained, then ``--assignments`` random ones lower
-some of its layers to 2 and 3 bits. Spearman's rank correlation of the measured rise of the loss
-with the predicted one, once with the curvature of the optimizer's second moments and once with that
-of calibration Adam at the same trained weights.
+some of its layers to 2 and 3 bits. Spearman's rank correlation of the predicted rise of the loss
+with the measured one on the test images, once with the curvature of the optimizer's second moments
+and once with that of calibration Adam at the same trained weights; ``…_trace`` takes the mean
+curvature of each layer, ``…_divergence`` measures the divergence from the trained network's outputs
+instead.
+
+``--only tuning`` is how settings are chosen: it trains ``13x_a4`` on fewer images, from seed 0, and
+measures accuracy and divergence from the float network's outputs on the study's 1,000 validation
+images. The float network knows these by heart, so they tell trainings apart; they do not tell what
+unseen images would say.
 
     python -m benchmarks.training --data DIR --checkpoint FILE [--quick] [--out FILE] [--seeds 3]
-        [--only 13x_a4 avg2_a8 moments] [--set epochs=5 learning_rate=0.002]
+        [--only 13x_a4 avg2_a8 moments] [--set epochs=5 learning_rate=0.002] [--quantizer uniform]
 """
 
 from __future__ import annotations
@@ -49,6 +58,7 @@ from hq_optuna.quantization import observe_inputs, prepare, set_bits
 from hq_optuna.quantization.compensation import compensate_weights
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.quantization.prepare import float_weight, weight_quantizer
+from hq_optuna.quantization.quantizers import QUANTIZERS
 from hq_optuna.scoring import measure_layer_sums
 from hq_optuna.search import Additive
 from hq_optuna.space import SearchSpace
@@ -56,12 +66,15 @@ from hq_optuna.training import Trainer, TrainingSettings, rounded_copy
 from studies import cifar10_resnet20 as study
 
 COMPRESSION = 13.1
-TARGETS: dict[str, tuple[float, int]] = {"13x_a4": (32 / COMPRESSION, 4), "avg2_a8": (2.0, 8)}
-"""Name → bits a weight at most on average, bits of activations."""
-QUANTIZER = "midrise"
-"""Of weights: all four codes of two bits are values, where ``uniform`` has three."""
+TARGETS: dict[str, tuple[float, int, int]] = {
+    "13x_a4": (32 / COMPRESSION, 4, 4),
+    "13x_a4_image8": (32 / COMPRESSION, 4, 8),
+    "avg2_a8": (2.0, 8, 8),
+}
+"""Name → bits a weight at most on average, bits of activations, bits of the image."""
 N_CALIBRATION = 512
 MOMENT_BITS, MOMENT_EPOCHS = 4, 2
+MEANS = ("trained_second_moment_trace", "calibration_adam_trace")
 
 
 class Parts(NamedTuple):
@@ -71,8 +84,9 @@ class Parts(NamedTuple):
     layers: Sequence[LayerSpec]
     calibration: Batches
     train: tuple[Tensor, Tensor]
+    validation: tuple[Tensor, Tensor]
     test: Batches
-    augment: Any
+    quantizer: str
 
 
 def main() -> None:
@@ -85,7 +99,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--assignments", type=int, default=60)
     names = [*TARGETS, "moments"]
-    parser.add_argument("--only", nargs="+", choices=names, default=names)
+    parser.add_argument("--only", nargs="+", choices=[*names, "tuning"], default=names)
+    parser.add_argument(
+        "--quantizer", choices=list(QUANTIZERS), default="midrise", help="of weights"
+    )
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -98,10 +115,12 @@ def main() -> None:
         settings = replace(settings, epochs=1, warmup_epochs=0)
     outcome = Outcome("training")
     outcome.details["settings"] = settings.to_json()
-    parts = read(arguments.data, arguments.checkpoint, arguments.quick)
+    parts = read(arguments.data, arguments.checkpoint, arguments.quick, arguments.quantizer)
     for name in TARGETS:
         if name in arguments.only:
             measure_target(name, parts, settings, range(arguments.seeds), outcome)
+    if "tuning" in arguments.only:
+        measure_tuning(parts, settings, outcome)
     if "moments" in arguments.only:
         compare_moments(parts, settings, arguments.assignments, outcome)
     outcome.finish(arguments.out)
@@ -118,32 +137,35 @@ def parsed(value: str) -> Any:
         return value
 
 
-def read(data: Path, checkpoint: Path, quick: bool) -> Parts:
-    """Read the study's parts; training images are all that do not calibrate."""
+def read(data: Path, checkpoint: Path, quick: bool, quantizer: str) -> Parts:
+    """Read the study's parts."""
     network = study.network(checkpoint)
     calibration = read_batches(study.calibration(data, n_calibration=N_CALIBRATION))
-    pairs = [study.train(data, n_calibration=N_CALIBRATION), study.validation(data)]
-    train = torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
+    train = study.train(data, n_calibration=N_CALIBRATION)
     if quick:
         train = train[0][:256], train[1][:256]
-    layers = introspect(network, calibration[0].inputs).layers
     return Parts(
-        network, layers, calibration, train, merge(read_batches(study.test(data)), 128),
-        study.augment,
-    )  # fmt: skip
+        network=network,
+        layers=introspect(network, calibration[0].inputs).layers,
+        calibration=calibration,
+        train=train,
+        validation=study.validation(data),
+        test=merge(read_batches(study.test(data)), 128),
+        quantizer=quantizer,
+    )
 
 
 def prepared_for(parts: Parts, bits: Mapping[str, Sequence[int]]) -> nn.Module:
     """Return the prepared network with compensated weights for these bits."""
     names = [layer.name for layer in parts.layers]
     histograms = observe_inputs(parts.network, names, parts.calibration)
-    quantizers = dict.fromkeys(names, QUANTIZER)
+    quantizers = dict.fromkeys(names, parts.quantizer)
     prepared = prepare(parts.network, parts.layers, histograms, quantizers=quantizers)
     compensate_weights(prepared, parts.layers, parts.calibration, bits)
     return prepared
 
 
-def allocate(parts: Parts, average: float, activation_bits: int) -> BitConfig:
+def allocate(parts: Parts, average: float, activation_bits: int, image_bits: int) -> BitConfig:
     """Return the exact allocation for a number of bits a weight on average."""
     space = SearchSpace.build(
         parts.layers, bits=range(2, 9), activation_bits=None, pin_first_last=None
@@ -158,7 +180,13 @@ def allocate(parts: Parts, average: float, activation_bits: int) -> BitConfig:
     cost = CostModel(space.layers, "size_bytes").layer_cost
     best = Additive(space, sums, cost).exact(limit)
     assert best is not None
-    return BitConfig({name: (b.weight_bits, activation_bits) for name, b in best.config.items()})
+    first = parts.layers[0].name
+    return BitConfig(
+        {
+            name: (b.weight_bits, image_bits if name == first else activation_bits)
+            for name, b in best.config.items()
+        }
+    )
 
 
 def start_of(parts: Parts, config: BitConfig) -> nn.Module:
@@ -176,12 +204,66 @@ def correct(network: nn.Module, data: Batches) -> Tensor:
     return torch.cat(hits).double()
 
 
+def with_validation(parts: Parts) -> tuple[Tensor, Tensor]:
+    """Return all training images that do not calibrate: nothing is chosen by validation here."""
+    if len(parts.train[1]) < len(parts.validation[1]):  # a quick run
+        return parts.train
+    pairs = zip(parts.train, parts.validation, strict=True)
+    images, labels = (torch.cat(pair) for pair in pairs)
+    return images, labels
+
+
+def train_(
+    prepared: nn.Module, parts: Parts, data: tuple[Tensor, Tensor], settings: TrainingSettings
+) -> Trainer:
+    """Train a prepared network, printing each epoch, and return the trainer."""
+    trainer = Trainer(
+        prepared,
+        data,
+        settings,
+        teacher=parts.network,
+        loss_fn=functional.cross_entropy,
+        augment=study.augment,
+    )
+    for epoch in trainer.epochs():
+        print(
+            f"  seed {settings.seed} epoch {epoch.epoch:2} loss {epoch.loss:.4f} training accuracy "
+            f"{100 * (epoch.training_accuracy or 0):.2f} {epoch.seconds:.1f} s",
+            flush=True,
+        )
+    return trainer
+
+
+def measure_tuning(parts: Parts, settings: TrainingSettings, outcome: Outcome) -> None:
+    """Train one assignment and measure it on validation images."""
+    prepared = start_of(parts, allocate(parts, *TARGETS["13x_a4"]))
+    validation = merge(read_batches(parts.validation), 128)
+    for when in ("untrained", "trained"):
+        if when == "trained":
+            train_(prepared, parts, parts.train, settings)
+        accuracy = 100 * float(correct(prepared, validation).mean())
+        divergence = mean_divergence(prepared, parts.network, validation)
+        outcome.figures[f"validation_accuracy_{when}"] = round(accuracy, 2)
+        outcome.figures[f"validation_divergence_{when}"] = round(divergence, 4)
+
+
+@torch.no_grad()
+def mean_divergence(network: nn.Module, teacher: nn.Module, data: Batches) -> float:
+    """Return the mean KL divergence of a network's outputs from the teacher's, nats."""
+    total = 0.0
+    for batch in data:
+        own, target = (
+            functional.log_softmax(forward(n, batch.inputs), 1) for n in (network, teacher)
+        )
+        total += float(functional.kl_div(own, target, reduction="sum", log_target=True))
+    return total / data.n_samples
+
+
 def measure_target(
     name: str, parts: Parts, settings: TrainingSettings, seeds: range, outcome: Outcome
 ) -> None:
     """Train one assignment from each seed and report it beside the float network."""
-    average, activation_bits = TARGETS[name]
-    config = allocate(parts, average, activation_bits)
+    config = allocate(parts, *TARGETS[name])
     size = CostModel(parts.layers, "size_bytes")
     float_right = correct(parts.network, parts.test)
     ratio = size.float32 / size.cost(config)
@@ -190,21 +272,7 @@ def measure_target(
     for seed in seeds:
         prepared = start_of(parts, config)
         untrained = 100 * float(correct(prepared, parts.test).mean())
-        trainer = Trainer(
-            prepared,
-            parts.train,
-            replace(settings, seed=seed),
-            teacher=parts.network,
-            loss_fn=functional.cross_entropy,
-            augment=parts.augment,
-        )
-        for epoch in trainer.epochs():
-            print(
-                f"  seed {seed} epoch {epoch.epoch:2} loss {epoch.loss:.4f} "
-                f"training accuracy {100 * (epoch.training_accuracy or 0):.2f} "
-                f"{epoch.seconds:.1f} s",
-                flush=True,
-            )
+        trainer = train_(prepared, parts, with_validation(parts), replace(settings, seed=seed))
         rights.append(correct(prepared, parts.test))
         found = 100 * float(rights[-1].mean())
         seconds = sum(epoch.seconds for epoch in trainer.history)
@@ -231,19 +299,10 @@ def compare_moments(
     uniform = BitConfig.uniform(names, MOMENT_BITS, MOMENT_BITS)
     prepared = start_of(parts, uniform)
     epochs = min(MOMENT_EPOCHS, settings.epochs)
-    trainer = Trainer(
-        prepared,
-        parts.train,
-        replace(settings, epochs=epochs, optimizer="adamw"),
-        teacher=parts.network,
-        loss_fn=functional.cross_entropy,
-        augment=parts.augment,
-    )
-    for _ in trainer.epochs():
-        pass
+    settings = replace(settings, epochs=epochs, optimizer="adamw")
+    trainer = train_(prepared, parts, with_validation(parts), settings)
     moments = trainer.second_moments()
     assert moments is not None
-    data = merge(parts.calibration, 128)
     measured = calibration_adam(
         rounded_copy(prepared), parts.layers, parts.calibration, functional.cross_entropy
     )
@@ -251,40 +310,54 @@ def compare_moments(
         "trained_second_moment": moments.curvature(measured),
         "calibration_adam": measured,
     }
-    start = mean_loss(prepared, data)
+    start = mean_loss(prepared, parts.test)
     chance = random.Random(0)
     rises: list[float] = []
-    predicted: dict[str, list[float]] = {name: [] for name in curvatures}
+    divergences: list[float] = []
+    predicted: dict[str, list[float]] = {name: [] for name in (*curvatures, *MEANS)}
+    trained = rounded_copy(prepared)
     for _ in range(n_assignments):
         lowered = {
             name: chance.choice((2, 3)) for name in chance.sample(names, chance.randint(1, 8))
         }
         set_bits(prepared, {name: (b, MOMENT_BITS) for name, b in lowered.items()})
-        rises.append(mean_loss(prepared, data) - start)
+        rises.append(mean_loss(prepared, parts.test) - start)
+        divergences.append(mean_divergence(prepared, trained, parts.test))
         set_bits(prepared, uniform)
         for name, curvature in curvatures.items():
-            predicted[name].append(rise(prepared, lowered, curvature))
+            diagonal, mean = predicted_rises(prepared, lowered, curvature)
+            predicted[name].append(diagonal)
+            predicted[f"{name}_trace"].append(mean)
     for name, values in predicted.items():
-        found = float(spearmanr(values, rises).statistic)
-        outcome.figures[f"spearman_{name}"] = round(found, 4)
-        print(f"{name}: Spearman {found:.3f} over {n_assignments} assignments", flush=True)
+        for what, truth in (("", rises), ("_divergence", divergences)):
+            found = float(spearmanr(values, truth).statistic)
+            outcome.figures[f"spearman_{name}{what}"] = round(found, 4)
+            print(f"{name}{what}: Spearman {found:.3f}, {n_assignments} assignments", flush=True)
     outcome.details["moments"] = {
         "rises": rises,
+        "divergences": divergences,
         "predicted": predicted,
         "clipped": dict(moments.clipped),
         "steps": moments.n_steps,
     }
 
 
-def rise(prepared: nn.Module, lowered: Mapping[str, int], curvature: Curvature) -> float:
-    """Return ½ Σ h Δ² with Δ from the weights as they are rounded now to the lowered ones."""
-    total = 0.0
+def predicted_rises(
+    prepared: nn.Module, lowered: Mapping[str, int], curvature: Curvature
+) -> tuple[float, float]:
+    """Return ½ Σ h Δ², element by element and with each layer's mean of h.
+
+    Δ goes from the weights as they are rounded now to the lowered ones.
+    """
+    diagonal = mean = 0.0
     for name, bits in lowered.items():
         module = prepared.get_submodule(name)
         quantizer, weight = weight_quantizer(module), float_weight(module)
         change = quantizer.quantized(weight, bits) - quantizer.quantized(weight, quantizer.bits)
-        total += 0.5 * float((curvature.weights[name].double() * change.double().square()).sum())
-    return total
+        h, squared = curvature.weights[name].double(), change.double().square()
+        diagonal += 0.5 * float((h * squared).sum())
+        mean += 0.5 * float(h.mean() * squared.sum())
+    return diagonal, mean
 
 
 @torch.no_grad()

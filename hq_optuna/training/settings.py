@@ -50,7 +50,7 @@ class TrainingSettings:
 
     epochs: int = 6
     optimizer: OptimizerName = "adamw"
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     step_rate: float = 1.0
     weight_decay: float = 0.0
     beta2: float = 0.999
