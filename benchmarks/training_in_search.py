@@ -1,0 +1,133 @@
+"""Whether training winners inside the search pays, against training the answer alone.
+
+For each seed a search trains its winner every ``--every`` steps and its answer at the end; then
+others train the answer alone, for as many epochs in sum, and not at all. All have the same network,
+data, budget and seed of the draws. Accuracy and loss are of validation and test data; the score is
+that of the answer before its last training.
+
+    python -m benchmarks.training_in_search [--every 4 12] [--budget 0.12] [--seeds 3]
+    python -m benchmarks.training_in_search --data DIR --checkpoint FILE   # ResNet-20 on CIFAR-10
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+
+import hq_optuna as hq
+from benchmarks.outcome import Outcome
+from hq_optuna.batches import read_batches
+from hq_optuna.history import read_history
+from hq_optuna.runner.evaluation import accuracy
+from hq_optuna.runner.study_file import StudyFile, StudyParts, find_study
+from hq_optuna.runner.training_plan import TrainingPlan, plan_of
+
+
+def measure(
+    parts: StudyParts, plan: TrainingPlan | None, options: dict[str, Any], seed: int
+) -> dict[str, float]:
+    """Run one search and return what its answer is worth."""
+    assert parts.test is not None
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        search = hq.BitSearch(
+            parts.network, parts.calibration, training=plan, validation=parts.validation, **options
+        )
+        study = search.optimize(seed=seed, artifacts=folder, study_name="s")
+        seconds = time.perf_counter() - started
+        history = read_history(study)
+        network = search.objective.answer(study, history.records[-1].config)
+        trained = [r.training for r in history.records if r.training is not None]
+        untrained = next(r for r in reversed(history.records) if not _is_final(r.training))
+        score = (untrained.training or {}).get("score", untrained.winner.score)
+        test = read_batches(parts.test(), batch_size=256)
+        return {
+            "validation": 100 * accuracy(network, search.validation)["accuracy"],  # type: ignore[arg-type]
+            "test": 100 * accuracy(network, test)["accuracy"],
+            "score": score,
+            "cost": history.records[-1].winner.cost / history.info.int8,
+            "candidates": sum(c.counted for c in history.candidates),
+            "trainings": len(trained),
+            "epochs": sum(t["epochs"] for t in trained),
+            "training_seconds": sum(t["seconds"] for t in trained),
+            "seconds": seconds,
+        }
+
+
+def _is_final(training: Any) -> bool:
+    return training is not None and training["kind"] == "final"
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, help="CIFAR-10, for the ResNet-20")
+    parser.add_argument("--checkpoint", type=Path, help="of the ResNet-20")
+    parser.add_argument("--every", type=int, nargs="+", default=[4, 12])
+    parser.add_argument("--train-epochs", type=int, default=2)
+    parser.add_argument("--final-epochs", type=int, default=20)
+    parser.add_argument("--budget", type=float, default=0.12, help="share of the all-8-bit BOPs")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    if arguments.quick:
+        arguments.seeds, arguments.every, arguments.budget = 1, [12], 0.5
+        arguments.train_epochs = arguments.final_epochs = 1
+    name, options = "digits", []
+    if arguments.data is not None:
+        name = "cifar10_resnet20"
+        options = ["--data", str(arguments.data), "--checkpoint", str(arguments.checkpoint)]
+    outcome = Outcome("training_in_search")
+    file = StudyFile.load(find_study(name))
+    with tempfile.TemporaryDirectory() as folder:
+        parts = file.build(Path(folder), file.parse_options(options))
+    test = read_batches(parts.test(), batch_size=256)  # type: ignore[misc]
+    found: dict[str, list[dict[str, float]]] = {}
+    budget = {"budget": hq.Budget.fraction(bops=arguments.budget)}
+    for seed in range(arguments.seeds):
+        for every in arguments.every:
+            asked = {
+                **file.settings,
+                "train_every": every,
+                "train_epochs": arguments.train_epochs,
+                "final_epochs": arguments.final_epochs,
+            }
+            plan = plan_of(asked, parts.train, parts.augment)
+            assert plan is not None and plan.final is not None
+            row = measure(parts, plan, budget, seed)
+            found.setdefault(f"every_{every}", []).append(row)
+            print(f"seed {seed} every {every}: {row}", flush=True)
+            final = replace(plan.final, epochs=int(row["epochs"]))
+            row = measure(parts, replace(plan, every=0, final=final), budget, seed)
+            found.setdefault(f"end_as_{every}", []).append(row)
+            print(f"seed {seed} at the end, {final.epochs} epochs: {row}", flush=True)
+        row = measure(parts, None, budget, seed)
+        found.setdefault("never", []).append(row)
+        print(f"seed {seed} never: {row}", flush=True)
+    outcome.details = {
+        "study": name,
+        "budget": arguments.budget,
+        "float_test": 100 * accuracy(parts.network.eval(), test)["accuracy"],
+        "runs": found,
+    }
+    for method, rows in found.items():
+        for what in ("test", "validation", "score", "epochs", "seconds"):
+            value = statistics.mean(row[what] for row in rows)
+            outcome.figures[f"{what}_{method}"] = round(value, 5)
+    outcome.finish(arguments.out)
+
+
+if __name__ == "__main__":
+    main()
