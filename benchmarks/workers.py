@@ -8,13 +8,14 @@ Two questions, each answered within one run:
   of the processor per candidate, workers and server together, are measured too: on few cores they
   are the bound. Once with a launcher's foreman, who claims for all, and once with workers that each
   claim for themselves (``direct``), as those of ``hq-optuna worker`` do.
-- ``scoring``: the digits network scored for real, by processes of one thread each. Pairs of runs
-  with one and two processes follow each other, so that a busy machine disturbs both; the median of
-  the ratios counts. What two processes of plain arithmetic reach in the same minutes is measured
-  beside it: on a busy machine two processes do not get two cores.
+- ``scoring``: a network scored for real by ``hq-optuna launch`` with one and with two workers of
+  one thread each: digits, and ResNet-20 with ``--data`` and ``--checkpoint``. Pairs of runs follow
+  each other, so that a busy machine disturbs both; the median of the ratios counts. What two
+  processes of plain arithmetic reach in the same minutes is measured beside it: on a busy machine
+  two processes do not get two cores.
 
-    python -m benchmarks.workers [--parts sleep scoring] [--workers 32] [--candidates 64]
-        [--seconds 0.2] [--steps 6] [--repeat 3] [--quick] [--out FILE]
+    python -m benchmarks.workers [--parts sleep scoring] [--data DIR --checkpoint FILE]
+        [--workers 32] [--candidates 64] [--seconds 0.2] [--steps 6] [--repeat 3] [--quick]
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import multiprocessing
 import os
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +37,7 @@ import optuna
 
 from benchmarks.servers import OwnPostgreSQL, own_postgresql
 from benchmarks.table_search import Search
+from hq_optuna.history import read_history
 from hq_optuna.launching import WorkerProcess
 from hq_optuna.runner.foreman import Foreman
 from hq_optuna.runner.worker import work
@@ -181,42 +184,30 @@ def cores_reached(seconds: float) -> float:
     return counts[1] / counts[0]
 
 
-def scorer(url: str, folder: str, limit: int, start: Any) -> None:
-    """Score candidates of the digits network with one thread."""
-    import torch
-
-    from hq_optuna.runner.bit_search import BitSearch
-    from hq_optuna.search import Limits
-    from studies import digits
-
-    torch.set_num_threads(1)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    search = BitSearch(digits.network(Path(folder)), digits.calibration())
-    study = search.open(url, "digits", n_candidates=32, limits=Limits(max_evaluations=limit))
-    if start is not None:
-        start.wait()
-    search.work(study)
-
-
-def scoring(n_workers: int, limit: int, folder: Path) -> float:
-    """Return candidates a second of the real search, once every worker is ready."""
+def launched(n_workers: int, n_evaluations: int, study: list[str], folder: Path) -> float:
+    """Return candidates a second of ``hq-optuna launch``, once every worker is at work."""
     with tempfile.TemporaryDirectory() as place:
         url = sqlite_url(Path(place) / "workers.db")
-        scorer(url, str(folder), 1, None)  # the study, its sensitivities, and the start
-        context = multiprocessing.get_context("forkserver")
-        start = context.Barrier(n_workers + 1)
-        arguments = (url, str(folder), limit, start)
-        processes = [context.Process(target=scorer, args=arguments) for _ in range(n_workers)]
-        for process in processes:
-            process.start()
-        start.wait()
-        began = time.perf_counter()
-        for process in processes:
-            process.join()
-        taken = time.perf_counter() - began
-        study = optuna.load_study(study_name="digits", storage=url)
-        kinds = [trial.user_attrs.get("kind") for trial in study.get_trials(deepcopy=False)]
-        return (kinds.count("candidate") - 1) / taken
+        subprocess.run(
+            [
+                *(sys.executable, "-m", "hq_optuna.cli", "launch", *study, "--name", "s"),
+                *("--workers", str(n_workers), "--threads", "1", "--candidates", "32", "--json"),
+                *("--storage", url, "--folder", str(folder), "--artifacts", place),
+                *("--max-evaluations", str(n_evaluations)),
+            ],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        history = read_history(optuna.load_study(study_name="s", storage=url))
+        ended: dict[str, list[float]] = {}
+        for run in history.runs:
+            if run.ended is not None and run.counted and run.kind == "candidate":
+                ended.setdefault(run.worker, []).append(run.ended.timestamp())
+        since = max(min(times) for times in ended.values())
+        later = [t for times in ended.values() for t in times if t > since]
+        assert len(ended) == n_workers
+        return len(later) / (max(later) - since)
 
 
 def main() -> None:
@@ -228,6 +219,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.2)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--data", type=Path, help="CIFAR-10, for the ResNet-20")
+    parser.add_argument("--checkpoint", type=Path, help="of the ResNet-20")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -261,21 +254,27 @@ def main() -> None:
             ):
                 figures[key + suffix] = statistics.median(run[what] for run in runs)
     if "scoring" in options.parts:
+        studies = {"digits": (["digits"], 320)}
+        if options.data is not None:
+            data = ["--data", str(options.data.absolute())]
+            data += ["--checkpoint", str(options.checkpoint.absolute())]
+            studies["resnet20"] = (["cifar10_resnet20", *data], 160)
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(Path(__file__).parents[1]):
-            ratios, cores = [], []
-            for repeat in range(options.repeat):
-                limit = 33 if options.quick else 32 * 10 + 1
-                one, two = (scoring(n, limit, Path(folder)) for n in (1, 2))
-                ratios.append(two / one)
-                cores.append(cores_reached(0.5 if options.quick else 5))
-                details[f"scoring_{repeat}"] = {"one": one, "two": two, "cores": cores[-1]}
-                print(
-                    f"candidates a second: {one:.1f} by one process, {two:.1f} by two "
-                    f"({ratios[-1]:.2f} times); plain arithmetic {cores[-1]:.2f} times",
-                    flush=True,
-                )
-        figures["two_processes"] = statistics.median(ratios)
-        figures["two_processes_of_arithmetic"] = statistics.median(cores)
+            for study, (arguments, n) in studies.items():
+                ratios, cores = [], []
+                for repeat in range(options.repeat):
+                    limit = 33 if options.quick else n + 1
+                    one, two = (launched(k, limit, arguments, Path(folder)) for k in (1, 2))
+                    ratios.append(two / one)
+                    cores.append(cores_reached(0.5 if options.quick else 5))
+                    details[f"{study}_{repeat}"] = {"one": one, "two": two, "cores": cores[-1]}
+                    print(
+                        f"{study}: candidates a second: {one:.2f} by one worker, {two:.2f} by two "
+                        f"({ratios[-1]:.2f} times); plain arithmetic {cores[-1]:.2f} times",
+                        flush=True,
+                    )
+                figures[f"speedup_2_{study}"] = statistics.median(ratios)
+                figures[f"arithmetic_2_{study}"] = statistics.median(cores)
     outcome.figures, outcome.details = figures, details
     outcome.finish(options.out)
 
