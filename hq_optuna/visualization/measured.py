@@ -95,8 +95,8 @@ def standard_error(share: float, n_samples: int) -> float:
     """Return the standard error of a share of independent samples.
 
     Example:
-        >>> standard_error(0.9, 900)
-        0.01
+        >>> standard_error(0.5, 100)
+        0.05
     """
     return math.sqrt(share * (1 - share) / n_samples)
 

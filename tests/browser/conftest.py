@@ -78,7 +78,7 @@ def serve(where: Path, name: str) -> tuple[subprocess.Popen[str], Site]:
     return process, Site(found[1], found[2], where / "hq-optuna-runs" / name)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a study file."""
     folder = tmp_path_factory.mktemp("browser")
@@ -86,7 +86,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def finished(place: Path) -> Iterator[Site]:
     """A search that ended."""
     missing.skip()
@@ -98,7 +98,7 @@ def finished(place: Path) -> Iterator[Site]:
     assert "The dashboard is closed." in end(process)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def running(place: Path) -> Iterator[Site]:
     """A search that still runs, slowed down, some steps after its start."""
     missing.skip()

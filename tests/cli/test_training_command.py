@@ -12,7 +12,7 @@ from typer.testing import Result
 
 from hq_optuna.history import read_history
 
-TRAIN = '''
+TRAIN = """
 
 def train():
     return _data(64, 4)
@@ -20,7 +20,7 @@ def train():
 
 def augment(inputs, generator):
     return inputs + 0.01 * torch.randn(inputs.shape, generator=generator)
-'''
+"""
 
 
 @pytest.fixture

@@ -29,8 +29,9 @@ def test_it_is_asked_between_batches_but_not_between_all(clock: list[float]) -> 
 
     before = lambda: None  # noqa: E731
     scorer: Any = SimpleNamespace(between_batches=before)
-    trial: Any = SimpleNamespace(should_prune=should_prune)
-    with pytest.raises(optuna.TrialPruned, match="no longer needed"), while_needed(scorer, trial):
+    ends = optuna.TrialPruned("no longer needed")
+    watched = while_needed(scorer, lambda: not should_prune(), ends)
+    with pytest.raises(optuna.TrialPruned, match="no longer needed"), watched:
         for batch in range(100):
             clock[0] += 0.5
             over[0] = batch >= 10

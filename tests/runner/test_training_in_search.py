@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 
 import hq_optuna as hq
 from hq_optuna import attrs, workers
-from hq_optuna.artifacts import Reference, attached, open_artifacts
+from hq_optuna.artifacts import Reference, open_artifacts
 from hq_optuna.errors import ArtifactError, DataError, ResumeError
 from hq_optuna.history import read_history
 from hq_optuna.runner.foreman import Foreman
@@ -175,9 +175,13 @@ def test_killed_in_training_it_goes_on_from_its_last_epoch(alone, tmp_path, monk
     n_trained = sum(r.training is not None for r in read_history(study).records)
     assert len(epochs) == 2 * n_trained
     # Checkpoints are gone when they are not needed any more.
-    kept = {r.training[k]["id"] for r in read_history(study).records if r.training
-            for k in ("weights", "sensitivity")}  # fmt: skip
-    kept |= {attached(study, "sensitivity").id}
+    kept = {
+        record.training[name]["id"]
+        for record in read_history(study).records
+        if record.training is not None
+        for name in ("weights", "sensitivity")
+    }
+    kept |= {meta.artifact_id for meta in optuna.artifacts.get_all_artifact_meta(study)}
     assert {path.name for path in (folder / "artifacts").iterdir()} == kept
 
 
