@@ -106,6 +106,12 @@ def main() -> None:
             }
             plan = plan_of(asked, parts.train, parts.augment)
             assert plan is not None and plan.final is not None
+            plan = replace(
+                plan,
+                settings=replace(plan.settings, seed=seed),
+                final=replace(plan.final, seed=seed),
+            )
+            assert plan.final is not None
             row = measure(parts, plan, budget, seed)
             found.setdefault(f"every_{every}", []).append(row)
             print(f"seed {seed} every {every}: {row}", flush=True)
