@@ -92,7 +92,7 @@ class SearchProgress:
 
     def phase(self, what: str, done: int, of: int) -> None:
         """Show a phase before the search, batch by batch."""
-        unit = "layer" if what == "rounding" else "batch"
+        unit = {"rounding": "layer", "training": "epoch"}.get(what, "batch")
         self._show(what, done / of, f"{unit} {done} of {of}", always=done == of)
 
     def search(self, log: StepLog) -> None:

@@ -19,7 +19,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from optuna.study import Study
@@ -130,6 +130,7 @@ class Foreman:
         step = log.open
         if step is None:
             self.over = True
+            self._drop([*self._claimed.values(), *self._ahead.values()])
             self.hands.dismiss()
             return False
         # Candidates of closed steps, and those that others have done.
@@ -174,8 +175,8 @@ class Foreman:
         if ended:
             finish_trials(self._study._storage, ended)
 
-    def _drop(self, orders: Any) -> None:
-        orders = list(orders)
+    def _drop(self, unneeded: Iterable[Order]) -> None:
+        orders = list(unneeded)
         self._end(orders, TrialState.PRUNED)
         for order in orders:
             order.drop()

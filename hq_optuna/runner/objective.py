@@ -311,7 +311,7 @@ class HessianObjective:
             sampler.log(study)
             ticket = sampler.ticket(study, trial._trial_id)
             assert ticket is not None
-            value, score, said = self.trained(trial, ticket)
+            value, score, said = self.trained(trial, ticket, needed, NotNeeded())
             return value, {**_shown(score, started), attrs.TRAINING: said}
         config = self.space.config(order["bits"])
         origin = config if order["origin"] is None else self.space.config(order["origin"])
@@ -323,17 +323,22 @@ class HessianObjective:
     def _record_training(
         self, trial: Trial, ticket: Ticket, config: BitConfig, started: float
     ) -> float:
-        value, score, facts = self.trained(trial, ticket)
+        pruned = optuna.TrialPruned("its work is no longer needed")
+        value, score, facts = self.trained(trial, ticket, lambda: not trial.should_prune(), pruned)
         write_facts(trial, {attrs.TRAINING: facts})
         self._record(trial, config, score, ticket, started)
         return value
 
-    def trained(self, trial: Trial, ticket: Ticket) -> tuple[float, Score, dict[str, Any]]:
+    def trained(
+        self, trial: Trial, ticket: Ticket, needed: Callable[[], bool], otherwise: Exception
+    ) -> tuple[float, Score, dict[str, Any]]:
         """Train the bits of a step record; return its value, the score, and what to record.
 
         Args:
             trial: The record's trial.
             ticket: Its ticket.
+            needed: Asked after each epoch.
+            otherwise: Raised when it is not; the checkpoint stays.
 
         Raises:
             ArtifactError: The artifact store cannot be read or written.
@@ -344,7 +349,12 @@ class HessianObjective:
         scorer = self.scorer_at(study, log.base)
         assert self.training is not None
         network = self.quantized(self.space.config(ticket.bits), scorer)
-        return self.training.train(trial, ticket, log, network)
+
+        def between() -> None:
+            if not needed():
+                raise otherwise
+
+        return self.training.train(trial, ticket, log, network, between)
 
     def _record_step(
         self, trial: Trial, ticket: Ticket, config: BitConfig, started: float

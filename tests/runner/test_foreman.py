@@ -192,6 +192,22 @@ def test_a_limit_ends_it_though_more_was_handed_out(storage):
     assert TrialState.RUNNING not in states(study)
 
 
+def test_a_limit_takes_back_what_workers_are_at(monkeypatch):
+    study = new_study(sampler(6))
+    study.set_user_attr("hq:limits", {"max_seconds": 0.2})
+    foreman = Foreman(study)
+    first = Scorer(foreman, ours(study).space)
+    first.seconds = 0.0
+    lead_until = time.monotonic() + 30
+    slow = Scorer(foreman, ours(study).space, seconds=0.0)
+    slow.score = first.score = lambda bits: (time.sleep(0.5), 1.0)[1]  # type: ignore[method-assign]
+    while foreman.look(0.02):
+        assert time.monotonic() < lead_until
+    assert ours(study).log(study).stopped_by
+    assert first.dropped or slow.dropped
+    assert TrialState.RUNNING not in states(study)
+
+
 def test_what_was_claimed_is_given_back(storage):
     study = new_study(sampler(6), storage)
     foreman = Foreman(study)

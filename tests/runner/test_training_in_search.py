@@ -24,6 +24,7 @@ from hq_optuna.runner.tensors import get_tensors
 from hq_optuna.runner.training_plan import TrainingPlan, plan_of
 from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.scoring.outputs import CrossEntropyRise
+from hq_optuna.search import Limits
 from hq_optuna.storages import sqlite_url
 from hq_optuna.storages.trials import database_of
 from hq_optuna.training import TrainingSettings
@@ -162,7 +163,7 @@ def test_killed_in_training_it_goes_on_from_its_last_epoch(alone, tmp_path, monk
             if len(epochs) == 1:
                 raise Interrupt
 
-        return original(self, *arguments, between=between, **options)
+        return original(self, *arguments[:4], between=between, **options)
 
     monkeypatch.setattr(trained_steps.TrainedSteps, "train", dies)
     with pytest.raises(Interrupt):
@@ -255,7 +256,7 @@ def test_another_worker_takes_the_training_over(alone, tmp_path, monkeypatch):
         def between() -> None:
             raise SystemExit  # the trial is given back; its checkpoint stays
 
-        return original(self, *arguments, between=between, **options)
+        return original(self, *arguments[:4], between=between, **options)
 
     monkeypatch.setattr(trained_steps.TrainedSteps, "train", dies)
     with pytest.raises(SystemExit):
@@ -334,3 +335,23 @@ def test_the_record_says_how_the_study_trains(alone):
     assert info.training["every"] == 1
     assert info.training["settings"]["epochs"] == 2
     assert attrs.INFO in study.user_attrs
+
+
+def test_a_limit_ends_a_training_after_its_epoch_and_a_raised_one_goes_on(alone, tmp_path):
+    url, store = sqlite_url(tmp_path / "s.db"), tmp_path / "artifacts"
+    limited = search(training=plan(), validation=data(30, 2))
+    seen: list[int] = []
+
+    def progress(what: str, done: int, of: int) -> None:
+        if what == "training" and not seen:
+            seen.append(done)
+            time.sleep(1.0)  # spends the limit within the first training
+
+    study = limited.open(url, "s", artifacts=store, limits=Limits(max_seconds=1.0))
+    limited.objective.progress = progress
+    limited.work(study)
+    assert log_of(study).stopped_by
+    assert TrialState.RUNNING not in {t.state for t in study.get_trials()}
+    again = search(training=plan(), validation=data(30, 2))
+    study = again.optimize(url, "s", artifacts=store, limits=Limits(max_seconds=1e6))
+    assert said(study) == said(alone[1])
