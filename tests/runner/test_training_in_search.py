@@ -351,6 +351,8 @@ def test_a_limit_ends_a_training_after_its_epoch_and_a_raised_one_goes_on(alone,
     limited.objective.progress = progress
     limited.work(study)
     assert log_of(study).stopped_by
+    (ended,) = [t for t in study.get_trials() if t.state == TrialState.PRUNED]
+    assert attrs.CHECKPOINT in ended.system_attrs  # of its first epoch; the second never began
     assert TrialState.RUNNING not in {t.state for t in study.get_trials()}
     again = search(training=plan(), validation=data(30, 2))
     study = again.optimize(url, "s", artifacts=store, limits=Limits(max_seconds=1e6))
