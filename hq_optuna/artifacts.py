@@ -23,7 +23,6 @@ import io
 import json
 import os
 import re
-import tempfile
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -36,6 +35,7 @@ from optuna.study import Study
 
 from hq_optuna import attrs
 from hq_optuna.errors import ArtifactError
+from hq_optuna.whole_files import write_whole
 
 OPTUNA_PREFIX = "artifacts:"
 """Study system attributes under which Optuna and its dashboard look for artifacts."""
@@ -196,24 +196,6 @@ class FolderStore(FileSystemArtifactStore):
     def write(self, artifact_id: str, content_body: BinaryIO) -> None:
         """Write beside the place, then rename, so that nobody reads half a file."""
         write_whole(self._get_filepath(artifact_id), content_body.read())
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that appears whole or not at all; its folder is created.
-
-    Raises:
-        OSError: It cannot be written; what was there stays.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
-        temporary = Path(file.name)
-        try:
-            file.write(data)
-            file.close()
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def open_artifacts(location: str | Path, *, cache: Path | None = None) -> Artifacts:

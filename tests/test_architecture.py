@@ -23,7 +23,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "hq_optuna"
 
-BASE = {"errors", "layers", "bit_config", "space", "_version"}
+BASE = {"errors", "layers", "bit_config", "space", "whole_files", "_version"}
 PLAIN = {"cost", "search"}
 TORCH = {
     *("batches", "introspection", "quantization", "curvature", "scoring", "training"),

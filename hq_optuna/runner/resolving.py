@@ -14,12 +14,12 @@ from typing import Any
 from optuna.study import Study
 
 from hq_optuna import attrs
-from hq_optuna.artifacts import write_whole
 from hq_optuna.bit_config import BitConfig
 from hq_optuna.cost import Budget, CostModel, Metric, check_reachable
 from hq_optuna.errors import RecipeError, ResumeError
 from hq_optuna.history import History, read_history
 from hq_optuna.search import Additive, Point
+from hq_optuna.whole_files import write_whole
 
 FORMAT = "hq_optuna assignment"
 FORMAT_VERSION = 1

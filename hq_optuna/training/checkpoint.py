@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,19 +63,3 @@ def parse(content: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "from the start."
         )
     return tensors, about
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write a file so that a kill leaves the old one or the new one; its folder is created."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
-        temporary = Path(file.name)
-        try:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)

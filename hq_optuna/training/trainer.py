@@ -38,6 +38,7 @@ from hq_optuna.training.optimizer import build_optimizer, set_learning_rate
 from hq_optuna.training.settings import TrainingSettings
 from hq_optuna.training.start import start_weights_
 from hq_optuna.training.trained import load_trained_, trained_tensors
+from hq_optuna.whole_files import write_whole
 
 _STEP, _OPTIMIZER = "step.", "optimizer."
 
@@ -189,7 +190,7 @@ class Trainer:
             result = self._epoch()
             self.history.append(result)
             if self.checkpoint is not None:
-                files.write(self.checkpoint, self.dump())
+                write_whole(self.checkpoint, self.dump())
             yield result
 
     def _epoch(self) -> Epoch:
