@@ -163,11 +163,9 @@ class StatisticsCorrection:
         """Restore the stored statistics and take shifts away."""
         self._reset(self.modules)
 
-    def state(self) -> dict[str, tuple[Tensor, ...]]:
-        """Return a copy of what the network's corrected modules hold now, by name."""
-        return {
-            name: tuple(buffer.clone() for buffer in self._buffers(name)) for name in self.modules
-        }
+    def state(self, names: Iterable[str]) -> dict[str, tuple[Tensor, ...]]:
+        """Return a copy of what corrected modules hold now, by name."""
+        return {name: tuple(buffer.clone() for buffer in self._buffers(name)) for name in names}
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, tuple[Tensor, ...]]) -> None:

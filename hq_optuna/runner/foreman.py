@@ -19,7 +19,8 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from optuna.study import Study
@@ -40,6 +41,7 @@ from hq_optuna.samplers.owners import BEAT_S
 from hq_optuna.samplers.resume import refuse_another_search
 from hq_optuna.samplers.tickets import candidate_ticket, record_ticket
 from hq_optuna.search import Past, Result
+from hq_optuna.search.order import by_depth, nearest, parts, share_of
 from hq_optuna.storages import RetryingStorage
 from hq_optuna.storages.database import Ended
 from hq_optuna.storages.writing import beat, finish_trials, writes_together
@@ -186,19 +188,19 @@ class Foreman:
     def _claim(self, log: StepLog) -> None:
         step = log.open
         assert step is not None
-        slots, alone = self._choose(log)
-        known = self._ahead.keys() & {step.states[slot] for slot in slots}
+        chosen, alone = self._choose(log)
+        known = self._ahead.keys() & {step.states[slot] for slot, _ in chosen}
         if self._ahead.keys() - known:  # the step is not the one that was expected, or is shared
             for bits in self._ahead.keys() - known:
                 self._ahead.pop(bits).drop()
-        if not slots:
+        if not chosen:
             return
         search = self._sampler.known(self._study).search
         orders = []
-        for slot in slots:
+        for slot, part in chosen:
             order = self._ahead.pop(step.states[slot], None)
             if order is None:
-                order = self._order(step.states[slot], log)
+                order = self._order(step.states[slot], log, part)
             ticket = candidate_ticket(log, slot, search)
             order.ticket = dataclasses.replace(ticket, claim=order.claim)
             orders.append(order)
@@ -221,12 +223,12 @@ class Foreman:
         if not alone:
             self.hands.hand_out([order for order in new if not order.void])
 
-    def _order(self, bits: tuple[int, ...], log: StepLog) -> Order:
+    def _order(self, bits: tuple[int, ...], log: StepLog, part: float = 0.0) -> Order:
         origin = None if log.incumbent is None else log.incumbent.state
-        return Order(new_claim(), bits, origin, self._clock(), base=log.base)
+        return Order(new_claim(), bits, origin, self._clock(), base=log.base, part=part)
 
-    def _choose(self, log: StepLog) -> tuple[list[int], bool]:
-        """Return the slots to claim now, and whether nobody else works on the study.
+    def _choose(self, log: StepLog) -> tuple[list[tuple[int, float]], bool]:
+        """Return the slots to claim now, for which part each, and whether nobody else is at work.
 
         Alone, one more candidate is claimed for each worker than it can do now, if the storage lets
         trials say when they really began: so it need not wait for the storage. Where others work,
@@ -235,14 +237,27 @@ class Foreman:
         step = log.open
         assert step is not None
         crew = self._crew(log)
-        want = (self._each if len(crew) == 1 else 1) * len(self.hands) - len(self._claimed)
-        if want <= 0:
-            return [], False
-        free = step.free[len(log.owners.untagged) :]
+        each = self._each if len(crew) == 1 else 1
+        origin = None if log.incumbent is None else log.incumbent.state
+        states = step.states
+        free = by_depth(states, origin, step.free[len(log.owners.untagged) :])
         if len(crew) > 1:
-            place = crew.index(workers.worker_id())
-            free.sort(key=lambda slot: (slot % len(crew) - place) % len(crew))
-        return free[:want], len(crew) == 1
+            ordered = by_depth(states, origin, range(len(states)))
+            share = share_of(ordered, crew.index(workers.worker_id()), len(crew))
+            own_first = sorted(free, key=lambda slot: slot not in share)[: each * len(self.hands)]
+            free = [slot for slot in free if slot in own_first]
+        ahead = {slot: self._ahead[states[slot]] for slot in free if states[slot] in self._ahead}
+        chosen = [(slot, order.part) for slot, order in ahead.items()]
+        lacking = self._lacking(each, [*self._claimed.values(), *ahead.values()])
+        rest = [slot for slot in free if slot not in ahead]
+        return [*chosen, *_shared(rest, lacking)], len(crew) == 1
+
+    def _lacking(self, each: int, orders: Collection[Order]) -> list[float]:
+        """Return the parts of the network for which a candidate is to be claimed besides some."""
+        missing = Counter(parts(len(self.hands)) * each)
+        missing.subtract(order.part for order in orders)
+        n = max(each * len(self.hands) - len(orders), 0)
+        return [part for part, lacks in missing.items() for _ in range(lacks)][:n]
 
     @staticmethod
     def _crew(log: StepLog) -> list[str]:
@@ -272,9 +287,14 @@ class Foreman:
         places = {(step.step, slot): result for slot, result in found.items()}
         past = Past([*log.past.incumbents, incumbent], log.past.results | places)
         now = self._clock()
-        for bits in search.states(incumbent, past)[: self._each * len(self.hands)]:
-            self._ahead[bits] = Order(
-                new_claim(), bits, incumbent.state, now, early=True, base=log.base
+        states = search.states(incumbent, past)
+        slots = by_depth(states, incumbent.state, range(len(states)))
+        for slot, part in _shared(slots, self._lacking(self._each, ())):
+            self._ahead[states[slot]] = Order(
+                *(new_claim(), states[slot], incumbent.state, now),
+                early=True,
+                base=log.base,
+                part=part,
             )
         self.hands.hand_out(list(self._ahead.values()))
 
@@ -333,6 +353,16 @@ class Foreman:
                 beat(self._study._storage, old, self._beats)
             except Exception as error:  # costs a beat and nothing else
                 logger.debug("No beat for %d trials: %s", len(old), error)
+
+
+def _shared(slots: list[int], wanted: Sequence[float]) -> list[tuple[int, float]]:
+    """Return a slot for each part of the network that wants one, as far as there are slots."""
+    left, shared = list(slots), list[tuple[int, float]]()
+    for part in wanted[: len(slots)]:
+        slot = nearest(left, part)
+        left.remove(slot)
+        shared.append((slot, part))
+    return shared
 
 
 def _value(said: Mapping[str, Any]) -> float:

@@ -1,4 +1,8 @@
-"""Orders for workers that are spoken to line by line, and what comes back, between threads."""
+"""Orders for workers that are spoken to line by line, and what comes back, between threads.
+
+Each worker has a part of the network (`hq_optuna.search.order`), and of the orders that are ready
+gets the one nearest to it.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from hq_optuna.attrs import Ticket
+from hq_optuna.search.order import parts
 
 
 class Hand(Protocol):
@@ -36,6 +41,7 @@ class Order:
         early: Whether it was handed out before its step was open.
         base: The record whose trained network it is made from, if there is one.
         trains: Whether it is the record of a step whose bits are to be trained.
+        part: Of the network, where it was chosen for a worker there; 0 to 1.
     """
 
     claim: int
@@ -50,6 +56,7 @@ class Order:
     early: bool = False
     base: int | None = None
     trains: bool = False
+    part: float = 0.0
 
     def message(self) -> dict[str, Any]:
         """Return what a worker is told."""
@@ -82,9 +89,9 @@ class Hands:
     def __init__(self) -> None:
         self.news = threading.Event()
         self._lock = threading.Lock()
-        self._all: set[Hand] = set()
+        self._all: list[Hand] = []
         self._idle: deque[Hand] = deque()
-        self._ready: deque[Order] = deque()
+        self._ready: list[Order] = []
         self._at: dict[Hand, Order] = {}
         self._results: list[Result] = []
         self._lost: list[Order] = []
@@ -97,13 +104,13 @@ class Hands:
         """Take in what a worker says, from any thread; ``None``: it is gone."""
         with self._lock:
             if event is None:
-                self._all.discard(hand)
-                with contextlib.suppress(ValueError):
-                    self._idle.remove(hand)
+                for hands in (self._all, self._idle):
+                    with contextlib.suppress(ValueError):
+                        hands.remove(hand)
                 if (order := self._at.pop(hand, None)) is not None:
                     self._lost.append(order)
             elif event.get("event") == "ready":
-                self._all.add(hand)
+                self._all.append(hand)
                 self._idle.append(hand)
                 if self._over:
                     self._send(hand, {"end": True})
@@ -139,14 +146,15 @@ class Hands:
                 self._send(hand, {"end": True})
 
     def _deal(self) -> None:
+        self._ready = [order for order in self._ready if not order.void]
+        where = dict(zip(self._all, parts(len(self._all)), strict=True))
         while self._idle and self._ready:
-            order = self._ready.popleft()
-            if order.void:
-                continue
             hand = self._idle.popleft()
+            part = where.get(hand, 0.0)
+            order = min(self._ready, key=lambda order: abs(order.part - part))
             if not self._send(hand, order.message()):  # that it is gone will be heard
-                self._ready.appendleft(order)
                 continue
+            self._ready.remove(order)
             order.hand = hand
             self._at[hand] = order
 

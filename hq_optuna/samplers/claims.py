@@ -27,6 +27,7 @@ from hq_optuna.samplers.log import StepLog
 from hq_optuna.samplers.owners import HELD
 from hq_optuna.samplers.resume import refuse_another_search
 from hq_optuna.samplers.tickets import candidate_ticket, excess, facts, parameters, record_ticket
+from hq_optuna.search.order import by_depth, nearest, parts, share_of
 from hq_optuna.storages.writing import add_user_attrs, create_trials, finish_trial
 
 if TYPE_CHECKING:
@@ -159,9 +160,10 @@ def _choose(log: StepLog, search: str, waited_s: float) -> Ticket | None:
     """Return the ticket of work that is free; workers of one study choose apart.
 
     A claim that is lost costs two transactions, and of many workers that look at the same moment
-    all but one would lose. So each has slots of its own, by its place among the workers, and takes
-    others' only while there are enough for all that are idle before it. A step is recorded by who
-    did the last of it, who looks at once. Whoever waited in vain does what is left.
+    all but one would lose. So each has slots of its own, a part of the network by its place among
+    the workers, and takes others' only while there are enough for all that are idle before it. A
+    step is recorded by who did the last of it, who looks at once. Whoever waited in vain does what
+    is left.
     """
     step = log.open
     assert step is not None
@@ -172,10 +174,16 @@ def _choose(log: StepLog, search: str, waited_s: float) -> Ticket | None:
     free = step.free[n_before:]
     crew = log.owners.at_work(me, last=2 * len(step.states))
     place = crew.index(me)
-    own = [slot for slot in free if slot % len(crew) == place]
+    ordered: Sequence[int] = range(len(step.states))
+    if len(crew) > 1:
+        origin = None if log.incumbent is None else log.incumbent.state
+        ordered = by_depth(step.states, origin, ordered)
+    free = sorted(free, key=ordered.index)
+    share = share_of(ordered, place, len(crew))
+    own = [slot for slot in free if slot in share]
     if not own and waited_s < PATIENCE_S and log.owners.idle_before(me, crew) >= len(free):
         return None
-    slot = own[0] if own else free[place % len(free)]
+    slot = nearest(own or free, parts(len(crew))[place])
     return _numbered(candidate_ticket(log, slot, search))
 
 

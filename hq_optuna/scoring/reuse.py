@@ -4,18 +4,20 @@ A candidate differs from its incumbent in a layer or two. Everything that does n
 layers is the incumbent's, also with statistics correction, which corrects layers in order. So the
 tensors that cross from the unchanged part into the changed one are kept for the incumbent, on all
 batches, and a candidate runs only the operations downstream of its changes. When the incumbent
-changes, what is kept is brought up to date the same way. Nothing is approximated: the operations
-that run are those of a full pass on the same tensors, so outputs are equal bit for bit, whatever
-was kept.
+changes, what changed with it is forgotten; the first candidate that needs it runs it, with the
+incumbent's bits as these are its own there, and leaves it to the others. So a worker whose
+candidates all change early layers never runs the incumbent behind them. Nothing is approximated:
+the operations that run are those of a full pass on the same tensors, so outputs are equal bit for
+bit, whatever was kept.
 
 If all tensors do not fit into the memory allowed, those are kept that save the most time per byte.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -34,21 +36,21 @@ DEFAULT_MEMORY = 2 * 2**30
 """Bytes of activations that are kept unless told otherwise."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Kept:
-    """What is kept of an incumbent.
+    """What is kept of an incumbent, as far as its candidates needed it.
 
     Attributes:
         config: Its bits.
-        values: For each batch, values of nodes.
-        statistics: Its corrected statistics.
         weights: The state of the network's float weights when this was computed.
+        values: For each batch, values of nodes.
+        statistics: Corrected statistics of all that was run to get them, by module.
     """
 
     config: BitConfig
     weights: object
     values: list[dict[fx.Node, Any]]
-    statistics: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    statistics: dict[str, tuple[Tensor, ...]]
 
 
 class Reuse:
@@ -83,7 +85,13 @@ class Reuse:
         self._fresh = {n for n in self.graph.nodes if is_fresh(n, self.graph.modules)}
         self._check(searched)
         self.cuts = choose_cuts(self.graph, searched, memory, data.n_samples / data[0].n)
-        self._names = {id(module): name for name, module in prepared.named_modules()}
+        names = (
+            {} if correction is None else {prepared.get_submodule(n): n for n in correction.modules}
+        )
+        self._inside = {
+            node: {names[m] for m in module.modules() if m in names}
+            for node, module in self.graph.modules.items()
+        }
 
     @property
     def n_bytes(self) -> int:
@@ -107,81 +115,79 @@ class Reuse:
 
         Args:
             config: The candidate, whose bits the network has.
-            incumbent: What the candidate was made from. Its tensors are kept for the candidates
+            incumbent: What the candidate was made from. What is run of it is kept for candidates
                 that follow. Without it what is kept already serves as far as it goes.
         """
         weights = self._weights()
         if self._kept is not None and self._kept.weights != weights:
             self._kept = None
         if incumbent is not None and self.cuts:
-            self._keep(incumbent, weights)
-            set_bits(self.prepared, config)
-        changed, statistics = self._changed(config)
+            self._turn_to(incumbent, weights)
+        changed = self._changed(config)
         for index in range(len(self.data)):
-            known = {} if self._kept is None else self._kept.values[index]
-            known = {node: value for node, value in known.items() if node not in changed}
-            yield self._batch(index, known, changed, statistics, None)
+            yield self._batch(index, changed)
 
-    def _keep(self, incumbent: BitConfig, weights: object) -> None:
-        """Bring what is kept up to date with an incumbent."""
-        if self._kept is not None and self._kept.config == incumbent:
-            return
-        set_bits(self.prepared, incumbent)
-        changed, statistics = self._changed(incumbent)
+    def _turn_to(self, incumbent: BitConfig, weights: object) -> None:
+        """Keep only what is also an incumbent's."""
         old = self._kept
-        values = [{} for _ in self.data] if old is None else old.values
-        self._kept = None  # an error on the way leaves nothing half-made
-        for index, kept in enumerate(values):
-            for node in changed & kept.keys():
-                del kept[node]
-            self._batch(index, kept, changed, statistics, kept)
-        state = {} if self.correction is None else self.correction.state()
-        self._kept = _Kept(incumbent, weights, values, state)
+        if old is None:
+            self._kept = _Kept(incumbent, weights, [{} for _ in self.data], {})
+        elif old.config != incumbent:
+            changed = self._changed(incumbent)
+            self._kept = _Kept(
+                incumbent,
+                weights,
+                [_without(values, changed) for values in old.values],
+                _without(old.statistics, self._corrected(changed)),
+            )
 
-    def _changed(self, config: BitConfig) -> tuple[frozenset[fx.Node], _Statistics]:
-        """Return the nodes with other values than those kept, and the statistics to start from."""
+    def _changed(self, config: BitConfig) -> frozenset[fx.Node]:
+        """Return the nodes with other values than those of what is kept."""
         if self._kept is None:
-            return frozenset(self.graph.nodes), _Statistics({}, None)
+            return frozenset(self.graph.nodes)
         layers = [name for name, bits in config.items() if self._kept.config[name] != bits]
-        changed = frozenset().union(*(self.graph.downstream[name] for name in layers))
-        inside = {
-            self._names[id(module)]
-            for node in changed
-            if node in self.graph.modules
-            for module in self.graph.modules[node].modules()
-        }
-        return changed, _Statistics(self._kept.statistics, inside)
+        return frozenset().union(*(self.graph.downstream[name] for name in layers))
 
-    def _batch(
-        self,
-        index: int,
-        known: Mapping[fx.Node, Any],
-        changed: frozenset[fx.Node],
-        statistics: _Statistics,
-        store: dict[fx.Node, Any] | None,
-    ) -> Any:
-        inputs = self.data[index].inputs
+    def _corrected(self, nodes: Iterable[fx.Node]) -> set[str]:
+        """Return the names of the corrected modules within some nodes."""
+        return set().union(*(self._inside.get(node, ()) for node in nodes))
+
+    def _batch(self, index: int, changed: frozenset[fx.Node]) -> Any:
+        """Return the outputs of one batch; keep what is the incumbent's of all that is run."""
+        kept, found = self._kept, dict[fx.Node, Any]()
+        known = {} if kept is None else _without(kept.values[index], changed)
+        plan = self.graph.needed(known)
+        keep = frozenset() if kept is None else self.cuts - changed
+
+        def run() -> Any:
+            return self._nodes(self.data[index].inputs, known, plan, keep, found)
+
         if index or self.correction is None:
-            return self._nodes(inputs, known, store)
-        self.correction.restore(statistics.kept)
-        return self.correction.apply(
-            lambda: self._nodes(inputs, known, store), only=statistics.corrected
-        )
+            outputs = run()
+        else:
+            fresh = {} if kept is None else _without(kept.statistics, self._corrected(changed))
+            self.correction.restore(fresh)
+            outputs = self.correction.apply(run, only=self._corrected(plan) - fresh.keys())
+            if kept is not None:
+                new = self._corrected(set(plan) - changed) - fresh.keys()
+                kept.statistics.update(self.correction.state(new))
+        if kept is not None:  # only now, so that an error on the way leaves nothing half-made
+            kept.values[index].update(found)
+        return outputs
 
     def _whole(self, inputs: Inputs) -> Any:
-        return self._nodes(inputs, {}, None)
+        return self._nodes(inputs, {}, self.graph.needed({}), frozenset(), {})
 
     def _nodes(
-        self, inputs: Inputs, known: Mapping[fx.Node, Any], store: dict[fx.Node, Any] | None
+        self,
+        inputs: Inputs,
+        known: Mapping[fx.Node, Any],
+        plan: Sequence[fx.Node],
+        keep: frozenset[fx.Node],
+        found: dict[fx.Node, Any],
     ) -> Any:
-        """Run what the output needs beyond known values; keep the cuts in ``store``."""
+        """Run what is planned beyond known values; put the values to keep into ``found``."""
         graph = self.graph
-        plan = graph.needed(known)
-        if store is not None:  # also what no output needs when the rest is known
-            plan = sorted(
-                {*plan, *(n for cut in self.cuts - known.keys() for n in graph.needed(known, cut))},
-                key=graph.position.__getitem__,
-            )
         values: dict[fx.Node, Any] = {graph.entry: inputs, **known}
         # Memory that is not the pass's own: inputs, parameters, and what is kept.
         foreign = {_memory(t) for v in values.values() for t in tensors(v)} | self._own()
@@ -190,8 +196,8 @@ class Reuse:
         with plain_attention():
             for node in plan:
                 values[node] = self._node(node, values, foreign, last)
-                if store is not None and node in self.cuts:
-                    store[node] = values[node]
+                if node in keep:
+                    found[node] = values[node]
                     foreign |= {_memory(t) for t in tensors(values[node])}
                 for value in node.all_input_nodes:
                     if last.get(value) is node and value not in known:
@@ -265,15 +271,13 @@ class Reuse:
             set_bits(self.prepared, before)
 
 
-@dataclass(frozen=True)
-class _Statistics:
-    """Corrected statistics to start from, and the modules to correct anew (``None``: all)."""
-
-    kept: Mapping[str, tuple[Tensor, ...]]
-    corrected: set[str] | None
-
-
 _CHECKED = 3  # bits that change every weight
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
+
+
+def _without(values: Mapping[_Key, _Value], keys: Container[_Key]) -> dict[_Key, _Value]:
+    return {key: value for key, value in values.items() if key not in keys}
 
 
 def _memory(tensor: Tensor) -> int:

@@ -40,12 +40,21 @@ def storage(url: str) -> Iterator[BaseStorage]:
 class Scorer(threading.Thread):
     """A worker as a thread; dies silently after ``lives`` candidates."""
 
-    def __init__(self, foreman: Foreman, space: Any, seconds: float = 0.0, lives: int = 10**9):
+    def __init__(
+        self,
+        foreman: Foreman,
+        space: Any,
+        seconds: float = 0.0,
+        lives: int = 10**9,
+        takes: float = 0.0,
+    ):
         super().__init__(daemon=True)
         self.foreman, self.space, self.seconds, self.lives = foreman, space, seconds, lives
+        self.takes = takes
         self.table = fake_table(space)
         self.news = threading.Semaphore(0)
         self.orders: list[dict[str, Any]] = []
+        self.had: list[dict[str, Any]] = []
         self.dropped: list[int] = []
         self.gone = False
         self.scored = 0
@@ -58,6 +67,8 @@ class Scorer(threading.Thread):
             self.dropped.append(order["drop"])
             return
         self.orders.append(dict(order))
+        if not order.get("end"):
+            self.had.append(dict(order))
         self.news.release()
 
     def score(self, bits: list[int]) -> float:
@@ -74,7 +85,7 @@ class Scorer(threading.Thread):
                 self.gone = True
                 self.foreman.hear(self, None)
                 return
-            time.sleep(random.uniform(0, self.seconds))
+            time.sleep(self.takes + random.uniform(0, self.seconds))
             self.scored += 1
             said = {"event": "scored", "claim": order["claim"], "value": self.score(order["bits"])}
             self.foreman.hear(self, {**said, "facts": {"seconds": 3.0, "worker": "box:1"}})
@@ -175,6 +186,28 @@ def test_the_next_step_is_handed_out_before_the_last_result_is_stored(monkeypatc
     # Step 0 has one candidate; its successor's are under way when its result is stored.
     assert scored_by_then[0] >= 2
     assert scorer.scored == len(log.results)
+
+
+def test_each_worker_stays_in_its_part_of_the_network(storage):
+    """What a worker keeps of an incumbent serves it, and it computes little that others do too."""
+    study = new_study(sampler(12, n_candidates=12, encoding="compact"), storage)
+    foreman = Foreman(study)
+    scorers = [Scorer(foreman, ours(study).space, takes=0.01) for _ in range(2)]
+    lead(foreman)
+    assert history(study) == expected(study)
+    depths: dict[tuple[int, ...], list[list[int]]] = {}
+    for index, scorer in enumerate(scorers):
+        for order in scorer.had:
+            if order["origin"]:
+                first = [a != b for a, b in zip(order["bits"], order["origin"], strict=True)]
+                both = depths.setdefault(tuple(order["origin"]), [[], []])
+                both[index].append(first.index(True))
+    full = [both for both in depths.values() if sum(map(len, both)) >= 10]
+    assert len(full) > 3
+    swapped = 0  # pairs of a step of which the worker behind has the earlier layer
+    for early, late in full:
+        swapped += sum(a > b for a in early for b in late)
+    assert swapped <= 0.1 * sum(len(early) * len(late) for early, late in full)
 
 
 def test_a_limit_ends_it_though_more_was_handed_out(storage):

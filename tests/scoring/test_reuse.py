@@ -267,10 +267,36 @@ def test_a_candidate_runs_only_what_depends_on_its_change():
     ran.clear()
     search.reusing.score(search.changed(incumbent, "convs.1"), incumbent)
     assert ran == ["convs.1", "convs.2", "head"] * len(search.data)
-    ran.clear()  # the next incumbent: only what changed is brought up to date
-    incumbent = search.changed(incumbent, "convs.2")
+    ran.clear()  # the next incumbent: what changed with it runs once, with who needs it first
+    incumbent = search.changed(incumbent, "convs.1")
+    search.reusing.score(search.changed(incumbent, "convs.1"), incumbent)
+    assert ran == ["convs.1", "convs.2", "head"] * len(search.data)
+    ran.clear()
     search.reusing.score(search.changed(incumbent, "head"), incumbent)
-    assert ran == [*["convs.2", "head"] * len(search.data), *["head"] * len(search.data)]
+    assert ran == ["convs.1", "convs.2", "head"] * len(search.data)
+    ran.clear()
+    search.reusing.score(search.changed(incumbent, "convs.2"), incumbent)
+    assert ran == ["convs.2", "head"] * len(search.data)
+
+
+@pytest.mark.parametrize("correct", [False, True])
+def test_an_end_between_batches_leaves_what_was_run(correct):
+    search = Search(
+        make(Mixed(["norm", "late", "norm"]), 0, torch.float32), IMAGES, correct=correct
+    )
+    incumbent = search.uniform(8)
+    candidates = [search.changed(incumbent, name) for name in ("head", "convs.1", "convs.0")]
+    expected = [search.whole.score(candidate) for candidate in candidates]
+
+    def end():
+        raise KeyboardInterrupt
+
+    search.reusing.between_batches = end
+    for candidate in candidates:
+        with pytest.raises(KeyboardInterrupt):
+            search.reusing.score(candidate, incumbent)
+    search.reusing.between_batches = lambda: None
+    assert [search.reusing.score(candidate, incumbent) for candidate in candidates] == expected
 
 
 def test_bits_set_elsewhere_do_not_matter():
