@@ -3,7 +3,7 @@
 A search is walked at random: from an incumbent, candidates that lower one random layer by one
 notch, scored with the defaults of a search (Gauss-Newton, statistics correction, weights and
 activations quantized); one of them is the next incumbent. A candidate's time includes its share of
-bringing what is kept up to date with the incumbent. In turn with it, in the same run: the float
+what is run anew of the incumbent. In turn with it, in the same run: the float
 forward pass in the calibration set's own batches, and candidates that run the whole network.
 
 Times are seconds of the processor where there is no GPU, which other processes on the machine
@@ -20,14 +20,14 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.outcome import Outcome
-from hq_optuna.batches import Batches, forward, merge_first, read_batches
+from hq_optuna.batches import Batches, Precision, forward, merge_first, read_batches
 from hq_optuna.bit_config import BitConfig, LayerBits
 from hq_optuna.introspection import introspect
 from hq_optuna.quantization import observe_inputs, prepare
@@ -70,7 +70,13 @@ def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def measure(
-    name: str, n_images: int, n_steps: int, n_candidates: int, correct: bool, memory: int
+    name: str,
+    n_images: int,
+    n_steps: int,
+    n_candidates: int,
+    correct: bool,
+    memory: int,
+    precision: Precision,
 ) -> dict[str, float]:
     """Return the figures of one network."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -85,7 +91,10 @@ def measure(
     histograms = observe_inputs(network, [layer.name for layer in layers], data)
     prepared = prepare(network, layers, histograms)
     merged = merge_first(data, statistics_samples(layers))
-    scorers = [scorer_of(prepared, space, merged, correct=correct, memory=m) for m in (memory, 0)]
+    scorers = [
+        scorer_of(prepared, space, merged, correct=correct, memory=m, precision=precision)
+        for m in (memory, 0)
+    ]
     reusing, whole = scorers
     draw = random.Random(0)
     names = [variable.name for variable in space.variables]
@@ -127,7 +136,13 @@ def measure(
 
 
 def scorer_of(
-    prepared: nn.Module, space: SearchSpace, data: Batches, *, correct: bool, memory: int
+    prepared: nn.Module,
+    space: SearchSpace,
+    data: Batches,
+    *,
+    correct: bool,
+    memory: int,
+    precision: Precision,
 ) -> Scorer:
     """Return a scorer with the defaults of a search; the table of sensitivities does not matter."""
     free = {name for variable in space.variables for name in variable.layers}
@@ -141,8 +156,9 @@ def scorer_of(
         data,
         functional.cross_entropy,
         output_rise=output_rise_of(functional.cross_entropy),
-        correction=StatisticsCorrection(prepared, data) if correct else None,
+        correction=StatisticsCorrection(prepared, data, precision) if correct else None,
         memory=memory,
+        precision=precision,
     )
 
 
@@ -177,16 +193,27 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--candidates", type=int, default=8)
     parser.add_argument("--memory", type=int, default=DEFAULT_MEMORY, help="bytes")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        default="float32",
+        help="of candidates; the float forward pass stays in float32",
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     outcome = Outcome("candidate")
+    outcome.details["precision"] = arguments.precision
     for name in arguments.networks:
         n = arguments.images or (512 if name == "resnet20" else 32)
         n, n_steps = (8, 1) if arguments.quick else (n, arguments.steps)
         for correct in (True, False):
-            found = measure(name, n, n_steps, arguments.candidates, correct, arguments.memory)
+            found = measure(
+                *(name, n, n_steps, arguments.candidates, correct),
+                memory=arguments.memory,
+                precision=arguments.precision,
+            )
             suffix = f"{name}{'' if correct else '_no_correction'}"
             for what in ("to_forward", "to_without_reuse", "without_reuse_to_forward"):
                 outcome.figures[f"ratio_{what}_{suffix}"] = round(found[what], 3)
