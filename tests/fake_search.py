@@ -25,6 +25,7 @@ from hq_optuna.history import assignment
 from hq_optuna.layers import FLOAT_BITS, LayerSpec
 from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.samplers.claims import write_facts
+from hq_optuna.samplers.tickets import facts as facts_of
 from hq_optuna.space import SearchSpace
 
 Table = dict[str, dict[str, dict[int, float]]]
@@ -95,6 +96,8 @@ def fake_study(
     storage: BaseStorage | str | None = None,
     name: str = "fake",
     bare: bool = False,
+    train_every: int = 0,
+    final: bool = False,
 ) -> Study:
     """Return a study of a search on an additive table, finished unless ``n_trials`` says less.
 
@@ -103,6 +106,7 @@ def fake_study(
         budget: Default: 40 % of the all-8-bit BOPs.
         n_candidates: Of the sampler, as are ``rule``, ``seed`` and ``encoding``.
         n_trials: Stop after so many trials, 0 for a study without any.
+        train_every: Of the sampler, as is ``final``. See `fake_training`.
         facts: What was measured at the end, ``{"accuracy_before": 0.98, …}``.
         skipped: ``(name, kind, reason)`` of modules that are not quantized.
         warnings: Sentences of the study info.
@@ -117,8 +121,9 @@ def fake_study(
         space = fake_space(space)
     budget = budget or Budget.fraction(bops=0.4)
     sampler = ProgressiveBitSampler(
-        space, budget=budget, n_candidates=n_candidates, rule=rule, seed=seed, encoding=encoding
-    )
+        space, budget=budget, n_candidates=n_candidates, rule=rule, seed=seed, encoding=encoding,
+        train_every=train_every, final=final,
+    )  # fmt: skip
     study = optuna.create_study(study_name=name, storage=storage, sampler=sampler)
     table, model = fake_table(space), CostModel(space.layers, budget.metric)
     info = StudyInfo(
@@ -133,6 +138,7 @@ def fake_study(
         seed=seed,
         skipped=skipped,
         warnings=warnings,
+        training={"every": train_every} if train_every or final else None,
     )
     written = attrs.split(attrs.SPACE, space.to_json())
     if sensitivity:
@@ -150,18 +156,61 @@ def fake_study(
         else:
             config = assignment(trial)
         weights, activations = fake_score(table, config)
+        loss = 0.5 + weights + activations
+        ticket = sampler.ticket(study, trial._trial_id)
+        if ticket is not None and (ticket.trains or trained):
+            if ticket.trains:
+                trained.append((weights, activations))
+            weights, activations = weights - trained[-1][0], activations - trained[-1][1]
+            loss = 0.5 - 0.1 * len(trained) + weights + activations
+            if ticket.trains and not bare:
+                said = fake_training(ticket.step, len(trained), is_final=is_final(study))
+                shown = facts_of(ticket, space, model.cost(config))
+                for key, value in {**shown, attrs.TRAINING: said}.items():
+                    trial.set_user_attr(key, value)
         if not bare:
             trial.set_user_attr(attrs.SCORE_WEIGHTS, weights)
             trial.set_user_attr(attrs.SCORE_ACTIVATIONS, activations)
-            trial.set_user_attr(attrs.CALIBRATION_LOSS, 0.5 + weights + activations)
+            trial.set_user_attr(attrs.CALIBRATION_LOSS, loss)
             trial.set_user_attr(attrs.COST, model.cost(config))
             trial.set_user_attr(attrs.SECONDS, 0.25)
             trial.set_user_attr(attrs.WORKER, "box:1234")
         return weights + activations
 
+    trained: list[tuple[float, float]] = []
+
+    def is_final(study: Study) -> bool:
+        step = sampler.log(study).open
+        return step is not None and step.final
+
     if n_trials != 0:
         study.optimize(objective, n_trials=n_trials)
     return study
+
+
+def fake_training(step: int, n: int, *, is_final: bool = False) -> dict[str, Any]:
+    """Return what the record of the ``n``-th training of a fake search says.
+
+    A trained network's weights are the rounded ones: its own score is 0, the candidates made from
+    it have what they add to that, and every training takes 0.1 nats from the loss.
+    """
+    return {
+        "kind": "final" if is_final else "step",
+        "score": 0.0,
+        "epochs": 5 if is_final else 2,
+        "seconds": 1.5 + n,
+        "samples": 640,
+        "loss_first": 0.25,
+        "loss_last": 0.125,
+        "curvature": "second moments of training",
+        "clipped": 0,
+        "loss_before": round(0.5 - 0.1 * (n - 1) + 0.01 * step, 6),
+        "accuracy_before": round(0.9 - 0.01 * step, 6),
+        "loss_after": round(0.5 - 0.1 * n, 6),
+        "accuracy_after": round(0.9 + 0.01 * n, 6),
+        "weights": {"id": f"w{step}", "sha256": "00", "bytes": 1},
+        "sensitivity": {"id": f"s{step}", "sha256": "00", "bytes": 1},
+    }
 
 
 def score(study: Study, space: SearchSpace, n_trials: int | None = None) -> None:

@@ -358,6 +358,7 @@ class ProgressiveBitSampler(BaseSampler):
             log = self.log(study)
             if log.open is None or (
                 (log.open.step, log.open.parent) == (ticket.step, ticket.parent)
+                and (log.open.final or not self.final)
                 and log.ends_with_open_step()
             ):
                 self._stop(study)

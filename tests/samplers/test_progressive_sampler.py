@@ -24,7 +24,7 @@ from hq_optuna.pruners import CostBudgetPruner
 from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.search import RULES
 from hq_optuna.space import SearchSpace
-from tests.fake_search import fake_layers, fake_score, fake_space, fake_table
+from tests.fake_search import fake_layers, fake_score, fake_space, fake_study, fake_table
 from tests.samplers.tables import (
     BUDGET,
     STORAGES,
@@ -148,6 +148,13 @@ def test_one_sampler_serves_two_studies_of_the_same_id_in_two_storages():
     for study in (first, second):
         assert history(study) == expected(study)
         assert len(study.trials) == n_needed(study)
+
+
+def test_a_search_whose_answer_is_trained_stops_after_that_training():
+    study = fake_study(6, final=True)
+    last = tickets(study)[-1]
+    assert (last.kind, last.trains) == ("incumbent", True)
+    assert ours(study).log(study).finished
 
 
 def test_the_search_stops_at_the_budget_by_itself_and_once_more_when_started_again():
