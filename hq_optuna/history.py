@@ -73,6 +73,25 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class Reference:
+    """A network that candidates are made from, as what their rises are counted from.
+
+    Attributes:
+        step: The step that trained it, 0 for the start of the search, its widest bits.
+        score: Its own score, nats.
+        score_weights: The weights' sum over layers (NaN where the objective did not say).
+        score_activations: The activations' sum over layers (likewise).
+        calibration_loss: Measured loss on the calibration set (NaN where not measured).
+    """
+
+    step: int
+    score: float
+    score_weights: float
+    score_activations: float
+    calibration_loss: float
+
+
+@dataclass(frozen=True, slots=True)
 class StepRecord:
     """A closed step: the trial that recorded it, and the candidate it took.
 
@@ -83,6 +102,8 @@ class StepRecord:
         config: Its bits.
         training: What training these bits gave, see `hq_optuna.runner.trained_steps`; ``None``
             where they were not trained.
+        trained: The trained network, which the next steps' candidates are made from; ``None``
+            likewise.
     """
 
     number: int
@@ -90,6 +111,7 @@ class StepRecord:
     winner: Candidate
     config: BitConfig
     training: Mapping[str, Any] | None = None
+    trained: Reference | None = None
 
 
 @dataclass(frozen=True)
@@ -153,6 +175,22 @@ class History:
         found = [c for c in self.candidates if c.step == step and c.counted]
         return tuple(sorted(found, key=lambda c: c.slot))
 
+    def reference(self, step: int) -> Reference | None:
+        """Return what a step's candidates are made from: what was trained last, or the start.
+
+        Scores and losses before and after a training are those of different networks, so only
+        rises over the same one can be compared. ``None`` before the start is scored.
+        """
+        for record in reversed(self.records):
+            if record.step < step and record.trained is not None:
+                return record.trained
+        for c in self.candidates:
+            if c.step == 0 and c.counted:
+                return Reference(
+                    0, c.score, c.score_weights, c.score_activations, c.calibration_loss
+                )
+        return None
+
 
 def read_history(study: Study) -> History:
     """Read a study.
@@ -210,7 +248,7 @@ def _read_trials(
     candidates: dict[int, Candidate] = {}
     parents: dict[int, str] = {}
     closing: dict[int, list[tuple[int, Ticket]]] = {}
-    trained: dict[int, Mapping[str, Any]] = {}
+    trained: dict[int, tuple[Mapping[str, Any], Reference]] = {}
     for trial in trials:
         number, ticket = trial.row.number, trial.row.ticket
         if ticket is None or trial.row.state != TrialState.COMPLETE or trial.row.value is None:
@@ -218,7 +256,7 @@ def _read_trials(
         if ticket.kind == "incumbent":
             closing.setdefault(ticket.step, []).append((number, ticket))
             if ticket.trains:
-                trained[number] = trial.user_attrs.get(attrs.TRAINING, {})
+                trained[number] = _trained(ticket.step, trial)
         elif ticket.kind == "candidate":
             parents[number] = ticket.parent
             lowered = ticket.variable
@@ -253,7 +291,8 @@ def _read_trials(
             break
         number, winner = record
         config = space.config(winner.state)
-        records.append(StepRecord(number, step, winner, config, trained.get(number)))
+        said, network = trained.get(number, (None, None))
+        records.append(StepRecord(number, step, winner, config, said, network))
     seen: set[tuple[int, int]] = set()
     for number, candidate in candidates.items():
         place = (candidate.step, candidate.slot)
@@ -262,6 +301,23 @@ def _read_trials(
             candidates[number] = replace(candidate, counted=True)
     records = [replace(record, winner=candidates[record.winner.number]) for record in records]
     return tuple(candidates.values()), tuple(records)
+
+
+def _trained(step: int, trial: TrialFacts) -> tuple[Mapping[str, Any], Reference]:
+    """Return what the record of a step says of its training, and of the network that gave."""
+    user, nan = trial.user_attrs, float("nan")
+    said: Mapping[str, Any] = user.get(attrs.TRAINING, {})
+    value = nan if trial.row.value is None else trial.row.value
+    # The value of the answer's record is made to be the best of the study.
+    network = Reference(
+        step,
+        said.get("score", value),
+        *(
+            user.get(name, nan)
+            for name in (attrs.SCORE_WEIGHTS, attrs.SCORE_ACTIVATIONS, attrs.CALIBRATION_LOSS)
+        ),
+    )
+    return said, network
 
 
 def _first_record(

@@ -15,7 +15,7 @@ from hq_optuna import attrs
 from hq_optuna.attrs import Ticket
 from hq_optuna.cost import Budget, CostModel
 from hq_optuna.errors import ResumeError
-from hq_optuna.history import assignment, read_history
+from hq_optuna.history import Reference, assignment, read_history
 from hq_optuna.samplers.log import StepLog
 from hq_optuna.space import SearchSpace
 from hq_optuna.workers import short_name, worker_id
@@ -54,6 +54,24 @@ def test_the_records_are_the_incumbents_of_the_step_log(encoding, rule):
     assert {(c.step, c.slot) for c in found.candidates if c.counted} == set(log.results)
     assert found.met
     assert found.incumbent == found.records[-1]
+
+
+def test_a_step_is_judged_against_what_was_trained_last_or_the_start():
+    study = fake_study(6, train_every=1, final=True)
+    found = read_history(study)
+    (start,) = found.step(0)
+    assert found.reference(1) == Reference(
+        *(0, start.score, start.score_weights, start.score_activations, start.calibration_loss)
+    )
+    # A training of a fake search takes 0.1 nats; a trained network's own score is 0.
+    assert found.reference(2) == Reference(1, 0.0, 0.0, 0.0, 0.4)
+    last = found.records[-1]
+    assert last.training["kind"] == "final"
+    assert found.reference(last.step).step == last.step - 2  # the answer's own is trained last
+
+
+def test_before_the_start_is_scored_there_is_nothing_to_judge_against():
+    assert read_history(fake_study(6, n_trials=0)).reference(0) is None
 
 
 def test_candidates_say_what_was_changed_and_what_it_scored():

@@ -11,7 +11,7 @@ import math
 import statistics
 from typing import Any
 
-from hq_optuna.history import Candidate, History
+from hq_optuna.history import History
 
 FEWEST = 3
 """Candidates below which ranks are not compared."""
@@ -24,7 +24,8 @@ def agreement(history: History) -> dict[str, Any] | None:
     """Return rank correlations (Spearman) of score and measured calibration loss.
 
     Over all candidates both rise as bits fall, so that correlation is high for almost any score;
-    what decides in a search is the order within a step.
+    what decides in a search is the order within a step. Rises are those over the network that
+    candidates are made from: what was trained last, or the start.
 
     Returns:
         ``{"candidates", "spearman", "steps", "within_steps"}``; ``within_steps`` is the median over
@@ -34,18 +35,19 @@ def agreement(history: History) -> dict[str, Any] | None:
     """
     if history.info.scorer == MEASURED:
         return None
-    both = [
-        c
-        for c in history.candidates
-        if c.counted and c.step > 0 and math.isfinite(c.score + c.calibration_loss)
-    ]
+    steps: dict[int, list[tuple[float, float]]] = {}
+    for c in history.candidates:
+        if c.counted and c.step > 0 and math.isfinite(c.score + c.calibration_loss):
+            steps.setdefault(c.step, []).append((c.score, c.calibration_loss))
+    for step, pairs in steps.items():
+        start = history.reference(step)
+        if start is not None and math.isfinite(start.score + start.calibration_loss):
+            steps[step] = [(x - start.score, y - start.calibration_loss) for x, y in pairs]
+    both = [pair for pairs in steps.values() for pair in pairs]
     overall = _spearman(both)
     if overall is None:
         return None
-    steps: dict[int, list[Candidate]] = {}
-    for candidate in both:
-        steps.setdefault(candidate.step, []).append(candidate)
-    within = [rho for found in steps.values() if (rho := _spearman(found)) is not None]
+    within = [rho for pairs in steps.values() if (rho := _spearman(pairs)) is not None]
     return {
         "candidates": len(both),
         "spearman": overall,
@@ -54,11 +56,9 @@ def agreement(history: History) -> dict[str, Any] | None:
     }
 
 
-def _spearman(candidates: list[Candidate]) -> float | None:
-    scores = [c.score for c in candidates]
-    losses = [c.calibration_loss for c in candidates]
-    if len(candidates) < FEWEST or len(set(scores)) == 1 or len(set(losses)) == 1:
+def _spearman(pairs: list[tuple[float, float]]) -> float | None:
+    if len(pairs) < FEWEST or any(len(set(side)) == 1 for side in zip(*pairs, strict=True)):
         return None
     from scipy.stats import spearmanr  # takes longer to import than a report to write
 
-    return float(spearmanr(scores, losses).statistic)
+    return float(spearmanr(*zip(*pairs, strict=True)).statistic)

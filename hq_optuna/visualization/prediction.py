@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
@@ -23,16 +23,20 @@ which also knows the rises below zero that measuring gives."""
 MANY = 200
 """More points than these of one kind are drawn smaller."""
 
+AFTER = "candidates after<br>a training"
+"""Name of those whose rises are over a trained network."""
+
 MEASURED = "loss"
 """The scorer that ranks by measured losses: its score predicts nothing."""
 
 
 class PredictionPoint(NamedTuple):
-    """A candidate against the start of the search (the widest bits), nats.
+    """A candidate against what it is made from: the start (the widest bits), or a training, nats.
 
     Attributes:
         number: Trial number.
         step: Its step.
+        over: The step whose training gave the network it is made from, 0 for the start.
         move: What it changes, in words.
         by_score: Rise of the score; ``None`` where the score is itself measured.
         by_layers: Rise of the sum over layers; ``None`` where it was not recorded.
@@ -42,6 +46,7 @@ class PredictionPoint(NamedTuple):
 
     number: int
     step: int
+    over: int
     move: str
     by_score: float | None
     by_layers: float | None
@@ -67,18 +72,21 @@ class PredictionInfo(NamedTuple):
 
 
 def prediction_info(history: History) -> PredictionInfo:
-    """Read the rises of all candidates that count, each against the start.
+    """Read the rises of all candidates that count, each against what it is made from.
 
-    The start, step 0, stands in for the float network, whose loss the storage does not hold.
+    That is the network that was trained last, as it is at its own bits. Before any training it is
+    the start, step 0, which stands in for the float network: the storage does not hold its loss.
     """
     scorer = history.info.scorer
-    start = next((c for c in history.candidates if c.counted and c.step == 0), None)
-    if start is None or not math.isfinite(start.calibration_loss):
-        return PredictionInfo(scorer, (), None, None)
+    references = {step: history.reference(step) for step in {c.step for c in history.candidates}}
     won = {record.winner.number for record in history.records}
     points = []
     for c in history.candidates:
-        if c.step == 0 or not c.counted or not math.isfinite(c.calibration_loss):
+        start = references[c.step]
+        if c.step == 0 or not c.counted or start is None:
+            continue
+        measured = c.calibration_loss - start.calibration_loss
+        if not math.isfinite(measured):
             continue
         sums = (c.score_weights + c.score_activations) - (
             start.score_weights + start.score_activations
@@ -87,10 +95,11 @@ def prediction_info(history: History) -> PredictionInfo:
             PredictionPoint(
                 number=c.number,
                 step=c.step,
+                over=start.step,
                 move=describe_move(c),
                 by_score=None if scorer == MEASURED else c.score - start.score,
                 by_layers=f.finite(sums),
-                measured=c.calibration_loss - start.calibration_loss,
+                measured=measured,
                 won=c.number in won,
             )
         )
@@ -124,6 +133,25 @@ def rank_correlation(pairs: Iterable[tuple[float | None, float]]) -> float | Non
         return None
     predicted, measured = zip(*whole, strict=True)
     return round(float(spearmanr(predicted, measured).statistic), 12)
+
+
+_KINDS: tuple[tuple[str, Callable[[PredictionPoint], bool], dict[str, Any]], ...] = (
+    (
+        "candidates",
+        lambda p: not p.won and not p.over,
+        {"color": f.BLUE, "size": 6, "opacity": 0.7},
+    ),
+    (
+        AFTER,
+        lambda p: not p.won and p.over > 0,
+        {"color": f.GREEN, "size": 6, "opacity": 0.7, "symbol": "diamond"},
+    ),
+    ("taken by a step", lambda p: p.won, {"color": f.VERMILION, "size": 9, "symbol": "star"}),
+)
+
+
+def _over(point: PredictionPoint) -> str:
+    return f"over the network trained at step {point.over}" if point.over else "over the start"
 
 
 def prediction_figure(info: PredictionInfo) -> go.Figure:
@@ -165,11 +193,10 @@ def prediction_figure(info: PredictionInfo) -> go.Figure:
             row=1,
             col=column,
         )
-        for name, won, look in (
-            ("candidates", False, {"color": f.BLUE, "size": 6, "opacity": 0.7}),
-            ("taken by a step", True, {"color": f.VERMILION, "size": 9, "symbol": "star"}),
-        ):
-            shown = [(x, p) for x, p in points if p.won == won]
+        for name, chosen, look in _KINDS:
+            shown = [(x, p) for x, p in points if chosen(p)]
+            if not shown and name == AFTER:
+                continue
             if len(shown) > MANY:
                 look = {**look, "size": 5}
             figure.add_scatter(
@@ -179,10 +206,12 @@ def prediction_figure(info: PredictionInfo) -> go.Figure:
                 marker=look,
                 name=name,
                 legendgroup=name,
-                customdata=[[p.step, f.label(p.move), p.number, x, p.measured] for x, p in shown],
+                customdata=[
+                    [p.step, f.label(p.move), p.number, x, p.measured, _over(p)] for x, p in shown
+                ],
                 hovertemplate="step %{customdata[0]}: %{customdata[1]} (trial %{customdata[2]})"
                 "<br>predicted %{customdata[3]:.4g} nats"
-                "<br>measured %{customdata[4]:.4g} nats<extra></extra>",
+                "<br>measured %{customdata[4]:.4g} nats<br>%{customdata[5]}<extra></extra>",
                 showlegend=column == 1,
                 row=1,
                 col=column,
@@ -190,12 +219,13 @@ def prediction_figure(info: PredictionInfo) -> go.Figure:
     power = f"±10<sup>{round(math.log10(unit))}</sup>".replace("-", "−")
     f.style(figure, f"{TITLE}<br><sub>axes are linear within {power} nats</sub>", 420)
     figure.update_layout(legend={"traceorder": "normal", "itemsizing": "constant"})
+    over = "the start" + (" or the last training" if any(p.over for p in info.points) else "")
     figure.update_xaxes(
-        title={"text": "predicted rise over the start (nats)"}, **rise_axis(predicted, unit, room)
+        title={"text": f"predicted rise over {over} (nats)"}, **rise_axis(predicted, unit, room)
     )
     axis = rise_axis(measured, unit, room)
     figure.update_yaxes(**axis)
-    figure.update_yaxes(title={"text": "measured rise over the start (nats)"}, col=1)
+    figure.update_yaxes(title={"text": f"measured rise over {over} (nats)"}, col=1)
     return figure
 
 
@@ -250,9 +280,9 @@ def plot_prediction(study: Study, *, dark: bool | None = None) -> go.Figure:
     """Plot the predicted loss rise of every candidate against the measured one.
 
     Predicted: the score, and where that is something else the sum over layers. Measured: the mean
-    loss on the calibration set, without training. Both are rises over the start of the search, the
-    widest bits. Small rises drown in what a finite calibration set says by chance: that is what
-    points below zero show.
+    loss on the calibration set, without training the candidate. Both are rises over the start of
+    the search, the widest bits, or over the network that the search trained last. Small rises drown
+    in what a finite calibration set says by chance: that is what points below zero show.
 
     Args:
         study: A study of a bit search, finished or not.

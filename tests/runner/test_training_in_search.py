@@ -92,6 +92,23 @@ def test_winners_and_answer_are_trained_and_recorded(alone):
     assert study.best_value <= records[-1].training["score"]
 
 
+def test_what_the_next_steps_are_judged_against_is_the_trained_network(alone):
+    found, study = alone
+    history = read_history(study)
+    trained = [record for record in history.records if record.training is not None]
+    assert trained
+    for record in trained:
+        kept, trial = record.trained, study.trials[record.number]
+        assert kept.step == record.step
+        assert kept.score == record.training["score"]
+        assert kept.calibration_loss == trial.user_attrs[attrs.CALIBRATION_LOSS]
+        assert kept.score_weights == 0.0  # its weights are the rounded ones
+        scorer = found.objective.scorer_at(study, record.number)
+        assert kept.score == scorer.score(record.config).total
+    assert trained[-1].trained.score > study.trials[trained[-1].number].value  # made the best
+    assert history.records[0].trained is None
+
+
 def test_the_answer_is_the_trained_network_and_is_saved_bit_for_bit(alone, tmp_path):
     found, study = alone
     result = found.result(study)

@@ -9,6 +9,7 @@ import pytest
 from hq_optuna.cost import Budget
 from hq_optuna.history import read_history
 from hq_optuna.visualization.prediction import (
+    AFTER,
     PredictionInfo,
     PredictionPoint,
     linear_unit,
@@ -93,6 +94,38 @@ def test_what_was_not_measured_is_left_out():
     assert prediction_info(_history(n_trials=1)).points == ()
 
 
+def test_after_a_training_rises_are_those_over_the_trained_network():
+    # In a fake search a training takes 0.1 nats, and its network's own score is 0: against any
+    # other reference than the last trained network, predicted and measured would be apart.
+    space = fake_space(5, bits=(8, 6, 4))
+    study = fake_study(space, budget=Budget.fraction(bops=0.3), train_every=2, final=True)
+    history = read_history(study)
+    trained = [record.step for record in history.records if record.trained is not None]
+    assert len(trained) >= 3
+    info = prediction_info(history)
+    assert {p.over for p in info.points} == {0, *trained[:-1]}  # nothing is made from the answer
+    for point in info.points:
+        assert point.over == max((step for step in trained if step < point.step), default=0)
+        assert point.by_score == pytest.approx(point.measured, abs=1e-12)
+    figure = prediction_figure(info)
+    names = [trace.name for trace in figure.data]
+    assert names == ["as predicted", "candidates", AFTER, "taken by a step"]
+    assert {row[5] for row in figure.data[2].customdata} == {
+        f"over the network trained at step {step}" for step in trained[:-1]
+    }
+    assert "or the last training" in figure.layout.xaxis.title.text
+
+
+def test_what_a_training_left_unmeasured_gives_no_rises():
+    history = read_history(fake_study(5, train_every=1))
+    step = history.records[1]
+    lost = dataclasses.replace(step.trained, calibration_loss=math.nan)
+    records = (history.records[0], dataclasses.replace(step, trained=lost), *history.records[2:])
+    shown = {p.step for p in prediction_info(dataclasses.replace(history, records=records)).points}
+    assert step.step + 1 not in shown
+    assert step.step in shown
+
+
 def test_a_repeated_candidate_is_drawn_once():
     history = _history()
     first = history.candidates[1].number
@@ -139,16 +172,16 @@ def test_ticks_say_the_values_where_they_stand():
 
 def test_points_below_zero_are_drawn_and_hover_texts_say_the_numbers():
     points = (
-        PredictionPoint(1, 1, "a 8 → 7", 0.1, None, -0.02, False),
-        PredictionPoint(2, 1, "<b> 8 → 7", 0.2, None, 0.3, True),
+        PredictionPoint(1, 1, 0, "a 8 → 7", 0.1, None, -0.02, False),
+        PredictionPoint(2, 1, 0, "<b> 8 → 7", 0.2, None, 0.3, True),
     )
     line, candidates, taken = prediction_figure(PredictionInfo("loss", points, None, None)).data
     assert line.x == line.y
     assert candidates.y[0] < 0 < candidates.x[0]
-    assert list(taken.customdata[0]) == [1, "&lt;b&gt; 8 → 7", 2, 0.2, 0.3]
+    assert list(taken.customdata[0]) == [1, "&lt;b&gt; 8 → 7", 2, 0.2, 0.3, "over the start"]
     assert "%{customdata[4]:.4g} nats" in taken.hovertemplate
 
 
 def test_rises_that_are_all_zero_are_drawn():
-    point = PredictionPoint(1, 1, "a 8 → 7", 0.0, None, 0.0, True)
+    point = PredictionPoint(1, 1, 0, "a 8 → 7", 0.0, None, 0.0, True)
     assert len(prediction_figure(PredictionInfo("x", (point,), None, None)).data) == 3
