@@ -35,6 +35,7 @@ class Run:
         counted: Whether the search took its result.
         handed: Whether somebody else claimed it and handed it out, as a launcher does, so that it
             may have waited for its worker after its start.
+        trains: Whether it records a step whose winner it trains.
     """
 
     number: int
@@ -48,6 +49,7 @@ class Run:
     seconds: float | None
     counted: bool
     handed: bool = False
+    trains: bool = False
 
 
 def read_runs(trials: Collection[TrialFacts], counted: Collection[int]) -> tuple[Run, ...]:
@@ -77,6 +79,7 @@ def read_runs(trials: Collection[TrialFacts], counted: Collection[int]) -> tuple
                 seconds=user.get(attrs.SECONDS),
                 counted=row.number in counted,
                 handed=handed,
+                trains=ticket is not None and ticket.trains,
             )
         )
     return tuple(found)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
@@ -94,11 +95,24 @@ def measured_info(history: History, name: str = ACCURACY) -> MeasuredInfo:
 def standard_error(share: float, n_samples: int) -> float:
     """Return the standard error of a share of independent samples.
 
+    By Laplace's rule, one sample more of each kind: where all were right, nothing is certain yet.
+
     Example:
-        >>> standard_error(0.5, 100)
-        0.05
+        >>> standard_error(0.5, 100), round(standard_error(1.0, 300), 4)
+        (0.05, 0.0033)
     """
+    share = (share * n_samples + 1) / (n_samples + 2)
     return math.sqrt(share * (1 - share) / n_samples)
+
+
+def error_bars(percents: Sequence[float], errors: Sequence[float]) -> dict[str, Any]:
+    """Return bars of so many points around percentages, which end at 0 and at 100."""
+    return {
+        "array": [min(error, 100 - at) for at, error in zip(percents, errors, strict=True)],
+        "arrayminus": [min(error, at) for at, error in zip(percents, errors, strict=True)],
+        "thickness": 1,
+        "width": 4,
+    }
 
 
 def measured_figure(info: MeasuredInfo) -> go.Figure:
@@ -123,7 +137,7 @@ def measured_figure(info: MeasuredInfo) -> go.Figure:
         figure.add_scatter(
             x=[p.cost / factor for p in points],
             y=[times * p.value for p in points],
-            error_y=None if errors is None else {"array": errors, "thickness": 1, "width": 4},
+            error_y=None if errors is None else error_bars([100 * p.value for p in points], errors),
             name=said,
             mode="markers+text" if method == attrs.UNIFORM and len(points) <= 12 else "markers",
             marker={"color": colour, "symbol": symbol, "size": size},

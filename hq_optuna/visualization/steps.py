@@ -10,18 +10,22 @@ from optuna.study import Study
 from plotly.subplots import make_subplots
 
 from hq_optuna.cost import Metric, format_cost
-from hq_optuna.history import Candidate, History, read_history
+from hq_optuna.history import Candidate, History, Reference, StepRecord, read_history
 from hq_optuna.visualization import _figure as f
 
 TITLE = "Score and cost over the steps"
+
+TRAINED = "trained"
 
 
 class StepsInfo(NamedTuple):
     """The incumbents, one entry per closed step; ``None`` where a number was not measured.
 
+    A step whose winner was trained has a second entry, what the training left.
+
     Attributes:
         steps: Numbers of the steps.
-        taken: What each step took, in words.
+        taken: What each step took, in words; `TRAINED` and for how long in second entries.
         score: Predicted loss rise, nats.
         score_weights: The weights' sum over layers.
         score_activations: The activations' sum over layers.
@@ -75,15 +79,22 @@ def shorten_moves(moves: Sequence[str], characters: int = 40) -> list[str]:
 
 def steps_info(history: History) -> StepsInfo:
     """Read the incumbent of every closed step."""
-    winners = [record.winner for record in history.records]
+    entries: list[tuple[StepRecord, Candidate | Reference, str]] = []
+    for record in history.records:
+        entries.append((record, record.winner, describe_move(record.winner)))
+        if record.trained is not None:
+            epochs = (record.training or {}).get("epochs")
+            said = TRAINED if epochs is None else f"{TRAINED}, {epochs} epochs"
+            entries.append((record, record.trained, said))
+    networks = [network for _, network, _ in entries]
     return StepsInfo(
-        steps=tuple(record.step for record in history.records),
-        taken=tuple(describe_move(winner) for winner in winners),
-        score=tuple(f.finite(winner.score) for winner in winners),
-        score_weights=tuple(f.finite(winner.score_weights) for winner in winners),
-        score_activations=tuple(f.finite(winner.score_activations) for winner in winners),
-        calibration_loss=tuple(f.finite(winner.calibration_loss) for winner in winners),
-        cost=tuple(f.finite(winner.cost) for winner in winners),
+        steps=tuple(record.step for record, _, _ in entries),
+        taken=tuple(said for _, _, said in entries),
+        score=tuple(f.finite(network.score) for network in networks),
+        score_weights=tuple(f.finite(network.score_weights) for network in networks),
+        score_activations=tuple(f.finite(network.score_activations) for network in networks),
+        calibration_loss=tuple(f.finite(network.calibration_loss) for network in networks),
+        cost=tuple(f.finite(record.winner.cost) for record, _, _ in entries),
         limit=history.info.limit,
         int8=history.info.int8,
         metric=history.info.metric,
@@ -126,6 +137,20 @@ def steps_figure(info: StepsInfo) -> go.Figure:
             customdata=taken,
             hovertemplate=f"step %{{x}}: %{{customdata}}<br>{name.partition('<br>')[0]} "
             "%{y:.4g} nats<extra></extra>",
+            row=1,
+            col=1,
+        )
+    after = [i for i, text in enumerate(info.taken) if text.startswith(TRAINED)]
+    after = [i for i in after if (info.score[i] or 0.0) > 0]
+    if after:
+        figure.add_scatter(
+            x=[info.steps[i] for i in after],
+            y=[info.score[i] for i in after],
+            name="score after<br>a training",
+            mode="markers",
+            marker={"color": f.BLUE, "symbol": "diamond", "size": 10},
+            customdata=[taken[i] for i in after],
+            hovertemplate="step %{x}: %{customdata}<br>score %{y:.4g} nats<extra></extra>",
             row=1,
             col=1,
         )
@@ -175,6 +200,8 @@ def steps_figure(info: StepsInfo) -> go.Figure:
 
 def plot_steps(study: Study, *, dark: bool | None = None) -> go.Figure:
     """Plot the score's parts and the cost of the incumbent over the steps, with the budget.
+
+    Where a winner was trained, its score moves at that step: the trained network is another one.
 
     Args:
         study: A study of a bit search, finished or not.

@@ -28,7 +28,7 @@ TICKS_S = (
 MOST_LABELLED = 4
 """So many pauses have their length written above them; more would overlap."""
 
-What = Literal["candidate", "surplus", "record", "other", "running", "failed", "lost"]
+What = Literal["candidate", "surplus", "record", "training", "other", "running", "failed", "lost"]
 
 
 class WorkerSpan(NamedTuple):
@@ -38,6 +38,7 @@ class WorkerSpan(NamedTuple):
         worker: Which row, from 0.
         number: Trial number.
         what: ``"candidate"`` and ``"record"`` (the trial that closes a step): their results count.
+            ``"training"``: likewise, of a record that trains its bits.
             ``"surplus"``: no longer needed, or somebody else's result counts. ``"other"``: a trial
             that somebody enqueued, or of another loop. ``"failed"``: an error, given back, or
             lost by a launcher's worker. ``"lost"``: its worker did nothing afterwards: it died or
@@ -119,7 +120,9 @@ def _what(run: Run, *, is_last: bool) -> What:
         return "other"
     if not run.counted:
         return "surplus"
-    return "record" if run.kind == "incumbent" else "candidate"
+    if run.kind == "incumbent":
+        return "training" if run.trains else "record"
+    return "candidate"
 
 
 def _text(run: Run, what: What, move: str | None) -> str:
@@ -127,7 +130,7 @@ def _text(run: Run, what: What, move: str | None) -> str:
         doing = f"candidate {run.slot + 1} of step {run.step}"
         doing += "" if move is None else f", {move}"
     elif run.kind == "incumbent":
-        doing = f"record of step {run.step}"
+        doing = f"{'training and ' if run.trains else ''}record of step {run.step}"
     else:
         doing = "nothing to do" if run.kind == "surplus" else "enqueued or of another loop"
     said = {
@@ -181,6 +184,7 @@ def workers_figure(info: WorkersInfo) -> go.Figure:
             ("even steps", ("candidate",), _even, {"color": f.BLUE}, 0.7),
             ("odd steps", ("candidate",), _odd, {"color": f.SKY}, 0.7),
             ("not needed", ("surplus",), _any, {"color": f.GREY}, 0.7),
+            ("training", ("training",), _any, {"color": f.ORANGE}, 0.7),
             ("other trials", ("other",), _any, {"color": f.GREEN}, 0.7),
             ("running", ("running",), _any, _hatched(f.BLUE), 0.4),
             ("no result", ("failed", "lost"), _any, _hatched(f.VERMILION), 0.2),

@@ -10,8 +10,10 @@ from hq_optuna.visualization.measured import (
     _LOOK,
     MeasuredInfo,
     MeasuredPoint,
+    error_bars,
     measured_figure,
     measured_info,
+    standard_error,
 )
 from tests.fake_search import fake_study
 
@@ -61,12 +63,21 @@ def test_accuracies_are_percent_with_their_standard_errors():
     answer, uniform, tpe = figure.data
     assert (answer.name, uniform.name, tpe.name) == ("answer", "uniform bits", "TPE")
     assert (answer.y, uniform.y, tpe.y) == ((90.0,), (80.0,), (85.0,))
-    assert uniform.error_y.array == pytest.approx((2.0,))  # sqrt(0.8 · 0.2 / 400)
+    # sqrt(p · (1 − p) / 400), where p is 320 of 400 and one sample more of each kind.
+    p = 321 / 402
+    assert uniform.error_y.array == pytest.approx((100 * (p * (1 - p) / 400) ** 0.5,))
+    assert uniform.error_y.arrayminus == uniform.error_y.array
     assert uniform.text == ("3 bits",)
     texts = [note.text for note in figure.layout.annotations]
     assert texts[0] == "float 92 %"
     assert texts[1].startswith("budget ")
     assert figure.layout.yaxis.title.text == "accuracy (%)"
+
+
+def test_bars_of_an_accuracy_near_100_percent_are_there_and_end_at_100():
+    assert error_bars([99.9], [0.3])["array"] == pytest.approx([0.1])
+    assert error_bars([99.9], [0.3])["arrayminus"] == [0.3]
+    assert standard_error(1.0, 300) > 0.003
 
 
 def test_losses_have_no_errors_and_no_percent():

@@ -37,6 +37,31 @@ def test_the_steps_carry_score_parts_cost_and_what_was_lowered():
     )
 
 
+def test_a_trained_step_shows_what_it_took_and_what_training_left():
+    study = fake_study(
+        fake_space(4, bits=(8, 4)), budget=Budget.fraction(bops=0.32), train_every=1, final=True
+    )
+    info = steps_info(read_history(study))
+    assert info.steps == (0, 1, 1, 2, 3, 3)
+    assert info.taken == (
+        "start",
+        "layer3.1.conv 8 → 4",
+        "trained, 2 epochs",
+        "layer1.0.conv 8 → 4",
+        "layer1.0.conv 8 → 4",
+        "trained, 5 epochs",
+    )
+    assert info.score[2] == info.score[5] == 0.0
+    assert info.calibration_loss[2] == 0.4
+    assert info.cost[1] == info.cost[2]
+    # A log axis has no zero; a score above it is marked.
+    assert "score after<br>a training" not in {t.name for t in steps_figure(info).data}
+    moved = info._replace(score=(*info.score[:2], 0.25, *info.score[3:]))
+    (marks,) = (t for t in steps_figure(moved).data if t.name == "score after<br>a training")
+    assert (marks.x, marks.y) == ((1,), (0.25,))
+    assert "%{y:.4g} nats" in marks.hovertemplate
+
+
 def test_what_was_not_measured_is_none_and_gets_no_line():
     info = steps_info(read_history(fake_study(5, bare=True)))
     assert set(info.score_weights) == set(info.score_activations) == {None}

@@ -66,6 +66,19 @@ def test_each_trial_is_a_span_on_the_row_of_its_worker():
     )
 
 
+def test_a_training_is_a_bar_for_as_long_as_it_took():
+    info = info_of(
+        run(0, ANN, 0, 1, step=0),
+        run(1, ANN, 1, 9, kind="incumbent", slot=0, trains=True),
+        run(2, ANN, 9, 9.1, kind="incumbent", slot=0, step=2),
+    )
+    assert [span.what for span in info.spans] == ["candidate", "training", "record"]
+    assert info.spans[1].text == "trial 1: training and record of step 1"
+    (bar,) = (trace for trace in workers_figure(info).data if trace.name == "training")
+    assert bar.x == (8000,)
+    assert info.pauses == ()
+
+
 def test_who_went_on_after_a_failed_trial_did_not_die():
     info = info_of(run(0, ANN, 0, 1, state=TrialState.FAIL), run(1, ANN, 2, 3))
     assert [span.what for span in info.spans] == ["failed", "candidate"]
