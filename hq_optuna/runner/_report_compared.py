@@ -9,8 +9,9 @@ from typing import Any
 
 from hq_optuna import attrs
 from hq_optuna.cost import Metric, format_cost
+from hq_optuna.runner._report_words import hundredths, interval, points
 from hq_optuna.runner.baselines import METHODS, NSGA2, RANDOM, TPE
-from hq_optuna.runner.intervals import Interval, paired
+from hq_optuna.runner.intervals import CONFIDENCE, Interval, paired, wilson
 
 COMPARED, ANSWER, UNIFORM, EIGHT = attrs.COMPARED, attrs.ANSWER, attrs.UNIFORM, "8 bits"
 """The fact that holds the rows, and their methods beside those of `hq_optuna.runner.baselines`."""
@@ -99,11 +100,20 @@ def table(
 ) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...], tuple[str, ...]]:
     """Return header, rows and sentences of the comparison.
 
-    Methods with several seeds are one row, mean ± standard deviation.
+    Methods with several seeds are one row, mean ± standard deviation. Where samples were counted,
+    accuracies have their intervals; those of a mean are no narrower, as all seeds read the same
+    samples.
     """
     names = list(dict.fromkeys(name for row in compared for name in row["measured"]))
-    header = ("", "cost", "score (nats)", *names, "evaluations", "seconds")
+    pairs = any(row.get("pairs") for row in compared)
+    over = ("over the answer, points",) if pairs else ()
+    header = ("", "cost", "score (nats)", *names, *over, "evaluations", "seconds")
     lines = ["Measured on the validation data; all with the same score and statistics correction."]
+    if pairs:
+        lines.append(
+            f"In brackets {100 * CONFIDENCE:.0f} % intervals over the validation samples; ± is "
+            "over seeds."
+        )
     if any(row["method"] == EIGHT for row in compared):
         lines.append("Uniform 8 bits are over the budget and stand here for reference.")
     groups: dict[str, list[Mapping[str, Any]]] = {}
@@ -135,13 +145,47 @@ def table(
             values = [row["measured"][name] for row in within if name in row["measured"]]
             if name == "accuracy":
                 cells.append(_spread([100 * v for v in values], "{:.2f} %".format))
+                cells[-1] += _interval(within)
             else:
                 cells.append(_spread(values, "{:.4g}".format))
+        if pairs:
+            cells.append("" if key == ANSWER else _over_answer(within))
         cells.append(f"{round(statistics.mean(row['evaluations'] for row in group)):,}")
         seconds = [row["seconds"] for row in group if row["seconds"] is not None]
         cells.append(f"{statistics.mean(seconds):.3g}" if seconds else "")
         rows.append((title, *cells))
     return header, tuple(rows), tuple(lines)
+
+
+def _mean_pairs(group: Sequence[Mapping[str, Any]]) -> tuple[float, float, int] | None:
+    """Return samples that only the answer gets right, that only this does, and all of them."""
+    counted = [row["pairs"] for row in group if row.get("pairs")]
+    if not counted or len(counted) < len(group):
+        return None
+    lost, gained = (
+        statistics.mean(pairs[name] for pairs in counted) for name in ("only_answer", "only_this")
+    )
+    return lost, gained, counted[0]["samples"]
+
+
+def _interval(group: Sequence[Mapping[str, Any]]) -> str:
+    """Return the interval of a row's accuracy, `` [low, high]`` in percent, where there is one."""
+    pairs = _mean_pairs(group)
+    if pairs is None:
+        return ""
+    n = pairs[2]
+    low, high = wilson(round(n * statistics.mean(row["measured"]["accuracy"] for row in group)), n)
+    return f" [{hundredths(low)}, {hundredths(high)}]"
+
+
+def _over_answer(group: Sequence[Mapping[str, Any]]) -> str:
+    """Return how much more often than the answer a row is right, in points, with its interval."""
+    pairs = _mean_pairs(group)
+    if pairs is None:
+        return ""
+    lost, gained, n = pairs
+    low, high = paired(lost, gained, n)
+    return interval({"value": (gained - lost) / n, "low": low, "high": high}, points)
 
 
 def _spread(values: Sequence[float], write: Callable[[float], str]) -> str:

@@ -46,7 +46,7 @@ def wilson(right: int, n: int) -> Interval:
     return Interval(float(found.low), float(found.high))
 
 
-def paired(lost: int, gained: int, n: int) -> Interval:
+def paired(lost: float, gained: float, n: int) -> Interval:
     """Return the interval of the difference of two accuracies on the same samples.
 
     Bonett & Price (2012), "Adjusted Wald confidence interval for a difference of binomial
@@ -54,8 +54,8 @@ def paired(lost: int, gained: int, n: int) -> Interval:
     more of each kind.
 
     Args:
-        lost: Samples that only the first gets right.
-        gained: Samples that only the second gets right.
+        lost: Samples that only the first gets right; a mean where there are several seeds.
+        gained: Samples that only the second gets right; likewise.
         n: All samples, at least 1.
 
     Returns:
