@@ -199,6 +199,28 @@ class StudyInfo:
         return cls(**{**data, "skipped": skipped, "warnings": tuple(data["warnings"])})
 
 
+def quantizers_text(quantizers: Mapping[str, str], most: int = 6) -> str:
+    """Return which layers have which quantizer of weights, for people.
+
+    Args:
+        quantizers: As in `StudyInfo`.
+        most: So many layers of a quantizer are named.
+
+    Example:
+        >>> quantizers_text({"a": "midrise", "b": "midrise"}), quantizers_text({})
+        ('midrise: a, b; all others uniform', 'uniform')
+    """
+    layers: dict[str, list[str]] = {}
+    for layer, name in quantizers.items():
+        layers.setdefault(name, []).append(layer)
+    said = [
+        f"{name}: {', '.join(found[:most])}"
+        + (f" and {len(found) - most} more" if len(found) > most else "")
+        for name, found in layers.items()
+    ]
+    return "; ".join([*said, "all others uniform"]) if said else "uniform"
+
+
 @dataclass(frozen=True, slots=True)
 class Ticket:
     """What one trial is for.

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from hq_optuna.attrs import quantizers_text
 from hq_optuna.cli.strip import digit_styles, strips
 from hq_optuna.cost import CostModel, format_cost, macs
 from hq_optuna.history import History, read_history
@@ -65,6 +66,8 @@ def result(console: Console, study: Study) -> None:
     ):
         table.add_column(title, justify="right" if side == "right" else "left", no_wrap=True)
     levels = history.space.levels
+    if history.info.quantizers:
+        table.add_column("rounded", no_wrap=True)
     for row in layer_table(history):
         table.add_row(
             plain(row.name),
@@ -75,6 +78,7 @@ def result(console: Console, study: Study) -> None:
             bits_text(row.activation_bits, levels),
             f"{100 * row.share_after:.1f} %",
             "-" if row.sensitivity is None else f"{row.sensitivity:.2g}",
+            *((row.quantizer,) if history.info.quantizers else ()),
         )
     console.print(table)
     reason = read_standing(study).reason
@@ -83,8 +87,9 @@ def result(console: Console, study: Study) -> None:
 
 def _summary(history: History, reason: str = "") -> str:
     record, info = history.incumbent, history.info
+    quantizers = f"weights   {plain(quantizers_text(info.quantizers))}" if info.quantizers else ""
     if record is None:
-        return "No step is closed yet."
+        return "\n".join(filter(None, (quantizers, "No step is closed yet.")))
     cost = record.winner.cost
     n_trained = sum(r.training is not None for r in history.records)
     lines = [
@@ -99,6 +104,8 @@ def _summary(history: History, reason: str = "") -> str:
         + (f"{n_trained} trained" if n_trained else "no training")
         + (f"; ended: {reason}" if reason else ""),
     ]
+    if quantizers:
+        lines.append(quantizers)
     facts = history.facts
     intervals = accuracies(facts)
     measured = sorted(name.removesuffix("_before") for name in facts if name.endswith("_before"))

@@ -9,7 +9,7 @@ from typing import Any
 
 from hq_optuna import attrs
 from hq_optuna.artifacts import Reference
-from hq_optuna.attrs import StudyInfo
+from hq_optuna.attrs import StudyInfo, quantizers_text
 from hq_optuna.cost import format_cost
 from hq_optuna.history import Candidate, History
 from hq_optuna.layers import FLOAT_BITS
@@ -74,8 +74,9 @@ def study_note(
         parts += ["### Latest steps", _steps(history, study_id), "### Bits", _layers(history)]
     parts.append(
         f"*Score {info.scorer}, rule {info.rule}, {info.n_candidates} candidates a step, seed "
-        f"{info.seed}. Written {written} by hq_optuna. The card “Best Trial” of a plain "
-        "optuna-dashboard does not look at the budget; this note does.*"
+        f"{info.seed}, weights {_plain(quantizers_text(info.quantizers))}. Written {written} by "
+        "hq_optuna. The card “Best Trial” of a plain optuna-dashboard does not look at the budget; "
+        "this note does.*"
     )
     return "\n\n".join(parts)
 
@@ -127,7 +128,32 @@ def trial_note(
         return f"{what} It was {ended}; it does not count."
     cost = float(trial.get(attrs.COST, math.nan))
     within = "within budget" if cost <= info.limit else "over budget"
-    return f"{what} Score {score:.3g} nats, {format_cost(cost, info.metric)}, {within}."
+    return (
+        f"{what} Score {score:.3g} nats, {format_cost(cost, info.metric)}, {within}."
+        f"{trained(trial.get(attrs.TRAINING))}"
+    )
+
+
+def trained(said: Mapping[str, Any] | None) -> str:
+    """Return a sentence of what a record says of its training; empty where there was none.
+
+    Example:
+        >>> trained({"epochs": 2, "seconds": 3.21, "accuracy_before": 0.9, "accuracy_after": 0.95})
+        ' Trained for 2 epochs in 3.21 s: accuracy 90.00% → 95.00%.'
+    """
+    if not said:
+        return ""
+    text = f" Trained for {said.get('epochs', '?')} epochs in {said.get('seconds', math.nan):.3g} s"
+    pairs = [
+        f"{name} {_figure(name, said[f'{name}_before'])} → {_figure(name, said[f'{name}_after'])}"
+        for name in sorted(key.removesuffix("_before") for key in said if key.endswith("_before"))
+        if f"{name}_after" in said
+    ]
+    return text + (f": {', '.join(pairs)}." if pairs else ".")
+
+
+def _figure(name: str, value: float) -> str:
+    return f"{value:.2%}" if name == "accuracy" else f"{value:.4g}"
 
 
 def change(trial: Mapping[str, Any]) -> str:
@@ -201,8 +227,8 @@ def _incumbent(history: History, study_id: int) -> str:
         test = name.startswith("test_")
         n = facts.get("test_samples" if test else "validation_samples", "?")
         shown = f"{name.removeprefix('test_')}, {n} {'test' if test else 'validation'} samples"
-        as_text = "{:.2%}".format if name.removeprefix("test_") == "accuracy" else "{:.4g}".format
-        rows.append((shown, f"**{as_text(after)}**", "", as_text(facts[before])))
+        named = name.removeprefix("test_")
+        rows.append((shown, f"**{_figure(named, after)}**", "", _figure(named, facts[before])))
     trial = f"[trial {record.number}](/dashboard/studies/{study_id}/trials?numbers={record.number})"
     return f"**Incumbent.** After step {record.step}: {trial}.\n\n" + _table(rows)
 
@@ -216,14 +242,17 @@ def _links(files: Mapping[str, Reference], study_id: int) -> str:
 
 
 def _steps(history: History, study_id: int) -> str:
-    rows = [("step", "took", "trial", "score, nats", "cost")]
-    rows.append(("---:", ":---", "---:", "---:", "---:"))
+    trains = history.info.training is not None
+    rows = [("step", "took", "trial", "score, nats", "cost", *(("trained",) if trains else ()))]
+    rows.append(("---:", ":---", "---:", "---:", "---:", *((":---",) if trains else ())))
     for record in reversed(history.records[-LATEST_STEPS:]):
         won = record.winner
         link = f"[{won.number}](/dashboard/studies/{study_id}/trials?numbers={won.number})"
         cost = format_cost(won.cost, history.info.metric)
         took = change(user_attrs_of(won))
-        rows.append((str(record.step), took, link, f"{won.score:.3g}", cost))
+        said = trained(record.training).removeprefix(" Trained for ").rstrip(".")
+        row = (str(record.step), took, link, f"{won.score:.3g}", cost)
+        rows.append((*row, *((said,) if trains else ())))
     return _table(rows)
 
 

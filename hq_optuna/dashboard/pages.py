@@ -41,8 +41,8 @@ NOTE, PLOT = "dashboard:", "dashboard:plot_data:"
 LONGEST_PART = 60_000
 """Bytes of a part as JSON: a MySQL TEXT column ends at 65,535."""
 
-FIGURES = ("steps", "bits", "sensitivity")
-"""Ids of the figures, in the order they are shown in."""
+FIGURES = ("steps", "bits", "sensitivity", "training")
+"""Ids of the figures, in the order they are shown in; the last where winners are trained."""
 
 FIGURE_STEPS = 120
 """Steps that a figure shows at most: its cards are some 500 pixels wide."""
@@ -110,7 +110,7 @@ def write_pages(study: Study, *, standing: Standing | None = None) -> bool:
 def _record_note(history: History, record: StepRecord) -> str:
     winner = user_attrs_of(record.winner)
     closes = {attrs.KIND: "incumbent", attrs.STEP: record.step, attrs.COST: record.winner.cost}
-    closes[attrs.WINNER] = record.winner.number
+    closes |= {attrs.WINNER: record.winner.number, attrs.TRAINING: record.training}
     return trial_note(closes, history.info, score=record.winner.score, winner=winner)
 
 
@@ -120,6 +120,7 @@ def figures(history: History) -> dict[str, go.Figure]:
     from hq_optuna.visualization.bits import bits_figure, bits_info
     from hq_optuna.visualization.sensitivity import sensitivity_figure, sensitivity_info
     from hq_optuna.visualization.steps import steps_figure, steps_info
+    from hq_optuna.visualization.training import training_figure, training_info
 
     found: dict[str, go.Figure] = {}
     if history.records:
@@ -128,6 +129,10 @@ def figures(history: History) -> dict[str, go.Figure]:
         found["bits"] = bits_figure(bits_info(few))
     if history.sensitivity:
         found["sensitivity"] = sensitivity_figure(sensitivity_info(history))
+    trained = [record for record in history.records if record.training is not None]
+    if trained:
+        few = thinned(dataclasses.replace(history, records=tuple(trained)))
+        found["training"] = training_figure(training_info(few))
     return {name: as_card(figure) for name, figure in found.items()}
 
 

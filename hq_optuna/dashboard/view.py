@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial
 
 from hq_optuna import attrs
 from hq_optuna.artifacts import OPTUNA_PREFIX
-from hq_optuna.attrs import StudyInfo
+from hq_optuna.attrs import StudyInfo, quantizers_text
 from hq_optuna.cost import format_cost
 from hq_optuna.dashboard.notes import trial_note
 from hq_optuna.dashboard.pages import FIGURES, artifacts_in
@@ -88,6 +88,7 @@ def for_people(user_attrs: Mapping[str, Any]) -> dict[str, Any]:
         "candidates a step": info.n_candidates,
         "seed": info.seed,
         "rounding": info.rounding,
+        "quantizers": quantizers_text(info.quantizers),
         "statistics corrected": "yes" if info.correction else "no",
     }
     for key, value in user_attrs.items():
@@ -176,4 +177,9 @@ def _typed(trial: Mapping[str, Any]) -> dict[str, Any]:
     for key in (attrs.STEP, attrs.SLOT, attrs.WINNER, attrs.FROM_BITS, attrs.TO_BITS):
         if key in found:
             found[key] = int(found[key]) if found[key].lstrip("-").isdigit() else None
+    if attrs.TRAINING in found:
+        try:
+            found[attrs.TRAINING] = json.loads(found[attrs.TRAINING])
+        except ValueError:  # the dashboard cuts long attributes
+            del found[attrs.TRAINING]
     return found

@@ -18,6 +18,7 @@ from hq_optuna.visualization.pareto import pareto_figure, pareto_info
 from hq_optuna.visualization.prediction import prediction_figure, prediction_info
 from hq_optuna.visualization.sensitivity import sensitivity_figure, sensitivity_info
 from hq_optuna.visualization.steps import steps_figure, steps_info
+from hq_optuna.visualization.training import training_figure, training_info
 from hq_optuna.visualization.workers import workers_figure, workers_info
 
 MARKED = ("beside", "layers")
@@ -129,6 +130,14 @@ def figures(history: History) -> list[tuple[str, str, Any]]:
             cost_share_figure(cost_share_info(history)),
         )
     )
+    if any(record.training is not None for record in history.records):
+        found.append(
+            (
+                "training",
+                "What each training gave, on validation data that no training reads.",
+                training_figure(training_info(history)),
+            )
+        )
     if history.sensitivity:
         found.append(
             (
@@ -159,8 +168,8 @@ def figures(history: History) -> list[tuple[str, str, Any]]:
         found.append(
             (
                 "prediction",
-                "Every candidate against the start, on the calibration set, which score and "
-                "measured loss both read.",
+                "Every candidate against what it is made from, on the calibration set, which score "
+                "and measured loss both read.",
                 prediction_figure(predicted),
             )
         )

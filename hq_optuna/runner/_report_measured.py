@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hq_optuna.bit_config import BitConfig
@@ -111,6 +111,52 @@ def beside(history: History) -> list[dict[str, Any]]:
             rows[-1]["accuracy"] = ours["after"]
         rows[-1]["over_answer"] = None
     return rows
+
+
+def with_intervals(compared: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows of the comparison with ``accuracy`` and ``over_answer``, as in `beside`."""
+    rows = []
+    for row in compared:
+        found = _figures(row)
+        del found["loss"]  # is among what was measured
+        if row["method"] == ANSWER:
+            found["over_answer"] = None
+        rows.append({**row, **found})
+    return rows
+
+
+def trainings(history: History) -> list[dict[str, Any]]:
+    """Return what each training of a step's winner gave.
+
+    Returns:
+        One row each: ``{"step", "trial", "kind", "epochs", "samples", "seconds", "score",
+        "curvature", "before", "after", "weights", "sensitivity"}``. ``before`` and ``after`` hold
+        what was measured on the validation data by name, accuracies with their intervals where
+        samples were counted; ``weights`` and ``sensitivity`` name artifacts.
+    """
+    ours = accuracies(history.facts).get("validation")
+
+    def measured(said: Mapping[str, Any], end: str) -> dict[str, Any]:
+        found = {k.removesuffix(end): v for k, v in said.items() if k.endswith(end)}
+        if "accuracy" in found:
+            alone = {"value": found["accuracy"], "low": None, "high": None}
+            found["accuracy"] = (
+                alone if ours is None else _proportion(found["accuracy"], ours["samples"])
+            )
+        return found
+
+    kept = ("kind", "epochs", "samples", "seconds", "score", "curvature", "weights", "sensitivity")
+    return [
+        {
+            "step": record.step,
+            "trial": record.number,
+            **{name: record.training.get(name) for name in kept},
+            "before": measured(record.training, "_before"),
+            "after": measured(record.training, "_after"),
+        }
+        for record in history.records
+        if record.training is not None
+    ]
 
 
 def _whole_eight(

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hq_optuna.attrs import quantizers_text
 from hq_optuna.cost import format_cost
 from hq_optuna.layers import FLOAT_BITS
 from hq_optuna.runner._report_compared import table as compared_table
@@ -66,6 +67,7 @@ def blocks(data: Mapping[str, Any]) -> list[Block]:
         _layers(data),
         _answer(data),
         *_compared(data),
+        *_trainings(data),
         *_record(data),
         *_limits(data),
     ]
@@ -161,6 +163,56 @@ def _compared(data: Mapping[str, Any]) -> list[Block]:
     return [Block("compared", "Compared", lines=lines, header=header, rows=rows)]
 
 
+def _trainings(data: Mapping[str, Any]) -> list[Block]:
+    rows = data["trainings"]
+    if not rows:
+        return []
+    names = list(dict.fromkeys(name for row in rows for name in row["before"]))
+    names.sort(key=lambda name: name != "accuracy")
+
+    def written(name: str, value: Any) -> str:
+        if value is None:
+            return NOT_MEASURED
+        return interval(value, hundredths) if name == "accuracy" else f"{value:.4g}"
+
+    cells = [
+        (
+            "the answer" if row["kind"] == "final" else f"step {row['step']}",
+            str(row["trial"]),
+            *(
+                text
+                for name in names
+                for text in (
+                    written(name, row["before"].get(name)),
+                    written(name, row["after"].get(name)),
+                )
+            ),
+            number(row["score"]),
+            NOT_MEASURED if row["epochs"] is None else f"{row['epochs']:,}",
+            seconds(row["seconds"]),
+        )
+        for row in rows
+    ]
+    titles = {"accuracy": "validation accuracy, %", "loss": "validation loss"}
+    measured = [
+        f"{titles.get(name, name)}, {when}" for name in names for when in ("before", "after")
+    ]
+    lines = [
+        "Before: bits of the step, statistics corrected. After: what the next steps are made from."
+    ]
+    if not names:
+        lines.append("Nothing was measured: give the search validation data.")
+    return [
+        Block(
+            "training",
+            "Trained steps",
+            lines=tuple(lines),
+            header=("", "trial", *measured, "score after (nats)", "epochs", "seconds"),
+            rows=tuple(cells),
+        )
+    ]
+
+
 def _layers(data: Mapping[str, Any]) -> Block:
     named = any(row["quantizer"] != "uniform" for row in data["layers"])
     rows: list[tuple[str, ...]] = []
@@ -196,6 +248,7 @@ def _record(data: Mapping[str, Any]) -> list[Block]:
     settings = {
         "study": data["study"],
         **data["settings"],
+        "quantizers of weights": quantizers_text(data["quantizers"]),
         "budget": data["budget"]["text"],
         "candidates scored": _extra(counts["candidates"], counts["duplicates"], "scored twice"),
         "steps closed": f"{counts['records']:,}",

@@ -25,7 +25,7 @@ from hq_optuna.history import History, read_history
 from hq_optuna.layers import FLOAT_BITS
 from hq_optuna.runner._report_compared import COMPARED, warnings
 from hq_optuna.runner._report_html import figures, render_html
-from hq_optuna.runner._report_measured import accuracies, beside
+from hq_optuna.runner._report_measured import accuracies, beside, trainings, with_intervals
 from hq_optuna.runner._report_text import render_markdown
 from hq_optuna.runner._report_words import headline
 from hq_optuna.runner.agreement import agreement
@@ -168,7 +168,8 @@ def _data(study: Study, history: History, command: str | None) -> dict[str, Any]
         "levels": history.space.levels,
         "layers": [dataclasses.asdict(row) for row in layer_table(history)],
         "facts": facts,
-        "compared": compared,
+        "compared": with_intervals(compared),
+        "trainings": trainings(history),
         "settings": {
             "scorer": info.scorer,
             "rounding": info.rounding,
@@ -177,6 +178,7 @@ def _data(study: Study, history: History, command: str | None) -> dict[str, Any]
             "n_candidates": info.n_candidates,
             "seed": info.seed,
         },
+        "quantizers": dict(info.quantizers),
         "fingerprint": study.user_attrs.get(attrs.FINGERPRINT),
         "artifacts": _artifacts(study),
         "versions": _versions(),

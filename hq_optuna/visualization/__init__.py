@@ -21,6 +21,7 @@ from hq_optuna.visualization.pareto import plot_pareto
 from hq_optuna.visualization.prediction import plot_prediction
 from hq_optuna.visualization.sensitivity import plot_sensitivity
 from hq_optuna.visualization.steps import plot_steps
+from hq_optuna.visualization.training import plot_training
 from hq_optuna.visualization.workers import plot_workers
 
 __all__ = [
@@ -31,5 +32,6 @@ __all__ = [
     "plot_prediction",
     "plot_sensitivity",
     "plot_steps",
+    "plot_training",
     "plot_workers",
 ]

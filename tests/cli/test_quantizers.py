@@ -36,6 +36,28 @@ def test_quantizers_are_given_as_globs_and_a_resumed_run_knows_them(
     assert "Changed: the quantizers" in " ".join(refused.output.split())
 
 
+def test_status_and_report_say_which_layers_are_rounded_otherwise(
+    study: Path, command: Command
+) -> None:
+    run = command("run", study, "--quantizer", "[02]=midrise", "--quantizer", "4=dorefa")
+    words = "midrise: 0, 2; dorefa: 4; all others uniform"
+    assert words in run.output
+    assert f"weights   {words}" in command("status", study).output
+    found = json.loads(command("status", study, "--json").output)
+    assert found["quantizers"] == {"0": "midrise", "2": "midrise", "4": "dorefa"}
+    report = command("report", study, "--format", "markdown").output
+    assert f"| quantizers of weights | {words} |" in report
+
+
+def test_status_says_nothing_of_quantizers_where_all_are_uniform(
+    study: Path, command: Command
+) -> None:
+    assert command("run", study).exit_code == 0
+    assert "uniform;" not in command("status", study).output
+    assert "midrise" not in command("status", study).output
+    assert json.loads(command("status", study, "--json").output)["quantizers"] == {}
+
+
 def test_a_study_file_may_choose_and_the_command_line_comes_first(
     study: Path, command: Command
 ) -> None:

@@ -10,11 +10,11 @@ from dataclasses import replace
 import optuna
 import pytest
 
-from hq_optuna import visualization
+from hq_optuna import attrs, visualization
 from hq_optuna.cost import Budget
 from hq_optuna.dashboard import pages, write_pages
 from hq_optuna.dashboard.notes import YOURS, trial_note
-from hq_optuna.dashboard.pages import NOTED_STEPS, figures, note_in, parts, thinned
+from hq_optuna.dashboard.pages import FIGURES, NOTED_STEPS, figures, note_in, parts, thinned
 from hq_optuna.errors import ResumeError
 from hq_optuna.history import read_history
 from hq_optuna.storages import RetryingStorage, open_storage, sqlite_url
@@ -72,6 +72,41 @@ def test_the_note_says_goal_state_incumbent_budget_and_files():
     assert "`hq-optuna report` writes it any time" in text  # none is attached
     for layer in history.space.layers:
         assert f"`{layer.name}`" in text
+
+
+def test_a_search_that_trains_has_its_figure_and_says_what_training_gave(study):
+    assert "training" not in figures(read_history(study))
+    write_pages(study)
+    assert "trained" not in note_in(system(study))
+    trained = fake_study(SPACE, train_every=2, final=True)
+    write_pages(trained)
+    history, shown = read_history(trained), detail(trained)
+    drawn = {item["id"]: item["graph_object"] for item in shown["plotly_graph_objects"]}
+    assert set(drawn) == set(FIGURES)
+    assert "validation accuracy" in drawn["training"]
+    record = history.records[2]
+    note = next(t for t in shown["trials"] if t["number"] == record.number)["note"]["body"]
+    said = "2 epochs in 2.5 s: accuracy 88.00% → 91.00%, loss 0.52 → 0.4"
+    assert note.endswith(f"Trained for {said}.")
+    assert f"| {said}" in note_in(system(trained))
+
+
+def test_a_long_search_shows_its_trainings_among_thinned_steps():
+    space = fake_space(24, bits=range(8, 1, -1), pin_first_last=None)
+    budget = Budget.fraction(bops=0.07)
+    study = fake_study(space, n_candidates=1, budget=budget, encoding="compact", train_every=7)
+    history = read_history(study)
+    trained = [record.step for record in history.records if record.training is not None]
+    marks = figures(history)["training"].data[1]
+    assert list(marks.x) == trained
+
+
+def test_the_note_says_which_layers_are_rounded_otherwise():
+    study = fake_study(4)
+    info = dict(study.user_attrs[attrs.INFO])
+    study.set_user_attr(attrs.INFO, {**info, "quantizers": {"layer1.0.conv": "midrise"}})
+    write_pages(study)
+    assert "weights midrise: layer1.0.conv; all others uniform." in note_in(system(study))
 
 
 def test_the_note_follows_a_search_that_goes_on():

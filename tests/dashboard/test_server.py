@@ -72,6 +72,16 @@ def test_it_shows_the_answer_and_a_line_for_every_trial(kind, encoding, tmp_path
         study._storage.remove_session()
 
 
+def test_the_line_of_a_trained_step_says_what_training_gave(storage):
+    study = fake_study(SPACE, storage=storage, train_every=2, final=True)
+    history = read_history(study)
+    record, n = history.records[2], sum(r.training is not None for r in history.records)
+    with DashboardServer(storage, port=0) as server:
+        lines = {t["number"]: t["note"]["body"] for t in shown(server, study)["trials"]}
+    assert "Trained for 2 epochs in 2.5 s: accuracy 88.00% → 91.00%" in lines[record.number]
+    assert sum("Trained for" in line for line in lines.values()) == n
+
+
 def test_feasible_and_infeasible_are_told_apart(storage):
     study = fake_study(SPACE, storage=storage, n_trials=0)
     score(study, SPACE)

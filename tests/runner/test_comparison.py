@@ -9,7 +9,7 @@ from torch.nn import functional
 from hq_optuna.history import read_history
 from hq_optuna.runner import comparison
 from hq_optuna.runner._report_compared import beaten_by_uniform, table, warnings
-from hq_optuna.runner.intervals import paired
+from hq_optuna.runner.intervals import paired, wilson
 from hq_optuna.runner.report import render_markdown, report_data
 from tests.fake_search import fake_study
 from tests.runner.searches import data, search
@@ -162,6 +162,53 @@ def test_seeds_become_a_mean_with_its_spread():
     assert rows[2][4] == "85.00 % ± 7.1"
     assert rows[3][1:5] == ("none",) * 4
     assert "NSGA-II (Optuna): 1 of 1 found nothing within the budget." in lines
+
+
+def pairs(only_this, only_answer):
+    return {"samples": 400, "only_this": only_this, "only_answer": only_answer}
+
+
+def test_every_method_has_the_interval_of_its_accuracy_and_of_what_it_is_over_the_answer():
+    compared = [row(accuracy=0.9, pairs=pairs(0, 0)), uniform(accuracy=0.8, pairs=pairs(5, 45))]
+    compared += [
+        row("TPE", accuracy=0.85, seed=0, pairs=pairs(2, 22)),
+        row("TPE", accuracy=0.86, seed=1, pairs=pairs(4, 20)),
+        row("random", accuracy=0.7, seed=0, pairs=pairs(1, 81)),
+    ]
+    header, rows, lines = table(compared, "bops")
+    assert header[4:6] == ("accuracy", "over the answer, points")
+    assert any("95 % intervals" in line for line in lines)
+
+    def percents(right):
+        low, high = wilson(right, 400)
+        return f"[{100 * low:.2f}, {100 * high:.2f}]"
+
+    def over(only_answer, only_this):
+        return "[{:+.1f}, {:+.1f}]".format(
+            *(100 * end for end in paired(only_answer, only_this, 400))
+        ).replace("-", "−")
+
+    assert rows[0][4:6] == (f"90.00 % {percents(360)}", "")
+    assert rows[1][4:6] == (f"80.00 % {percents(320)}", f"−10.0 {over(45, 5)}")
+    # Two seeds read the same samples: their mean is known no better than one of them.
+    assert rows[2][4:6] == (f"85.50 % ± 0.71 {percents(342)}", f"−4.5 {over(21, 3)}")
+    assert rows[3][4:6] == (f"70.00 % {percents(280)}", f"−20.0 {over(81, 1)}")
+
+
+def test_the_intervals_are_in_the_reports_data_too():
+    facts = {
+        "compared": [
+            row(accuracy=0.9, pairs=pairs(0, 0)),
+            row("TPE", accuracy=0.85, seed=0, pairs=pairs(2, 22)),
+            row("random", accuracy=0.7, seed=0),
+        ]
+    }
+    answer, tpe, uncounted = report_data(fake_study(4, facts=facts))["compared"]
+    low, high = wilson(340, 400)
+    assert tpe["accuracy"] == {"value": 0.85, "low": low, "high": high}
+    assert tpe["over_answer"]["value"] == -0.05
+    assert answer["over_answer"] is None
+    assert uncounted["accuracy"] == {"value": 0.7, "low": None, "high": None}
 
 
 def test_where_no_uniform_bits_fit_the_report_says_so():

@@ -210,6 +210,47 @@ def test_agreement_is_spearmans_formula_overall_and_within_steps():
     assert found["within_steps"] == pytest.approx(statistics.median(within))
 
 
+def test_agreement_counts_rises_from_the_network_that_was_trained_last():
+    # Every training of a fake search takes 0.1 nats and begins the scores anew, at 0: losses fall
+    # from training to training, whatever the scores do.
+    history = read_history(fake_study(6, train_every=1, n_candidates=3))
+    assert sum(record.trained is not None for record in history.records) >= 3
+    assert agreement(history)["spearman"] == pytest.approx(1.0)
+    blind = replace(history, records=tuple(replace(r, trained=None) for r in history.records))
+    assert agreement(blind)["spearman"] < 0.9
+
+
+# Trainings
+
+
+def test_the_report_tells_what_each_training_gave():
+    study = finished(train_every=1, final=True, facts=COUNTED)
+    step, answer = report_data(study)["trainings"]
+    assert (step["step"], step["kind"], step["epochs"], step["seconds"]) == (1, "step", 2, 2.5)
+    assert (answer["step"], answer["kind"], answer["epochs"]) == (3, "final", 5)
+    assert (step["before"]["loss"], step["after"]["loss"]) == (0.51, 0.4)
+    low, high = wilson(182, 200)
+    assert step["after"]["accuracy"] == {"value": 0.91, "low": low, "high": high}
+    assert step["weights"]["id"] == "w1"
+    text = render_markdown(report_data(study))
+    row = next(line for line in text.splitlines() if line.startswith("| the answer |"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[2].startswith("87.00 [")
+    assert cells[3].startswith("92.00 [")
+    assert cells[4:] == ["0.43", "0.3", "0", "5", "3.5 s"]
+
+
+def test_a_search_without_trainings_has_no_table_of_them():
+    study = finished()
+    assert report_data(study)["trainings"] == []
+    assert "Trained steps" not in render_markdown(report_data(study))
+
+
+def test_trainings_without_counted_samples_have_no_intervals():
+    step, _ = report_data(finished(train_every=1, final=True))["trainings"]
+    assert step["after"]["accuracy"] == {"value": 0.91, "low": None, "high": None}
+
+
 def test_a_score_that_is_the_measured_loss_is_not_compared_with_itself():
     history = read_history(fake_study(9))
     assert agreement(replace(history, info=replace(history.info, scorer="loss"))) is None

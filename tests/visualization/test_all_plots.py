@@ -19,9 +19,16 @@ from tests.fake_search import fake_space, fake_study
 PLOTS = [getattr(visualization, name) for name in visualization.__all__]
 
 
+def study_for(plot, *args, **more):
+    """Return a search that has what a plot draws: one that trains for `plot_training`."""
+    if plot is visualization.plot_training:
+        more = {"train_every": 1, "final": True, **more}
+    return fake_study(*args, **more)
+
+
 @pytest.mark.parametrize("plot", PLOTS)
 def test_every_plot_of_a_finished_search_has_data_and_a_title(plot):
-    figure = plot(fake_study(6))
+    figure = plot(study_for(plot, 6))
     assert isinstance(figure, go.Figure)
     assert len(figure.data) >= 1
     assert figure.layout.title.text
@@ -37,6 +44,7 @@ def test_every_plot_of_a_finished_search_has_data_and_a_title(plot):
         (visualization.plot_pareto, "holds no whole table of sensitivities"),
         (visualization.plot_prediction, "No candidate has both a predicted and a measured"),
         (visualization.plot_workers, "Nobody has begun a trial yet"),
+        (visualization.plot_training, "This search trains nothing"),
     ],
 )
 def test_a_study_with_nothing_to_draw_gives_an_empty_figure_and_a_warning(plot, words, caplog):
@@ -50,11 +58,13 @@ def test_a_study_with_nothing_to_draw_gives_an_empty_figure_and_a_warning(plot, 
 @pytest.mark.parametrize("plot", PLOTS)
 def test_every_plot_works_wherever_the_search_was_stopped(plot, n_trials):
     json.loads(plot(fake_study(5, n_trials=n_trials)).to_json())
+    trained = fake_study(5, n_candidates=1, n_trials=n_trials, train_every=1, final=True)
+    json.loads(plot(trained).to_json())
 
 
 @pytest.mark.parametrize("plot", PLOTS)
 def test_every_plot_works_on_trials_without_user_attributes(plot):
-    json.loads(plot(fake_study(5, bare=True)).to_json())
+    json.loads(plot(study_for(plot, 5, bare=True)).to_json())
 
 
 @pytest.mark.parametrize("plot", PLOTS)
@@ -66,14 +76,14 @@ def test_every_plot_refuses_a_study_of_another_kind(plot):
 @pytest.mark.parametrize("plot", PLOTS)
 def test_every_plot_needs_nothing_but_the_storage(plot, tmp_path):
     url = f"sqlite:///{tmp_path}/search.db"
-    study = fake_study(4, storage=url, budget=Budget.fraction(bops=0.5))
+    study = study_for(plot, 4, storage=url, budget=Budget.fraction(bops=0.5))
     loaded = optuna.load_study(study_name="fake", storage=url)  # no sampler of ours
     assert plot(loaded).to_dict() == plot(study).to_dict()
 
 
 @pytest.mark.parametrize("plot", PLOTS)
 def test_every_plot_is_transparent_and_leaves_the_study_as_it_was(plot):
-    study = fake_study(4)
+    study = study_for(plot, 4)
     before = [vars(trial) for trial in study.get_trials()], study.user_attrs
     figure = plot(study)
     assert figure.layout.paper_bgcolor == figure.layout.plot_bgcolor == "rgba(0,0,0,0)"
@@ -82,7 +92,7 @@ def test_every_plot_is_transparent_and_leaves_the_study_as_it_was(plot):
 
 @pytest.mark.parametrize("plot", PLOTS)
 def test_every_plot_has_a_light_and_a_dark_page_and_draws_the_same_on_both(plot):
-    study = fake_study(4)
+    study = study_for(plot, 4)
     plain, light, dark = plot(study), plot(study, dark=False), plot(study, dark=True)
     assert light.to_dict()["data"] == dark.to_dict()["data"] == plain.to_dict()["data"]
     assert (light.layout.paper_bgcolor, light.layout.font.color) == PAGES[False]
@@ -92,11 +102,11 @@ def test_every_plot_has_a_light_and_a_dark_page_and_draws_the_same_on_both(plot)
 
 @pytest.mark.parametrize("plot", PLOTS)
 def test_every_hover_text_of_a_number_of_nats_or_cost_names_its_unit(plot):
-    for trace in plot(fake_study(6)).data:
+    for trace in plot(study_for(plot, 6)).data:
         if trace.hoverinfo != "skip":
             assert any(
                 word in trace.hovertemplate
-                for word in ("nats", "bits", "BOPs", "KiB", "of the total", "UTC")
+                for word in ("nats", "bits", "BOPs", "KiB", "of the total", "UTC", "[2]:.4g} %")
             )
 
 
@@ -138,7 +148,8 @@ def test_layer_names_are_shown_as_text_and_not_as_html():
     study = fake_study(type(space).build(layers, bits=(8, 4)))
     for plot in PLOTS:
         text = json.dumps(json.loads(plot(study).to_json()))  # without plotly's own escapes
-        assert plot is visualization.plot_pareto or "&lt;b&gt;a&lt;/b&gt;" in text
+        unnamed = (visualization.plot_pareto, visualization.plot_training)
+        assert plot in unnamed or "&lt;b&gt;a&lt;/b&gt;" in text
         assert "<b>" not in text
 
 

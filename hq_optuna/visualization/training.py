@@ -1,0 +1,252 @@
+"""`plot_training`: what training gave at each step that was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import plotly.graph_objects as go
+from optuna.study import Study
+from plotly.subplots import make_subplots
+
+from hq_optuna.history import History, read_history
+from hq_optuna.visualization import _figure as f
+from hq_optuna.visualization.measured import ACCURACY, error_bars, standard_error
+
+TITLE = "Before and after each training"
+PANEL_PX = 190
+LOSS = "loss"
+BEFORE, AFTER = "_before", "_after"
+
+TRAINING_LOSS = "training loss"
+"""What is drawn where nothing was measured on validation data: of the first and last epoch."""
+
+
+class TrainingPoint(NamedTuple):
+    """A step whose winner was trained.
+
+    Attributes:
+        step: Its step.
+        number: Number of the trial that recorded it.
+        final: Whether it is the training of the answer.
+        epochs: How many.
+        samples: Samples of an epoch.
+        seconds: Time of the epochs.
+        values: ``{name: (before, after)}``; accuracies are shares of 1.
+    """
+
+    step: int
+    number: int
+    final: bool
+    epochs: int
+    samples: int
+    seconds: float
+    values: Mapping[str, tuple[float, float]]
+
+
+class TrainingInfo(NamedTuple):
+    """The trainings of a search.
+
+    Attributes:
+        points: By step.
+        names: What was measured before and after, accuracy and loss first.
+        float_network: What the float network has of it, as far as that was measured.
+        n_samples: Validation samples; ``None`` where the study does not say.
+        planned: Whether the search trains.
+    """
+
+    points: tuple[TrainingPoint, ...]
+    names: tuple[str, ...]
+    float_network: Mapping[str, float]
+    n_samples: int | None
+    planned: bool
+
+
+def training_info(history: History) -> TrainingInfo:
+    """Read what every trained step recorded."""
+    points = tuple(
+        TrainingPoint(
+            step=record.step,
+            number=record.number,
+            final=record.training.get("kind") == "final",
+            epochs=record.training.get("epochs", 0),
+            samples=record.training.get("samples", 0),
+            seconds=record.training.get("seconds", 0.0),
+            values=_values(record.training),
+        )
+        for record in history.records
+        if record.training is not None
+    )
+    known = {name for point in points for name in point.values}
+    names = [name for name in (ACCURACY, LOSS) if name in known]
+    names += sorted(known.difference(names, (TRAINING_LOSS,)))
+    return TrainingInfo(
+        points=points,
+        names=tuple(names or sorted(known)),
+        float_network={
+            name: history.facts[f"{name}{BEFORE}"]
+            for name in names
+            if history.facts.get(f"{name}{BEFORE}") is not None
+        },
+        n_samples=history.facts.get("validation_samples"),
+        planned=history.info.training is not None,
+    )
+
+
+def _values(said: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    found = {TRAINING_LOSS: (said.get("loss_first"), said.get("loss_last"))}
+    for key, value in said.items():
+        name = key.removesuffix(BEFORE)
+        if name != key:
+            found[name] = (value, said.get(f"{name}{AFTER}"))
+    return {
+        name: (float(before), float(after))
+        for name, (before, after) in found.items()
+        if before is not None and after is not None
+    }
+
+
+def training_figure(info: TrainingInfo) -> go.Figure:
+    """Draw a panel per figure: what each trained step had before, and has after.
+
+    Accuracies are in percent, with bars of one standard error; the float network is a line.
+    """
+    if not info.names:
+        if info.planned:
+            return f.empty(TITLE, "No step is trained yet.")
+        return f.empty(TITLE, "This search trains nothing; hq-optuna run … --train-every 4 does.")
+    figure = make_subplots(rows=len(info.names), shared_xaxes=True, vertical_spacing=0.06)
+    for row, name in enumerate(info.names, start=1):
+        points = [p for p in info.points if name in p.values]
+        times, unit = {ACCURACY: (100.0, " %"), LOSS: (1.0, " nats")}.get(name, (1.0, ""))
+        if name == TRAINING_LOSS:
+            unit = " nats"
+        _panel(figure, row, name, points, times, unit, info)
+    epochs, seconds = (sum(getattr(p, what) for p in info.points) for what in ("epochs", "seconds"))
+    n = len(info.points)
+    said = f"{n} training{'' if n == 1 else 's'}, {epochs} epochs, {seconds:.3g} s in all"
+    if info.names == (TRAINING_LOSS,):
+        said += "; nothing is measured: give the search validation data"
+    f.style(figure, f"{TITLE}<br><sub>{said}</sub>", PANEL_PX * len(info.names))
+    figure.update_layout(showlegend=True, legend={"traceorder": "normal"})
+    steps = [p.step for p in info.points]
+    margin = max(0.5, 0.03 * (steps[-1] - steps[0]))
+    axis = f.step_axis(range(steps[0], steps[-1] + 1))
+    figure.update_xaxes(zeroline=False, range=[steps[0] - margin, steps[-1] + margin], **axis)
+    if len(info.names) > 1:
+        for row in range(1, len(info.names)):
+            figure.update_xaxes(title=None, row=row)
+    return figure
+
+
+def _panel(
+    figure: go.Figure,
+    row: int,
+    name: str,
+    points: list[TrainingPoint],
+    times: float,
+    unit: str,
+    info: TrainingInfo,
+) -> None:
+    """Draw one figure of all trained steps: lines from before to after, and the float network."""
+    before, after = ([times * p.values[name][i] for p in points] for i in (0, 1))
+    lines: list[Any] = [[], []]
+    for p, low, high in zip(points, before, after, strict=True):
+        lines[0] += [p.step, p.step, None]
+        lines[1] += [low, high, None]
+    place = {"row": row, "col": 1}
+    figure.add_scatter(
+        x=lines[0],
+        y=lines[1],
+        mode="lines",
+        line={"color": f.GREY, "width": 1.5},
+        hoverinfo="skip",
+        showlegend=False,
+        **place,
+    )
+    said = [
+        f"{'the answer, step' if p.final else 'step'} {p.step} (trial {p.number}): {p.epochs} "
+        f"epochs of {p.samples:,} samples in {p.seconds:.3g} s"
+        for p in points
+    ]
+    errors = None
+    if name == ACCURACY and info.n_samples:
+        errors = [times * standard_error(p.values[name][1], info.n_samples) for p in points]
+    spread = "" if errors is None else " ± %{customdata[3]:.2g}"
+    custom = [
+        [text, low, high, error]
+        for text, low, high, error in zip(
+            said, before, after, errors or [0.0] * len(points), strict=True
+        )
+    ]
+    shown = f.label(name)
+    hover = (
+        f"%{{customdata[0]}}<br>{shown} %{{customdata[1]:.4g}}{unit} → %{{customdata[2]:.4g}}"
+        f"{spread}{unit}<extra></extra>"
+    )
+    first, last = ("before", "after")
+    if name == TRAINING_LOSS:
+        first, last = ("first epoch", "last epoch")
+    kinds = (
+        (first, range(len(points)), before, {"color": f.ORANGE, "symbol": "circle-open"}, 8),
+        (last, [i for i, p in enumerate(points) if not p.final], after, {"color": f.BLUE}, 8),
+        (
+            f"{last}, answer",
+            [i for i, p in enumerate(points) if p.final],
+            after,
+            {"color": f.VERMILION, "symbol": "star"},
+            13,
+        ),
+    )
+    for kind, chosen, values, look, size in kinds:
+        if not chosen:
+            continue
+        figure.add_scatter(
+            x=[points[i].step for i in chosen],
+            y=[values[i] for i in chosen],
+            name=kind,
+            legendgroup=kind,
+            showlegend=row == 1,
+            mode="markers",
+            marker={"size": size, "line": {"width": 2 if kind == first else 0}, **look},
+            error_y=None
+            if errors is None or kind == first
+            else error_bars([values[i] for i in chosen], [errors[i] for i in chosen]),
+            customdata=[custom[i] for i in chosen],
+            hovertemplate=hover,
+            **place,
+        )
+    if name in info.float_network:
+        value = times * info.float_network[name]
+        figure.add_hline(y=value, line={"color": f.GREY, "dash": "dot", "width": 1.5}, **place)
+        figure.add_scatter(  # an annotation would be taken for the title of a panel
+            x=[points[0].step],
+            y=[value],
+            name="float network",
+            legendgroup="float network",
+            showlegend=row == 1,
+            mode="lines",
+            line={"color": f.GREY, "dash": "dot", "width": 1.5},
+            hoverinfo="skip",
+            **place,
+        )
+    words = {ACCURACY: "validation accuracy (%)", LOSS: "validation loss (nats)"}
+    title = words.get(name, f"{shown}{' (nats)' if unit else ''}")
+    figure.update_yaxes(title={"text": title}, row=row)
+
+
+def plot_training(study: Study, *, dark: bool | None = None) -> go.Figure:
+    """Plot accuracy and loss on the validation data before and after each training.
+
+    Before: the step's bits with statistics corrected. After: the network that the next steps are
+    made from; of the last training, the answer. Where the search has no validation data the
+    training loss of the first and the last epoch stand there instead.
+
+    Args:
+        study: A study of a bit search, finished or not.
+        dark: For a dark page or a light one; by default the figure stands on either.
+
+    Raises:
+        ResumeError: The study is not a bit search.
+    """
+    return f.on_page(training_figure(training_info(read_history(study))), dark)
