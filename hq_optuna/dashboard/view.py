@@ -1,7 +1,8 @@
 """A search as `hq-optuna dashboard` shows it: optuna-dashboard, told what it cannot know.
 
-optuna-dashboard is used as it is. It is given a storage that answers three of its questions for a
-bit search (which trial is the answer, which attributes and files people want to see), and its
+optuna-dashboard is used as it is. It is given a storage that answers four of its questions for a
+bit search (which trial is the answer, which attributes and files people want to see, what each
+layer decides), and its
 answers are made shorter and clearer on their way to the browser. Nothing is written.
 """
 
@@ -10,11 +11,13 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import math
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import optuna
+from optuna.distributions import CategoricalDistribution
 from optuna.storages import BaseStorage
 from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial
@@ -22,11 +25,19 @@ from optuna.trial import FrozenTrial
 from hq_optuna import attrs
 from hq_optuna.artifacts import OPTUNA_PREFIX
 from hq_optuna.attrs import StudyInfo, quantizers_text
-from hq_optuna.cost import format_cost
+from hq_optuna.cost import CostModel, format_cost
 from hq_optuna.dashboard.notes import trial_note
 from hq_optuna.dashboard.pages import FIGURES, artifacts_in
+from hq_optuna.search import Additive
+from hq_optuna.space import SearchSpace
 from hq_optuna.standing import Watch
 from hq_optuna.storages import RetryingStorage
+
+IMPORTANCES_VIEW = "get_param_importances"
+"""Name of the function of optuna-dashboard that answers for the card of importances."""
+
+MOST_IMPORTANT = 20
+"""Bars that the card has room to name."""
 
 
 class ShownStorage(RetryingStorage):
@@ -45,6 +56,50 @@ class ShownStorage(RetryingStorage):
         """Return what a search is about; ``None`` for studies of other kinds."""
         data = self.get_study_user_attrs(study_id).get(attrs.INFO)
         return None if data is None else StudyInfo.from_json(data)
+
+    def importances(self, study_id: int) -> list[dict[str, Any]] | None:
+        """Return what each layer decides, as the dashboard's card of importances reads it.
+
+        Optuna judges a parameter by the best tenth of all trials. Those of a bit search are its
+        first, all near the widest bits, and with the compact encoding no parameter is in all
+        trials. What the search knows says it better: how far the predicted loss rises when this
+        parameter alone goes from its widest to its fewest bits, as a share of the sum over all.
+
+        Returns:
+            The first `MOST_IMPORTANT`; ``None`` for other studies, and for searches that hold no
+            whole table of sensitivities: Optuna's own judgement is shown.
+        """
+        info = self.info(study_id)
+        if info is None:
+            return None
+        system = self.get_study_system_attrs(study_id)
+        table = attrs.join(attrs.SENSITIVITY, system) or {}
+        space = SearchSpace.from_json(attrs.join(attrs.SPACE, system) or {})
+        rises = {
+            layer: {part: {int(b): nats for b, nats in row.items()} for part, row in parts.items()}
+            for layer, parts in table.items()
+        }
+        model = CostModel(space.layers, info.metric)
+        try:
+            sums = Additive(space, rises, model.layer_cost)
+        except ValueError:
+            return None
+        spread = {
+            variable.name: max(0.0, rise[variable.bits[-1]] - rise[variable.bits[0]])
+            for variable, rise in zip(space.variables, sums.rises, strict=True)
+        }
+        total = math.fsum(spread.values())
+        if total <= 0:
+            return None
+        most = sorted(spread, key=lambda name: -spread[name])[:MOST_IMPORTANT]
+        return [
+            {
+                "name": name,
+                "importance": spread[name] / total,
+                "distribution": CategoricalDistribution.__name__,
+            }
+            for name in most
+        ]
 
     def get_best_trial(self, study_id: int) -> FrozenTrial:
         """Return the incumbent, which is the answer in the end; Optuna's best ignores the budget.
@@ -123,6 +178,10 @@ def clearer(storage: ShownStorage) -> Callable[[Callable[..., Any]], Callable[..
     def plugin(view: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(view)
         def answer(*arguments: Any, **named: Any) -> Any:
+            if view.__name__ == IMPORTANCES_VIEW:
+                found = storage.importances(named["study_id"])
+                if found is not None:
+                    return {"param_importances": [found]}
             body = view(*arguments, **named)
             if isinstance(body, dict) and "union_search_space" in body:
                 make_clearer(body, storage.info(named["study_id"]))

@@ -199,6 +199,19 @@ def log_range(values: Iterable[float]) -> list[float] | None:
     return [low - room, high + room]
 
 
+def log_axis(values: Iterable[float]) -> dict[str, Any]:
+    """Return the settings of a log axis: `log_range`, and ticks that stay apart in a low panel.
+
+    Powers of ten alone where there are several; over less also their doubles and fives.
+    """
+    ends = log_range(values)
+    decades = math.inf if ends is None else ends[1] - ends[0]
+    return {
+        **{"type": "log", "range": ends, "exponentformat": "power"},
+        "dtick": 1 if decades > 1.6 else "D2",
+    }
+
+
 def style(figure: go.Figure, title: str, height: int) -> go.Figure:
     """Give the figure its title, height (of the plot area, pixels) and the look of all figures.
 

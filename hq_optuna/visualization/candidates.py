@@ -144,7 +144,7 @@ def candidates_figure(info: CandidatesInfo) -> go.Figure:
         known = [value for value in values if value is not None]
         axis: dict[str, Any] = {"rangemode": "tozero", "nticks": 4, "exponentformat": "power"}
         if known and min(known) > 0 and max(known) > 20 * min(known):
-            axis = {"type": "log", "range": f.log_range(known), "exponentformat": "power"}
+            axis = f.log_axis(known)
             if max(known) > 1000 * min(known):
                 axis["dtick"] = 1  # whole decades only
         figure.update_xaxes(title={"text": title}, tickangle=0, **axis, row=1, col=column)

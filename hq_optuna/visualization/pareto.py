@@ -157,12 +157,7 @@ def pareto_figure(info: ParetoInfo) -> go.Figure:
             **{"x": info.limit / factor, "xref": "x", "xanchor": "left"},
             **{"y": 1, "yref": "paper", "yanchor": "top", "showarrow": False, "xshift": 4},
         )
-    figure.update_yaxes(
-        type="log",
-        title={"text": "sum over layers (nats)"},
-        exponentformat="power",
-        range=f.log_range(shown),
-    )
+    figure.update_yaxes(title={"text": "sum over layers (nats)"}, **f.log_axis(shown))
     costs = [p.cost / factor for p in (*info.exact, *info.uniform, *info.incumbents)]
     figure.update_xaxes(title={"text": f"cost ({unit})"}, range=[0, 1.09 * max(costs)])
     return figure

@@ -185,13 +185,7 @@ def steps_figure(info: StepsInfo) -> go.Figure:
         yanchor="bottom",
         showarrow=False,
     )
-    figure.update_yaxes(
-        type="log",
-        title={"text": "predicted loss rise (nats)"},
-        exponentformat="power",
-        range=f.log_range(shown),
-        row=1,
-    )
+    figure.update_yaxes(title={"text": "predicted loss rise (nats)"}, **f.log_axis(shown), row=1)
     figure.update_yaxes(title={"text": f"cost ({unit})"}, rangemode="tozero", row=2)
     figure.update_xaxes(zeroline=False, **f.step_axis(info.steps))
     figure.update_xaxes(title=None, row=1)

@@ -14,7 +14,7 @@ import pytest
 from hq_optuna.artifacts import attach, open_artifacts
 from hq_optuna.dashboard import write_pages
 from hq_optuna.dashboard.server import DashboardServer
-from hq_optuna.dashboard.view import for_people, make_clearer
+from hq_optuna.dashboard.view import MOST_IMPORTANT, for_people, make_clearer
 from hq_optuna.errors import DashboardError
 from hq_optuna.history import read_history
 from hq_optuna.storages import open_storage
@@ -80,6 +80,35 @@ def test_the_line_of_a_trained_step_says_what_training_gave(storage):
         lines = {t["number"]: t["note"]["body"] for t in shown(server, study)["trials"]}
     assert "Trained for 2 epochs in 2.5 s: accuracy 88.00% → 91.00%" in lines[record.number]
     assert sum("Trained for" in line for line in lines.values()) == n
+
+
+@pytest.mark.parametrize("encoding", ["layers", "compact"])
+def test_the_importance_of_a_layer_is_its_share_of_the_predicted_loss_rise(storage, encoding):
+    study = fake_study(fake_space(30), storage=storage, encoding=encoding, n_trials=40)
+    with DashboardServer(storage, port=0) as server:
+        url = f"{server.url}/api/studies/{study._study_id}/param_importances"
+        (bars,) = json.loads(fetch(url))["param_importances"]
+    # s of fake_table is 0.25·(1 + 7i mod 11); from 8 to 2 bits a layer rises by 1.5·s·(4⁻² − 4⁻⁸).
+    names = [layer.name for layer in fake_space(30).layers]
+    s = {name: 1 + (7 * i) % 11 for i, name in enumerate(names)}
+    del s[names[0]], s[names[-1]]  # pinned
+    assert len(bars) == MOST_IMPORTANT
+    for bar in bars:
+        assert bar["importance"] == pytest.approx(s[bar["name"]] / sum(s.values()))
+    values = [bar["importance"] for bar in bars]
+    assert values == sorted(values, reverse=True)
+    assert min(values) * sum(s.values()) >= sorted(s.values())[-MOST_IMPORTANT] - 1e-9
+
+
+def test_importances_of_other_studies_are_optunas(storage):
+    other = optuna.create_study(study_name="other", storage=storage)
+    other.optimize(lambda trial: trial.suggest_float("x", 0, 1) ** 2, n_trials=20)
+    unknown = fake_study(SPACE, storage=storage, sensitivity=False)
+    with DashboardServer(storage, port=0) as server:
+        for study, names in ((other, {"x"}), (unknown, {v.name for v in SPACE.variables})):
+            url = f"{server.url}/api/studies/{study._study_id}/param_importances"
+            (bars,) = json.loads(fetch(url))["param_importances"]
+            assert {bar["name"] for bar in bars} == names
 
 
 def test_feasible_and_infeasible_are_told_apart(storage):

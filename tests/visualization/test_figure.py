@@ -127,3 +127,10 @@ def test_a_log_axis_holds_all_positive_values_and_ignores_the_rest():
 def test_steps_are_whole_numbers_however_few():
     assert f.step_axis([0, 1])["dtick"] == 1
     assert "dtick" not in f.step_axis(range(500))
+
+
+def test_a_log_axis_over_little_has_ticks_between_its_powers_of_ten():
+    assert f.log_axis([1e-5, 1e-2])["dtick"] == 1
+    assert f.log_axis([2e-3, 6e-3])["dtick"] == "D2"
+    assert f.log_axis([2e-3, 6e-3])["range"] == f.log_range([2e-3, 6e-3])
+    assert f.log_axis([])["range"] is None
