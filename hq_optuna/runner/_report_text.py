@@ -132,16 +132,25 @@ def _answer(data: Mapping[str, Any]) -> Block:
             f" = {percent(cost['of_int8'])} of all 8 bits, {percent(cost['of_float32'])} of float"
         )
     facts, exact, ranks = data["facts"], data["exact"], data["agreement"]
+    rise, loss = number(score["total"], "nats"), number(score["calibration_loss"])
+    if data["trained"]:
+        rise += f"; of the trained network {number(score['trained'], 'nats')}"
+        loss += f"; of the trained network {number(score['trained_calibration_loss'])}"
     pairs = before_and_after(facts)
+    untrained = "; all of the network before any training" if data["trainings"] else ""
     rows = [
         ("the search ended", ended(data)),
         ("budget", f"{amount(budget['limit'])} ({budget['text']})"),
         ("cost", answer),
-        ("predicted loss rise", number(score["total"], "nats")),
+        ("predicted loss rise", rise),
         ("by layers: weights", number(score["weights"], "nats")),
         ("by layers: activations", number(score["activations"], "nats")),
-        *(() if exact is None else (("gap to the exact optimum", gap_text(exact, amount)),)),
-        ("loss on the calibration set", number(score["calibration_loss"])),
+        *(
+            ()
+            if exact is None
+            else (("gap to the exact optimum", gap_text(exact, amount) + untrained),)
+        ),
+        ("loss on the calibration set", loss),
         ("does the score rank as the measured loss?", ranks_agree(ranks)),
         *(
             (f"{what.replace('_', ' ')}, before → after", text + counted(data, what))
@@ -240,7 +249,15 @@ def _layers(data: Mapping[str, Any]) -> Block:
     header: tuple[str, ...] = LAYER_COLUMNS
     if named:
         header = (*header[:2], "quantizer", *header[2:])
-    return Block("layers", "Layers", header=header, rows=tuple(rows), n_text_columns=len(words))
+    lines = ("Sensitivities are those of the network before any training.",)
+    return Block(
+        "layers",
+        "Layers",
+        lines=lines if data["trainings"] else (),
+        header=header,
+        rows=tuple(rows),
+        n_text_columns=len(words),
+    )
 
 
 def _record(data: Mapping[str, Any]) -> list[Block]:
@@ -259,6 +276,8 @@ def _record(data: Mapping[str, Any]) -> list[Block]:
         "workers": str(counts["workers"]),
         "time in evaluations": seconds(counts["seconds"]),
     }
+    if counts["trained"]:
+        settings["time in trainings"] = seconds(counts["training_seconds"])
     fingerprint = data["fingerprint"]
     parts = fingerprint if isinstance(fingerprint, dict) else {"fingerprint": fingerprint}
     reproduce = [("seed", str(data["settings"]["seed"]))]

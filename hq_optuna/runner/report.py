@@ -135,6 +135,7 @@ def _data(study: Study, history: History, command: str | None) -> dict[str, Any]
     command = command or Started.read(study).command or None
     winner = None if incumbent is None else incumbent.winner
     cost = None if winner is None else winner.cost
+    trained = None if incumbent is None else incumbent.trained
     counted = [c for c in history.candidates if c.counted]
     facts = dict(history.facts)
     compared = facts.pop(COMPARED, [])
@@ -160,6 +161,8 @@ def _data(study: Study, history: History, command: str | None) -> dict[str, Any]
             "weights": None if winner is None else winner.score_weights,
             "activations": None if winner is None else winner.score_activations,
             "calibration_loss": None if winner is None else winner.calibration_loss,
+            "trained": None if trained is None else trained.score,
+            "trained_calibration_loss": None if trained is None else trained.calibration_loss,
         },
         "exact": _exact(history),
         "agreement": agreement(history),
@@ -182,7 +185,7 @@ def _data(study: Study, history: History, command: str | None) -> dict[str, Any]
         "fingerprint": study.user_attrs.get(attrs.FINGERPRINT),
         "artifacts": _artifacts(study),
         "versions": _versions(),
-        "trained": incumbent is not None and incumbent.training is not None,
+        "trained": trained is not None,
         "counts": {
             "candidates": len(counted),
             "duplicates": len(history.candidates) - len(counted),
@@ -193,6 +196,9 @@ def _data(study: Study, history: History, command: str | None) -> dict[str, Any]
             "failed": history.n_failed,
             "workers": len({c.worker for c in history.candidates}),
             "seconds": math.fsum(c.seconds for c in history.candidates),
+            "training_seconds": math.fsum(
+                (record.training or {}).get("seconds", 0.0) for record in history.records
+            ),
         },
         "not_counted": list(NOT_COUNTED),
         "skipped": [{"name": n, "kind": k, "reason": r} for n, k, r in info.skipped],

@@ -139,12 +139,12 @@ _KINDS: tuple[tuple[str, Callable[[PredictionPoint], bool], dict[str, Any]], ...
     (
         "candidates",
         lambda p: not p.won and not p.over,
-        {"color": f.BLUE, "size": 6, "opacity": 0.7},
+        {"color": f.BLUE, "size": 6, "opacity": 0.85},
     ),
     (
         AFTER,
         lambda p: not p.won and p.over > 0,
-        {"color": f.GREEN, "size": 6, "opacity": 0.7, "symbol": "diamond"},
+        {"color": f.GREEN, "size": 6, "opacity": 0.85, "symbol": "diamond"},
     ),
     ("taken by a step", lambda p: p.won, {"color": f.VERMILION, "size": 9, "symbol": "star"}),
 )

@@ -221,6 +221,7 @@ def test_the_counts_tell_candidates_records_pruned_and_failed_apart():
         "failed": 0,
         "workers": 1,
         "seconds": 1.0,
+        "training_seconds": 0.0,
     }
     study.tell(study.ask(), state=optuna.trial.TrialState.PRUNED)
     study.tell(study.ask(), state=optuna.trial.TrialState.FAIL)

@@ -238,12 +238,19 @@ def test_the_report_tells_what_each_training_gave():
     assert cells[2].startswith("87.00 [")
     assert cells[3].startswith("92.00 [")
     assert cells[4:] == ["0.43", "0.3", "0", "5", "3.5 s"]
+    assert "; of the trained network 0.3 |" in text  # loss on the calibration set
+    assert "Sensitivities are those of the network before any training." in text
+    assert "all of the network before any training |" in text  # the gap to the exact optimum
+    assert "| time in trainings | 6 s |" in text
 
 
 def test_a_search_without_trainings_has_no_table_of_them():
     study = finished()
     assert report_data(study)["trainings"] == []
-    assert "Trained steps" not in render_markdown(report_data(study))
+    text = render_markdown(report_data(study))
+    assert not [
+        word for word in ("Trained steps", "before any training", "in trainings") if word in text
+    ]
 
 
 def test_trainings_without_counted_samples_have_no_intervals():
