@@ -104,7 +104,7 @@ def trial_note(
         trial: Its user attributes.
         info: What the study is about.
         state: Name of its state.
-        score: Its value.
+        score: Its value; of a record that trained, what its training says is taken.
         winner: User attributes of the candidate that a step record took.
 
     Example:
@@ -128,9 +128,10 @@ def trial_note(
         return f"{what} It was {ended}; it does not count."
     cost = float(trial.get(attrs.COST, math.nan))
     within = "within budget" if cost <= info.limit else "over budget"
+    said = trial.get(attrs.TRAINING)
+    score = float((said or {}).get("score", score))  # the value of the answer is made the best
     return (
-        f"{what} Score {score:.3g} nats, {format_cost(cost, info.metric)}, {within}."
-        f"{trained(trial.get(attrs.TRAINING))}"
+        f"{what} Score {score:.3g} nats, {format_cost(cost, info.metric)}, {within}.{trained(said)}"
     )
 
 

@@ -88,6 +88,7 @@ def test_a_search_that_trains_has_its_figure_and_says_what_training_gave(study):
     note = next(t for t in shown["trials"] if t["number"] == record.number)["note"]["body"]
     said = "2 epochs in 2.5 s: accuracy 88.00% → 91.00%, loss 0.52 → 0.4"
     assert note.endswith(f"Trained for {said}.")
+    assert "Score 0 nats" in note  # the trained network's own, and not its winner's
     assert f"| {said}" in note_in(system(trained))
 
 
