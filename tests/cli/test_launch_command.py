@@ -15,6 +15,8 @@ from typing import Any
 import optuna
 import pytest
 
+from hq_optuna.dashboard import write_pages
+from hq_optuna.dashboard.pages import NOTE, PLOT, STAMP, note_in
 from hq_optuna.history import History, read_history
 from hq_optuna.standing import read_standing
 
@@ -99,6 +101,30 @@ def test_two_workers_have_the_history_of_one_though_one_is_killed(study: Path) -
     assert "curvature" in errors  # measured once, by the launcher
     standing = read_standing(loaded("tiny"))
     assert standing.reason == "the budget is met"
+
+
+def test_the_launcher_writes_the_pages_of_the_dashboard(study: Path) -> None:
+    process = start("launch", study, "--workers", 2)
+    _, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, errors
+    found = loaded("tiny")
+    history = read_history(found)
+    system = found._storage.get_study_system_attrs(found._study_id)
+    note = note_in(system)
+    assert "Finished: the budget is met" in note
+    assert f"After step {history.records[-1].step}: [trial {history.records[-1].number}]" in note
+    for name in ("report", "assignment (JSON)"):
+        assert f"[{name}](/artifacts/" in note
+    for name in ("steps", "bits", "sensitivity"):
+        drawn = "".join(system[key] for key in sorted(system) if key.startswith(f"{PLOT}{name}:"))
+        assert json.loads(drawn)["data"], name
+        if name == "bits":
+            assert json.loads(drawn)["data"][0]["x"][-1] == history.records[-1].step
+    for record in history.records:
+        trial_id = found.trials[record.number]._trial_id
+        assert system[f"{NOTE}{trial_id}:note_str:0"].startswith(f"Closes step {record.step}; ")
+    assert f"/{process.pid}/" in system[STAMP]["by"]  # and not one of its workers
+    assert not write_pages(found)  # nothing is left to write
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
