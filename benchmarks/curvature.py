@@ -197,14 +197,16 @@ def main() -> None:
             started = time.perf_counter()
             traces = measure()
             seconds.append(time.perf_counter() - started)
-        scores = [
-            sum(traces[name] * errors[name][b] for name, b in zip(names, row, strict=True))
-            for row in bits
-        ]
+        scores = np.array(
+            [
+                sum(traces[name] * errors[name][b] for name, b in zip(names, row, strict=True))
+                for row in bits
+            ]
+        )
         outcome.figures[f"seconds_{who}"] = round(statistics.median(seconds), 3)
         outcome.figures[f"spearman_{who}"] = round(float(spearmanr(scores, kls)[0]), 3)
         outcome.figures[f"spearman_rise_{who}"] = round(float(spearmanr(scores, rises)[0]), 3)
-        outcome.details[who] = {"traces": traces, "interval": interval(scores, kls)}
+        outcome.details[who] = {"traces": traces, "interval": interval(scores, np.array(kls))}
         print(
             f"{who:17} {outcome.figures[f'seconds_{who}']:9.3f} s  Spearman with KL "
             f"{outcome.figures[f'spearman_{who}']}, with the loss rise "

@@ -1,7 +1,6 @@
 """PyHessian as the benchmark runs it, against the exact Hessian; and the benchmark's smoke mode."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 
 from benchmarks.curvature import pyhessian_by_layer, pyhessian_shared
 from hq_optuna.batches import read_batches
+from tests.real_data import shared_data
 from tests.reference import curvature as slow
 from tests.small_networks import Residual, assert_unchanged, make, seeded, snapshot
 
@@ -37,14 +37,11 @@ def test_pyhessian_gives_the_average_trace_of_each_layer(measure):
         assert abs(float(values.mean()) - exact) < 6 * float(values.std()) / 30**0.5 + 1e-3
 
 
-def test_the_smoke_mode_prints_one_json_line_last():
-    folder = os.environ.get("HQ_OPTUNA_DATA")
-    if not folder or not (Path(folder) / "cifar10_subset").is_dir():
-        pytest.skip("HQ_OPTUNA_DATA names no folder with cifar10_subset/ unpacked")
+def test_the_smoke_mode_prints_one_json_line_last(subset):
     pytest.importorskip("pyhessian")
     command = [sys.executable, "-m", "benchmarks.curvature", "--quick"]
-    command += ["--data", f"{folder}/cifar10_subset"]
-    command += ["--checkpoint", f"{folder}/resnet20_cifar10.pt"]
+    command += ["--data", str(subset)]
+    command += ["--checkpoint", str(shared_data("resnet20_cifar10.pt"))]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     line = json.loads(done.stdout.splitlines()[-1])
     assert line["benchmark"] == "curvature"

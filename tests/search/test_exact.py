@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +13,7 @@ from hq_optuna.cost import CostModel
 from hq_optuna.layers import LayerSpec
 from hq_optuna.search.exact import exact_allocation
 from hq_optuna.space import SearchSpace
+from tests.real_data import shared_data
 
 
 def layer(name: str, weights: int, macs: int) -> LayerSpec:
@@ -83,11 +82,7 @@ def test_too_many_combinations_are_refused_in_words() -> None:
 
 def hawq() -> dict[str, object]:
     """Return HAWQ-V3's inputs and answers for ResNet-18."""
-    folder = Path(os.environ.get("HQ_OPTUNA_DATA", Path(__file__).parents[3] / "shared" / "data"))
-    path = folder / "hawq_v3_resnet18.json"
-    if not path.exists():
-        pytest.skip("needs hawq_v3_resnet18.json; set HQ_OPTUNA_DATA to the folder that holds it")
-    return json.loads(path.read_text())  # type: ignore[no-any-return]
+    return json.loads(shared_data("hawq_v3_resnet18.json").read_text())  # type: ignore[no-any-return]
 
 
 PUBLISHED = [f"{m}_{f}" for m in ("size", "bops", "latency") for f in ("0.75", "0.5", "0.25")]

@@ -1,8 +1,6 @@
 import hashlib
-import os
 import pickle
 import sys
-import tarfile
 from pathlib import Path
 from urllib.error import URLError
 
@@ -13,6 +11,7 @@ from safetensors.torch import save_file
 
 from hq_optuna.errors import DataError, NetworkError, StudyFileError
 from hq_optuna.runner.study_file import StudyFile, find_study
+from tests.real_data import shared_data
 
 torchvision = pytest.importorskip("torchvision", reason="the CIFAR-10 study needs torchvision")
 Image = pytest.importorskip("PIL.Image", reason="torchvision reads images with Pillow")
@@ -31,22 +30,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def shared_data(name):
-    folder = Path(os.environ.get("HQ_OPTUNA_DATA", CHECKOUT.parent / "shared" / "data"))
-    if not (folder / name).is_file():
-        pytest.skip(f"{name} is not in {folder}; HQ_OPTUNA_DATA names the folder with the data")
-    return folder / name
-
-
-@pytest.fixture(scope="session")
-def subset(tmp_path_factory):
-    """Unpack the images of the published training and test batches once."""
-    folder = tmp_path_factory.mktemp("cifar10")
-    with tarfile.open(shared_data("cifar10_subset.tar")) as archive:
-        archive.extractall(folder, filter="data")
-    return folder / "cifar10_subset"
 
 
 @pytest.fixture(scope="session")

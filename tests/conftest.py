@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tests.real_data import shared_data
+
+
+@pytest.fixture(scope="session")
+def subset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The images of CIFAR-10's published training and test batches, unpacked once."""
+    folder = tmp_path_factory.mktemp("cifar10")
+    with tarfile.open(shared_data("cifar10_subset.tar")) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "cifar10_subset"
