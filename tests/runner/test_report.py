@@ -1,10 +1,7 @@
-"""The report: data, Markdown, HTML."""
+"""What the report says: the answer in a sentence, its data, its words."""
 
 import json
 import math
-import re
-from html.parser import HTMLParser
-from pathlib import Path
 
 import optuna
 import pytest
@@ -14,69 +11,15 @@ from hq_optuna._version import __version__
 from hq_optuna.cost import Budget
 from hq_optuna.errors import ResumeError
 from hq_optuna.history import read_history
-from hq_optuna.layers import LayerSpec
-from hq_optuna.runner._report_html import render_html
 from hq_optuna.runner._report_words import before_and_after, fact, number, percent, seconds
 from hq_optuna.runner.report import layer_table, render_markdown, report_data, write_report
 from hq_optuna.runner.resolving import resolve
-from hq_optuna.space import SearchSpace
 from tests.fake_search import fake_space, fake_study
+from tests.runner.reported import known, page_of
 
 ACCURACY = {"accuracy_before": 0.981, "accuracy_after": 0.975}
 INNER = 2_359_296
 MACS = 442_368 + 2 * INNER + 1280
-
-
-def _study(**more):
-    """Return a search whose answer is known: both inner layers at 4 bits, the others at 8."""
-    return fake_study(fake_space(4, bits=(8, 4)), budget=Budget.fraction(bops=0.32), **more)
-
-
-class _Page(HTMLParser):
-    """Elements, text and links of a page as a browser would see them."""
-
-    VOID = ("meta", "link", "img", "br")
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.links, self.ids, self.open, self.cells, self.scripts = (
-            [],
-            [],
-            [],
-            [],
-            [],
-            [],
-        )
-        self.text = ""
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        found = dict(attributes)
-        self.links += [found[key] for key in ("src", "href", "action") if key in found]
-        self.ids += [found["id"]] if "id" in found else []
-        if tag not in self.VOID:
-            self.open.append(tag)
-        if tag in ("td", "th"):
-            self.cells.append("")
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if "script" in self.open:
-            self.scripts.append(data)
-            return
-        if "style" not in self.open:
-            self.text += data
-        if self.open and self.open[-1] in ("td", "th"):
-            self.cells[-1] += data
-
-
-def _page(study, tmp_path, **more):
-    write_report(study, tmp_path / "report.html", **more)
-    return _Page((tmp_path / "report.html").read_text(encoding="utf-8"))
 
 
 # The answer
@@ -85,18 +28,18 @@ def _page(study, tmp_path, **more):
 def test_the_headline_of_a_finished_search_is_the_answer_in_one_sentence():
     share = 1 - 96 * INNER / (64 * MACS)
     assert f"{100 * share:.1f}" == "31.4"
-    assert report_data(_study(facts=ACCURACY))["headline"] == (
+    assert report_data(known(facts=ACCURACY))["headline"] == (
         "4 layers at 4 to 8 bits: 31.4 % of the all-8-bit BOPs, predicted loss rise 0.0176 nats, "
         "validation accuracy 98.1 % → 97.5 %."
     )
 
 
 def test_the_headline_says_when_accuracy_was_not_measured():
-    assert report_data(_study())["headline"].endswith("validation accuracy not measured.")
+    assert report_data(known())["headline"].endswith("validation accuracy not measured.")
 
 
 def test_the_headline_takes_another_figure_where_the_study_measures_no_accuracy():
-    data = report_data(_study(facts={"f1_score_before": 0.9, "f1_score_after": 0.875}))
+    data = report_data(known(facts={"f1_score_before": 0.9, "f1_score_after": 0.875}))
     assert data["headline"].endswith("validation f1 score 0.9 → 0.875.")
 
 
@@ -109,7 +52,7 @@ def test_the_headline_names_float_activations_and_the_size():
 
 
 def test_the_headline_of_an_unfinished_search_says_how_far_it_is():
-    data = report_data(_study(n_trials=3))
+    data = report_data(known(n_trials=3))
     assert data["state"] == {
         "status": "unfinished",
         "over": False,
@@ -126,14 +69,14 @@ def test_the_headline_of_an_unfinished_search_says_how_far_it_is():
 
 
 def test_progress_is_the_part_of_the_excess_cost_that_is_gone():
-    data = report_data(_study(n_trials=5))  # the start, its record, two candidates, their record
+    data = report_data(known(n_trials=5))  # the start, its record, two candidates, their record
     excess = 64 * MACS * (1 - 0.32)
     assert data["state"]["step"] == 1
     assert data["state"]["progress"] == pytest.approx(48 * INNER / excess, rel=1e-12)
 
 
 def test_the_headline_of_a_search_without_trials_names_the_budget():
-    data = report_data(_study(n_trials=0))
+    data = report_data(known(n_trials=0))
     assert data["headline"] == (
         "No step is closed yet: 0 candidates scored; the budget is 32.0 % of the all-8-bit BOPs."
     )
@@ -141,7 +84,7 @@ def test_the_headline_of_a_search_without_trials_names_the_budget():
 
 
 def test_a_search_at_the_bottom_above_its_budget_says_so():
-    study = _study()
+    study = known()
     info = {**study.user_attrs[attrs.INFO], "limit": 1.0}
     study.set_user_attr(attrs.INFO, info)
     data = report_data(study)
@@ -153,7 +96,7 @@ def test_a_search_at_the_bottom_above_its_budget_says_so():
 
 
 def test_the_costs_are_absolute_and_fractions_of_all_8_bit_and_float():
-    cost = report_data(_study())["cost"]
+    cost = report_data(known())["cost"]
     answer = 64 * MACS - 96 * INNER
     assert cost == {
         "answer": answer,
@@ -165,13 +108,13 @@ def test_the_costs_are_absolute_and_fractions_of_all_8_bit_and_float():
 
 
 def test_the_data_survive_a_round_trip_through_strict_json():
-    for study in (_study(facts={"x": math.nan}), _study(n_trials=0), fake_study(4, bare=True)):
+    for study in (known(facts={"x": math.nan}), known(n_trials=0), fake_study(4, bare=True)):
         data = report_data(study, command="hq-optuna run x")
         assert json.loads(json.dumps(data, allow_nan=False)) == data
 
 
 def test_the_layer_table_holds_bits_shares_and_sensitivity_of_the_incumbent():
-    rows = layer_table(read_history(_study()))
+    rows = layer_table(read_history(known()))
     after = 64 * MACS - 96 * INNER
     assert [row.name for row in rows] == ["conv1", "layer1.0.conv", "layer3.1.conv", "fc"]
     assert [row.searched for row in rows] == [False, True, True, False]
@@ -192,7 +135,7 @@ def test_the_sensitivities_of_the_layers_add_up_to_the_score():
 
 
 def test_before_the_first_step_the_layer_table_shows_the_start():
-    rows = layer_table(read_history(_study(n_trials=0)))
+    rows = layer_table(read_history(known(n_trials=0)))
     assert [row.weight_bits for row in rows] == [8, 8, 8, 8]
     assert [row.share_after for row in rows] == [row.share_before for row in rows]
 
@@ -204,13 +147,13 @@ def test_float_activations_add_nothing_to_the_sensitivity():
 
 
 def test_without_a_stored_table_the_sensitivity_is_unknown():
-    rows = layer_table(read_history(_study(sensitivity=False)))
+    rows = layer_table(read_history(known(sensitivity=False)))
     assert {row.sensitivity for row in rows} == {None}
-    assert "not measured" in render_markdown(report_data(_study(sensitivity=False)))
+    assert "not measured" in render_markdown(report_data(known(sensitivity=False)))
 
 
 def test_the_counts_tell_candidates_records_pruned_and_failed_apart():
-    study = _study()
+    study = known()
     assert report_data(study)["counts"] == {
         "candidates": 4,  # the start, two in step 1, one in step 2
         "duplicates": 0,
@@ -231,7 +174,7 @@ def test_the_counts_tell_candidates_records_pruned_and_failed_apart():
 
 
 def test_settings_fingerprint_versions_and_what_is_not_counted_are_there():
-    study = _study(skipped=(("bn", "BatchNorm2d", "normalisation"),), warnings=("Take care.",))
+    study = known(skipped=(("bn", "BatchNorm2d", "normalisation"),), warnings=("Take care.",))
     study.set_user_attr(attrs.FINGERPRINT, {"network": "6f1c", "data": "09ab"})
     data = report_data(study)
     assert data["settings"] == {
@@ -268,7 +211,7 @@ def test_settings_fingerprint_versions_and_what_is_not_counted_are_there():
 def test_passwords_in_the_command_are_masked(command, shown):
     if shown is None:
         shown = command.replace("password=b", "password=***")
-    assert report_data(_study(n_trials=0), command=command)["command"] == shown
+    assert report_data(known(n_trials=0), command=command)["command"] == shown
 
 
 def test_a_study_of_another_kind_is_refused(tmp_path):
@@ -315,203 +258,10 @@ def test_only_what_was_measured_twice_is_compared():
 
 
 def test_facts_that_were_not_measured_twice_stand_alone():
-    text = render_markdown(report_data(_study(facts={**ACCURACY, "n_validation": 360})))
+    text = render_markdown(report_data(known(facts={**ACCURACY, "n_validation": 360})))
     assert "| accuracy, before → after | 98.1 % → 97.5 % |" in text
     assert "| n validation | 360 |" in text
     assert "accuracy before" not in text
-
-
-# Markdown
-
-
-def test_markdown_tables_have_as_many_cells_in_every_row_as_in_the_header():
-    names = ("a|b", "c*d_e", "<f>")
-    layers = [LayerSpec(name, "Linear", (8, 8), 0, 64, 1, 8) for name in names]
-    study = fake_study(SearchSpace.build(layers, bits=(8, 4), pin_first_last=None))
-    text = render_markdown(report_data(study, command="hq-optuna run x"))
-    tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
-    assert len(tables) == 5
-    for table in tables:
-        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
-    for shown in (r"a\|b", r"c\*d\_e", r"\<f\>"):
-        assert f"| {shown} | Linear | 64 |" in text
-    assert "\n    hq-optuna run x\n" in text
-
-
-def test_markdown_has_a_row_for_every_layer_and_one_for_all():
-    text = render_markdown(report_data(_study()))
-    assert (
-        "| layer1.0.conv | Conv2d | 2,304 | 2,359,296 | 4 | 4 | 45.7 % | 36.3 % | 0.0117 |" in text
-    )
-    assert "| fc | Linear (pinned) | 1,280 | 1,280 | 8 | 8 |" in text
-    assert f"| all |  | 40,880 | {MACS:,} |" in text
-    assert text.startswith("# Bit search: fake\n\n4 layers at")
-
-
-# HTML
-
-
-def test_the_page_is_well_formed_and_the_answer_comes_first(tmp_path):
-    page = _page(_study(facts=ACCURACY), tmp_path)
-    assert page.open == []
-    assert page.text.index("4 layers at 4 to 8 bits") < page.text.index("Cost and accuracy")
-    order = [i for i in page.ids if not i.startswith("fig-")]
-    assert order == [
-        *("beside", "layers", "answer", "settings", "reproduce", "not-counted", "warnings")
-    ]
-    figures = [i for i in page.ids if i.startswith("fig-")]
-    assert len(figures) == 8
-    assert page.ids.index("answer") < page.ids.index(figures[0])
-    assert page.ids.index(figures[-1]) < page.ids.index("settings")
-
-
-def test_the_page_loads_nothing_from_anywhere(tmp_path):
-    page = _page(_study(warnings=("Take care.",)), tmp_path)
-    assert page.links == ["#warnings"]
-    assert "link" not in page.tags
-    assert "iframe" not in page.tags
-    text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    style = text[text.index("<style>") : text.index("</style>")]
-    assert "url(" not in style
-    assert "@import" not in style
-    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text).group(1)
-    assert policy.startswith("default-src 'none';")
-    assert "http" not in policy
-    assert "showSendToCloud: false" in text
-
-
-def test_plotly_is_in_the_page_once(tmp_path):
-    page = _page(_study(), tmp_path)
-    assert page.tags.count("script") == 2
-    assert len([script for script in page.scripts if script.lstrip().startswith("/**")]) == 1
-
-
-def test_names_and_warnings_are_escaped(tmp_path):
-    evil = "</script><script>alert('1')</script>&amp;\"<b>"
-    layers = [LayerSpec(n, evil, (8, 8), 0, 64, 1, 8) for n in (f"{evil}1", f"{evil}2", "c")]
-    study = fake_study(
-        SearchSpace.build(layers, bits=(8, 4), pin_first_last=None),
-        name=evil,
-        skipped=((evil, evil, evil),),
-        warnings=(evil,),
-        facts={evil: evil},
-    )
-    study.set_user_attr(attrs.FINGERPRINT, {evil: evil})
-    page = _page(study, tmp_path, command=f"hq-optuna run {evil}")
-    assert page.tags.count("script") == 2
-    assert "b" not in page.tags
-    assert page.open == []
-    assert f"{evil}1" in page.cells
-    assert f"fingerprint: {evil}" in page.cells
-    assert "<b>" not in "".join(page.scripts[1:])
-
-
-def test_no_text_in_a_figure_can_end_the_script():
-    class Figure:
-        layout = type("Layout", (), {"height": 100})
-
-        def to_json(self):  # plotly's own escapes "<", today
-            return json.dumps({"name": "</script><b>"})
-
-    page = _Page(render_html(report_data(_study()), [("x", "caption", Figure())]))
-    assert page.tags.count("script") == 2
-    assert "b" not in page.tags
-
-
-def test_the_figures_of_the_page_are_those_of_the_study(tmp_path):
-    page = _page(_study(), tmp_path)
-    script = page.scripts[-1]
-    figures = json.JSONDecoder().raw_decode(script[script.index("{") :])[0]
-    assert list(figures) == [
-        "fig-steps",
-        "fig-bits",
-        "fig-cost-share",
-        "fig-sensitivity",
-        "fig-pareto",
-        "fig-candidates",
-        "fig-prediction",
-        "fig-workers",
-    ]
-    assert figures["fig-steps"]["data"][0]["name"] == "score"
-    assert set(figures) <= set(page.ids)
-
-
-def test_an_unfinished_search_has_the_figures_it_can_have_and_logs_no_warning(tmp_path, caplog):
-    page = _page(_study(n_trials=0, sensitivity=False), tmp_path)
-    assert [i for i in page.ids if i.startswith("fig-")] == ["fig-cost-share"]
-    assert caplog.text == ""
-    assert "No step is closed yet" in page.text
-
-
-def test_a_page_without_warnings_says_none_and_links_to_none(tmp_path):
-    page = _page(_study(), tmp_path)
-    assert page.links == []
-    assert "Warnings\nNone." in page.text
-
-
-def test_the_command_stands_in_the_page(tmp_path):
-    page = _page(_study(), tmp_path, command="hq-optuna run digits --seed 3")
-    assert "hq-optuna run digits --seed 3" in page.text
-    assert "does not say" not in page.text
-    assert "The study does not say which command started it." in _page(_study(), tmp_path).text
-
-
-def test_the_same_study_gives_the_same_bytes(tmp_path):
-    study = _study()
-    write_report(study, tmp_path / "a.html")
-    write_report(study, tmp_path / "b.html")
-    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
-
-
-def test_the_folder_is_made_and_nothing_else_is_left_in_it(tmp_path):
-    write_report(_study(), tmp_path / "new" / "folder" / "report.html")
-    assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == ["report.html"]
-
-
-def test_a_failed_write_keeps_the_earlier_report_and_leaves_no_rest(tmp_path, monkeypatch):
-    path = tmp_path / "report.html"
-    path.write_text("earlier")
-    written = []
-
-    def full_disk(self, text, **_):
-        written.append(self)
-        self.write_bytes(text.encode()[:100])
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(Path, "write_text", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        write_report(_study(), path)
-    assert written[0].parent == tmp_path
-    assert written[0] != path
-    assert path.read_text() == "earlier"
-    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
-
-
-def test_who_reads_the_earlier_report_keeps_it_whole(tmp_path):
-    path, reader = tmp_path / "report.html", tmp_path / "reader"
-    path.write_text("earlier")
-    reader.hardlink_to(path)
-    write_report(_study(), path)
-    assert reader.read_text() == "earlier"  # replaced, not overwritten
-    assert path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
-
-
-def test_the_report_changes_nothing_in_the_study(tmp_path):
-    study = _study()
-
-    def everything():
-        system = study._storage.get_study_system_attrs(study._study_id)
-        return study.user_attrs, dict(system), [vars(trial) for trial in study.get_trials()]
-
-    before = everything()
-    write_report(study, tmp_path / "report.html")
-    assert everything() == before
-
-
-def test_the_page_can_be_made_from_the_json_alone():
-    data = json.loads(json.dumps(report_data(_study(facts=ACCURACY))))
-    page = _Page(render_html(data, []))
-    assert "4 layers at 4 to 8 bits" in page.text
 
 
 # The exact optimum
@@ -541,12 +291,12 @@ def test_where_the_search_ranks_by_no_sum_the_report_says_so(tmp_path):
     assert not data["exact"]["of_the_score"]
     assert (
         "the search ranks by another score, which is no sum over layers"
-        in _page(study, tmp_path).text
+        in page_of(study, tmp_path).text
     )
 
 
 def test_without_table_or_answer_there_is_no_gap():
-    for study in (_study(sensitivity=False), _study(n_trials=3)):
+    for study in (known(sensitivity=False), known(n_trials=3)):
         data = report_data(study)
         assert data["exact"] is None
         assert "gap to the exact optimum" not in render_markdown(data)

@@ -20,17 +20,13 @@ from hq_optuna.runner.intervals import paired, wilson
 from hq_optuna.runner.report import render_markdown, report_data
 from hq_optuna.runner.started import Started
 from tests.fake_search import fake_space, fake_study
+from tests.runner.reported import known
 from tests.runner.searches import Network, data, search
 
 COUNTED = {
     **{"accuracy_before": 0.9, "accuracy_after": 0.88, "validation_samples": 200},
     **{"validation_lost": 6, "validation_gained": 2},
 }
-
-
-def finished(**more):
-    """Return a search whose answer is known: both inner layers at 4 bits, the others at 8."""
-    return fake_study(fake_space(4, bits=(8, 4)), budget=Budget.fraction(bops=0.32), **more)
 
 
 # Accuracies
@@ -65,7 +61,7 @@ def test_a_study_that_measures_figures_of_its_own_has_no_counts_and_no_intervals
 
 
 def test_intervals_follow_from_the_counts():
-    found = report_data(finished(facts=COUNTED))["accuracies"]["validation"]
+    found = report_data(known(facts=COUNTED))["accuracies"]["validation"]
     assert found["samples"], found["lost"] == (200, 6)
     low, high = wilson(176, 200)
     assert found["after"] == {"value": 0.88, "low": low, "high": high}
@@ -74,7 +70,7 @@ def test_intervals_follow_from_the_counts():
 
 
 def test_headline_and_tables_say_the_intervals():
-    found = report_data(finished(facts=COUNTED))
+    found = report_data(known(facts=COUNTED))
     low, high = (f"{100 * end:+.1f}".replace("-", "−") for end in paired(6, 2, 200))
     assert found["headline"].endswith(
         f"validation accuracy 90.0 % → 88.0 % (−2.0 points, 95 % interval {low} to {high})."
@@ -133,13 +129,13 @@ def test_measured_figures_stand_beside_with_their_differences():
 
 
 def test_the_report_says_why_the_search_ended():
-    found = report_data(finished())
+    found = report_data(known())
     assert (found["state"]["over"], found["state"]["reason"]) == (True, "the budget is met")
     assert "| the search ended | the budget is met |" in render_markdown(found)
 
 
 def test_a_search_that_a_limit_stopped_says_which_and_how_far_it_came():
-    study = finished(n_trials=3)
+    study = known(n_trials=3)
     study.set_user_attr(LIMITS, {"max_evaluations": 2})
     found = report_data(study)
     assert found["state"]["over"]
@@ -153,13 +149,13 @@ def test_a_search_that_a_limit_stopped_says_which_and_how_far_it_came():
 
 
 def test_a_search_that_goes_on_says_so():
-    found = report_data(finished(n_trials=3))
+    found = report_data(known(n_trials=3))
     assert not found["state"]["over"]
     assert "| the search ended | not yet |" in render_markdown(found)
 
 
 def test_an_answer_that_swaps_still_refine_says_so():
-    found = report_data(finished())
+    found = report_data(known())
     found["state"] |= {"over": False, "reason": ""}
     assert headline(found).endswith("; swaps still refine it.")
     assert "not yet: the budget is met, swaps still refine" in render_markdown(found)
@@ -224,7 +220,7 @@ def test_agreement_counts_rises_from_the_network_that_was_trained_last():
 
 
 def test_the_report_tells_what_each_training_gave():
-    study = finished(train_every=1, final=True, facts=COUNTED)
+    study = known(train_every=1, final=True, facts=COUNTED)
     step, answer = report_data(study)["trainings"]
     assert (step["step"], step["kind"], step["epochs"], step["seconds"]) == (1, "step", 2, 2.5)
     assert (answer["step"], answer["kind"], answer["epochs"]) == (3, "final", 5)
@@ -245,7 +241,7 @@ def test_the_report_tells_what_each_training_gave():
 
 
 def test_a_search_without_trainings_has_no_table_of_them():
-    study = finished()
+    study = known()
     assert report_data(study)["trainings"] == []
     text = render_markdown(report_data(study))
     assert not [
@@ -254,7 +250,7 @@ def test_a_search_without_trainings_has_no_table_of_them():
 
 
 def test_trainings_without_counted_samples_have_no_intervals():
-    step, _ = report_data(finished(train_every=1, final=True))["trainings"]
+    step, _ = report_data(known(train_every=1, final=True))["trainings"]
     assert step["after"]["accuracy"] == {"value": 0.91, "low": None, "high": None}
 
 
@@ -264,7 +260,7 @@ def test_a_score_that_is_the_measured_loss_is_not_compared_with_itself():
 
 
 def test_without_losses_there_is_no_agreement_and_the_report_says_not_measured():
-    study = finished(bare=True)
+    study = known(bare=True)
     assert agreement(read_history(study)) is None
     text = render_markdown(report_data(study))
     assert "| does the score rank as the measured loss? | not measured |" in text
@@ -274,7 +270,7 @@ def test_without_losses_there_is_no_agreement_and_the_report_says_not_measured()
 
 
 def test_hashes_of_artifacts_are_there_but_not_the_reports_own():
-    study = finished()
+    study = known()
     for name, digit in (("sensitivity", "a"), ("report", "b")):
         reference = Reference("x", digit * 64, 10).to_json()
         study._storage.set_study_system_attr(study._study_id, f"{attrs.ARTIFACT}:{name}", reference)
@@ -284,7 +280,7 @@ def test_hashes_of_artifacts_are_there_but_not_the_reports_own():
 
 
 def test_the_study_tells_the_command_that_started_it():
-    study = finished(n_trials=0)
+    study = known(n_trials=0)
     Started.of({}, {}, "hq-optuna run x --storage mysql://me:secret@db/hq").remember(study)
     study.set_user_attr(attrs.FINGERPRINT, {"seed": 0})
     assert report_data(study)["command"] == "hq-optuna run x --storage mysql://me:***@db/hq"

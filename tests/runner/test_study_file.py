@@ -1,5 +1,5 @@
-import re
-import subprocess
+"""Study files: what they define, their options, what is refused."""
+
 import sys
 from pathlib import Path
 
@@ -9,19 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hq_optuna.batches import read_batches
-from hq_optuna.cost import Budget, format_cost
+from hq_optuna.cost import Budget
 from hq_optuna.errors import DataError, HqOptunaError, StudyFileError
-from hq_optuna.runner.study_file import (
-    SETTINGS_KEYS,
-    Option,
-    StudyFile,
-    find_study,
-    parse_budget,
-)
+from hq_optuna.runner.study_file import SETTINGS_KEYS, Option, StudyFile, find_study
 from hq_optuna.runner.study_options import parse
 from hq_optuna.space import SearchSpace
-
-CHECKOUT = Path(__file__).parents[2]
 
 MINIMAL = """
 import torch
@@ -343,171 +335,6 @@ def test_settings_name_the_space_by_its_own_words():
 
     arguments = set(inspect.signature(SearchSpace.build).parameters) - {"layers"}
     assert arguments <= set(SETTINGS_KEYS)
-
-
-# --- find_study -----------------------------------------------------------------------------
-
-
-def test_a_path_means_that_file_and_a_bare_name_the_current_folder_before_the_checkout(
-    tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    assert find_study("template") == CHECKOUT / "studies" / "template.py"
-    (tmp_path / "studies").mkdir()
-    for name in ("studies/template.py", "mine.py"):
-        (tmp_path / name).write_text(MINIMAL)
-    assert find_study("template") == tmp_path / "studies" / "template.py"
-    assert find_study("mine.py") == tmp_path / "mine.py"
-    assert find_study("./mine.py") == tmp_path / "mine.py"
-    assert find_study(str(tmp_path / "mine.py")) == tmp_path / "mine.py"
-
-
-def test_a_study_that_is_not_found_lists_what_was_tried_and_what_there_is(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "studies").mkdir()
-    (tmp_path / "studies" / "my_own.py").write_text(MINIMAL)
-    (tmp_path / "studies" / "_private.py").write_text(MINIMAL)
-    with pytest.raises(StudyFileError) as caught:
-        find_study("digit")
-    message = str(caught.value)
-    assert "There is no study 'digit'" in message
-    assert str(tmp_path / "studies" / "digit.py") in message
-    assert str(CHECKOUT / "studies" / "digit.py") in message
-    assert "cifar10_resnet20, digits, my_own, template" in message
-    for name in ("digit.py", "studies", "no/digits", str(tmp_path), "", ".."):
-        with pytest.raises(StudyFileError, match="There is no study"):
-            find_study(name)
-
-
-def test_reading_study_files_loads_no_torch():
-    code = (
-        "import sys; from hq_optuna.runner.study_file import find_study, parse_budget; "
-        "find_study('digits'); parse_budget('0.5'); assert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=CHECKOUT)
-
-
-# --- parse_budget ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "budget"),
-    [
-        ("0.25", Budget.fraction(bops=0.25)),
-        (" .25 bops ", Budget.fraction(bops=0.25)),
-        ("1", Budget.fraction(bops=1)),
-        ("0.25 size_bytes", Budget.fraction(size_bytes=0.25)),
-        ("25% size_bytes", Budget.fraction(size_bytes=0.25)),
-        ("25 %", Budget.fraction(bops=0.25)),
-        ("150% bops", Budget.fraction(bops=1.5)),
-        ("24e9 bops absolute", Budget.absolute(bops=24e9)),
-        ("24e9 absolute", Budget.absolute(bops=24e9)),
-        ("64000 size_bytes absolute", Budget.absolute(size_bytes=64_000)),
-        ("0.5 bops absolute", Budget.absolute(bops=0.5)),
-        ("24 GBOPs", Budget.absolute(bops=24e9)),
-        ("0.5 gbops", Budget.absolute(bops=0.5e9)),
-        ("24gbops absolute", Budget.absolute(bops=24e9)),
-        ("3 kBOPs", Budget.absolute(bops=3e3)),
-        ("3 MBOPs", Budget.absolute(bops=3e6)),
-        ("3 TBOPs", Budget.absolute(bops=3e12)),
-        ("64000 bytes", Budget.absolute(size_bytes=64_000)),
-        ("64 KiB", Budget.absolute(size_bytes=64 * 1024)),
-        ("5.5MiB", Budget.absolute(size_bytes=5.5 * 1024**2)),
-        ("1 GiB", Budget.absolute(size_bytes=1024**3)),
-        (0.25, Budget.fraction(bops=0.25)),
-        (Budget.absolute(bops=7), Budget.absolute(bops=7)),
-    ],
-)
-def test_budgets_are_read_as_people_write_them(text, budget):
-    assert parse_budget(text) == budget
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("", "'' is no budget"),
-        ("a quarter", "'a quarter' is no budget"),
-        ("nan", "is no budget"),
-        ("1e999", "is a positive number; got '1e999'"),
-        ("0", "is a positive number; got '0'"),
-        ("-0.5 bops", "is a positive number; got '-0.5 bops'"),
-        ("2 bops", r"'2 bops' is more than all of the all-8-bit cost.*'24e9 bops absolute'"),
-        ("24e9", "'24e9' is more than all"),
-        ("5.8 MB", r"'MB' in '5\.8 MB' is neither metric nor unit.*GiB, MiB, KiB, bytes"),
-        ("0.25 macs", r"'macs' in .* is neither metric nor unit.*metrics: bops, size_bytes"),
-        ("25% GBOPs", "'25% GBOPs' is no absolute budget"),
-        ("25% bops absolute", "is no absolute budget"),
-        ("9 macs absolute", "is no absolute budget"),
-        ("0.25 bops bops", "is no budget"),
-        ("0.25, bops", "is no budget"),
-    ],
-)
-def test_a_budget_that_means_nothing_or_two_things_is_refused(text, words):
-    with pytest.raises(StudyFileError, match=words):
-        parse_budget(text)
-
-
-@given(st.integers(1_000, 9_999), st.integers(0, 12), st.sampled_from(["bops", "size_bytes"]))
-def test_a_printed_absolute_budget_can_be_typed_again(digits, exponent, metric):
-    # Printed with four digits, so what is printed must read back to what prints the same.
-    printed = format_cost(digits * 10.0**exponent, metric)
-    assert format_cost(parse_budget(printed).value, metric) == printed
-    assert parse_budget(printed).metric == metric
-
-
-# --- what we ship and write down ------------------------------------------------------------
-
-
-def test_the_template_runs_as_it_is_and_its_network_is_always_right(tmp_path):
-    torch.manual_seed(5)
-    state = torch.get_rng_state()
-    template = StudyFile.load(find_study("template"))
-    parts = template.build(tmp_path, template.parse_options([]))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert set(template.options) == {"width", "n_calibration"}
-    for data, n in ((parts.calibration, 64), (parts.validation, 256)):
-        batches = read_batches(data)
-        assert batches.n_samples == n
-        assert len({int(label) for batch in batches for label in batch.labels}) >= 3
-        for batch in batches:
-            outputs = parts.network(batch.inputs)
-            assert torch.equal(outputs.argmax(dim=1), batch.labels)
-            expected = torch.nn.functional.cross_entropy(outputs, batch.labels)
-            assert torch.equal(parts.loss(outputs, batch.labels), expected)
-    again = template.build(tmp_path, {"n_calibration": 64})
-    for name, tensor in parts.network.state_dict().items():
-        assert torch.equal(again.network.state_dict()[name], tensor)
-
-
-@pytest.mark.parametrize("name", ["template", "digits", "cifar10_resnet20"])
-def test_shipped_studies_have_a_doc_and_every_required_option_has_help(name):
-    shipped = StudyFile.load(find_study(name))
-    assert shipped.doc.endswith(".")
-    assert all(option.help for option in shipped.options.values())
-    assert isinstance(parse_budget(shipped.settings["budget"]), Budget)
-
-
-def test_the_page_on_study_files_shows_a_study_that_works(study, tmp_path):
-    page = (CHECKOUT / "docs" / "study-files.md").read_text()
-    mine = study(re.search(r"```python\n(.*?)```", page, re.S)[1], "my_study")
-    net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
-    torch.save(net.state_dict(), tmp_path / "net.pt")
-    torch.save((torch.randn(600, 8), torch.zeros(600, dtype=torch.int64)), tmp_path / "data.pt")
-    command = re.search(r"hq-optuna run my_study\.py (.*)", page)[1].split()
-    arguments = [str(tmp_path / word) if word.endswith(".pt") else word for word in command]
-    parts = mine.build(tmp_path, mine.parse_options(arguments))
-    assert read_batches(parts.calibration).n_samples == 512
-    assert torch.equal(parts.network[0].weight, net[0].weight)
-
-
-def test_the_page_on_study_files_lists_every_setting_and_only_budgets_that_work():
-    page = (CHECKOUT / "docs" / "study-files.md").read_text()
-    table = page.split("## SETTINGS")[1]
-    assert set(re.findall(r"^\| `(\w+)` \|", table, re.M)) == set(SETTINGS_KEYS)
-    examples = re.findall(r'"([^"]+)"', re.search(r"^\| `budget`.*$", table, re.M)[0])
-    assert len(examples) == 5
-    for example in examples:
-        parse_budget(example)
 
 
 def test_a_study_file_error_can_be_caught_as_either_kind():

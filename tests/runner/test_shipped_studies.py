@@ -1,0 +1,77 @@
+"""The studies that are shipped, and the page on study files."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from hq_optuna.batches import read_batches
+from hq_optuna.cost import Budget
+from hq_optuna.runner.study_file import SETTINGS_KEYS, StudyFile, find_study, parse_budget
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Return a function that writes a study file and loads it."""
+
+    def load(source, name="mine"):
+        path = tmp_path / f"{name}.py"
+        path.write_text(source)
+        return StudyFile.load(path)
+
+    return load
+
+
+def test_the_template_runs_as_it_is_and_its_network_is_always_right(tmp_path):
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    template = StudyFile.load(find_study("template"))
+    parts = template.build(tmp_path, template.parse_options([]))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert set(template.options) == {"width", "n_calibration"}
+    for data, n in ((parts.calibration, 64), (parts.validation, 256)):
+        batches = read_batches(data)
+        assert batches.n_samples == n
+        assert len({int(label) for batch in batches for label in batch.labels}) >= 3
+        for batch in batches:
+            outputs = parts.network(batch.inputs)
+            assert torch.equal(outputs.argmax(dim=1), batch.labels)
+            expected = torch.nn.functional.cross_entropy(outputs, batch.labels)
+            assert torch.equal(parts.loss(outputs, batch.labels), expected)
+    again = template.build(tmp_path, {"n_calibration": 64})
+    for name, tensor in parts.network.state_dict().items():
+        assert torch.equal(again.network.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("name", ["template", "digits", "cifar10_resnet20"])
+def test_shipped_studies_have_a_doc_and_every_required_option_has_help(name):
+    shipped = StudyFile.load(find_study(name))
+    assert shipped.doc.endswith(".")
+    assert all(option.help for option in shipped.options.values())
+    assert isinstance(parse_budget(shipped.settings["budget"]), Budget)
+
+
+def test_the_page_on_study_files_shows_a_study_that_works(study, tmp_path):
+    page = (CHECKOUT / "docs" / "study-files.md").read_text()
+    mine = study(re.search(r"```python\n(.*?)```", page, re.S)[1], "my_study")
+    net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    torch.save((torch.randn(600, 8), torch.zeros(600, dtype=torch.int64)), tmp_path / "data.pt")
+    command = re.search(r"hq-optuna run my_study\.py (.*)", page)[1].split()
+    arguments = [str(tmp_path / word) if word.endswith(".pt") else word for word in command]
+    parts = mine.build(tmp_path, mine.parse_options(arguments))
+    assert read_batches(parts.calibration).n_samples == 512
+    assert torch.equal(parts.network[0].weight, net[0].weight)
+
+
+def test_the_page_on_study_files_lists_every_setting_and_only_budgets_that_work():
+    page = (CHECKOUT / "docs" / "study-files.md").read_text()
+    table = page.split("## SETTINGS")[1]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.M)) == set(SETTINGS_KEYS)
+    examples = re.findall(r'"([^"]+)"', re.search(r"^\| `budget`.*$", table, re.M)[0])
+    assert len(examples) == 5
+    for example in examples:
+        parse_budget(example)
