@@ -17,6 +17,11 @@ import pytest
 from tests.browser import missing
 from tests.cli.conftest import STUDY
 
+TRAIN = """
+
+def train():
+    return _data(64, 4)
+"""
 SLOW = """
 import sys, time
 from hq_optuna.scoring import Scorer
@@ -82,15 +87,16 @@ def serve(where: Path, name: str) -> tuple[subprocess.Popen[str], Site]:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a study file."""
     folder = tmp_path_factory.mktemp("browser")
-    (folder / "tiny.py").write_text(STUDY)
+    (folder / "tiny.py").write_text(STUDY + TRAIN)
     return folder
 
 
 @pytest.fixture(scope="module")
 def finished(place: Path) -> Iterator[Site]:
-    """A search that ended."""
+    """A search that trained its winners and ended."""
     missing.skip()
-    run = start(FAST, place, "run", "tiny.py", "--name", "finished")
+    options = ("--train-every", "2", "--train-epochs", "1", "--final-epochs", "2")
+    run = start(FAST, place, "run", "tiny.py", "--name", "finished", *options)
     said = run.communicate(timeout=120)[0]
     assert run.returncode == 0, said
     process, site = serve(place, "finished")

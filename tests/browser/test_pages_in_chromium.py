@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
     from tests.browser.chromium import Browser
 
-CARDS = ("steps", "bits", "sensitivity")
+CARDS = {
+    "finished": ("steps", "bits", "sensitivity", "training"),
+    "running": ("steps", "bits", "sensitivity"),  # and trains nothing
+}
 BLANK_HTML = "data:text/html,<div id=card style='width:600px;height:450px'>No data</div>"
 WAIT_S = 30
 
@@ -49,7 +52,8 @@ def cards(browser: Browser) -> dict[str, WebElement]:
 
 def wait_for_cards(browser: Browser, site: Site) -> dict[str, WebElement]:
     browser.open(site.url)
-    browser.wait(lambda: set(cards(browser)) == set(CARDS), WAIT_S, "figures")
+    wanted = set(CARDS[site.folder.name])
+    browser.wait(lambda: set(cards(browser)) == wanted, WAIT_S, "figures")
     return cards(browser)
 
 
@@ -124,6 +128,14 @@ def test_a_link_in_the_note_leads_to_a_trial_that_says_what_it_was(browser, fini
     assert browser.console_errors() == []
 
 
+def test_the_importances_are_those_of_the_layers(browser, finished):
+    wait_for_cards(browser, finished)
+    (card,) = browser.wait(
+        lambda: browser.find("#graph-hyperparameter-importances"), WAIT_S, "importances"
+    )
+    assert looks_drawn(browser.picture(card))
+
+
 def test_the_files_of_the_study_are_on_its_page(browser, finished):
     wait_for_cards(browser, finished)
     text = browser.text()
@@ -136,7 +148,7 @@ def test_the_report_opens_from_the_note_with_its_figures(browser, finished):
     browser.wait(lambda: browser.find("a[href*='/artifacts/']"), WAIT_S, "links")
     (link,) = [a for a in browser.find("a[href*='/artifacts/']") if a.text == "report"]
     link.click()
-    look_at_report(browser)
+    look_at_report(browser, trains=True)
 
 
 def test_the_report_of_a_running_search_is_drawn(browser, running, tmp_path):
@@ -149,13 +161,15 @@ def test_the_report_of_a_running_search_is_drawn(browser, running, tmp_path):
     look_at_report(browser)
 
 
-def look_at_report(browser: Browser) -> None:
+def look_at_report(browser: Browser, *, trains: bool = False) -> None:
     figures = browser.wait(
         lambda: [f for f in browser.find("figure .js-plotly-plot") if f.size["height"] > 0],
         WAIT_S,
         "figures of the report",
     )
     assert len(figures) >= 4
+    if trains:
+        assert "fig-training" in {figure.get_attribute("id") for figure in figures}
     for figure in figures:
         picture = browser.picture(figure)
         assert looks_drawn(picture), figure.get_attribute("id")
