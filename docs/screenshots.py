@@ -36,8 +36,9 @@ def run_digits(folder: Path) -> None:
 
 
 def save(picture: Image.Image, path: Path) -> None:
-    """Write a picture as a small PNG."""
-    picture.quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+    """Write a picture as a small PNG, which keeps the colours of thin lines too."""
+    few = picture.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(path, optimize=True)
     print(f"{path}: {path.stat().st_size / 1024:.0f} KiB")
 
 
