@@ -197,6 +197,7 @@ class Watch:
         doing = {}
         for ticket in log.owners.running.values():
             what = "record" if ticket.kind == "incumbent" else f"candidate {ticket.slot + 1}"
+            what = "training" if ticket.trains else what
             doing[ticket.worker] = f"step {ticket.step}, {what}"
         died = {ticket.worker for ticket in log.owners.died}
         found = []

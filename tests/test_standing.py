@@ -12,7 +12,7 @@ from hq_optuna.attrs import LIMITS
 from hq_optuna.samplers.log import StepLog
 from hq_optuna.standing import Watch, read_standing
 from tests.fake_search import fake_study
-from tests.samplers.tables import add, fill_step, open_ticket, ours, total
+from tests.samplers.tables import add, fill_step, open_ticket, ours, record_ticket, total
 
 HOST, NAMESPACE, _, START = workers.worker_id().split("/")
 DEAD = f"{HOST}/{NAMESPACE}/{2**22 + 1}/{START}"
@@ -71,6 +71,16 @@ def test_workers_are_told_by_what_they_do():
     assert found["elsewhere:1"].doing == f"step {step}, candidate 4"
     assert standing.state == "running"
     assert standing.per_minute > 0
+
+
+@pytest.mark.parametrize(("trains", "doing"), [(False, "record"), (True, "training")])
+def test_a_worker_that_closes_a_step_says_whether_it_trains(trains, doing):
+    study, log = begun(2)
+    fill_step(study, log)
+    step, mine = log.open.step, workers.worker_id()
+    add(study, record_ticket(log, worker=mine, trains=trains))
+    (worker,) = (w for w in read_standing(study).workers if w.name == workers.short_name(mine))
+    assert worker.doing == f"step {step}, {doing}"
 
 
 def test_rate_and_time_left_follow_from_the_latest_candidates():
