@@ -76,6 +76,8 @@ def main() -> None:
     parser.add_argument("--final-epochs", type=int, default=20)
     parser.add_argument("--budget", type=float, default=0.12, help="share of the all-8-bit BOPs")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--candidates", type=int, default=8)
+    parser.add_argument("--bfloat16", action="store_true", help="train in bfloat16, channels last")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--quick", action="store_true")
@@ -95,11 +97,18 @@ def main() -> None:
         parts = file.build(Path(folder), file.parse_options(options))
     test = read_batches(parts.test(), batch_size=256)  # type: ignore[misc]
     found: dict[str, list[dict[str, float]]] = {}
-    budget = {"budget": hq.Budget.fraction(bops=arguments.budget)}
+    search = {
+        "budget": hq.Budget.fraction(bops=arguments.budget),
+        "n_candidates": arguments.candidates,
+    }
+    training = dict(file.settings.get("training", {}))
+    if arguments.bfloat16:
+        training |= {"precision": "bfloat16", "channels_last": True}
     for seed in range(arguments.seeds):
         for every in arguments.every:
             asked = {
                 **file.settings,
+                "training": training,
                 "train_every": every,
                 "train_epochs": arguments.train_epochs,
                 "final_epochs": arguments.final_epochs,
@@ -112,14 +121,14 @@ def main() -> None:
                 final=replace(plan.final, seed=seed),
             )
             assert plan.final is not None
-            row = measure(parts, plan, budget, seed)
+            row = measure(parts, plan, search, seed)
             found.setdefault(f"every_{every}", []).append(row)
             print(f"seed {seed} every {every}: {row}", flush=True)
             final = replace(plan.final, epochs=int(row["epochs"]))
-            row = measure(parts, replace(plan, every=0, final=final), budget, seed)
+            row = measure(parts, replace(plan, every=0, final=final), search, seed)
             found.setdefault(f"end_as_{every}", []).append(row)
             print(f"seed {seed} at the end, {final.epochs} epochs: {row}", flush=True)
-        row = measure(parts, None, budget, seed)
+        row = measure(parts, None, search, seed)
         found.setdefault("never", []).append(row)
         print(f"seed {seed} never: {row}", flush=True)
     outcome.details = {

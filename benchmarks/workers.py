@@ -16,7 +16,8 @@ Two questions, each answered within one run:
   had two cores (1.9 to 2.1 times one process, before and after). ``pairs_…`` says how many had; the
   others are in the details, and count where none had.
 
-    python -m benchmarks.workers [--parts sleep scoring] [--data DIR --checkpoint FILE]
+    python -m benchmarks.workers [--parts sleep scoring] [--studies digits resnet20]
+        [--data DIR --checkpoint FILE]
         [--workers 32] [--candidates 64] [--seconds 0.2] [--steps 6] [--repeat 3] [--quick]
 """
 
@@ -221,6 +222,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.2)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--studies", nargs="+", default=["digits", "resnet20"], help="for scoring")
     parser.add_argument("--data", type=Path, help="CIFAR-10, for the ResNet-20")
     parser.add_argument("--checkpoint", type=Path, help="of the ResNet-20")
     parser.add_argument("--quick", action="store_true")
@@ -263,6 +265,8 @@ def main() -> None:
             studies["resnet20"] = (["cifar10_resnet20", *data], 160)
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(Path(__file__).parents[1]):
             for study, (arguments, n) in studies.items():
+                if study not in options.studies:
+                    continue
                 ratios, disturbed = [], []
                 before = cores_reached(seconds)
                 for repeat in range(1 if options.quick else 4 * options.repeat):
