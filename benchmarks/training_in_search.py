@@ -39,9 +39,15 @@ def measure(
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         search = hq.BitSearch(
-            parts.network, parts.calibration, training=plan, validation=parts.validation, **options
+            parts.network,
+            parts.calibration,
+            training=plan,
+            validation=parts.validation,
+            budget=options["budget"],
         )
-        study = search.optimize(seed=seed, artifacts=folder, study_name="s")
+        study = search.optimize(
+            n_candidates=options["n_candidates"], seed=seed, artifacts=folder, study_name="s"
+        )
         seconds = time.perf_counter() - started
         history = read_history(study)
         network = search.objective.answer(study, history.records[-1].config)

@@ -85,6 +85,7 @@ class Foreman:
         self._facts: dict[int, tuple[float, Mapping[str, Any]]] = {}  # by number, of this step
         self._failed: set[int] = set()
         self._beaten, self._beats = clock(), 0
+        self._order_of: tuple[str, list[int]] = "", []  # a step's parent and its slots in order
 
     def hear(self, hand: Hand, event: Mapping[str, Any] | None) -> None:
         """Take in what a worker says, from any thread; ``None``: it is gone."""
@@ -238,11 +239,10 @@ class Foreman:
         assert step is not None
         crew = self._crew(log)
         each = self._each if len(crew) == 1 else 1
-        origin = None if log.incumbent is None else log.incumbent.state
-        states = step.states
-        free = by_depth(states, origin, step.free[len(log.owners.untagged) :])
+        states, ordered = step.states, self._ordered(log)
+        left = set(step.free[len(log.owners.untagged) :])
+        free = [slot for slot in ordered if slot in left]
         if len(crew) > 1:
-            ordered = by_depth(states, origin, range(len(states)))
             share = share_of(ordered, crew.index(workers.worker_id()), len(crew))
             own_first = sorted(free, key=lambda slot: slot not in share)[: each * len(self.hands)]
             free = [slot for slot in free if slot in own_first]
@@ -251,6 +251,15 @@ class Foreman:
         lacking = self._lacking(each, [*self._claimed.values(), *ahead.values()])
         rest = [slot for slot in free if slot not in ahead]
         return [*chosen, *_shared(rest, lacking)], len(crew) == 1
+
+    def _ordered(self, log: StepLog) -> list[int]:
+        """Return the open step's slots by where in the network they change it."""
+        step = log.open
+        assert step is not None
+        if self._order_of[0] != step.parent:
+            origin = None if log.incumbent is None else log.incumbent.state
+            self._order_of = step.parent, by_depth(step.states, origin)
+        return self._order_of[1]
 
     def _lacking(self, each: int, orders: Collection[Order]) -> list[float]:
         """Return the parts of the network for which a candidate is to be claimed besides some."""
@@ -288,7 +297,7 @@ class Foreman:
         past = Past([*log.past.incumbents, incumbent], log.past.results | places)
         now = self._clock()
         states = search.states(incumbent, past)
-        slots = by_depth(states, incumbent.state, range(len(states)))
+        slots = by_depth(states, incumbent.state)
         for slot, part in _shared(slots, self._lacking(self._each, ())):
             self._ahead[states[slot]] = Order(
                 *(new_claim(), states[slot], incumbent.state, now),

@@ -177,7 +177,7 @@ def _choose(log: StepLog, search: str, waited_s: float) -> Ticket | None:
     ordered: Sequence[int] = range(len(step.states))
     if len(crew) > 1:
         origin = None if log.incumbent is None else log.incumbent.state
-        ordered = by_depth(step.states, origin, ordered)
+        ordered = by_depth(step.states, origin)
     free = sorted(free, key=ordered.index)
     share = share_of(ordered, place, len(crew))
     own = [slot for slot in free if slot in share]

@@ -7,22 +7,20 @@ computes too. Which result counts, and the history, do not depend on it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 Item = TypeVar("Item")
 
 
-def by_depth(
-    states: Sequence[tuple[int, ...]], origin: tuple[int, ...] | None, slots: Iterable[int]
-) -> list[int]:
-    """Return slots ordered by the first variable that their states change from their origin."""
+def by_depth(states: Sequence[tuple[int, ...]], origin: tuple[int, ...] | None) -> list[int]:
+    """Return the slots of states, ordered by the first variable that they change."""
 
     def first(slot: int) -> int:
         pairs = zip(states[slot], origin or (), strict=origin is not None)
         return next((place for place, (bits, before) in enumerate(pairs) if bits != before), 0)
 
-    return sorted(slots, key=lambda slot: (first(slot), slot))
+    return sorted(range(len(states)), key=lambda slot: (first(slot), slot))
 
 
 def parts(n: int) -> list[float]:
