@@ -43,6 +43,7 @@ class WeightFakeQuantize(nn.Module):
         # What `keep` was given, and the float weight it is for.
         self._kept: dict[int, Tensor] = {}
         self._felt: dict[int, Tensor] = {}
+        self._begins: dict[int, Tensor] = {}
         self._kept_for: Tensor | None = None
         self._seen: tuple[Tensor, int] | None = None
         self._rounded: dict[int, Tensor] = {}
@@ -67,6 +68,7 @@ class WeightFakeQuantize(nn.Module):
         rounded: Tensor,
         scale: Tensor,
         felt: Tensor | None = None,
+        begins: Tensor | None = None,
     ) -> None:
         """Take ``rounded`` for ``weight`` at ``bits`` from now on, as long as the weight is this.
 
@@ -76,18 +78,23 @@ class WeightFakeQuantize(nn.Module):
             rounded: The weight's shape, values of the grid with ``scale``.
             scale: Shape ``(channels,)``.
             felt: The squared error of each channel as its output feels it, ``(channels,)``.
+            begins: The float weight that training at ``bits`` begins from, where it was trained at
+                these bits before and this is what lay behind the rounded one.
         """
         if self._kept_for is None or not torch.equal(self._kept_for, weight):
-            self._kept, self._felt, self._kept_for = {}, {}, weight.detach().clone()
+            self._kept, self._felt, self._begins = {}, {}, {}
+            self._kept_for = weight.detach().clone()
         self._kept[bits], self.scales[bits] = rounded, scale
         if felt is not None:
             self._felt[bits] = felt
+        if begins is not None:
+            self._begins[bits] = begins
         self._rounded.pop(bits, None)
 
     def retrained(self, scales: Mapping[int, Tensor]) -> None:
         """Take the scales of a trained weight, by bits, and forget all that was found before."""
         self.scales = dict(scales)
-        self._kept, self._felt, self._kept_for = {}, {}, None
+        self._kept, self._felt, self._begins, self._kept_for = {}, {}, {}, None
         self._seen = None
 
     def kept(self, weight: Tensor, bits: int) -> Tensor | None:
@@ -98,6 +105,12 @@ class WeightFakeQuantize(nn.Module):
             self._kept_for = self._kept_for.to(weight.device)
             self._kept = {b: rounded.to(weight.device) for b, rounded in self._kept.items()}
         return self._kept[bits] if torch.equal(self._kept_for, weight) else None
+
+    def begins(self, weight: Tensor, bits: int) -> Tensor | None:
+        """Return where training of this weight begins, if `keep` was told."""
+        if bits not in self._begins or self.kept(weight, bits) is None:
+            return None
+        return self._begins[bits].to(weight.device)
 
     @torch.no_grad()
     def felt_error(self, weight: Tensor, bits: int) -> Tensor:

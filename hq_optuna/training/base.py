@@ -2,7 +2,8 @@
 
 Its weights *are* the rounded ones, so that at its own bits it does no harm at all, and every other
 number of bits is judged by what it changes against that. Scales and ranges that were learned stay
-for its own bits.
+for its own bits, and a layer that keeps its bits is trained on from the float weights behind its
+rounded ones.
 """
 
 from __future__ import annotations
@@ -40,12 +41,14 @@ class TrainedBase:
         config: Bits it was trained at.
         scales: Layer → scale of its weights at these bits, ``(channels,)``.
         ranges: Layer → range of its input at these bits.
+        behind: Layer → the float weights that round to those of the network.
     """
 
     network: nn.Module
     config: BitConfig
     scales: Mapping[str, Tensor]
     ranges: Mapping[str, AffineRange]
+    behind: Mapping[str, Tensor]
 
     def settle_(self, prepared: nn.Module) -> None:
         """Give a copy of `network` that was prepared anew what was learned for these bits."""
@@ -55,7 +58,10 @@ class TrainedBase:
                 weight, quantizer = float_weight(module).detach(), weight_quantizer(module)
                 scale = self.scales[name].to(weight.device)
                 felt = torch.zeros(len(scale), dtype=torch.float64, device=weight.device)
-                quantizer.keep(weight, bits.weight_bits, weight.clone(), scale, felt)
+                quantizer.keep(
+                    *(weight, bits.weight_bits, weight.clone(), scale, felt),
+                    begins=self.behind[name].to(weight.device),
+                )
             if name in self.ranges:
                 input_quantizer(module).ranges[bits.activation_bits] = self.ranges[name]
 
@@ -83,11 +89,12 @@ def trained_base(
     config = get_bits(prepared)
     state = prepared.state_dict()
     plain = copy.deepcopy(model).eval()
-    scales, ranges = {}, {}
+    scales, ranges, behind = {}, {}, {}
     for name, module in prepared_layers(prepared).items():
         bits, quantizer = config[name], weight_quantizer(module)
         weight = state.pop(f"{name}.{_ORIGINAL}")
         if bits.weight_bits != FLOAT_BITS:
+            behind[name] = weight
             weight = quantizer.quantized(float_weight(module), bits.weight_bits)
             scales[name] = quantizer.scale(float_weight(module), bits.weight_bits).clone()
         if bits.activation_bits != FLOAT_BITS:
@@ -95,7 +102,7 @@ def trained_base(
         state[f"{name}.weight"] = weight
         state.pop(f"{name}.{SHIFT}", None)  # zero: see `fold_shifts_`
     plain.load_state_dict(state)
-    return TrainedBase(plain, config, scales, ranges)
+    return TrainedBase(plain, config, scales, ranges, behind)
 
 
 @torch.no_grad()

@@ -36,8 +36,10 @@ def start_weights_(network: nn.Module, start: Start) -> None:
         scale = quantizer.scale(weight, quantizer.bits)
         along = [1] * weight.dim()
         along[quantizer.channel_axis] = -1
-        begin = kept
-        if start == "moved":
+        begin = quantizer.begins(weight, quantizer.bits)
+        if start != "moved":
+            begin = kept
+        elif begin is None:
             begin = moved(weight, kept, scale.reshape(along), quantizer.bits, quantizer.quantizer)
         weight.copy_(begin)
 
