@@ -288,7 +288,8 @@ def test_a_disk_that_is_full_is_told_and_the_search_goes_on_afterwards(path, kin
         if kind == "url":
             patch.setattr("hq_optuna.runner.bit_search.open_storage", lambda url: storage)
         with pytest.raises(StorageError, match=r"database or disk is full. Free some space"):
-            search().optimize(sqlite_url(path) if kind == "url" else storage, "s", n_candidates=2)
+            place = sqlite_url(path) if kind == "url" else storage
+            search().optimize(place, "s", n_candidates=2, retry_for_s=1)
     assert facts(run(path)) == facts(run())
 
 
