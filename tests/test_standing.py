@@ -11,12 +11,9 @@ from hq_optuna import workers
 from hq_optuna.attrs import LIMITS
 from hq_optuna.samplers.log import StepLog
 from hq_optuna.standing import Watch, read_standing
+from tests.elsewhere import AWAY, DEAD, HOST
 from tests.fake_search import fake_study
 from tests.samplers.tables import add, fill_step, open_ticket, ours, record_ticket, total
-
-HOST, NAMESPACE, _, START = workers.worker_id().split("/")
-DEAD = f"{HOST}/{NAMESPACE}/{2**22 + 1}/{START}"
-AWAY = f"elsewhere/{NAMESPACE}/1/{START}"
 
 
 def begun(n_trials: int = 7) -> tuple[optuna.Study, StepLog]:

@@ -9,9 +9,9 @@ import random
 import re
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
 import sqlalchemy
@@ -26,11 +26,16 @@ from hq_optuna.storages.without_sql import is_grpc, journal_path, open_grpc, ope
 
 logger = logging.getLogger(__name__)
 
+_Done = TypeVar("_Done")
+
 SQLITE_BUSY_TIMEOUT_S = 60
 """How long a SQLite connection waits for another writer before it gives up."""
 
 FIRST_USE_ATTEMPTS = 8
 """How often the tables are looked for again when several processes create them at once."""
+
+LOCKED_PAUSE_S = 0.02
+"""Mean pause before SQLite is asked again where it says at once that it is locked."""
 
 _SECRET = re.compile(r"(?i)([?&][^=&@]*(?:pass|pwd|secret|token)[^=&@]*=)[^&]*")
 
@@ -144,15 +149,38 @@ def _open_sqlite(storage: str, url: sqlalchemy.URL) -> BaseStorage:
             raise StorageError(f"The folder {path.parent} is read-only. Give another --storage.")
         # WAL is a property of the file; set it before Optuna's first connection.
         engine = sqlalchemy.create_engine(url, connect_args={"timeout": SQLITE_BUSY_TIMEOUT_S})
-        with engine.connect() as connection:
-            connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+        _while_locked(lambda: _set_wal(engine))
         engine.dispose()
-    opened = _create_tables(storage, {"connect_args": {"timeout": SQLITE_BUSY_TIMEOUT_S}})
+    opened = _while_locked(
+        lambda: _create_tables(storage, {"connect_args": {"timeout": SQLITE_BUSY_TIMEOUT_S}})
+    )
     if not url.database or url.database == ":memory:":
         return optuna.storages.get_storage(opened)  # lives in the connection it has now
     sqlalchemy.event.listen(opened.engine, "connect", _tune_connection)
     opened.engine.dispose()  # the connections made so far do not have the setting
     return optuna.storages.get_storage(opened)
+
+
+def _set_wal(engine: sqlalchemy.Engine) -> None:
+    with engine.connect() as connection:
+        if connection.exec_driver_sql("PRAGMA journal_mode").scalar() != "wal":
+            connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+
+
+def _while_locked(act: Callable[[], _Done]) -> _Done:
+    """Do something with a SQLite file again as long as it is locked, up to the busy timeout.
+
+    Where two connections would wait for each other, as when several processes put a new file into
+    WAL mode, SQLite does not wait but says at once that the file is locked.
+    """
+    until = time.monotonic() + SQLITE_BUSY_TIMEOUT_S
+    while True:
+        try:
+            return act()
+        except (sqlalchemy.exc.DatabaseError, StorageInternalError) as error:
+            if "locked" not in str(_innermost(error)).lower() or time.monotonic() >= until:
+                raise
+        time.sleep(random.uniform(0, 2 * LOCKED_PAUSE_S))
 
 
 def _tune_connection(connection: sqlite3.Connection, _record: Any) -> None:

@@ -265,6 +265,11 @@ def test_a_study_of_another_kind_is_refused_and_left_alone(path, directions):
     assert dump(path) == before
 
 
+def test_the_library_prints_nothing(path, capfd):
+    run(path)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_other_searches_of_a_storage_do_not_matter(path):
     first = run(path, "first", seed=1)
     second = run(path, "second", seed=2)

@@ -13,18 +13,6 @@ from hq_optuna.runner.study_file import SETTINGS_KEYS, StudyFile, find_study, pa
 CHECKOUT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def study(tmp_path):
-    """Return a function that writes a study file and loads it."""
-
-    def load(source, name="mine"):
-        path = tmp_path / f"{name}.py"
-        path.write_text(source)
-        return StudyFile.load(path)
-
-    return load
-
-
 def test_the_template_runs_as_it_is_and_its_network_is_always_right(tmp_path):
     torch.manual_seed(5)
     state = torch.get_rng_state()
@@ -54,9 +42,11 @@ def test_shipped_studies_have_a_doc_and_every_required_option_has_help(name):
     assert isinstance(parse_budget(shipped.settings["budget"]), Budget)
 
 
-def test_the_page_on_study_files_shows_a_study_that_works(study, tmp_path):
+def test_the_page_on_study_files_shows_a_study_that_works(tmp_path):
     page = (CHECKOUT / "docs" / "study-files.md").read_text()
-    mine = study(re.search(r"```python\n(.*?)```", page, re.S)[1], "my_study")
+    path = tmp_path / "my_study.py"
+    path.write_text(re.search(r"```python\n(.*?)```", page, re.S)[1])
+    mine = StudyFile.load(path)
     net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
     torch.save(net.state_dict(), tmp_path / "net.pt")
     torch.save((torch.randn(600, 8), torch.zeros(600, dtype=torch.int64)), tmp_path / "data.pt")

@@ -16,18 +16,7 @@ from hq_optuna.errors import StorageError
 from hq_optuna.runner.worker import work
 from hq_optuna.samplers.log import StepLog
 from hq_optuna.storages import RetryingStorage
-from tests.runner.waiting import Clock
 from tests.samplers.tables import assigned, expected, history, new_study, ours, sampler, states
-
-
-@pytest.fixture
-def study() -> optuna.Study:
-    return new_study(sampler(6, encoding="compact"))
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return Clock(monkeypatch)
 
 
 def test_a_worker_works_to_the_end_without_a_trial_too_many(study):

@@ -13,34 +13,18 @@ from hq_optuna.runner import worker
 from hq_optuna.runner.beats import beating
 from hq_optuna.runner.worker import fail_dead_trials, work
 from hq_optuna.samplers import owners
-from tests.runner.waiting import Clock
+from tests.elsewhere import AWAY, DEAD
 from tests.samplers.tables import (
     add,
     assigned,
     expected,
     history,
-    new_study,
     open_ticket,
     ours,
     record_ticket,
-    sampler,
     states,
     total,
 )
-
-HOST, NAMESPACE, _, START = workers.worker_id().split("/")
-DEAD = f"{HOST}/{NAMESPACE}/{2**22 + 1}/{START}"  # above Linux's largest process id
-AWAY = f"elsewhere/{NAMESPACE}/1/{START}"
-
-
-@pytest.fixture
-def study() -> optuna.Study:
-    return new_study(sampler(6, encoding="compact"))
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return Clock(monkeypatch)
 
 
 def test_trials_of_dead_workers_are_marked_failed_and_others_are_not(study):

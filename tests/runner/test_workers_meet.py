@@ -6,14 +6,16 @@ import threading
 
 import optuna
 import pytest
+import sqlalchemy
 from optuna.trial import TrialState
 
-from hq_optuna import attrs, workers
+from hq_optuna import attrs
 from hq_optuna.errors import ResumeError
 from hq_optuna.runner import worker
 from hq_optuna.runner.worker import work
 from hq_optuna.samplers import owners
-from tests.runner.waiting import Clock
+from hq_optuna.storages import open_storage, sqlite_url
+from tests.elsewhere import AWAY, DEAD
 from tests.samplers.tables import (
     add,
     assigned,
@@ -27,20 +29,6 @@ from tests.samplers.tables import (
     states,
     total,
 )
-
-HOST, NAMESPACE, _, START = workers.worker_id().split("/")
-DEAD = f"{HOST}/{NAMESPACE}/{2**22 + 1}/{START}"  # above Linux's largest process id
-AWAY = f"elsewhere/{NAMESPACE}/1/{START}"
-
-
-@pytest.fixture
-def study() -> optuna.Study:
-    return new_study(sampler(6, encoding="compact"))
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return Clock(monkeypatch)
 
 
 def test_an_idle_worker_looks_at_most_about_once_a_second(study, clock, monkeypatch):
@@ -58,6 +46,23 @@ def test_an_idle_worker_looks_at_most_about_once_a_second(study, clock, monkeypa
     work(study, assigned)
     waiting = [look for look in looks if 5 <= look < owners_grace - 1]
     assert len(waiting) / (owners_grace - 6) <= 1.1
+
+
+def test_an_idle_worker_sends_a_database_one_query_a_look(tmp_path, clock):
+    storage = open_storage(sqlite_url(tmp_path / "study.db"))
+    study = new_study(sampler(6, encoding="compact"), storage)
+    add(study, open_ticket(ours(study).log(study), 0, worker=AWAY))
+    queries: list[float] = []
+    sqlalchemy.event.listen(
+        storage._backend.engine,
+        "before_cursor_execute",
+        lambda *_: queries.append(clock.now),
+    )
+    work(study, assigned)
+    waiting = [query for query in queries if 5 <= query < owners.GRACE_S - 1]
+    rate = len(waiting) / (owners.GRACE_S - 6)  # queries per second
+    assert 0.5 < rate <= 1.1
+    assert history(study) == expected(study)  # and in the end it takes up what nobody does
 
 
 def test_a_record_that_another_worker_is_making_is_waited_for(study, clock):

@@ -10,10 +10,7 @@ from hq_optuna.attrs import Ticket
 from hq_optuna.samplers import owners
 from hq_optuna.samplers.owners import GRACE_S, HELD, UNTAGGED_GRACE_S, Owners
 from hq_optuna.storages.trials import TrialRow
-
-HOST, NAMESPACE, PID, START = workers.worker_id().split("/")
-DEAD = f"{HOST}/{NAMESPACE}/{2**22 + 1}/{START}"  # above Linux's largest process id
-AWAY = f"elsewhere/{NAMESPACE}/1/{START}"
+from tests.elsewhere import AWAY, DEAD, HOST, NAMESPACE
 
 
 @pytest.fixture

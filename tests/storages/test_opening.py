@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -27,20 +28,6 @@ from hq_optuna.storages import (
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 SECRET = "hunter2hunter2"
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "study.db"
-
-
-@pytest.fixture
-def filled(path: Path) -> Path:
-    """A database with the studies ``a`` and ``b``."""
-    storage = open_storage(sqlite_url(path))
-    for name in ("b", "a"):
-        optuna.create_study(study_name=name, storage=storage)
-    return path
 
 
 def pragma(storage, name: str):
@@ -93,6 +80,30 @@ def test_a_second_writer_waits_for_the_first(path):
     assert process.communicate(timeout=60)[1].count("Error") == 0
     assert process.returncode == 0
     assert [s.study_name for s in storage.get_all_studies()] == ["late"]
+
+
+def test_a_file_that_another_program_fills_before_it_is_in_wal_mode_is_waited_for(path):
+    """SQLite does not wait for a writer when it changes the journal: "locked", and at once."""
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("CREATE TABLE theirs (x)")
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(sqlite3.OperationalError, match="locked"):
+        sqlite3.connect(path, timeout=60).execute("PRAGMA journal_mode=WAL")
+    release = threading.Timer(0.3, other.execute, ["ROLLBACK"])
+    release.start()
+    assert pragma(open_storage(sqlite_url(path)), "journal_mode") == "wal"
+    assert not release.is_alive()
+
+
+def test_a_file_that_stays_locked_ends_in_a_sentence(path, monkeypatch):
+    monkeypatch.setattr(opening, "SQLITE_BUSY_TIMEOUT_S", 0.3)
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("CREATE TABLE theirs (x)")
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(StorageError, match="Another program holds the database; try again"):
+        open_storage(sqlite_url(path))
+    other.execute("ROLLBACK")
+    open_storage(sqlite_url(path))
 
 
 def test_the_folder_is_created(tmp_path):

@@ -26,20 +26,6 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 SECRET = "hunter2hunter2"
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "study.db"
-
-
-@pytest.fixture
-def filled(path: Path) -> Path:
-    """A database with the studies ``a`` and ``b``."""
-    storage = open_storage(sqlite_url(path))
-    for name in ("b", "a"):
-        optuna.create_study(study_name=name, storage=storage)
-    return path
-
-
 def closed_port() -> int:
     """Return a port of this machine on which nobody listens."""
     with socket.socket() as free:

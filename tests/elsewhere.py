@@ -1,0 +1,7 @@
+"""Names of workers that are not this process."""
+
+from hq_optuna import workers
+
+HOST, NAMESPACE, _, START = workers.worker_id().split("/")
+DEAD = f"{HOST}/{NAMESPACE}/{2**22 + 1}/{START}"  # above Linux's largest process id
+AWAY = f"elsewhere/{NAMESPACE}/1/{START}"
