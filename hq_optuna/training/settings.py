@@ -17,6 +17,9 @@ Start = Literal["float", "rounded", "moved"]
 rounded ones, or at the float ones moved only as far as it takes to round to the rounded ones."""
 OutOfRange = Literal["pass", "stop"]
 """What becomes of the gradient of a weight that its grid clips."""
+BatchNorm = Literal["matched", "batch"]
+"""What batch-norm makes of a batch in training: the mean and spread that each channel has in the
+teacher on that batch (`hq_optuna.training.matching`), or PyTorch's normalization."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,8 @@ class TrainingSettings:
         warmup_epochs: Epochs over which the learning rate rises from zero; may be a fraction.
         label_weight: Share of the loss in labels; the rest is distillation from the teacher.
         temperature: Of the softened outputs in distillation.
+        batch_norm: How batch-norm normalizes in training; ``"matched"`` needs a teacher, and is
+            ``"batch"`` without one.
         frozen_statistics_epochs: Last epochs in which batch-norm keeps its statistics and uses
             them.
         frozen_ranges_epochs: Last epochs in which step sizes stay.
@@ -58,6 +63,7 @@ class TrainingSettings:
     warmup_epochs: float = 0.5
     label_weight: float = 0.0
     temperature: float = 4.0
+    batch_norm: BatchNorm = "matched"
     frozen_statistics_epochs: int = 1
     frozen_ranges_epochs: int = 1
     clip_norm: float | None = None
@@ -87,6 +93,7 @@ class TrainingSettings:
         for name, kind in (("optimizer", OptimizerName), ("start", Start)):
             self._check_one_of(name, get_args(kind))
         self._check_one_of("out_of_range", get_args(OutOfRange))
+        self._check_one_of("batch_norm", get_args(BatchNorm))
         check_precision(self.precision)
         if not isinstance(self.channels_last, bool):
             raise TypeError(f"channels_last is True or False; got {self.channels_last!r}.")

@@ -33,6 +33,7 @@ from hq_optuna.training import checkpoint as files
 from hq_optuna.training.data import Augment, TrainingData, epoch_seed, seeded
 from hq_optuna.training.learned import LearnedSteps
 from hq_optuna.training.losses import right_and_counted, training_loss
+from hq_optuna.training.matching import MatchedNorms
 from hq_optuna.training.moments import SecondMoments, second_moments
 from hq_optuna.training.optimizer import build_optimizer, set_learning_rate
 from hq_optuna.training.settings import TrainingSettings
@@ -135,6 +136,9 @@ class Trainer:
         self.teacher = None
         if teacher is not None and settings.label_weight < 1:
             self.teacher = copy.deepcopy(teacher).to(self.device).eval().requires_grad_(False)
+        self._norms = MatchedNorms({})
+        if settings.batch_norm == "matched" and self.teacher is not None:
+            self._norms = MatchedNorms.of(network, self.teacher)
         self.history: list[Epoch] = []
         self._interrupted = False
         self._belongs = self._identity()
@@ -237,7 +241,8 @@ class Trainer:
                     module.eval()
             for log_scale in self._log_scales.values():
                 log_scale.requires_grad_(not frozen_ranges)
-            with self.steps.in_place_of_ranges(self.network), torch.enable_grad():
+            learned = self.steps.in_place_of_ranges(self.network)
+            with learned, self._norms.in_training(), torch.enable_grad():
                 yield
         finally:
             self.network.eval()
@@ -249,6 +254,7 @@ class Trainer:
         if settings.channels_last and isinstance(inputs, Tensor) and inputs.dim() == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         targets = None
+        self._norms.next_batch()
         with autocast(self.network, settings.precision):
             if self.teacher is not None:
                 with torch.no_grad():

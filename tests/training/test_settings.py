@@ -18,6 +18,7 @@ OTHER = {
     "warmup_epochs": 1.5,
     "label_weight": 0.25,
     "temperature": 2.5,
+    "batch_norm": "batch",
     "frozen_statistics_epochs": 2,
     "frozen_ranges_epochs": 3,
     "clip_norm": 1.5,
@@ -71,6 +72,7 @@ def test_unknown_settings_are_refused_by_name():
         ("optimizer", "adam", "optimizer is one of adamw, sgd; got 'adam'"),
         ("start", "nearest", "start is one of float, rounded, moved"),
         ("out_of_range", "clip", "out_of_range is one of pass, stop"),
+        ("batch_norm", "frozen", "batch_norm is one of matched, batch; got 'frozen'"),
         ("precision", "float16", "precision is one of"),
     ],
 )

@@ -54,9 +54,19 @@ def test_without_classes_there_is_no_accuracy():
     assert next(run.epochs()).training_accuracy is None
 
 
+def column(values):
+    return values.reshape(-1, 1, 1)
+
+
+def across(z, of):
+    """Return a channel's mean, or its variance over as many values as there are."""
+    return of(z, (0, 2, 3), **({"correction": 0} if of is torch.var else {}), keepdim=True)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("clip_norm", [None, 0.01])
-def test_a_step_is_that_of_torch_optim_on_the_composed_graph(optimizer, clip_norm):
+@pytest.mark.parametrize("batch_norm", ["matched", "batch"])
+def test_a_step_is_that_of_torch_optim_on_the_composed_graph(optimizer, clip_norm, batch_norm):
     """The same network and loss written out with LSQ's own formulas, trained by torch.optim."""
     settings = TrainingSettings(
         epochs=1,
@@ -68,6 +78,7 @@ def test_a_step_is_that_of_torch_optim_on_the_composed_graph(optimizer, clip_nor
         warmup_epochs=0,
         label_weight=0.4,
         temperature=2.0,
+        batch_norm=batch_norm,
         frozen_statistics_epochs=0,
         frozen_ranges_epochs=0,
         clip_norm=clip_norm,
@@ -113,7 +124,12 @@ def test_a_step_is_that_of_torch_optim_on_the_composed_graph(optimizer, clip_nor
     xq = lsq(x, log["conv_x"].exp(), -zero["conv"], 15 - zero["conv"], 1.0)
     wq = lsq(p["conv"], log["conv_w"].exp().reshape(4, 1, 1, 1), -1, 1, 1.0)
     z = F.conv2d(xq, wq, p["conv_bias"], padding=1)
-    z = F.batch_norm(z, None, None, p["norm"], p["norm_bias"], training=True)
+    z = (z - across(z, torch.mean)) / (across(z, torch.var) + net.norm.eps).sqrt()
+    if batch_norm == "matched":
+        theirs, stored = float_.conv(x).detach(), (float_.norm.running_var + net.norm.eps).sqrt()
+        mean, spread = across(theirs, torch.mean), (across(theirs, torch.var) + net.norm.eps).sqrt()
+        z = (z * spread + mean - column(float_.norm.running_mean)) / column(stored)
+    z = z * column(p["norm"]) + column(p["norm_bias"])
     z = z.relu().mean((2, 3))
     zq = lsq(z, log["head_x"].exp(), -zero["head"], 7 - zero["head"], 1.0)
     out = F.linear(zq, lsq(p["head"], log["head_w"].exp()[:, None], -3, 3, 1.0), p["head_bias"])

@@ -1,0 +1,137 @@
+"""Batch-norm in training that follows the teacher on the same batch.
+
+In training mode batch-norm normalizes with a batch's own statistics, while the teacher, which does
+not train, normalizes with those it stored. The student is then asked to make up for a difference
+that has nothing to do with rounding: the float network itself would have a loss. So a channel
+leaves batch-norm not with mean β and spread γ, but with the mean and the spread that it has in the
+teacher on the same batch:
+
+    y = γ · ((x − μ) / σ · σ_teacher + μ_teacher − μ_stored) / σ_stored + β
+
+Where nothing is rounded that is the teacher's own output, and there is nothing to learn. It is
+`hq_optuna.quantization.correction` for each batch, and the running statistics are a mean of what
+that correction would store.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+_EPSILON = 1e-12
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Mean and variance of one batch-norm layer's input on one batch, per channel."""
+
+    mean: Tensor
+    var: Tensor
+
+
+@dataclass
+class MatchedNorms:
+    """The batch-norm layers of a network and those of its teacher, by name.
+
+    Attributes:
+        pairs: Name → the network's layer, the teacher's.
+    """
+
+    pairs: dict[str, tuple[_BatchNorm, _BatchNorm]]
+    _seen: dict[str, list[_Seen]] = field(default_factory=lambda: defaultdict(list), repr=False)
+
+    @classmethod
+    def of(cls, network: nn.Module, teacher: nn.Module) -> MatchedNorms:
+        """Pair the layers that have stored statistics and PyTorch's own forward pass."""
+        theirs = dict(teacher.named_modules())
+        return cls(
+            {
+                name: (module, theirs[name])
+                for name, module in network.named_modules()
+                if _is_plain(module) and _is_plain(theirs.get(name))
+            }
+        )
+
+    @contextmanager
+    def in_training(self) -> Iterator[None]:
+        """Let the network's layers follow the teacher's, which sees each batch first.
+
+        Layers in eval mode use their running statistics, as ever.
+        """
+        with ExitStack() as stack:
+            for name, (module, theirs) in self.pairs.items():
+                stack.callback(theirs.register_forward_pre_hook(self._reads(name)).remove)
+                module.forward = self._follows(name, module, theirs)  # type: ignore[assignment]
+                stack.callback(module.__dict__.pop, "forward")
+            stack.callback(self._seen.clear)
+            yield
+
+    def next_batch(self) -> None:
+        """Forget what the teacher saw."""
+        self._seen.clear()
+
+    def _reads(self, name: str) -> Callable[[nn.Module, Any], None]:
+        def read(module: nn.Module, inputs: Any) -> None:
+            self._seen[name].append(_normalized(module, inputs[0].detach(), None, None)[1])
+
+        return read
+
+    def _follows(
+        self, name: str, module: _BatchNorm, theirs: _BatchNorm
+    ) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            if not module.training or not self._seen[name]:
+                return type(module).forward(module, x)
+            seen = self._seen[name].pop(0)  # a layer that is called twice has two
+            stored_mean: Any = theirs.running_mean
+            stored_var: Any = theirs.running_var
+            spread = (stored_var + module.eps).sqrt()
+            gain = (seen.var + module.eps).sqrt() / spread
+            shift = (seen.mean - stored_mean) / spread
+            weight, bias = gain, shift
+            if module.affine:
+                weight, bias = module.weight * gain, module.weight * shift + module.bias
+            out, own = _normalized(module, x, weight, bias)
+            alive = (seen.var > _EPSILON) & (own.var > _EPSILON)
+            ratio = torch.where(alive, own.var / seen.var.clamp_min(_EPSILON), 1.0)
+            _note(module, own.mean - (seen.mean - stored_mean) * ratio.sqrt(), stored_var * ratio)
+            return out
+
+        return forward
+
+
+def _is_plain(module: nn.Module | None) -> bool:
+    return (
+        isinstance(module, _BatchNorm)
+        and type(module).forward is _BatchNorm.forward
+        and module.running_mean is not None
+    )
+
+
+def _normalized(
+    module: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, _Seen]:
+    """Return a batch normalized by its own statistics, and these."""
+    mean, var = torch.zeros_like(module.running_mean), torch.zeros_like(module.running_var)
+    out = functional.batch_norm(x, mean, var, weight, bias, True, 1.0, module.eps)
+    n = x.numel() // len(mean)  # values a channel; PyTorch stores variances times n / (n - 1)
+    return out, _Seen(mean, var * ((n - 1) / n))
+
+
+@torch.no_grad()
+def _note(module: Any, mean: Tensor, var: Tensor) -> None:
+    """Take a batch's statistics into the running ones."""
+    module.num_batches_tracked.add_(1)
+    share = module.momentum
+    if share is None:  # a mean of all batches
+        share = 1 / float(module.num_batches_tracked)
+    module.running_mean.lerp_(mean, share)
+    module.running_var.lerp_(var, share)
