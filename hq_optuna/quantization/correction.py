@@ -58,6 +58,8 @@ class StatisticsCorrection:
         precision: Of the passes that statistics are read from.
         reference: Bits at which the stored statistics are right: those a network was trained at.
             ``None``: in float.
+        of: The network whose stored statistics are right, in eval mode, where it is not the
+            prepared one: the float network that a trained one shall come near to.
 
     The network keeps what `apply` set until `reset`, which restores the stored values bit for bit.
     """
@@ -68,6 +70,7 @@ class StatisticsCorrection:
         data: Batches,
         precision: Precision = "float32",
         reference: Mapping[str, LayerBits] | None = None,
+        of: nn.Module | None = None,
     ) -> None:
         self.prepared = prepared
         self.precision: Precision = precision
@@ -80,7 +83,7 @@ class StatisticsCorrection:
         in_float = dict.fromkeys(before, LayerBits(FLOAT_BITS, FLOAT_BITS))
         set_bits(prepared, in_float if reference is None else reference)
         try:
-            self._measure()
+            self._measure(prepared if of is None else of)
         finally:
             set_bits(prepared, before)
 
@@ -95,9 +98,9 @@ class StatisticsCorrection:
         return (*self._norms, *self._shifted)
 
     @torch.no_grad()
-    def _measure(self) -> None:
-        """Read the float network's statistics; find the layers with batch-norm behind them."""
-        norms = {n: m for n, m in self.prepared.named_modules() if _tracks(m)}
+    def _measure(self, network: nn.Module) -> None:
+        """Read the statistics that are right; find the layers with batch-norm behind them."""
+        norms = {n: m for n, m in network.named_modules() if _tracks(m)}
         outputs: dict[int, str] = {}
         alive: list[Tensor] = []  # an id names a tensor only as long as it lives
         normed: set[str] = set()
@@ -119,9 +122,9 @@ class StatisticsCorrection:
             alive.append(output)
             means[name] = channel_statistics(output, channel_axis(module, output))[0]
 
-        layers = prepared_layers(self.prepared)
-        with autocast(self.prepared, self.precision), _before(norms, norm), _after(layers, layer):
-            forward(self.prepared, self.data[0].inputs)
+        layers = {name: network.get_submodule(name) for name in prepared_layers(self.prepared)}
+        with autocast(network, self.precision), _before(norms, norm), _after(layers, layer):
+            forward(network, self.data[0].inputs)
         # A module called twice has one set of statistics for two inputs: leave it alone.
         self._norms = {n: s for n, s in self._norms.items() if calls[n] == 1}
         self._shifted = {n: m for n, m in means.items() if n not in normed and calls[n] == 1}

@@ -10,6 +10,7 @@ sensitivities at them, both by content hash.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import logging
 import math
@@ -23,12 +24,18 @@ from torch import nn
 from hq_optuna import attrs
 from hq_optuna.artifacts import Artifacts, Reference
 from hq_optuna.attrs import Ticket
-from hq_optuna.batches import Batches
+from hq_optuna.batches import Batches, merge_first
 from hq_optuna.bit_config import BitConfig
 from hq_optuna.curvature import LossFunction
 from hq_optuna.errors import ArtifactError, CheckpointError, ResumeError
+from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.runner.evaluation import Evaluate, mean_loss
-from hq_optuna.runner.scoring_setup import BuiltScorer, Progress, ScoringSetup
+from hq_optuna.runner.scoring_setup import (
+    BuiltScorer,
+    Progress,
+    ScoringSetup,
+    statistics_samples,
+)
 from hq_optuna.runner.tensors import get_tensors, put_tensors
 from hq_optuna.runner.training_plan import TrainingPlan
 from hq_optuna.samplers.log import StepLog
@@ -179,6 +186,7 @@ class TrainedSteps:
                 self._discard(last, reference)
                 last = reference
             between()
+        self._correct_(network)
         moments = trainer.second_moments()
         tensors = trained_tensors(network)
         if moments is not None:  # the sum over a batch, as curvature is, and not its mean
@@ -210,6 +218,14 @@ class TrainedSteps:
         if final:
             value = min(value, math.nextafter(log.best_within_budget(), -math.inf))
         return value, score, facts
+
+    def _correct_(self, network: nn.Module) -> None:
+        """Correct a trained network's statistics by their difference to the float network's."""
+        if self.setup.correction:
+            data = merge_first(self.data, statistics_samples(self.space.layers))
+            of = copy.deepcopy(self.model).eval()
+            StatisticsCorrection(network, data, self.setup.precision, of=of).apply()
+            fold_shifts_(network)
 
     def _resume(self, trial: Trial, attempts: list[int], trainer: Trainer) -> Reference | None:
         """Go on from the last epoch that an earlier owner of this record finished."""

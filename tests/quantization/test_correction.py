@@ -134,6 +134,28 @@ def test_each_channel_leaves_batch_norm_with_the_mean_and_spread_of_the_float_ne
     assert torch.allclose(found.std((0, 2, 3)), expected.std((0, 2, 3)), rtol=1e-3)
 
 
+def test_a_trained_network_is_corrected_by_its_difference_to_the_float_one() -> None:
+    network, data = make()
+    prepared = prepared_of(network, data)
+    set_bits(prepared, uniform(prepared, 3))
+    with torch.no_grad():
+        for parameter in prepared.parameters():
+            parameter.mul_(1.3)  # a training, of a kind
+        affine = {"bn1": prepared.bn1.bias.clone(), "bn2": prepared.bn2.bias.clone()}
+        for name in affine:  # means and spreads are told before scale and shift
+            prepared.get_submodule(name).reset_parameters()
+            network.get_submodule(name).weight.fill_(1.0)  # type: ignore[operator]
+            network.get_submodule(name).bias.zero_()  # type: ignore[operator]
+        StatisticsCorrection(prepared, data, of=network).apply()
+        for name in affine:
+            expected = network.get_submodule(name)(inputs_of(network, name, data))
+            found = prepared.get_submodule(name)(inputs_of(prepared, name, data))
+            assert torch.allclose(found.mean((0, 2, 3)), expected.mean((0, 2, 3)), atol=1e-4)
+            assert torch.allclose(found.std((0, 2, 3)), expected.std((0, 2, 3)), rtol=1e-3)
+        outputs = [forward(net, data[0].inputs).mean(0) for net in (prepared, network)]
+        assert torch.allclose(*outputs, atol=1e-12)
+
+
 def test_the_update_is_that_of_the_formula() -> None:
     network, data = make()
     prepared = prepared_of(network, data)

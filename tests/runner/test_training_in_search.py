@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 import time
@@ -105,8 +106,30 @@ def test_what_the_next_steps_are_judged_against_is_the_trained_network(alone):
         assert kept.score_weights == 0.0  # its weights are the rounded ones
         scorer = found.objective.scorer_at(study, record.number)
         assert kept.score == scorer.score(record.config).total
-    assert trained[-1].trained.score > study.trials[trained[-1].number].value  # made the best
     assert history.records[0].trained is None
+
+
+def test_an_answer_that_training_made_worse_is_still_the_best_trial(tmp_path):
+    worse = dataclasses.replace(SHORT, learning_rate=0.3)
+    study = search(training=plan(every=0, final=worse)).optimize(
+        "sqlite://", "s", artifacts=tmp_path
+    )
+    before, last = read_history(study).records[-2:]
+    assert study.best_trial.number == last.number
+    assert study.best_value < before.winner.score < last.training["score"]
+
+
+def test_a_trained_networks_statistics_are_corrected(alone, tmp_path):
+    found, study = alone
+    inputs = data()[0]
+    with torch.no_grad():
+        expected = Network().eval()(inputs).mean(0)
+        means = found.result(study).network(inputs).mean(0)
+        plain = search(training=plan(every=0), correction=False)
+        other = plain.optimize("sqlite://", "s", artifacts=tmp_path)
+        uncorrected = plain.result(other).network(inputs).mean(0)
+    torch.testing.assert_close(means, expected, rtol=1e-4, atol=1e-5)
+    assert (uncorrected - expected).abs().max() > 1e-3
 
 
 def test_the_answer_is_the_trained_network_and_is_saved_bit_for_bit(alone, tmp_path):
