@@ -103,7 +103,7 @@ class StepRecord:
         training: What training these bits gave, see `hq_optuna.runner.trained_steps`; ``None``
             where they were not trained.
         trained: The trained network, which the next steps' candidates are made from; ``None``
-            likewise.
+            likewise, and where training did harm and was not kept.
     """
 
     number: int
@@ -248,7 +248,7 @@ def _read_trials(
     candidates: dict[int, Candidate] = {}
     parents: dict[int, str] = {}
     closing: dict[int, list[tuple[int, Ticket]]] = {}
-    trained: dict[int, tuple[Mapping[str, Any], Reference]] = {}
+    trainings: dict[int, tuple[Mapping[str, Any], Reference | None]] = {}
     for trial in trials:
         number, ticket = trial.row.number, trial.row.ticket
         if ticket is None or trial.row.state != TrialState.COMPLETE or trial.row.value is None:
@@ -256,7 +256,7 @@ def _read_trials(
         if ticket.kind == "incumbent":
             closing.setdefault(ticket.step, []).append((number, ticket))
             if ticket.trains:
-                trained[number] = _trained(ticket.step, trial)
+                trainings[number] = _training(ticket.step, trial)
         elif ticket.kind == "candidate":
             parents[number] = ticket.parent
             lowered = ticket.variable
@@ -291,7 +291,7 @@ def _read_trials(
             break
         number, winner = record
         config = space.config(winner.state)
-        said, network = trained.get(number, (None, None))
+        said, network = trainings.get(number, (None, None))
         records.append(StepRecord(number, step, winner, config, said, network))
     seen: set[tuple[int, int]] = set()
     for number, candidate in candidates.items():
@@ -303,10 +303,12 @@ def _read_trials(
     return tuple(candidates.values()), tuple(records)
 
 
-def _trained(step: int, trial: TrialFacts) -> tuple[Mapping[str, Any], Reference]:
-    """Return what the record of a step says of its training, and of the network that gave."""
+def _training(step: int, trial: TrialFacts) -> tuple[Mapping[str, Any], Reference | None]:
+    """Return what the record of a step says of its training, and of the network that is kept."""
     user, nan = trial.user_attrs, float("nan")
     said: Mapping[str, Any] = user.get(attrs.TRAINING, {})
+    if not said.get("kept", True):
+        return said, None
     value = nan if trial.row.value is None else trial.row.value
     # The value of the answer's record is made to be the best of the study.
     network = Reference(

@@ -128,8 +128,9 @@ def trial_note(
         return f"{what} It was {ended}; it does not count."
     cost = float(trial.get(attrs.COST, math.nan))
     within = "within budget" if cost <= info.limit else "over budget"
-    said = trial.get(attrs.TRAINING)
-    score = float((said or {}).get("score", score))  # the value of the answer is made the best
+    said = trial.get(attrs.TRAINING) or {}
+    if said.get("kept", True):
+        score = float(said.get("score", score))  # the value of the answer is made the best
     return (
         f"{what} Score {score:.3g} nats, {format_cost(cost, info.metric)}, {within}.{trained(said)}"
     )
@@ -141,6 +142,8 @@ def trained(said: Mapping[str, Any] | None) -> str:
     Example:
         >>> trained({"epochs": 2, "seconds": 3.21, "accuracy_before": 0.9, "accuracy_after": 0.95})
         ' Trained for 2 epochs in 3.21 s: accuracy 90.00% → 95.00%.'
+        >>> trained({"epochs": 2, "seconds": 3.21, "kept": False, "score": 0.0123})
+        ' Trained for 2 epochs in 3.21 s; not kept, as its score was 0.0123 nats.'
     """
     if not said:
         return ""
@@ -150,7 +153,10 @@ def trained(said: Mapping[str, Any] | None) -> str:
         for name in sorted(key.removesuffix("_before") for key in said if key.endswith("_before"))
         if f"{name}_after" in said
     ]
-    return text + (f": {', '.join(pairs)}." if pairs else ".")
+    text += f": {', '.join(pairs)}" if pairs else ""
+    if not said.get("kept", True):
+        text += f"; not kept, as its score was {said.get('score', math.nan):.3g} nats"
+    return f"{text}."
 
 
 def _figure(name: str, value: float) -> str:

@@ -145,12 +145,13 @@ def trainings(history: History) -> list[dict[str, Any]]:
             )
         return found
 
-    kept = ("kind", "epochs", "samples", "seconds", "score", "curvature", "weights", "sensitivity")
+    names = ("kind", "epochs", "samples", "seconds", "score", "curvature", "weights", "sensitivity")
     return [
         {
             "step": record.step,
             "trial": record.number,
-            **{name: record.training.get(name) for name in kept},
+            **{name: record.training.get(name) for name in names},
+            "kept": record.training.get("kept", True),
             "before": measured(record.training, "_before"),
             "after": measured(record.training, "_after"),
         }

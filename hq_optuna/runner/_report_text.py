@@ -186,7 +186,8 @@ def _trainings(data: Mapping[str, Any]) -> list[Block]:
 
     cells = [
         (
-            "the answer" if row["kind"] == "final" else f"step {row['step']}",
+            ("the answer" if row["kind"] == "final" else f"step {row['step']}")
+            + ("" if row["kept"] else ", not kept"),
             str(row["trial"]),
             *(
                 text
@@ -209,6 +210,8 @@ def _trainings(data: Mapping[str, Any]) -> list[Block]:
     lines = [
         "Before: bits of the step, statistics corrected. After: what the next steps are made from."
     ]
+    if not all(row["kept"] for row in rows):
+        lines.append("A training that did not lower the score is not kept, and changes nothing.")
     if not names:
         lines.append("Nothing was measured: give the search validation data.")
     return [

@@ -30,6 +30,7 @@ from hq_optuna.curvature import LossFunction
 from hq_optuna.errors import ArtifactError, CheckpointError, ResumeError
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.runner.evaluation import Evaluate, mean_loss
+from hq_optuna.runner.recording import KEPT, closing, winner_of
 from hq_optuna.runner.scoring_setup import (
     BuiltScorer,
     Progress,
@@ -40,6 +41,7 @@ from hq_optuna.runner.tensors import get_tensors, put_tensors
 from hq_optuna.runner.training_plan import TrainingPlan
 from hq_optuna.samplers.log import StepLog
 from hq_optuna.scoring import Score, Sensitivity
+from hq_optuna.search.rules import keeps
 from hq_optuna.space import SearchSpace
 from hq_optuna.training import Trainer, load_trained_, trained_tensors
 from hq_optuna.training.base import fold_shifts_, trained_base
@@ -152,8 +154,9 @@ class TrainedSteps:
     ) -> tuple[float, Score, dict[str, Any]]:
         """Train a record's bits; return the record's value, the score, and what is recorded.
 
-        The value is the trained network's score. That of the answer is below all within the budget,
-        whatever its score, so that `study.best_trial` is the answer.
+        The value is the trained network's score. A winner that training made worse is kept as it
+        was, and its record is as if it had not been trained. The answer's training is always kept,
+        and its value is below all within the budget, so that `study.best_trial` is the answer.
 
         Args:
             trial: The record's trial, which is this process's.
@@ -193,13 +196,14 @@ class TrainedSteps:
             for name, moment in moments.moments.items():
                 if name not in moments.no_gradient:
                     tensors[f"{_CURVATURE}{name}"] = moment * moments.batch_size
-        weights = put_tensors(store, tensors)
         built = self._build(tensors, None)
-        self._built = (trial.number, built)
-        config = BitConfig(self.space.config(ticket.bits))
-        score = built.scorer.score(config)
-        facts = {
+        score = built.scorer.score(BitConfig(self.space.config(ticket.bits)))
+        assert ticket.origin is not None
+        winner, found = winner_of(trial.study, ticket.origin)
+        kept = final or keeps(score.total, winner)
+        facts: dict[str, Any] = {
             "kind": "final" if final else "step",
+            "kept": kept,
             "score": score.total,
             "epochs": settings.epochs,
             "seconds": round(math.fsum(e.seconds for e in trainer.history), 3),
@@ -210,9 +214,14 @@ class TrainedSteps:
             "clipped": 0 if moments is None else sum(moments.clipped.values()),
             **{f"{name}_before": value for name, value in before.items()},
             **{f"{name}_after": value for name, value in self._measured(network).items()},
-            "weights": weights.to_json(),
-            "sensitivity": store.put_json(built.scorer.sensitivity.to_json()).to_json(),
         }
+        if not kept:
+            self._discard(last, None)
+            return closing(winner, found)[0], Score(winner, *(found[name] for name in KEPT)), facts
+        self._built = (trial.number, built)
+        weights = put_tensors(store, tensors)
+        table = store.put_json(built.scorer.sensitivity.to_json())
+        facts |= {"weights": weights.to_json(), "sensitivity": table.to_json()}
         self._discard(last, weights)
         value = score.total
         if final:
@@ -245,7 +254,7 @@ class TrainedSteps:
             return reference
         return None
 
-    def _discard(self, old: Reference | None, new: Reference) -> None:
+    def _discard(self, old: Reference | None, new: Reference | None) -> None:
         if old is not None and old != new:
             with contextlib.suppress(ArtifactError):  # it only takes room
                 self._store.discard(old)

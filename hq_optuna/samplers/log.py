@@ -22,12 +22,13 @@ from hq_optuna import attrs
 from hq_optuna.attrs import Ticket
 from hq_optuna.samplers.owners import Owners
 from hq_optuna.search import Incumbent, Limits, Past, ProgressiveSearch, Result
+from hq_optuna.search.rules import keeps
 from hq_optuna.storages.trials import Cursor, TrialRow
 
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """A closed step: its record, what it left, the trial it took, and whether it was trained."""
+    """A closed step: its record, what it left, the trial it took, whether a training is kept."""
 
     number: int
     incumbent: Incumbent
@@ -266,12 +267,12 @@ class StepLog:
             number, ticket, value = record
             assert ticket.origin is not None
             from_step, slot, result = self._by_number[ticket.origin]
-            score = value if ticket.trains else result.score
+            # A training that did harm changes nothing; that of the answer was asked for.
+            trained = ticket.trains and (step.final or keeps(value, result.score))
+            score = value if trained else result.score
             place = (from_step, slot)
             incumbent = Incumbent(step.step, result.state, score, result.cost, place)
-            self.closed.append(
-                Closed(number, incumbent, ticket.origin, ticket.trains, ticket.worker)
-            )
+            self.closed.append(Closed(number, incumbent, ticket.origin, trained, ticket.worker))
             self._closed_keys.add(key)
             self.past.incumbents.append(incumbent)
             self._step = None if step.final else self._open_step(incumbent)

@@ -1,4 +1,4 @@
-"""Winner rules: which candidate of a step becomes the incumbent."""
+"""Which candidate of a step becomes the incumbent, and whether its training is kept."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Literal, get_args
 
 Rule = Literal["min", "ratio"]
 RULES: tuple[Rule, ...] = get_args(Rule)
+
+LEAST_GAIN = 1e-6
+"""What a training must take off the score, as a share of it: more than machines differ by."""
 
 
 def choose(
@@ -44,3 +47,17 @@ def choose(
     else:
         raise ValueError(f"rule is one of {', '.join(RULES)}; got {rule!r}.")
     return min(range(len(keys)), key=lambda index: (keys[index], index))
+
+
+def keeps(trained: float, before: float) -> bool:
+    """Return whether what training made of an incumbent is kept: where it lowered the score.
+
+    Args:
+        trained: Score of the trained network.
+        before: Score of the candidate that was trained.
+
+    Example:
+        >>> keeps(0.02, 0.03), keeps(0.03, 0.03), keeps(float("nan"), 0.03)
+        (True, False, False)
+    """
+    return trained < before - LEAST_GAIN * max(abs(before), 1e-12)

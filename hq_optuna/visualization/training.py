@@ -33,6 +33,7 @@ class TrainingPoint(NamedTuple):
         samples: Samples of an epoch.
         seconds: Time of the epochs.
         values: ``{name: (before, after)}``; accuracies are shares of 1.
+        kept: Whether the next steps go on from it.
     """
 
     step: int
@@ -42,6 +43,7 @@ class TrainingPoint(NamedTuple):
     samples: int
     seconds: float
     values: Mapping[str, tuple[float, float]]
+    kept: bool = True
 
 
 class TrainingInfo(NamedTuple):
@@ -73,6 +75,7 @@ def training_info(history: History) -> TrainingInfo:
             samples=record.training.get("samples", 0),
             seconds=record.training.get("seconds", 0.0),
             values=_values(record.training),
+            kept=record.training.get("kept", True),
         )
         for record in history.records
         if record.training is not None
@@ -166,7 +169,7 @@ def _panel(
     )
     said = [
         f"{'the answer, step' if p.final else 'step'} {p.step} (trial {p.number}): {p.epochs} "
-        f"epochs of {p.samples:,} samples in {p.seconds:.3g} s"
+        f"epochs of {p.samples:,} samples in {p.seconds:.3g} s{'' if p.kept else '; not kept'}"
         for p in points
     ]
     errors = None
@@ -189,7 +192,20 @@ def _panel(
         first, last = ("first epoch", "last epoch")
     kinds = (
         (first, range(len(points)), before, {"color": f.ORANGE, "symbol": "circle-open"}, 8),
-        (last, [i for i, p in enumerate(points) if not p.final], after, {"color": f.BLUE}, 8),
+        (
+            last,
+            [i for i, p in enumerate(points) if p.kept and not p.final],
+            after,
+            {"color": f.BLUE},
+            8,
+        ),
+        (
+            f"{last}, not kept",
+            [i for i, p in enumerate(points) if not p.kept],
+            after,
+            {"color": f.GREY, "symbol": "x"},
+            8,
+        ),
         (
             f"{last}, answer",
             [i for i, p in enumerate(points) if p.final],

@@ -219,6 +219,16 @@ def test_agreement_counts_rises_from_the_network_that_was_trained_last():
 # Trainings
 
 
+def test_the_report_says_which_training_was_not_kept():
+    data = report_data(known(train_every=1, final=True, facts=COUNTED))
+    said = "A training that did not lower the score is not kept"
+    assert said not in render_markdown(data)
+    data["trainings"][0]["kept"] = False
+    text = render_markdown(data)
+    assert said in text
+    assert "| step 1, not kept |" in text and "| the answer |" in text
+
+
 def test_the_report_tells_what_each_training_gave():
     study = known(train_every=1, final=True, facts=COUNTED)
     step, answer = report_data(study)["trainings"]

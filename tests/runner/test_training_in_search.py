@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import threading
 import time
 from collections.abc import Mapping
@@ -29,12 +30,23 @@ from hq_optuna.search import Limits
 from hq_optuna.storages import sqlite_url
 from hq_optuna.storages.trials import database_of
 from hq_optuna.training import TrainingSettings
-from tests.runner.searches import Network, data, search
+from tests.runner.searches import Network, data
+from tests.runner.searches import search as any_search
 
 TRAIN = data(40, seed=5)
 SHORT = TrainingSettings(
-    epochs=2, batch_size=8, warmup_epochs=0, frozen_statistics_epochs=0, frozen_ranges_epochs=0
+    epochs=2,
+    batch_size=8,
+    learning_rate=2e-3,
+    warmup_epochs=0,
+    frozen_statistics_epochs=0,
+    frozen_ranges_epochs=0,
 )
+
+
+def search(**options: Any) -> hq.BitSearch:
+    """Return a search that goes on to bits at which training has something to win."""
+    return any_search(**{"budget": hq.Budget.fraction(bops=0.1), **options})
 
 
 def plan(**options: Any) -> TrainingPlan:
@@ -55,7 +67,7 @@ def said(study: optuna.Study) -> list[Any]:
     return [
         candidates,
         [
-            (r.step, r.winner.step, r.winner.slot, r.training and r.training["weights"])
+            (r.step, r.winner.step, r.winner.slot, r.training and r.training.get("weights"))
             for r in found.records
         ],
         [(c.incumbent.score.hex(), c.trained) for c in log_of(study).closed],
@@ -96,8 +108,8 @@ def test_winners_and_answer_are_trained_and_recorded(alone):
 def test_what_the_next_steps_are_judged_against_is_the_trained_network(alone):
     found, study = alone
     history = read_history(study)
-    trained = [record for record in history.records if record.training is not None]
-    assert trained
+    trained = [record for record in history.records if record.trained is not None]
+    assert len(trained) > 2
     for record in trained:
         kept, trial = record.trained, study.trials[record.number]
         assert kept.step == record.step
@@ -132,6 +144,30 @@ def test_a_trained_networks_statistics_are_corrected(alone, tmp_path):
     assert (uncorrected - expected).abs().max() > 1e-3
 
 
+def test_a_training_that_does_not_lower_the_score_changes_nothing(alone):
+    found, study = alone
+    history = read_history(study)
+    trained = [record for record in history.records[:-1] if record.training is not None]
+    for record in trained:
+        lowered = record.training["score"] < record.winner.score
+        assert record.training["kept"] == (record.trained is not None) == lowered
+    lost = next(record for record in trained if not record.training["kept"])
+    trial, winner = study.trials[lost.number], study.trials[lost.winner.number]
+    assert trial.value == math.nextafter(winner.value, -math.inf)
+    assert trial.user_attrs[attrs.SCORE_ACTIVATIONS] == winner.user_attrs[attrs.SCORE_ACTIVATIONS]
+    assert lost.training.keys().isdisjoint({"weights", "sensitivity"})
+    # The step after it is made from the network that the steps before it were made from.
+    closed = log_of(study).closed
+    assert not closed[lost.step].trained
+    before = history.reference(lost.step)
+    assert history.reference(lost.step + 1) == before
+    base = next((c.number for c in reversed(closed[: lost.step]) if c.trained), None)
+    scorer = found.objective.scorer_at(study, base)
+    for candidate in history.step(lost.step + 1):
+        config = history.space.config(candidate.state)
+        assert scorer.score(config).total == pytest.approx(candidate.score, rel=1e-6)
+
+
 def test_the_answer_is_the_trained_network_and_is_saved_bit_for_bit(alone, tmp_path):
     found, study = alone
     result = found.result(study)
@@ -147,7 +183,7 @@ def test_the_answer_is_the_trained_network_and_is_saved_bit_for_bit(alone, tmp_p
 
 def test_curvature_of_the_next_step_is_the_optimizers(alone):
     found, study = alone
-    record = next(r for r in read_history(study).records if r.training is not None)
+    record = next(r for r in read_history(study).records if r.trained is not None)
     store = found.objective.training.artifacts
     tensors = get_tensors(store, Reference.from_json(record.training["weights"]))
     curvature = tensors["curvature.middle"].double()
@@ -219,7 +255,7 @@ def test_killed_in_training_it_goes_on_from_its_last_epoch(alone, tmp_path, monk
     kept = {
         record.training[name]["id"]
         for record in read_history(study).records
-        if record.training is not None
+        if record.trained is not None
         for name in ("weights", "sensitivity")
     }
     kept |= {meta.artifact_id for meta in optuna.artifacts.get_all_artifact_meta(study)}
@@ -321,7 +357,7 @@ def test_sgd_keeps_no_second_moments_and_curvature_is_measured(tmp_path):
     settings = TrainingSettings.from_json({**SHORT.to_json(), "optimizer": "sgd"})
     found = search(training=plan(settings=settings, final=None))
     study = found.optimize(artifacts=tmp_path)
-    record = next(r for r in read_history(study).records if r.training is not None)
+    record = next(r for r in read_history(study).records if r.trained is not None)
     assert record.training["curvature"] == "calibration"
     tensors = get_tensors(open_artifacts(tmp_path), Reference.from_json(record.training["weights"]))
     assert not [name for name in tensors if name.startswith("curvature.")]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hq_optuna.search.rules import RULES, choose
+from hq_optuna.search.rules import RULES, choose, keeps
 from tests.reference.progressive import rank
 
 
@@ -109,3 +109,14 @@ def test_the_winner_is_the_one_exact_fractions_choose(
         limit=-math.inf if limit is None else float(limit),
     )
     assert winner == keys.index(min(keys))
+
+
+@pytest.mark.parametrize("before", [0.5, -0.5, 0.0])
+def test_a_training_is_kept_where_it_lowers_the_score_by_more_than_machines_differ(
+    before: float,
+) -> None:
+    assert keeps(before - 1e-5, before)
+    assert not keeps(before, before)
+    assert not keeps(math.nextafter(before, -math.inf), before)  # what an untrained record has
+    assert not keeps(before + 1e-5, before)
+    assert not keeps(math.nan, before) and not keeps(math.inf, before)

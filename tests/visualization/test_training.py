@@ -109,6 +109,16 @@ def test_figures_of_the_searchs_own_are_drawn_behind_accuracy_and_loss():
     assert "nats" not in after.hovertemplate
 
 
+def test_a_training_that_was_not_kept_is_told_from_the_others():
+    history = read_history(trained())
+    records = list(history.records)
+    records[1] = with_training(history, kept=False).records[1]
+    figure = training_figure(training_info(dataclasses.replace(history, records=tuple(records))))
+    (lost,) = (t for t in figure.data if t.name == "after, not kept" and t.showlegend)
+    assert list(lost.x) == [1] and lost.customdata[0][0].endswith("in 2.5 s; not kept")
+    assert "after" not in {t.name for t in figure.data}
+
+
 def test_without_validation_data_the_training_loss_is_drawn():
     history = with_training(
         read_history(trained()),
