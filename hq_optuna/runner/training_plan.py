@@ -98,11 +98,10 @@ def plan_of(
         raise StudyFileError("Give train_epochs and final_epochs instead of training['epochs'].")
 
     def settings(epochs: int) -> TrainingSettings:
-        # A short training has no epoch to spare for warming up or for standing still.
+        # A short training has no epoch to spare for warming up.
         short = {"warmup_epochs": 0.0} if epochs == 1 else {}
-        few = {"frozen_statistics_epochs": 0, "frozen_ranges_epochs": 0} if epochs < 4 else {}
         try:
-            return TrainingSettings.from_json({**short, **few, **further, "epochs": epochs})
+            return TrainingSettings.from_json({**short, **further, "epochs": epochs})
         except (TypeError, ValueError) as error:
             raise StudyFileError(f"SETTINGS['training']: {error}") from None
 

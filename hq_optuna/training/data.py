@@ -121,6 +121,23 @@ class TrainingData:
             yield item if isinstance(item, Batch) else _labelled(item)
 
 
+def blended(inputs: Any, share: float, generator: torch.Generator) -> Tensor:
+    """Return a batch in which about ``share`` of the samples are blended with another one.
+
+    Raises:
+        DataError: The inputs are not one tensor of floats.
+    """
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+        what = str(inputs.dtype) if isinstance(inputs, Tensor) else type(inputs).__name__
+        raise DataError(f"blend needs inputs that are one tensor of floats; got {what}. Give 0.")
+    n = len(inputs)
+    other = torch.randperm(n, generator=generator).to(inputs.device)
+    part = torch.rand(n, generator=generator)
+    part = torch.where(torch.rand(n, generator=generator) < share, part, 1.0)
+    part = part.to(inputs).reshape(-1, *[1] * (inputs.dim() - 1))
+    return part * inputs + (1 - part) * inputs[other]
+
+
 @contextmanager
 def seeded(seed: int, devices: Iterable[int] = ()) -> Iterator[None]:
     """Seed PyTorch, NumPy and Python in the body, and put their random states back after it."""

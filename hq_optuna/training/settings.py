@@ -39,6 +39,10 @@ class TrainingSettings:
         warmup_epochs: Epochs over which the learning rate rises from zero; may be a fraction.
         label_weight: Share of the loss in labels; the rest is distillation from the teacher.
         temperature: Of the softened outputs in distillation.
+        blend: Share of the samples that are blended with another one of their batch, by a share
+            drawn evenly from 0 to 1 (mixup, Zhang et al., 2018), for distillation alone: the
+            teacher says what it makes of them (Beyer et al., 2022). Inputs must be one tensor of
+            floats. Worth it in long trainings on few samples.
         batch_norm: How batch-norm normalizes in training; ``"matched"`` needs a teacher, and is
             ``"batch"`` without one.
         frozen_statistics_epochs: Last epochs in which batch-norm keeps its statistics and uses
@@ -63,9 +67,10 @@ class TrainingSettings:
     warmup_epochs: float = 0.5
     label_weight: float = 0.0
     temperature: float = 4.0
+    blend: float = 0.0
     batch_norm: BatchNorm = "matched"
-    frozen_statistics_epochs: int = 1
-    frozen_ranges_epochs: int = 1
+    frozen_statistics_epochs: int = 0
+    frozen_ranges_epochs: int = 0
     clip_norm: float | None = None
     out_of_range: OutOfRange = "pass"
     start: Start = "moved"
@@ -82,7 +87,13 @@ class TrainingSettings:
             self._check(name, 0, math.inf, without_ends=True)
         for name in ("step_rate", "weight_decay", "warmup_epochs"):
             self._check(name, 0, math.inf)
-        self._check("label_weight", 0, 1)
+        for name in ("label_weight", "blend"):
+            self._check(name, 0, 1)
+        if self.blend and self.label_weight:
+            raise ValueError(
+                "Labels do not hold for blended samples: give blend=0, or label_weight=0 to train "
+                "by distillation alone."
+            )
         self._check("beta2", 0, 1, without_ends=True)
         if self.clip_norm is not None:
             self._check("clip_norm", 0, math.inf, without_ends=True)

@@ -30,7 +30,7 @@ from hq_optuna.curvature import LossFunction
 from hq_optuna.errors import CheckpointError, TrainingError
 from hq_optuna.quantization.prepare import get_bits, prepared_layers, weight_quantizer
 from hq_optuna.training import checkpoint as files
-from hq_optuna.training.data import Augment, TrainingData, epoch_seed, seeded
+from hq_optuna.training.data import Augment, TrainingData, blended, epoch_seed, seeded
 from hq_optuna.training.learned import LearnedSteps
 from hq_optuna.training.losses import right_and_counted, training_loss
 from hq_optuna.training.matching import MatchedNorms
@@ -53,7 +53,8 @@ class Epoch:
         loss: Mean over the epoch's steps of what was trained on, nats for cross-entropy and
             distillation.
         training_accuracy: Share of right classes among the samples trained on, augmented, each
-            seen before its step changed the weights; ``None`` where there are no classes.
+            seen before its step changed the weights; ``None`` where there are no classes, and
+            where samples are blended.
         seconds: Time it took.
         learning_rate: Of its last step.
     """
@@ -213,6 +214,9 @@ class Trainer:
         with seeded(seed, devices), self._training_mode(index):
             generator = torch.Generator().manual_seed(seed)
             for step, batch in enumerate(self.data.epoch(generator)):
+                if self.settings.blend:
+                    inputs = blended(batch.inputs, self.settings.blend, generator)
+                    batch = Batch(inputs, batch.labels, batch.n)
                 rate = self.settings.learning_rate_at(
                     index * self.data.steps + step, self.data.steps
                 )
@@ -274,7 +278,7 @@ class Trainer:
         if settings.clip_norm is not None:
             nn.utils.clip_grad_norm_(self._trained.values(), settings.clip_norm)
         self.optimizer.step()
-        return value, *right_and_counted(outputs, labels)
+        return value, *right_and_counted(outputs, None if settings.blend else labels)
 
     def second_moments(self) -> SecondMoments | None:
         """Return the second moments of the weights' gradients; ``None`` where none are kept (SGD).

@@ -39,8 +39,6 @@ SHORT = TrainingSettings(
     batch_size=8,
     learning_rate=2e-3,
     warmup_epochs=0,
-    frozen_statistics_epochs=0,
-    frozen_ranges_epochs=0,
 )
 
 

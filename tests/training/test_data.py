@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from hq_optuna.errors import DataError
 from hq_optuna.training import TrainingData
-from hq_optuna.training.data import epoch_seed, seeded
+from hq_optuna.training.data import blended, epoch_seed, seeded
 from tests.small_networks import seeded as generator
 
 X, Y = torch.arange(10.0)[:, None], torch.arange(10)
@@ -107,3 +107,24 @@ def test_the_digest_tells_data_apart():
 def test_unusable_data_are_refused(data, says):
     with pytest.raises(DataError, match=says):
         TrainingData(data, 4)
+
+
+def test_blended_samples_are_between_two_of_the_batch():
+    x = torch.randn(200, 3, 2, generator=generator(1))
+    found = blended(x, 0.25, generator(2))
+    changed = (found != x).flatten(1).any(1)
+    assert 30 < changed.sum() < 70
+    other = x[torch.randperm(200, generator=generator(2))]
+    part = ((found - other) * (x - other)).sum((1, 2)) / (x - other).square().sum((1, 2))
+    moved = changed.nonzero().flatten()
+    for i in moved:
+        torch.testing.assert_close(found[i], part[i] * x[i] + (1 - part[i]) * other[i])
+    assert 0 <= part[moved].min() < 0.15 and 0.85 < part[moved].max() < 1
+    assert torch.equal(blended(x, 0.25, generator(2)), found)
+    assert torch.equal(blended(x, 0.0, generator(2)), x)
+
+
+@pytest.mark.parametrize(("inputs", "got"), [(torch.arange(3), "int64"), ((X, X), "tuple")])
+def test_only_one_tensor_of_floats_can_be_blended(inputs, got):
+    with pytest.raises(DataError, match=f"one tensor of floats; got .*{got}. Give 0"):
+        blended(inputs, 0.5, generator(0))

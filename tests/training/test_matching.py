@@ -56,7 +56,6 @@ def test_training_a_network_that_rounds_nothing_has_no_loss():
             batch_size=6,
             learning_rate=1e-6,
             batch_norm=batch_norm,
-            frozen_statistics_epochs=0,
         )
         (epoch,) = trainer(net, settings).epochs()
         assert (epoch.loss > 1e-3) is has

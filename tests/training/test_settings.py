@@ -18,6 +18,7 @@ OTHER = {
     "warmup_epochs": 1.5,
     "label_weight": 0.25,
     "temperature": 2.5,
+    "blend": 0.0,
     "batch_norm": "batch",
     "frozen_statistics_epochs": 2,
     "frozen_ranges_epochs": 3,
@@ -72,6 +73,7 @@ def test_unknown_settings_are_refused_by_name():
         ("optimizer", "adam", "optimizer is one of adamw, sgd; got 'adam'"),
         ("start", "nearest", "start is one of float, rounded, moved"),
         ("out_of_range", "clip", "out_of_range is one of pass, stop"),
+        ("blend", 1.5, "blend is between 0 and 1; got 1.5"),
         ("batch_norm", "frozen", "batch_norm is one of matched, batch; got 'frozen'"),
         ("precision", "float16", "precision is one of"),
     ],
@@ -102,3 +104,9 @@ def test_the_learning_rate_rises_in_a_line_and_falls_in_a_cosine():
 def test_there_need_be_no_warmup():
     settings = TrainingSettings(epochs=1, learning_rate=2.0, warmup_epochs=0)
     assert settings.learning_rate_at(0, 3) == 2.0
+
+
+def test_blended_samples_have_no_labels():
+    assert TrainingSettings(blend=1.0).blend == 1.0
+    with pytest.raises(ValueError, match="Labels do not hold for blended samples"):
+        TrainingSettings(blend=0.5, label_weight=0.1)

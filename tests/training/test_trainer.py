@@ -47,6 +47,16 @@ def test_results_are_numbered_and_name_their_accuracy_by_what_it_is_over():
     assert results[0].learning_rate > results[-1].learning_rate > 0
 
 
+def test_blended_samples_are_trained_on_and_have_no_accuracy():
+    settings = replace(SHORT, label_weight=0.0)
+    plain, one, same_again = (prepared_net() for _ in range(3))
+    list(trainer(plain, settings).epochs())
+    for net in (one, same_again):
+        results = list(trainer(net, replace(settings, blend=0.5)).epochs())
+        assert all(epoch.training_accuracy is None for epoch in results)
+    assert same(one, same_again) and not same(one, plain)
+
+
 def test_without_classes_there_is_no_accuracy():
     x, _ = labelled()
     data = (x, torch.randn(30, 3, generator=seeded(0)))
