@@ -128,7 +128,9 @@ def main() -> None:
     outcome.finish(arguments.out)
 
 
-SETTINGS = TrainingSettings(channels_last=True, precision="bfloat16")
+SETTINGS = TrainingSettings(
+    epochs=20, learning_rate=2.5e-4, blend=0.5, channels_last=True, precision="bfloat16"
+)
 
 
 def parsed(value: str) -> Any:
@@ -312,7 +314,7 @@ def compare_moments(
     uniform = BitConfig.uniform(names, MOMENT_BITS, MOMENT_BITS)
     prepared = start_of(parts, uniform)
     epochs = min(MOMENT_EPOCHS, settings.epochs)
-    settings = replace(settings, epochs=epochs, optimizer="adamw")
+    settings = replace(settings, epochs=epochs, optimizer="adamw", blend=0.0)
     trainer = train_(prepared, parts, with_validation(parts), settings)
     moments = trainer.second_moments()
     assert moments is not None
