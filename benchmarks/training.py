@@ -9,11 +9,12 @@ compensated rounding) under a budget of size, all 20 layers searched and counted
 ``avg2_a8``        at most 2 bits on average, 8-bit activations
 
 Weights are rounded by the quantizer ``midrise``. The network starts from compensated weights and
-corrected statistics and is trained by distillation from the float network on all training images
-but the 512 that calibrate, and its statistics are corrected again. Nothing is chosen by the test images: no early stopping, no best epoch.
-``drop_…`` are points of test accuracy below the float network, mean over seeds; the standard error
-is that of the paired difference: per image, correct in float less correct after training (mean over
-seeds), over the images.
+corrected statistics, is trained by distillation from the float network on all training images but
+the 512 that calibrate, half of them blended with others, and its statistics are corrected again.
+Nothing is chosen by the test images: no early stopping, no best epoch. ``drop_…`` are points of
+test accuracy below the float network, mean over seeds; the standard error is that of the paired
+difference: per image, correct in float less correct after training (mean over seeds), over the
+images.
 
 Second moments: a network at 4 bits everywhere is trained, then ``--assignments`` random ones lower
 some of its layers to 2 and 3 bits. Spearman's rank correlation of the predicted rise of the loss
