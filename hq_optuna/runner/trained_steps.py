@@ -189,7 +189,8 @@ class TrainedSteps:
                 self._discard(last, reference)
                 last = reference
             between()
-        self._correct_(network)
+        if self.setup.correction and settings.label_weight < 1:  # labels lead to other statistics
+            self._correct_(network)
         moments = trainer.second_moments()
         tensors = trained_tensors(network)
         if moments is not None:  # the sum over a batch, as curvature is, and not its mean
@@ -230,11 +231,10 @@ class TrainedSteps:
 
     def _correct_(self, network: nn.Module) -> None:
         """Correct a trained network's statistics by their difference to the float network's."""
-        if self.setup.correction:
-            data = merge_first(self.data, statistics_samples(self.space.layers))
-            of = copy.deepcopy(self.model).eval()
-            StatisticsCorrection(network, data, self.setup.precision, of=of).apply()
-            fold_shifts_(network)
+        data = merge_first(self.data, statistics_samples(self.space.layers))
+        of = copy.deepcopy(self.model).eval()
+        StatisticsCorrection(network, data, self.setup.precision, of=of).apply()
+        fold_shifts_(network)
 
     def _resume(self, trial: Trial, attempts: list[int], trainer: Trainer) -> Reference | None:
         """Go on from the last epoch that an earlier owner of this record finished."""

@@ -138,8 +138,13 @@ def test_a_trained_networks_statistics_are_corrected(alone, tmp_path):
         plain = search(training=plan(every=0), correction=False)
         other = plain.optimize("sqlite://", "s", artifacts=tmp_path)
         uncorrected = plain.result(other).network(inputs).mean(0)
+        labels = dataclasses.replace(SHORT, label_weight=1.0)
+        by_labels = search(training=plan(every=0, final=labels))
+        other = by_labels.optimize("sqlite://", "s", artifacts=tmp_path)
+        of_labels = by_labels.result(other).network(inputs).mean(0)
     torch.testing.assert_close(means, expected, rtol=1e-4, atol=1e-5)
     assert (uncorrected - expected).abs().max() > 1e-3
+    assert (of_labels - expected).abs().max() > 1e-2  # labels have means of their own
 
 
 def test_a_training_that_does_not_lower_the_score_changes_nothing(alone):
