@@ -10,11 +10,11 @@ compensated rounding) under a budget of size, all 20 layers searched and counted
 
 Weights are rounded by the quantizer ``midrise``. The network starts from compensated weights and
 corrected statistics, is trained by distillation from the float network on all training images but
-the 512 that calibrate, half of them blended with others, and its statistics are corrected again.
-Nothing is chosen by the test images: no early stopping, no best epoch. ``drop_…`` are points of
-test accuracy below the float network, mean over seeds; the standard error is that of the paired
-difference: per image, correct in float less correct after training (mean over seeds), over the
-images.
+the 512 that calibrate, and its statistics are corrected again. Nothing is chosen by the test
+images: no early stopping, no best epoch. ``drop_…`` are points of test accuracy below the float
+network, mean over seeds; the standard error is that of the paired difference: per image, correct in
+float less correct after training (mean over seeds), over the images. ``divergence_…`` is the mean
+KL divergence of the outputs on the test images from the float network's, nats.
 
 Second moments: a network at 4 bits everywhere is trained, then ``--assignments`` random ones lower
 some of its layers to 2 and 3 bits. Spearman's rank correlation of the predicted rise of the loss
@@ -129,9 +129,7 @@ def main() -> None:
     outcome.finish(arguments.out)
 
 
-SETTINGS = TrainingSettings(
-    epochs=20, learning_rate=2.5e-4, blend=0.5, channels_last=True, precision="bfloat16"
-)
+SETTINGS = TrainingSettings(channels_last=True, precision="bfloat16")
 
 
 def parsed(value: str) -> Any:
@@ -288,17 +286,29 @@ def measure_target(
     for seed in seeds:
         prepared = start_of(parts, config)
         untrained = 100 * float(correct(prepared, parts.test).mean())
+        before = mean_divergence(prepared, parts.network, parts.test)
         trainer = train_(prepared, parts, with_validation(parts), replace(settings, seed=seed))
         rights.append(correct(prepared, parts.test))
         found = 100 * float(rights[-1].mean())
         seconds = sum(epoch.seconds for epoch in trainer.history)
-        details.append({"seed": seed, "untrained": untrained, "trained": found, "s": seconds})
-        print(f"  seed {seed}: {untrained:.2f} untrained, {found:.2f} trained", flush=True)
+        after = mean_divergence(prepared, parts.network, parts.test)
+        details.append(
+            {"seed": seed, "untrained": untrained, "trained": found, "s": seconds}
+            | {"divergence_untrained": before, "divergence_trained": after}
+        )
+        print(
+            f"  seed {seed}: {untrained:.2f} untrained ({before:.4f} nats), {found:.2f} trained "
+            f"({after:.4f} nats)",
+            flush=True,
+        )
     difference = float_right - torch.stack(rights).mean(0)  # (N,)
     error = 100 * float(difference.std()) / len(difference) ** 0.5
     outcome.figures[f"accuracy_{name}"] = round(statistics.mean(d["trained"] for d in details), 2)
     outcome.figures[f"drop_{name}"] = round(100 * float(difference.mean()), 2)
     outcome.figures[f"drop_{name}_standard_error"] = round(error, 2)
+    for when in ("untrained", "trained"):
+        mean = statistics.mean(d[f"divergence_{when}"] for d in details)
+        outcome.figures[f"divergence_{name}_{when}"] = round(mean, 4)
     outcome.figures[f"bits_{name}"] = round(32 / ratio, 4)
     outcome.details[name] = {
         "bits": {layer: list(bits) for layer, bits in config.items()},
