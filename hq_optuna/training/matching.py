@@ -68,7 +68,8 @@ class MatchedNorms:
         """
         with ExitStack() as stack:
             for name, (module, theirs) in self.pairs.items():
-                stack.callback(theirs.register_forward_pre_hook(self._reads(name)).remove)
+                reads = theirs.register_forward_pre_hook(self._reads(name, module))
+                stack.callback(reads.remove)
                 module.forward = self._follows(name, module, theirs)  # type: ignore[assignment]
                 stack.callback(module.__dict__.pop, "forward")
             stack.callback(self._seen.clear)
@@ -78,9 +79,10 @@ class MatchedNorms:
         """Forget what the teacher saw."""
         self._seen.clear()
 
-    def _reads(self, name: str) -> Callable[[nn.Module, Any], None]:
-        def read(module: nn.Module, inputs: Any) -> None:
-            self._seen[name].append(_normalized(module, inputs[0].detach(), None, None)[1])
+    def _reads(self, name: str, module: _BatchNorm) -> Callable[[nn.Module, Any], None]:
+        def read(theirs: nn.Module, inputs: Any) -> None:
+            if module.training:
+                self._seen[name].append(_normalized(theirs, inputs[0].detach(), None, None)[1])
 
         return read
 

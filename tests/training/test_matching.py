@@ -200,3 +200,13 @@ def test_without_a_teacher_batch_norm_is_pytorchs():
         )
         list(run.epochs())
     assert torch.equal(nets[0].norm.running_mean, nets[1].norm.running_mean)
+
+
+def test_frozen_layers_use_their_statistics_even_of_a_single_value():
+    teacher, net = nn.BatchNorm1d(3).eval(), nn.BatchNorm1d(3).eval()
+    x = torch.randn(1, 3)  # has no spread
+    with MatchedNorms.of(net, teacher).in_training():
+        assert torch.equal(teacher(x), net(x))
+        net.train()
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            teacher(x)
