@@ -85,13 +85,20 @@ def result(console: Console, study: Study) -> None:
     console.print(_summary(history, reason), highlight=False, soft_wrap=True)
 
 
+def _trained(history: History) -> str:
+    n = sum(record.training is not None for record in history.records)
+    n_kept = sum(record.trained is not None for record in history.records)
+    if not n:
+        return "no training"
+    return f"{n} trained" + (f", {n_kept} of these kept" if n_kept < n else "")
+
+
 def _summary(history: History, reason: str = "") -> str:
     record, info = history.incumbent, history.info
     quantizers = f"weights   {plain(quantizers_text(info.quantizers))}" if info.quantizers else ""
     if record is None:
         return "\n".join(filter(None, (quantizers, "No step is closed yet.")))
     cost = record.winner.cost
-    n_trained = sum(r.training is not None for r in history.records)
     lines = [
         f"cost      [bold]{format_cost(cost, info.metric)}[/], "
         f"{100 * cost / info.int8:.1f} % of all-8-bit ({format_cost(info.int8, info.metric)}), "
@@ -101,7 +108,7 @@ def _summary(history: History, reason: str = "") -> str:
         f"activations {record.winner.score_activations:.3g})",
         f"search    {len(history.records)} steps, "
         f"{sum(c.counted for c in history.candidates)} candidates, "
-        + (f"{n_trained} trained" if n_trained else "no training")
+        + _trained(history)
         + (f"; ended: {reason}" if reason else ""),
     ]
     if quantizers:

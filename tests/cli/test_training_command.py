@@ -45,8 +45,11 @@ def test_winners_and_answer_are_trained_and_the_report_says_so(
     assert kinds[-1] == "final" and set(kinds[:-1]) == {"step"}
     assert records("tiny")[-1].training["epochs"] == 2
     assert data["counts"]["trained"] == len(kinds)
+    n_kept = sum(r.trained is not None for r in records("tiny"))
+    kept = f", {n_kept} of these kept" if n_kept < len(kinds) else ""
     again = command("run", trained)  # what it was started with comes from the study
     assert again.exit_code == 0, again.output
+    assert f" candidates, {len(kinds)} trained{kept};" in again.output
     assert "finished before; nothing was changed" in again.output
     other = command("run", trained, "--train-epochs", "3")
     assert other.exit_code == 1
