@@ -25,8 +25,9 @@ instead.
 
 ``--only tuning`` is how settings are chosen: it trains ``13x_a4_image8`` on fewer images, from seed
 0, and measures accuracy and divergence from the float network's outputs on the study's 1,000
-validation images. The float network knows these by heart; the divergence of outputs softened at
-temperature 4 on augmented ones (``augmented_softened_…``) is the better guide to unseen images.
+validation images, and that of outputs softened at temperature 4 on augmented ones
+(``augmented_softened_…``). The float network knows these by heart, so they tell trainings apart;
+they do not tell what unseen images would say.
 
     python -m benchmarks.training --data DIR --checkpoint FILE [--quick] [--out FILE] [--seeds 3]
         [--only 13x_a4 avg2_a8 moments] [--set epochs=5 learning_rate=0.002] [--quantizer uniform]
@@ -296,11 +297,8 @@ def measure_target(
             {"seed": seed, "untrained": untrained, "trained": found, "s": seconds}
             | {"divergence_untrained": before, "divergence_trained": after}
         )
-        print(
-            f"  seed {seed}: {untrained:.2f} untrained ({before:.4f} nats), {found:.2f} trained "
-            f"({after:.4f} nats)",
-            flush=True,
-        )
+        told = f"{untrained:.2f} untrained ({before:.4f} nats), {found:.2f} ({after:.4f} nats)"
+        print(f"  seed {seed}: {told} trained", flush=True)
     difference = float_right - torch.stack(rights).mean(0)  # (N,)
     error = 100 * float(difference.std()) / len(difference) ** 0.5
     outcome.figures[f"accuracy_{name}"] = round(statistics.mean(d["trained"] for d in details), 2)

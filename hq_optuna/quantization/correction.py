@@ -146,12 +146,13 @@ class StatisticsCorrection:
 
         def norm(name: str, module: Any, x: Tensor) -> None:
             seen = self._norms[name]
-            mean, var = channel_statistics(x, 1)
-            # A dead channel has no spread to match; its stored one stays.
-            alive = (seen.var > _EPSILON) & (var > _EPSILON)
-            ratio = torch.where(alive, var / seen.var.clamp_min(_EPSILON), 1.0)
-            module.running_var.copy_(seen.stored_var * ratio)
-            module.running_mean.copy_(mean - (seen.mean - seen.stored_mean) * ratio.sqrt())
+            mean, var = corrected_statistics(
+                (seen.stored_mean, seen.stored_var),
+                (seen.mean, seen.var),
+                channel_statistics(x, 1),
+            )
+            module.running_mean.copy_(mean)
+            module.running_var.copy_(var)
 
         def shift(name: str, module: nn.Module, output: Tensor) -> Tensor:
             axis = channel_axis(module, output)
@@ -202,6 +203,22 @@ class StatisticsCorrection:
                 for name in names
             }
         )
+
+
+def corrected_statistics(
+    stored: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return the statistics a batch-norm layer should store, by the formula above.
+
+    Args:
+        stored: Mean and variance that are right for the float network, each ``(C,)``.
+        right: Those of the float network's input on a batch.
+        found: Those of the quantized network's input on the same batch.
+    """
+    # A dead channel has no spread to match; its stored one stays.
+    alive = (right[1] > _EPSILON) & (found[1] > _EPSILON)
+    ratio = torch.where(alive, found[1] / right[1].clamp_min(_EPSILON), 1.0)
+    return found[0] - (right[0] - stored[0]) * ratio.sqrt(), stored[1] * ratio
 
 
 def add_shift(layer: nn.Module) -> None:

@@ -129,7 +129,9 @@ def blended(inputs: Any, share: float, generator: torch.Generator) -> Tensor:
     """
     if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
         what = str(inputs.dtype) if isinstance(inputs, Tensor) else type(inputs).__name__
-        raise DataError(f"blend needs inputs that are one tensor of floats; got {what}. Give 0.")
+        raise DataError(
+            f"blend needs inputs that are one tensor of floats; got {what}. Give blend=0."
+        )
     n = len(inputs)
     other = torch.randperm(n, generator=generator).to(inputs.device)
     part = torch.rand(n, generator=generator)

@@ -19,19 +19,18 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-_EPSILON = 1e-12
+from hq_optuna.quantization.correction import corrected_statistics
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """Mean and variance of one batch-norm layer's input on one batch, per channel."""
+class _Seen(NamedTuple):
+    """Mean and variance of one batch-norm layer's input on one batch, each ``(C,)``."""
 
     mean: Tensor
     var: Tensor
@@ -102,9 +101,8 @@ class MatchedNorms:
             if module.affine:
                 weight, bias = module.weight * gain, module.weight * shift + module.bias
             out, own = _normalized(module, x, weight, bias)
-            alive = (seen.var > _EPSILON) & (own.var > _EPSILON)
-            ratio = torch.where(alive, own.var / seen.var.clamp_min(_EPSILON), 1.0)
-            _note(module, own.mean - (seen.mean - stored_mean) * ratio.sqrt(), stored_var * ratio)
+            with torch.no_grad():
+                _note(module, *corrected_statistics((stored_mean, stored_var), seen, own))
             return out
 
         return forward
@@ -128,7 +126,6 @@ def _normalized(
     return out, _Seen(mean, var * ((n - 1) / n))
 
 
-@torch.no_grad()
 def _note(module: Any, mean: Tensor, var: Tensor) -> None:
     """Take a batch's statistics into the running ones."""
     module.num_batches_tracked.add_(1)

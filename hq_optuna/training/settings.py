@@ -42,7 +42,7 @@ class TrainingSettings:
         blend: Share of the samples that are blended with another one of their batch, by a share
             drawn evenly from 0 to 1 (mixup, Zhang et al., 2018), for distillation alone: the
             teacher says what it makes of them (Beyer et al., 2022). Inputs must be one tensor of
-            floats. Worth it in long trainings on few samples.
+            floats.
         batch_norm: How batch-norm normalizes in training; ``"matched"`` needs a teacher, and is
             ``"batch"`` without one.
         frozen_statistics_epochs: Last epochs in which batch-norm keeps its statistics and uses

@@ -126,5 +126,5 @@ def test_blended_samples_are_between_two_of_the_batch():
 
 @pytest.mark.parametrize(("inputs", "got"), [(torch.arange(3), "int64"), ((X, X), "tuple")])
 def test_only_one_tensor_of_floats_can_be_blended(inputs, got):
-    with pytest.raises(DataError, match=f"one tensor of floats; got .*{got}. Give 0"):
+    with pytest.raises(DataError, match=f"one tensor of floats; got .*{got}. Give blend=0"):
         blended(inputs, 0.5, generator(0))
