@@ -103,11 +103,20 @@ def ceiling(per_image: Array, n: int = 20) -> float:
 class Bench:
     """One network, prepared, with the images scores read and the images they never see."""
 
-    def __init__(self, parts: StudyParts, rounding: str, n_unseen: int, sums: list[str]) -> None:
+    def __init__(
+        self,
+        parts: StudyParts,
+        rounding: str,
+        n_unseen: int | None,
+        sums: list[str],
+        with_train: bool = False,
+    ) -> None:
         assert parts.test is not None and parts.validation is not None
-        unseen = [
-            torch.cat(two)[:n_unseen] for two in zip(parts.test(), parts.validation, strict=True)
-        ]
+        sources = [parts.test(), parts.validation]
+        if with_train:
+            assert parts.train is not None
+            sources.append(parts.train())
+        unseen = [torch.cat(tensors)[:n_unseen] for tensors in zip(*sources, strict=True)]
         self.unseen = read_batches(tuple(unseen), batch_size=256)
         self.labels = unseen[1]
         data = read_batches(parts.calibration)
@@ -266,6 +275,11 @@ def main() -> None:
     parser.add_argument("--assignments", type=int, default=100)
     parser.add_argument("--regimes", nargs="+", default=list(REGIMES), choices=list(REGIMES))
     parser.add_argument("--rounding", default="compensated", choices=ROUNDINGS)
+    parser.add_argument(
+        "--with-train",
+        action="store_true",
+        help="truth of the study's training images too, which nothing here has read",
+    )
     parser.add_argument("--sums", nargs="*", default=list(LAYER_SUMS), choices=LAYER_SUMS)
     arguments = parser.parse_args()
     options = []
@@ -280,7 +294,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:  # where digits keeps the network it trains
         parts = study.build(Path(folder), study.parse_options(options))
     bench = Bench(
-        parts, arguments.rounding, 100 if arguments.quick else 10_000, list(arguments.sums)
+        parts,
+        arguments.rounding,
+        100 if arguments.quick else None,
+        list(arguments.sums),
+        arguments.with_train,
     )
     outcome.details |= {
         "study": arguments.study,

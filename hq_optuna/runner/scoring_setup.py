@@ -140,12 +140,10 @@ class ScoringSetup:
             teacher: Then, the network that rises are measured against.
             moments: Then, the curvature of weights that its training told, by layer.
         """
-        names = [layer.name for layer in space.layers]
-        prepared = self.prepared(network, space, observe_inputs(network, names, data))
+        prepared = self._settled(network, space, data, base)
         warnings: list[str] = []
         wanted = {name: set(weights) for name, (weights, _) in bits_needed(space).items()}
         if base is not None:
-            base.settle_(prepared)
             for name, weights in wanted.items():
                 weights.discard(base.config[name].weight_bits)
         if self.rounding == "compensated":
@@ -173,15 +171,59 @@ class ScoringSetup:
             facts["curvature_samples"] = curvature.n_samples
             if math.isfinite(curvature.largest_error):  # one batch alone has none
                 facts["curvature_standard_error"] = round(curvature.largest_error, 4)
-        merged = merge_first(data, statistics_samples(space.layers))
-        correct = (
-            StatisticsCorrection(
-                prepared, merged, self.precision, None if base is None else base.config
-            )
-            if self.correction
-            else None
+        scorer = self._scorer(prepared, known, space, data, loss_fn, base, teacher, self.memory)
+        return BuiltScorer(scorer, warnings + scorer.warnings, facts)
+
+    def score_of_trained(
+        self,
+        base: TrainedBase,
+        space: SearchSpace,
+        data: Batches,
+        loss_fn: LossFunction,
+        teacher: nn.Module,
+    ) -> float | None:
+        """Return the score of a trained network at its own bits, before a scorer of it is built.
+
+        Digit for digit what that scorer says. ``None``: the score is a sum over layers, for which
+        there is no way around their curvature.
+        """
+        if self.output_rise is None and self.scorer != "loss":
+            return None
+        prepared = self._settled(base.network, space, data, base)
+        nothing = Sensitivity(
+            {name: {bits.weight_bits: 0.0} for name, bits in base.config.items()},
+            {name: {bits.activation_bits: 0.0} for name, bits in base.config.items()},
         )
-        scorer = Scorer(
+        scorer = self._scorer(prepared, nothing, space, data, loss_fn, base, teacher, memory=0)
+        return scorer.score(base.config).total
+
+    def _settled(
+        self, network: nn.Module, space: SearchSpace, data: Batches, base: TrainedBase | None
+    ) -> nn.Module:
+        """Return a prepared copy with observed ranges and what a training learned."""
+        names = [layer.name for layer in space.layers]
+        prepared = self.prepared(network, space, observe_inputs(network, names, data))
+        if base is not None:
+            base.settle_(prepared)
+        return prepared
+
+    def _scorer(
+        self,
+        prepared: nn.Module,
+        known: Sensitivity,
+        space: SearchSpace,
+        data: Batches,
+        loss_fn: LossFunction,
+        base: TrainedBase | None,
+        teacher: nn.Module | None,
+        memory: int,
+    ) -> Scorer:
+        merged = merge_first(data, statistics_samples(space.layers))
+        correct = None
+        if self.correction:
+            config = None if base is None else base.config
+            correct = StatisticsCorrection(prepared, merged, self.precision, config)
+        return Scorer(
             prepared,
             known,
             merged,
@@ -189,11 +231,10 @@ class ScoringSetup:
             output_rise=self.output_rise,
             by_loss=self.scorer == "loss",
             correction=correct,
-            memory=self.memory,
+            memory=memory,
             precision=self.precision,
             teacher=teacher,
         )
-        return BuiltScorer(scorer, warnings + scorer.warnings, facts)
 
     def prepared(
         self,

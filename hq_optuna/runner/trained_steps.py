@@ -44,7 +44,7 @@ from hq_optuna.scoring import Score, Sensitivity
 from hq_optuna.search.rules import keeps
 from hq_optuna.space import SearchSpace
 from hq_optuna.training import Trainer, load_trained_, trained_tensors
-from hq_optuna.training.base import fold_shifts_, trained_base
+from hq_optuna.training.base import TrainedBase, fold_shifts_, trained_base
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class TrainedSteps:
         return prepared
 
     def _build(self, tensors: Mapping[str, Any], known: Sensitivity | None) -> BuiltScorer:
-        base = trained_base(self.model, self.space.layers, tensors, self.setup.quantizers)
+        base = self._base(tensors)
         moments = {
             name.removeprefix(_CURVATURE): tensor
             for name, tensor in tensors.items()
@@ -120,6 +120,9 @@ class TrainedSteps:
             base.network, self.space, self.data, self.loss_fn, known, self.progress,
             base=base, teacher=self.model, moments=moments,
         )  # fmt: skip
+
+    def _base(self, tensors: Mapping[str, Any]) -> TrainedBase:
+        return trained_base(self.model, self.space.layers, tensors, self.setup.quantizers)
 
     def _said(self, study: Study, number: int) -> Mapping[str, Any]:
         storage = study._storage
@@ -193,19 +196,27 @@ class TrainedSteps:
             self._correct_(network)
         moments = trainer.second_moments()
         tensors = trained_tensors(network)
-        if moments is not None:  # the sum over a batch, as curvature is, and not its mean
-            for name, moment in moments.moments.items():
-                if name not in moments.no_gradient:
-                    tensors[f"{_CURVATURE}{name}"] = moment * moments.batch_size
-        built = self._build(tensors, None)
-        score = built.scorer.score(BitConfig(self.space.config(ticket.bits)))
         assert ticket.origin is not None
         winner, found = winner_of(trial.study, ticket.origin)
-        kept = final or keeps(score.total, winner)
+        told = None if final else self._score(tensors)
+        score = Score(winner, *(found[name] for name in KEPT))
+        built: BuiltScorer | None = None
+        if told is None or keeps(told, winner):
+            if moments is not None:  # the sum over a batch, as curvature is, and not its mean
+                for name, moment in moments.moments.items():
+                    if name not in moments.no_gradient:
+                        tensors[f"{_CURVATURE}{name}"] = moment * moments.batch_size
+            built = self._build(tensors, None)
+            trained = built.scorer.score(BitConfig(self.space.config(ticket.bits)))
+            told = trained.total
+            if final or keeps(told, winner):
+                score = trained
+            else:
+                built = None
         facts: dict[str, Any] = {
             "kind": "final" if final else "step",
-            "kept": kept,
-            "score": score.total,
+            "kept": built is not None,
+            "score": told,
             "epochs": settings.epochs,
             "seconds": round(math.fsum(e.seconds for e in trainer.history), 3),
             "samples": trainer.data.steps * trainer.data.batch_size,
@@ -216,9 +227,9 @@ class TrainedSteps:
             **{f"{name}_before": value for name, value in before.items()},
             **{f"{name}_after": value for name, value in self._measured(network).items()},
         }
-        if not kept:
+        if built is None:
             self._discard(last, None)
-            return closing(winner, found)[0], Score(winner, *(found[name] for name in KEPT)), facts
+            return closing(winner, found)[0], score, facts
         self._built = (trial.number, built)
         weights = put_tensors(store, tensors)
         table = store.put_json(built.scorer.sensitivity.to_json())
@@ -228,6 +239,12 @@ class TrainedSteps:
         if final:
             value = min(value, math.nextafter(log.best_within_budget(), -math.inf))
         return value, score, facts
+
+    def _score(self, tensors: Mapping[str, Any]) -> float | None:
+        """Return a trained network's score where its outputs tell it: most are not kept."""
+        return self.setup.score_of_trained(
+            self._base(tensors), self.space, self.data, self.loss_fn, self.model
+        )
 
     def _correct_(self, network: nn.Module) -> None:
         """Correct a trained network's statistics by their difference to the float network's."""

@@ -14,6 +14,7 @@ from hq_optuna import attrs
 from hq_optuna.artifacts import Reference, open_artifacts
 from hq_optuna.errors import ArtifactError, DataError, ResumeError
 from hq_optuna.history import read_history
+from hq_optuna.runner.scoring_setup import ScoringSetup
 from hq_optuna.runner.tensors import get_tensors
 from hq_optuna.runner.training_plan import TrainingPlan, plan_of
 from hq_optuna.scoring.outputs import CrossEntropyRise
@@ -112,6 +113,41 @@ def test_a_training_that_does_not_lower_the_score_changes_nothing(alone):
     for candidate in history.step(lost.step + 1):
         config = history.space.config(candidate.state)
         assert scorer.score(config).total == pytest.approx(candidate.score, rel=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"scorer": "loss"}, {"correction": False}])
+def test_what_is_not_kept_is_known_before_a_scorer_is_built(options, tmp_path, monkeypatch):
+    built, told = [], []
+    build, tell = ScoringSetup.build, ScoringSetup.score_of_trained
+
+    def counted(setup, *given, base=None, **named):
+        if base is not None:
+            built.append(base)
+        return build(setup, *given, base=base, **named)
+
+    def noted(setup, *given):
+        told.append(tell(setup, *given))
+        return told[-1]
+
+    monkeypatch.setattr(ScoringSetup, "build", counted)
+    monkeypatch.setattr(ScoringSetup, "score_of_trained", noted)
+    study = search(training=plan(), **options).optimize(artifacts=tmp_path)
+    trained = [r.training for r in read_history(study).records if r.training is not None]
+    kept = [training["kept"] for training in trained]
+    assert {True, False} <= set(kept)
+    assert len(built) == sum(kept)
+    # To the last digit what the scorer says that is built where it is kept.
+    assert told == [training["score"] for training in trained if training["kind"] == "step"]
+
+
+def test_a_sum_over_layers_cannot_be_told_before_a_scorer_is_built(tmp_path):
+    found = search(training=plan(), scorer="diagonal")
+    study = found.optimize(artifacts=tmp_path)
+    trained = [r for r in read_history(study).records if r.training is not None]
+    steps = [r for r in trained if r.training["kind"] == "step"]
+    kept = [r.training["kept"] for r in steps]
+    assert True in kept
+    assert kept == [r.training["score"] < r.winner.score for r in steps]
 
 
 def test_the_answer_is_the_trained_network_and_is_saved_bit_for_bit(alone, tmp_path):
