@@ -3,7 +3,7 @@
 For each seed a search trains its winner every ``--every`` steps and its answer at the end; then
 others train the answer alone, for as many epochs in sum, and not at all. All have the same network,
 data, budget and seed of the draws. Accuracy and loss are of validation and test data; the score is
-that of the answer before its last training.
+that of the answer before its last training, ``score_after`` that after it.
 
     python -m benchmarks.training_in_search [--every 4 12] [--budget 0.12] [--seeds 3]
     python -m benchmarks.training_in_search --data DIR --checkpoint FILE   # ResNet-20 on CIFAR-10
@@ -50,18 +50,21 @@ def measure(
         )
         seconds = time.perf_counter() - started
         history = read_history(study)
-        network = search.objective.answer(study, history.records[-1].config)
+        last = history.records[-1]
+        network = search.objective.answer(study, last.config)
         trained = [r.training for r in history.records if r.training is not None]
         untrained = next(r for r in reversed(history.records) if not _is_final(r.training))
-        score = (untrained.training or {}).get("score", untrained.winner.score)
+        score = (untrained.trained or untrained.winner).score
         test = read_batches(parts.test(), batch_size=256)
         return {
             "validation": 100 * accuracy(network, search.validation)["accuracy"],  # type: ignore[arg-type]
             "test": 100 * accuracy(network, test)["accuracy"],
             "score": score,
-            "cost": history.records[-1].winner.cost / history.info.int8,
+            "score_after": (last.trained or last.winner).score,
+            "cost": last.winner.cost / history.info.int8,
             "candidates": sum(c.counted for c in history.candidates),
             "trainings": len(trained),
+            "kept": sum(t["kept"] for t in trained),
             "epochs": sum(t["epochs"] for t in trained),
             "training_seconds": sum(t["seconds"] for t in trained),
             "seconds": seconds,
@@ -144,7 +147,7 @@ def main() -> None:
         "runs": found,
     }
     for method, rows in found.items():
-        for what in ("test", "validation", "score", "epochs", "seconds"):
+        for what in ("test", "validation", "score", "score_after", "epochs", "seconds"):
             value = statistics.mean(row[what] for row in rows)
             outcome.figures[f"{what}_{method}"] = round(value, 5)
     outcome.finish(arguments.out)
