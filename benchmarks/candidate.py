@@ -6,6 +6,9 @@ activations quantized); one of them is the next incumbent. A candidate's time in
 what is run anew of the incumbent. In turn with it, in the same run: the float
 forward pass in the calibration set's own batches, and candidates that run the whole network.
 
+Beside it, what several candidates in one pass could win at best: the float forward pass of one
+batch that holds the images of 2 and of 4, against as many passes of their own.
+
 Times are seconds of the processor where there is no GPU, which other processes on the machine
 disturb less than the clock on the wall. Weights and images are random: they do not change times.
 
@@ -38,6 +41,8 @@ from hq_optuna.scoring.reuse import DEFAULT_MEMORY
 from hq_optuna.space import SearchSpace
 from studies.cifar10_resnet20 import ResNet20
 
+STACKED = (2, 4)
+"""Candidates together in one pass."""
 NETWORKS = ("resnet20", "resnet18", "mobilenet_v2")
 
 
@@ -184,6 +189,27 @@ def run_plain(network: nn.Module, data: Batches) -> None:
         forward(network, batch.inputs)
 
 
+@torch.no_grad()
+def measure_stacked(name: str, n_steps: int) -> dict[int, float]:
+    """Return how long one pass of k batches together takes beside k passes, by k."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = network_of(name).eval().to(device)
+    alone = read_batches((images_of(name, 32), torch.zeros(32, dtype=torch.long))).to(device)
+    inputs = alone[0].inputs
+    assert isinstance(inputs, Tensor)
+    together = {k: inputs.repeat(k, 1, 1, 1) for k in STACKED}
+    seconds: dict[int, list[float]] = {k: [] for k in (1, *STACKED)}
+    for step in range(n_steps + 1):  # the first one warms up
+        for k, found in seconds.items():
+            batch = inputs if k == 1 else together[k]
+            passes = max(STACKED) // k  # as many images for all
+            took = seconds_of(lambda n=passes, x=batch: [network(x) for _ in range(n)], device)
+            if step:
+                found.append(took)
+    one = statistics.median(seconds[1])
+    return {k: statistics.median(seconds[k]) / one for k in STACKED}
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -225,6 +251,9 @@ def main(argv: list[str] | None = None) -> None:
                 f"{found['kept_mib']:.0f} MiB kept",
                 flush=True,
             )
+        for k, ratio in measure_stacked(name, n_steps).items():
+            outcome.figures[f"ratio_stacked_{k}_{name}"] = round(ratio, 3)
+            print(f"{name:28} {k} batches in one pass / one after the other {ratio:.3f}")
     outcome.finish(arguments.out)
 
 

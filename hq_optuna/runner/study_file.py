@@ -31,7 +31,7 @@ SETTINGS_KEYS = (
     *("bits", "activation_bits", "pin_first_last", "pins", "allowed", "tied"),
     *("budget", "n_candidates", "rule", "scorer", "rounding", "correction", "seed", "refine"),
     *("memory", "precision", "quantizers", "train_every", "train_epochs", "final_epochs"),
-    "training",
+    *("training", "final_training"),
 )
 """What a study file's SETTINGS may set."""
 

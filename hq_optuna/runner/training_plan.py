@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hq_optuna.errors import StudyFileError
-from hq_optuna.training import Augment, TrainingData, TrainingSettings
+from hq_optuna.training import Augment, TrainingSettings
 
-SETTINGS = ("train_every", "train_epochs", "final_epochs", "training")
+SETTINGS = ("train_every", "train_epochs", "final_epochs", "training", "final_training")
 """What a study file's SETTINGS and the command line say of training; ``training`` holds further
-`TrainingSettings` by name."""
+`TrainingSettings` by name, ``final_training`` those that are others for the answer."""
 
 STEP_EPOCHS, FINAL_EPOCHS = 2, 20
 """Epochs unless told otherwise, of a step's winner and of the answer."""
@@ -51,11 +51,17 @@ class TrainingPlan:
             raise ValueError(
                 "This plan trains nothing: give every (steps) or final (settings), or no plan."
             )
-        TrainingData(self.data, self.settings.batch_size, self.augment)
+        for settings in self._settings():
+            settings.data(self.data, self.augment)
+
+    def _settings(self) -> list[TrainingSettings]:
+        """Return the settings that are used."""
+        winners = [self.settings] if self.every else []
+        return winners if self.final is None else [*winners, self.final]
 
     def digest(self) -> str:
         """Return what tells this plan from others: settings and data."""
-        data = TrainingData(self.data, self.settings.batch_size, self.augment)
+        data = self._settings()[0].data(self.data, self.augment)
         augment = getattr(self.augment, "__qualname__", type(self.augment).__name__)
         said = [self.to_json(), data.digest(), augment]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
@@ -93,22 +99,27 @@ def plan_of(
             "Training (--train-every, --final-epochs) needs data: let the study file define "
             "train(), which returns (inputs, labels), a Dataset or batches."
         )
-    further = dict(given.get("training", {}))
-    if "epochs" in further:
-        raise StudyFileError("Give train_epochs and final_epochs instead of training['epochs'].")
 
-    def settings(epochs: int) -> TrainingSettings:
+    def settings(epochs: int, *names: str) -> TrainingSettings:
         # A short training has no epoch to spare for warming up.
-        short = {"warmup_epochs": 0.0} if epochs == 1 else {}
+        found: dict[str, Any] = {"warmup_epochs": 0.0} if epochs == 1 else {}
+        for name in names:
+            further = given.get(name, {})
+            if "epochs" in further:
+                raise StudyFileError(
+                    f"Give train_epochs and final_epochs instead of {name}['epochs']."
+                )
+            found |= further
         try:
-            return TrainingSettings.from_json({**short, **further, "epochs": epochs})
+            return TrainingSettings.from_json({**found, "epochs": epochs})
         except (TypeError, ValueError) as error:
-            raise StudyFileError(f"SETTINGS['training']: {error}") from None
+            said = " and ".join(f"SETTINGS[{name!r}]" for name in names if name in given)
+            raise StudyFileError(f"{said or 'Training'}: {error}") from None
 
     return TrainingPlan(
         data=train(),
         every=every,
-        settings=settings(given.get("train_epochs", STEP_EPOCHS)),
-        final=settings(final) if final else None,
+        settings=settings(given.get("train_epochs", STEP_EPOCHS), "training"),
+        final=settings(final, "training", "final_training") if final else None,
         augment=augment,
     )

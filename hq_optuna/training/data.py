@@ -32,13 +32,29 @@ class TrainingData:
             repeatably.
         batch_size: Samples a batch, for tensors and datasets.
         augment: Changes the inputs of each batch, which it may not write into.
+        views: How often each batch is augmented.
+        blend: Share of the samples that are blended with another one, the same one in all views.
 
     Raises:
         DataError: Empty, unlabelled, or not one label per input.
+        ValueError: Several views, and nothing that makes them differ.
     """
 
-    def __init__(self, data: Any, batch_size: int, augment: Augment | None = None) -> None:
-        self.augment = augment
+    def __init__(
+        self,
+        data: Any,
+        batch_size: int,
+        augment: Augment | None = None,
+        *,
+        views: int = 1,
+        blend: float = 0.0,
+    ) -> None:
+        if views > 1 and augment is None:
+            raise ValueError(
+                f"teacher_views is {views}, and without an augmentation all views are alike: give "
+                "augment, or teacher_views=1."
+            )
+        self.augment, self.views, self.blend = augment, views, blend
         self._tensors: tuple[Inputs, Tensor] | None = None
         self._dataset: Dataset[Any] | None = None
         self._iterable: Iterable[Any] = ()
@@ -96,13 +112,22 @@ class TrainingData:
             sha.update(flat.view(torch.uint8).numpy().data)
         return sha.hexdigest()[:12]
 
-    def epoch(self, generator: torch.Generator) -> Iterator[Batch]:
-        """Yield the batches of one epoch; order and augmentation come from the generator."""
+    def epoch(self, generator: torch.Generator) -> Iterator[tuple[Batch, list[Any]]]:
+        """Yield the batches of one epoch, and beside each the further views of its inputs.
+
+        Args:
+            generator: All chance of order, augmentation and blending.
+
+        Raises:
+            DataError: Samples that cannot be blended.
+        """
         for batch in self._batches(generator):
-            if self.augment is None:
-                yield batch
-            else:
-                yield Batch(self.augment(batch.inputs, generator), batch.labels, batch.n)
+            inputs: list[Any] = [batch.inputs]
+            if self.augment is not None:
+                inputs = [self.augment(batch.inputs, generator) for _ in range(self.views)]
+            if self.blend:
+                inputs = [*blended(inputs, self.blend, generator)]
+            yield Batch(inputs[0], batch.labels, batch.n), inputs[1:]
 
     def _batches(self, generator: torch.Generator) -> Iterator[Batch]:
         if self._tensors is not None:
@@ -121,23 +146,28 @@ class TrainingData:
             yield item if isinstance(item, Batch) else _labelled(item)
 
 
-def blended(inputs: Any, share: float, generator: torch.Generator) -> Tensor:
-    """Return a batch in which about ``share`` of the samples are blended with another one.
+def blended(views: list[Any], share: float, generator: torch.Generator) -> list[Tensor]:
+    """Return views of a batch in which about ``share`` of the samples are blended with another one.
 
     Raises:
         DataError: The inputs are not one tensor of floats.
     """
-    if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
-        what = str(inputs.dtype) if isinstance(inputs, Tensor) else type(inputs).__name__
-        raise DataError(
-            f"blend needs inputs that are one tensor of floats; got {what}. Give blend=0."
-        )
-    n = len(inputs)
-    other = torch.randperm(n, generator=generator).to(inputs.device)
+    for inputs in views:
+        if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+            what = str(inputs.dtype) if isinstance(inputs, Tensor) else type(inputs).__name__
+            raise DataError(
+                f"blend needs inputs that are one tensor of floats; got {what}. Give blend=0."
+            )
+    n = len(views[0])
+    other = torch.randperm(n, generator=generator)
     part = torch.rand(n, generator=generator)
     part = torch.where(torch.rand(n, generator=generator) < share, part, 1.0)
-    part = part.to(inputs).reshape(-1, *[1] * (inputs.dim() - 1))
-    return part * inputs + (1 - part) * inputs[other]
+
+    def blend(inputs: Tensor) -> Tensor:
+        own = part.to(inputs).reshape(-1, *[1] * (inputs.dim() - 1))
+        return own * inputs + (1 - own) * inputs[other.to(inputs.device)]
+
+    return [blend(inputs) for inputs in views]
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from hq_optuna.batches import Precision, check_precision
+from hq_optuna.training.data import Augment, TrainingData
 
 OptimizerName = Literal["adamw", "sgd"]
 Start = Literal["float", "rounded", "moved"]
@@ -43,6 +44,11 @@ class TrainingSettings:
             drawn evenly from 0 to 1 (mixup, Zhang et al., 2018), for distillation alone: the
             teacher says what it makes of them (Beyer et al., 2022). Inputs must be one tensor of
             floats.
+        teacher_views: How many augmentations of a sample the teacher's outputs are a mean of: the
+            one that is trained on, and others drawn anew. On unseen samples that mean is right
+            more often than one output, and the network is trained towards it instead of towards
+            the float network's own output. Above 1 needs an augmentation, and class scores
+            ``(N, C)``.
         batch_norm: How batch-norm normalizes in training; ``"matched"`` needs a teacher, and is
             ``"batch"`` without one.
         frozen_statistics_epochs: Last epochs in which batch-norm keeps its statistics and uses
@@ -68,6 +74,7 @@ class TrainingSettings:
     label_weight: float = 0.0
     temperature: float = 4.0
     blend: float = 0.0
+    teacher_views: int = 1
     batch_norm: BatchNorm = "matched"
     frozen_statistics_epochs: int = 0
     frozen_ranges_epochs: int = 0
@@ -79,7 +86,7 @@ class TrainingSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
+        for name in ("epochs", "batch_size", "teacher_views"):
             self._check_whole(name, least=1)
         for name in ("frozen_statistics_epochs", "frozen_ranges_epochs", "seed"):
             self._check_whole(name, least=0)
@@ -93,6 +100,11 @@ class TrainingSettings:
             raise ValueError(
                 "Labels do not hold for blended samples: give blend=0, or label_weight=0 to train "
                 "by distillation alone."
+            )
+        if self.teacher_views > 1 and self.label_weight == 1:
+            raise ValueError(
+                f"teacher_views is {self.teacher_views}, and label_weight=1 leaves no teacher: "
+                "give teacher_views=1, or a smaller label_weight."
             )
         self._check("beta2", 0, 1, without_ends=True)
         if self.clip_norm is not None:
@@ -151,6 +163,17 @@ class TrainingSettings:
                 f"{', '.join(sorted(known))}."
             )
         return cls(**data)
+
+    def data(self, data: Any, augment: Augment | None) -> TrainingData:
+        """Return training data as these settings read them.
+
+        Raises:
+            DataError: Unusable data.
+            ValueError: No augmentation where these settings need one.
+        """
+        return TrainingData(
+            data, self.batch_size, augment, views=self.teacher_views, blend=self.blend
+        )
 
     def digest(self) -> str:
         """Return twelve hexadecimal digits that name these settings."""

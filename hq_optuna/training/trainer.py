@@ -27,10 +27,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hq_optuna.batches import Batch, autocast, forward, move
 from hq_optuna.curvature import LossFunction
-from hq_optuna.errors import CheckpointError, TrainingError
+from hq_optuna.errors import CheckpointError, DataError, TrainingError
 from hq_optuna.quantization.prepare import get_bits, prepared_layers, weight_quantizer
 from hq_optuna.training import checkpoint as files
-from hq_optuna.training.data import Augment, TrainingData, blended, epoch_seed, seeded
+from hq_optuna.training.data import Augment, epoch_seed, seeded
 from hq_optuna.training.learned import LearnedSteps
 from hq_optuna.training.losses import right_and_counted, training_loss
 from hq_optuna.training.matching import MatchedNorms
@@ -79,7 +79,7 @@ class Trainer:
         loss_fn: Mean loss of a batch from outputs and labels; needed unless
             ``settings.label_weight`` is 0.
         augment: Changes a batch's inputs, with all its chance from the generator it is given. The
-            teacher sees the same changed inputs.
+            teacher sees the same changed inputs, and with ``settings.teacher_views`` others too.
         checkpoint: Written after each epoch. Where it exists already, training goes on from it:
             give the network as it was when that training began.
 
@@ -87,7 +87,7 @@ class Trainer:
         history: The epochs that are done, also those before a checkpoint.
 
     Raises:
-        ValueError: No teacher or no loss function where the settings need one.
+        ValueError: No teacher, loss function or augmentation where the settings need one.
         DataError: Unusable training data.
         CheckpointError: The checkpoint is damaged, or of another training.
 
@@ -130,7 +130,7 @@ class Trainer:
             )
         if not prepared_layers(network):
             raise ValueError("The network is not prepared for quantization; call prepare() first.")
-        self.data = TrainingData(data, settings.batch_size, augment)
+        self.data = settings.data(data, augment)
         self.loss_fn = loss_fn
         self.checkpoint = checkpoint
         self.device = next(network.parameters()).device
@@ -213,15 +213,12 @@ class Trainer:
         devices = [self.device.index or 0] if self.device.type == "cuda" else []
         with seeded(seed, devices), self._training_mode(index):
             generator = torch.Generator().manual_seed(seed)
-            for step, batch in enumerate(self.data.epoch(generator)):
-                if self.settings.blend:
-                    inputs = blended(batch.inputs, self.settings.blend, generator)
-                    batch = Batch(inputs, batch.labels, batch.n)
+            for step, (batch, views) in enumerate(self.data.epoch(generator)):
                 rate = self.settings.learning_rate_at(
                     index * self.data.steps + step, self.data.steps
                 )
                 set_learning_rate(self.optimizer, rate)
-                loss, n_right, n = self._step(batch)
+                loss, n_right, n = self._step(batch, views)
                 losses.append(loss)
                 right, counted = right + n_right, counted + n
         self._interrupted = False
@@ -252,7 +249,7 @@ class Trainer:
             self.network.eval()
             self.optimizer.zero_grad(set_to_none=True)
 
-    def _step(self, batch: Batch) -> tuple[float, int, int]:
+    def _step(self, batch: Batch, views: list[Any]) -> tuple[float, int, int]:
         settings = self.settings
         inputs, labels = move(batch.inputs, self.device), move(batch.labels, self.device)
         if settings.channels_last and isinstance(inputs, Tensor) and inputs.dim() == 4:
@@ -261,8 +258,7 @@ class Trainer:
         self._norms.next_batch()
         with autocast(self.network, settings.precision):
             if self.teacher is not None:
-                with torch.no_grad():
-                    targets = forward(self.teacher, inputs)
+                targets = self._targets(inputs, views)
             outputs = forward(self.network, inputs)
         loss = training_loss(
             outputs, labels, targets, self.loss_fn, settings.label_weight, settings.temperature
@@ -279,6 +275,21 @@ class Trainer:
             nn.utils.clip_grad_norm_(self._trained.values(), settings.clip_norm)
         self.optimizer.step()
         return value, *right_and_counted(outputs, None if settings.blend else labels)
+
+    @torch.no_grad()
+    def _targets(self, inputs: Any, views: list[Any]) -> Any:
+        """Return the teacher's outputs, the mean over a batch and further views of it."""
+        assert self.teacher is not None
+        # The batch itself comes first: its statistics are those that batch-norm follows.
+        targets = [forward(self.teacher, move(view, self.device)) for view in (inputs, *views)]
+        if not views:
+            return targets[0]
+        if not all(isinstance(found, Tensor) and found.dim() == 2 for found in targets):
+            raise DataError(
+                "teacher_views takes a mean of class scores (N, C), which an augmentation of the "
+                "inputs does not move; this network returns something else. Give teacher_views=1."
+            )
+        return torch.stack(targets).float().mean(0)
 
     def second_moments(self) -> SecondMoments | None:
         """Return the second moments of the weights' gradients; ``None`` where none are kept (SGD).

@@ -236,6 +236,16 @@ def test_settings_of_a_study_file_make_a_plan():
         plan_of({"final_epochs": 2, "training": {"learning_rate": -1}}, lambda: TRAIN, None)
     with pytest.raises(ValueError, match="train_epochs and final_epochs"):
         plan_of({"final_epochs": 2, "training": {"epochs": 1}}, lambda: TRAIN, None)
+    with pytest.raises(ValueError, match="give augment"):
+        plan_of({"final_epochs": 2, "training": {"teacher_views": 2}}, lambda: TRAIN, None)
+    with pytest.raises(ValueError, match=r"final_training\['epochs'\]"):
+        plan_of({"final_epochs": 2, "final_training": {"epochs": 1}}, lambda: TRAIN, None)
+    given = {"train_every": 2, "training": {"blend": 0.5, "temperature": 2.0}}
+    given["final_training"] = {"blend": 0.25, "learning_rate": 1e-4}
+    found = plan_of(given, lambda: TRAIN, None)
+    assert (found.settings.blend, found.settings.learning_rate) == (0.5, 5e-4)
+    assert (found.final.blend, found.final.learning_rate) == (0.25, 1e-4)
+    assert found.settings.temperature == found.final.temperature == 2.0
     found = plan_of(
         {"train_every": 2, "train_epochs": 1, "training": {"learning_rate": 0.5}},
         lambda: TRAIN,

@@ -17,7 +17,7 @@ X, Y = torch.arange(10.0)[:, None], torch.arange(10)
 
 def read(data: TrainingData, seed: int = 0) -> list[list[int]]:
     with seeded(seed):
-        return [batch.labels.tolist() for batch in data.epoch(generator(seed))]
+        return [batch.labels.tolist() for batch, _ in data.epoch(generator(seed))]
 
 
 @pytest.mark.parametrize("data", [(X, Y), TensorDataset(X, Y)])
@@ -32,7 +32,7 @@ def test_epochs_are_shuffled_by_their_seed_into_whole_batches(data):
 
 def test_inputs_stay_with_their_labels_in_trees_too():
     training = TrainingData((((X, {"a": 2 * X})), Y), batch_size=5)
-    for batch in training.epoch(generator(0)):
+    for batch, _ in training.epoch(generator(0)):
         assert torch.equal(batch.inputs[0][:, 0], batch.labels.float())
         assert torch.equal(batch.inputs[1]["a"][:, 0], 2 * batch.labels.float())
 
@@ -61,10 +61,30 @@ def test_augmentation_changes_inputs_by_the_epochs_generator_and_nothing_else():
     training = TrainingData((X, Y), batch_size=5, augment=noisy)
 
     def inputs(seed: int) -> torch.Tensor:
-        return torch.cat([batch.inputs for batch in training.epoch(generator(seed))])
+        return torch.cat([batch.inputs for batch, _ in training.epoch(generator(seed))])
 
     assert torch.equal(inputs(0), inputs(0)) and not torch.equal(inputs(0), inputs(1))
     assert torch.equal(X, torch.arange(10.0)[:, None])
+
+
+def test_each_view_of_a_batch_is_augmented_by_itself():
+    def noisy(x, g):
+        return x + 100 * torch.randint(1, 9, x.shape, generator=g)
+
+    training = TrainingData((X, Y), batch_size=5, augment=noisy, views=3)
+    for batch, views in training.epoch(generator(0)):
+        assert len(views) == 2
+        for view in (batch.inputs, *views):
+            assert torch.equal(view[:, 0] % 100, batch.labels.float())
+        assert not torch.equal(batch.inputs, views[0]) and not torch.equal(*views)
+
+
+def test_blending_takes_the_same_part_of_the_same_sample_in_all_views():
+    x = torch.randn(50, 2, generator=generator(1))
+    one, two, both = blended([x, 10 * x, x + 1], 0.5, generator(3))
+    torch.testing.assert_close(two, 10 * one)
+    torch.testing.assert_close(both, one + 1)
+    assert not torch.equal(one, x)
 
 
 def test_random_states_are_left_as_found():
@@ -111,7 +131,7 @@ def test_unusable_data_are_refused(data, says):
 
 def test_blended_samples_are_between_two_of_the_batch():
     x = torch.randn(200, 3, 2, generator=generator(1))
-    found = blended(x, 0.25, generator(2))
+    (found,) = blended([x], 0.25, generator(2))
     changed = (found != x).flatten(1).any(1)
     assert 30 < changed.sum() < 70
     other = x[torch.randperm(200, generator=generator(2))]
@@ -120,11 +140,11 @@ def test_blended_samples_are_between_two_of_the_batch():
     for i in moved:
         torch.testing.assert_close(found[i], part[i] * x[i] + (1 - part[i]) * other[i])
     assert 0 <= part[moved].min() < 0.15 and 0.85 < part[moved].max() < 1
-    assert torch.equal(blended(x, 0.25, generator(2)), found)
-    assert torch.equal(blended(x, 0.0, generator(2)), x)
+    assert torch.equal(blended([x], 0.25, generator(2))[0], found)
+    assert torch.equal(blended([x], 0.0, generator(2))[0], x)
 
 
 @pytest.mark.parametrize(("inputs", "got"), [(torch.arange(3), "int64"), ((X, X), "tuple")])
 def test_only_one_tensor_of_floats_can_be_blended(inputs, got):
     with pytest.raises(DataError, match=f"one tensor of floats; got .*{got}. Give blend=0"):
-        blended(inputs, 0.5, generator(0))
+        blended([inputs], 0.5, generator(0))

@@ -19,6 +19,7 @@ OTHER = {
     "label_weight": 0.25,
     "temperature": 2.5,
     "blend": 0.0,
+    "teacher_views": 1,
     "batch_norm": "batch",
     "frozen_statistics_epochs": 2,
     "frozen_ranges_epochs": 3,
@@ -74,6 +75,7 @@ def test_unknown_settings_are_refused_by_name():
         ("start", "nearest", "start is one of float, rounded, moved"),
         ("out_of_range", "clip", "out_of_range is one of pass, stop"),
         ("blend", 1.5, "blend is between 0 and 1; got 1.5"),
+        ("teacher_views", 0, "teacher_views is a whole number of 1 or more; got 0"),
         ("batch_norm", "frozen", "batch_norm is one of matched, batch; got 'frozen'"),
         ("precision", "float16", "precision is one of"),
     ],
@@ -104,6 +106,12 @@ def test_the_learning_rate_rises_in_a_line_and_falls_in_a_cosine():
 def test_there_need_be_no_warmup():
     settings = TrainingSettings(epochs=1, learning_rate=2.0, warmup_epochs=0)
     assert settings.learning_rate_at(0, 3) == 2.0
+
+
+def test_without_a_teacher_there_are_no_views_of_its():
+    assert TrainingSettings(teacher_views=4, label_weight=0.5).teacher_views == 4
+    with pytest.raises(ValueError, match="label_weight=1 leaves no teacher"):
+        TrainingSettings(teacher_views=4, label_weight=1.0)
 
 
 def test_blended_samples_have_no_labels():

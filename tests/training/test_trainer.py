@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from hq_optuna.batches import read_batches
 from hq_optuna.errors import DataError, TrainingError
+from hq_optuna.introspection import introspect
+from hq_optuna.quantization import observe_inputs, prepare, set_bits
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.quantization.prepare import input_quantizer, weight_quantizer
 from hq_optuna.training import TrainingSettings
@@ -55,6 +57,59 @@ def test_blended_samples_are_trained_on_and_have_no_accuracy():
         results = list(trainer(net, replace(settings, blend=0.5)).epochs())
         assert all(epoch.training_accuracy is None for epoch in results)
     assert same(one, same_again) and not same(one, plain)
+
+
+def test_the_teacher_may_look_at_several_views():
+    seen = []
+
+    def augment(x, generator):
+        seen.append(x + torch.randn(x.shape, generator=generator))
+        return seen[-1]
+
+    net = prepared_net()
+    net.dropout.p = 0.0
+    settings = TrainingSettings(
+        epochs=1, warmup_epochs=0, batch_size=30, learning_rate=1e-9, teacher_views=3,
+        frozen_statistics_epochs=1, temperature=2.0,
+    )  # fmt: skip
+    (epoch,) = trainer(net, settings, augment=augment).epochs()
+    assert len(seen) == 3
+    teacher = float_net()
+    mean = torch.stack([teacher(x).detach() for x in seen]).mean(0)
+    own = net(seen[0]).detach()  # it is trained on the first
+    target, log_q = (F.log_softmax(z / 2.0, 1) for z in (mean, own))
+    loss = 4.0 * F.kl_div(log_q, target, log_target=True, reduction="batchmean")
+    assert epoch.loss == pytest.approx(float(loss), rel=1e-4)
+    alone = F.kl_div(
+        log_q,
+        F.log_softmax(teacher(seen[0]).detach() / 2.0, 1),
+        log_target=True,
+        reduction="batchmean",
+    )
+    assert float(alone) * 4.0 != pytest.approx(float(loss), rel=0.01)
+
+
+def test_views_are_refused_where_they_mean_nothing():
+    settings = replace(SHORT, teacher_views=2)
+    with pytest.raises(ValueError, match="all views are alike: give augment"):
+        trainer(settings=settings, augment=None)
+
+    class Places(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return self.net(x)[:, :, None, None]
+
+    x = images()
+    net = Places(float_net()).eval()
+    layers = introspect(net, x).layers
+    data = read_batches(labelled())
+    prepared = prepare(net, layers, observe_inputs(net, [layer.name for layer in layers], data))
+    set_bits(prepared, {layer.name: (2, 4) for layer in layers})
+    with pytest.raises(DataError, match="Give teacher_views=1"):
+        next(trainer(prepared, settings, teacher=net).epochs())
 
 
 def test_without_classes_there_is_no_accuracy():
