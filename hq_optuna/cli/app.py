@@ -137,7 +137,7 @@ def launch(
         int | None,
         typer.Option(
             min=1,
-            help="How many. [default: one for each GPU, or else for each core]",
+            help="How many. \\[default: one for each GPU, or else for each core]",
             show_default=False,
         ),
     ] = None,
@@ -187,7 +187,7 @@ def report(
     name: Name = None,
     folder: Folder = None,
     out: Annotated[
-        Path | None, typer.Option(help="File to write. [default: report.html, or the terminal]")
+        Path | None, typer.Option(help="File to write. \\[default: report.html, or the terminal]")
     ] = None,
     format_: Annotated[
         Literal["html", "json", "markdown"], typer.Option("--format", help="What to write.")

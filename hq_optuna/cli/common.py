@@ -23,18 +23,18 @@ StudyOrNone = Annotated[str | None, typer.Argument(help="As for run.", show_defa
 Storage = Annotated[
     str | None,
     typer.Option(
-        help="Storage URL. [default: SQLite in the run's folder]",
+        help="Storage URL. \\[default: SQLite in the run's folder]",
         envvar="HQ_OPTUNA_STORAGE",
         show_default=False,
     ),
 ]
 Name = Annotated[
     str | None,
-    typer.Option(help="Name of the study. [default: the file's name]", show_default=False),
+    typer.Option(help="Name of the study. \\[default: the file's name]", show_default=False),
 ]
 Folder = Annotated[
     Path | None,
-    typer.Option(help="The run's folder. [default: hq-optuna-runs/NAME]", show_default=False),
+    typer.Option(help="The run's folder. \\[default: hq-optuna-runs/NAME]", show_default=False),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
 

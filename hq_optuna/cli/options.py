@@ -16,7 +16,7 @@ ArtifactsAt = Annotated[
     typer.Option(
         "--artifacts",
         help="Folder or s3://bucket/prefix for files of the study. "
-        "[default: artifacts in the run's folder]",
+        "\\[default: artifacts in the run's folder]",
         show_default=False,
     ),
 ]
@@ -24,7 +24,7 @@ Threads = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Threads of PyTorch. [default: what the network keeps busy]",
+        help="Threads of PyTorch. \\[default: what the network keeps busy]",
         show_default=False,
     ),
 ]
@@ -70,12 +70,12 @@ def _search(
         ),
     ] = None,
     candidates: Annotated[
-        int | None, typer.Option(help="Candidates a step. [default: 8]", show_default=False)
+        int | None, typer.Option(help="Candidates a step. \\[default: 8]", show_default=False)
     ] = None,
     rule: Annotated[
         str | None,
         typer.Option(
-            help="ratio (score per cost) or min (the patent's). [default: ratio]",
+            help="ratio (score per cost) or min (the patent's). \\[default: ratio]",
             show_default=False,
         ),
     ] = None,
@@ -83,34 +83,34 @@ def _search(
         str | None,
         typer.Option(
             help="gauss_newton, loss, or a sum over layers: diagonal, trace, fisher, hutchinson, "
-            "fit, hawq_v2. [default: gauss_newton, for losses it knows]",
+            "fit, hawq_v2. \\[default: gauss_newton, for losses it knows]",
             show_default=False,
         ),
     ] = None,
     bits: Annotated[
-        str | None, typer.Option(help="'2-8' or '8,4,2'. [default: 2-8]", show_default=False)
+        str | None, typer.Option(help="'2-8' or '8,4,2'. \\[default: 2-8]", show_default=False)
     ] = None,
     activation_bits: Annotated[
         str | None,
         typer.Option(
-            help="same, float, a number, or bits searched apart ('4,8'). [default: same]",
+            help="same, float, a number, or bits searched apart ('4,8'). \\[default: same]",
             show_default=False,
         ),
     ] = None,
     pin_first_last: Annotated[
         str | None,
         typer.Option(
-            help="Bits of first and last layer, or none. [default: 8]", show_default=False
+            help="Bits of first and last layer, or none. \\[default: 8]", show_default=False
         ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Seed of the draws. [default: 0]", show_default=False)
+        int | None, typer.Option(help="Seed of the draws. \\[default: 0]", show_default=False)
     ] = None,
     rounding: Annotated[
         str | None,
         typer.Option(
             help="How weights are rounded: compensated (errors make up for each other) or nearest. "
-            "[default: compensated]",
+            "\\[default: compensated]",
             show_default=False,
         ),
     ] = None,
@@ -119,7 +119,7 @@ def _search(
         typer.Option(
             help="How weights of some layers are rounded: 'layer3.*=midrise', again for more "
             "layers; uniform, binary (1 bit), ternary (2 bits), midrise or dorefa. "
-            "[default: uniform]",
+            "\\[default: uniform]",
             show_default=False,
             metavar="GLOB=NAME",
         ),
@@ -127,28 +127,28 @@ def _search(
     correction: Annotated[
         bool | None,
         typer.Option(
-            help="Correct batch-norm statistics and biases for the bits. [default: correction]",
+            help="Correct batch-norm statistics and biases for the bits. \\[default: correction]",
             show_default=False,
         ),
     ] = None,
     refine: Annotated[
         bool | None,
         typer.Option(
-            help="Refine the answer by swaps once the budget is met. [default: refine]",
+            help="Refine the answer by swaps once the budget is met. \\[default: refine]",
             show_default=False,
         ),
     ] = None,
     memory: Annotated[
         str | None,
         typer.Option(
-            help="Activations kept while candidates are scored; 0 keeps none. [default: 2 GiB]",
+            help="Activations kept while candidates are scored; 0 keeps none. \\[default: 2 GiB]",
             show_default=False,
         ),
     ] = None,
     precision: Annotated[
         str | None,
         typer.Option(
-            help="Of candidates' forward passes: float32 or bfloat16. [default: float32]",
+            help="Of candidates' forward passes: float32 or bfloat16. \\[default: float32]",
             show_default=False,
         ),
     ] = None,
@@ -156,20 +156,21 @@ def _search(
         int | None,
         typer.Option(
             min=0,
-            help="Steps after which their winner is trained: 1 as in the patent. [default: never]",
+            help="Steps after which their winner is trained: 1 as in the patent. "
+            "\\[default: never]",
             show_default=False,
         ),
     ] = None,
     train_epochs: Annotated[
         int | None,
-        typer.Option(min=1, help="Epochs of that. [default: 2]", show_default=False),
+        typer.Option(min=1, help="Epochs of that. \\[default: 2]", show_default=False),
     ] = None,
     final_epochs: Annotated[
         int | None,
         typer.Option(
             min=0,
             help="Epochs in which the answer is trained; 0 for none. "
-            "[default: 20 with --train-every, else 0]",
+            "\\[default: 20 with --train-every, else 0]",
             show_default=False,
         ),
     ] = None,

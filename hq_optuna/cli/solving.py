@@ -97,7 +97,7 @@ def pareto(
     metric: Annotated[
         str | None,
         typer.Option(
-            help=f"{' or '.join(METRICS)}. [default: the budget's]",
+            help=f"{' or '.join(METRICS)}. \\[default: the budget's]",
             show_default=False,
         ),
     ] = None,

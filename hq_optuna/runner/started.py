@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 from optuna.study import Study
 
 from hq_optuna import attrs
+from hq_optuna.storages import redact_url
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,10 @@ def mask(command: str) -> str:
 
     Example:
         >>> mask("hq-optuna run x --storage mysql://me:secret@db/hq")
-        'hq-optuna run x --storage mysql://me:***@db/hq'
+        "hq-optuna run x --storage 'mysql://me:***@db/hq'"
     """
-    command = re.sub(r"(://[^:/@\s]*):\S*@", r"\1:***@", command)
-    return re.sub(r"([?&]password=)[^&\s'\"]+", r"\1***", command)
+    try:
+        words = shlex.split(command)
+    except ValueError:  # nothing that a shell would take
+        words = [command]
+    return shlex.join(redact_url(word) if "://" in word else word for word in words)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 
 import optuna
 import pytest
@@ -197,21 +198,27 @@ def test_settings_fingerprint_versions_and_what_is_not_counted_are_there():
 
 
 @pytest.mark.parametrize(
-    ("command", "shown"),
+    ("url", "shown"),
     [
-        (
-            "run x --storage mysql+pymysql://me:p@ss/w@db:3306/hq",
-            "run x --storage mysql+pymysql://me:***@db:3306/hq",
-        ),
-        ("run x --storage=postgresql://:pw@db/hq", "run x --storage=postgresql://:***@db/hq"),
-        ("run x --storage mysql://db/hq?user=a&password=b", None),
-        ("run x --storage sqlite:///a.db --budget 0.25", None),
+        ("mysql+pymysql://me:p@ss/w@db:3306/hq", "mysql+pymysql://me:***@db:3306/hq"),
+        ("postgresql://:pw@db/hq", "postgresql://:***@db/hq"),
+        ("postgresql+psycopg://me:my pass@db/hq", "postgresql+psycopg://me:***@db/hq"),
+        ("mysql://db/hq?user=a&password=b", "mysql://db/hq?user=a&password=***"),
+        ("mysql+pymysql://db/hq?user=me&passwd=b", "mysql+pymysql://db/hq?user=me&passwd=***"),
+        ("postgresql://db/hq?sslpassword=b&x=1", "postgresql://db/hq?sslpassword=***&x=1"),
+        ("sqlite:///a@b.db", "sqlite:///a@b.db"),
     ],
 )
-def test_passwords_in_the_command_are_masked(command, shown):
-    if shown is None:
-        shown = command.replace("password=b", "password=***")
-    assert report_data(known(n_trials=0), command=command)["command"] == shown
+@pytest.mark.parametrize("form", ["--storage={}", "{}"])
+def test_passwords_in_the_command_are_masked(form, url, shown):
+    words = ["run", "x", form.format(url), "--budget", "0.25"]
+    found = report_data(known(n_trials=0), command=shlex.join(words))["command"]
+    assert shlex.split(found) == ["run", "x", form.format(shown), "--budget", "0.25"]
+
+
+def test_what_no_shell_takes_is_masked_too():
+    found = report_data(known(n_trials=0), command="run 'x mysql://me:secret@db/hq")["command"]
+    assert "secret" not in found and "***" in found
 
 
 def test_a_study_of_another_kind_is_refused(tmp_path):

@@ -293,6 +293,6 @@ def test_the_study_tells_the_command_that_started_it():
     study = known(n_trials=0)
     Started.of({}, {}, "hq-optuna run x --storage mysql://me:secret@db/hq").remember(study)
     study.set_user_attr(attrs.FINGERPRINT, {"seed": 0})
-    assert report_data(study)["command"] == "hq-optuna run x --storage mysql://me:***@db/hq"
+    assert report_data(study)["command"] == "hq-optuna run x --storage 'mysql://me:***@db/hq'"
     assert "secret" not in json.dumps(dict(study.user_attrs))
     assert report_data(study, command="another")["command"] == "another"
