@@ -104,14 +104,17 @@ class StepRecord:
             where they were not trained.
         trained: The trained network, which the next steps' candidates are made from; ``None``
             likewise, and where training did harm and was not kept.
+        standing: What these bits have now: the winner, or what a training made of it, in this
+            step or in an earlier one with the same winner.
     """
 
     number: int
     step: int
     winner: Candidate
     config: BitConfig
-    training: Mapping[str, Any] | None = None
-    trained: Reference | None = None
+    training: Mapping[str, Any] | None
+    trained: Reference | None
+    standing: Candidate | Reference
 
 
 @dataclass(frozen=True)
@@ -292,7 +295,10 @@ def _read_trials(
         number, winner = record
         config = space.config(winner.state)
         said, network = trainings.get(number, (None, None))
-        records.append(StepRecord(number, step, winner, config, said, network))
+        standing: Candidate | Reference = winner if network is None else network
+        if network is None and records and records[-1].winner.number == winner.number:
+            standing = records[-1].standing
+        records.append(StepRecord(number, step, winner, config, said, network, standing))
     seen: set[tuple[int, int]] = set()
     for number, candidate in candidates.items():
         place = (candidate.step, candidate.slot)

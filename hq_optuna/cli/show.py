@@ -103,9 +103,9 @@ def _summary(history: History, reason: str = "") -> str:
         f"cost      [bold]{format_cost(cost, info.metric)}[/], "
         f"{100 * cost / info.int8:.1f} % of all-8-bit ({format_cost(info.int8, info.metric)}), "
         f"{100 * cost / info.float32:.2f} % of float ({format_cost(info.float32, info.metric)})",
-        f"score     {record.winner.score:.3g} nats predicted loss rise "
-        f"(by layers: weights {record.winner.score_weights:.3g}, "
-        f"activations {record.winner.score_activations:.3g})",
+        f"score     {record.standing.score:.3g} nats predicted loss rise "
+        f"(by layers: weights {record.standing.score_weights:.3g}, "
+        f"activations {record.standing.score_activations:.3g})",
         f"search    {len(history.records)} steps, "
         f"{sum(c.counted for c in history.candidates)} candidates, "
         + _trained(history)

@@ -154,7 +154,9 @@ def trained(said: Mapping[str, Any] | None) -> str:
         if f"{name}_after" in said
     ]
     text += f": {', '.join(pairs)}" if pairs else ""
-    if not said.get("kept", True):
+    if "failed" in said:
+        text += "; not kept, as it failed"
+    elif not said.get("kept", True):
         text += f"; not kept, as its score was {said.get('score', math.nan):.3g} nats"
     return f"{text}."
 
@@ -224,7 +226,7 @@ def _incumbent(history: History, study_id: int) -> str:
             format_cost(info.int8, info.metric),
             format_cost(info.float32, info.metric),
         ),
-        ("predicted loss rise", f"**{won.score:.3g} nats**", "", "0"),
+        ("predicted loss rise", f"**{record.standing.score:.3g} nats**", "", "0"),
     ]
     for before in sorted(name for name in facts if name.endswith("_before")):
         name = before.removesuffix("_before")

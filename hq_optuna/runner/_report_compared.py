@@ -109,6 +109,8 @@ def table(
     over = ("over the answer, points",) if pairs else ()
     header = ("", "cost", "score (nats)", *names, *over, "evaluations", "seconds")
     lines = ["Measured on the validation data; all with the same score and statistics correction."]
+    if any(row.get("trained") for row in compared):
+        lines.append("The answer was trained at its bits, and has its score after that.")
     if pairs:
         lines.append(
             f"In brackets {100 * CONFIDENCE:.0f} % intervals over the validation samples; ± is "

@@ -134,8 +134,8 @@ def _answer(data: Mapping[str, Any]) -> Block:
     facts, exact, ranks = data["facts"], data["exact"], data["agreement"]
     rise, loss = number(score["total"], "nats"), number(score["calibration_loss"])
     if data["trained"]:
-        rise += f"; of the trained network {number(score['trained'], 'nats')}"
-        loss += f"; of the trained network {number(score['trained_calibration_loss'])}"
+        rise += f"; before its training {number(score['untrained'], 'nats')}"
+        loss += f"; before its training {number(score['untrained_calibration_loss'])}"
     pairs = before_and_after(facts)
     untrained = "; all of the network before any training" if data["trainings"] else ""
     rows = [

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hq_optuna.batches import Batches
 from hq_optuna.bit_config import BitConfig
 from hq_optuna.cost import CostModel
-from hq_optuna.history import History
+from hq_optuna.history import History, Reference
 from hq_optuna.runner._report_compared import ANSWER, COMPARED, EIGHT, UNIFORM
 from hq_optuna.runner.baselines import METHODS, Problem, run_method, uniform_within
 from hq_optuna.runner.evaluation import Evaluate, accuracy, mean_loss, right, share
@@ -96,7 +96,8 @@ def rows(
         row(
             ANSWER,
             record.config,
-            score=record.winner.score,
+            score=record.standing.score,
+            trained=isinstance(record.standing, Reference),
             evaluations=len(counted),
             seconds=math.fsum(c.seconds for c in counted),
         )

@@ -349,12 +349,7 @@ class HessianObjective:
         scorer = self.scorer_at(study, log.base)
         assert self.training is not None
         network = self.quantized(self.space.config(ticket.bits), scorer)
-
-        def between() -> None:
-            if not needed():
-                raise otherwise
-
-        return self.training.train(trial, ticket, log, network, between)
+        return self.training.train(trial, ticket, log, network, needed, otherwise)
 
     def _record_step(
         self, trial: Trial, ticket: Ticket, config: BitConfig, started: float

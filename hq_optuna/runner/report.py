@@ -21,7 +21,7 @@ from hq_optuna import attrs
 from hq_optuna._version import __version__
 from hq_optuna.bit_config import BitConfig
 from hq_optuna.cost import CostModel
-from hq_optuna.history import History, read_history
+from hq_optuna.history import History, Reference, read_history
 from hq_optuna.layers import FLOAT_BITS
 from hq_optuna.runner._report_compared import COMPARED, warnings
 from hq_optuna.runner._report_html import figures, render_html
@@ -133,9 +133,8 @@ def report_data(study: Study, *, command: str | None = None) -> dict[str, Any]:
 def _data(study: Study, history: History, command: str | None) -> dict[str, Any]:
     info, incumbent = history.info, history.incumbent
     command = command or Started.read(study).command or None
-    winner = None if incumbent is None else incumbent.winner
-    cost = None if winner is None else winner.cost
-    trained = None if incumbent is None else incumbent.trained
+    standing = None if incumbent is None else incumbent.standing
+    cost = None if incumbent is None else incumbent.winner.cost
     counted = [c for c in history.candidates if c.counted]
     facts = dict(history.facts)
     compared = facts.pop(COMPARED, [])
@@ -157,12 +156,14 @@ def _data(study: Study, history: History, command: str | None) -> dict[str, Any]
             "of_float32": None if cost is None else cost / info.float32,
         },
         "score": {
-            "total": None if winner is None else winner.score,
-            "weights": None if winner is None else winner.score_weights,
-            "activations": None if winner is None else winner.score_activations,
-            "calibration_loss": None if winner is None else winner.calibration_loss,
-            "trained": None if trained is None else trained.score,
-            "trained_calibration_loss": None if trained is None else trained.calibration_loss,
+            "total": None if standing is None else standing.score,
+            "weights": None if standing is None else standing.score_weights,
+            "activations": None if standing is None else standing.score_activations,
+            "calibration_loss": None if standing is None else standing.calibration_loss,
+            "untrained": None if incumbent is None else incumbent.winner.score,
+            "untrained_calibration_loss": (
+                None if incumbent is None else incumbent.winner.calibration_loss
+            ),
         },
         "exact": _exact(history),
         "agreement": agreement(history),
@@ -185,7 +186,7 @@ def _data(study: Study, history: History, command: str | None) -> dict[str, Any]
         "fingerprint": study.user_attrs.get(attrs.FINGERPRINT),
         "artifacts": _artifacts(study),
         "versions": _versions(),
-        "trained": trained is not None,
+        "trained": isinstance(standing, Reference),
         "counts": {
             "candidates": len(counted),
             "duplicates": len(history.candidates) - len(counted),

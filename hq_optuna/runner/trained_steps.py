@@ -15,11 +15,13 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import Study
 from optuna.trial import Trial
-from torch import nn
+from torch import Tensor, nn
 
 from hq_optuna import attrs
 from hq_optuna.artifacts import Artifacts, Reference
@@ -27,7 +29,14 @@ from hq_optuna.attrs import Ticket
 from hq_optuna.batches import Batches, merge_first
 from hq_optuna.bit_config import BitConfig
 from hq_optuna.curvature import LossFunction
-from hq_optuna.errors import ArtifactError, CheckpointError, ResumeError
+from hq_optuna.errors import (
+    ArtifactError,
+    CheckpointError,
+    DataError,
+    ResumeError,
+    ScoreError,
+    TrainingError,
+)
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.runner.evaluation import Evaluate, mean_loss
 from hq_optuna.runner.recording import KEPT, closing, winner_of
@@ -43,10 +52,20 @@ from hq_optuna.samplers.log import StepLog
 from hq_optuna.scoring import Score, Sensitivity
 from hq_optuna.search.rules import keeps
 from hq_optuna.space import SearchSpace
-from hq_optuna.training import Trainer, load_trained_, trained_tensors
-from hq_optuna.training.base import TrainedBase, fold_shifts_, trained_base
+from hq_optuna.training import Trainer, TrainingSettings, load_trained_, trained_tensors
+from hq_optuna.training.base import TrainedBase, fold_shifts_, trained_base, without_bias
+from hq_optuna.training.rehearsal import rehearse
 
 logger = logging.getLogger(__name__)
+
+
+class _Trained(NamedTuple):
+    """A training that is kept: its tensors, the scorer of what is made from it, its own score."""
+
+    tensors: dict[str, Tensor]
+    built: BuiltScorer
+    score: Score
+
 
 _CURVATURE = "curvature."
 """Tensors ``curvature.<layer>``: batch size times the second moment of the weight's gradient."""
@@ -63,6 +82,9 @@ class TrainedSteps:
         data: Calibration batches.
         loss_fn: Mean loss of a batch.
         progress: Told what is done.
+
+    Raises:
+        DataError: The network cannot be trained as the plan says.
 
     Attributes:
         artifacts: Where weights are kept; set before anything is trained or loaded.
@@ -86,6 +108,8 @@ class TrainedSteps:
         self.validation: Batches | None = None
         self.evaluate: Evaluate | None = None
         self._built: tuple[int, BuiltScorer] | None = None
+        for settings in plan.used:
+            rehearse(model, plan.data, settings, loss_fn, plan.augment)
 
     # Going on from a trained record
 
@@ -153,26 +177,33 @@ class TrainedSteps:
         ticket: Ticket,
         log: StepLog,
         network: nn.Module,
-        between: Callable[[], None] = lambda: None,
+        needed: Callable[[], bool] = lambda: True,
+        otherwise: Exception | None = None,
     ) -> tuple[float, Score, dict[str, Any]]:
         """Train a record's bits; return the record's value, the score, and what is recorded.
 
         The value is the trained network's score. A winner that training made worse is kept as it
-        was, and its record is as if it had not been trained. The answer's training is always kept,
-        and its value is below all within the budget, so that `study.best_trial` is the answer.
+        was, and its record is as if it had not been trained; so is one whose training failed. The
+        answer's training is always kept, and its value is below all within the budget, so that
+        `study.best_trial` is the answer.
 
         Args:
             trial: The record's trial, which is this process's.
             ticket: Its ticket.
             log: The record of the search.
             network: Prepared, at these bits, with its statistics corrected; trained in place.
-            between: Called after each epoch; what it raises ends the training.
+            needed: Asked after each epoch.
+            otherwise: Raised when it is not, or when the trial was taken for dead and ended.
+
+        Raises:
+            TrainingError: The answer's training failed.
         """
         store, final = self._store, log.open is not None and log.open.final
         settings = self.plan.final if final and self.plan.final is not None else self.plan.settings
         settings = dataclasses.replace(settings, seed=settings.seed + 1000 * ticket.step)
-        fold_shifts_(network)
-        before = self._measured(network)
+        facts: dict[str, Any] = {"kind": "final" if final else "step", "epochs": settings.epochs}
+        facts |= {f"{name}_before": value for name, value in self._measured(network).items()}
+        self._correct_(network, settings)
         trainer = Trainer(
             network,
             self.plan.data,
@@ -181,64 +212,97 @@ class TrainedSteps:
             loss_fn=self.loss_fn,
             augment=self.plan.augment,
         )
-        last = self._resume(trial, log.attempts(ticket.step, ticket.parent), trainer)
-        for epoch in trainer.epochs():
-            self.progress("training", epoch.epoch, settings.epochs)
-            if epoch.epoch < settings.epochs:
-                reference = store.put(trainer.dump())
-                trial.study._storage.set_trial_system_attr(
-                    trial._trial_id, attrs.CHECKPOINT, reference.to_json()
-                )
-                self._discard(last, reference)
-                last = reference
-            between()
-        if self.setup.correction and settings.label_weight < 1:  # labels lead to other statistics
-            self._correct_(network)
-        moments = trainer.second_moments()
-        tensors = trained_tensors(network)
-        assert ticket.origin is not None
-        winner, found = winner_of(trial.study, ticket.origin)
-        told = None if final else self._score(tensors)
-        score = Score(winner, *(found[name] for name in KEPT))
-        built: BuiltScorer | None = None
-        if told is None or keeps(told, winner):
-            if moments is not None:  # the sum over a batch, as curvature is, and not its mean
-                for name, moment in moments.moments.items():
-                    if name not in moments.no_gradient:
-                        tensors[f"{_CURVATURE}{name}"] = moment * moments.batch_size
-            built = self._build(tensors, None)
-            trained = built.scorer.score(BitConfig(self.space.config(ticket.bits)))
-            told = trained.total
-            if final or keeps(told, winner):
-                score = trained
-            else:
-                built = None
-        facts: dict[str, Any] = {
-            "kind": "final" if final else "step",
-            "kept": built is not None,
-            "score": told,
-            "epochs": settings.epochs,
+        facts["samples"] = trainer.data.steps * trainer.data.batch_size
+        last = self._last_epoch(trial, log.attempts(ticket.step, ticket.parent), trainer)
+        trained: _Trained | None = None
+        try:
+            for epoch in trainer.epochs():
+                self.progress("training", epoch.epoch, settings.epochs)
+                if epoch.epoch < settings.epochs:
+                    last = self._checkpointed(trial, trainer, last, otherwise)
+                if not needed():
+                    raise otherwise or optuna.TrialPruned("its work is no longer needed")
+            self._correct_(network, settings)
+            trained = self._judged(trainer, network, log, ticket, trial.study, final, facts)
+        except (TrainingError, DataError, ScoreError) as error:
+            if final:
+                raise
+            # The same would come of it each time, and would hold up the search for ever.
+            logger.warning("The training of step %d is not kept: %s", ticket.step, error)
+            facts["failed"] = str(error)
+        facts |= {
+            "kept": trained is not None,
             "seconds": round(math.fsum(e.seconds for e in trainer.history), 3),
-            "samples": trainer.data.steps * trainer.data.batch_size,
-            "loss_first": trainer.history[0].loss,
-            "loss_last": trainer.history[-1].loss,
-            "curvature": "calibration" if moments is None else "second moments of training",
-            "clipped": 0 if moments is None else sum(moments.clipped.values()),
-            **{f"{name}_before": value for name, value in before.items()},
-            **{f"{name}_after": value for name, value in self._measured(network).items()},
+            **_losses(trainer),
         }
-        if built is None:
+        if "failed" not in facts:
+            facts |= {f"{name}_after": value for name, value in self._measured(network).items()}
+        if trained is None:
             self._discard(last, None)
+            assert ticket.origin is not None
+            _, found = winner_of(trial.study, ticket.origin)
+            winner = log.score_of(ticket.origin)
+            score = Score(winner, *(found[name] for name in KEPT))
             return closing(winner, found)[0], score, facts
-        self._built = (trial.number, built)
-        weights = put_tensors(store, tensors)
-        table = store.put_json(built.scorer.sensitivity.to_json())
+        self._built = (trial.number, trained.built)
+        weights = put_tensors(store, trained.tensors)
+        table = store.put_json(trained.built.scorer.sensitivity.to_json())
         facts |= {"weights": weights.to_json(), "sensitivity": table.to_json()}
         self._discard(last, weights)
-        value = score.total
+        value = trained.score.total
         if final:
             value = min(value, math.nextafter(log.best_within_budget(), -math.inf))
-        return value, score, facts
+        return value, trained.score, facts
+
+    def _judged(
+        self,
+        trainer: Trainer,
+        network: nn.Module,
+        log: StepLog,
+        ticket: Ticket,
+        study: Study,
+        final: bool,
+        facts: dict[str, Any],
+    ) -> _Trained | None:
+        """Return what training made of a winner, or ``None`` where it is not kept."""
+        assert ticket.origin is not None
+        winner = log.score_of(ticket.origin)
+        moments = trainer.second_moments()
+        facts["curvature"] = "calibration" if moments is None else "second moments of training"
+        facts["clipped"] = 0 if moments is None else sum(moments.clipped.values())
+        tensors = trained_tensors(network)
+        told = None if final else self._score(tensors)
+        if told is not None:
+            facts["score"] = told
+            if not keeps(told, winner):
+                return None
+        if moments is not None:  # the sum over a batch, as curvature is, and not its mean
+            for name, moment in moments.moments.items():
+                if name not in moments.no_gradient:
+                    tensors[f"{_CURVATURE}{name}"] = moment * moments.batch_size
+        built = self._build(tensors, None)
+        score = built.scorer.score(BitConfig(self.space.config(ticket.bits)))
+        facts["score"] = score.total
+        kept = keeps(score.total, winner)
+        if told is None:  # a sum over layers is of the trained network, and cannot tell harm
+            loss = winner_of(study, ticket.origin)[1].get(attrs.CALIBRATION_LOSS, math.inf)
+            kept = kept and keeps(score.calibration_loss, loss)
+        return _Trained(tensors, built, score) if kept or final else None
+
+    def _checkpointed(
+        self, trial: Trial, trainer: Trainer, last: Reference | None, otherwise: Exception | None
+    ) -> Reference:
+        """Put a checkpoint into the store, and say in the trial where it is."""
+        reference = self._store.put(trainer.dump())
+        storage = trial.study._storage
+        try:
+            storage.set_trial_system_attr(trial._trial_id, attrs.CHECKPOINT, reference.to_json())
+        except UpdateFinishedTrialError as error:
+            # Who was taken for dead, as after a pause, finds its trial ended and goes on.
+            logger.info("The training of trial %d was taken over.", trial.number)
+            raise (otherwise or optuna.TrialPruned("it was taken over")) from error
+        self._discard(last, reference)
+        return reference
 
     def _score(self, tensors: Mapping[str, Any]) -> float | None:
         """Return a trained network's score where its outputs tell it: most are not kept."""
@@ -246,14 +310,22 @@ class TrainedSteps:
             self._base(tensors), self.space, self.data, self.loss_fn, self.model
         )
 
-    def _correct_(self, network: nn.Module) -> None:
-        """Correct a trained network's statistics by their difference to the float network's."""
+    def _correct_(self, network: nn.Module, settings: TrainingSettings) -> None:
+        """Correct statistics by their difference to the float network's, shifts within biases.
+
+        A layer without bias has no place for a shift: what follows is corrected without it. Labels
+        alone lead to other statistics, and nothing is corrected.
+        """
+        fold_shifts_(network)
+        if not self.setup.correction or settings.label_weight == 1:
+            return
         data = merge_first(self.data, statistics_samples(self.space.layers))
         of = copy.deepcopy(self.model).eval()
-        StatisticsCorrection(network, data, self.setup.precision, of=of).apply()
+        correction = StatisticsCorrection(network, data, self.setup.precision, of=of)
+        correction.apply(only=set(correction.modules) - without_bias(network))
         fold_shifts_(network)
 
-    def _resume(self, trial: Trial, attempts: list[int], trainer: Trainer) -> Reference | None:
+    def _last_epoch(self, trial: Trial, attempts: list[int], trainer: Trainer) -> Reference | None:
         """Go on from the last epoch that an earlier owner of this record finished."""
         for trial_id in attempts:
             if trial_id == trial._trial_id:
@@ -284,3 +356,10 @@ class TrainedSteps:
         if self.evaluate is not None:
             found |= self.evaluate(network, self.validation)
         return {name: float(value) for name, value in found.items()}
+
+
+def _losses(trainer: Trainer) -> dict[str, float]:
+    """Return what was trained on, in the first epoch and in the last."""
+    if not trainer.history:
+        return {}
+    return {"loss_first": trainer.history[0].loss, "loss_last": trainer.history[-1].loss}

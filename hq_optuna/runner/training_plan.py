@@ -51,17 +51,18 @@ class TrainingPlan:
             raise ValueError(
                 "This plan trains nothing: give every (steps) or final (settings), or no plan."
             )
-        for settings in self._settings():
+        for settings in self.used:
             settings.data(self.data, self.augment)
 
-    def _settings(self) -> list[TrainingSettings]:
-        """Return the settings that are used."""
+    @property
+    def used(self) -> list[TrainingSettings]:
+        """The settings that anything is trained with."""
         winners = [self.settings] if self.every else []
         return winners if self.final is None else [*winners, self.final]
 
     def digest(self) -> str:
         """Return what tells this plan from others: settings and data."""
-        data = self._settings()[0].data(self.data, self.augment)
+        data = self.used[0].data(self.data, self.augment)
         augment = getattr(self.augment, "__qualname__", type(self.augment).__name__)
         said = [self.to_json(), data.digest(), augment]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]

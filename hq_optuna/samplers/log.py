@@ -267,11 +267,11 @@ class StepLog:
             number, ticket, value = record
             assert ticket.origin is not None
             from_step, slot, result = self._by_number[ticket.origin]
+            before = self.score_of(ticket.origin)
             # A training that did harm changes nothing; that of the answer was asked for.
-            trained = ticket.trains and (step.final or keeps(value, result.score))
-            score = value if trained else result.score
-            place = (from_step, slot)
-            incumbent = Incumbent(step.step, result.state, score, result.cost, place)
+            trained = ticket.trains and (step.final or keeps(value, before))
+            score = value if trained else before
+            incumbent = Incumbent(step.step, result.state, score, result.cost, (from_step, slot))
             self.closed.append(Closed(number, incumbent, ticket.origin, trained, ticket.worker))
             self._closed_keys.add(key)
             self.past.incumbents.append(incumbent)
@@ -279,6 +279,14 @@ class StepLog:
         if self._step is not None:
             self._note_running(self._step)
         self._check_limits()
+
+    def score_of(self, number: int) -> float:
+        """Return the score that a candidate's bits have now: they may have been trained since."""
+        from_step, slot, result = self._by_number[number]
+        last = self.incumbent
+        if last is not None and last.origin == (from_step, slot):
+            return last.score
+        return result.score
 
     def _first_record(self, key: tuple[int, str]) -> _Record | None:
         """Return a step's first record."""

@@ -101,8 +101,22 @@ def trained_base(
             ranges[name] = input_quantizer(module).range(bits.activation_bits)
         state[f"{name}.weight"] = weight
         state.pop(f"{name}.{SHIFT}", None)  # zero: see `fold_shifts_`
+        _untie_(plain.get_submodule(name), weight)
     plain.load_state_dict(state)
     return TrainedBase(plain, config, scales, ranges, behind)
+
+
+def _untie_(module: nn.Module, weight: Tensor) -> None:
+    """Give a layer a weight of its own: one that it shares is rounded in this layer alone."""
+    own = module._parameters.get("weight")
+    if own is not None:
+        module.register_parameter("weight", nn.Parameter(weight.clone(), own.requires_grad))
+
+
+def without_bias(network: nn.Module) -> set[str]:
+    """Return the names of a prepared network's layers that have no bias."""
+    layers = prepared_layers(network).items()
+    return {name for name, module in layers if getattr(module, "bias", None) is None}
 
 
 @torch.no_grad()

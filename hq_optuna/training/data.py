@@ -94,7 +94,9 @@ class TrainingData:
             for item in self._iterable:
                 if not steps:
                     self.batch_size = _labelled(item).n
-                    if isinstance(self._iterable, DataLoader):
+                    if isinstance(self._iterable, DataLoader) and not isinstance(
+                        self._iterable.dataset, IterableDataset
+                    ):
                         return len(self._iterable)
                 steps += 1
         if not steps:

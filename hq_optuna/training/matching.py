@@ -109,9 +109,10 @@ class MatchedNorms:
 
 
 def _is_plain(module: nn.Module | None) -> bool:
+    """Say whether a module normalizes as `_normalized` does; a single process synchronizes none."""
     return (
         isinstance(module, _BatchNorm)
-        and type(module).forward is _BatchNorm.forward
+        and type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
         and module.running_mean is not None
     )
 

@@ -27,12 +27,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hq_optuna.batches import Batch, autocast, forward, move
 from hq_optuna.curvature import LossFunction
-from hq_optuna.errors import CheckpointError, DataError, TrainingError
+from hq_optuna.errors import CheckpointError, TrainingError
 from hq_optuna.quantization.prepare import get_bits, prepared_layers, weight_quantizer
 from hq_optuna.training import checkpoint as files
 from hq_optuna.training.data import Augment, epoch_seed, seeded
 from hq_optuna.training.learned import LearnedSteps
-from hq_optuna.training.losses import right_and_counted, training_loss
+from hq_optuna.training.losses import mean_of_views, right_and_counted, training_loss
 from hq_optuna.training.matching import MatchedNorms
 from hq_optuna.training.moments import SecondMoments, second_moments
 from hq_optuna.training.optimizer import build_optimizer, set_learning_rate
@@ -222,6 +222,12 @@ class Trainer:
                 losses.append(loss)
                 right, counted = right + n_right, counted + n
         self._interrupted = False
+        for name, tensor in {**self._trained, **self._log_scales}.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise TrainingError(
+                    f"Training made {name} NaN or infinite in epoch {index + 1}. Lower "
+                    "learning_rate, set clip_norm, or check the training data."
+                )
         return Epoch(
             epoch=index + 1,
             loss=math.fsum(losses) / len(losses),
@@ -258,7 +264,10 @@ class Trainer:
         self._norms.next_batch()
         with autocast(self.network, settings.precision):
             if self.teacher is not None:
-                targets = self._targets(inputs, views)
+                # The batch itself comes first: its statistics are those that batch-norm follows.
+                batches = (inputs, *(move(view, self.device) for view in views))
+                with torch.no_grad():
+                    targets = mean_of_views([forward(self.teacher, x) for x in batches])
             outputs = forward(self.network, inputs)
         loss = training_loss(
             outputs, labels, targets, self.loss_fn, settings.label_weight, settings.temperature
@@ -275,21 +284,6 @@ class Trainer:
             nn.utils.clip_grad_norm_(self._trained.values(), settings.clip_norm)
         self.optimizer.step()
         return value, *right_and_counted(outputs, None if settings.blend else labels)
-
-    @torch.no_grad()
-    def _targets(self, inputs: Any, views: list[Any]) -> Any:
-        """Return the teacher's outputs, the mean over a batch and further views of it."""
-        assert self.teacher is not None
-        # The batch itself comes first: its statistics are those that batch-norm follows.
-        targets = [forward(self.teacher, move(view, self.device)) for view in (inputs, *views)]
-        if not views:
-            return targets[0]
-        if not all(isinstance(found, Tensor) and found.dim() == 2 for found in targets):
-            raise DataError(
-                "teacher_views takes a mean of class scores (N, C), which an augmentation of the "
-                "inputs does not move; this network returns something else. Give teacher_views=1."
-            )
-        return torch.stack(targets).float().mean(0)
 
     def second_moments(self) -> SecondMoments | None:
         """Return the second moments of the weights' gradients; ``None`` where none are kept (SGD).

@@ -244,7 +244,7 @@ def test_the_report_tells_what_each_training_gave():
     assert cells[2].startswith("87.00 [")
     assert cells[3].startswith("92.00 [")
     assert cells[4:] == ["0.43", "0.3", "0", "5", "3.5 s"]
-    assert "; of the trained network 0.3 |" in text  # loss on the calibration set
+    assert "| 0.3; before its training 0.412 |" in text  # loss on the calibration set
     assert "Sensitivities are those of the network before any training." in text
     assert "all of the network before any training |" in text  # the gap to the exact optimum
     assert "| time in trainings | 6 s |" in text

@@ -55,11 +55,12 @@ def test_killed_in_training_it_goes_on_from_its_last_epoch(alone, tmp_path, monk
     original = trained_steps.TrainedSteps.train
 
     def dies(self: Any, *arguments: Any, **options: Any) -> Any:
-        def between() -> None:
+        def needed() -> bool:
             if len(epochs) == 1:
                 raise Interrupt
+            return True
 
-        return original(self, *arguments[:4], between=between, **options)
+        return original(self, *arguments[:4], needed, **options)
 
     monkeypatch.setattr(trained_steps.TrainedSteps, "train", dies)
     with pytest.raises(Interrupt):
@@ -149,10 +150,10 @@ def test_another_worker_takes_the_training_over(alone, tmp_path, monkeypatch):
     original = trained_steps.TrainedSteps.train
 
     def dies(self: Any, *arguments: Any, **options: Any) -> Any:
-        def between() -> None:
+        def needed() -> bool:
             raise SystemExit  # the trial is given back; its checkpoint stays
 
-        return original(self, *arguments[:4], between=between, **options)
+        return original(self, *arguments[:4], needed, **options)
 
     monkeypatch.setattr(trained_steps.TrainedSteps, "train", dies)
     with pytest.raises(SystemExit):

@@ -149,6 +149,14 @@ def test_a_layer_that_is_called_twice_follows_each_call():
     assert net.norm.num_batches_tracked == teacher.norm.num_batches_tracked + 2
 
 
+def test_a_layer_made_for_several_processes_is_matched_in_one():
+    teacher, net = float_net(), prepared_net(IN_FLOAT)
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    assert isinstance(net.norm, nn.SyncBatchNorm)
+    x = 3 * images(8) + 1
+    torch.testing.assert_close(followed(net, teacher, x), teacher(x).detach(), rtol=1e-4, atol=1e-4)
+
+
 def test_a_dead_channel_stays_finite():
     teacher, net = float_net(), prepared_net(IN_FLOAT)
     for network in (teacher, net):
