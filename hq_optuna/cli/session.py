@@ -191,6 +191,8 @@ def begin(request: Request, console: Console) -> Session:
         parts = file.build(place.folder, options)
         if parts.loss is not None:
             settings["loss_fn"] = parts.loss
+        if parts.output_rise is not None:
+            settings["output_rise"] = parts.output_rise
         asked = {name: settings.pop(name) for name in SETTINGS if name in settings}
         search = BitSearch(
             parts.network,

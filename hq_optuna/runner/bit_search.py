@@ -38,17 +38,11 @@ from hq_optuna.runner.worker import Doing, work
 from hq_optuna.samplers import Encoding, ProgressiveBitSampler
 from hq_optuna.samplers.limiting import refuse_lower_limits, write_limits
 from hq_optuna.samplers.log import StepLog
-from hq_optuna.scoring import ScorerName
+from hq_optuna.scoring import OutputRise, ScorerName
 from hq_optuna.scoring.reuse import DEFAULT_MEMORY
 from hq_optuna.search import Limits, Rule
 from hq_optuna.space import ActivationBits, SearchSpace
-from hq_optuna.storages import (
-    RETRY_FOR_S,
-    RetryingStorage,
-    explain_storage_errors,
-    open_storage,
-    redact_url,
-)
+from hq_optuna.storages import RETRY_FOR_S, explain_errors_of, open_retrying
 
 
 class BitSearch:
@@ -73,6 +67,9 @@ class BitSearch:
         scorer: ``"gauss_newton"``, ``"loss"``, or a sum over layers: ``"diagonal"``, ``"trace"``,
             ``"fisher"``, ``"hutchinson"``, ``"fit"``, ``"hawq_v2"``; ``None``:
             `HessianObjective`'s choice.
+        output_rise: For ``"gauss_newton"`` with another loss than cross-entropy and squared error:
+            the loss rise, summed over samples, from the outputs of the float network and of a
+            candidate.
         rounding: ``"compensated"`` or ``"nearest"``, how weights are rounded; no training, see
             `hq_optuna.quantization.compensation`.
         correction: Whether batch-norm statistics and biases are corrected for the bits, in each
@@ -109,6 +106,7 @@ class BitSearch:
         allowed: Mapping[str, Iterable[int]] | None = None,
         tied: Iterable[Sequence[str]] = (),
         scorer: ScorerName | None = None,
+        output_rise: OutputRise | None = None,
         rounding: Rounding = "compensated",
         correction: bool = True,
         observer: Observer = "squared_error",
@@ -139,6 +137,7 @@ class BitSearch:
             self.space,
             loss_fn=loss_fn,
             scorer=scorer,
+            output_rise=output_rise,
             rounding=rounding,
             correction=correction,
             observer=observer,
@@ -269,10 +268,8 @@ class BitSearch:
                     "artifacts=, a folder or s3://bucket/prefix."
                 )
             self.objective.training.artifacts = artifacts
-        opened = open_storage(storage)
-        if isinstance(storage, str):
-            opened = RetryingStorage(opened, redact_url(storage), retry_for_s=retry_for_s)
-        with explain_storage_errors(_shown(storage)):
+        opened = open_retrying(storage, retry_for_s)
+        with explain_errors_of(opened):
             study = optuna.create_study(
                 storage=opened,
                 study_name=study_name,
@@ -313,7 +310,7 @@ class BitSearch:
             StorageError: The storage cannot be read or written.
         """
         writer = PageWriter(study, then=on_progress, on=pages)
-        with explain_storage_errors(_shown(study._storage)), writer as progress:
+        with explain_errors_of(study._storage), writer as progress:
             work(study, self.objective, on_progress=progress, on_doing=on_doing)
 
     def result(
@@ -391,9 +388,3 @@ class BitSearch:
     def before_and_after(self, network: nn.Module, data: Batches, what: str) -> dict[str, float]:
         """Return what is measured of the float network and of a quantized one."""
         return before_and_after(self.evaluate, self.objective.model, network, data, what)
-
-
-def _shown(storage: str | BaseStorage | None) -> str:
-    if isinstance(storage, RetryingStorage):
-        return storage.shown
-    return redact_url(storage) if isinstance(storage, str) else "the storage"

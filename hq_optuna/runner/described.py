@@ -11,6 +11,7 @@ from hq_optuna.cost import Budget, CostModel
 from hq_optuna.pruners import CostBudgetPruner
 from hq_optuna.runner import fingerprint
 from hq_optuna.samplers import ProgressiveBitSampler
+from hq_optuna.scoring import output_rise_of
 
 if TYPE_CHECKING:
     from hq_optuna.runner.objective import HessianObjective
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 def fingerprint_of(objective: HessianObjective, study: Study) -> dict[str, str | int]:
     """Return what a search depends on, by name."""
-    loss = getattr(objective.loss_fn, "__qualname__", type(objective.loss_fn).__name__)
     mine: dict[str, str | int] = {
         "network": fingerprint.network_digest(objective.model),
         "data": objective.data.digest(),
@@ -29,8 +29,11 @@ def fingerprint_of(objective: HessianObjective, study: Study) -> dict[str, str |
         "correction": objective.setup.correction,
         "observer": objective.setup.observer,
         "precision": objective.setup.precision,
-        "loss": loss,
+        "loss": _name(objective.loss_fn),
     }
+    rise = objective.setup.output_rise
+    if rise is not None and _name(rise) != _name(output_rise_of(objective.loss_fn)):
+        mine["output_rise"] = _name(rise)
     if objective.training is not None:
         mine["training"] = objective.training.plan.digest()
     budget = budget_of(study)
@@ -73,6 +76,10 @@ def info_of(objective: HessianObjective, study: Study) -> attrs.StudyInfo:
         skipped=objective.skipped,
         warnings=tuple(objective.warnings),
     )
+
+
+def _name(function: object) -> str:
+    return str(getattr(function, "__qualname__", type(function).__name__))
 
 
 def budget_of(study: Study) -> Budget | None:

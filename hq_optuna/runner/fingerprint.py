@@ -29,6 +29,7 @@ _WORDS = {
     "precision": "the precision of candidates' forward passes",
     "observer": "the observer of activation ranges",
     "loss": "the loss function",
+    "output_rise": "the function output_rise",
     "budget": "the budget",
     "rule": "the winner rule",
     "n_candidates": "the number of candidates a step",
@@ -94,8 +95,8 @@ def check_or_write(
     stored = study.user_attrs.get(attrs.FINGERPRINT)
     changed: tuple[str, ...] = ()
     if stored is not None:
-        # Searches without training do not name it.
-        names = dict.fromkeys([*mine, "training"])
+        # Searches without these do not name them.
+        names = dict.fromkeys([*mine, "training", "output_rise"])
         changed = tuple(name for name in names if stored.get(name) != mine.get(name))
         if not changed:
             return False

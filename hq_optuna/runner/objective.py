@@ -37,12 +37,7 @@ from hq_optuna.runner.training_plan import TrainingPlan
 from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.samplers.claims import ClaimedTrial, write_facts
 from hq_optuna.samplers.tickets import excess, facts
-from hq_optuna.scoring import (
-    OutputRise,
-    Score,
-    Scorer,
-    ScorerName,
-)
+from hq_optuna.scoring import UNKNOWN_LOSS, OutputRise, Score, Scorer, ScorerName
 from hq_optuna.scoring.reuse import DEFAULT_MEMORY
 from hq_optuna.space import SearchSpace
 
@@ -124,6 +119,8 @@ class HessianObjective:
         self.device = next(model.parameters()).device
         self.data = read_batches(calibration, batch_size=batch_size).to(self.device)
         self.warnings = check_forward(model, self.data, loss_fn)
+        if scorer is None and self.setup.scorer == "diagonal":
+            self.warnings.append(UNKNOWN_LOSS)
         self.training: TrainedSteps | None = None
         if training is not None:
             self.training = TrainedSteps(

@@ -91,8 +91,11 @@ class ScoringSetup:
             raise ValueError(f"scorer is one of {', '.join(SCORERS)}; got {scorer!r}.")
         if scorer == "gauss_newton" and output_rise is None:
             raise ValueError(
-                "The scorer 'gauss_newton' knows cross-entropy and squared error. For another loss "
-                "give output_rise, or use scorer='diagonal'."
+                "The scorer 'gauss_newton' knows cross-entropy and squared error: give "
+                "torch.nn.functional.cross_entropy or mse_loss itself as the loss, and no function "
+                "around it. For another loss give output_rise, or use scorer='diagonal'. In a "
+                "study file that is loss = torch.nn.functional.cross_entropy, or a function "
+                "output_rise(outputs, moved)."
             )
         if scorer == "fisher" and probe_of(loss_fn) is None:
             raise ValueError(

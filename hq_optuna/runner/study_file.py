@@ -1,9 +1,10 @@
 """Study files: a plain Python file that says which network is searched, and on which data.
 
 A study file defines `network` and `calibration`, perhaps `validation`, `test`, `train`, `augment`,
-`loss`, `evaluate` and `SETTINGS`. The parameters of the first five are its options on the command
-line: ``def network(checkpoint: Path)`` becomes ``--checkpoint PATH``; a parameter called
-``folder`` receives the run's folder instead. Nothing here loads PyTorch before `StudyFile.build`.
+`loss`, `output_rise`, `evaluate` and `SETTINGS`. The parameters of the first five are its options
+on the command line: ``def network(checkpoint: Path)`` becomes ``--checkpoint PATH``; a parameter
+called ``folder`` receives the run's folder instead. Nothing here loads PyTorch before
+`StudyFile.build`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ SETTINGS_KEYS = (
 
 _REQUIRED = ("network", "calibration")
 _WITH_OPTIONS = (*_REQUIRED, "validation", "test", "train")
-_CALLED_LATER = ("loss", "evaluate", "augment")
+_CALLED_LATER = ("loss", "output_rise", "evaluate", "augment")
 
 
 @dataclass
@@ -54,6 +55,7 @@ class StudyParts:
             the test data before the end.
         train: Returns the training data when called, or ``None``; read where winners are trained.
         augment: ``augment(inputs, generator)``, changes a batch of training inputs, or ``None``.
+        output_rise: ``output_rise(outputs, moved)``, the loss's rise over the batch, or ``None``.
     """
 
     network: Any
@@ -64,6 +66,7 @@ class StudyParts:
     test: Callable[[], Any] | None = None
     train: Callable[[], Any] | None = None
     augment: Callable[[Any, Any], Any] | None = None
+    output_rise: Callable[[Any, Any], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -186,6 +189,7 @@ class StudyFile:
             (lambda: self._call("test", values)) if "test" in has else None,
             (lambda: self._call("train", values)) if "train" in has else None,
             has.get("augment"),
+            has.get("output_rise"),
         )
 
     def _call(self, name: str, values: Mapping[str, Any]) -> Any:

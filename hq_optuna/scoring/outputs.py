@@ -25,6 +25,15 @@ from torch.nn import functional
 TEMPERATURE = 3.0
 """Of 1, 1.5, 2, 3, 4, 6 and 8 the one whose scores rank unseen images best (docs/scores.md)."""
 
+UNKNOWN_LOSS = (
+    "The scorer is 'diagonal', a sum over layers, because nothing is known of this loss; "
+    "'gauss_newton', which ranks better, knows cross-entropy and squared error. If it is one of "
+    "them, give torch.nn.functional.cross_entropy or mse_loss itself as the loss and no function "
+    "around it (in a study file: loss = torch.nn.functional.cross_entropy); else give output_rise, "
+    "or say scorer 'diagonal'."
+)
+"""Said where the scorer was not chosen and the loss is none that `output_rise_of` knows."""
+
 OutputRise = Callable[[Any, Any], Tensor]
 """From outputs of the float network and of a candidate to the loss rise, summed over samples."""
 

@@ -9,13 +9,20 @@ from hq_optuna.storages.opening import (
     storage_exists,
     study_exists,
 )
-from hq_optuna.storages.retrying import RETRY_FOR_S, RetryingStorage
+from hq_optuna.storages.retrying import (
+    RETRY_FOR_S,
+    RetryingStorage,
+    explain_errors_of,
+    open_retrying,
+)
 
 __all__ = [
     "RETRY_FOR_S",
     "RetryingStorage",
+    "explain_errors_of",
     "explain_storage_errors",
     "load_study",
+    "open_retrying",
     "open_storage",
     "redact_url",
     "sqlite_url",

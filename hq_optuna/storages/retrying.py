@@ -13,6 +13,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Container, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import sqlalchemy.exc
@@ -24,7 +25,7 @@ from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
 from hq_optuna.errors import StorageError
-from hq_optuna.storages.opening import explain_storage_errors
+from hq_optuna.storages.opening import explain_storage_errors, open_storage, redact_url
 
 logger = logging.getLogger(__name__)
 
@@ -307,3 +308,25 @@ class RetryingStorage(BaseStorage):
                 raise
 
         return self.retry(function, again)
+
+
+def open_retrying(storage: str | BaseStorage | None, retry_for_s: float) -> BaseStorage:
+    """Return the storage at a URL, which is tried again when it does not answer.
+
+    Args:
+        storage: Storage URL. An Optuna storage, or ``None`` for memory, is not tried again.
+        retry_for_s: See `RetryingStorage`.
+
+    Raises:
+        StorageError: The storage cannot be opened.
+    """
+    opened = open_storage(storage)
+    if isinstance(storage, str):
+        return RetryingStorage(opened, redact_url(storage), retry_for_s=retry_for_s)
+    return opened
+
+
+def explain_errors_of(storage: BaseStorage) -> AbstractContextManager[None]:
+    """Turn what a storage raises into `StorageError`s that name it, without a password."""
+    named = storage.shown if isinstance(storage, RetryingStorage) else "the storage"
+    return explain_storage_errors(named)

@@ -291,7 +291,7 @@ def test_a_disk_that_is_full_is_told_and_the_search_goes_on_afterwards(path, kin
     engine.dispose()
     with monkeypatch.context() as patch:
         if kind == "url":
-            patch.setattr("hq_optuna.runner.bit_search.open_storage", lambda url: storage)
+            patch.setattr("hq_optuna.storages.retrying.open_storage", lambda url: storage)
         with pytest.raises(StorageError, match=r"database or disk is full. Free some space"):
             place = sqlite_url(path) if kind == "url" else storage
             search().optimize(place, "s", n_candidates=2, retry_for_s=1)

@@ -9,6 +9,7 @@ import torch
 from hq_optuna.batches import read_batches
 from hq_optuna.cost import Budget
 from hq_optuna.runner.study_file import SETTINGS_KEYS, StudyFile, find_study, parse_budget
+from hq_optuna.scoring import output_rise_of
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -29,6 +30,7 @@ def test_the_template_runs_as_it_is_and_its_network_is_always_right(tmp_path):
             assert torch.equal(outputs.argmax(dim=1), batch.labels)
             expected = torch.nn.functional.cross_entropy(outputs, batch.labels)
             assert torch.equal(parts.loss(outputs, batch.labels), expected)
+    assert output_rise_of(parts.loss) is not None  # so a copy has the default scorer
     again = template.build(tmp_path, {"n_calibration": 64})
     for name, tensor in parts.network.state_dict().items():
         assert torch.equal(again.network.state_dict()[name], tensor)
