@@ -75,6 +75,12 @@ def test_the_run_command_prints_the_lines_that_the_readme_shows(
             assert any(other.startswith(start) for other in printed), line
 
 
+def test_the_readme_says_how_the_plain_commands_of_all_pages_are_reached() -> None:
+    said = README.index("`. .venv/bin/activate`")
+    plain = re.search(r"(?<!bin/)hq-optuna (run|dashboard|status) ", README)
+    assert plain and README.index("<!-- run output -->") < said < plain.start()
+
+
 def test_every_file_the_readme_names_exists() -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)", README):
         assert (ROOT / target).exists(), target

@@ -88,9 +88,9 @@ def run_chapter(path: Path) -> Iterator[tuple[Block, str]]:
             with contextlib.redirect_stdout(out):
                 exec(compile(block.text, path.name, "exec"), names)
             printed = out.getvalue()
-        elif block.kind == "sh":
+        elif block.kind == "sh" and block.mark != "in the clone":
             printed = "".join(run_line(line) for line in block.text.strip().splitlines())
-        else:
+        elif block.kind == "text":
             yield block, printed.replace(str(Path.cwd()), HOME)
             printed = ""
 
@@ -122,6 +122,26 @@ def test_a_chapter_runs_and_prints_what_it_shows(folder: Path, path: Path) -> No
         assert shape_of(block.text), f"block {n} of {path.name} shows nothing"
         assert shape_of(printed) == shape_of(block.text), f"block {n} of {path.name}"
     assert n
+
+
+def test_the_reader_begins_with_the_environment_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    clone, home = tmp_path / "clone", tmp_path / "me"
+    activate = clone / ".venv" / "bin" / "activate"
+    for folder in (activate.parent, home):
+        folder.mkdir(parents=True)
+    activate.write_text("ACTIVE=yes\n")
+    first = blocks(CHAPTERS[0].read_text(encoding="utf-8"))[0]
+    assert (first.kind, first.mark) == ("sh", "in the clone")
+    script = first.text + 'echo "$ACTIVE" "$PWD"'
+    for _ in range(2):  # and again, another day
+        done = subprocess.run(
+            ["bash", "-ec", script],
+            capture_output=True,
+            text=True,
+            cwd=clone,
+            env={**os.environ, "HOME": str(home)},
+        )
+        assert done.stdout.split() == ["yes", str(home / Path(HOME).name)], done.stderr
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
