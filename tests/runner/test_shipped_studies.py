@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from hq_optuna.batches import read_batches
+from hq_optuna.cli.app import app
 from hq_optuna.cost import Budget
 from hq_optuna.runner.study_file import SETTINGS_KEYS, StudyFile, find_study, parse_budget
 from hq_optuna.scoring import output_rise_of
@@ -57,6 +59,9 @@ def test_the_page_on_study_files_shows_a_study_that_works(tmp_path):
     parts = mine.build(tmp_path, mine.parse_options(arguments))
     assert read_batches(parts.calibration).n_samples == 512
     assert torch.equal(parts.network[0].weight, net[0].weight)
+    result = CliRunner().invoke(app, ["run", str(path), *arguments, "--folder", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "2 layers" in result.output and "the budget is met" in result.output
 
 
 def test_the_page_on_study_files_lists_every_setting_and_only_budgets_that_work():
