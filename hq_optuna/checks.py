@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hq_optuna.batches import Batch, Batches, forward, tensors
-from hq_optuna.curvature import LossFunction
+from hq_optuna.curvature import LossFunction, is_cross_entropy
 from hq_optuna.errors import DataError, NetworkError
 
 logger = logging.getLogger(__name__)
@@ -57,8 +57,10 @@ def check_forward(network: nn.Module, data: Batches, loss_fn: LossFunction) -> l
                 "The network's outputs on the calibration data hold NaN or infinity. "
                 "Check the checkpoint and the normalization of the inputs."
             )
-    for labels in (each.labels for each in data):
-        check_labels(first, labels)
+    if is_cross_entropy(loss_fn):
+        ignored = getattr(loss_fn, "ignore_index", IGNORED_LABEL)
+        for labels in (each.labels for each in data):
+            check_labels(first, labels, ignored)
     try:
         loss = loss_fn(first, batch.labels)
     except Exception as error:
@@ -91,16 +93,21 @@ def _check_inputs_kept(batch: Batch, kept: list[Tensor]) -> None:
         )
 
 
-def check_labels(outputs: Any, labels: Any) -> None:
+def check_labels(outputs: Any, labels: Any, ignored: int = IGNORED_LABEL) -> None:
     """Refuse class labels that the network has no output for.
 
     Looks only at the common case of class scores ``(N, C, …)`` and integer labels ``(N, …)``.
+
+    Args:
+        outputs: Of any batch; their number of classes counts.
+        labels: As cross-entropy reads them.
+        ignored: The label that it ignores.
     """
     if not (isinstance(outputs, Tensor) and isinstance(labels, Tensor)):
         return
     if labels.is_floating_point() or outputs.dim() < 2 or labels.dim() != outputs.dim() - 1:
         return
-    used = labels[labels != IGNORED_LABEL]
+    used = labels[labels != ignored]
     n_classes = outputs.shape[1]
     if used.numel() and (int(used.min()) < 0 or int(used.max()) >= n_classes):
         raise DataError(

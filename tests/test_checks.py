@@ -96,6 +96,25 @@ def test_labels_that_are_not_classes_are_left_to_the_loss_function(outputs, labe
     check_labels(outputs, labels)
 
 
+def one_logit(z, y):
+    return F.binary_cross_entropy_with_logits(z[:, 0], y.to(z.dtype))
+
+
+def test_labels_of_a_loss_of_its_own_are_left_to_it():
+    network = make(Then(lambda z: z[:, :1]))
+    assert check_forward(network, data(y=Y % 2), one_logit) == []
+    with pytest.raises(DataError, match=r"\(labels 0 to 0\)"):
+        check_forward(network, data(y=Y % 2), F.cross_entropy)
+
+
+def test_the_label_that_the_loss_itself_ignores_is_allowed():
+    labels = Y.clone()
+    labels[::2] = 255
+    assert (
+        check_forward(make(Residual), data(y=labels), nn.CrossEntropyLoss(ignore_index=255)) == []
+    )
+
+
 def test_labels_per_pixel_are_looked_at():
     with pytest.raises(DataError, match="labels run from 0 to 3"):
         check_labels(torch.zeros(1, 3, 2, 2), torch.tensor([[[0, 1], [2, 3]]]))

@@ -9,6 +9,7 @@ from hq_optuna.curvature.fisher import (
     probe_of,
 )
 from hq_optuna.curvature.hutchinson import hutchinson
+from hq_optuna.curvature.known_losses import is_cross_entropy, is_squared_error
 
 __all__ = [
     "Curvature",
@@ -18,6 +19,8 @@ __all__ = [
     "calibration_adam",
     "empirical_fisher",
     "hutchinson",
+    "is_cross_entropy",
+    "is_squared_error",
     "output_curvature",
     "probe_of",
 ]

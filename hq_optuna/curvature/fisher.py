@@ -28,11 +28,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from hq_optuna.batches import Batch, Batches, forward
 from hq_optuna.curvature.adam import LossFunction
 from hq_optuna.curvature.estimate import TOLERANCE, Curvature
+from hq_optuna.curvature.known_losses import is_cross_entropy, is_squared_error
 from hq_optuna.curvature.sweep import SquaredGradients, check_differentiable, differentiable, signs
 from hq_optuna.layers import LayerSpec
 
@@ -95,9 +95,9 @@ class SquaredErrorProbe:
 
 def probe_of(loss_fn: Any) -> OutputProbe | None:
     """Return the probe of a loss, or ``None`` for a loss that is not known here."""
-    if loss_fn is functional.cross_entropy or isinstance(loss_fn, nn.CrossEntropyLoss):
+    if is_cross_entropy(loss_fn):
         return CrossEntropyProbe()
-    if loss_fn is functional.mse_loss or isinstance(loss_fn, nn.MSELoss):
+    if is_squared_error(loss_fn):
         return SquaredErrorProbe()
     return None
 

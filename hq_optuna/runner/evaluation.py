@@ -30,6 +30,8 @@ def right(network: nn.Module, data: Batches) -> Tensor | None:
             return None
         if labels.is_floating_point() or labels.dim() != 1 or outputs.dim() != 2:
             return None
+        if outputs.shape[1] == 1:
+            return None
         found.append((outputs.argmax(1) == labels).cpu())
     return torch.cat(found) if found else None
 
@@ -47,6 +49,8 @@ def accuracy(network: nn.Module, data: Batches) -> dict[str, float]:
         if not (isinstance(outputs, Tensor) and isinstance(labels, Tensor)):
             return {}
         if labels.is_floating_point() or labels.dim() != outputs.dim() - 1:
+            return {}
+        if outputs.shape[1] == 1:  # one logit: its argmax is always 0
             return {}
         right += int((outputs.argmax(1) == labels).sum())
         total += labels.numel()

@@ -19,8 +19,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
+
+from hq_optuna.curvature import is_cross_entropy, is_squared_error
 
 TEMPERATURE = 3.0
 """Of 1, 1.5, 2, 3, 4, 6 and 8 the one whose scores rank unseen images best (docs/scores.md)."""
@@ -97,8 +98,8 @@ def squared_error_rise(outputs: Tensor, moved: Tensor) -> Tensor:
 
 def output_rise_of(loss_fn: Any) -> OutputRise | None:
     """Return the Gauss-Newton rise of a loss, or ``None`` for a loss that is not known here."""
-    if loss_fn is functional.cross_entropy or isinstance(loss_fn, nn.CrossEntropyLoss):
+    if is_cross_entropy(loss_fn):
         return CrossEntropyRise()
-    if loss_fn is functional.mse_loss or isinstance(loss_fn, nn.MSELoss):
+    if is_squared_error(loss_fn):
         return squared_error_rise
     return None

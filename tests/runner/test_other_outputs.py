@@ -1,0 +1,39 @@
+"""Networks whose outputs are not class scores: one logit, or numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hq_optuna.history import read_history
+from tests.runner.searches import Network, data, search
+
+
+class Head(Network):
+    """The network of `searches` with only the first of its outputs: ``(N, 1)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[:, :1]
+
+
+def yes_or_no(n: int = 24, seed: int = 1) -> tuple[Tensor, Tensor]:
+    inputs, _ = data(n, seed)
+    return inputs, torch.arange(n) % 2
+
+
+def one_logit(outputs: Tensor, labels: Tensor) -> Tensor:
+    return functional.binary_cross_entropy_with_logits(outputs[:, 0], labels.to(outputs.dtype))
+
+
+def test_a_binary_classifier_with_one_logit_is_searched_by_its_own_loss() -> None:
+    made = search(
+        model=Head(), calibration=yes_or_no(), validation=yes_or_no(30, 2), loss_fn=one_logit
+    )
+    study = made.optimize(n_candidates=2)
+    result = made.result(study)
+    assert result.met
+    # The argmax of one logit is 0 whatever the network says: no accuracy rather than a wrong one.
+    assert not [name for name in result.facts if "accuracy" in name]
+    compared = read_history(study).facts["compared"]
+    assert compared and all(set(row["measured"]) == {"loss"} for row in compared)
