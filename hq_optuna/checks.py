@@ -34,7 +34,8 @@ def check_forward(network: nn.Module, data: Batches, loss_fn: LossFunction) -> l
     Raises:
         NetworkError: Two passes differ (dropout left on), outputs are NaN or infinite, or the
             network writes into its input.
-        DataError: Labels out of range, or a loss that is not one finite number.
+        DataError: Labels out of range, a loss that is not one finite number, or cross-entropy of
+            what are no classes.
     """
     copied = copy.deepcopy(network).eval()
     batch = data[0]
@@ -58,9 +59,11 @@ def check_forward(network: nn.Module, data: Batches, loss_fn: LossFunction) -> l
                 "Check the checkpoint and the normalization of the inputs."
             )
     if is_cross_entropy(loss_fn):
+        check_class_scores(first)
         ignored = getattr(loss_fn, "ignore_index", IGNORED_LABEL)
         for labels in (each.labels for each in data):
             check_labels(first, labels, ignored)
+            check_probabilities(first, labels)
     try:
         loss = loss_fn(first, batch.labels)
     except Exception as error:
@@ -91,6 +94,37 @@ def _check_inputs_kept(batch: Batch, kept: list[Tensor]) -> None:
             "ReLU(inplace=True) on it), so a second pass would see other data. Make its first "
             "operation work on a copy."
         )
+
+
+_ANOTHER_LOSS = (
+    "The loss is cross-entropy, which is for classes: give loss, for example "
+    "torch.nn.functional.mse_loss where numbers are predicted."
+)
+
+
+def check_class_scores(outputs: Any) -> None:
+    """Refuse outputs of which cross-entropy makes nothing, or 0 whatever they are."""
+    if isinstance(outputs, Tensor) and (outputs.dim() < 2 or outputs.shape[1] == 1):
+        raise DataError(
+            f"The network's outputs have shape {tuple(outputs.shape)}, one number a sample, and "
+            f"class scores have shape (samples, classes, …). {_ANOTHER_LOSS}"
+        )
+
+
+def check_probabilities(outputs: Any, labels: Any) -> None:
+    """Refuse floating labels that are no probabilities of classes; cross-entropy takes any."""
+    if not (isinstance(outputs, Tensor) and isinstance(labels, Tensor)):
+        return
+    if not labels.is_floating_point():
+        return
+    positive = labels.dim() == outputs.dim() and bool((labels >= 0).all())
+    # Labels in half precision, one for each of many classes, do not sum to 1 exactly.
+    if positive and bool((labels.double().sum(1) - 1).abs().max() < 1e-2):
+        return
+    raise DataError(
+        "The labels are no classes: they are neither whole numbers nor, for each sample, "
+        f"probabilities that sum to 1. {_ANOTHER_LOSS}"
+    )
 
 
 def check_labels(outputs: Any, labels: Any, ignored: int = IGNORED_LABEL) -> None:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hq_optuna.batches import read_batches
-from hq_optuna.checks import IGNORED_LABEL, check_forward, check_labels
+from hq_optuna.checks import IGNORED_LABEL, check_forward, check_labels, check_probabilities
 from hq_optuna.errors import DataError, NetworkError
 from tests.small_networks import ConvNet, Residual, assert_unchanged, make, seeded, snapshot
 
@@ -103,8 +103,36 @@ def one_logit(z, y):
 def test_labels_of_a_loss_of_its_own_are_left_to_it():
     network = make(Then(lambda z: z[:, :1]))
     assert check_forward(network, data(y=Y % 2), one_logit) == []
-    with pytest.raises(DataError, match=r"\(labels 0 to 0\)"):
+    with pytest.raises(DataError, match=r"outputs have shape \(4, 1\).*give loss, for example"):
         check_forward(network, data(y=Y % 2), F.cross_entropy)
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, nn.CrossEntropyLoss()])
+def test_outputs_with_one_number_a_sample_are_no_class_scores(loss):
+    for then in (lambda z: z[:, 0], lambda z: z[:, :1]):
+        with pytest.raises(DataError, match=r"one number a sample.*cross-entropy, which is for cl"):
+            check_forward(make(Then(then)), data(y=X[:, 0]), loss)
+    assert check_forward(make(Then(lambda z: z[:, 0])), data(y=X[:, 0]), F.mse_loss) == []
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        X,  # numbers, some of them negative
+        X.abs() + 1,
+        X[:, 0],
+        torch.cat([torch.full((8, 3), 1 / 3), torch.zeros(1, 3)]).double(),  # the last batch
+    ],
+)
+def test_numbers_to_be_predicted_are_no_labels_of_cross_entropy(labels):
+    with pytest.raises(DataError, match=r"labels are no classes.*give loss.*mse_loss"):
+        check_forward(make(Residual), data(y=labels), F.cross_entropy)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16])
+def test_probabilities_are_labels_of_cross_entropy(kind):
+    check_probabilities(X, X.softmax(1).to(kind))
+    check_probabilities(torch.zeros(2, 500, 3), torch.rand(2, 500, 3).softmax(1).to(kind))
 
 
 def test_the_label_that_the_loss_itself_ignores_is_allowed():

@@ -93,7 +93,7 @@ def squared_error_rise(outputs: Tensor, moved: Tensor) -> Tensor:
     The Hessian of the mean squared error is constant, so this is exact in second order.
     """
     change = (moved.double() - outputs.double()).square()
-    return change.flatten(1).mean(1).sum()
+    return change.reshape(len(change), -1).mean(1).sum()
 
 
 def output_rise_of(loss_fn: Any) -> OutputRise | None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hq_optuna.history import read_history
-from tests.runner.searches import Network, data, search
+from tests.runner.searches import Network, data, facts, search
 
 
 class Head(Network):
@@ -37,3 +37,27 @@ def test_a_binary_classifier_with_one_logit_is_searched_by_its_own_loss() -> Non
     assert not [name for name in result.facts if "accuracy" in name]
     compared = read_history(study).facts["compared"]
     assert compared and all(set(row["measured"]) == {"loss"} for row in compared)
+
+
+class Number(Network):
+    """The same, without the axis of the outputs: ``(N,)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[:, 0]
+
+
+def test_one_number_a_sample_is_searched_as_one_column_is() -> None:
+    inputs, _ = data()
+    wanted = torch.linspace(-1, 1, 24)
+    found = []
+    for model, labels in ((Number(), wanted), (Head(), wanted[:, None])):
+        made = search(
+            model=model,
+            calibration=(inputs, labels),
+            validation=(inputs, labels),
+            loss_fn=functional.mse_loss,
+        )
+        study = made.optimize(n_candidates=2)
+        assert made.result(study).met
+        found.append(facts(study))
+    assert found[0] == found[1]

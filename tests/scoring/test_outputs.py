@@ -57,6 +57,13 @@ def test_squared_error_rise_is_the_rise_of_the_loss_at_its_minimum() -> None:
     assert float(squared_error_rise(z, z + change)) / 6 == pytest.approx(float(rise), rel=1e-12)
 
 
+def test_squared_error_rise_of_one_number_a_sample_is_that_of_one_column() -> None:
+    z, moved = outputs(6), outputs(6, seed=5)
+    assert float(squared_error_rise(z, moved)) == float(
+        squared_error_rise(z[:, None], moved[:, None])
+    )
+
+
 def test_the_rise_follows_from_the_loss() -> None:
     assert isinstance(output_rise_of(functional.cross_entropy), CrossEntropyRise)
     assert isinstance(output_rise_of(nn.CrossEntropyLoss()), CrossEntropyRise)
