@@ -159,7 +159,8 @@ def begin(request: Request, console: Console) -> Session:
         HqOptunaError: Of the kind of what is wrong.
     """
     file, place = request.find()
-    given_options = file.given_options(request.arguments)
+    own = [f"--{name.replace('_', '-')}" for name in (*RESERVED, "no_refine", "no_correction")]
+    given_options = file.given_options(request.arguments, beside=own)
     stored = Started()
     if study_exists(place.storage, place.name):
         stored = Started.read(load_study(place.storage, place.name))

@@ -14,7 +14,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.machinery import SourceFileLoader
@@ -125,13 +125,19 @@ class StudyFile:
         """
         return self.complete(self.given_options(arguments))
 
-    def given_options(self, arguments: Sequence[str]) -> dict[str, Any]:
+    def given_options(
+        self, arguments: Sequence[str], beside: Collection[str] = ()
+    ) -> dict[str, Any]:
         """Read options as typed, without defaults.
+
+        Args:
+            arguments: As for `parse_options`.
+            beside: The command's own options as they are typed, one of which may have been meant.
 
         Raises:
             StudyFileError: Unknown option, or a bad or missing value.
         """
-        return parse(self.options, arguments, self.path.name)
+        return parse(self.options, arguments, self.path.name, beside)
 
     def stored_options(self, stored: Mapping[str, Any]) -> dict[str, Any]:
         """Return options as a study holds them; paths are text there."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
@@ -86,8 +87,19 @@ def read_options(functions: Mapping[str, Callable[..., Any]], path: Path) -> dic
     return {name: option for name, (option, _) in found.items()}
 
 
-def parse(options: Mapping[str, Option], arguments: Sequence[str], study: str) -> dict[str, Any]:
+def parse(
+    options: Mapping[str, Option],
+    arguments: Sequence[str],
+    study: str,
+    beside: Collection[str] = (),
+) -> dict[str, Any]:
     """Return what was given on a command line, by parameter name; without defaults.
+
+    Args:
+        options: The study's options, by parameter name.
+        arguments: What was typed and is no option of the command.
+        study: Name of the study file, for messages.
+        beside: The command's own options as they are typed, one of which may have been meant.
 
     Raises:
         StudyFileError: Unknown option, or a bad or missing value.
@@ -101,7 +113,9 @@ def parse(options: Mapping[str, Option], arguments: Sequence[str], study: str) -
     while rest:
         flag, equals, text = rest.pop(0).partition("=")
         if flag not in flags:
-            raise StudyFileError(f"{study} has no option {flag!r}. {_listed(options)}")
+            meant = difflib.get_close_matches(flag, [*flags, *beside], n=1)
+            guess = f"Did you mean {meant[0]}? " if meant else ""
+            raise StudyFileError(f"{study} has no option {flag!r}. {guess}{_listed(options)}")
         option, positive = flags[flag]
         if option.type is bool:
             if equals:
@@ -132,9 +146,11 @@ def complete(options: Mapping[str, Option], given: Mapping[str, Any], study: str
 
 
 def _listed(options: Mapping[str, Option]) -> str:
+    own = "Those of hq-optuna run itself: hq-optuna run --help."
     if not options:
-        return "It has none."
-    return f"Its options: {', '.join(map(str, options.values()))}."
+        return f"It has none. {own}"
+    lines = [f"  {option}  {option.help or ''}".rstrip() for option in options.values()]
+    return "\n".join(["Its options:", *lines, own])
 
 
 def _options_of(function: Callable[..., Any], where: str) -> Iterator[Option]:

@@ -37,3 +37,35 @@ def test_a_loss_that_is_not_known_is_warned_of_unless_its_rise_is_given(
     assert data["settings"]["scorer"] == scorer
     warned = "Warning: The scorer is 'diagonal'" in " ".join(result.stderr.split())
     assert warned == (scorer == "diagonal")
+
+
+OPTION = '''
+
+def validation(quick: int = 32):
+    """Return data.
+
+    Args:
+        quick: Images that are looked at.
+    """
+    return _data(quick, 2)
+'''
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("--budgte", "--budget"), ("--quik", "--quick"), ("--no-refien", "--no-refine")],
+)
+def test_a_wrong_option_leads_to_the_one_that_was_meant(
+    study: Path, command: Command, typed: str, meant: str
+) -> None:
+    study.write_text(study.read_text() + OPTION)
+    result = command("run", study, typed, "1")
+    assert result.exit_code == 1
+    said = " ".join(result.output.split())
+    assert f"has no option '{typed}'. Did you mean {meant}? Its options:" in said
+    assert "--quick INT Images that are looked at." in said
+    assert "hq-optuna run --help" in said
+
+
+def test_an_option_that_is_like_no_other_is_not_guessed(study: Path, command: Command) -> None:
+    assert "Did you mean" not in command("run", study, "--xyzzy", "1").output

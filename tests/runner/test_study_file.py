@@ -151,9 +151,10 @@ def test_whatever_can_be_written_down_comes_back_from_the_command_line(n, rate, 
     [
         (
             ["--chekpoint=x"],
-            r"mine\.py has no option '--chekpoint'.*--checkpoint PATH \(required\)",
+            r"(?s)mine\.py has no option '--chekpoint'\. Did you mean --checkpoint\? Its options:\n"
+            r".*  --checkpoint PATH \(required\)  Where the weights are kept\.\n",
         ),
-        (["stray"], r"no option 'stray'.*--flip/--no-flip"),
+        (["stray"], r"(?s)no option 'stray'\. Its options:.*--flip/--no-flip"),
         (["--checkpoint"], "--checkpoint needs a value"),
         (["--checkpoint", "--flip"], "--checkpoint needs a value"),
         (["--checkpoint="], "--checkpoint takes a value of type Path; got ''"),
@@ -162,7 +163,7 @@ def test_whatever_can_be_written_down_comes_back_from_the_command_line(n, rate, 
         (["--rate=fast"], "--rate takes a value of type float; got 'fast'"),
         (["--flip=yes"], "--flip takes no value: write --flip/--no-flip; got 'yes'"),
         (["--no-n=1"], "no option '--no-n'"),
-        (["--n=1"], r"mine\.py needs --checkpoint\. Its options: .*--width INT"),
+        (["--n=1"], r"(?s)mine\.py needs --checkpoint\. Its options:.*--width INT"),
     ],
 )
 def test_a_wrong_option_is_refused_with_the_options_there_are(study, arguments, words):
@@ -171,11 +172,11 @@ def test_a_wrong_option_is_refused_with_the_options_there_are(study, arguments, 
 
 
 def test_build_checks_options_that_come_from_python(study, tmp_path):
-    with pytest.raises(StudyFileError, match=r"no option 'bogus'\. Its options: --checkpoint"):
+    with pytest.raises(StudyFileError, match=r"no option 'bogus'\. Its options:\n  --checkpoint"):
         study(OPTIONS).build(tmp_path, {"checkpoint": Path("c"), "bogus": 1})
     with pytest.raises(StudyFileError, match="needs --checkpoint"):
         study(OPTIONS).build(tmp_path, {})
-    with pytest.raises(StudyFileError, match=r"no option 'bogus'\. It has none\."):
+    with pytest.raises(StudyFileError, match=r"no option 'bogus'\. It has none\. .*--help"):
         study(MINIMAL).build(tmp_path, {"bogus": 1})
     with pytest.raises(StudyFileError, match="no option 'folder'"):
         study(OPTIONS).build(tmp_path, {"checkpoint": Path("c"), "folder": tmp_path})
