@@ -7,6 +7,7 @@ import io
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,8 +45,9 @@ def test_the_example_runs_and_prints_what_the_readme_shows(
     monkeypatch.chdir(folder)
     torch.set_num_threads(1)
     printed = io.StringIO()
+    names: dict[str, Any] = {}
     with contextlib.redirect_stdout(printed):
-        exec(compile(code, "README", "exec"), {})
+        exec(compile(code, "README", "exec"), names)
     assert shape_of(printed.getvalue()) == shape_of(block("example output"))
     shares = [
         float(re.search(r"([\d.]+) % of all-8-bit", text)[1])  # type: ignore[index]
@@ -53,6 +55,18 @@ def test_the_example_runs_and_prints_what_the_readme_shows(
     ]
     assert max(shares) <= 25
     assert (folder / "digits-25" / "recipe.json").exists()
+    bits_of_another_budget_become_a_network(names)
+
+
+def bits_of_another_budget_become_a_network(names: dict[str, Any]) -> None:
+    hq = names["hq"]
+    found = hq.resolve(names["study"], hq.Budget.fraction(bops=0.2))
+    found.save("assignment.json")
+    exec(compile(block("assignment example"), "README", "exec"), names)
+    expected = names["search"].exact(names["study"], hq.Budget.fraction(bops=0.2))
+    assert expected.config == found.config
+    images = names["data"][0][:16]
+    assert torch.equal(names["quantized"](images), expected.network(images))
 
 
 def test_the_run_command_prints_the_lines_that_the_readme_shows(
