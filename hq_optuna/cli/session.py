@@ -200,7 +200,7 @@ def begin(request: Request, console: Console) -> Session:
             parts.calibration,
             validation=parts.validation,
             evaluate=parts.evaluate,
-            training=plan_of(asked, parts.train, parts.augment),
+            training=plan_of(asked, parts.train, parts.augment, typed=request.given),
             **settings,
         )
         threads = request.threads or sensible_threads(macs(search.space.layers))

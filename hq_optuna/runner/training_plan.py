@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,7 +77,10 @@ class TrainingPlan:
 
 
 def plan_of(
-    given: Mapping[str, Any], train: Callable[[], Any] | None, augment: Augment | None
+    given: Mapping[str, Any],
+    train: Callable[[], Any] | None,
+    augment: Augment | None,
+    typed: Collection[str] = (),
 ) -> TrainingPlan | None:
     """Return the plan that settings ask for, or ``None`` where they ask for no training.
 
@@ -85,15 +88,22 @@ def plan_of(
         given: Of `SETTINGS`, those that were given.
         train: Returns the training data; called only where they are needed.
         augment: Changes a batch's inputs.
+        typed: Names of settings from the command line. Whoever typed how long winners are trained
+            wants training; a study file may say it for runs that train.
 
     Raises:
-        StudyFileError: Training is asked for, and there are no training data; or a setting that is
-            not understood.
+        StudyFileError: Training is asked for, and there are no training data, or nobody said when
+            to train; or a setting that is not understood.
         DataError: Unusable training data.
     """
     every = given.get("train_every", 0)
     final = given.get("final_epochs", FINAL_EPOCHS if every else 0)
     if not every and not final:
+        if "train_epochs" in typed:
+            raise StudyFileError(
+                "--train-epochs alone trains nothing: say after how many steps their winner is "
+                "trained (--train-every 4), or train the answer alone (--final-epochs 20)."
+            )
         return None
     if train is None:
         raise StudyFileError(

@@ -68,3 +68,24 @@ def test_training_without_data_is_refused_before_any_work(
 def test_nothing_is_trained_unless_asked(trained: Path, command: Callable[..., Result]) -> None:
     assert command("run", trained).exit_code == 0
     assert all(record.training is None for record in records("tiny"))
+
+
+@pytest.mark.parametrize("when", [(), ("--train-every", "0"), ("--final-epochs", "0")])
+def test_epochs_without_saying_when_to_train_are_refused(
+    trained: Path, command: Callable[..., Result], when: tuple[str, ...]
+) -> None:
+    result = command("run", trained, "--train-epochs", "3", *when)
+    assert result.exit_code == 1
+    said = " ".join(result.output.split())
+    assert "--train-epochs alone trains nothing" in said
+    assert "--train-every 4" in said and "--final-epochs 20" in said
+    assert not Path("hq-optuna-runs/tiny/study.db").exists()
+
+
+def test_epochs_of_a_study_file_wait_for_a_run_that_trains(
+    trained: Path, command: Callable[..., Result]
+) -> None:
+    trained.write_text(trained.read_text() + '\nSETTINGS["train_epochs"] = 3\n')
+    result = command("run", trained)
+    assert result.exit_code == 0, result.output
+    assert "no training" in result.output
