@@ -11,7 +11,7 @@ from hq_optuna.batches import read_batches
 from hq_optuna.cli.app import app
 from hq_optuna.cost import Budget
 from hq_optuna.runner.study_file import SETTINGS_KEYS, StudyFile, find_study, parse_budget
-from hq_optuna.scoring import output_rise_of
+from hq_optuna.scoring import SCORERS, output_rise_of
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -68,6 +68,8 @@ def test_the_page_on_study_files_lists_every_setting_and_only_budgets_that_work(
     page = (CHECKOUT / "docs" / "study-files.md").read_text()
     table = page.split("## SETTINGS")[1]
     assert set(re.findall(r"^\| `(\w+)` \|", table, re.M)) == set(SETTINGS_KEYS)
+    scorers = re.search(r"^\| `scorer` \|(.*)\|.*\|$", table, re.M)[1]
+    assert set(re.findall(r'`"(\w+)"`', scorers)) == set(SCORERS)
     examples = re.findall(r'"([^"]+)"', re.search(r"^\| `budget`.*$", table, re.M)[0])
     assert len(examples) == 5
     for example in examples:
