@@ -26,7 +26,7 @@ from hq_optuna.quantization import Observer
 from hq_optuna.quantization.compensation import Rounding
 from hq_optuna.runner._report_compared import COMPARED
 from hq_optuna.runner.comparison import rows
-from hq_optuna.runner.evaluation import Evaluate, accuracy, before_and_after
+from hq_optuna.runner.evaluation import Evaluate, accuracy, before_and_after, check_evaluate
 from hq_optuna.runner.exact import exact_result
 from hq_optuna.runner.objective import HessianObjective
 from hq_optuna.runner.publish import publish_artifacts, publish_facts, refuse_foreign_study
@@ -156,6 +156,8 @@ class BitSearch:
             )
         )
         self.evaluate: Evaluate = accuracy if evaluate is None else evaluate
+        if evaluate is not None and self.validation is not None:
+            check_evaluate(evaluate, model, self.validation)
         if self.objective.training is not None:
             self.objective.training.validation = self.validation
             self.objective.training.evaluate = self.evaluate

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hq_optuna.batches import Batches, forward
+from hq_optuna.errors import DataError
 
 Evaluate = Callable[[nn.Module, Batches], Mapping[str, float]]
 
@@ -34,6 +35,35 @@ def right(network: nn.Module, data: Batches) -> Tensor | None:
             return None
         found.append((outputs.argmax(1) == labels).cpu())
     return torch.cat(found) if found else None
+
+
+@torch.no_grad()
+def check_evaluate(evaluate: Evaluate, model: nn.Module, data: Batches) -> None:
+    """Measure the float network once before a search, which is over when it is measured again.
+
+    On the first batch, and on all of them only where that one alone cannot be measured.
+
+    Raises:
+        DataError: It fails, or returns no numbers by name.
+    """
+    network = copy.deepcopy(model).eval()
+    for batches in (Batches(data[:1]), data):
+        try:
+            found = evaluate(network, batches)
+            break
+        except Exception as error:  # whatever the user's own code raises
+            if batches is data:
+                raise DataError(
+                    f"evaluate fails on the validation data: {type(error).__name__}: {error}. It "
+                    "is called with (network, batches); a batch has inputs, labels and n."
+                ) from error
+    try:
+        for value in dict(found).values():
+            float(value)
+    except (TypeError, ValueError):
+        raise DataError(
+            f'evaluate returns numbers by name, such as {{"dice": 0.91}}; got {found!r:.80}.'
+        ) from None
 
 
 @torch.no_grad()

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from hq_optuna.curvature import LossFunction
+from hq_optuna.curvature import LossFunction, is_cross_entropy
 from hq_optuna.errors import DataError
 
 
@@ -21,7 +21,7 @@ def class_axis(outputs: Any, labels: Any, loss_fn: LossFunction | None) -> int |
     """
     if not isinstance(outputs, Tensor) or outputs.dim() < 2:
         return None
-    if loss_fn is functional.cross_entropy or isinstance(loss_fn, nn.CrossEntropyLoss):
+    if is_cross_entropy(loss_fn):
         return 1
     if not isinstance(labels, Tensor) or labels.is_floating_point():
         return None

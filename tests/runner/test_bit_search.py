@@ -337,6 +337,29 @@ def test_what_cannot_be_searched_is_refused_at_once(error, words, options):
     assert isinstance(raised.value, HqOptunaError) or error is ValueError
 
 
+@pytest.mark.parametrize(
+    ("evaluate", "words"),
+    [
+        (lambda network, batches: batches.images, "evaluate fails .* 'images'"),
+        (lambda network: {"dice": 1.0}, "evaluate fails .* is called with .network, batches"),
+        (lambda network, batches: 0.9, "numbers by name.* got 0.9"),
+        (lambda network, batches: {"dice": "good"}, "numbers by name.* got .'dice': 'good'"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_the_search(evaluate, words):
+    with pytest.raises(DataError, match=words):
+        search(validation=data(10, seed=7), evaluate=evaluate)
+    search(evaluate=evaluate)  # without validation data nothing is measured
+
+
+def test_a_measure_that_needs_all_validation_data_gets_them():
+    def evaluate(network, batches):
+        return {"batches": 1.0 / (len(batches) - 1)}
+
+    batches = [data(10, seed=7), data(10, seed=8)]
+    assert search(validation=batches, evaluate=evaluate).evaluate is evaluate
+
+
 def test_a_storage_that_cannot_be_opened_is_refused():
     with pytest.raises(StorageError, match="is no storage URL"):
         search().optimize("study.db", "s")
