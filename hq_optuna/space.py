@@ -108,11 +108,11 @@ class SearchSpace:
         if pin_first_last is not None:
             for name in (names[0], names[-1]):
                 fixed[name] = _pin(pin_first_last, "pin_first_last", activation_bits)
-        for glob, pair in (pins or {}).items():
+        for glob, pair in _globs(pins, "pins").items():
             for name in match_layers(glob, names, "pins"):
                 fixed[name] = _pin(pair, f"pins[{glob!r}]", activation_bits)
         choices = dict.fromkeys(names, default)
-        for glob, values in (allowed or {}).items():
+        for glob, values in _globs(allowed, "allowed").items():
             for name in match_layers(glob, names, "allowed"):
                 choices[name] = _notches(values, f"allowed[{glob!r}]")
 
@@ -250,6 +250,15 @@ def _notches(values: Iterable[int], where: str) -> tuple[int, ...]:
                 f"{where} holds {value!r}; bits are whole numbers from {MIN_BITS} to {MAX_BITS}."
             )
     return tuple(sorted({int(value) for value in values}, reverse=True))
+
+
+def _globs(value: Any, where: str) -> Mapping[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise SpaceError(
+            f"{where} is a mapping from layer names or globs to bits; got {value!r}. "
+            "Write for example {'head.*': 8}."
+        )
+    return value or {}
 
 
 def _pin(value: int | tuple[int, int], where: str, activation_bits: ActivationBits) -> LayerBits:

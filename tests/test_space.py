@@ -256,6 +256,11 @@ def test_a_state_of_the_wrong_length_is_refused() -> None:
             "Tied layers must allow the same bits: 'block.1'.*'block.2' allows",
         ),
         ({"bits": [8]}, "Nothing is left to search: each of the 4 layers"),
+        (
+            {"pins": ["0"]},
+            r"pins is a mapping from layer names .*; got \['0'\]\. Write for example",
+        ),
+        ({"allowed": "8"}, r"allowed is a mapping from layer names .*; got '8'"),
         ({"pins": {"*": 4}}, "Nothing is left to search"),
     ],
 )

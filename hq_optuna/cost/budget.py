@@ -74,8 +74,11 @@ def check_reachable(space: SearchSpace, budget: Budget) -> None:
     """Refuse a budget below the cheapest assignment of the space.
 
     Raises:
+        TypeError: The budget is no `Budget`.
         BudgetError: With the limit, the minimum, and both as fractions of the all-8-bit cost.
     """
+    if not isinstance(budget, Budget):
+        raise TypeError(f"budget is a Budget such as Budget.fraction(bops=0.25); got {budget!r}.")
     model = CostModel(space.layers, budget.metric)
     limit, minimum = budget.limit(space.layers), model.cost(space.config(space.bottom))
     if minimum > limit:

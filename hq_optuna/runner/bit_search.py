@@ -25,6 +25,7 @@ from hq_optuna.pruners import CostBudgetPruner
 from hq_optuna.quantization import Observer
 from hq_optuna.quantization.compensation import Rounding
 from hq_optuna.runner._report_compared import COMPARED
+from hq_optuna.runner.budget_text import parse_budget
 from hq_optuna.runner.comparison import rows
 from hq_optuna.runner.evaluation import Evaluate, accuracy, before_and_after, check_evaluate
 from hq_optuna.runner.exact import exact_result
@@ -59,7 +60,7 @@ class BitSearch:
         bits: Bits a layer may have, each 1 to 16.
         activation_bits: ``"same"``: the input of a layer has the bits of its weights. A number:
             fixed. A sequence: searched apart. ``None``: float.
-        budget: What the answer may cost.
+        budget: What the answer may cost, a `Budget` or text as on the command line: ``"0.2 bops"``.
         pin_first_last: Bits of the first and last layer; ``None`` searches them too.
         pins: Glob over layer names to fixed bits.
         allowed: Glob over layer names to the bits allowed there.
@@ -90,6 +91,7 @@ class BitSearch:
         DataError: Empty, unlabelled, unrepeatable or non-finite data; labels out of range.
         SpaceError: Unknown layers, impossible bits.
         BudgetError: The budget is below the cheapest assignment.
+        StudyFileError: The budget is text that is none.
     """
 
     def __init__(
@@ -100,7 +102,7 @@ class BitSearch:
         *,
         bits: Iterable[int] = range(2, 9),
         activation_bits: ActivationBits = "same",
-        budget: Budget | None = None,
+        budget: Budget | str | None = None,
         pin_first_last: int | None = 8,
         pins: Mapping[str, int | tuple[int, int]] | None = None,
         allowed: Mapping[str, Iterable[int]] | None = None,
@@ -118,7 +120,7 @@ class BitSearch:
         evaluate: Evaluate | None = None,
         batch_size: int = 32,
     ) -> None:
-        self.budget = Budget.fraction(bops=0.25) if budget is None else budget
+        self.budget = parse_budget("0.25 bops" if budget is None else budget)
         data = read_batches(calibration, batch_size=batch_size)
         seen = introspect(model, data[0].inputs)
         self.space = SearchSpace.build(
@@ -372,7 +374,7 @@ class BitSearch:
             fingerprint=study.user_attrs[attrs.FINGERPRINT],
         )
 
-    def exact(self, study: Study, budget: Budget | None = None) -> SearchResult:
+    def exact(self, study: Study, budget: Budget | str | None = None) -> SearchResult:
         """Return the exact assignment for a budget: the least sum over layers, no search.
 
         Solved on the table in the study, then scored and measured like a search's answer. Nothing

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hq_optuna.runner.bit_search import BitSearch
 
 
-def exact_result(search: BitSearch, study: Study, budget: Budget) -> SearchResult:
+def exact_result(search: BitSearch, study: Study, budget: Budget | str) -> SearchResult:
     """Return the assignment with the least sum over layers, see `BitSearch.exact`."""
     scorer = search.objective.prepare(study)
     found = resolve(study, budget)

@@ -18,6 +18,7 @@ from hq_optuna.bit_config import BitConfig
 from hq_optuna.cost import Budget, CostModel, Metric, check_reachable
 from hq_optuna.errors import RecipeError, ResumeError
 from hq_optuna.history import History, read_history
+from hq_optuna.runner.budget_text import parse_budget
 from hq_optuna.search import Additive, Point
 from hq_optuna.whole_files import write_whole
 
@@ -90,17 +91,20 @@ def sums_of(history: History, metric: Metric | None = None) -> Additive:
     return sums
 
 
-def resolve(study: Study, budget: Budget) -> Resolved:
+def resolve(study: Study, budget: Budget | str) -> Resolved:
     """Return the assignment with the least sum over layers within a budget.
 
     Args:
         study: A study of a bit search; finished or not, its table is there from the start.
-        budget: Any budget, also in another metric than the search's.
+        budget: Any budget, also in another metric than the search's: a `Budget`, or text as on the
+            command line, ``"0.2 bops"``.
 
     Raises:
+        StudyFileError: Text that is no budget.
         ResumeError: The study is not a bit search, or holds no table.
         BudgetError: The budget is below the cheapest assignment.
     """
+    budget = parse_budget(budget)
     history = read_history(study)
     sums = sums_of(history, budget.metric)
     check_reachable(history.space, budget)

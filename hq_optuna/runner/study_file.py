@@ -25,16 +25,9 @@ from typing import Any
 from hq_optuna.errors import HqOptunaError, StudyFileError
 from hq_optuna.runner.budget_text import parse_budget
 from hq_optuna.runner.study_options import FOLDER, Option, complete, parse, read_options
+from hq_optuna.runner.study_settings import SETTINGS_KEYS, check_settings
 
 __all__ = ["SETTINGS_KEYS", "Option", "StudyFile", "StudyParts", "find_study", "parse_budget"]
-
-SETTINGS_KEYS = (
-    *("bits", "activation_bits", "pin_first_last", "pins", "allowed", "tied"),
-    *("budget", "n_candidates", "rule", "scorer", "rounding", "correction", "seed", "refine"),
-    *("memory", "precision", "quantizers", "train_every", "train_epochs", "final_epochs"),
-    *("training", "final_training"),
-)
-"""What a study file's SETTINGS may set."""
 
 _REQUIRED = ("network", "calibration")
 _WITH_OPTIONS = (*_REQUIRED, "validation", "test", "train")
@@ -109,7 +102,7 @@ class StudyFile:
                 kind = type(getattr(module, name)).__name__
                 raise StudyFileError(f"{path}: {name} must be a function; got a {kind}.")
         settings = getattr(module, "SETTINGS", {})
-        _check_settings(settings, path)
+        check_settings(settings, path)
         functions = {name: getattr(module, name) for name in _WITH_OPTIONS if hasattr(module, name)}
         doc = (inspect.getdoc(module) or "").partition("\n")[0]
         return cls(path.stem, path, doc, read_options(functions, path), dict(settings), module)
@@ -279,19 +272,3 @@ def _line(error: BaseException, path: Path) -> str:
     frames = list(traceback.walk_tb(error.__traceback__))
     lines = [line for frame, line in frames if frame.f_code.co_filename == str(path)]
     return f", line {lines[-1]}" if lines else ""
-
-
-def _check_settings(settings: Any, path: Path) -> None:
-    if not isinstance(settings, Mapping):
-        raise StudyFileError(f"{path}: SETTINGS must be a dict; got {type(settings).__name__}.")
-    for key in settings:
-        if key not in SETTINGS_KEYS:
-            raise StudyFileError(
-                f"{path}: SETTINGS has the unknown key {key!r}. It may set: "
-                f"{', '.join(SETTINGS_KEYS)}."
-            )
-    if "budget" in settings:
-        try:
-            parse_budget(settings["budget"])
-        except StudyFileError as error:
-            raise StudyFileError(f"{path}: SETTINGS['budget']: {error}") from None

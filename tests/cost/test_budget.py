@@ -80,6 +80,12 @@ def test_a_size_budget_is_refused_in_bytes() -> None:
         check_reachable(space(1, 1000, 1), Budget.absolute(size_bytes=100))
 
 
+@pytest.mark.parametrize("budget", ["0.25 bops", 0.25, None])
+def test_what_is_no_budget_is_refused_in_words(budget: Any) -> None:
+    with pytest.raises(TypeError, match=r"Budget\.fraction\(bops=0\.25\); got"):
+        check_reachable(space(1, 1000, 1), budget)
+
+
 def test_activations_left_in_float_count_with_32_bits_in_the_minimum() -> None:
     with pytest.raises(BudgetError) as caught:
         check_reachable(

@@ -10,7 +10,7 @@ import torch
 import hq_optuna as hq
 from hq_optuna import attrs
 from hq_optuna.cost import Budget, CostModel
-from hq_optuna.errors import BudgetError, RecipeError, ResumeError
+from hq_optuna.errors import BudgetError, RecipeError, ResumeError, StudyFileError
 from hq_optuna.runner.resolving import load_assignment, pareto, resolve
 from tests.fake_search import fake_score, fake_space, fake_study, fake_table
 from tests.runner.searches import Network, data, search
@@ -31,6 +31,16 @@ def test_the_assignment_is_the_best_of_all_within_the_budget(budget):
     assert found.cost == model.cost(found.config) <= limit == found.limit
     assert found.score == pytest.approx(min(sum(fake_score(table, c)) for c in configs), rel=1e-12)
     assert found.int8 == model.int8
+
+
+def test_a_budget_may_be_text_as_on_the_command_line():
+    study = fake_study(5)
+    assert resolve(study, "30 % bops") == resolve(study, Budget.fraction(bops=0.3))
+    assert search(budget="0.3 bops").budget == Budget.fraction(bops=0.3)
+    with pytest.raises(StudyFileError, match=r"'much' is no budget\. Write a fraction"):
+        resolve(study, "much")
+    with pytest.raises(StudyFileError, match=r"'much' is no budget\. Write a fraction"):
+        search(budget="much")
 
 
 def test_nothing_is_scored_and_nothing_is_written(tmp_path):

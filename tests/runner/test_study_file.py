@@ -325,6 +325,15 @@ def test_a_folder_that_cannot_be_made_is_reported(study, tmp_path):
         ("[1]", "SETTINGS must be a dict; got list"),
         ("{'bit': 4}", r"unknown key 'bit'\. It may set: bits, activation_bits.*seed"),
         ("{'budget': 'lots'}", r"SETTINGS\['budget'\]: 'lots' is no budget"),
+        ("{'budget': None}", r"SETTINGS\['budget'\] is text, '0\.25 bops', .*; got None"),
+        ("{'n_candidates': '4'}", r"SETTINGS\['n_candidates'\] is a whole number; got '4'"),
+        ("{'seed': 'abc'}", r"SETTINGS\['seed'\] is a whole number; got 'abc'"),
+        ("{'seed': True}", r"SETTINGS\['seed'\] is a whole number; got True"),
+        ("{'memory': None}", r"SETTINGS\['memory'\] is a number of bytes or text, '2 GiB'"),
+        ("{'pins': ['0']}", r"SETTINGS\['pins'\] is a dict from layer names .* got \['0'\]"),
+        ("{'tied': 'ab'}", r"SETTINGS\['tied'\] is a sequence of groups"),
+        ("{'refine': 'no'}", r"SETTINGS\['refine'\] is True or False; got 'no'"),
+        ("{'training': 3}", r"SETTINGS\['training'\] is a dict of settings"),
     ],
 )
 def test_settings_that_are_not_understood_are_refused(study, settings, words):
