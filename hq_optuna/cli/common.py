@@ -38,6 +38,9 @@ Folder = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
 
+TRACEBACK = "HQ_OPTUNA_TRACEBACK"
+"""Environment variable that keeps errors from being cut to a sentence."""
+
 
 def load(study: str | None, storage: str | None, name: str | None, folder: Path | None) -> Any:
     """Open the study that a command names, for reading."""
@@ -52,7 +55,10 @@ def load(study: str | None, storage: str | None, name: str | None, folder: Path 
 
 @contextmanager
 def errors(as_json: bool) -> Iterator[None]:
-    """Turn errors into one sentence and an exit status: 1 for errors, 130 for Ctrl-C."""
+    """Turn errors into one sentence and an exit status: 1 for errors, 130 for Ctrl-C.
+
+    With `TRACEBACK` in the environment errors are left as they are, traceback and all.
+    """
 
     def interrupt(_signal: int, _frame: object) -> NoReturn:
         # Optuna gives a trial back on KeyboardInterrupt, and on nothing else.
@@ -62,11 +68,13 @@ def errors(as_json: bool) -> Iterator[None]:
     try:
         yield
     except HqOptunaError as error:
+        if os.environ.get(TRACEBACK):
+            raise
         _fail(str(error), type(error).__name__, as_json)
     except (ValueError, OSError) as error:
         # Optuna's and the file system's own words; a bug of ours shows its traceback instead.
         if isinstance(error, OSError) or type(error) is ValueError:
-            if os.environ.get("HQ_OPTUNA_TRACEBACK"):
+            if os.environ.get(TRACEBACK):
                 raise
             _fail(str(error), type(error).__name__, as_json)
         raise

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
+from hq_optuna.errors import StudyFileError
+
 Command = Callable[..., Result]
 
 AROUND = """
@@ -69,3 +71,20 @@ def test_a_wrong_option_leads_to_the_one_that_was_meant(
 
 def test_an_option_that_is_like_no_other_is_not_guessed(study: Path, command: Command) -> None:
     assert "Did you mean" not in command("run", study, "--xyzzy", "1").output
+
+
+@pytest.mark.parametrize(("set_to", "kind"), [("", SystemExit), ("1", StudyFileError)])
+def test_the_traceback_of_an_error_is_shown_on_request(
+    study: Path,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    set_to: str,
+    kind: type[BaseException],
+) -> None:
+    monkeypatch.setenv("HQ_OPTUNA_TRACEBACK", set_to)
+    study.write_text(study.read_text().replace("return net", "return net / 0"))
+    result = command("run", study)
+    assert result.exit_code == 1
+    assert type(result.exception) is kind
+    if kind is StudyFileError:
+        assert isinstance(result.exception.__cause__, TypeError)  # what happened in the study
