@@ -267,10 +267,10 @@ class StepLog:
             number, ticket, value = record
             assert ticket.origin is not None
             from_step, slot, result = self._by_number[ticket.origin]
-            before = self.score_of(ticket.origin)
+            score = self.score_of(ticket.origin)
             # A training that did harm changes nothing; that of the answer was asked for.
-            trained = ticket.trains and (step.final or keeps(value, before))
-            score = value if trained else before
+            trained = ticket.trains and (step.final or keeps(value, score))
+            score = value if trained else score
             incumbent = Incumbent(step.step, result.state, score, result.cost, (from_step, slot))
             self.closed.append(Closed(number, incumbent, ticket.origin, trained, ticket.worker))
             self._closed_keys.add(key)
@@ -336,9 +336,8 @@ class StepLog:
 
     def best_within_budget(self) -> float:
         """Return the smallest value of a trial within the budget, infinity where there is none."""
-        limit = self.search.limit
-        scores = [r.score for r in self.results.values() if r.cost <= limit]
-        scores += [c.incumbent.score for c in self.closed if c.incumbent.cost <= limit]
+        found = (*self.results.values(), *(c.incumbent for c in self.closed))
+        scores = [each.score for each in found if each.cost <= self.search.limit]
         # A record may be one unit in the last place below its winner.
         return math.nextafter(min(scores, default=math.inf), -math.inf)
 
