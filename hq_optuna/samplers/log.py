@@ -259,9 +259,7 @@ class StepLog:
                 self.results[step.step, slot] = result
                 for scored in entries:
                     self._by_number[scored.number] = (step.step, slot, result)
-            if not step.complete or key not in self._records:
-                break
-            record = self._first_record(key)
+            record = self._first_record(key) if step.complete else None
             if record is None:
                 break
             number, ticket, value = record
@@ -290,7 +288,7 @@ class StepLog:
 
     def _first_record(self, key: tuple[int, str]) -> _Record | None:
         """Return a step's first record."""
-        for record in sorted(self._records[key], key=lambda record: record.number):
+        for record in sorted(self._records.get(key, ()), key=lambda record: record.number):
             origin = -1 if record.ticket.origin is None else record.ticket.origin
             # A record of what is no candidate of this search would stop it for ever.
             found = self._by_number.get(origin)
@@ -336,7 +334,8 @@ class StepLog:
 
     def best_within_budget(self) -> float:
         """Return the smallest value of a trial within the budget, infinity where there is none."""
-        found = (*self.results.values(), *(c.incumbent for c in self.closed))
+        found: list[Result | Incumbent] = [*self.results.values()]
+        found += [closed.incumbent for closed in self.closed]
         scores = [each.score for each in found if each.cost <= self.search.limit]
         # A record may be one unit in the last place below its winner.
         return math.nextafter(min(scores, default=math.inf), -math.inf)
