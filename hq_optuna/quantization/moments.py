@@ -69,6 +69,8 @@ def input_moments(
         for part in torch.split(picked, max(1, MOST_ELEMENTS // watched[name])):
             index = torch.unravel_index(part.to(x.device), shape)
             rows = view[index].flatten(2).movedim(1, 0)  # (groups, places, d)
+            if rows.dtype.itemsize < 4:  # rounded sums need not be a matrix of moments any more
+                rows = rows.float()
             seen = (rows.mT @ rows).double()
             sums[name] = sums[name] + seen if name in sums else seen
             counts[name] += len(part)

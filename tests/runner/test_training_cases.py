@@ -182,6 +182,35 @@ def test_the_trained_network_is_scored_also_where_a_weight_is_shared(tmp_path):
     assert record.trained.calibration_loss == pytest.approx(loss, rel=1e-5)
 
 
+class TwoNames(Network):
+    """One module under two names, called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(4, 4, 3, padding=1)
+        self.again = self.inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.first(x)).relu()
+        x = self.again(self.inner(x).relu()).relu()
+        return self.last(self.middle(x).relu().flatten(1))
+
+
+@pytest.mark.parametrize("training", [None, plan()])
+def test_a_layer_with_two_names_is_trained_saved_and_loaded(tmp_path, training):
+    found = search(model=TwoNames().eval(), training=training)
+    study = found.optimize(artifacts=tmp_path / "artifacts")
+    result = found.result(study)
+    result.save(tmp_path / "answer")
+    loaded = hq.load(tmp_path / "answer", TwoNames())
+    x = data(50, 8)[0]
+    with torch.no_grad():
+        assert torch.equal(loaded(x), result.network(x))
+    if training is not None:
+        record = read_history(study).records[-1]
+        assert result.score == record.training["score"]
+
+
 def test_who_was_taken_for_dead_while_it_trained_goes_on(tmp_path, alone):
     """Others ended its trial in the first epoch; what they go on with counts."""
     url, ended = sqlite_url(tmp_path / "s.db"), []
