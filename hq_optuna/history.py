@@ -5,7 +5,7 @@ Needs the storage alone: no network, no data, no sampler.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,6 +72,10 @@ class Candidate:
     counted: bool
 
 
+TEST_OF = "test_of"
+"""The fact that names the answer which the test data were read for."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reference:
     """A network that candidates are made from, as what their rises are counted from.
@@ -115,6 +119,11 @@ class StepRecord:
     training: Mapping[str, Any] | None
     trained: Reference | None
     standing: Candidate | Reference
+
+    @property
+    def answer(self) -> str:
+        """What tells this network from that of another step: its bits, and what training made."""
+        return f"{self.config.digest} {self.standing.score!r}"
 
 
 @dataclass(frozen=True)
@@ -233,12 +242,22 @@ def read_history(study: Study) -> History:
             }
             for layer, parts in table.items()
         },
-        facts={k.removeprefix(prefix): v for k, v in user.items() if k.startswith(prefix)},
+        facts=_current(
+            {k.removeprefix(prefix): v for k, v in user.items() if k.startswith(prefix)}, records
+        ),
         n_running=states.count(TrialState.RUNNING),
         n_pruned=states.count(TrialState.PRUNED),
         n_failed=states.count(TrialState.FAIL),
         runs=read_runs(trials, counted),
     )
+
+
+def _current(facts: dict[str, Any], records: Sequence[StepRecord]) -> dict[str, Any]:
+    """Leave out test figures of another answer: a search that a limit stopped may go on."""
+    measured = facts.pop(TEST_OF, None)
+    if measured is None or (records and measured == records[-1].answer):
+        return facts
+    return {name: fact for name, fact in facts.items() if not name.startswith("test_")}
 
 
 def _read_trials(

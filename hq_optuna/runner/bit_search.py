@@ -19,7 +19,7 @@ from hq_optuna.cost import Budget, check_reachable
 from hq_optuna.curvature import LossFunction
 from hq_optuna.dashboard import PageWriter
 from hq_optuna.errors import ArtifactError, ResumeError
-from hq_optuna.history import read_history
+from hq_optuna.history import TEST_OF, read_history
 from hq_optuna.introspection import introspect
 from hq_optuna.pruners import CostBudgetPruner
 from hq_optuna.quantization import Observer
@@ -43,6 +43,7 @@ from hq_optuna.scoring import OutputRise, ScorerName
 from hq_optuna.scoring.reuse import DEFAULT_MEMORY
 from hq_optuna.search import Limits, Rule
 from hq_optuna.space import ActivationBits, SearchSpace
+from hq_optuna.standing import read_standing
 from hq_optuna.storages import RETRY_FOR_S, explain_errors_of, open_retrying
 
 
@@ -328,7 +329,7 @@ class BitSearch:
         Args:
             study: What `optimize` returned.
             test: Returns the test data. They are read when the search is over and never before,
-                once: figures that the study holds already are not measured again.
+                once for each answer: figures that the study holds are not measured again.
             baselines: With validation data, compare also with random draws, TPE and NSGA-II, each
                 with as many evaluations as the search, under this many seeds.
 
@@ -351,9 +352,11 @@ class BitSearch:
             )
             if compared:
                 publish_facts(study, {COMPARED: compared})
-        if test is not None and history.met and "test_samples" not in facts:
+        over = history.met and read_standing(study).state in ("finished", "stopped")
+        if test is not None and over and "test_samples" not in facts:
             data = read_batches(test(), batch_size=256, what="test").to(self.objective.device)
             facts |= self.before_and_after(network, data, "test")
+            publish_facts(study, {TEST_OF: record.answer})
         publish_facts(study, facts)
         PageWriter(study, always=True).close()
         return SearchResult(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,6 +24,7 @@ from hq_optuna.checks import check_forward
 from hq_optuna.cost import CostModel
 from hq_optuna.curvature import LossFunction
 from hq_optuna.errors import ResumeError
+from hq_optuna.history import read_history
 from hq_optuna.launching.serving import NotNeeded
 from hq_optuna.quantization import Observer, set_bits
 from hq_optuna.quantization.compensation import Rounding
@@ -135,6 +137,7 @@ class HessianObjective:
         self.skipped: tuple[tuple[str, str, str], ...] = ()
         self.progress: Progress = lambda what, done, of: None
         self._scorer: Scorer | None = None
+        self._lock = threading.RLock()  # threads of one process share one network
         self._facts: dict[str, float] = {}
         # By storage, as studies of two storages may have the same id.
         self._settled: WeakKeyDictionary[BaseStorage, dict[int, bool]] = WeakKeyDictionary()
@@ -161,15 +164,12 @@ class HessianObjective:
 
     def answer(self, study: Study, config: BitConfig) -> nn.Module:
         """Return the network of the last closed step: trained, where that step's record is."""
-        sampler = study.sampler
-        if not isinstance(sampler, ProgressiveBitSampler) or self.training is None:
-            return self.quantized(config)
-        log = sampler.log(study)
-        scorer = self.scorer_at(study, log.base)
-        network = self.quantized(config, scorer)
-        if log.base is not None and log.closed[-1].number == log.base:
+        records = read_history(study).records
+        base = next((r.number for r in reversed(records) if r.trained is not None), None)
+        network = self.quantized(config, self.scorer_at(study, base))
+        if self.training is not None and base is not None and records[-1].number == base:
             fresh = self.setup.prepared(self.model, self.space)
-            return self.training.network(study, log.base, fresh)
+            return self.training.network(study, base, fresh)
         return network
 
     def scorer_at(self, study: Study, base: int | None) -> Scorer:
@@ -254,6 +254,10 @@ class HessianObjective:
         Raises:
             optuna.TrialPruned: Its work is no longer needed.
         """
+        with self._lock:
+            return self._scored(trial)
+
+    def _scored(self, trial: Trial) -> float:
         started = time.perf_counter()
         study = trial.study
         scorer = self.prepare(study)
@@ -371,7 +375,8 @@ class HessianObjective:
         shown: dict[str, Any] = {} if ticket is None else facts(ticket, self.space, cost)
         write_facts(trial, shown | {attrs.COST: cost} | _shown(score, started))
         over = None if budget is None else excess(cost, budget.limit(self.space.layers))
-        if budget is not None and over is not None and not isinstance(trial, ClaimedTrial):
+        # A trial that was claimed was created with it.
+        if budget is not None and over is not None and budget.metric not in trial.constraints:
             trial.set_constraint(budget.metric, over)
             # optuna-dashboard up to 0.21 reads only the older form.
             trial.study._storage.set_trial_system_attr(

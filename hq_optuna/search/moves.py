@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 from hq_optuna.space import SearchSpace
@@ -40,7 +41,13 @@ def lowerable(space: SearchSpace, state: Sequence[int]) -> list[Move]:
 
 
 def propose(
-    space: SearchSpace, state: Sequence[int], *, n: int, seed: int, step: int
+    space: SearchSpace,
+    state: Sequence[int],
+    *,
+    n: int,
+    seed: int,
+    step: int,
+    saves: Callable[[Move], bool] = lambda move: True,
 ) -> tuple[Move, ...]:
     """Draw up to ``n`` distinct one-notch moves from the incumbent.
 
@@ -48,8 +55,17 @@ def propose(
     keys are drawn, which is sampling without replacement. A hash, rather than a random generator,
     gives the same draw on every machine and with every version of NumPy, whoever asks and whenever.
 
+    Args:
+        space: The search space.
+        state: Bits of the incumbent.
+        n: How many are drawn.
+        seed: Of the draws.
+        step: The step they are for.
+        saves: Whether a move lowers the cost. Those that do not (activations, where the budget is
+            of size) are drawn only where none does.
+
     Returns:
-        ``min(n, number of lowerable variables)`` moves, in the order they were drawn. With ``n`` at
+        ``min(n, number of moves that save)`` moves, in the order they were drawn. With ``n`` at
         least that number the step is exhaustive.
     """
 
@@ -57,4 +73,5 @@ def propose(
         name = space.variables[move.variable].name
         return hashlib.sha256(f"{seed}/{step}/{name}".encode()).digest()
 
-    return tuple(sorted(lowerable(space, state), key=key)[:n])
+    drawn = sorted(lowerable(space, state), key=key)
+    return tuple(islice(filter(saves, drawn), n)) or tuple(drawn[:n])

@@ -112,12 +112,14 @@ class ProgressiveSearch:
                 score=incumbent.score,
                 n=self.n_candidates,
             )
+        start, cost = incumbent.state, incumbent.cost
         moves = propose(
             self.space,
-            incumbent.state,
+            start,
             n=self.n_candidates,
             seed=self.seed,
             step=incumbent.step + 1,
+            saves=lambda move: self.cost_of(move.apply(start)) < cost,
         )
         return tuple(move.apply(incumbent.state) for move in moves)
 

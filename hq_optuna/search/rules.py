@@ -28,6 +28,7 @@ def choose(
         rule: ``"min"``: the smallest score, as in the patent. ``"ratio"``: the smallest rise of the
             score per cost saved. What is saved beyond the budget is worth nothing, so the saving is
             counted only down to ``limit``; a candidate that saves nothing loses to all that do.
+            Where the score falls, fall times saving.
         scores: Scores of the candidates, shape ``(C,)``.
         costs: Their costs, shape ``(C,)``.
         incumbent_score: Score of the assignment the step starts from.
@@ -43,7 +44,10 @@ def choose(
             rise, saved = score - incumbent_score, incumbent_cost - cost
             if 0 < needed < saved:
                 saved = needed
-            keys.append(rise / saved if saved > 0 else math.inf)
+            if saved <= 0:
+                keys.append(math.inf)
+            else:  # of two that lower the score, dividing would prefer the one that saves less
+                keys.append(rise / saved if rise >= 0 else rise * saved)
     else:
         raise ValueError(f"rule is one of {', '.join(RULES)}; got {rule!r}.")
     return min(range(len(keys)), key=lambda index: (keys[index], index))

@@ -18,21 +18,32 @@ Step = tuple[tuple[int, ...], int, int, tuple[int, int]]
 
 
 def draw(
-    notches: dict[str, list[int]], incumbent: Assignment, *, n: int, seed: int, step: int
+    notches: dict[str, list[int]],
+    incumbent: Assignment,
+    cost: Callable[[Assignment], int],
+    *,
+    n: int,
+    seed: int,
+    step: int,
 ) -> list[Assignment]:
-    """Draw layers one after the other without putting back, and lower each by one notch."""
+    """Draw layers one after the other without putting back, and lower each by one notch.
+
+    What does not lower the cost goes back into the urn, and counts only where nothing does.
+    """
     urn = {}
     for name, bits in notches.items():
         if incumbent[name] != min(bits):
             text = f"{seed}/{step}/{name}"
             urn[name] = int(hashlib.sha256(text.encode("ascii")).hexdigest(), base=16)
     candidates: list[Assignment] = []
+    useless: list[Assignment] = []
     while urn and len(candidates) < n:
         drawn = min(urn, key=lambda name: urn[name])
         del urn[drawn]
         lower = max(b for b in notches[drawn] if b < incumbent[drawn])
-        candidates.append({**incumbent, drawn: lower})
-    return candidates
+        lowered = {**incumbent, drawn: lower}
+        (candidates if cost(lowered) < cost(incumbent) else useless).append(lowered)
+    return candidates or useless[:n]
 
 
 def rank(
@@ -46,7 +57,8 @@ def rank(
         saved = min(saved, cost_before - limit)
     if saved <= 0:
         return (1, Fraction(0))
-    return (0, Fraction(score - score_before, saved))
+    rise = score - score_before
+    return (0, Fraction(rise, saved) if rise >= 0 else Fraction(rise * saved))
 
 
 def progressive(
@@ -73,7 +85,7 @@ def progressive(
     history = [row(incumbent, (0, 0))]
     while not within(incumbent):
         step = len(history)
-        candidates = draw(notches, incumbent, n=n, seed=seed, step=step)
+        candidates = draw(notches, incumbent, cost, n=n, seed=seed, step=step)
         if not candidates:
             break
         for slot, candidate in enumerate(candidates):

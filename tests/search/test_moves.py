@@ -124,3 +124,13 @@ def test_every_layer_is_drawn_equally_often(vary: str) -> None:
     assert all(abs(count[k] - 1600) < 5 * 31 for k in range(5))
     # The first slot: 800 each, √(4000·0.2·0.8) = 25.
     assert all(abs(first[k] - 800) < 5 * 25 for k in range(5))
+
+
+def test_moves_that_save_nothing_are_drawn_only_where_none_does() -> None:
+    space, top = FIVE, FIVE.top
+    options = {"n": 3, "seed": 0, "step": 1}
+    every = propose(space, top, n=99, seed=0, step=1)
+    saving = propose(space, top, **options, saves=lambda move: move.variable % 2 == 0)
+    assert saving == tuple(move for move in every if move.variable % 2 == 0)[:3]
+    assert propose(space, top, **options, saves=lambda move: False) == every[:3]
+    assert propose(space, top, **options) == every[:3]

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hq_optuna.bit_config import BitConfig
+from hq_optuna.cost import Budget, CostModel
 from hq_optuna.layers import LayerSpec
 from hq_optuna.search import (
     RULES,
@@ -24,6 +25,7 @@ from hq_optuna.search import (
     propose,
 )
 from hq_optuna.space import SearchSpace
+from tests.fake_search import fake_space
 from tests.reference.progressive import Assignment, progressive
 
 State = tuple[int, ...]
@@ -356,3 +358,26 @@ def test_the_score_is_asked_once_per_candidate() -> None:
         len(propose(table.space(), i.state, n=2, seed=0, step=i.step + 1)) for i in history
     )
     assert len(asked) == expected
+
+
+def test_a_budget_of_size_is_met_by_weights_alone() -> None:
+    """Activations searched apart have no size, so lowering them would only do harm."""
+    space = fake_space(8, activation_bits=(8, 4, 2), pin_first_last=None)
+    budget = Budget.fraction(size_bytes=0.5)
+    cost = CostModel(space.layers, "size_bytes").cost
+    search = ProgressiveSearch(
+        space, cost=cost, limit=budget.limit(space.layers), n_candidates=4, rule="min", seed=0
+    )
+    incumbent = None
+    while incumbent is None or not search.met(incumbent):
+        results = [
+            Result(state, -float(sum(state)), search.cost_of(state))  # the fewer, the worse
+            for state in search.states(incumbent)
+        ]
+        incumbent = search.close(incumbent, results)
+    activations = [
+        bits
+        for variable, bits in zip(space.variables, incumbent.state, strict=True)
+        if variable.part == "activations"
+    ]
+    assert set(activations) == {8}

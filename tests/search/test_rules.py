@@ -73,6 +73,12 @@ def test_a_falling_score_beats_every_rise() -> None:
     assert pick("ratio", [0.1, -0.1], [1.0, 99.0]) == 1
 
 
+def test_of_two_that_lower_the_score_the_one_that_also_saves_more_wins() -> None:
+    where = {"incumbent_score": 0.0, "incumbent_cost": 100.0, "limit": -math.inf}
+    assert choose("ratio", [-0.001, -0.05], [99.0, 0.0], **where) == 1
+    assert choose("ratio", [-0.05, -0.05, 0.0], [50.0, 40.0, 0.0], **where) == 1
+
+
 def test_an_unknown_rule_is_refused() -> None:
     with pytest.raises(ValueError, match="rule is one of min, ratio; got 'best'"):
         pick("best", [1.0], [1.0])
