@@ -107,18 +107,19 @@ def rows(
     eight = uniform_states(history.space).get((8, 8))
     if eight is not None and model.cost(config := history.space.config(eight)) > problem.limit:
         found.append(row(EIGHT, config, bits="8 bits", evaluations=1, seconds=None))
-    # Those of another answer, of before a limit was raised, had other evaluations and pairs.
+    # Those of before a limit was raised had other evaluations, and pairs with another answer.
+    of = f"{record.answer} {len(counted)}"
     stored = {
         (r["method"], r["seed"]): r
         for r in history.facts.get(COMPARED, ())
-        if r.get("of", record.answer) == record.answer
+        if r.get("of", of) == of
     }
     kept = [r for r in stored.values() if r["method"] in METHODS]
     wanted = [(m, seed) for m in METHODS for seed in range(seeds)]
     for method, seed in wanted:
         if (method, seed) not in stored:
             best = run_method(method, problem, len(counted), seed)
-            more: dict[str, Any] = {"evaluations": best.evaluations, "of": record.answer}
+            more: dict[str, Any] = {"evaluations": best.evaluations, "of": of}
             more["seconds"] = round(best.seconds, 3)
             more |= {} if best.config is None else {"score": best.score}
             kept.append(row(method, best.config, seed=seed, **more))
