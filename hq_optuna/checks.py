@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from hq_optuna.batches import Batch, Batches, forward, tensors
 from hq_optuna.curvature import LossFunction, is_cross_entropy
+from hq_optuna.curvature.places import IGNORED_LABEL
 from hq_optuna.errors import DataError, NetworkError
 
 logger = logging.getLogger(__name__)
-IGNORED_LABEL = -100
-"""`torch.nn.functional.cross_entropy` ignores this label."""
 
 
 @torch.no_grad()

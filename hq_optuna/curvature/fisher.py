@@ -33,6 +33,7 @@ from hq_optuna.batches import Batch, Batches, forward
 from hq_optuna.curvature.adam import LossFunction
 from hq_optuna.curvature.estimate import TOLERANCE, Curvature
 from hq_optuna.curvature.known_losses import is_cross_entropy, is_squared_error
+from hq_optuna.curvature.places import Places
 from hq_optuna.curvature.sweep import SquaredGradients, check_differentiable, differentiable, signs
 from hq_optuna.layers import LayerSpec
 
@@ -42,7 +43,7 @@ TEMPERATURE = 3.0
 class OutputProbe(Protocol):
     """Random vectors whose covariance is the Hessian of the loss in the outputs."""
 
-    def draw(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+    def draw(self, outputs: Tensor, generator: torch.Generator, labels: Any = None) -> Tensor:
         """Return u of the outputs' shape with E[u uᵀ] = H_z for each sample."""
 
     def scale(self) -> float:
@@ -54,24 +55,34 @@ class CrossEntropyProbe:
 
     Args:
         temperature: T in p = softmax(z / T); above 0.
+        places: Which places of the outputs count, where labels are given.
     """
 
-    def __init__(self, temperature: float = TEMPERATURE) -> None:
+    def __init__(self, temperature: float = TEMPERATURE, places: Places = Places()) -> None:  # noqa: B008
         if temperature <= 0:
             raise ValueError(f"temperature is above 0; got {temperature}.")
         self.temperature = temperature
+        self.places = places
         self._softened: list[float] = []
         self._own: list[float] = []
 
-    def draw(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+    def draw(self, outputs: Tensor, generator: torch.Generator, labels: Any = None) -> Tensor:
         """Return u for class scores ``(N, C, …)``."""
         z = outputs.detach().double()
         p = torch.softmax(z / self.temperature, 1)
         own = torch.softmax(z, 1)
-        self._softened.append(float((1 - p.square().sum(1)).sum()))  # the trace of H_z
-        self._own.append(float((1 - own.square().sum(1)).sum()))
+        counted = self.places.counted(z, labels)
+
+        def trace(q: Tensor) -> float:  # of H_z
+            per_place = 1 - q.square().sum(1)
+            return float((per_place if counted is None else per_place * counted).sum())
+
+        self._softened.append(trace(p))
+        self._own.append(trace(own))
         root = p.sqrt() * signs(z, generator)
         u = root - p * root.sum(1, keepdim=True)
+        if counted is not None:
+            u = u * counted.sqrt().unsqueeze(1)
         return (u / math.sqrt(z[0, 0].numel())).to(outputs.dtype)
 
     def scale(self) -> float:
@@ -84,7 +95,7 @@ class CrossEntropyProbe:
 class SquaredErrorProbe:
     """Draws u for the mean squared error: H_z = 2/d, with d the elements of a sample's output."""
 
-    def draw(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+    def draw(self, outputs: Tensor, generator: torch.Generator, labels: Any = None) -> Tensor:
         """Return random signs times √(2/d)."""
         return signs(outputs.detach(), generator) * math.sqrt(2 / outputs[0].numel())
 
@@ -96,7 +107,7 @@ class SquaredErrorProbe:
 def probe_of(loss_fn: Any) -> OutputProbe | None:
     """Return the probe of a loss, or ``None`` for a loss that is not known here."""
     if is_cross_entropy(loss_fn):
-        return CrossEntropyProbe()
+        return CrossEntropyProbe(places=Places.of(loss_fn))
     if is_squared_error(loss_fn):
         return SquaredErrorProbe()
     return None
@@ -120,7 +131,7 @@ def output_curvature(
     Args:
         network: Left as it is; a copy is differentiated. Its output is one tensor ``(N, …)``.
         layers: Layers to look at (`L`).
-        data: Calibration batches on the network's device; labels are not read.
+        data: Calibration batches on the network's device; labels tell only which places count.
         probe: Of the loss (`probe_of`).
         tolerance: Relative standard error; 0 reads all data.
         seed: Seed of the random vectors.
@@ -132,7 +143,10 @@ def output_curvature(
     generator = torch.Generator().manual_seed(seed)
 
     def objective(outputs: Any, batch: Batch) -> Tensor:
-        loss: Tensor = (probe.draw(outputs, generator) * outputs).sum() / batch.n
+        u = probe.draw(outputs, generator, batch.labels)
+        if len(outputs) != batch.n:  # several rows of outputs a sample, such as its tokens
+            u = u * math.sqrt(batch.n / len(outputs))
+        loss: Tensor = (u * outputs).sum() / batch.n
         return loss
 
     found = _squared(network, layers, data, objective, tolerance, progress)

@@ -34,11 +34,11 @@ def differentiable(
     copied = copy.deepcopy(network).eval()
     for parameter in copied.parameters():
         parameter.requires_grad_(False)
-    weights: dict[str, Tensor] = {
-        layer.name: copied.get_parameter(f"{layer.name}.weight") for layer in layers
-    }
-    for weight in weights.values():
-        weight.requires_grad_(True)
+    weights: dict[str, Tensor] = {}
+    for layer in layers:  # a weight that others share is rounded in this layer alone
+        own = nn.Parameter(copied.get_parameter(f"{layer.name}.weight").detach().clone())
+        copied.get_submodule(layer.name).register_parameter("weight", own)
+        weights[layer.name] = own
 
     def watch(
         name: str, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -94,6 +94,13 @@ def prepared_layers(network: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in network.named_modules() if is_prepared(m)}
 
 
+def prepared_names(network: nn.Module) -> dict[str, str]:
+    """Return every name of each prepared layer, with the one that `prepared_layers` knows it by."""
+    first = {module: name for name, module in prepared_layers(network).items()}
+    named = network.named_modules(remove_duplicate=False)
+    return {name: first[module] for name, module in named if module in first}
+
+
 def float_weight(module: nn.Module) -> Any:
     """Return the float weight behind a prepared layer's rounded one."""
     parametrizations = module.parametrizations.weight  # type: ignore[union-attr]

@@ -31,7 +31,7 @@ from hq_optuna.quantization.prepare import (
     get_bits,
     input_quantizer,
     prepare,
-    prepared_layers,
+    prepared_names,
     set_bits,
     weight_quantizer,
 )
@@ -173,7 +173,7 @@ def load(folder: str | Path, network: nn.Module) -> nn.Module:
 
 def plain_state_dict(network: nn.Module) -> dict[str, Tensor]:
     """Return a prepared network's float weights and buffers under the names users know."""
-    names = set(prepared_layers(network))
+    names = prepared_names(network)
     state = {}
     for key, value in network.state_dict().items():
         layer = key.removesuffix(_PARAMETRIZED)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from hq_optuna.curvature import is_cross_entropy, is_squared_error
+from hq_optuna.curvature.places import Places
 
 TEMPERATURE = 3.0
 """Of 1, 1.5, 2, 3, 4, 6 and 8 the one whose scores rank unseen images best (docs/scores.md)."""
@@ -47,6 +48,7 @@ class CrossEntropyRise:
     Args:
         temperature: T in p = softmax(z / T); above 0.
         scale: Factor of the result, see `calibrated`.
+        places: Which places of the outputs count, where labels are given.
 
     Example:
         >>> z = torch.tensor([[0.0, 0.0]])
@@ -54,37 +56,55 @@ class CrossEntropyRise:
         tensor(0.0050, dtype=torch.float64)
     """
 
-    def __init__(self, temperature: float = TEMPERATURE, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        temperature: float = TEMPERATURE,
+        scale: float = 1.0,
+        places: Places = Places(),  # noqa: B008
+    ) -> None:
         if temperature <= 0:
             raise ValueError(f"temperature is above 0; got {temperature}.")
         self.temperature = temperature
         self.scale = scale
+        self.places = places
 
-    def __call__(self, outputs: Tensor, moved: Tensor) -> Tensor:
+    def __call__(self, outputs: Tensor, moved: Tensor, labels: Any = None) -> Tensor:
         """Return the rise from class scores ``(N, C, …)`` of the float network and a candidate."""
         p = torch.softmax(outputs.double() / self.temperature, 1)
         change = moved.double() - outputs.double()
         centred = change - (p * change).sum(1, keepdim=True)
         per_place = 0.5 * (p * centred.square()).sum(1)  # (N, …)
+        counted = self.places.counted(outputs, labels)
+        if counted is not None:
+            per_place = per_place * counted
         return (
             self.scale * (per_place.flatten(1).mean(1) if per_place.dim() > 1 else per_place).sum()
         )
 
-    def calibrated(self, outputs: Sequence[Tensor]) -> CrossEntropyRise:
+    def calibrated(
+        self, outputs: Sequence[Tensor], labels: Sequence[Any] | None = None
+    ) -> CrossEntropyRise:
         """Return the rise with the mean curvature that the unsoftened network has.
 
         Softening raises curvature everywhere. One factor, the same for all candidates, takes that
         back, so that rises are in nats and ranks stay as they are.
         """
+        counts = [
+            self.places.counted(z, None if labels is None else labels[index])
+            for index, z in enumerate(outputs)
+        ]
 
         def curvature(temperature: float) -> float:
-            ps = (torch.softmax(z.double() / temperature, 1) for z in outputs)
-            return math.fsum(float((1 - p.square().sum(1)).sum()) for p in ps)
+            total = []
+            for z, counted in zip(outputs, counts, strict=True):
+                per_place = 1 - torch.softmax(z.double() / temperature, 1).square().sum(1)
+                total.append(float((per_place if counted is None else per_place * counted).sum()))
+            return math.fsum(total)
 
         softened = curvature(self.temperature)
         scale = curvature(1.0) / softened if softened > 0 else 1.0
         # A network sure of every image has no curvature of its own to scale to.
-        return CrossEntropyRise(self.temperature, scale if scale > 0 else 1.0)
+        return CrossEntropyRise(self.temperature, scale if scale > 0 else 1.0, self.places)
 
 
 def squared_error_rise(outputs: Tensor, moved: Tensor) -> Tensor:
@@ -99,7 +119,7 @@ def squared_error_rise(outputs: Tensor, moved: Tensor) -> Tensor:
 def output_rise_of(loss_fn: Any) -> OutputRise | None:
     """Return the Gauss-Newton rise of a loss, or ``None`` for a loss that is not known here."""
     if is_cross_entropy(loss_fn):
-        return CrossEntropyRise()
+        return CrossEntropyRise(places=Places.of(loss_fn))
     if is_squared_error(loss_fn):
         return squared_error_rise
     return None

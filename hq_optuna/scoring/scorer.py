@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import nn
 
-from hq_optuna.batches import Batches, Precision, autocast, check_precision, forward
+from hq_optuna.batches import Batch, Batches, Precision, autocast, check_precision, forward
 from hq_optuna.bit_config import BitConfig, LayerBits
 from hq_optuna.curvature import LossFunction
 from hq_optuna.errors import ScoreError
@@ -18,7 +18,7 @@ from hq_optuna.layers import FLOAT_BITS
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.quantization.prepare import get_bits, set_bits
 from hq_optuna.scoring.graph import UncuttableError
-from hq_optuna.scoring.outputs import CrossEntropyRise, OutputRise
+from hq_optuna.scoring.outputs import CrossEntropyRise, OutputRise, squared_error_rise
 from hq_optuna.scoring.reuse import DEFAULT_MEMORY, Reuse
 from hq_optuna.scoring.sensitivity import Sensitivity
 
@@ -156,11 +156,23 @@ class Scorer:
                     self.between_batches()
                 batch = self.data[index]
                 losses.append(float(self.loss_fn(outputs, batch.labels)) * batch.n)
-                if self.output_rise is not None and expected is not None:
-                    rises.append(float(self.output_rise(expected[index], outputs)))
+                if expected is not None:
+                    rises.append(self._rise(expected[index], outputs, batch))
         n = self.data.n_samples
         rise = float(f"{math.fsum(rises) / n:.9g}") if rises else None
         return math.fsum(losses) / n, rise
+
+    def _rise(self, expected: Any, outputs: Any, batch: Batch) -> float:
+        """Return what a batch's outputs tell of the rise, summed over its samples."""
+        assert self.output_rise is not None
+        if isinstance(self.output_rise, CrossEntropyRise):
+            rise = float(self.output_rise(expected, outputs, batch.labels))
+        else:
+            rise = float(self.output_rise(expected, outputs))
+            if self.output_rise is not squared_error_rise:
+                return rise  # the user's own, who knows what a sample is
+        # A sample may have several rows of outputs, such as its tokens.
+        return rise if len(outputs) == batch.n else rise * batch.n / len(outputs)
 
     @torch.no_grad()
     def float_loss(self) -> float:
@@ -205,7 +217,9 @@ class Scorer:
                 self._float_outputs = [forward(self.prepared, b.inputs) for b in self.data]
                 set_bits(self.prepared, before)
             if isinstance(self.output_rise, CrossEntropyRise):
-                self.output_rise = self.output_rise.calibrated(self._float_outputs)
+                self.output_rise = self.output_rise.calibrated(
+                    self._float_outputs, [batch.labels for batch in self.data]
+                )
         return self._float_outputs
 
 

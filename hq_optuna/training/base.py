@@ -24,6 +24,7 @@ from hq_optuna.quantization.prepare import (
     input_quantizer,
     prepare,
     prepared_layers,
+    prepared_names,
     weight_quantizer,
 )
 from hq_optuna.quantization.ranges import AffineRange
@@ -102,6 +103,11 @@ def trained_base(
         state[f"{name}.weight"] = weight
         state.pop(f"{name}.{SHIFT}", None)  # zero: see `fold_shifts_`
         _untie_(plain.get_submodule(name), weight)
+    for name, first in prepared_names(prepared).items():
+        if name != first:
+            del state[f"{name}.{_ORIGINAL}"]
+            state.pop(f"{name}.{SHIFT}", None)
+            state[f"{name}.weight"] = state[f"{first}.weight"]
     plain.load_state_dict(state)
     return TrainedBase(plain, config, scales, ranges, behind)
 

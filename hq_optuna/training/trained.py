@@ -17,6 +17,7 @@ from hq_optuna.quantization.prepare import (
     get_bits,
     input_quantizer,
     prepared_layers,
+    prepared_names,
     set_bits,
     weight_quantizer,
 )
@@ -69,7 +70,7 @@ def load_trained_(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         )
     state = _part(tensors, _STATE)
     own = network.state_dict()
-    for name in layers:
+    for name in prepared_names(network):
         shift = f"{name}.{SHIFT}"
         if shift in state and shift not in own:
             own[shift] = state[shift]
