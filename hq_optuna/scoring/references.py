@@ -95,10 +95,11 @@ def _noise(value_range: float, bits: int) -> float:
 
 
 def _ranges(prepared: nn.Module, names: list[str], data: Batches) -> Mapping[str, float]:
-    """Return the mean over batches of max − min of what enters each layer."""
+    """Return the mean of max − min of what enters each layer, over the batches that reach it."""
     sums = dict.fromkeys(names, 0.0)
     if not names:
         return sums
+    counts = dict.fromkeys(names, 0)
     lows: dict[str, float] = {}
     highs: dict[str, float] = {}
 
@@ -114,8 +115,9 @@ def _ranges(prepared: nn.Module, names: list[str], data: Batches) -> Mapping[str
                 lows.clear()
                 highs.clear()
                 forward(prepared, batch.inputs)
-                for name in names:
+                for name in lows:
                     sums[name] += highs[name] - lows[name]
+                    counts[name] += 1
     finally:
         set_bits(prepared, before)
-    return {name: total / len(data) for name, total in sums.items()}
+    return {name: total / max(counts[name], 1) for name, total in sums.items()}

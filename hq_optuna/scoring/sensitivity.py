@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from hq_optuna.batches import Batches, forward
 from hq_optuna.bit_config import LayerBits
-from hq_optuna.curvature import Curvature
+from hq_optuna.curvature import Curvature, InputCurvature
 from hq_optuna.curvature.estimate import per_sample
 from hq_optuna.errors import ScoreError
 from hq_optuna.layers import FLOAT_BITS, LayerSpec
@@ -217,7 +217,7 @@ def _activation_rises(
 
     def see(name: str, x: Tensor) -> None:
         call = calls[name] = calls.get(name, -1) + 1
-        entry = curvature.inputs[name][call]
+        entry = _entry(curvature.inputs[name], call)
         unknown = name in curvature.no_gradient or entry.total == 0
         rows = per_sample(x, n)
         for b in rises[name]:
@@ -243,6 +243,16 @@ def _activation_rises(
         set_bits(prepared, before)
     samples = data.n_samples
     return {name: {b: v / samples for b, v in row.items()} for name, row in rises.items()}
+
+
+def _entry(known: Sequence[InputCurvature], call: int) -> InputCurvature:
+    """Return the curvature in one call's input; that of all calls for one that was never seen.
+
+    A layer may be called more often in some batches, and curvature may stop before it reads them.
+    """
+    if call < len(known):
+        return known[call]
+    return InputCurvature(sum(entry.total for entry in known), sum(entry.count for entry in known))
 
 
 def unknown_layers(curvature: Curvature, layers: Sequence[LayerSpec]) -> list[str]:

@@ -59,6 +59,28 @@ def test_fit_is_the_fisher_trace_times_the_noise_power_of_uniform_rounding(name)
             assert found.activations[layer.name][bits] == pytest.approx(inputs * noise)
 
 
+def test_the_range_of_a_layer_that_some_batches_pass_by_is_that_of_the_others():
+    class Detour(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3, bias=False), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x) if bool(x.mean() > 0) else x)
+
+    network = make(Detour)
+    batches = [rows(8, 3, seed=i) + shift for i, shift in enumerate((5, -5, 5))]
+    labels = torch.arange(8) % 3
+    data = read_batches([(x, labels) for x in batches])
+    prepared, space = ready(network, data)
+    curvature = empirical_fisher(network, space.layers, data, F.cross_entropy)
+    found = fit(prepared, space, curvature, data)
+    entry = curvature.inputs["a"][0]
+    spread = sum(float(x.max() - x.min()) for x in batches[::2]) / 2
+    expected = entry.total / entry.n_samples * (spread / 255) ** 2 / 12
+    assert found.activations["a"][8] == pytest.approx(expected)
+
+
 def test_hawq_v2_is_the_mean_trace_times_the_squared_error_without_a_half():
     network, x = make(CASES["ConvNet"][0]), CASES["ConvNet"][1]
     data = read_batches((x, LABELS), batch_size=4)

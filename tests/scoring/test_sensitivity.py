@@ -218,6 +218,46 @@ def test_a_layer_without_gradient_is_scored_as_the_most_curved_one(scorer):
     assert "'frozen' received no gradient" in sentences[0]
 
 
+class Steps(nn.Module):
+    """Calls a layer once for each step of a sequence; `rare` only for long ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step, self.rare, self.head = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.zeros_like(x[:, 0])
+        for t in range(x.shape[1]):
+            h = torch.tanh(self.step(x[:, t] + h))
+        return self.head(self.rare(h) if x.shape[1] > 2 else h)
+
+
+@pytest.mark.parametrize("form", ["trace", "felt"])
+def test_calls_that_curvature_never_saw_count_by_those_it_did(form):
+    network, labels = make(Steps), torch.arange(6) % 3
+    data = read_batches([(rows(6, n, 3, seed=n), labels) for n in (2, 5)])
+    prepared, space = ready(network, Batches(data[::-1]))  # the long batch shows all layers
+    # What stopping after the first batch leaves: two calls of `step`, none of `rare`.
+    early = calibration_adam(network, space.layers, Batches(data[:1]), F.cross_entropy)
+    found = measure_sensitivity(prepared, space, early, data, form).activations
+    first, second = early.inputs["step"]
+    largest = max(first.mean, second.mean, early.inputs["head"][0].mean)
+    means = {
+        "step": [first.mean, second.mean] * 2 + [(first.mean + second.mean) / 2] * 3,
+        "rare": [largest],
+    }
+    for name, expected in means.items():
+        seen: list[Tensor] = []
+        with watch_inputs(network, [name], lambda _, x, seen=seen: seen.append(x.detach())):
+            for batch in data:
+                network(batch.inputs)
+        for bits in (2, 8):
+            error = input_quantizer(prepared.get_submodule(name)).quantized
+            squares = [float((error(x, bits) - x).square().sum()) for x in seen]
+            rise = 0.5 * sum(m * e for m, e in zip(expected, squares, strict=True)) / 12
+            assert found[name][bits] == pytest.approx(rise, rel=1e-10)
+
+
 def test_layers_cannot_be_compared_where_none_has_a_gradient():
     network, x = make(Residual), rows(9, 3)
     data = read_batches((x, torch.arange(9) % 3))
