@@ -157,8 +157,8 @@ class StatisticsCorrection:
         def shift(name: str, module: nn.Module, output: Tensor) -> Tensor:
             axis = channel_axis(module, output)
             change = self._shifted[name] - channel_statistics(output, axis)[0]
-            module.get_buffer(SHIFT).copy_(change)
-            return output + _along(change, output, axis)
+            # What the buffer holds, in the layer's precision, as it is added from now on.
+            return output + _along(module.get_buffer(SHIFT).copy_(change), output, axis)
 
         with autocast(self.prepared, self.precision), _before(norms, norm), _after(layers, shift):
             return forward(self.prepared, self.data[0].inputs) if run is None else run()

@@ -238,3 +238,21 @@ def test_merging_keeps_samples_order_and_odd_sizes() -> None:
     assert [batch.n for batch in merge(sizes, 100)] == [2, 2]
     pairs = read_batches([((x[:5], x[:5]), y[:5]), ((x[5:], x[5:]), y[5:])])
     assert [batch.n for batch in merge(pairs, 100)] == [10]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_networks_in_half_precision_are_corrected_in_it(dtype: torch.dtype) -> None:
+    network, data = make()
+    network, data = network.to(dtype), read_batches((data[0].inputs.to(dtype), data[0].labels))
+    right = forward(network, data[0].inputs)
+    prepared = prepared_of(network, data)
+    correction = StatisticsCorrection(prepared, data)
+    set_bits(prepared, uniform(prepared, 3))
+    with torch.no_grad():
+        wrong = forward(prepared, data[0].inputs)
+    outputs = correction.apply()
+    assert outputs.dtype == dtype
+    with torch.no_grad():
+        assert torch.equal(forward(prepared, data[0].inputs), outputs)
+    away, still = ((x - right).float().mean(0).abs().max() for x in (wrong, outputs))
+    assert still < 0.25 * away  # not 0: shift and outputs are rounded to 8 binary digits
