@@ -57,6 +57,21 @@ def test_moments_tell_the_error_of_the_output(module, shape):
     torch.testing.assert_close(told, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_networks_in_half_precision_have_the_moments_of_their_inputs(dtype):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(64, 2)).to(dtype)
+    x = torch.rand(256, 64).to(dtype)
+    data = data_of(x)
+    layers = layers_of(network, data)
+    moment = input_moments(network, layers, data)["0"][0]
+    expected = x.double().mT @ x.double() / len(x)
+    torch.testing.assert_close(moment, expected, rtol=1e-6, atol=0)  # single precision's sums
+    prepared = prepare(network, layers)
+    compensate_weights(prepared, layers, data, {"0": [3]})
+    assert weight_quantizer(prepared[0]).kept(float_weight(prepared[0]), 3).dtype == dtype
+
+
 def test_a_random_part_of_many_places_tells_the_same_each_time(monkeypatch):
     monkeypatch.setattr(moments, "LEAST_PLACES", 500)
     monkeypatch.setattr(moments, "PLACES_PER_INPUT", 1)
