@@ -2,8 +2,9 @@
 
 Adam's second moment v̂ is a running mean of the squared gradient of the *mini-batch mean*. Near a
 minimum the batch gradient is noise around zero, so v̂ ≈ F / B with F the diagonal of the empirical
-Fisher matrix and B the batch size, and F approximates the Hessian's diagonal: h = B · v̂. The
-optimizer runs with learning rate 0 on a frozen copy in eval mode, so nothing is trained.
+Fisher matrix and B the batch size, and F approximates the Hessian's diagonal: h = B · v̂. It is the
+one number kept of Adam, for a frozen copy in eval mode, so nothing is trained; in single precision
+also where the network has half, whose smallest numbers are above most squared gradients.
 
 The same backward passes give each layer's input curvature, the mean over samples of the squared
 gradient (∂ℓᵢ/∂x)², through this layer alone: it is this layer's input that will be rounded, not
@@ -28,6 +29,7 @@ from hq_optuna.batches import Batches, forward
 from hq_optuna.curvature.estimate import Curvature
 from hq_optuna.curvature.sweep import SquaredGradients, check_differentiable, differentiable
 from hq_optuna.layers import LayerSpec
+from hq_optuna.quantization.quantizers.base import in_single
 
 LossFunction = Callable[[Any, Any], Tensor]
 BETA2 = 0.999
@@ -60,28 +62,24 @@ def calibration_adam(
     """
     sweep = SquaredGradients(layers)
     with differentiable(network, layers, sweep.see) as (copied, weights):
-        parameters = list(weights.values())
-        optimizer = torch.optim.Adam(parameters, lr=0.0, betas=(0.0, beta2))
+        moments = {name: torch.zeros_like(in_single(w.detach())) for name, w in weights.items()}
         for index, batch in enumerate(data):
             sweep.begin(batch.n)
-            optimizer.zero_grad(set_to_none=True)
+            copied.zero_grad(set_to_none=True)
             with torch.enable_grad():
                 loss = loss_fn(forward(copied, batch.inputs), batch.labels)
                 check_differentiable(loss)
                 loss.backward()  # type: ignore[no-untyped-call]
             sweep.end(weights)
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    parameter.grad *= math.sqrt(batch.n / data[0].n)
-                else:
-                    parameter.grad = torch.zeros_like(parameter)
-            optimizer.step()
+            scale = math.sqrt(batch.n / data[0].n)
+            for name, weight in weights.items():
+                moment = moments[name].mul_(beta2)  # v ← β₂ v + (1 − β₂) g²
+                if weight.grad is not None:
+                    g = in_single(weight.grad) * scale
+                    moment.addcmul_(g, g, value=1 - beta2)
             if progress is not None:
                 progress(index + 1, len(data))
 
     correction = 1 - beta2 ** len(data)  # Adam's bias correction
-    moments = {
-        name: optimizer.state[weight]["exp_avg_sq"] / correction * data[0].n
-        for name, weight in weights.items()
-    }
-    return sweep.curvature(moments, data[0].n, data.n_samples)
+    found = {name: moment / correction * data[0].n for name, moment in moments.items()}
+    return sweep.curvature(found, data[0].n, data.n_samples)

@@ -36,6 +36,7 @@ from hq_optuna.curvature.known_losses import is_cross_entropy, is_squared_error
 from hq_optuna.curvature.places import Places
 from hq_optuna.curvature.sweep import SquaredGradients, check_differentiable, differentiable, signs
 from hq_optuna.layers import LayerSpec
+from hq_optuna.quantization.quantizers.base import in_single
 
 TEMPERATURE = 3.0
 
@@ -200,7 +201,7 @@ def _squared(
 ) -> Curvature:
     sweep, seen = SquaredGradients(layers), 0
     with differentiable(network, layers, sweep.see) as (copied, weights):
-        sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        sums = {name: torch.zeros_like(in_single(weight)) for name, weight in weights.items()}
         for index, batch in enumerate(data):
             sweep.begin(batch.n)
             copied.zero_grad(set_to_none=True)
@@ -212,7 +213,8 @@ def _squared(
             seen += batch.n
             for name, weight in weights.items():
                 if weight.grad is not None:
-                    sums[name] += weight.grad.square() * batch.n**2  # n · ḡ², and weighted by n
+                    square = in_single(weight.grad).square()
+                    sums[name] += square * batch.n**2  # n · ḡ², and weighted by n
             settled = tolerance > 0 and sweep.means.settled(tolerance)
             if progress is not None:
                 progress(len(data) if settled else index + 1, len(data))

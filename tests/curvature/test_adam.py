@@ -62,6 +62,43 @@ def test_weight_curvature_is_adams_second_moment_times_the_batch_size(name, batc
         torch.testing.assert_close(found.weights[layer.name], expected, rtol=1e-10, atol=0.0)
 
 
+def test_in_single_precision_it_is_what_torchs_adam_keeps_bit_for_bit():
+    network = make(Twice, dtype=torch.float32)
+    x = rows(11, 3).float()
+    layers, data = layers_of(network, x), read_batches((x, LABELS), batch_size=4)
+    found = calibration_adam(network, layers, data, F.cross_entropy, beta2=0.9)
+    weights = {layer.name: network.get_submodule(layer.name).weight for layer in layers}
+    optimizer = torch.optim.Adam(weights.values(), lr=0.0, betas=(0.0, 0.9))
+    for batch in data:
+        optimizer.zero_grad()
+        F.cross_entropy(network(batch.inputs), batch.labels).backward()
+        for weight in weights.values():
+            weight.grad *= (batch.n / 4) ** 0.5
+        optimizer.step()
+    for name, weight in weights.items():
+        kept = optimizer.state[weight]["exp_avg_sq"]
+        assert torch.equal(found.weights[name], kept / (1 - 0.9**3) * 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_network_in_half_precision_has_the_curvature_of_the_same_in_single(dtype):
+    # Gradients near 1e-4, whose squares are below the smallest number of float16.
+    def loss(outputs: Tensor, labels: Tensor) -> Tensor:
+        return 1e-3 * F.cross_entropy(outputs.float(), labels)
+
+    half = make(Twice, dtype=torch.float32).to(dtype)
+    x = rows(320, 3).to(dtype)
+    layers, y = layers_of(half, x), torch.arange(320) % 3
+    found = calibration_adam(half, layers, read_batches((x, y), batch_size=8), loss)
+    single = read_batches((x.float(), y), batch_size=8)
+    expected = calibration_adam(half.float(), layers, single, loss)
+    for name, h in expected.weights.items():
+        assert found.weights[name].dtype == torch.float32
+        # Gradients have eight binary digits in bfloat16, and 1e-4 has ten in float16.
+        away = torch.linalg.norm(found.weights[name] - h)
+        assert float(away) < 0.05 * float(torch.linalg.norm(h))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_one_sample_a_batch_and_a_long_memory_give_the_empirical_fisher_diagonal(name):
     network, x, layers, data = case(name, 1)

@@ -298,3 +298,21 @@ def test_the_errors_it_stops_on_are_those_of_other_images():
     claimed = torch.tensor([[w for w, _ in c.errors.values()] for c in found]).mean(0)
     ratio = claimed / apart
     assert float(ratio.min()) > 0.6 and float(ratio.max()) < 1.6, ratio
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_network_in_half_precision_has_the_fisher_information_of_the_same_in_single(dtype):
+    # Gradients near 1e-4, whose squares are below the smallest number of float16.
+    def loss(outputs: Tensor, labels: Tensor) -> Tensor:
+        return 1e-3 * F.cross_entropy(outputs.float(), labels)
+
+    half = make(Twice, dtype=torch.float32).to(dtype)
+    x, y = rows(320, 3).to(dtype), torch.arange(320) % 3
+    layers = layers_of(half, x)
+    found = empirical_fisher(half, layers, read_batches((x, y), batch_size=8), loss)
+    single = read_batches((x.float(), y), batch_size=8)
+    expected = empirical_fisher(half.float(), layers, single, loss)
+    for name, h in expected.weights.items():
+        assert found.weights[name].dtype == torch.float32
+        away = torch.linalg.norm(found.weights[name] - h)
+        assert float(away) < 0.05 * float(torch.linalg.norm(h))  # gradients are rounded
