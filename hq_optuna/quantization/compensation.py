@@ -122,6 +122,9 @@ def compensated(
 ) -> Compensated:
     """Return the rounded weight.
 
+    Groups whose input is always zero are rounded to nearest, with a felt error of 0, and make no
+    difference to the others; where all are, no felt error is known.
+
     Args:
         weight: ``(channels, …)``.
         moment: E[x xᵀ], ``(groups, d, d)`` with d weights per channel.
@@ -139,8 +142,18 @@ def compensated(
     groups, d = moment.shape[:2]
     diagonal = moment.diagonal(dim1=1, dim2=2)
     nearest = quantizer.quantize(weight, scale, bits, 0)
-    if not bool((diagonal.sum(1) > 0).all()):
-        return Compensated(nearest, scale, None)  # an input that is always zero tells nothing
+    live = diagonal.sum(1) > 0  # an input that is always zero tells nothing
+    if not bool(live.any()):
+        return Compensated(nearest, scale, None)
+    if not bool(live.all()):
+        fed = live.repeat_interleave(len(weight) // groups)
+        part = compensated(weight[fed], moment[live], scale[fed], bits, quantizer)
+        felt = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
+        return Compensated(
+            nearest.index_put((fed,), part.weight),
+            scale.index_put((fed,), part.scale),
+            felt if part.felt is None else felt.index_put((fed,), part.felt),
+        )
     damping = DAMPING * diagonal.mean(1)
     damped = moment + torch.diag_embed(damping[:, None].expand(groups, d))
     order = torch.argsort(diagonal, dim=1, descending=True, stable=True)

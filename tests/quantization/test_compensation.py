@@ -155,6 +155,24 @@ def test_inputs_that_are_always_zero_leave_rounding_to_nearest():
     assert felt is None
 
 
+@pytest.mark.parametrize("bits", [3, 6])
+def test_a_group_whose_input_is_always_zero_makes_no_difference_to_the_others(bits):
+    torch.manual_seed(0)
+    weight, mixed = torch.randn(8, 9), torch.randn(4, 9, 9).double()
+    moment, scale = mixed @ mixed.mT, weight_scale(weight, bits, 0)
+    every = compensated(weight, moment, scale, bits)
+    nearest = quantize_weight(weight, scale, bits, 0)
+    moment[1] = 0  # the input of channels 2 and 3
+    found = compensated(weight, moment, scale, bits)
+    dead = torch.arange(8) // 2 == 1
+    assert not torch.equal(every.weight[~dead], nearest[~dead])
+    assert torch.equal(found.weight[dead], nearest[dead])
+    assert torch.equal(found.scale[dead], scale[dead])
+    assert not found.felt[dead].any()
+    for one, other in zip(found, every, strict=True):
+        assert torch.equal(one[~dead], other[~dead])
+
+
 def correlated_network():
     """A layer whose inputs are nearly the same: errors can make up for each other."""
     torch.manual_seed(0)
