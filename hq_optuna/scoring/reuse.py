@@ -27,7 +27,7 @@ from hq_optuna.batches import Batches, Inputs, forward, plain_attention, tensors
 from hq_optuna.bit_config import BitConfig, LayerBits
 from hq_optuna.layers import FLOAT_BITS
 from hq_optuna.quantization.correction import StatisticsCorrection
-from hq_optuna.quantization.prepare import get_bits, set_bits
+from hq_optuna.quantization.prepare import get_bits, set_bits, weight_quantizer
 from hq_optuna.scoring.cuts import choose_cuts
 from hq_optuna.scoring.graph import NetworkGraph, UncuttableError, plain
 from hq_optuna.scoring.in_place import in_place, is_fresh
@@ -258,7 +258,7 @@ class Reuse:
         try:
             for bits, run in (
                 (floats, self.graph.measure),
-                ({name: LayerBits(_CHECKED, FLOAT_BITS) for name in searched}, self._whole),
+                ({n: LayerBits(self._rounding(n), FLOAT_BITS) for n in searched}, self._whole),
             ):
                 set_bits(self.prepared, bits)
                 if not _equal(run(inputs), forward(self.prepared, inputs)):
@@ -270,8 +270,13 @@ class Reuse:
         finally:
             set_bits(self.prepared, before)
 
+    def _rounding(self, name: str) -> int:
+        """Return bits that a layer's quantizer can do and that change every weight."""
+        all_bits = weight_quantizer(self.prepared.get_submodule(name)).quantizer.all_bits
+        return _CHECKED if _CHECKED in all_bits else all_bits[0]
 
-_CHECKED = 3  # bits that change every weight
+
+_CHECKED = 3
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
 

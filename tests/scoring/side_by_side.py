@@ -35,7 +35,9 @@ def rise(outputs: object, moved: object) -> Tensor:
 class Search:
     """One prepared network, scored with reuse and without."""
 
-    def __init__(self, network, inputs, *, correct=True, memory=ALL, precision="float32"):
+    def __init__(
+        self, network, inputs, *, correct=True, memory=ALL, precision="float32", quantizers=None
+    ):
         if isinstance(inputs, list):
             data = read_batches(inputs)
         else:
@@ -46,7 +48,9 @@ class Search:
         layers = introspect(network, data[0].inputs).layers
         self.names = [layer.name for layer in layers]
         histograms = observe_inputs(network, self.names, data)
-        self.prepared = prepare(network, layers, histograms, observer="min_max")
+        self.prepared = prepare(
+            network, layers, histograms, observer="min_max", quantizers=quantizers
+        )
         row = dict.fromkeys(range(1, 17), 0.0) | {FLOAT_BITS: 0.0}
         table = Sensitivity(dict.fromkeys(self.names, row), dict.fromkeys(self.names, row))
 

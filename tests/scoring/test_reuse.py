@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from hq_optuna.bit_config import BitConfig
 from hq_optuna.layers import FLOAT_BITS
 from hq_optuna.quantization import set_bits
 from tests.scoring.side_by_side import (
@@ -40,6 +41,17 @@ def test_each_piece_can_be_cut(piece):
     search = Search(make(Mixed([piece, piece]), 3, torch.float32), IMAGES)
     assert search.reusing.warnings == []
     search.walk(0, n_steps=5)
+    assert search.reuse.n_bytes > 0
+
+
+def test_layers_whose_quantizer_knows_few_bits_can_be_cut():
+    network = make(Residual, dtype=torch.float32)
+    search = Search(network, ROWS, quantizers={"a": "ternary", "b": "binary"})
+    assert search.reusing.warnings == []
+    incumbent = BitConfig({"first": (4, 4), "a": (2, 4), "b": (1, 4), "head": (4, 4)})
+    for name in ("a", "b"):
+        weights, activations = incumbent[name]
+        search.check(BitConfig({**incumbent, name: (weights, activations - 1)}), incumbent)
     assert search.reuse.n_bytes > 0
 
 
