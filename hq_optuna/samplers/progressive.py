@@ -34,6 +34,7 @@ from hq_optuna.samplers.known import Known
 from hq_optuna.samplers.limiting import limits_of
 from hq_optuna.samplers.log import StepLog, settings
 from hq_optuna.samplers.resume import check_settings, refuse_another_search
+from hq_optuna.samplers.stopping import stop
 from hq_optuna.samplers.tickets import (
     BITS,
     LAYER,
@@ -278,7 +279,7 @@ class ProgressiveBitSampler(BaseSampler):
             raise
         self.known(study).tickets[trial._trial_id] = ticket
         if ticket.kind == "surplus":
-            self._stop(study)
+            stop(study)
 
     def _new_ticket(self, study: Study, trial: FrozenTrial) -> Ticket:
         self.check_study(study)
@@ -361,7 +362,7 @@ class ProgressiveBitSampler(BaseSampler):
                 and (log.open.final or not self.final)
                 and log.ends_with_open_step()
             ):
-                self._stop(study)
+                stop(study)
 
     def reseed_rng(self) -> None:
         """Reseed what draws parameters outside the space; draws of the search never change."""
@@ -392,8 +393,3 @@ class ProgressiveBitSampler(BaseSampler):
         self._raise_error_if_multi_objective(study)
         known = self.known(study)
         check_settings(study, self.space, known, lambda: self.log(study))
-
-    def _stop(self, study: Study) -> None:
-        # study.stop() raises outside of optimize(), for example in a loop of ask and tell.
-        if getattr(study._thread_local, "in_optimize_loop", False):
-            study.stop()
