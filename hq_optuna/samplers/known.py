@@ -8,6 +8,7 @@ from hq_optuna import attrs
 from hq_optuna.attrs import Ticket
 from hq_optuna.cost import Budget
 from hq_optuna.samplers.log import StepLog
+from hq_optuna.samplers.stopping import Failures
 
 
 @dataclass
@@ -20,6 +21,7 @@ class Known:
         budget: Its budget, if it has one.
         changed: Settings that differ from the study's; ``None`` before they are compared.
         tickets: Those of trials that run in this process, by id in the storage.
+        failures: Trials of loops of Optuna's in this process that brought no result.
     """
 
     log: StepLog
@@ -27,6 +29,7 @@ class Known:
     budget: Budget | None = None
     changed: dict[str, str] | None = None
     tickets: dict[int, Ticket] = field(default_factory=dict)
+    failures: Failures = field(default_factory=Failures)
 
     def name_search(self, digest: str) -> None:
         """Add the digest of what the search depends on besides the sampler."""

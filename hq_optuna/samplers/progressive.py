@@ -266,6 +266,7 @@ class ProgressiveBitSampler(BaseSampler):
 
         Raises:
             ResumeError: The study was made with other settings, or is another search.
+            RuntimeError: What the search needs next failed, or was pruned, again and again.
             ValueError: The study has several objectives, or maximizes.
         """
         if trial._trial_id in self.known(study).tickets:
@@ -289,9 +290,11 @@ class ProgressiveBitSampler(BaseSampler):
         if "fixed_params" in trial.system_attrs or trial.params:  # enqueued: not a trial of ours
             return idle_ticket("free")
         with self.lock:
-            log = self.log(study)
-            refuse_another_search(study, self.known(study).is_mine)
-            return self._ticket(log, trial.number, self.known(study).search)
+            log, known = self.log(study), self.known(study)
+            refuse_another_search(study, known.is_mine)
+            ticket = self._ticket(log, trial.number, known.search)
+            known.failures.refuse_more(log, ticket)
+            return ticket
 
     def _ticket(self, log: StepLog, number: int, search: str) -> Ticket:
         step = log.open
@@ -353,16 +356,19 @@ class ProgressiveBitSampler(BaseSampler):
         """End the study with the record that meets the budget."""
         ticket = self.ticket(study, trial._trial_id)
         self.known(study).tickets.pop(trial._trial_id, None)
-        if ticket is None or ticket.kind != "incumbent" or state != TrialState.COMPLETE:
+        if ticket is None or ticket.kind not in ("candidate", "incumbent"):
             return
         with self.lock:
-            log = self.log(study)
-            if log.open is None or (
-                (log.open.step, log.open.parent) == (ticket.step, ticket.parent)
-                and (log.open.final or not self.final)
-                and log.ends_with_open_step()
-            ):
-                stop(study)
+            if state != TrialState.COMPLETE:
+                self.known(study).failures.note(self.log(study), ticket, state)
+            elif ticket.kind == "incumbent":
+                log = self.log(study)
+                if log.open is None or (
+                    (log.open.step, log.open.parent) == (ticket.step, ticket.parent)
+                    and (log.open.final or not self.final)
+                    and log.ends_with_open_step()
+                ):
+                    stop(study)
 
     def reseed_rng(self) -> None:
         """Reseed what draws parameters outside the space; draws of the search never change."""
@@ -391,5 +397,4 @@ class ProgressiveBitSampler(BaseSampler):
             ValueError: The study has several objectives, or maximizes.
         """
         self._raise_error_if_multi_objective(study)
-        known = self.known(study)
-        check_settings(study, self.space, known, lambda: self.log(study))
+        check_settings(study, self.space, self.known(study), lambda: self.log(study))
