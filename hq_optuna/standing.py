@@ -49,7 +49,7 @@ class Standing:
 
     Attributes:
         state: ``"preparing"``, ``"running"``, ``"idle"`` (nobody works on it), ``"finished"`` or
-            ``"stopped"`` (by a limit).
+            ``"stopped"`` (by a limit, and nobody is at work any more).
         reason: Why it ended, in words; empty while it has not.
         steps: Closed steps.
         done: Candidates of the open step that are done.
@@ -162,11 +162,13 @@ class Watch:
         cost = start if incumbent is None else incumbent.cost
         config = None if incumbent is None else log.search.space.config(incumbent.state)
         state: State = "running" if n_busy else "idle"
-        if step is None:
-            state = "stopped" if log.stopped_by else "finished"
+        if step is None and not log.stopped_by:
+            state = "finished"
+        elif step is None and not n_busy:  # workers may end the step they are at
+            state = "stopped"
         return Standing(
             state=state,
-            reason=end_reason(log),
+            reason="" if state == "running" else end_reason(log),
             steps=len(log.closed),
             done=0 if step is None else len(step.done),
             of=0 if step is None else len(step.states),

@@ -6,6 +6,7 @@ import json
 
 import optuna
 import pytest
+from optuna.trial import TrialState
 
 from hq_optuna import workers
 from hq_optuna.attrs import LIMITS
@@ -38,6 +39,16 @@ def test_a_search_stopped_by_a_limit_says_which():
     assert standing.state == "stopped"
     assert standing.reason == "at most 3 evaluations (--max-evaluations)"
     assert standing.share < 1
+
+
+def test_a_search_whose_workers_still_end_their_step_runs():
+    study, _ = begun(2)
+    number = study.ask().number
+    study.set_user_attr(LIMITS, {"max_evaluations": 3})
+    standing = read_standing(study)
+    assert (standing.state, standing.reason) == ("running", "")
+    study.tell(number, state=TrialState.FAIL)
+    assert read_standing(study).state == "stopped"
 
 
 def test_a_study_without_sensitivities_is_being_prepared():

@@ -168,10 +168,10 @@ class ProgressiveBitSampler(BaseSampler):
         """Return the record of the search as it stands in the storage now."""
         with self.lock:
             # Read under the lock: threads must not hand the log older trials than it has seen.
-            log = self.known(study).log
+            n_closed = len((log := self.known(study).log).closed)
             log.update(read_rows(study._storage, study._study_id, log.cursor))
-            if log.stopped_by and (limits := limits_of(study)) != log.limits:
-                log.limit(limits)  # somebody raised them
+            if log.stopped_by or len(log.closed) > n_closed:
+                log.limit(limits_of(study))  # somebody may have raised them, or set the first
             return log
 
     def known(self, study: Study) -> Known:

@@ -107,7 +107,8 @@ def check_settings(
     mine = settings(known.log.search)
     if known.changed is None:
         known.changed = compare_settings(study, space, mine)
-        write_limits(study)
+        if not known.changed:
+            write_limits(study)
     if known.changed and log() and known.is_mine:
         # Another search was started here at the same moment, wrote last, and was refused.
         write_settings(study, space, mine)

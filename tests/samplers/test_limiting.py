@@ -6,6 +6,7 @@ import time
 
 import optuna
 import pytest
+from optuna.trial import TrialState
 
 from hq_optuna import attrs
 from hq_optuna.errors import ResumeError
@@ -74,6 +75,47 @@ def test_who_goes_on_may_raise_the_limits_and_the_others_notice(tmp_path):
     work(limited(Limits(max_evaluations=10**6), storage), assigned)
     assert ours(waiting).log(waiting).stopped_by is None
     assert history(waiting) == expected(waiting)
+
+
+@pytest.mark.parametrize("kind", list(STORAGES))
+def test_a_limit_that_comes_later_holds_for_workers_that_run_already(tmp_path, kind):
+    storage = STORAGES[kind](tmp_path)
+    running = limited(None, storage)
+    trial = ours(running).ask(running)
+    trial.finish(TrialState.COMPLETE, assigned(trial))
+    log = ours(running).log(running)
+    work(limited(Limits(max_evaluations=5), storage), assigned)
+    assert stored_limits(running) == Limits(max_evaluations=5)
+    work(running, assigned)
+    assert log.stopped_by == "at most 5 evaluations (--max-evaluations)"
+    assert len(log.results) == 4
+    assert history(running) == expected(running)[:2]
+
+
+@pytest.mark.parametrize("run", [work, optuna.Study.optimize])
+def test_a_limit_that_comes_within_a_step_holds_once_it_is_closed(run):
+    running = limited()
+
+    def objective(trial: optuna.Trial) -> float:
+        if len(ours(running).log(running).results) == 2:
+            other = limited(Limits(max_evaluations=2), running._storage)
+            ours(other).ask(other)
+        return assigned(trial)
+
+    run(running, objective)
+    log = ours(running).log(running)
+    assert (len(log.closed), len(log.results)) == (2, 4)
+    assert history(running) == expected(running)[:2]
+
+
+def test_who_is_refused_leaves_no_limit():
+    study = limited()
+    work(study, assigned)
+    other = limited(Limits(max_evaluations=2), study._storage)
+    other.sampler = sampler(fake_space(6), seed=1)
+    with pytest.raises(ResumeError, match="made with another sampler"):
+        ours(other).ask(other)
+    assert stored_limits(study) == Limits()
 
 
 def test_lower_limits_than_the_studys_are_refused_in_words():
