@@ -20,6 +20,8 @@ class Known:
         search: What this process's search depends on, as tickets say it.
         budget: Its budget, if it has one.
         changed: Settings that differ from the study's; ``None`` before they are compared.
+        looked_at: How many closed steps and searches there were when settings and limits were last
+            read.
         tickets: Those of trials that run in this process, by id in the storage.
         failures: Trials of loops of Optuna's in this process that brought no result.
     """
@@ -28,6 +30,7 @@ class Known:
     search: str
     budget: Budget | None = None
     changed: dict[str, str] | None = None
+    looked_at: tuple[int, int] = (0, 1)
     tickets: dict[int, Ticket] = field(default_factory=dict)
     failures: Failures = field(default_factory=Failures)
 

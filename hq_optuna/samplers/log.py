@@ -95,6 +95,7 @@ class StepLog:
         search: The rules, which must be those the study was made with.
 
     Attributes:
+        settings: What the history depends on, as tickets and the study say it.
         cursor: How far the study was read; what `update` wants is what is new since.
         owners: Who works on what, and who is dead.
         searches: What tickets say of their search, by number; the first one says whose study this
@@ -105,7 +106,7 @@ class StepLog:
 
     def __init__(self, search: ProgressiveSearch) -> None:
         self.search = search
-        self._settings = settings(search)  # once: its digest of the space takes milliseconds
+        self.settings = settings(search)  # once: its digest of the space takes milliseconds
         self.cursor = Cursor()
         self.owners = Owners()
         self.searches: list[str] = []
@@ -312,7 +313,7 @@ class StepLog:
         step = 0 if incumbent is None else incumbent.step + 1
         if not states and not self.search.final:
             return None
-        parent = _parent_digest(self._settings, incumbent)
+        parent = _parent_digest(self.settings, incumbent)
         return OpenStep(step, parent, states, final=not states)
 
     @property

@@ -33,7 +33,7 @@ from hq_optuna.samplers.claims import ClaimedTrial, claim
 from hq_optuna.samplers.known import Known
 from hq_optuna.samplers.limiting import limits_of
 from hq_optuna.samplers.log import StepLog, settings
-from hq_optuna.samplers.resume import check_settings, refuse_another_search
+from hq_optuna.samplers.resume import check_settings, look_again, refuse_another_search
 from hq_optuna.samplers.stopping import stop
 from hq_optuna.samplers.tickets import (
     BITS,
@@ -168,10 +168,9 @@ class ProgressiveBitSampler(BaseSampler):
         """Return the record of the search as it stands in the storage now."""
         with self.lock:
             # Read under the lock: threads must not hand the log older trials than it has seen.
-            n_closed = len((log := self.known(study).log).closed)
+            log = self.known(study).log
             log.update(read_rows(study._storage, study._study_id, log.cursor))
-            if log.stopped_by or len(log.closed) > n_closed:
-                log.limit(limits_of(study))  # somebody may have raised them, or set the first
+            look_again(study, self.space, self.known(study))
             return log
 
     def known(self, study: Study) -> Known:

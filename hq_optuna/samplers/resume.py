@@ -10,8 +10,8 @@ from optuna.study import Study, StudyDirection
 from hq_optuna import attrs
 from hq_optuna.errors import ResumeError
 from hq_optuna.samplers.known import Known
-from hq_optuna.samplers.limiting import write_limits
-from hq_optuna.samplers.log import StepLog, settings
+from hq_optuna.samplers.limiting import limits_of, stored_limits, write_limits
+from hq_optuna.samplers.log import StepLog
 from hq_optuna.space import SearchSpace
 
 
@@ -51,6 +51,32 @@ def write_settings(study: Study, space: SearchSpace, mine: dict[str, Any]) -> No
     for key, value in attrs.split(attrs.SPACE, space.to_json()).items():
         storage.set_study_system_attr(study_id, key, value)
     storage.set_study_system_attr(study_id, attrs.SETTINGS, mine)
+
+
+def look_again(study: Study, space: SearchSpace, known: Known) -> None:
+    """Take in what others wrote into the study itself, beside its trials.
+
+    Does something where steps were closed or another search was met since, or limits ended this
+    one.
+
+    Args:
+        study: The study.
+        space: The sampler's space.
+        known: What the sampler knows of the study, its record up to date.
+    """
+    log, seen = known.log, (len(known.log.closed), len(known.log.searches))
+    if seen == known.looked_at and not log.stopped_by:
+        return
+    mine, anew = known.is_mine, seen != known.looked_at
+    if mine and anew and compare_settings(study, space, log.settings):
+        # Another search was started here at the same moment and found no settings either, but
+        # wrote last. Its limits are not ours.
+        write_settings(study, space, log.settings)
+        if stored_limits(study) != log.limits:
+            limits = log.limits.to_json()
+            study._storage.set_study_user_attr(study._study_id, attrs.LIMITS, limits)
+    known.looked_at = seen
+    log.limit(limits_of(study))  # somebody may have raised them, or set the first
 
 
 def refuse_another_search(study: Study, is_mine: bool | None) -> None:
@@ -104,7 +130,7 @@ def check_settings(
         ValueError: The study maximizes.
     """
     refuse_maximization(study)
-    mine = settings(known.log.search)
+    mine = known.log.settings
     if known.changed is None:
         known.changed = compare_settings(study, space, mine)
         if not known.changed:
