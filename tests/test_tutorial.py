@@ -47,7 +47,7 @@ def shape_of(text: str) -> list[str]:
 
     Left out are lines, and cells, that come and go with the clock or with the answer's details.
     """
-    text = re.sub(r"\b[0-9a-f]{12}\b", "#", text)  # digests, of weights trained on this machine
+    text = re.sub(r"\b[0-9a-f]{12,16}\b", "#", text)  # digests, of weights trained on this machine
     text = re.sub(r"\b[\w.-]+:\d+\b", "host:#", text)
     text = re.sub(r"[-+−]?\d[\d,]*(\.\d+)?(e[-+]\d+)?|\b0\.0\b", "#", text)
     text = re.sub(r"\b[kMG](?=BOPs|iB)|W#A#", "", text)
