@@ -1,7 +1,10 @@
-"""A worker process on an additive table: ``python -m tests.runner.table_worker STORAGE SECONDS``.
+"""A worker process on an additive table.
 
-Each candidate takes about SECONDS, so that kills
-land inside candidates. No PyTorch.
+    python -m tests.runner.table_worker STORAGE SECONDS [wait]
+
+Each candidate takes about SECONDS, so that kills land inside candidates. With ``wait`` it says when
+it has its first candidate of step 1 and waits there for standard input to end, so that whoever
+starts several can have all at work before any goes on. No PyTorch.
 """
 
 from __future__ import annotations
@@ -29,10 +32,17 @@ def opened(storage: str) -> BaseStorage:
     return open_storage(storage)
 
 
-def main(storage: str, seconds: float) -> None:
-    study = optuna.load_study(study_name=NAME, storage=opened(storage), sampler=by())
+def main(storage: str, seconds: float, waits: bool) -> None:
+    chosen = by()
+    study = optuna.load_study(study_name=NAME, storage=opened(storage), sampler=chosen)
 
     def objective(trial: optuna.Trial) -> float:
+        nonlocal waits
+        ticket = chosen.ticket(study, trial._trial_id)
+        if waits and ticket is not None and ticket.step == 1:
+            waits = False
+            print("at work", flush=True)
+            sys.stdin.read()
         time.sleep(random.uniform(0.5, 1.5) * seconds)
         return assigned(trial)
 
@@ -41,4 +51,4 @@ def main(storage: str, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]))
+    main(sys.argv[1], float(sys.argv[2]), sys.argv[3:] == ["wait"])
