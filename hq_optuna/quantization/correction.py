@@ -131,7 +131,11 @@ class StatisticsCorrection:
 
     @torch.no_grad()
     def apply(
-        self, run: Callable[[], Any] | None = None, *, only: Container[str] | None = None
+        self,
+        run: Callable[[], Any] | None = None,
+        *,
+        only: Container[str] | None = None,
+        begun: Container[str] = (),
     ) -> Any:
         """Correct the network for its present bits; return its outputs on the first batch.
 
@@ -139,29 +143,52 @@ class StatisticsCorrection:
             run: Runs the network on the first batch; by default all of it.
             only: Names of the modules that are corrected; the others stay as they are now. By
                 default all.
+            begun: Names of those that begin with what they hold now, not with what is stored.
         """
         norms = self._chosen(self._norms, only)
         layers = self._chosen(self._shifted, only)
-        self._reset((*norms, *layers))
+        self._reset(name for name in (*norms, *layers) if name not in begun)
 
-        def norm(name: str, module: Any, x: Tensor) -> None:
-            seen = self._norms[name]
-            mean, var = corrected_statistics(
-                (seen.stored_mean, seen.stored_var),
-                (seen.mean, seen.var),
-                channel_statistics(x, 1),
-            )
-            module.running_mean.copy_(mean)
-            module.running_var.copy_(var)
+        def norm(name: str, _module: nn.Module, x: Tensor) -> None:
+            self.restore({name: self.corrected(name, x)})
 
         def shift(name: str, module: nn.Module, output: Tensor) -> Tensor:
-            axis = channel_axis(module, output)
-            change = self._shifted[name] - channel_statistics(output, axis)[0]
-            # What the buffer holds, in the layer's precision, as it is added from now on.
-            return output + _along(module.get_buffer(SHIFT).copy_(change), output, axis)
+            (change,) = self.corrected(name, output)
+            self.restore({name: (change,)})
+            return output + _along(change, output, channel_axis(module, output))
 
         with autocast(self.prepared, self.precision), _before(norms, norm), _after(layers, shift):
             return forward(self.prepared, self.data[0].inputs) if run is None else run()
+
+    @torch.no_grad()
+    def corrected(self, name: str, x: Tensor) -> tuple[Tensor, ...]:
+        """Return what a module is to hold, in the precision in which it holds it.
+
+        Args:
+            name: The module.
+            x: What enters it if it is a batch-norm layer, else what leaves it without a shift.
+        """
+        new: tuple[Tensor, ...]
+        if name in self._norms:
+            seen, found = self._norms[name], channel_statistics(x, 1)
+            new = corrected_statistics(
+                (seen.stored_mean, seen.stored_var), (seen.mean, seen.var), found
+            )
+        else:
+            axis = channel_axis(self.prepared.get_submodule(name), x)
+            new = (self._shifted[name] - channel_statistics(x, axis)[0],)
+        held = self._buffers(name)
+        return tuple(value.to(buffer.dtype) for value, buffer in zip(new, held, strict=True))
+
+    @contextmanager
+    def unshifted(self, name: str) -> Iterator[None]:
+        """Take a layer's shift away for a while."""
+        (shift,) = before = self.state([name])[name]
+        self.restore({name: (torch.zeros_like(shift),)})
+        try:
+            yield
+        finally:
+            self.restore({name: before})
 
     def reset(self) -> None:
         """Restore the stored statistics and take shifts away."""

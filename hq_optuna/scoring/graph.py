@@ -186,8 +186,10 @@ class NetworkGraph:
                     self._follow(other, node, values)
                 live = self._read_after(index)
                 values = {n: v for n, v in values.items() if n in live}
-                read = {_memory(t) for other, t, _ in seen if other in node.all_input_nodes}
-                kept = {_memory(t) for n, v in values.items() if n is not node for t in tensors(v)}
+                read = {memory_of(t) for other, t, _ in seen if other in node.all_input_nodes}
+                kept = {
+                    memory_of(t) for n, v in values.items() if n is not node for t in tensors(v)
+                }
                 self.measured[node].alone = not read & kept
         self._find_downstream()
         return plain(map_arg(self.output, values.__getitem__))
@@ -288,13 +290,14 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
 
 
-def _memory(tensor: Tensor) -> int:
+def memory_of(tensor: Tensor) -> int:
+    """Return where the memory is that a tensor looks at."""
     return tensor.untyped_storage().data_ptr()
 
 
 def _held(value: Any) -> int:
     """Return the bytes that keeping a value keeps alive."""
-    held = {_memory(t): t.untyped_storage().nbytes() for t in tensors(value)}
+    held = {memory_of(t): t.untyped_storage().nbytes() for t in tensors(value)}
     return sum(held.values())
 
 
@@ -309,3 +312,15 @@ def _contains(tree: Any, node: fx.Node) -> bool:
     found: list[fx.Node] = []
     map_arg(tree, found.append)
     return node in found
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Say whether two outputs are the same numbers in the same structure; NaN equals NaN."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        same = a.shape == b.shape and a.dtype == b.dtype
+        return same and bool(((a == b) | (a.isnan() & b.isnan())).all())
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)) and type(a) is type(b):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return type(a) is type(b) and bool(a == b)

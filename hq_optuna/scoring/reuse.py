@@ -29,8 +29,9 @@ from hq_optuna.layers import FLOAT_BITS
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.quantization.prepare import get_bits, set_bits, weight_quantizer
 from hq_optuna.scoring.cuts import choose_cuts
-from hq_optuna.scoring.graph import NetworkGraph, UncuttableError, plain
-from hq_optuna.scoring.in_place import in_place, is_fresh
+from hq_optuna.scoring.graph import NetworkGraph, UncuttableError, equal, memory_of, plain
+from hq_optuna.scoring.running import NodeRunner
+from hq_optuna.scoring.together import Group, Stacker
 
 DEFAULT_MEMORY = 2 * 2**30
 """Bytes of activations that are kept unless told otherwise."""
@@ -82,7 +83,8 @@ class Reuse:
         self.memory = memory
         self.graph = NetworkGraph.trace(prepared, data[0].inputs)
         self._kept: _Kept | None = None
-        self._fresh = {n for n in self.graph.nodes if is_fresh(n, self.graph.modules)}
+        self._own: set[int] = set()  # memory of the network's own tensors, as a run begins
+        self.runner = NodeRunner(self.graph)
         self._check(searched)
         self.cuts = choose_cuts(self.graph, searched, memory, data.n_samples / data[0].n)
         names = (
@@ -92,6 +94,7 @@ class Reuse:
             node: {names[m] for m in module.modules() if m in names}
             for node, module in self.graph.modules.items()
         }
+        self.stacker = Stacker(self.runner, correction, self._inside)
 
     @property
     def n_bytes(self) -> int:
@@ -118,7 +121,7 @@ class Reuse:
             incumbent: What the candidate was made from. What is run of it is kept for candidates
                 that follow. Without it what is kept already serves as far as it goes.
         """
-        weights = self._weights()
+        weights, self._own = self._weights(), self.runner.own()
         if self._kept is not None and self._kept.weights != weights:
             self._kept = None
         if incumbent is not None and self.cuts:
@@ -126,6 +129,60 @@ class Reuse:
         changed = self._changed(config)
         for index in range(len(self.data)):
             yield self._batch(index, changed)
+
+    @torch.no_grad()
+    def run_together(
+        self, configs: Sequence[BitConfig], incumbent: BitConfig
+    ) -> Iterator[list[Any]]:
+        """Yield for each batch the outputs of several candidates, in one pass.
+
+        The network has the incumbent's bits after it.
+
+        Args:
+            configs: Bits of all layers, of each candidate.
+            incumbent: What all of them were made from.
+        """
+        weights, self._own = self._weights(), self.runner.own()
+        if self._kept is not None and self._kept.weights != weights:
+            self._kept = None
+        self._turn_to(incumbent, weights)
+        set_bits(self.prepared, incumbent)
+        group = Group(configs, incumbent, [self._changed(config) for config in configs])
+        for index in range(len(self.data)):
+            yield self._batch_together(index, group)
+
+    def _batch_together(self, index: int, group: Group) -> list[Any]:
+        """Return the outputs of one batch for each candidate; keep what is the incumbent's."""
+        kept, found, corrected = self._kept, dict[fx.Node, Any](), set[str]()
+        assert kept is not None
+        batch, correction = self.data[index], self.correction
+        measuring = index == 0 and correction is not None
+
+        def shared(node: fx.Node, values: Mapping[fx.Node, Any], foreign: set[int]) -> Any:
+            def run() -> Any:
+                return self.runner.run(node, values, foreign, {})
+
+            new = self._corrected([node]) - kept.statistics.keys()
+            if measuring and new:
+                assert correction is not None
+                value = correction.apply(run, only=new, begun=corrected)
+                corrected.update(new)
+            else:
+                value = run()
+            if node in self.cuts:
+                found[node] = value
+            return value
+
+        if measuring:
+            assert correction is not None
+            correction.restore(kept.statistics)
+        outputs = self.stacker.run(
+            group, (batch.inputs, batch.n, measuring), kept.values[index], shared, self._own
+        )
+        if correction is not None:
+            kept.statistics.update(correction.state(corrected))
+        kept.values[index].update(found)
+        return outputs
 
     def _turn_to(self, incumbent: BitConfig, weights: object) -> None:
         """Keep only what is also an incumbent's."""
@@ -187,55 +244,21 @@ class Reuse:
         found: dict[fx.Node, Any],
     ) -> Any:
         """Run what is planned beyond known values; put the values to keep into ``found``."""
-        graph = self.graph
+        graph, runner = self.graph, self.runner
         values: dict[fx.Node, Any] = {graph.entry: inputs, **known}
         # Memory that is not the pass's own: inputs, parameters, and what is kept.
-        foreign = {_memory(t) for v in values.values() for t in tensors(v)} | self._own()
-        last = {value: node for node in plan for value in node.all_input_nodes}
-        map_arg(graph.output, lambda node: last.pop(node, None))
+        foreign = {memory_of(t) for v in values.values() for t in tensors(v)} | self._own
+        last = runner.last_readers(plan)
         with plain_attention():
             for node in plan:
-                values[node] = self._node(node, values, foreign, last)
+                values[node] = runner.run(node, values, foreign, last)
                 if node in keep:
                     found[node] = values[node]
-                    foreign |= {_memory(t) for t in tensors(values[node])}
+                    foreign |= {memory_of(t) for t in tensors(values[node])}
                 for value in node.all_input_nodes:
                     if last.get(value) is node and value not in known:
                         del values[value]
         return plain(map_arg(graph.output, values.__getitem__))
-
-    def _node(
-        self,
-        node: fx.Node,
-        values: dict[fx.Node, Any],
-        foreign: set[int],
-        last: Mapping[fx.Node, fx.Node],
-    ) -> Any:
-        measured = self.graph.measured[node]
-        for written in measured.writes:
-            if written in node.all_input_nodes and _touches(values[written], foreign):
-                values = {**values, written: _copied(values[written])}
-
-        def free(value: Any) -> bool:
-            return (
-                isinstance(value, fx.Node)
-                and value in self._fresh
-                and last.get(value) is node
-                and not _touches(values[value], foreign)
-            )
-
-        if measured.alone and not measured.writes and any(map(free, node.args)):
-            args = map_arg(node.args, values.__getitem__)
-            done, value = in_place(
-                node, self.graph.modules.get(node), args, tuple(map(free, node.args))
-            )
-            if done:
-                return value
-        return self.graph.call(node, values)
-
-    def _own(self) -> set[int]:
-        held = (*self.prepared.parameters(), *self.prepared.buffers())
-        return {_memory(t) for t in (*held, *self.graph.constants.values())}
 
     def _weights(self) -> object:
         """Return what changes with the network's float weights and the statistics not corrected."""
@@ -252,7 +275,7 @@ class Reuse:
 
         What tracing took for constant, a weight read outside its layer for example, shows here.
         """
-        before = get_bits(self.prepared)
+        before, self._own = get_bits(self.prepared), self.runner.own()
         inputs = self.data[0].inputs
         floats = dict.fromkeys(before, LayerBits(FLOAT_BITS, FLOAT_BITS))
         try:
@@ -261,7 +284,7 @@ class Reuse:
                 ({n: LayerBits(self._rounding(n), FLOAT_BITS) for n in searched}, self._whole),
             ):
                 set_bits(self.prepared, bits)
-                if not _equal(run(inputs), forward(self.prepared, inputs)):
+                if not equal(run(inputs), forward(self.prepared, inputs)):
                     raise UncuttableError("its parts do not give the outputs of the whole")
         except UncuttableError:
             raise
@@ -283,27 +306,3 @@ _Value = TypeVar("_Value")
 
 def _without(values: Mapping[_Key, _Value], keys: Container[_Key]) -> dict[_Key, _Value]:
     return {key: value for key, value in values.items() if key not in keys}
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def _touches(value: Any, foreign: set[int]) -> bool:
-    return any(_memory(t) in foreign for t in tensors(value))
-
-
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
-
-
-def _equal(a: Any, b: Any) -> bool:
-    """Say whether two outputs are the same numbers in the same structure; NaN equals NaN."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        same = a.shape == b.shape and a.dtype == b.dtype
-        return same and bool(((a == b) | (a.isnan() & b.isnan())).all())
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)) and type(a) is type(b):
-        return len(a) == len(b) and all(map(_equal, a, b))
-    return type(a) is type(b) and bool(a == b)

@@ -98,6 +98,19 @@ class Search:
         assert all(torch.equal(a, b) for a, b in zip(left, expected, strict=False))
         assert score == self.whole.score(config)
 
+    def check_together(self, configs, incumbent) -> None:
+        """Outputs of candidates in one pass are those of passes of their own."""
+        with torch.no_grad(), autocast(self.prepared, self.reusing.precision):
+            batches = list(self.reuse.run_together(configs, incumbent))
+        assert get_bits(self.prepared) == incumbent
+        found = [
+            [t for outputs in batches for t in tensors(outputs[j])] for j in range(len(configs))
+        ]
+        for config, ours in zip(configs, found, strict=True):
+            expected = self.outputs(self.whole, config)
+            assert len(ours) == len(expected)
+            assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
     def walk(self, seed: int, n_steps: int = 3) -> None:
         """Search at random: candidates of an incumbent, one of which is the next one."""
         draw = random.Random(seed)
@@ -108,7 +121,13 @@ class Search:
             for _ in range(3):
                 names = draw.sample(self.names, min(len(self.names), draw.choice((1, 1, 2))))
                 candidates.append(self.changed(incumbent, *names, by=draw.choice((1, 2, -1))))
-                self.check(candidates[-1], incumbent)
+            several = [draw.sample(candidates, draw.choice((2, 3))) for _ in range(2)]
+            if draw.random() < 0.5:  # what is the incumbent's is run in one pass, or in another
+                self.check_together(several.pop(), incumbent)
+            for candidate in candidates:
+                self.check(candidate, incumbent)
+            for group in several:
+                self.check_together(group, incumbent)
             incumbent = draw.choice(candidates)
 
 
