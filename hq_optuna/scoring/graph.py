@@ -194,6 +194,19 @@ class NetworkGraph:
         self._find_downstream()
         return plain(map_arg(self.output, values.__getitem__))
 
+    @property
+    def peak_bytes(self) -> int:
+        """Memory of the values that are alive at once while the network runs, at most."""
+        last = {value: node for node in self.nodes for value in node.all_input_nodes}
+        map_arg(self.output, lambda node: last.pop(node, None))
+        live, peak = 0, 0
+        for node in self.nodes:
+            live += self.measured[node].n_bytes
+            peak = max(peak, live)
+            done = (v for v in node.all_input_nodes if last.get(v) is node and v in self.measured)
+            live -= sum(self.measured[value].n_bytes for value in done)
+        return peak
+
     def _follow(self, written: fx.Node, writer: fx.Node, values: Mapping[fx.Node, Any]) -> None:
         """Let whoever reads a written value later read the node that wrote it."""
         if written is self.entry:

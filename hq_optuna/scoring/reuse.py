@@ -33,6 +33,12 @@ from hq_optuna.scoring.graph import NetworkGraph, UncuttableError, equal, memory
 from hq_optuna.scoring.running import NodeRunner
 from hq_optuna.scoring.together import Group, Stacker
 
+MOST_TOGETHER = 16
+"""Candidates in one pass at most: more gain little."""
+
+LONG_S = 0.5e-3
+"""An operation that takes longer on a CPU has nothing to gain from more samples."""
+
 DEFAULT_MEMORY = 2 * 2**30
 """Bytes of activations that are kept unless told otherwise."""
 
@@ -107,6 +113,21 @@ class Reuse:
             for t in tensors(value)
         }
         return sum(held.values())
+
+    @property
+    def most_together(self) -> int:
+        """Candidates in one pass: as many as fit beside what is kept; 1 where it cannot pay."""
+        measured = self.graph.measured
+        seconds = sum(m.seconds for m in measured.values()) / max(len(measured), 1)
+        if not self.cuts or (seconds > LONG_S and not self._on_gpu):
+            return 1
+        batches = self.data.n_samples / self.data[0].n
+        room = self.memory - sum(measured[node].n_bytes for node in self.cuts) * batches
+        return min(MOST_TOGETHER, 1 + int(max(room, 0) // max(self.graph.peak_bytes, 1)))
+
+    @property
+    def _on_gpu(self) -> bool:
+        return any(tensor.device.type != "cpu" for tensor in tensors(self.data[0].inputs))
 
     def forget(self) -> None:
         """Keep nothing; the next candidate runs whole unless it names an incumbent."""

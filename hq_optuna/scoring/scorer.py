@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -26,6 +27,10 @@ ScorerName = Literal[
     "gauss_newton", "loss", "diagonal", "trace", "fisher", "hutchinson", "fit", "hawq_v2"
 ]
 SCORERS: tuple[ScorerName, ...] = get_args(ScorerName)
+
+
+FEWEST_TOGETHER = 4
+"""Candidates for which one pass is tried."""
 
 
 class Score(NamedTuple):
@@ -100,6 +105,7 @@ class Scorer:
         self.precision: Precision = precision
         self.warnings: list[str] = []
         self.reuse: Reuse | None = None
+        self._one_pass: bool | None = None  # whether one for several takes less time, once tried
         if memory:
             try:
                 with autocast(prepared, precision):
@@ -127,14 +133,64 @@ class Scorer:
         Raises:
             ScoreError: The predicted rise is NaN or infinite.
         """
+        return self._scored(config, *self.measure(config, incumbent))
+
+    def _scored(self, config: Mapping[str, LayerBits], loss: float, rise: float | None) -> Score:
         weights, activations = self.sensitivity.score(config)
-        loss, rise = self.measure(config, incumbent)
         total = weights + activations if rise is None else rise
         if self.by_loss:
             total = round(loss - self.float_loss(), 9)  # as `measure` rounds
         if not math.isfinite(total):
             raise ScoreError(f"The score of an assignment is {total}; candidates cannot be ranked.")
         return Score(total, weights, activations, loss)
+
+    def score_together(
+        self, configs: Sequence[Mapping[str, LayerBits]], incumbent: Mapping[str, LayerBits]
+    ) -> list[Score]:
+        """Score several assignments in one pass, if that is possible and quicker.
+
+        Scores are those of `score`, bit for bit. Whether one pass is quicker is tried with the
+        first few assignments.
+
+        Args:
+            configs: Bits of the layers, of each; those not named keep theirs.
+            incumbent: The assignment of all layers that all of them were made from.
+
+        Raises:
+            ScoreError: A predicted rise is NaN or infinite.
+        """
+        if len(configs) < FEWEST_TOGETHER or self.most_together == 1:
+            return [self.score(config, incumbent) for config in configs]
+        if self._one_pass is None:
+            return self._try_one_pass(configs, incumbent)
+        scores = []
+        for first in range(0, len(configs), self.most_together):
+            several = configs[first : first + self.most_together]
+            measured = self._measure_together(several, incumbent)
+            scores += [self._scored(c, *m) for c, m in zip(several, measured, strict=True)]
+        return scores
+
+    @property
+    def most_together(self) -> int:
+        """How many assignments may be scored in one pass; 1 where that is impossible or slower."""
+        if self.reuse is None or self._hooked() or self._one_pass is False:
+            return 1
+        return self.reuse.most_together
+
+    def _try_one_pass(
+        self, configs: Sequence[Mapping[str, LayerBits]], incumbent: Mapping[str, LayerBits]
+    ) -> list[Score]:
+        """Score assignments alone and together, and remember what took less time."""
+        several = configs[: self.most_together]
+        self._measure_together(several, incumbent)  # which finds out what may run together
+        started = time.perf_counter()
+        together = self._measure_together(several, incumbent)
+        half = time.perf_counter()
+        alone = [self.measure(config, incumbent) for config in several]
+        self._one_pass = together == alone and half - started < time.perf_counter() - half
+        scores = [self._scored(c, *m) for c, m in zip(several, alone, strict=True)]
+        rest = configs[len(several) :]
+        return scores + (self.score_together(rest, incumbent) if rest else [])
 
     @torch.no_grad()
     def measure(
@@ -147,32 +203,58 @@ class Scorer:
         The rise is rounded to nine digits, so that what another processor adds up in another order
         ranks the same.
         """
-        losses, rises = [], []
         with autocast(self.prepared, self.precision):  # which keeps losses in single precision
             expected = self._outputs_in_float() if self.output_rise is not None else None
             set_bits(self.prepared, config)
-            for index, outputs in enumerate(self._run(incumbent)):
-                if index > 0:
-                    self.between_batches()
-                batch = self.data[index]
-                losses.append(float(self.loss_fn(outputs, batch.labels)) * batch.n)
-                if expected is not None:
-                    rises.append(self._rise(expected[index], outputs, batch))
-        n = self.data.n_samples
-        rise = float(f"{math.fsum(rises) / n:.9g}") if rises else None
-        return math.fsum(losses) / n, rise
+            return self._sums(([outputs] for outputs in self._run(incumbent)), expected)[0]
 
-    def _rise(self, expected: Any, outputs: Any, batch: Batch) -> float:
-        """Return what a batch's outputs tell of the rise, summed over its samples."""
+    @torch.no_grad()
+    def _measure_together(
+        self, configs: Sequence[Mapping[str, LayerBits]], incumbent: Mapping[str, LayerBits]
+    ) -> list[tuple[float, float | None]]:
+        assert self.reuse is not None
+        with autocast(self.prepared, self.precision):
+            expected = self._outputs_in_float() if self.output_rise is not None else None
+            bits = get_bits(self.prepared)
+            wholes = [BitConfig({**bits, **config}) for config in configs]
+            return self._sums(self.reuse.run_together(wholes, BitConfig(incumbent)), expected)
+
+    def _sums(
+        self, batches: Iterable[list[Any]], expected: list[Any] | None
+    ) -> list[tuple[float, float | None]]:
+        """Return loss and rise of each candidate from its outputs on each batch."""
+        found: list[list[tuple[Any, tuple[Any, float]]]] = []
+        for index, several in enumerate(batches):
+            if index > 0:
+                self.between_batches()
+            batch = self.data[index]
+            found.append([])
+            for outputs in several:
+                loss = self.loss_fn(outputs, batch.labels)
+                moved = (0.0, 1.0)
+                if expected is not None:
+                    moved = self._rise(expected[index], outputs, batch)
+                found[-1].append((loss, moved))
+        # A GPU is waited for only now.
+        n, sums = self.data.n_samples, list[tuple[float, float | None]]()
+        for each in zip(*found, strict=True):
+            losses = [float(loss) * b.n for (loss, _), b in zip(each, self.data, strict=True)]
+            rises = [float(rise) * factor for _, (rise, factor) in each]
+            rise = None if expected is None else float(f"{math.fsum(rises) / n:.9g}")
+            sums.append((math.fsum(losses) / n, rise))
+        return sums
+
+    def _rise(self, expected: Any, outputs: Any, batch: Batch) -> tuple[Any, float]:
+        """Return what a batch's outputs tell of the rise, summed over its samples, and a factor."""
         assert self.output_rise is not None
         if isinstance(self.output_rise, CrossEntropyRise):
-            rise = float(self.output_rise(expected, outputs, batch.labels))
+            rise = self.output_rise(expected, outputs, batch.labels)
         else:
-            rise = float(self.output_rise(expected, outputs))
+            rise = self.output_rise(expected, outputs)
             if self.output_rise is not squared_error_rise:
-                return rise  # the user's own, who knows what a sample is
+                return rise, 1.0  # the user's own, who knows what a sample is
         # A sample may have several rows of outputs, such as its tokens.
-        return rise if len(outputs) == batch.n else rise * batch.n / len(outputs)
+        return rise, 1.0 if len(outputs) == batch.n else batch.n / len(outputs)
 
     @torch.no_grad()
     def float_loss(self) -> float:
@@ -192,9 +274,7 @@ class Scorer:
 
     def _run(self, incumbent: Mapping[str, LayerBits] | None) -> Iterator[Any]:
         """Yield the outputs of each batch with the bits set now."""
-        # Hooks on the network itself would not see a pass that is put together from parts.
-        hooked = self.prepared._forward_hooks or self.prepared._forward_pre_hooks
-        if self.reuse is not None and not hooked:
+        if self.reuse is not None and not self._hooked():
             origin = None if incumbent is None else BitConfig(incumbent)
             yield from self.reuse.run(get_bits(self.prepared), origin)
             return
@@ -203,6 +283,10 @@ class Scorer:
                 yield self.correction.apply()
             else:
                 yield forward(self.prepared, batch.inputs)
+
+    def _hooked(self) -> bool:
+        """Say whether the network has hooks: they would not see a pass that is made of parts."""
+        return bool(self.prepared._forward_hooks or self.prepared._forward_pre_hooks)
 
     def _outputs_in_float(self) -> list[Any]:
         if self._float_outputs is None:

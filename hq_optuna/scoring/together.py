@@ -50,12 +50,16 @@ class Group:
         incumbent: The bits that they were made from, which the network has.
         changed: For each candidate the nodes with other values than the incumbent's.
         statistics: What was corrected for each candidate, by module.
+        side_by_side: The same for several candidates in one, by module and candidates.
     """
 
     configs: Sequence[BitConfig]
     incumbent: BitConfig
     changed: Sequence[frozenset[fx.Node]]
     statistics: list[Statistics] = field(init=False)
+    side_by_side: dict[tuple[str, tuple[int, ...]], tuple[Tensor, ...]] = field(
+        default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         self.statistics = [{} for _ in self.configs]
@@ -298,9 +302,9 @@ class _Pass:
     def _normed(self, module: nn.Module, name: str, x: Tensor, members: tuple[int, ...]) -> Tensor:
         """Run a batch-norm layer with the statistics of each candidate."""
         norm: Any = module
-        means, variances = self._statistics(name, x, members)
         k = len(members)
-        weight, bias = (None if w is None else w.repeat(k) for w in (norm.weight, norm.bias))
+        means, variances, *rest = self._statistics(name, x, members, norm.weight, norm.bias)
+        weight, bias = rest or (None, None)
         side_by_side = x.view(self.n, k * x.shape[1], *x.shape[2:])
         normed = functional.batch_norm(
             side_by_side, means, variances, weight, bias, training=False, eps=norm.eps
@@ -318,15 +322,21 @@ class _Pass:
         shifted = output.view(self.n, k, *output.shape[1:]) + shifts.reshape(shape)
         return shifted.flatten(0, 1)
 
-    def _statistics(self, name: str, x: Tensor, members: tuple[int, ...]) -> tuple[Tensor, ...]:
-        """Return corrected statistics of candidates one after the other, ``(k·C,)``."""
-        statistics, correction = self.group.statistics, self.stacker.correction
+    def _statistics(
+        self, name: str, x: Tensor, members: tuple[int, ...], *repeated: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Return corrected statistics of candidates, and what they share, each ``(k·C,)``."""
+        group, correction, k = self.group, self.stacker.correction, len(members)
         assert correction is not None
         if self.measuring:
             for i, j in enumerate(members):
-                found = correction.corrected(name, _part(x, i, len(members), self.n))
-                statistics[j][name] = found
-        return tuple(map(torch.cat, zip(*(statistics[j][name] for j in members), strict=True)))
+                group.statistics[j][name] = correction.corrected(name, _part(x, i, k, self.n))
+        elif (name, members) in group.side_by_side:
+            return group.side_by_side[name, members]
+        each = zip(*(group.statistics[j][name] for j in members), strict=True)
+        found = (*map(torch.cat, each), *(w.repeat(k) for w in repeated if w is not None))
+        group.side_by_side[name, members] = found
+        return found
 
     def _joined(self, value: fx.Node, members: tuple[int, ...]) -> Any:
         """Return a node's values for several candidates in one."""

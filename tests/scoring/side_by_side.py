@@ -100,16 +100,20 @@ class Search:
 
     def check_together(self, configs, incumbent) -> None:
         """Outputs of candidates in one pass are those of passes of their own."""
+        if self.reusing.reuse is None:
+            scores = self.reusing.score_together(configs, incumbent)
+            assert scores == [self.whole.score(config) for config in configs]
+            return
         with torch.no_grad(), autocast(self.prepared, self.reusing.precision):
             batches = list(self.reuse.run_together(configs, incumbent))
         assert get_bits(self.prepared) == incumbent
-        found = [
-            [t for outputs in batches for t in tensors(outputs[j])] for j in range(len(configs))
-        ]
-        for config, ours in zip(configs, found, strict=True):
+        sums = self.reusing._measure_together(configs, incumbent)
+        for j, config in enumerate(configs):
+            found = [t for outputs in batches for t in tensors(outputs[j])]
             expected = self.outputs(self.whole, config)
-            assert len(ours) == len(expected)
-            assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+            assert len(found) == len(expected)
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+            assert sums[j] == self.whole.measure(config)
 
     def walk(self, seed: int, n_steps: int = 3) -> None:
         """Search at random: candidates of an incumbent, one of which is the next one."""
