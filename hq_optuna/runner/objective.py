@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,12 +16,11 @@ from optuna.trial import Trial
 from torch import nn
 from torch.nn import functional
 
-from hq_optuna import attrs, workers
+from hq_optuna import attrs
 from hq_optuna.attrs import Ticket
 from hq_optuna.batches import Precision, read_batches
 from hq_optuna.bit_config import BitConfig
 from hq_optuna.checks import check_forward
-from hq_optuna.cost import CostModel
 from hq_optuna.curvature import LossFunction
 from hq_optuna.errors import ResumeError
 from hq_optuna.history import read_history
@@ -29,16 +28,17 @@ from hq_optuna.launching.serving import NotNeeded
 from hq_optuna.quantization import Observer, set_bits
 from hq_optuna.quantization.compensation import Rounding
 from hq_optuna.runner import described, fingerprint
-from hq_optuna.runner.needed import while_needed
+from hq_optuna.runner.ahead import Ahead
+from hq_optuna.runner.needed import LOOK_EVERY_S, while_needed
 from hq_optuna.runner.publish import publish, publish_facts, stored_sensitivity
 from hq_optuna.runner.quantizer_choice import choose_quantizers
 from hq_optuna.runner.recording import KEPT, closing, winner_of
+from hq_optuna.runner.scored import record, shown
 from hq_optuna.runner.scoring_setup import Progress, ScoringSetup
 from hq_optuna.runner.trained_steps import TrainedSteps
 from hq_optuna.runner.training_plan import TrainingPlan
 from hq_optuna.samplers import ProgressiveBitSampler
-from hq_optuna.samplers.claims import ClaimedTrial, write_facts
-from hq_optuna.samplers.tickets import excess, facts
+from hq_optuna.samplers.claims import ClaimedTrial, upcoming, write_facts
 from hq_optuna.scoring import UNKNOWN_LOSS, OutputRise, Score, Scorer, ScorerName
 from hq_optuna.scoring.reuse import DEFAULT_MEMORY
 from hq_optuna.space import SearchSpace
@@ -137,6 +137,7 @@ class HessianObjective:
         self.skipped: tuple[tuple[str, str, str], ...] = ()
         self.progress: Progress = lambda what, done, of: None
         self._scorer: Scorer | None = None
+        self._ahead = Ahead()
         self._lock = threading.RLock()  # threads of one process share one network
         self._facts: dict[str, float] = {}
         # By storage, as studies of two storages may have the same id.
@@ -267,7 +268,7 @@ class HessianObjective:
         if ticket is None or ticket.kind == "free":
             bits = [trial.suggest_categorical(v.name, v.bits) for v in self.space.variables]
             config = self.space.config(bits)
-            return self._record(trial, config, scorer.score(config), None, started)
+            return record(self.space, trial, config, scorer.score(config), None, started)
         if ticket.kind == "surplus" or trial.should_prune():
             raise optuna.TrialPruned("its work is no longer needed")
         assert isinstance(sampler, ProgressiveBitSampler)
@@ -279,12 +280,31 @@ class HessianObjective:
             return self._record_training(trial, ticket, config, started)
         if ticket.kind == "incumbent":
             return self._record_step(trial, ticket, config, started)
-        origin = sampler.origin(study)
-        scorer = self.scorer_at(study, sampler.base(study))
+        origin, base = sampler.origin(study), sampler.base(study)
         pruned = optuna.TrialPruned("its work is no longer needed")
-        with while_needed(scorer, lambda: not trial.should_prune(), pruned):
-            score = scorer.score(config, config if origin is None else self.space.config(origin))
-        return self._record(trial, config, score, ticket, started)
+        coming = (self.space.config(bits) for bits in upcoming(sampler, study))
+        score, started = self._candidate(
+            study, base, config, origin, coming, lambda: not trial.should_prune(), pruned
+        )
+        return record(self.space, trial, config, score, ticket, started)
+
+    def _candidate(
+        self,
+        study: Study,
+        base: int | None,
+        config: BitConfig,
+        origin: Sequence[int] | None,
+        coming: Iterable[BitConfig],
+        needed: Callable[[], bool],
+        otherwise: Exception,
+        every_s: float = LOOK_EVERY_S,
+    ) -> tuple[Score, float]:
+        """Return a candidate's score, and when it would have begun to be scored alone."""
+        scorer = self.scorer_at(study, base)
+        made_from = config if origin is None else self.space.config(origin)
+        with while_needed(scorer, needed, otherwise, every_s):
+            score, seconds = self._ahead.score(scorer, config, made_from, base, coming)
+        return score, time.perf_counter() - seconds
 
     def obey(
         self, study: Study, order: Mapping[str, Any], needed: Callable[[], bool]
@@ -313,13 +333,19 @@ class HessianObjective:
             ticket = sampler.ticket(study, trial._trial_id)
             assert ticket is not None
             value, score, said = self.trained(trial, ticket, needed, NotNeeded())
-            return value, {**_shown(score, started), attrs.TRAINING: said}
-        config = self.space.config(order["bits"])
-        origin = config if order["origin"] is None else self.space.config(order["origin"])
-        scorer = self._scorer if base is None else self.scorer_at(study, base)
-        with while_needed(scorer, needed, NotNeeded(), every_s=0.0):
-            score = scorer.score(config, origin)
-        return score.total, _shown(score, started)
+            return value, {**shown(score, started), attrs.TRAINING: said}
+        coming = (self.space.config(bits) for bits in order.get("next", ()))
+        score, started = self._candidate(
+            study,
+            base,
+            self.space.config(order["bits"]),
+            order["origin"],
+            coming,
+            needed,
+            NotNeeded(),
+            every_s=0.0,
+        )
+        return score.total, shown(score, started)
 
     def _record_training(
         self, trial: Trial, ticket: Ticket, config: BitConfig, started: float
@@ -327,7 +353,7 @@ class HessianObjective:
         pruned = optuna.TrialPruned("its work is no longer needed")
         value, score, facts = self.trained(trial, ticket, lambda: not trial.should_prune(), pruned)
         write_facts(trial, {attrs.TRAINING: facts})
-        self._record(trial, config, score, ticket, started)
+        record(self.space, trial, config, score, ticket, started)
         return value
 
     def trained(
@@ -357,40 +383,12 @@ class HessianObjective:
     ) -> float:
         assert ticket.origin is not None
         value, found = winner_of(trial.study, ticket.origin)
-        self._record(trial, config, Score(value, *(found[name] for name in KEPT)), ticket, started)
-        return closing(value, found)[0]
-
-    def _record(
-        self,
-        trial: Trial,
-        config: BitConfig,
-        score: Score,
-        ticket: Ticket | None,
-        started: float,
-    ) -> float:
-        budget = described.budget_of(trial.study)
-        cost = CostModel(self.space.layers, "bops" if budget is None else budget.metric).cost(
-            config
+        record(
+            self.space,
+            trial,
+            config,
+            Score(value, *(found[name] for name in KEPT)),
+            ticket,
+            started,
         )
-        shown: dict[str, Any] = {} if ticket is None else facts(ticket, self.space, cost)
-        write_facts(trial, shown | {attrs.COST: cost} | _shown(score, started))
-        over = None if budget is None else excess(cost, budget.limit(self.space.layers))
-        # A trial that was claimed was created with it.
-        if budget is not None and over is not None and budget.metric not in trial.constraints:
-            trial.set_constraint(budget.metric, over)
-            # optuna-dashboard up to 0.21 reads only the older form.
-            trial.study._storage.set_trial_system_attr(
-                trial._trial_id, attrs.OLD_CONSTRAINTS, [over]
-            )
-        return score.total
-
-
-def _shown(score: Score, started: float) -> dict[str, Any]:
-    """Return what a trial says of its scoring."""
-    return {
-        attrs.SCORE_WEIGHTS: score.weights,
-        attrs.SCORE_ACTIVATIONS: score.activations,
-        attrs.CALIBRATION_LOSS: score.calibration_loss,
-        attrs.SECONDS: round(time.perf_counter() - started, 6),
-        attrs.WORKER: workers.short_name(workers.worker_id()),
-    }
+        return closing(value, found)[0]

@@ -13,7 +13,7 @@ import copy
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import optuna
@@ -170,21 +170,37 @@ def _choose(log: StepLog, search: str, waited_s: float) -> Ticket | None:
     patient = 0 < waited_s < PATIENCE_S
     if step.complete:
         return None if patient else _numbered(record_ticket(log, search))
-    me, n_before = workers.worker_id(), len(log.owners.untagged)
-    free = step.free[n_before:]
+    me = workers.worker_id()
+    free, own, part = _slots(log)
+    if not own and waited_s < PATIENCE_S:
+        crew = log.owners.at_work(me, last=2 * len(step.states))
+        if log.owners.idle_before(me, crew) >= len(free):
+            return None
+    return _numbered(candidate_ticket(log, nearest(own or free, part), search))
+
+
+def _slots(log: StepLog) -> tuple[list[int], list[int], float]:
+    """Return the open step's free slots, those of them that are this worker's, and its part."""
+    step = log.open
+    assert step is not None
+    me = workers.worker_id()
     crew = log.owners.at_work(me, last=2 * len(step.states))
     place = crew.index(me)
     ordered: Sequence[int] = range(len(step.states))
     if len(crew) > 1:
         origin = None if log.incumbent is None else log.incumbent.state
         ordered = by_depth(step.states, origin)
-    free = sorted(free, key=ordered.index)
+    free = sorted(step.free[len(log.owners.untagged) :], key=ordered.index)
     share = share_of(ordered, place, len(crew))
-    own = [slot for slot in free if slot in share]
-    if not own and waited_s < PATIENCE_S and log.owners.idle_before(me, crew) >= len(free):
-        return None
-    slot = nearest(own or free, parts(len(crew))[place])
-    return _numbered(candidate_ticket(log, slot, search))
+    return free, [slot for slot in free if slot in share], parts(len(crew))[place]
+
+
+def upcoming(sampler: ProgressiveBitSampler, study: Study) -> Iterator[tuple[int, ...]]:
+    """Yield the bits of candidates that this worker is likely to be given next, as last read."""
+    log = sampler.known(study).log
+    with sampler.lock:
+        states = [] if log.open is None else [log.open.states[slot] for slot in _slots(log)[1]]
+    yield from states
 
 
 def new_claim() -> int:

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.node import map_aggregate, map_arg
+from torch.fx.node import map_arg
 from torch.nn import functional
 
 from hq_optuna.batches import plain_attention, tensors
@@ -34,11 +34,15 @@ from hq_optuna.quantization.correction import StatisticsCorrection, channel_axis
 from hq_optuna.quantization.prepare import input_quantizer, prepared_layers, weight_quantizer
 from hq_optuna.scoring.graph import equal, memory_of, plain
 from hq_optuna.scoring.running import NodeRunner
+from hq_optuna.scoring.side_by_side import copy_of, has_rows, join, part_of, repeat
 
 _PYTORCH = ("torch", "_operator", "builtins", "math")
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 Statistics = dict[str, tuple[Tensor, ...]]
+
+Plan = list[tuple[fx.Node, tuple[int, ...], bool]]
+"""Nodes in order, the candidates that run each, and whether the incumbent does."""
 
 
 @dataclass
@@ -51,6 +55,7 @@ class Group:
         changed: For each candidate the nodes with other values than the incumbent's.
         statistics: What was corrected for each candidate, by module.
         side_by_side: The same for several candidates in one, by module and candidates.
+        plans: What runs, by what is known.
     """
 
     configs: Sequence[BitConfig]
@@ -60,6 +65,7 @@ class Group:
     side_by_side: dict[tuple[str, tuple[int, ...]], tuple[Tensor, ...]] = field(
         default_factory=dict
     )
+    plans: dict[frozenset[fx.Node], Plan] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.statistics = [{} for _ in self.configs]
@@ -108,18 +114,15 @@ class Stacker:
                 written.
             foreign: Memory of the network's own.
         """
-        plans = [set(self.graph.needed(known.keys() - changed)) for changed in group.changed]
-        plan = sorted(set().union(*plans), key=self.graph.position.__getitem__)
+        plan = self._plan(group, frozenset(known))
         inputs, n, measuring = batch
         values: dict[fx.Node, Any] = {self.graph.entry: inputs, **known}
         foreign = foreign | {memory_of(t) for value in values.values() for t in tensors(value)}
-        last = self.runner.last_readers(plan)
+        last = self.runner.last_readers([node for node, _, _ in plan])
         at = _Pass(self, group, n, measuring, values, {}, foreign, last)
         with plain_attention():
-            for node in plan:
-                having = [j for j, its in enumerate(plans) if node in its]
-                own = tuple(j for j in having if node in group.changed[j])
-                if len(own) < len(having):
+            for node, own, is_shared in plan:
+                if is_shared:
                     values[node] = shared(node, values, foreign)
                     foreign |= {memory_of(t) for t in tensors(values[node])}
                 if own:
@@ -130,6 +133,18 @@ class Stacker:
                         if value not in known:
                             values.pop(value, None)
         return [at.outputs(j) for j in range(len(group.configs))]
+
+    def _plan(self, group: Group, known: frozenset[fx.Node]) -> Plan:
+        """Return the nodes to run when some are known, in order."""
+        if known not in group.plans:
+            needed = [set(self.graph.needed(known - changed)) for changed in group.changed]
+            plan = []
+            for node in sorted(set().union(*needed), key=self.graph.position.__getitem__):
+                having = [j for j, its in enumerate(needed) if node in its]
+                own = tuple(j for j in having if node in group.changed[j])
+                plan.append((node, own, len(own) < len(having)))
+            group.plans[known] = plan
+        return group.plans[known]
 
     def _may_be_tried(self, node: fx.Node) -> bool:
         """Say whether what a node runs is PyTorch's own, and has statistics that are known here."""
@@ -173,10 +188,6 @@ class Stacker:
         return any(config[name] != incumbent[name] for name in self._layers.get(node, ()))
 
 
-class _Apart(Exception):
-    """Values that do not go into one tensor."""
-
-
 @dataclass
 class _Each:
     """A node's values for those candidates in which it is not the incumbent's.
@@ -212,7 +223,7 @@ class _Pass:
             return self.values[value]
         if own.parts is not None:
             return own.parts[j]
-        return _part(own.joined, own.members.index(j), len(own.members), self.n)
+        return part_of(own.joined, own.members.index(j), len(own.members), self.n)
 
     def outputs(self, j: int) -> Any:
         """Return what the network returns for a candidate."""
@@ -235,8 +246,8 @@ class _Pass:
             group.statistics = before
             parts = {j: self._apart(node, j) for j in alike}
             trusted = joined is not None and all(
-                _has_rows(parts[j], self.n)
-                and equal(_part(joined, i, len(alike), self.n), parts[j])
+                has_rows(parts[j], self.n)
+                and equal(part_of(joined, i, len(alike), self.n), parts[j])
                 for i, j in enumerate(alike)
             )
             stacker.judge(node, self.n, len(alike), trusted)
@@ -244,7 +255,7 @@ class _Pass:
             joined = self._together(node, alike)
             if len(alike) == len(own):
                 return _Each(own, joined)
-            parts = {j: _part(joined, i, len(alike), self.n) for i, j in enumerate(alike)}
+            parts = {j: part_of(joined, i, len(alike), self.n) for i, j in enumerate(alike)}
         parts |= {j: self._apart(node, j) for j in own if j not in parts}
         return _Each(own, parts=parts)
 
@@ -280,12 +291,12 @@ class _Pass:
         """Run a node for several candidates at once; ``careful``: writing nothing that is read.
 
         Raises:
-            _Apart: Their values do not go into one tensor.
+            ApartError: Their values do not go into one tensor.
         """
         stacker = self.stacker
         values = {value: self._joined(value, members) for value in node.all_input_nodes}
         if careful:
-            values = {value: _copy(tree) for value, tree in values.items()}
+            values = {value: copy_of(tree) for value, tree in values.items()}
         names = stacker.inside.get(node)
         module = stacker.graph.modules.get(node)
         if not names or stacker.correction is None:
@@ -330,7 +341,7 @@ class _Pass:
         assert correction is not None
         if self.measuring:
             for i, j in enumerate(members):
-                group.statistics[j][name] = correction.corrected(name, _part(x, i, k, self.n))
+                group.statistics[j][name] = correction.corrected(name, part_of(x, i, k, self.n))
         elif (name, members) in group.side_by_side:
             return group.side_by_side[name, members]
         each = zip(*(group.statistics[j][name] for j in members), strict=True)
@@ -346,8 +357,8 @@ class _Pass:
         if value.op == "get_attr":
             return self.values[value]
         if own is None or not set(members) & set(own.members):
-            return _repeated(self.values[value], len(members), self.n)
-        return _join([self.part(value, j) for j in members], self.n)
+            return repeat(self.values[value], len(members), self.n)
+        return join([self.part(value, j) for j in members], self.n)
 
 
 def _is_of(target: Any, *packages: str) -> bool:
@@ -355,70 +366,3 @@ def _is_of(target: Any, *packages: str) -> bool:
     if isinstance(target, BuiltinFunctionType) and target.__module__ is None:
         return True
     return str(getattr(target, "__module__", None)).partition(".")[0] in packages
-
-
-def _has_rows(tree: Any, n: int) -> bool:
-    """Say whether a value is tensors with a row for each of n samples, and nothing else."""
-
-    def has(leaf: Any) -> bool:
-        if isinstance(leaf, (tuple, list)):
-            return all(map(has, leaf))
-        if isinstance(leaf, Tensor):
-            return leaf.dim() > 0 and leaf.shape[0] == n and leaf.is_contiguous()
-        return leaf is None
-
-    return has(tree)
-
-
-def _part(tree: Any, i: int, k: int, n: int) -> Any:
-    """Return the i-th of k candidates' part."""
-
-    def part(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.shape[0] != n * k:
-            return leaf
-        return leaf.view(n, k, *leaf.shape[1:])[:, i].contiguous()
-
-    return plain(map_aggregate(tree, part))
-
-
-def _join(parts: Sequence[Any], n: int) -> Any:
-    """Return candidates' values in one, side by side for each sample."""
-    first = parts[0]
-    if isinstance(first, Tensor):
-        if any(not _stackable(part, first, n) for part in parts):
-            raise _Apart
-        return torch.stack(list(parts), 1).flatten(0, 1)
-    if type(first) in (tuple, list) and all(len(part) == len(first) for part in parts):
-        return type(first)(_join(leaves, n) for leaves in zip(*parts, strict=True))
-    if all(type(part) is type(first) and part == first for part in parts):
-        return first
-    raise _Apart
-
-
-def _stackable(part: Any, first: Tensor, n: int) -> bool:
-    return (
-        isinstance(part, Tensor)
-        and part.dim() > 0
-        and (part.shape, part.dtype) == (first.shape, first.dtype)
-        and part.shape[0] == n
-        and part.is_contiguous()
-    )
-
-
-def _repeated(tree: Any, k: int, n: int) -> Any:
-    """Return what k candidates have in common as values of each of them."""
-
-    def repeated(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.shape[0] != n:
-            return leaf
-        if not leaf.is_contiguous():
-            raise _Apart
-        return leaf.repeat_interleave(k, 0)
-
-    return plain(map_aggregate(tree, repeated))
-
-
-def _copy(tree: Any) -> Any:
-    return plain(
-        map_aggregate(tree, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
-    )
