@@ -56,7 +56,9 @@ def work(
         study = session.open(progress=progress.phase)
         if orders is not None:
             study._storage.remove_session()  # the launcher has it from here on
-            serve(orders, functools.partial(session.search.objective.obey, study), tell)
+            objective = session.search.objective
+            together = objective.prepare().most_together
+            serve(orders, functools.partial(objective.obey, study), tell, together)
         else:
             session.search.work(
                 study,

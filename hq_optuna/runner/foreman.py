@@ -75,7 +75,7 @@ class Foreman:
         assert isinstance(sampler, ProgressiveBitSampler)
         self._study, self._sampler = study, sampler
         self._on_progress, self._clock = on_progress, clock
-        self._each = 2 if writes_together(study._storage) else 1  # candidates a worker
+        self._at_once = 2 if writes_together(study._storage) else 1
         self.hands = Hands()
         self.over = False
         self._log: StepLog | None = None  # as it was last read
@@ -228,12 +228,18 @@ class Foreman:
         origin = None if log.incumbent is None else log.incumbent.state
         return Order(new_claim(), bits, origin, self._clock(), base=log.base, part=part)
 
+    @property
+    def _each(self) -> int:
+        """Candidates that are claimed for a worker at once, while nobody else is at work."""
+        return max(self._at_once, self.hands.together)
+
     def _choose(self, log: StepLog) -> tuple[list[tuple[int, float]], bool]:
         """Return the slots to claim now, for which part each, and whether nobody else is at work.
 
         Alone, one more candidate is claimed for each worker than it can do now, if the storage lets
-        trials say when they really began: so it need not wait for the storage. Where others work,
-        each begins with slots of its own, as single workers do.
+        trials say when they really began: so it need not wait for the storage; or as many as it
+        scores in one pass. Where others work, each begins with slots of its own, as single workers
+        do.
         """
         step = log.open
         assert step is not None

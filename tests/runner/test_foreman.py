@@ -47,10 +47,11 @@ class Scorer(threading.Thread):
         seconds: float = 0.0,
         lives: int = 10**9,
         takes: float = 0.0,
+        together: int = 1,
     ):
         super().__init__(daemon=True)
         self.foreman, self.space, self.seconds, self.lives = foreman, space, seconds, lives
-        self.takes = takes
+        self.takes, self.together = takes, together
         self.table = fake_table(space)
         self.news = threading.Semaphore(0)
         self.orders: list[dict[str, Any]] = []
@@ -75,7 +76,7 @@ class Scorer(threading.Thread):
         return sum(fake_score(self.table, self.space.config(bits)))
 
     def run(self) -> None:
-        self.foreman.hear(self, {"event": "ready"})
+        self.foreman.hear(self, {"event": "ready", "together": self.together})
         while True:
             self.news.acquire()
             order = self.orders.pop(0)
@@ -97,11 +98,11 @@ def lead(foreman: Foreman, until_s: float = 60.0) -> None:
         assert time.monotonic() < deadline
 
 
-@pytest.mark.parametrize("encoding", ["layers", "compact"])
-def test_the_history_is_that_of_the_sequential_search(storage, encoding):
+@pytest.mark.parametrize(("encoding", "together"), [("layers", 1), ("compact", 1), ("compact", 3)])
+def test_the_history_is_that_of_the_sequential_search(storage, encoding, together):
     study = new_study(sampler(6, encoding=encoding), storage)
     foreman = Foreman(study)
-    scorers = [Scorer(foreman, ours(study).space) for _ in range(3)]
+    scorers = [Scorer(foreman, ours(study).space, together=together) for _ in range(3)]
     lead(foreman)
     assert history(study) == expected(study)
     log = ours(study).log(study)
@@ -119,12 +120,31 @@ def test_the_history_is_that_of_the_sequential_search(storage, encoding):
     assert study.best_trial.user_attrs["kind"] == "incumbent"
 
 
-def test_workers_that_die_cost_their_candidates_and_no_more(storage):
+def test_who_scores_several_in_one_pass_gets_those_it_was_told_of():
+    study = new_study(sampler(12, n_candidates=12, encoding="compact"))
+    foreman = Foreman(study)
+    scorers = [Scorer(foreman, ours(study).space, 0.002, together=4) for _ in range(2)]
+    lead(foreman)
+    assert history(study) == expected(study)
+    assert max(len(order.get("next", ())) for scorer in scorers for order in scorer.had) == 3
+    for scorer in scorers:
+        coming: list[list[int]] = []
+        for order in scorer.had:
+            if coming:
+                assert order["bits"] == coming.pop(0)
+                assert "next" not in order
+            else:
+                coming = list(order.get("next", ()))
+        assert not coming
+
+
+@pytest.mark.parametrize("together", [1, 4])
+def test_workers_that_die_cost_their_candidates_and_no_more(storage, together):
     study = new_study(sampler(8, n_candidates=4, encoding="compact"), storage)
     foreman = Foreman(study)
     space = ours(study).space
     for lives in (2, 5, 0, 10**9):
-        Scorer(foreman, space, 0.01, lives)
+        Scorer(foreman, space, 0.01, lives, together=together)
     lead(foreman)
     assert history(study) == expected(study)
     assert states(study).count(TrialState.FAIL) <= 3
