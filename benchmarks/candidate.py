@@ -6,18 +6,19 @@ activations quantized); one of them is the next incumbent. A candidate's time in
 what is run anew of the incumbent. In turn with it, in the same run: the float
 forward pass in the calibration set's own batches, and candidates that run the whole network.
 
-Beside it, what several candidates in one pass could win at best: the float forward pass of one
-batch that holds the images of 2 and of 4, against as many passes of their own.
+Beside it, several candidates in one pass against the same candidates one after the other, with what
+both read of the incumbent kept before; and whether a search of this network tries it.
 
 Times are seconds of the processor where there is no GPU, which other processes on the machine
 disturb less than the clock on the wall. Weights and images are random: they do not change times.
 
-    python -m benchmarks.candidate --networks resnet20 resnet18 mobilenet_v2
+    python -m benchmarks.candidate --networks digits resnet20 resnet18 mobilenet_v2
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import random
 import statistics
 import time
@@ -40,15 +41,19 @@ from hq_optuna.scoring import Scorer, Sensitivity, output_rise_of
 from hq_optuna.scoring.reuse import DEFAULT_MEMORY
 from hq_optuna.space import SearchSpace
 from studies.cifar10_resnet20 import ResNet20
+from studies.digits import DigitsNet
 
-STACKED = (2, 4)
-"""Candidates together in one pass."""
-NETWORKS = ("resnet20", "resnet18", "mobilenet_v2")
+NETWORKS = ("digits", "resnet20", "resnet18", "mobilenet_v2")
+RATIOS = ("to_forward", "to_without_reuse", "without_reuse_to_forward", "together_to_apart")
+IMAGES = {"digits": 256, "resnet20": 512}
+"""Calibration images where there are not 32."""
 
 
 def network_of(name: str) -> nn.Module:
     """Return a network with random weights."""
     torch.manual_seed(0)
+    if name == "digits":
+        return DigitsNet()
     if name == "resnet20":
         return ResNet20()
     from torchvision import models
@@ -58,8 +63,8 @@ def network_of(name: str) -> nn.Module:
 
 def images_of(name: str, n: int) -> Tensor:
     """Return random images of the network's usual size."""
-    size = 32 if name == "resnet20" else 224
-    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1))
+    shape = {"digits": (1, 8, 8), "resnet20": (3, 32, 32)}.get(name, (3, 224, 224))
+    return torch.randn(n, *shape, generator=torch.Generator().manual_seed(1))
 
 
 def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
@@ -109,6 +114,8 @@ def measure(
     plain: list[float] = []
     ours: list[float] = []
     without: list[float] = []
+    apart: list[float] = []
+    together: list[float] = []
     for _ in range(n_steps):
         plain.append(seconds_of(lambda: run_plain(network, data), device))
         candidates = []
@@ -128,6 +135,12 @@ def measure(
                 )
             )
         without.append(seconds_of(lambda candidate=candidate: whole.score(candidate), device))
+        in_one, one_by_one = (
+            functools.partial(run, reusing, candidates, incumbent) for run in (in_one_pass, alone)
+        )
+        assert in_one() == one_by_one()  # which also finds out what may run together
+        apart.append(seconds_of(one_by_one, device))
+        together.append(seconds_of(in_one, device))
         incumbent = draw.choice(candidates)
     one = statistics.median(plain)
     assert reusing.reuse is not None, reusing.warnings
@@ -135,6 +148,8 @@ def measure(
         "to_forward": statistics.mean(ours) / one,
         "to_without_reuse": statistics.mean(ours) / statistics.median(without),
         "without_reuse_to_forward": statistics.median(without) / one,
+        "together_to_apart": statistics.median(a / b for a, b in zip(together, apart, strict=True)),
+        "most_together": reusing.most_together,
         "forward_seconds": one,
         "kept_mib": reusing.reuse.n_bytes / 2**20,
     }
@@ -167,6 +182,16 @@ def scorer_of(
     )
 
 
+def in_one_pass(scorer: Scorer, configs: list[BitConfig], incumbent: BitConfig) -> Any:
+    """Measure candidates in one pass, whether a search would or not."""
+    return scorer._measure_together(configs, incumbent)
+
+
+def alone(scorer: Scorer, configs: list[BitConfig], incumbent: BitConfig) -> Any:
+    """Measure candidates one after the other."""
+    return [scorer.measure(config, incumbent) for config in configs]
+
+
 @torch.no_grad()
 def round_weights(scorer: Scorer, config: BitConfig) -> None:
     """Find the scales and ranges of an assignment, which a search finds once."""
@@ -189,32 +214,11 @@ def run_plain(network: nn.Module, data: Batches) -> None:
         forward(network, batch.inputs)
 
 
-@torch.no_grad()
-def measure_stacked(name: str, n_steps: int) -> dict[int, float]:
-    """Return how long one pass of k batches together takes beside k passes, by k."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = network_of(name).eval().to(device)
-    alone = read_batches((images_of(name, 32), torch.zeros(32, dtype=torch.long))).to(device)
-    inputs = alone[0].inputs
-    assert isinstance(inputs, Tensor)
-    together = {k: inputs.repeat(k, 1, 1, 1) for k in STACKED}
-    seconds: dict[int, list[float]] = {k: [] for k in (1, *STACKED)}
-    for step in range(n_steps + 1):  # the first one warms up
-        for k, found in seconds.items():
-            batch = inputs if k == 1 else together[k]
-            passes = max(STACKED) // k  # as many images for all
-            took = seconds_of(lambda n=passes, x=batch: [network(x) for _ in range(n)], device)
-            if step:
-                found.append(took)
-    one = statistics.median(seconds[1])
-    return {k: statistics.median(seconds[k]) / one for k in STACKED}
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
-    parser.add_argument("--images", type=int, help="[default: 512 of 32x32, 32 of 224x224]")
+    parser.add_argument("--images", type=int, help="[default: 256 of 8x8, 512 of 32x32, 32 else]")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--candidates", type=int, default=8)
     parser.add_argument("--memory", type=int, default=DEFAULT_MEMORY, help="bytes")
@@ -232,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
     outcome = Outcome("candidate")
     outcome.details["precision"] = arguments.precision
     for name in arguments.networks:
-        n = arguments.images or (512 if name == "resnet20" else 32)
+        n = arguments.images or IMAGES.get(name, 32)
         n, n_steps = (8, 1) if arguments.quick else (n, arguments.steps)
         for correct in (True, False):
             found = measure(
@@ -241,19 +245,18 @@ def main(argv: list[str] | None = None) -> None:
                 precision=arguments.precision,
             )
             suffix = f"{name}{'' if correct else '_no_correction'}"
-            for what in ("to_forward", "to_without_reuse", "without_reuse_to_forward"):
+            for what in RATIOS:
                 outcome.figures[f"ratio_{what}_{suffix}"] = round(found[what], 3)
             outcome.details[suffix] = {key: round(value, 4) for key, value in found.items()}
             print(
                 f"{suffix:28} candidate / float forward {found['to_forward']:.3f}   "
                 f"/ without reuse {found['to_without_reuse']:.3f}   "
                 f"without reuse / float forward {found['without_reuse_to_forward']:.3f}   "
+                f"{arguments.candidates} in one pass / apart {found['together_to_apart']:.3f} "
+                f"(a search tries it: {found['most_together'] > 1})   "
                 f"{found['kept_mib']:.0f} MiB kept",
                 flush=True,
             )
-        for k, ratio in measure_stacked(name, n_steps).items():
-            outcome.figures[f"ratio_stacked_{k}_{name}"] = round(ratio, 3)
-            print(f"{name:28} {k} batches in one pass / one after the other {ratio:.3f}")
     outcome.finish(arguments.out)
 
 

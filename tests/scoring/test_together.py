@@ -1,0 +1,234 @@
+"""Several candidates in one pass: what runs together, how many, and when."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hq_optuna.scoring import scorer as scorer_module
+from hq_optuna.scoring.together import Stacker
+from tests.scoring.side_by_side import ALL, IMAGES, Mixed, Search
+from tests.small_networks import ConvNet, make
+
+
+def candidates(search: Search, n: int = 4) -> list:
+    """Candidates that change one layer each, in turn."""
+    incumbent = search.uniform(8)
+    names = itertools.cycle(search.names)
+    return [
+        search.changed(incumbent, name, by=1 + index // len(search.names))
+        for index, name in zip(range(n), names, strict=False)
+    ]
+
+
+def trusted(search: Search) -> dict[str, bool]:
+    """What runs together, by operation."""
+    judged = search.reuse.stacker._trusted
+    return {
+        node.name: all(found for (other, _, _), found in judged.items() if other is node)
+        for node, _, _ in judged
+    }
+
+
+def test_operations_of_pytorch_run_together():
+    search = Search(make(Mixed(["norm", "shortcut", "norm"]), 0, torch.float32), IMAGES)
+    search.check_together(candidates(search), search.uniform(8))
+    found = trusted(search)
+    # A product of matrices may add up otherwise where there are more rows.
+    assert all(together for name, together in found.items() if "head" not in name)
+    assert len(found) > 8
+    assert any("norms" in name for name in found)  # with statistics of each candidate
+    assert any("convs" in name for name in found)
+
+
+class OfTheWholeBatch(nn.Module):
+    """What a sample gives depends on the batch, though at first one does not see it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.a, self.b = (nn.Conv2d(2, 2, 3, padding=1) for _ in range(2))
+        self.head = nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        if self.kind == "largest":  # 6 in most batches, of one candidate or of several
+            x = F.relu6(1.7 * x)
+            x = x / x.max()
+        elif self.kind == "mean":
+            x = x - x.mean(0, keepdim=True)
+        elif self.kind == "sorted":
+            x = x.sort(0).values
+        elif self.kind == "size":
+            x = x.reshape(x.shape[0], -1, 1, 1).reshape(x.size(0), 2, 6, 6) / x.shape[0]
+        elif self.kind == "permuted":
+            x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+        elif self.kind == "softmax":
+            x = torch.softmax(x, dim=0)
+        return self.head(self.b(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", ["largest", "mean", "sorted", "size", "permuted", "softmax"])
+@pytest.mark.parametrize("correct", [False, True])
+def test_operations_on_the_whole_batch_run_apart(kind, correct):
+    search = Search(make(OfTheWholeBatch(kind), 1, torch.float32), 3 * IMAGES, correct=correct)
+    assert search.reusing.warnings == []
+    incumbent = search.uniform(8)
+    for group in ([2, 1], [1, 0, 2], [0, 1, 2]):
+        several = [search.changed(incumbent, search.names[place], by=2) for place in group]
+        search.check_together(several, incumbent)
+    assert not all(trusted(search).values())
+
+
+class Peeking(nn.Module):
+    """A module of the user's that looks at the whole batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if float(x.abs().mean()) < 0.9 else 0.5 * x
+
+
+class WithModule(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.peeking, self.b = nn.Conv2d(2, 2, 1), Peeking(), nn.Conv2d(2, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.peeking(self.a(x))).mean((2, 3))
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_module_or_a_hook_of_the_users_runs_apart(hooked):
+    network = make(WithModule if not hooked else ConvNet, dtype=torch.float32)
+    sizes: list[int] = []
+    if hooked:
+        norm = next(m for m in network.modules() if isinstance(m, nn.BatchNorm2d))
+        norm.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    search = Search(network, IMAGES)
+    incumbent = search.uniform(8)
+    assert search.reusing.warnings == []
+    search.check_together(candidates(search, 3), incumbent)
+    search.check_together(candidates(search, 2), incumbent)
+    apart = {node.name for node in search.reuse.graph.nodes} - trusted(search).keys()
+    if hooked:
+        assert max(sizes) == 8  # never more than a batch
+        return
+    assert any("peeking" in name for name in apart)
+
+
+def test_as_many_run_together_as_memory_allows(monkeypatch):
+    monkeypatch.setattr("hq_optuna.scoring.reuse.LONG_S", 10.0)
+    network = make(Mixed(["norm", "branch", "norm"]), 0, torch.float32)
+    everything = Search(network, IMAGES).reuse
+    assert everything.most_together == 16
+    everything_kept = sum(everything.graph.measured[n].n_bytes for n in everything.cuts) * 14 / 8
+    # 8 images of 4 channels, 6 by 6: two branches, and what they become
+    peak = everything.graph.peak_bytes
+    assert 2 * 8 * 4 * 36 * 4 <= peak <= 4 * 8 * 4 * 36 * 4
+    for n in (1, 2, 5):
+        memory = int(everything_kept + (n - 1) * peak) + 1
+        assert Search(network, IMAGES, memory=memory).reuse.most_together == n
+    assert Search(network, IMAGES, memory=5_000).reuse.most_together == 1
+
+
+def test_long_operations_on_a_processor_run_one_by_one(monkeypatch):
+    search = Search(make(ConvNet, dtype=torch.float32), IMAGES)
+    for measured in search.reuse.graph.measured.values():
+        measured.seconds = 0.01
+    assert search.reuse.most_together == 1
+    measured_together(search, monkeypatch).clear()
+    search.reusing.score_together(candidates(search), search.uniform(8))
+    assert search.reusing._one_pass is None
+
+
+def measured_together(search: Search, monkeypatch) -> list[int]:
+    """Return how many each pass from now on has."""
+    sizes: list[int] = []
+    measure = search.reusing._measure_together
+
+    def measured(configs, incumbent):
+        sizes.append(len(configs))
+        return measure(configs, incumbent)
+
+    monkeypatch.setattr(search.reusing, "_measure_together", measured)
+    return sizes
+
+
+@pytest.fixture
+def small(monkeypatch) -> Search:
+    monkeypatch.setattr("hq_optuna.scoring.reuse.LONG_S", 10.0)
+    return Search(make(Mixed(["norm", "shortcut"]), 0, torch.float32), IMAGES)
+
+
+@pytest.mark.parametrize("quicker", [True, False])
+def test_one_pass_is_taken_if_it_was_quicker(small, quicker, monkeypatch):
+    ticks = iter([0.0, 1.0, 3.0] if quicker else [0.0, 2.0, 3.0])
+    monkeypatch.setattr(scorer_module.time, "perf_counter", lambda: next(ticks))
+    sizes = measured_together(small, monkeypatch)
+    incumbent, several = small.uniform(8), candidates(small, 7)
+    expected = [small.whole.score(config) for config in several]
+    assert small.reusing.score_together(several[:2], incumbent) == expected[:2]
+    assert sizes == []  # too few to try
+    for _ in range(2):
+        assert small.reusing.score_together(several, incumbent) == expected
+    assert sizes == ([7, 7, 7] if quicker else [7, 7])
+    assert small.reusing.most_together == (16 if quicker else 1)
+
+
+def test_what_one_pass_gets_wrong_is_never_taken(monkeypatch):
+    """Should an operation deceive all that looks at it, the scores of the trial tell."""
+    monkeypatch.setattr("hq_optuna.scoring.reuse.LONG_S", 10.0)
+    monkeypatch.setattr(Stacker, "trusts", lambda self, node, n, k: True)
+    network = make(OfTheWholeBatch("sorted"), 1, torch.float32)
+    search = Search(network, IMAGES, correct=False)
+    several = candidates(search, 5)
+    scores = search.reusing.score_together(several, search.uniform(8))
+    assert scores == [search.whole.score(config) for config in several]
+    assert search.reusing.most_together == 1
+
+
+def test_more_than_fit_are_scored_in_several_passes(small, monkeypatch):
+    small.reusing._one_pass = True
+    monkeypatch.setattr("hq_optuna.scoring.reuse.MOST_TOGETHER", 4)
+    sizes = measured_together(small, monkeypatch)
+    several = candidates(small, 10)
+    scores = small.reusing.score_together(several, small.uniform(8))
+    assert scores == [small.whole.score(config) for config in several]
+    assert sizes == [4, 4, 2]
+
+
+def test_an_end_between_batches_leaves_what_was_run(small):
+    incumbent, several = small.uniform(8), candidates(small, 5)
+    small.reusing._one_pass = True
+    looks = itertools.count()
+
+    def end() -> None:
+        if next(looks) == 1:
+            raise KeyboardInterrupt
+
+    small.reusing.between_batches = end
+    with pytest.raises(KeyboardInterrupt):
+        small.reusing.score_together(several, incumbent)
+    assert small.reusing.score_together(several, incumbent) == [
+        small.whole.score(config) for config in several
+    ]
+
+
+def test_without_memory_or_with_hooks_each_runs_alone(small):
+    incumbent, several = small.uniform(8), candidates(small, 5)
+    expected = [small.whole.score(config) for config in several]
+    assert small.whole.most_together == 1
+    assert small.whole.score_together(several, incumbent) == expected
+    small.prepared.register_forward_hook(lambda *_: None)
+    assert small.reusing.most_together == 1
+    assert small.reusing.score_together(several, incumbent) == expected
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_cuda_device_too():
+    network = make(Mixed(["norm", "branch", "shortcut"]), 0, torch.float32).cuda()
+    search = Search(network, IMAGES.cuda(), memory=ALL)
+    search.check_together(candidates(search, 6), search.uniform(8))
