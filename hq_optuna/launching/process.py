@@ -25,7 +25,8 @@ SERVES = "HQ_OPTUNA_SERVES"
 """Environment variable that tells a worker to take its work from its standard input."""
 
 Listener = Callable[["WorkerProcess", dict[str, Any] | None], None]
-"""Called with each event of a worker, from a thread of its own; ``None`` when it says no more."""
+"""Called with each event of a worker, from a thread of its own; ``None``, perhaps twice, when it
+says no more."""
 
 
 @dataclass(frozen=True)
@@ -176,10 +177,12 @@ class WorkerProcess:
     def close(self) -> None:
         """Let go of an ended process."""
         self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
-            if stream is not None:
-                with contextlib.suppress(OSError):  # what could not be sent to it any more
-                    stream.close()
+        # What it started may live on and hold the other two open; their readers close them.
+        if self._listener is not None and self._readers[0].is_alive():
+            self._listener(self, None)
+        if self._process.stdin is not None:
+            with contextlib.suppress(OSError):  # what could not be sent to it any more
+                self._process.stdin.close()
 
     def order(self, order: Mapping[str, Any]) -> None:
         """Send it JSON data, see `hq_optuna.launching.serving`.
@@ -197,19 +200,21 @@ class WorkerProcess:
             raise BrokenPipeError(str(error)) from None
 
     def _read_events(self, stream: IO[str]) -> None:
-        for line in stream:
-            try:
-                event = json.loads(line)
-            except json.JSONDecodeError:  # what a study file prints
-                continue
-            if isinstance(event, dict):
-                self._events.put(event)
-                if self._listener is not None:
-                    self._listener(self, event)
+        with stream:
+            for line in stream:
+                try:
+                    event = json.loads(line)
+                except json.JSONDecodeError:  # what a study file prints
+                    continue
+                if isinstance(event, dict):
+                    self._events.put(event)
+                    if self._listener is not None:
+                        self._listener(self, event)
         if self._listener is not None:
             self._listener(self, None)
 
     def _read_words(self, stream: IO[str]) -> None:
-        for line in stream:
-            if line.strip():
-                self._words.append(line.rstrip())
+        with stream:
+            for line in stream:
+                if line.strip():
+                    self._words.append(line.rstrip())

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -108,6 +109,27 @@ def test_a_worker_is_asked_or_killed():
         getattr(process, end)()
         assert ended(process) == -signal_
         process.close()
+
+
+def test_a_worker_is_let_go_of_though_what_it_started_lives_on():
+    heard = []
+    code = (
+        "import json, os, subprocess\nchild = subprocess.Popen(['sleep', '600'])\n"
+        "print(json.dumps({'child': child.pid}), flush=True)\nos._exit(3)"
+    )
+    process = WorkerProcess(
+        [sys.executable, "-c", code], dict(os.environ), lambda _, event: heard.append(event)
+    )
+    assert ended(process) == 3
+    child = heard[0]["child"]
+    try:
+        closing = threading.Thread(target=process.close, daemon=True)
+        closing.start()
+        closing.join(timeout=30)
+        assert not closing.is_alive()
+        assert heard == [{"child": child}, None]
+    finally:
+        os.kill(child, signal.SIGKILL)
 
 
 def test_ctrl_c_of_the_terminal_reaches_the_launcher_alone():
