@@ -9,7 +9,7 @@ from typing import Any
 
 from hq_optuna import attrs
 from hq_optuna.cost import Metric, format_cost
-from hq_optuna.runner._report_words import hundredths, interval, points
+from hq_optuna.runner._report_words import NOT_MEASURED, hundredths, interval, points
 from hq_optuna.runner.baselines import METHODS, NSGA2, RANDOM, TPE
 from hq_optuna.runner.intervals import CONFIDENCE, Interval, paired, wilson
 
@@ -145,7 +145,9 @@ def table(
         ]
         for name in names:
             values = [row["measured"][name] for row in within if name in row["measured"]]
-            if name == "accuracy":
+            if None in values:  # NaN or infinity, in JSON
+                cells.append(NOT_MEASURED)
+            elif name == "accuracy":
                 cells.append(_spread([100 * v for v in values], "{:.2f} %".format))
                 cells[-1] += _interval(within)
             else:

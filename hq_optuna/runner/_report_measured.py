@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -51,6 +52,13 @@ def _proportion(value: Any, n: int) -> dict[str, float]:
     return {"value": value, "low": low, "high": high}
 
 
+def _alone(value: float | None) -> dict[str, float | None] | None:
+    """Return an accuracy without an interval; ``None`` where a search's own measure gave none."""
+    if value is None or not math.isfinite(value):
+        return None
+    return {"value": value, "low": None, "high": None}
+
+
 def _difference(lost: int, gained: int, n: int) -> dict[str, float]:
     low, high = paired(lost, gained, n)
     return {"value": (gained - lost) / n, "low": low, "high": high}
@@ -96,8 +104,8 @@ def beside(history: History) -> list[dict[str, Any]]:
         d = ours["difference"]
         over = {"value": -d["value"], "low": -d["high"], "high": -d["low"]}
         rows[0] |= {"accuracy": ours["before"], "over_answer": over}
-    elif facts.get("accuracy_before") is not None:
-        rows[0]["accuracy"] = {"value": facts["accuracy_before"], "low": None, "high": None}
+    else:
+        rows[0]["accuracy"] = _alone(facts.get("accuracy_before"))
     add(
         "8 bits everywhere",
         {metric: model.int8 for metric, model in models.items()},
@@ -139,9 +147,10 @@ def trainings(history: History) -> list[dict[str, Any]]:
     def measured(said: Mapping[str, Any], end: str) -> dict[str, Any]:
         found = {k.removesuffix(end): v for k, v in said.items() if k.endswith(end)}
         if "accuracy" in found:
-            alone = {"value": found["accuracy"], "low": None, "high": None}
             found["accuracy"] = (
-                alone if ours is None else _proportion(found["accuracy"], ours["samples"])
+                _alone(found["accuracy"])
+                if ours is None
+                else _proportion(found["accuracy"], ours["samples"])
             )
         return found
 
@@ -179,8 +188,7 @@ def _figures(row: Mapping[str, Any] | None) -> dict[str, Any]:
     found: dict[str, Any] = {"loss": measured.get("loss"), "accuracy": None, "over_answer": None}
     accuracy = measured.get("accuracy")
     pairs = None if row is None else row.get("pairs")
-    if accuracy is not None:
-        found["accuracy"] = {"value": accuracy, "low": None, "high": None}
+    found["accuracy"] = _alone(accuracy)
     if accuracy is not None and pairs:
         n = pairs["samples"]
         found["accuracy"] = _proportion(accuracy, n)

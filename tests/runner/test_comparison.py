@@ -1,6 +1,7 @@
 """The answer beside uniform bits and other methods, measured and said."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hq_optuna.history import read_history
 from hq_optuna.runner import comparison
 from hq_optuna.runner._report_compared import beaten_by_uniform, table, warnings
 from hq_optuna.runner.intervals import paired, wilson
-from hq_optuna.runner.report import render_markdown, report_data
+from hq_optuna.runner.report import render_markdown, report_data, write_report
 from tests.fake_search import fake_study
 from tests.runner.searches import data, search
 
@@ -162,6 +163,19 @@ def test_seeds_become_a_mean_with_its_spread():
     assert rows[2][4] == "85.00 % ± 7.1"
     assert rows[3][1:5] == ("none",) * 4
     assert "NSGA-II (Optuna): 1 of 1 found nothing within the budget." in lines
+
+
+def test_figures_that_are_no_numbers_are_not_measured_in_the_report(tmp_path):
+    nan, infinity = float("nan"), float("inf")
+    facts = {
+        "compared": [row(accuracy=0.9), uniform(accuracy=nan, loss=infinity)],
+        **{"accuracy_before": nan, "accuracy_after": nan, "validation_samples": 40},
+    }
+    study = fake_study(4, facts=facts)
+    text = render_markdown(report_data(study))
+    assert re.search(r"\| uniform 3 bits \|.* \| not measured \| not measured \| 10 \|", text)
+    assert re.search(r"\| float \|.* \| not measured \|", text)
+    write_report(study, tmp_path / "report.html")
 
 
 def pairs(only_this, only_answer):
