@@ -44,7 +44,7 @@ def check_evaluate(evaluate: Evaluate, model: nn.Module, data: Batches) -> None:
     On the first batch, and on all of them only where that one alone cannot be measured.
 
     Raises:
-        DataError: It fails, or returns no numbers by name.
+        DataError: It fails, returns no numbers by name, or an accuracy in percent.
     """
     network = copy.deepcopy(model).eval()
     for batches in (Batches(data[:1]), data):
@@ -64,6 +64,12 @@ def check_evaluate(evaluate: Evaluate, model: nn.Module, data: Batches) -> None:
         raise DataError(
             f'evaluate returns numbers by name, such as {{"dice": 0.91}}; got {found!r:.80}.'
         ) from None
+    given = float(dict(found).get("accuracy", 0.0))
+    if given < 0 or given > 1:
+        raise DataError(
+            f"evaluate returns an accuracy of {given:g}; expected a share from 0 to 1. Divide "
+            "percentages by 100, or give what is no accuracy another name."
+        )
 
 
 @torch.no_grad()

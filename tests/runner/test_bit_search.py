@@ -344,6 +344,7 @@ def test_what_cannot_be_searched_is_refused_at_once(error, words, options):
         (lambda network: {"dice": 1.0}, "evaluate fails .* is called with .network, batches"),
         (lambda network, batches: 0.9, "numbers by name.* got 0.9"),
         (lambda network, batches: {"dice": "good"}, "numbers by name.* got .'dice': 'good'"),
+        (lambda network, batches: {"accuracy": 93.2}, "accuracy of 93.2; .* from 0 to 1"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_the_search(evaluate, words):
