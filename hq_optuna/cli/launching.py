@@ -137,6 +137,8 @@ def _crew(
     options = [*request.arguments, "--retry-for", str(request.retry_for_s)]
     if request.artifacts is not None:
         options += ["--artifacts", request.artifacts]
+    if "memory" in request.given:  # the one setting that may differ from the study's
+        options += ["--memory", request.given["memory"]]
     command = WorkerCommand(
         study=str(session.file),
         name=session.place.name,
