@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from hq_optuna._version import __version__
-from hq_optuna.cli import browsing, looking, solving
+from hq_optuna.cli import browsing, looking, show, solving
 from hq_optuna.cli.common import Folder, Json, Name, Storage, Study, StudyOrNone, errors, load
 from hq_optuna.cli.options import (
     RETRY_FOR,
@@ -201,7 +201,8 @@ def report(
         if format_ == "html":
             path = Path("report.html") if out is None else out
             write_report(loaded, path)
-            Console().print(f"Report: {path}", soft_wrap=True, highlight=False)
+            console = Console()
+            console.print(f"Report: {show.plain(str(path))}", soft_wrap=True, highlight=False)
             return
         data = report_data(loaded)
         text = json.dumps(data, indent=1) if format_ == "json" else render_markdown(data)

@@ -94,6 +94,8 @@ def finish(
     PageWriter(found, always=True).close()
     show.result(console, found)
     console.print(
-        f"Report: {report}\nResult: {saved}  (hq_optuna.load)", highlight=False, soft_wrap=True
+        f"Report: {show.plain(str(report))}\nResult: {show.plain(str(saved))}  (hq_optuna.load)",
+        highlight=False,
+        soft_wrap=True,
     )
     return {**report_data(found, command=command), "report": str(report), "result": str(saved)}
