@@ -13,7 +13,7 @@ from rich.console import Console
 
 from hq_optuna._version import __version__
 from hq_optuna.cli import browsing, looking, show, solving
-from hq_optuna.cli.common import Folder, Json, Name, Storage, Study, StudyOrNone, errors, load
+from hq_optuna.cli.common import Folder, Json, Name, Storage, Study, StudyOrNone, errors, reading
 from hq_optuna.cli.options import (
     RETRY_FOR,
     ArtifactsAt,
@@ -196,8 +196,7 @@ def report(
     """Write the report of a search, finished or not."""
     from hq_optuna.runner.report import render_markdown, report_data, write_report
 
-    with errors(as_json=False):
-        loaded = load(study, storage, name, folder)
+    with errors(as_json=False), reading(study, storage, name, folder) as loaded:
         if format_ == "html":
             path = Path("report.html") if out is None else out
             write_report(loaded, path)

@@ -42,15 +42,19 @@ TRACEBACK = "HQ_OPTUNA_TRACEBACK"
 """Environment variable that keeps errors from being cut to a sentence."""
 
 
-def load(study: str | None, storage: str | None, name: str | None, folder: Path | None) -> Any:
-    """Open the study that a command names, for reading."""
+@contextmanager
+def reading(
+    study: str | None, storage: str | None, name: str | None, folder: Path | None
+) -> Iterator[Any]:
+    """Open the study that a command names, and say in words if its storage cannot be read."""
     from hq_optuna.cli.place import Place
-    from hq_optuna.storages import load_study
+    from hq_optuna.storages import explain_storage_errors, load_study, redact_url
 
     if study is None and (storage is None or name is None):
         raise typer.BadParameter("Give a study, or both --storage and --name.")
     place = Place.of(study or str(name), storage, name, folder)
-    return load_study(place.storage, place.name)
+    with explain_storage_errors(redact_url(place.storage)):
+        yield load_study(place.storage, place.name)
 
 
 @contextmanager

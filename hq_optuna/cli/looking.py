@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hq_optuna.cli import show
-from hq_optuna.cli.common import Folder, Json, Name, Storage, StudyOrNone, errors, load
+from hq_optuna.cli.common import Folder, Json, Name, Storage, StudyOrNone, errors, reading
 from hq_optuna.cli.options import RETRY_FOR, RetryFor
 from hq_optuna.cli.progress import LINE_EVERY_S, format_rate, format_seconds
 from hq_optuna.cli.strip import strips
@@ -40,8 +40,7 @@ def status(
     from hq_optuna.runner.report import report_data
     from hq_optuna.storages import RetryingStorage
 
-    with errors(as_json):
-        loaded = load(study, storage, name, folder)
+    with errors(as_json), reading(study, storage, name, folder) as loaded:
         if watch:
             kept = RetryingStorage(loaded._storage, retry_for_s=retry_for)
             _watch(Watch(optuna.load_study(study_name=loaded.study_name, storage=kept)), as_json)

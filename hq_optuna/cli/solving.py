@@ -12,7 +12,7 @@ from rich.table import Table
 
 from hq_optuna.bit_config import BitConfig
 from hq_optuna.cli import show
-from hq_optuna.cli.common import Folder, Json, Name, Storage, StudyOrNone, errors, load
+from hq_optuna.cli.common import Folder, Json, Name, Storage, StudyOrNone, errors, reading
 from hq_optuna.cost import METRICS, format_cost
 from hq_optuna.history import History, read_history
 from hq_optuna.layers import FLOAT_BITS
@@ -38,8 +38,7 @@ def resolve(
     from hq_optuna.runner.budget_text import parse_budget
     from hq_optuna.runner.resolving import resolve as solve
 
-    with errors(as_json):
-        loaded = load(study, storage, name, folder)
+    with errors(as_json), reading(study, storage, name, folder) as loaded:
         found = solve(loaded, parse_budget(budget))
         found.save(out)
         if as_json:
@@ -110,8 +109,7 @@ def pareto(
     """Show the least predicted loss rise for each cost, exactly. Needs no network or data."""
     from hq_optuna.runner.resolving import pareto as solve
 
-    with errors(as_json):
-        loaded = load(study, storage, name, folder)
+    with errors(as_json), reading(study, storage, name, folder) as loaded:
         history = read_history(loaded)
         chosen = next((m for m in METRICS if m == (metric or history.info.metric)), None)
         if chosen is None:

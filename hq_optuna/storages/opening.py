@@ -240,6 +240,8 @@ def _advice(reason: str, error: BaseException) -> str:
         return "Free some space and start the same command again: what was recorded stays."
     if "readonly" in lower or "read-only" in lower or "unable to open" in lower:
         return "Check that the file and its folder exist and can be written."
+    if "malformed" in lower:
+        return "The file is damaged: restore a copy, or save what is left with sqlite3's .recover."
     if "not a database" in lower:
         return "The file is not a SQLite database; give the path of another file."
     if "locked" in lower:

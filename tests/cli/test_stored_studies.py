@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,3 +34,22 @@ def test_a_path_with_brackets_is_shown_as_it_is(folder: str, command: Command) -
     result = command("report", *stored(), "--out", f"{folder}/[/x]/report.html")
     assert result.exit_code == 0, result.output
     assert result.output == f"Report: {folder}/[/x]/report.html\n"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["status"], ["report"], ["resolve", "--budget", "0.5 bops"], ["pareto"]],
+)
+def test_a_damaged_database_is_named_in_one_sentence(options: list[str], command: Command) -> None:
+    named = stored()
+    with sqlite3.connect("study.db") as connection:
+        connection.execute("pragma wal_checkpoint(truncate)")
+        query = "select rootpage from sqlite_master where name = 'trials'"
+        page = connection.execute(query).fetchone()[0] - 1
+    content = bytearray(Path("study.db").read_bytes())
+    content[4096 * page : 4096 * (page + 1)] = b"\7" * 4096
+    Path("study.db").write_bytes(content)
+    result = command(*options, *named)
+    assert result.exit_code == 1
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    assert "Storage sqlite:///study.db: database disk image is malformed. The file is" in result.output
