@@ -226,7 +226,7 @@ def _explained(shown: str, error: Exception, secret: str | None = None) -> Stora
     reason = text[0].rstrip(".") if text else type(cause).__name__
     if secret is not None:
         reason = reason.replace(secret, "***")
-    return StorageError(f"Storage {shown}: {reason}. {_advice(reason, error)}")
+    return StorageError(f"Storage {shown}: {reason}. {_advice(reason, error)}".rstrip())
 
 
 def _advice(reason: str, error: BaseException) -> str:
@@ -244,6 +244,8 @@ def _advice(reason: str, error: BaseException) -> str:
         return "The file is damaged: restore a copy, or save what is left with sqlite3's .recover."
     if "not a database" in lower:
         return "The file is not a SQLite database; give the path of another file."
+    if "table schema" in lower:  # Optuna says what to do itself
+        return ""
     if "locked" in lower:
         return "Another program holds the database; try again."
     return "Check the URL, and that the database runs and can be reached."

@@ -221,8 +221,10 @@ def test_a_study_is_found_by_its_name(filled):
 def test_a_database_of_a_later_optuna_is_refused_in_words(filled):
     with sqlite3.connect(filled) as connection:
         connection.execute("update alembic_version set version_num = 'v9.9.9'")
-    with pytest.raises(StorageError, match="no longer compatible with the table schema"):
+    words = "no longer compatible with the table schema"
+    with pytest.raises(StorageError, match=words) as error:
         open_storage(sqlite_url(filled))
+    assert str(error.value).endswith("`$ pip install -U optuna`.")  # the URL is right
 
 
 # Passwords
