@@ -98,7 +98,7 @@ def _open(
                 f"There is no database at {redact_url(storage)}. Was a search started?"
             )
         return open_storage(storage), None, artifacts or _beside(storage), storage
-    place = Place.of(study or str(name), storage, name, folder)
+    place = Place.of(study or str(name), storage, name, folder, reads=True)
     found = load_study(place.storage, place.name)
     files = artifacts or Started.read(found).settings.get("artifacts")
     return found._storage, found, str(files or place.folder / "artifacts"), place.storage

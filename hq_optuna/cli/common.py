@@ -52,7 +52,7 @@ def reading(
 
     if study is None and (storage is None or name is None):
         raise typer.BadParameter("Give a study, or both --storage and --name.")
-    place = Place.of(study or str(name), storage, name, folder)
+    place = Place.of(study or str(name), storage, name, folder, reads=True)
     with explain_storage_errors(redact_url(place.storage)):
         yield load_study(place.storage, place.name)
 

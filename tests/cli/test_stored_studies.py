@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
+from hq_optuna.cli import browsing
+from hq_optuna.cli.place import Place
+from hq_optuna.errors import StudyFileError
 from hq_optuna.storages import open_storage
 from tests.fake_search import fake_study
 
@@ -52,4 +55,22 @@ def test_a_damaged_database_is_named_in_one_sentence(options: list[str], command
     result = command(*options, *named)
     assert result.exit_code == 1
     assert result.exception is None or isinstance(result.exception, SystemExit)
-    assert "Storage sqlite:///study.db: database disk image is malformed. The file is" in result.output
+    words = "Storage sqlite:///study.db: database disk image is malformed. The file is damaged"
+    assert words in result.output
+
+
+def test_a_study_from_python_may_have_a_slash_in_its_name(command: Command) -> None:
+    result = command("status", *stored("team/resnet"))
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("team/resnet  finished")
+    _, found, files, _ = browsing._open(None, URL, "team/resnet", None, None)
+    assert found is not None
+    assert (found.study_name, files) == ("team/resnet", "hq-optuna-runs/team/resnet/artifacts")
+
+
+def test_a_run_whose_folder_is_given_may_have_any_name() -> None:
+    assert Place.of("tiny.py", None, "a/b", Path("here")).storage == "sqlite:///here/study.db"
+    with pytest.raises(StudyFileError, match=r"is no name for a study.*--folder"):
+        Place.of("tiny.py", URL, "a/b", None)
+    with pytest.raises(StudyFileError, match="'' is no name"):
+        Place.of("tiny.py", URL, "", Path("here"), reads=True)
