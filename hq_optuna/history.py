@@ -275,6 +275,8 @@ def _read_trials(
         number, ticket = trial.row.number, trial.row.ticket
         if ticket is None or trial.row.state != TrialState.COMPLETE or trial.row.value is None:
             continue
+        if len(ticket.bits) != len(names):  # of another search that was refused here
+            continue
         if ticket.kind == "incumbent":
             closing.setdefault(ticket.step, []).append((number, ticket))
             if ticket.trains:

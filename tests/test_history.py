@@ -180,6 +180,17 @@ def test_a_record_that_names_no_candidate_is_passed_over():
     assert len(read_history(study).records) == len(history(study)) == 1
 
 
+@pytest.mark.parametrize("layers", [5, 9])
+def test_what_another_search_scored_in_the_same_new_study_is_passed_over(layers):
+    study = fake_study(6, n_trials=5)
+    before = read_history(study)
+    # Two searches may both find a study empty; the one that is refused may have scored by then.
+    ticket = replace(tickets(study)[0], parent="other", bits=(8,) * layers)
+    add(study, ticket, 0.5)
+    after = read_history(study)
+    assert (after.candidates, after.records) == (before.candidates, before.records)
+
+
 def test_a_study_of_another_kind_is_refused_by_name():
     with pytest.raises(ResumeError, match="'mine' is not a bit search of hq_optuna") as error:
         read_history(optuna.create_study(study_name="mine"))
