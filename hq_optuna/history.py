@@ -215,6 +215,12 @@ def read_history(study: Study) -> History:
     user = storage.get_study_user_attrs(study._study_id)
     space_data = attrs.join(attrs.SPACE, system)
     if space_data is None or attrs.INFO not in user:
+        if attrs.FINGERPRINT in user:
+            raise ResumeError(
+                f"Study {study.study_name!r} is being prepared: its sensitivities are not measured "
+                "yet. Look again later; if whoever measures them died, start the search again.",
+                changed=("kind of study",),
+            )
         raise ResumeError(
             f"Study {study.study_name!r} is not a bit search of hq_optuna. "
             "Give the name of another study.",

@@ -191,6 +191,13 @@ def test_what_another_search_scored_in_the_same_new_study_is_passed_over(layers)
     assert (after.candidates, after.records) == (before.candidates, before.records)
 
 
+def test_a_search_that_is_being_prepared_is_not_called_another_kind_of_study():
+    study = optuna.create_study(study_name="mine")
+    study.set_user_attr(attrs.FINGERPRINT, {"network": "0" * 12})
+    with pytest.raises(ResumeError, match="'mine' is being prepared"):
+        read_history(study)
+
+
 def test_a_study_of_another_kind_is_refused_by_name():
     with pytest.raises(ResumeError, match="'mine' is not a bit search of hq_optuna") as error:
         read_history(optuna.create_study(study_name="mine"))

@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from hq_optuna import attrs
 from hq_optuna.cli import show
 from hq_optuna.cli.common import Folder, Json, Name, Storage, StudyOrNone, errors, reading
 from hq_optuna.cli.options import RETRY_FOR, RetryFor
@@ -46,7 +47,8 @@ def status(
             _watch(Watch(optuna.load_study(study_name=loaded.study_name, storage=kept)), as_json)
             return
         standing = Watch(loaded).look()
-        if standing.state == "preparing" and loaded.get_trials(deepcopy=False):
+        ours = attrs.FINGERPRINT in loaded.user_attrs
+        if standing.state == "preparing" and not ours and loaded.get_trials(deepcopy=False):
             read_history(loaded)  # says that this is another kind of study
         if as_json:
             known: dict[str, Any] = {}

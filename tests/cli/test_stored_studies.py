@@ -6,9 +6,11 @@ import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
+import optuna
 import pytest
 from typer.testing import Result
 
+from hq_optuna import attrs
 from hq_optuna.cli import browsing
 from hq_optuna.cli.place import Place
 from hq_optuna.errors import StudyFileError
@@ -74,3 +76,14 @@ def test_a_run_whose_folder_is_given_may_have_any_name() -> None:
         Place.of("tiny.py", URL, "a/b", None)
     with pytest.raises(StudyFileError, match="'' is no name"):
         Place.of("tiny.py", URL, "", Path("here"), reads=True)
+
+
+def test_a_search_that_is_being_prepared_says_so(command: Command) -> None:
+    # As in a loop of Optuna's own, whose first trial measures.
+    study = optuna.create_study(storage=open_storage(URL), study_name="mine")
+    study.set_user_attr(attrs.FINGERPRINT, {"network": "0" * 12})
+    study.ask()
+    named = ("--storage", URL, "--name", "mine")
+    result = command("status", *named)
+    assert (result.exit_code, result.output[:10]) == (0, "preparing:")
+    assert "'mine' is being prepared" in command("report", *named).output
