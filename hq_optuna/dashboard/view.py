@@ -121,6 +121,12 @@ class ShownStorage(RetryingStorage):
                 )
         return super().get_best_trial(study_id)
 
+    def delete_study(self, study_id: int) -> None:
+        """Delete a study; SQLite may give its id to the next one."""
+        super().delete_study(study_id)
+        with self._lock:
+            self._watches.pop(study_id, None)
+
     def get_all_studies(self) -> list[FrozenStudy]:
         """Return all studies by age, with attributes for people."""
         found = sorted(super().get_all_studies(), key=lambda study: study._study_id)

@@ -197,6 +197,22 @@ def test_a_search_that_has_not_begun_is_shown(storage):
         assert shown(server, study)["trials"] == shown(server, study)["best_trials"] == []
 
 
+def test_a_search_that_is_started_anew_after_it_was_deleted_is_shown(tmp_path):
+    url = f"sqlite:///{tmp_path}/study.db"
+    with DashboardServer(open_storage(url), port=0) as server:
+        found = []
+        for n_trials in (None, 8):
+            study = fake_study(SPACE, storage=open_storage(url), n_trials=n_trials)
+            (best,) = shown(server, study)["best_trials"]
+            assert best["number"] == read_history(study).incumbent.number
+            found.append(study._study_id)
+            address = f"{server.url}/api/studies/{study._study_id}"
+            delete = urllib.request.Request(address, method="DELETE", data=b"{}")
+            assert urllib.request.urlopen(delete, timeout=30).status == 204
+            study._storage.remove_session()
+        assert found[0] == found[1]
+
+
 def test_a_running_trial_says_so():
     trial = {
         "number": 4,
