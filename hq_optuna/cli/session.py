@@ -22,6 +22,7 @@ from hq_optuna.runner.started import Started
 from hq_optuna.runner.study_file import StudyFile, StudyParts, find_study
 from hq_optuna.search import Limits
 from hq_optuna.storages import (
+    explain_storage_errors,
     load_study,
     redact_url,
     study_exists,
@@ -249,17 +250,22 @@ def wait_for_study(place: Place, seconds: float) -> None:
         StorageError: The study does not exist by then, or its storage cannot be opened.
     """
     until, pause_s = time.monotonic() + seconds, 0.1
+    found: optuna.Study | None = None  # opened once, as servers have few connections
     while True:
         last = time.monotonic() >= until
-        exists = False
         try:
-            exists = study_exists(place.storage, place.name)
-            if exists and attrs.INFO in load_study(place.storage, place.name).user_attrs:
-                return
+            with explain_storage_errors(redact_url(place.storage)):
+                if found is None and study_exists(place.storage, place.name):
+                    found = load_study(place.storage, place.name)
+                if found is not None and attrs.INFO in found.user_attrs:
+                    return
+        except KeyError:  # deleted meanwhile
+            found = None
         except StorageError:
+            found = None
             if last:
                 raise
-        if last and exists:
+        if last and found is not None:
             return
         if last:
             waited = f" after {seconds:g} s" if seconds else ""

@@ -265,7 +265,17 @@ def study_exists(storage: str, name: str) -> bool:
             opened.get_study_id_from_name(name)
         except KeyError:
             return False
+        finally:
+            _let_go(opened)
     return True
+
+
+def _let_go(opened: BaseStorage) -> None:
+    """Give connections back at once, and not when Python collects garbage: servers have few."""
+    database = getattr(opened, "_backend", None)
+    if isinstance(database, Database):
+        database.remove_session()
+        database.engine.dispose()
 
 
 def load_study(storage: str, name: str) -> Study:

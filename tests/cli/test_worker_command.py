@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sqlite3
@@ -11,6 +12,7 @@ from pathlib import Path
 import optuna
 import pytest
 import torch
+from optuna.exceptions import StorageInternalError
 from typer.testing import Result
 
 from hq_optuna import attrs
@@ -179,6 +181,48 @@ def test_a_study_is_waited_for_until_it_is_prepared(place, monkeypatch):
     session.wait_for_study(place, 60)
     assert len(slept) == 4
     assert slept == sorted(slept)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+def test_who_waits_holds_no_more_connections_the_longer_it_waits(place, monkeypatch):
+    study = optuna.create_study(storage=place.storage, study_name="tiny")
+    folder, counts = Path(place.storage.removeprefix("sqlite:///")).parent, []
+
+    def look() -> None:
+        links = Path("/proc/self/fd").iterdir()
+        counts.append(sum(link.exists() and link.readlink().parent == folder for link in links))
+        if len(counts) == 12:
+            study.set_user_attr(attrs.INFO, {})
+
+    during_waits(monkeypatch, *[look] * 12)
+    gc.disable()
+    try:
+        session.wait_for_study(place, 60)
+    finally:
+        gc.enable()
+    assert len(set(counts)) == 1
+
+
+def test_a_database_that_fails_while_a_study_is_waited_for_is_looked_at_again(place, monkeypatch):
+    study = optuna.create_study(storage=place.storage, study_name="tiny")
+    study.set_user_attr(attrs.INFO, {})
+    fails = iter([StorageInternalError("away"), KeyError("deleted")])
+
+    class Failing:
+        @property
+        def user_attrs(self):
+            raise error
+
+    def load(*_: object) -> object:
+        nonlocal error
+        error = next(fails, None)
+        return study if error is None else Failing()
+
+    error: Exception | None = None
+    monkeypatch.setattr(session, "load_study", load)
+    slept = during_waits(monkeypatch)
+    session.wait_for_study(place, 60)
+    assert len(slept) == 2
 
 
 def test_a_study_that_nobody_starts_is_not_waited_for_for_ever(place):
