@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from torch import Tensor, nn
 
@@ -110,8 +110,12 @@ class ScoringSetup:
                 "The scorer 'fit' takes all rounding for uniform and never looks at it, so it "
                 "cannot tell quantizers apart. Use scorer='fisher', or no other quantizers."
             )
-        if memory < 0:
-            raise ValueError(f"memory is a number of bytes, 0 or more; got {memory}.")
+        if not isinstance(memory, (int, float)) or not memory >= 0:
+            raise ValueError(f"memory is a number of bytes, 0 or more; got {memory!r}.")
+        if observer not in get_args(Observer):
+            raise ValueError(
+                f"observer is one of {', '.join(get_args(Observer))}; got {observer!r}."
+            )
         rise = output_rise if scorer == "gauss_newton" else None
         return cls(
             scorer, rounding, correction, rise, observer, memory, precision, dict(quantizers)

@@ -74,6 +74,10 @@ class ProgressiveSearch:
     final: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("n_candidates", "seed"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{name} is a whole number (int); got {value!r}.")
         if self.n_candidates < 1:
             raise ValueError(f"n_candidates is at least 1; got {self.n_candidates}.")
         if self.rule not in RULES:

@@ -329,6 +329,9 @@ def broken() -> Network:
         (NetworkError, "quantize", {"model": torch.nn.Flatten()}),
         (DataError, "validation", {"validation": torch.ones(3)}),
         (ValueError, "scorer", {"scorer": "best"}),
+        (ValueError, "memory is a number of bytes, 0 or more; got None", {"memory": None}),
+        (ValueError, "memory is a number of bytes, 0 or more; got '2 GiB'", {"memory": "2 GiB"}),
+        (ValueError, "observer is one of squared_error, .*; got 'best'", {"observer": "best"}),
     ],
 )
 def test_what_cannot_be_searched_is_refused_at_once(error, words, options):

@@ -83,6 +83,10 @@ def test_a_study_that_maximizes_or_has_several_objectives_is_refused():
     ("options", "words"),
     [
         ({"n_candidates": 0}, "n_candidates is at least 1; got 0"),
+        ({"n_candidates": "8"}, r"n_candidates is a whole number \(int\); got '8'"),
+        ({"seed": "abc"}, r"seed is a whole number \(int\); got 'abc'"),
+        ({"seed": None}, r"seed is a whole number \(int\); got None"),
+        ({"seed": 1.5}, r"seed is a whole number \(int\); got 1\.5"),
         ({"rule": "best"}, "rule is one of min, ratio; got 'best'"),
         ({"encoding": "json"}, "encoding is one of layers, compact; got 'json'"),
     ],
