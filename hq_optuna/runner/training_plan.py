@@ -98,12 +98,13 @@ def plan_of(
     """
     every = given.get("train_every", 0)
     final = given.get("final_epochs", FINAL_EPOCHS if every else 0)
+    if not every and "train_epochs" in typed:
+        raise StudyFileError(
+            "--train-epochs is of winners, and without --train-every none is trained. Say after "
+            "how many steps theirs is (--train-every 4), or train the answer alone "
+            "(--final-epochs 20, without --train-epochs)."
+        )
     if not every and not final:
-        if "train_epochs" in typed:
-            raise StudyFileError(
-                "--train-epochs alone trains nothing: say after how many steps their winner is "
-                "trained (--train-every 4), or train the answer alone (--final-epochs 20)."
-            )
         return None
     if train is None:
         raise StudyFileError(

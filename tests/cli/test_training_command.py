@@ -70,14 +70,16 @@ def test_nothing_is_trained_unless_asked(trained: Path, command: Callable[..., R
     assert all(record.training is None for record in records("tiny"))
 
 
-@pytest.mark.parametrize("when", [(), ("--train-every", "0"), ("--final-epochs", "0")])
+@pytest.mark.parametrize(
+    "when", [(), ("--train-every", "0"), ("--final-epochs", "0"), ("--final-epochs", "5")]
+)
 def test_epochs_without_saying_when_to_train_are_refused(
     trained: Path, command: Callable[..., Result], when: tuple[str, ...]
 ) -> None:
     result = command("run", trained, "--train-epochs", "3", *when)
     assert result.exit_code == 1
     said = " ".join(result.output.split())
-    assert "--train-epochs alone trains nothing" in said
+    assert "without --train-every none is trained" in said
     assert "--train-every 4" in said and "--final-epochs 20" in said
     assert not Path("hq-optuna-runs/tiny/study.db").exists()
 
