@@ -15,7 +15,7 @@ from rich.table import Table
 
 from hq_optuna.cli import show
 from hq_optuna.cli.progress import SearchProgress
-from hq_optuna.cli.running import finish, say_where_it_went_on
+from hq_optuna.cli.running import finish, refuse_baselines, say_where_it_went_on
 from hq_optuna.cli.session import Request, Session, begin
 from hq_optuna.cli.settings import n_cores
 from hq_optuna.dashboard import PageWriter
@@ -58,6 +58,7 @@ def launch(
         HqOptunaError: Whatever is wrong before any worker starts.
     """
     session = begin(request, console)
+    refuse_baselines(session, baselines)
     existed = study_exists(session.place.storage, session.place.name)
     with CrewProgress(console, session) as progress:
         study = session.open(progress=progress.phase)

@@ -12,6 +12,7 @@ from hq_optuna.cli import show
 from hq_optuna.cli.progress import SearchProgress
 from hq_optuna.cli.session import Request, Session, begin
 from hq_optuna.dashboard import PageWriter
+from hq_optuna.errors import StudyFileError
 from hq_optuna.storages import study_exists
 
 
@@ -25,6 +26,7 @@ def run(request: Request, *, command: str, console: Console, baselines: int = 0)
         baselines: Seeds of the methods the answer is compared with.
     """
     session = begin(request, console)
+    refuse_baselines(session, baselines)
     existed = study_exists(session.place.storage, session.place.name)
     with SearchProgress(console, session.search.space, session.search.budget) as progress:
         found = session.open(progress=progress.phase)
@@ -39,6 +41,19 @@ def run(request: Request, *, command: str, console: Console, baselines: int = 0)
         console=console,
         baselines=baselines,
     )
+
+
+def refuse_baselines(session: Session, baselines: int) -> None:
+    """Refuse a comparison with other methods where there are no data to compare on.
+
+    Raises:
+        StudyFileError: The study file has no validation data.
+    """
+    if baselines and session.search.validation is None:
+        raise StudyFileError(
+            "--baselines compares on validation data: let the study file define validation(), "
+            "which returns labelled data as calibration() does, or leave the option out."
+        )
 
 
 def say_where_it_went_on(console: Console, progress: SearchProgress) -> None:

@@ -1,0 +1,22 @@
+"""Options that would be without effect are refused before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import Result
+
+Command = Callable[..., Result]
+
+
+@pytest.mark.parametrize("name", ["run", "launch"])
+def test_a_comparison_without_validation_data_is_refused(
+    name: str, study: Path, command: Command
+) -> None:
+    study.write_text(study.read_text().replace("def validation", "def _unused"))
+    result = command(name, study, "--baselines", 1)
+    assert result.exit_code == 1
+    assert "--baselines compares on validation data" in " ".join(result.output.split())
+    assert not Path("hq-optuna-runs/tiny/study.db").exists()
