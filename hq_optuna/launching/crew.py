@@ -137,14 +137,13 @@ class Crew:
     def _listen(self, member: Member, life: Life) -> None:
         code = life.poll()  # before the events, so that none that came first is missed
         for event in life.events():
-            if "error" in event:
-                member._error = str(event.get("message", event["error"]))
-                if event["error"] == "Interrupted":
-                    member._error = None
-                continue
-            member.doing = event.get("event", member.doing)
-            member.name = event.get("worker", member.name)
-            member.scored = member._scored_before + event.get("scored", 0)
+            if "error" in event and "message" in event:
+                interrupted = event["error"] == "Interrupted"
+                member._error = None if interrupted else str(event["message"])
+            elif "event" in event:  # else JSON that the study file prints
+                member.doing = event["event"]
+                member.name = event.get("worker", member.name)
+                member.scored = member._scored_before + event.get("scored", 0)
         if code is None:
             return
         member.last_words = tuple(life.last_words())

@@ -151,6 +151,17 @@ def test_what_a_worker_says_is_wrong_ends_the_crew():
         world.crew.look()
 
 
+def test_json_that_a_study_file_prints_says_nothing_of_its_worker():
+    world = World(1)
+    life = world.lives[0][0]
+    life.tell("scored", scored=3)
+    life.told += [{"epoch": 1, "error": 0.25}, {"epoch": 2, "loss": 0.1}]
+    life.code = -9
+    world.crew.look()
+    assert "died (SIGKILL) and is started again" in world.news[0]
+    assert world.crew.members[0].scored == 3
+
+
 def test_a_worker_that_somebody_interrupted_is_started_again():
     world = World(1)
     life = world.lives[0][0]
