@@ -68,10 +68,10 @@ def open_journal(path: Path) -> BaseStorage:
         raise StorageError(f"{path} cannot be written. Give another --storage.")
     try:
         return JournalStorage(JournalFileBackend(str(path)))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise StorageError(
-            f"{path} is no journal of Optuna ({type(error).__name__}: {error}). "
-            "Give the path of another file."
+            f"{path} is no journal of Optuna, or one of a later version ({type(error).__name__}: "
+            f"{str(error).rstrip('.')}). Give the path of another file, or update Optuna."
         ) from None
 
 

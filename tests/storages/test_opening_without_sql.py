@@ -49,6 +49,14 @@ def test_a_journal_that_is_a_folder_or_no_journal_is_refused(tmp_path):
         open_storage(str(text))
 
 
+@pytest.mark.parametrize("text", ["5\n6\n", '"a"\n"b"\n', '{"a": 1}\n', '{"op_code": 99}\n'])
+def test_lines_that_are_json_and_no_journal_of_this_optuna_are_refused(tmp_path, text):
+    path = tmp_path / "a.log"
+    path.write_text(text)
+    with pytest.raises(StorageError, match=r"a\.log is no journal of Optuna, or one of a later"):
+        open_storage(str(path))
+
+
 def test_a_proxy_that_does_not_answer_is_named(monkeypatch):
     pytest.importorskip("grpc")
     monkeypatch.setattr(without_sql, "GRPC_TIMEOUT_S", 0.2)
