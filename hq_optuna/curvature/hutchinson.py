@@ -70,7 +70,10 @@ def hutchinson(
     means, used, gradient = MeanCurvatures(), 0, dict.fromkeys(entries, False)
     seen: list[tuple[str, Tensor]] = []
     with differentiable(network, layers, lambda name, x: seen.append((name, x))) as (net, weights):
-        sums = {name: torch.zeros_like(w) for name, w in weights.items()}
+        sums = {  # in half precision small terms would be lost
+            name: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32))
+            for name, w in weights.items()
+        }
         for index in range(most_sweeps * len(data)):
             batch = data[index % len(data)]
             seen.clear()

@@ -80,6 +80,7 @@ def work(
     Raises:
         ResumeError: The study belongs to another search.
         ValueError: The objective returned no number.
+        RuntimeError: The objective prunes again and again what the search needs.
         StorageError: The storage is away, and stayed away for as long as it is tried again.
     """
     sampler = study.sampler
@@ -133,6 +134,9 @@ def _run_one(
                 )
         except optuna.TrialPruned:
             _finish(study, sampler, trial, TrialState.PRUNED)
+            if ticket is not None:
+                log = sampler.log(study)
+                sampler.known(study).failures.note(log, ticket, TrialState.PRUNED)
         except BaseException:
             # What cannot be given back, as the storage is away, others take up later.
             with contextlib.suppress(StorageError):

@@ -147,8 +147,9 @@ def claim(
             # taken for dead may have ended its trial and itself between our look and our judgement.
             expected = -1 if log.owners.dead else log.cursor.n
             ticket = _choose(log, known.search, waited_s)
-        if ticket is None:
-            return None
+            if ticket is None:
+                return None
+            known.failures.refuse_more(log, ticket)
         trial = _create(sampler, study, ticket)
         if trial.number == expected or not _lost(sampler, study, ticket, trial):
             return trial

@@ -23,7 +23,7 @@ class Known:
         looked_at: How many closed steps and searches there were when settings and limits were last
             read.
         tickets: Those of trials that run in this process, by id in the storage.
-        failures: Trials of loops of Optuna's in this process that brought no result.
+        failures: Trials of this process that brought no result.
     """
 
     log: StepLog

@@ -249,6 +249,7 @@ class ProgressiveBitSampler(BaseSampler):
 
         Raises:
             ResumeError: The study was made with other settings, or is another search.
+            RuntimeError: What the search needs next was pruned again and again.
             ValueError: The study has several objectives, or maximizes.
         """
         self.check_study(study)

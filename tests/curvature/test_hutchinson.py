@@ -160,3 +160,17 @@ def test_the_network_and_the_callers_random_state_are_left_as_they_were():
     )
     assert_unchanged(network, before)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_network_in_half_precision_has_the_curvature_of_the_same_in_single():
+    """Sums of many probes, each of which is less than a digit of the sum in bfloat16."""
+    half = make(nn.Sequential(nn.Linear(3, 4)), dtype=torch.float32).to(torch.bfloat16)
+    x, y = rows(320, 3).bfloat16(), rows(320, 4, seed=1).bfloat16()
+    layers = layers_of(half, x)
+    found = hutchinson(
+        half, layers, read_batches((x, y), batch_size=1), F.mse_loss, most_sweeps=4, tolerance=0
+    )
+    single = read_batches((x.float(), y.float()), batch_size=1)
+    expected = hutchinson(half.float(), layers, single, F.mse_loss, most_sweeps=4, tolerance=0)
+    assert found.weights["0"].dtype == torch.float32
+    torch.testing.assert_close(found.weights["0"], expected.weights["0"], rtol=0.03, atol=0)

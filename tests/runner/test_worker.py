@@ -173,3 +173,16 @@ def test_an_error_of_the_objective_gives_the_candidate_back_and_comes_out(study)
     assert states(study) == [TrialState.FAIL]
     work(study, assigned)
     assert history(study) == expected(study)
+
+
+def test_an_objective_that_prunes_what_is_needed_ends_in_an_error_and_not_never(study):
+    def objective(trial: optuna.Trial) -> float:
+        if trial.number >= 4:
+            raise optuna.TrialPruned
+        return assigned(trial)
+
+    with pytest.raises(RuntimeError, match="cannot go on without the score of .*: the objective"):
+        work(study, objective)
+    assert states(study)[4:] == [TrialState.PRUNED] * 5
+    work(study, assigned)
+    assert history(study) == expected(study)
