@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -59,6 +59,8 @@ class Scorer(threading.Thread):
         self.dropped: list[int] = []
         self.gone = False
         self.scored = 0
+        self.beside: Sequence[Scorer] = ()
+        self.turn = 0  # among those beside
         self.start()
 
     def order(self, order: Mapping[str, Any]) -> None:
@@ -69,8 +71,12 @@ class Scorer(threading.Thread):
             return
         self.orders.append(dict(order))
         if not order.get("end"):
+            self.turn = max((other.turn for other in self.beside), default=0)
             self.had.append(dict(order))
         self.news.release()
+
+    def at_work(self) -> list[Scorer]:
+        return [other for other in self.beside if other.scored < len(other.had)]
 
     def score(self, bits: list[int]) -> float:
         return sum(fake_score(self.table, self.space.config(bits)))
@@ -86,13 +92,33 @@ class Scorer(threading.Thread):
                 self.gone = True
                 self.foreman.hear(self, None)
                 return
+            wait_until(lambda: not any(self.turn > other.turn for other in self.at_work()))
             time.sleep(self.takes + random.uniform(0, self.seconds))
+            self.turn += 1
             self.scored += 1
             said = {"event": "scored", "claim": order["claim"], "value": self.score(order["bits"])}
             self.foreman.hear(self, {**said, "facts": {"seconds": 3.0, "worker": "box:1"}})
 
 
-def lead(foreman: Foreman, until_s: float = 60.0) -> None:
+def side_by_side(foreman: Foreman, space: Any, n: int, takes: float) -> list[Scorer]:
+    """Start workers in this order, of which none does a second candidate before another's first."""
+    scorers = []
+    for _ in range(n):
+        scorers.append(Scorer(foreman, space, takes=takes))
+        wait_until(lambda: len(foreman.hands) == len(scorers))
+    for scorer in scorers:  # nobody has a candidate yet
+        scorer.beside = scorers
+    return scorers
+
+
+def wait_until(true: Callable[[], bool], until_s: float = 120.0) -> None:
+    deadline = time.monotonic() + until_s
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def lead(foreman: Foreman, until_s: float = 120.0) -> None:
     deadline = time.monotonic() + until_s
     while foreman.look(0.05):
         assert time.monotonic() < deadline
@@ -111,7 +137,7 @@ def test_the_history_is_that_of_the_sequential_search(storage, encoding, togethe
     assert len(study.trials) == len(log.results) + len(log.closed)
     assert sum(scorer.scored for scorer in scorers) == len(log.results)
     for scorer in scorers:
-        scorer.join(timeout=10)
+        scorer.join(timeout=60)
         assert not scorer.is_alive()  # told that it is over
     candidate = study.trials[2]
     assert candidate.user_attrs["worker"] == "box:1"
@@ -179,7 +205,8 @@ def test_others_on_the_same_study_change_nothing(url, storage, direct, monkeypat
     foreman = Foreman(mine)
     [Scorer(foreman, ours(mine).space, 0.01) for _ in range(2)]
     lead(foreman)
-    thread.join(timeout=60)
+    thread.join(timeout=120)
+    assert not thread.is_alive()
     assert errors == []
     assert history(mine) == expected(mine)
     assert TrialState.RUNNING not in states(mine)
@@ -195,7 +222,8 @@ def test_the_next_step_is_handed_out_before_the_last_result_is_stored(monkeypatc
     stored = module.finish_trials
 
     def store(storage: BaseStorage, ended: list[Any]) -> None:
-        time.sleep(0.02)  # the worker is quicker than the storage
+        if not scored_by_then:  # the worker is quicker than the storage
+            wait_until(lambda: scorer.scored >= 2)
         scored_by_then.append(scorer.scored)
         stored(storage, ended)
 
@@ -212,7 +240,7 @@ def test_each_worker_stays_in_its_part_of_the_network(storage):
     """What a worker keeps of an incumbent serves it, and it computes little that others do too."""
     study = new_study(sampler(12, n_candidates=12, encoding="compact"), storage)
     foreman = Foreman(study)
-    scorers = [Scorer(foreman, ours(study).space, takes=0.01) for _ in range(2)]
+    scorers = side_by_side(foreman, ours(study).space, 2, takes=0.01)
     lead(foreman)
     assert history(study) == expected(study)
     depths: dict[tuple[int, ...], list[list[int]]] = {}
@@ -235,9 +263,8 @@ def test_a_limit_ends_it_though_more_was_handed_out(storage):
     ours(study).known(study).log.limit(Limits(max_evaluations=4))
     study.set_user_attr("hq:limits", {"max_evaluations": 4})
     foreman = Foreman(study)
-    scorer = Scorer(foreman, ours(study).space, 0.02)
+    Scorer(foreman, ours(study).space, 0.02)
     lead(foreman)
-    scorer.join(timeout=10)
     log = ours(study).log(study)
     assert log.stopped_by
     assert len(log.results) == 4
@@ -249,15 +276,14 @@ def test_a_limit_takes_back_what_workers_are_at(monkeypatch):
     study = new_study(sampler(6))
     study.set_user_attr("hq:limits", {"max_seconds": 0.2})
     foreman = Foreman(study)
-    first = Scorer(foreman, ours(study).space)
-    first.seconds = 0.0
-    lead_until = time.monotonic() + 30
-    slow = Scorer(foreman, ours(study).space, seconds=0.0)
-    slow.score = first.score = lambda bits: (time.sleep(0.5), 1.0)[1]  # type: ignore[method-assign]
-    while foreman.look(0.02):
-        assert time.monotonic() < lead_until
+    over = threading.Event()
+    scorers = [Scorer(foreman, ours(study).space) for _ in range(2)]
+    for scorer in scorers:  # nobody ends before the search is over
+        scorer.score = lambda bits: float(over.wait(120))  # type: ignore[method-assign]
+    lead(foreman)
+    over.set()
     assert ours(study).log(study).stopped_by
-    assert first.dropped or slow.dropped
+    assert [len(scorer.dropped) for scorer in scorers].count(1) == 1  # of step 0
     assert TrialState.RUNNING not in states(study)
 
 
@@ -269,7 +295,7 @@ def test_what_was_claimed_is_given_back(storage):
         foreman.look(0.02)
     second = Scorer(foreman, ours(study).space, lives=10**9)
     second.seconds = 1e6  # never ends
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while states(study).count(TrialState.RUNNING) == 0 and time.monotonic() < deadline:
         foreman.look(0.02)
     assert TrialState.RUNNING in states(study)
@@ -297,7 +323,7 @@ def test_long_candidates_show_that_their_owner_lives(monkeypatch, storage):
     foreman = Foreman(study)
     Scorer(foreman, ours(study).space, seconds=1e6)
     seen: set[Any] = set()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while len(seen - {None}) < 2 and time.monotonic() < deadline:
         foreman.look(0.02)
         seen |= {trial.system_attrs.get(attrs.BEAT) for trial in study.get_trials()}
