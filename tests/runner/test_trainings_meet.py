@@ -172,12 +172,14 @@ def test_a_limit_ends_a_training_after_its_epoch_and_a_raised_one_goes_on(alone,
     def progress(what: str, done: int, of: int) -> None:
         if what == "training" and not seen:
             seen.append(done)
-            time.sleep(1.0)  # spends the limit within the first training
+            spent = Limits(max_seconds=log_of(study).seconds / 2)  # by the first training
+            study.set_user_attr(attrs.LIMITS, spent.to_json())
+            log_of(study).limit(spent)
 
-    study = limited.open(url, "s", artifacts=store, limits=Limits(max_seconds=1.0))
+    study = limited.open(url, "s", artifacts=store)
     limited.objective.progress = progress
     limited.work(study)
-    assert log_of(study).stopped_by
+    assert "--max-seconds" in log_of(study).stopped_by
     (ended,) = [t for t in study.get_trials() if t.state == TrialState.PRUNED]
     assert attrs.CHECKPOINT in ended.system_attrs  # of its first epoch; the second never began
     assert TrialState.RUNNING not in {t.state for t in study.get_trials()}
