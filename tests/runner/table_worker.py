@@ -1,10 +1,11 @@
 """A worker process on an additive table.
 
-    python -m tests.runner.table_worker STORAGE SECONDS [wait]
+    python -m tests.runner.table_worker STORAGE SECONDS [STEP]
 
-Each candidate takes about SECONDS, so that kills land inside candidates. With ``wait`` it says when
-it has its first candidate of step 1 and waits there for standard input to end, so that whoever
-starts several can have all at work before any goes on. No PyTorch.
+Each candidate takes about SECONDS, so that kills land inside candidates. With STEP it says when it
+has its first candidate of that step and waits there for standard input to end, so that whoever
+starts several can have all at work before any goes on, and kill them before any is done. No
+PyTorch.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ def opened(storage: str) -> BaseStorage:
     return open_storage(storage)
 
 
-def main(storage: str, seconds: float, waits: bool) -> None:
+def main(storage: str, seconds: float, waits_at: int | None = None) -> None:
     chosen = by()
     study = optuna.load_study(study_name=NAME, storage=opened(storage), sampler=chosen)
 
     def objective(trial: optuna.Trial) -> float:
-        nonlocal waits
+        nonlocal waits_at
         ticket = chosen.ticket(study, trial._trial_id)
-        if waits and ticket is not None and ticket.step == 1:
-            waits = False
+        if ticket is not None and ticket.step == waits_at:
+            waits_at = None
             print("at work", flush=True)
             sys.stdin.read()
         time.sleep(random.uniform(0.5, 1.5) * seconds)
@@ -51,4 +52,4 @@ def main(storage: str, seconds: float, waits: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]), sys.argv[3:] == ["wait"])
+    main(sys.argv[1], float(sys.argv[2]), *map(int, sys.argv[3:]))

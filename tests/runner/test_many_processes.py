@@ -31,9 +31,10 @@ def make(storage: str) -> Study:
     return optuna.create_study(study_name=NAME, storage=opened(storage), sampler=by())
 
 
-def start(storage: str, seconds: float = 0.01, *more: str) -> subprocess.Popen[str]:
+def start(storage: str, seconds: float = 0.01, *waits_at: int) -> subprocess.Popen[str]:
+    arguments = map(str, (storage, seconds, *waits_at))
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.runner.table_worker", storage, str(seconds), *more],
+        [sys.executable, "-m", "tests.runner.table_worker", *arguments],
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -44,7 +45,7 @@ def start(storage: str, seconds: float = 0.01, *more: str) -> subprocess.Popen[s
 
 def start_together(storage: str, n: int) -> list[subprocess.Popen[str]]:
     """Start workers of which none goes on with its first candidate before all have one."""
-    workers = [start(storage, 0.01, "wait") for _ in range(n)]
+    workers = [start(storage, 0.01, 1) for _ in range(n)]
     assert [worker.stdout.readline() for worker in workers] == ["at work\n"] * n
     for worker in workers:
         worker.stdin.close()
@@ -53,7 +54,7 @@ def start_together(storage: str, n: int) -> list[subprocess.Popen[str]]:
 
 
 def finish(processes: list[subprocess.Popen[str]]) -> None:
-    errors = [process.communicate(timeout=120)[1] for process in processes]
+    errors = [process.communicate(timeout=240)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), errors
 
 
@@ -99,17 +100,19 @@ def test_any_number_of_processes_has_the_history_of_the_sequential_search(storag
 def test_killed_workers_lose_nothing_and_change_nothing(storage):
     study = make(storage)
     rng = random.Random(0)
-    workers = [start(storage, 0.03) for _ in range(2)]
+    last = expected(study)[-1].step  # nobody gets past it before it is killed
+    workers = [start(storage, 0.03, last) for _ in range(2)]
     killed = []
     for threshold in (1, 6, 14, 25):
-        deadline = time.monotonic() + 60
-        while ours(study).log(study).cursor.n < threshold and time.monotonic() < deadline:
+        deadline = time.monotonic() + 120
+        while ours(study).log(study).cursor.n < threshold:
+            assert time.monotonic() < deadline
             time.sleep(0.003)
         time.sleep(rng.uniform(0, 0.04))  # anywhere within a candidate, its ticket or its record
         victim = workers.pop(rng.randrange(2))
         os.kill(victim.pid, signal.SIGKILL)
         killed.append(victim)
-        workers.append(start(storage, 0.03))
+        workers.append(start(storage, 0.03, last))
     for victim in killed:
         victim.communicate()
     assert [victim.returncode for victim in killed] == [-signal.SIGKILL] * 4
