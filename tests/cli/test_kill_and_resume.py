@@ -16,20 +16,32 @@ import pytest
 
 from hq_optuna.history import History, read_history
 
-# Scoring is slowed down so that kills land inside candidates.
+# Scoring is slowed down so that kills land inside candidates. A process with SCORES does so many
+# and none after; of those with MEET none does one of step 1 before so many are at one.
 SLOW = """
-import sys, time
+import os, sys, time
+from pathlib import Path
 from hq_optuna.scoring import Scorer
-score = Scorer.score
-Scorer.score = lambda self, *configs: (time.sleep(0.2), score(self, *configs))[1]
+score, left, meet = Scorer.score, float(os.environ.get("SCORES", "inf")), Path("met")
+def slowly(self, config, *more):
+    global left
+    left -= 1
+    time.sleep(0.2 if left >= 0 else 600)
+    if "MEET" in os.environ and any(bits != (8, 8) for bits in config.values()):
+        meet.mkdir(exist_ok=True)
+        (meet / str(os.getpid())).touch()
+        while len(list(meet.iterdir())) < int(os.environ["MEET"]):
+            time.sleep(0.01)
+    return score(self, config, *more)
+Scorer.score = slowly
 from hq_optuna.cli import main
 sys.argv[0] = "hq-optuna"
 main()
 """
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.Popen(
         [sys.executable, "-c", SLOW, *arguments],
         stdout=subprocess.PIPE,
@@ -75,7 +87,7 @@ def n_complete(name: str) -> int:
 @pytest.fixture
 def undisturbed(study: Path) -> History:
     process = start("run", str(study), "--name", "undisturbed", "--candidates", "3")
-    output = process.communicate(timeout=100)[0]
+    output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
     return history("undisturbed")
 
@@ -84,18 +96,20 @@ def test_a_killed_search_goes_on_at_its_candidate_and_ends_the_same(
     study: Path, undisturbed: History
 ) -> None:
     arguments = ("run", str(study), "--name", "killed", "--candidates", "3")
-    for kill_after in (0, 2, 5):  # while the study is made; within a step; later
-        process = start(*arguments)
-        deadline = time.monotonic() + 60
-        while n_complete("killed") < kill_after and time.monotonic() < deadline:
+    # While the study is made; within a step; later. None comes to the end, at seven scores.
+    for kill_after, scores in ((0, 1), (2, 1), (5, 3)):
+        process = start(*arguments, SCORES=str(scores))
+        deadline = time.monotonic() + 120
+        while n_complete("killed") < kill_after:
+            assert time.monotonic() < deadline
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL
         process.stdout.close()  # type: ignore[union-attr]
     before = n_complete("killed")
     assert before >= 5
     process = start(*arguments)
-    output = process.communicate(timeout=100)[0]
+    output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
     assert "Went on at step" in output
     found = history("killed")
@@ -115,21 +129,21 @@ def test_three_processes_on_one_sqlite_file_have_the_history_of_one(
     study: Path, undisturbed: History
 ) -> None:
     arguments = ("run", str(study), "--name", "shared", "--candidates", "3")
-    processes = [start(*arguments) for _ in range(3)]
-    outputs = [process.communicate(timeout=150)[0] for process in processes]
+    processes = [start(*arguments, MEET="3") for _ in range(3)]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], outputs
     found = history("shared")
     assert steps(found) == steps(undisturbed)
     assert tried(found) == tried(undisturbed)
-    assert len({candidate.worker for candidate in found.candidates}) >= 2
+    assert len({candidate.worker for candidate in found.candidates}) == 3
 
 
 def test_sigterm_gives_the_candidate_back(study: Path) -> None:
-    process = start("run", str(study), "--name", "ended")
+    process = start("run", str(study), "--name", "ended", SCORES="1")
     while n_complete("ended") < 2 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=300)[0]
     assert process.returncode == 130, output
     assert "start the same command again" in output
     assert "Traceback" not in output

@@ -26,9 +26,17 @@ from hq_optuna.launching import cluster
 from hq_optuna.standing import read_standing
 
 ROOT = Path(__file__).parents[2]
-SLOW = "\nimport time\nfrom hq_optuna.scoring import Scorer\n_score = Scorer.score\n" + (
-    "Scorer.score = lambda self, *bits: (time.sleep(SECONDS), _score(self, *bits))[1]\n"
-)
+HOLD = """
+import pathlib, time
+from hq_optuna.scoring import Scorer
+_score = Scorer.score
+def _held(self, config, *more):
+    time.sleep(0.1)
+    while pathlib.Path("hold").exists() and any(bits != (8, 8) for bits in config.values()):
+        time.sleep(0.01)
+    return _score(self, config, *more)
+Scorer.score = _held
+"""
 
 
 def start(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
@@ -43,9 +51,12 @@ def start(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
     )
 
 
-def slow(study: Path, seconds: float) -> Path:
-    study.write_text(study.read_text() + SLOW.replace("SECONDS", str(seconds)))
-    return study
+def hold(study: Path) -> Path:
+    """Let no candidate of step 1 end as long as there is the file that is returned."""
+    study.write_text(study.read_text() + HOLD)
+    held = study.parent / "hold"
+    held.touch()
+    return held
 
 
 def loaded(name: str) -> optuna.Study:
@@ -87,11 +98,12 @@ def gone(pid: int) -> bool:
 
 
 def test_two_workers_have_the_history_of_one_though_one_is_killed(study: Path) -> None:
-    slow(study, 0.3)
+    held = hold(study)
     options = ("--candidates", 3, "--seed", 4)
     process = start("launch", study, "--workers", 2, "--json", *options)
     until(lambda: n_complete("tiny") >= 2, process)
     os.kill(children(process.pid)[0], signal.SIGKILL)
+    held.unlink()
     output, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors
     assert "died (SIGKILL) and is started again" in errors
@@ -151,9 +163,9 @@ def test_the_launcher_writes_the_pages_of_the_dashboard(study: Path) -> None:
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 def test_no_worker_outlives_the_launcher(study: Path, end: signal.Signals) -> None:
-    slow(study, 1.0)
+    held = hold(study)
     process = start("launch", study, "--workers", 2, start_new_session=True)
-    until(lambda: n_complete("tiny") >= 1, process)
+    until(lambda: n_complete("tiny") >= 2, process)
     workers = children(process.pid)
     assert len(workers) == 2
     os.kill(process.pid, end)
@@ -165,6 +177,7 @@ def test_no_worker_outlives_the_launcher(study: Path, end: signal.Signals) -> No
     while not all(map(gone, workers)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    held.unlink()
     if end == signal.SIGKILL:  # nobody was left to give anything back: who comes next sees to it
         again = start("run", study)
         assert again.wait(timeout=300) == 0, again.communicate()
