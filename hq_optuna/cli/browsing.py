@@ -55,20 +55,20 @@ def dashboard(
                 server.read_ahead(found._study_id)
                 threading.Thread(target=_refresh, args=(found,), daemon=True).start()
             console = Console()
-            console.print(
-                f"Dashboard: {server.url}{page}\nstorage {show.plain(redact_url(url))}, files "
-                f"{show.plain('none' if files is None else files)}. Ctrl-C ends it.",
-                highlight=False,
-                soft_wrap=True,
-            )
-            if not _is_loopback(host):
+            try:
                 console.print(
-                    "[yellow]Warning:[/] whoever reaches this address can change and delete "
-                    "studies; the dashboard asks for no password.",
+                    f"Dashboard: {server.url}{page}\nstorage {show.plain(redact_url(url))}, files "
+                    f"{show.plain('none' if files is None else files)}. Ctrl-C ends it.",
                     highlight=False,
                     soft_wrap=True,
                 )
-            try:
+                if not _is_loopback(host):
+                    console.print(
+                        "[yellow]Warning:[/] whoever reaches this address can change and delete "
+                        "studies; the dashboard asks for no password.",
+                        highlight=False,
+                        soft_wrap=True,
+                    )
                 threading.Event().wait()
             except KeyboardInterrupt:
                 console.print("The dashboard is closed.")
