@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def serve(*arguments: str) -> tuple[subprocess.Popen[str], str]:
 def answers(said: str) -> bytes:
     found = re.search(r"Dashboard: (\S+)", said)
     assert found, said
-    with urllib.request.urlopen(found[1], timeout=30) as answer:
+    with urllib.request.urlopen(found[1], timeout=120) as answer:
         return answer.read()
 
 
@@ -61,7 +62,7 @@ def test_it_serves_the_search_of_a_study_file_until_it_is_interrupted(study, end
     assert "storage sqlite:///hq-optuna-runs/fake/study.db" in said
     assert b"<html" in answers(said).lower()
     process.send_signal(ends_with)
-    assert "The dashboard is closed." in process.communicate(timeout=30)[0]
+    assert "The dashboard is closed." in process.communicate(timeout=120)[0]
     assert process.returncode == 0
 
 
@@ -76,7 +77,7 @@ def test_it_serves_postgresql_and_never_shows_the_password(study):
             assert "secret" not in said
         finally:
             process.send_signal(signal.SIGINT)
-            assert "secret" not in process.communicate(timeout=30)[0]
+            assert "secret" not in process.communicate(timeout=120)[0]
 
 
 def test_a_journal_by_its_url_shows_all_its_studies(study, tmp_path):
@@ -88,7 +89,7 @@ def test_a_journal_by_its_url_shows_all_its_studies(study, tmp_path):
             assert b"fake" in answers(said.replace("\n", "/api/studies\n", 1))
         finally:
             process.send_signal(signal.SIGINT)
-            process.communicate(timeout=30)
+            process.communicate(timeout=120)
 
 
 def test_pages_that_nobody_wrote_are_written_when_it_starts(study):
@@ -99,13 +100,13 @@ def test_pages_that_nobody_wrote_are_written_when_it_starts(study):
     make_search(url)
     process, said = serve("fake")
     loaded = load_study(url, "fake")
-    for _ in range(100):
-        text = note_in(loaded._storage.get_study_system_attrs(loaded._study_id))
-        if text:
-            break
-        answers(said)
+    deadline = time.monotonic() + 120
+    while not (text := note_in(loaded._storage.get_study_system_attrs(loaded._study_id))):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    answers(said)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     assert "Finished: the budget is met" in text
 
 
