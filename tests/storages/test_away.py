@@ -124,19 +124,25 @@ def check(study: optuna.Study) -> None:
 
 def test_a_search_outlives_cuts_at_any_moment(direct, line):
     study = study_at(through(direct, line))
-    rng, over = random.Random(0), threading.Event()
+    rng, over, at_work = random.Random(0), threading.Event(), threading.Event()
     cuts = []
 
     def vandal() -> None:
-        while not over.wait(rng.uniform(0.02, 0.15)):
+        while at_work.wait() and not over.wait(rng.uniform(0, 0.1)):
             line.cut()
             cuts.append(1)
             time.sleep(rng.uniform(0, 0.2))
+            at_work.clear()  # however slow all is, something is done between two cuts
             line.mend()
 
     def slow(trial: optuna.Trial) -> float:
-        time.sleep(0.02)
-        return assigned(trial)
+        deadline = time.monotonic() + 120
+        while True:
+            at_work.set()
+            time.sleep(0.02)
+            if len(cuts) >= min(trial.number // 4, 3):  # the third comes before the end
+                return assigned(trial)
+            assert time.monotonic() < deadline
 
     thread = threading.Thread(target=vandal)
     thread.start()
@@ -144,6 +150,7 @@ def test_a_search_outlives_cuts_at_any_moment(direct, line):
         work(study, slow)
     finally:
         over.set()
+        at_work.set()
         thread.join()
         line.mend()
     assert len(cuts) >= 3
@@ -211,17 +218,19 @@ def test_a_search_outlives_its_grpc_proxy(direct):
         raise AssertionError("the proxy does not start")
 
     proxies = [start()]
+    restart = threading.Thread(target=lambda: proxies.append(start()))
     study = study_at(f"grpc://127.0.0.1:{port}")
 
     def killing(trial: optuna.Trial) -> float:
         if trial.number == 4:
             proxies[-1].kill()
             proxies[-1].wait()
-            threading.Thread(target=lambda: proxies.append(start())).start()
+            restart.start()
         return assigned(trial)
 
     try:
         work(study, killing)
+        restart.join()
         assert len(proxies) == 2
         assert study._storage.n_retries >= 1
         check(study)
