@@ -74,7 +74,7 @@ def proxy(url: str) -> Iterator[str]:
         [sys.executable, "-c", PROXY, url, str(port)], cwd=Path(__file__).parents[1]
     )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while time.monotonic() < deadline and process.poll() is None:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                 break

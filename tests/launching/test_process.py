@@ -29,7 +29,7 @@ def python(code: str) -> WorkerProcess:
 
 
 def ended(process: WorkerProcess) -> int:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while (code := process.poll()) is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -157,7 +157,7 @@ def test_a_worker_does_not_outlive_a_launcher_that_was_killed():
     os.kill(worker, 0)
     launcher.kill()
     launcher.communicate()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while alive(worker):
         assert time.monotonic() < deadline
         time.sleep(0.02)

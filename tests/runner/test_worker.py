@@ -125,7 +125,13 @@ def test_a_storage_that_comes_back_is_waited_for():
 def test_ctrl_c_ends_a_wait_for_the_storage_at_once():
     away = Away(8)
     study = away_study(away, retry_for_s=3600)
-    threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+
+    def interrupt() -> None:
+        while study._storage.n_retries < 2:  # it waits
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         work(study, assigned)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import optuna
@@ -157,14 +158,18 @@ def test_a_worker_elsewhere_that_gives_signs_of_life_is_waited_for(study, clock)
 def test_a_trial_that_runs_long_gives_signs_of_life_and_a_short_one_costs_nothing(study):
     storage = study._storage
     trial_id = storage.create_new_trial(study._study_id)
-    with beating(storage, trial_id):
+    with beating(storage, trial_id, every_s=60):
         pass
     assert attrs.BEAT not in storage.get_trial(trial_id).system_attrs
     with beating(storage, trial_id, every_s=0.01):
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while storage.get_trial(trial_id).system_attrs.get(attrs.BEAT, 0) < 3:
             assert time.monotonic() < deadline
             time.sleep(0.005)
+    for thread in threading.enumerate():
+        if thread.name == f"beat-{trial_id}":  # may be at its last beat
+            thread.join(60)
+            assert not thread.is_alive()
     last = storage.get_trial(trial_id).system_attrs[attrs.BEAT]
     time.sleep(0.05)
     assert storage.get_trial(trial_id).system_attrs[attrs.BEAT] == last
@@ -180,7 +185,7 @@ def test_signs_of_life_that_cannot_be_written_disturb_nothing(study, monkeypatch
     trial_id = study._storage.create_new_trial(study._study_id)
     monkeypatch.setattr(study._storage, "set_trial_system_attr", away)
     with beating(study._storage, trial_id, every_s=0.005):
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while len(tries) < 3 and time.monotonic() < deadline:
             time.sleep(0.005)
     assert len(tries) >= 3

@@ -152,7 +152,7 @@ def test_signs_of_life_are_seen_through_another_connection(url, storage):
     theirs = open_storage(url)
     seen = [read_rows(theirs, study._study_id, Cursor())[0].beat]
     with beating(storage, trial._trial_id, every_s=0.01):
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while len(set(seen)) < 3 and time.monotonic() < deadline:
             seen.append(read_rows(theirs, study._study_id, Cursor())[0].beat)
     assert seen[0] is None
