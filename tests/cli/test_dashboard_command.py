@@ -12,6 +12,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from hq_optuna.cli.browsing import _is_loopback
 from hq_optuna.storages import open_storage
@@ -143,3 +144,19 @@ def test_it_asks_for_a_study_or_a_storage(command):
 )
 def test_it_warns_where_others_may_reach_it(host, expected):
     assert _is_loopback(host) is expected
+
+
+def test_an_interrupt_right_after_the_address_is_said_closes_it_too(study, command, monkeypatch):
+    dashboard()
+    make_search("sqlite:///hq-optuna-runs/fake/study.db")
+    print_ = Console.print
+
+    def interrupted(self, text, **options):
+        print_(self, text, **options)
+        if text.startswith("Dashboard: "):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Console, "print", interrupted)
+    found = command("dashboard", "fake", "--port", "0")
+    assert "The dashboard is closed." in found.output
+    assert found.exit_code == 0
