@@ -148,17 +148,19 @@ def _open_sqlite(storage: str, url: sqlalchemy.URL) -> BaseStorage:
         if not path.exists() and not os.access(path.parent, os.W_OK):
             raise StorageError(f"The folder {path.parent} is read-only. Give another --storage.")
         # WAL is a property of the file; set it before Optuna's first connection.
-        engine = sqlalchemy.create_engine(url, connect_args={"timeout": SQLITE_BUSY_TIMEOUT_S})
+        engine = sqlalchemy.create_engine(url, connect_args=_waits())
         _while_locked(lambda: _set_wal(engine))
         engine.dispose()
-    opened = _while_locked(
-        lambda: _create_tables(storage, {"connect_args": {"timeout": SQLITE_BUSY_TIMEOUT_S}})
-    )
+    opened = _while_locked(lambda: _create_tables(storage, {"connect_args": _waits()}))
     if not url.database or url.database == ":memory:":
         return optuna.storages.get_storage(opened)  # lives in the connection it has now
     sqlalchemy.event.listen(opened.engine, "connect", _tune_connection)
     opened.engine.dispose()  # the connections made so far do not have the setting
     return optuna.storages.get_storage(opened)
+
+
+def _waits() -> dict[str, float]:
+    return {"timeout": SQLITE_BUSY_TIMEOUT_S}
 
 
 def _set_wal(engine: sqlalchemy.Engine) -> None:
@@ -325,9 +327,14 @@ def _has_studies(storage: str) -> bool:
     if is_grpc(storage) or journal_path(storage) is not None:
         return True
     url = _parse(storage)
+    sqlite = url.get_backend_name() == "sqlite"
+
+    def look() -> bool:
+        return sqlalchemy.inspect(engine).has_table("studies")
+
     with _explain_opening(redact_url(storage), url):
-        engine = sqlalchemy.create_engine(url)
+        engine = sqlalchemy.create_engine(url, connect_args=_waits() if sqlite else {})
         try:
-            return sqlalchemy.inspect(engine).has_table("studies")
+            return _while_locked(look) if sqlite else look()
         finally:
             engine.dispose()

@@ -100,6 +100,21 @@ def test_a_file_that_another_program_fills_before_it_is_in_wal_mode_is_waited_fo
     assert released.is_set()
 
 
+@pytest.mark.parametrize("use", [open_storage, study_exists, load_study])
+def test_every_connection_to_a_file_waits_for_a_writer(filled, use):
+    waits = []
+
+    def connected(connection, _record):
+        waits.append(connection.execute("PRAGMA busy_timeout").fetchone()[0])
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "connect", connected)
+    try:
+        use(sqlite_url(filled), *([] if use is open_storage else ["a"]))
+    finally:
+        sqlalchemy.event.remove(sqlalchemy.Engine, "connect", connected)
+    assert set(waits) == {60_000}  # ms
+
+
 def test_a_file_that_stays_locked_ends_in_a_sentence(path, monkeypatch):
     monkeypatch.setattr(opening, "SQLITE_BUSY_TIMEOUT_S", 0.3)
     other = sqlite3.connect(path, isolation_level=None)
