@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,9 @@ from typing import IO, Any
 
 LAST_WORDS = 12
 """Lines of standard error that are kept."""
+
+HEARD_WITHIN_S = 10.0
+"""How long the last words of an ended worker are waited for."""
 
 ENDS_WITH_STDIN = "HQ_OPTUNA_ENDS_WITH_STDIN"
 """Environment variable that tells a worker to end when its standard input does."""
@@ -130,6 +134,7 @@ class WorkerProcess:
             errors="replace",
             start_new_session=True,
         )
+        self._gone_since: float | None = None
         self._events: SimpleQueue[dict[str, Any]] = SimpleQueue()
         self._words: deque[str] = deque(maxlen=LAST_WORDS)
         self._readers = [
@@ -148,12 +153,20 @@ class WorkerProcess:
         return self._process.pid
 
     def poll(self) -> int | None:
-        """Return how it ended, as ``subprocess`` says it, or ``None`` while it runs."""
+        """Return how it ended, as ``subprocess`` says it, or ``None`` while it runs.
+
+        It has not ended before all it said is read, so that nothing is missed; but what it started
+        may keep its pipes open for ever, and is waited for `HEARD_WITHIN_S`.
+        """
         code = self._process.poll()
-        if code is not None:
-            for reader in self._readers:  # so that nothing said is missed
-                reader.join(timeout=1)
-        return code
+        if code is None:
+            return None
+        if self._gone_since is None:
+            self._gone_since = time.monotonic()
+        for reader in self._readers:
+            reader.join(timeout=0.1)
+        unheard = any(reader.is_alive() for reader in self._readers)
+        return None if unheard and time.monotonic() - self._gone_since < HEARD_WITHIN_S else code
 
     def events(self) -> list[dict[str, Any]]:
         """Return what it told since the last call."""

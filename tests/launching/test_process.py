@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from hq_optuna.launching import process as process_module
 from hq_optuna.launching.process import (
     ENDS_WITH_STDIN,
     WorkerCommand,
@@ -94,6 +95,36 @@ def test_events_are_json_lines_and_other_output_is_passed_over():
     assert process.events() == []
     assert process.last_words() == ["last"]
     process.close()
+
+
+def test_a_worker_has_not_ended_before_all_it_said_is_heard():
+    may_go_on = threading.Event()
+
+    def listener(_worker, event):
+        if event is not None:
+            assert may_go_on.wait(120)
+
+    code = 'for i in range(3): print(\'{"event": "scored"}\')'
+    process = WorkerProcess([sys.executable, "-c", code], dict(os.environ), listener)
+    process._process.wait()
+    assert process.poll() is None
+    may_go_on.set()
+    assert ended(process) == 0
+    assert len(process.events()) == 3
+    process.close()
+
+
+def test_a_worker_that_left_its_pipes_to_another_has_ended_all_the_same(monkeypatch):
+    monkeypatch.setattr(process_module, "HEARD_WITHIN_S", 0.2)
+    process = python(
+        "import subprocess, sys\n"
+        "other = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        'print(\'{"event": "started", "pid": %d}\' % other.pid, flush=True)'
+    )
+    assert ended(process) == 0
+    (event,) = process.events()
+    process.close()
+    os.kill(event["pid"], signal.SIGKILL)  # was there all the time
 
 
 def test_of_many_words_the_last_are_kept():
