@@ -23,10 +23,15 @@ def train():
     return _data(64, 4)
 """
 SLOW = """
-import sys, time
+import pathlib, sys, time
 from hq_optuna.scoring import Scorer
 score = Scorer.score
-Scorer.score = lambda self, *configs: (time.sleep(1.5), score(self, *configs))[1]
+def slowly(self, *configs):
+    time.sleep(1.5)
+    while pathlib.Path("hold").exists():
+        time.sleep(0.1)
+    return score(self, *configs)
+Scorer.score = slowly
 from hq_optuna.cli import main
 sys.argv[0] = "hq-optuna"
 main()
@@ -67,7 +72,7 @@ def end(process: subprocess.Popen[str]) -> str:
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
     try:
-        return process.communicate(timeout=30)[0]
+        return process.communicate(timeout=120)[0]
     except subprocess.TimeoutExpired:
         process.kill()
         return process.communicate()[0]
@@ -97,7 +102,7 @@ def finished(place: Path) -> Iterator[Site]:
     missing.skip()
     options = ("--train-every", "2", "--train-epochs", "1", "--final-epochs", "2")
     run = start(FAST, place, "run", "tiny.py", "--name", "finished", *options)
-    said = run.communicate(timeout=120)[0]
+    said = run.communicate(timeout=300)[0]
     assert run.returncode == 0, said
     process, site = serve(place, "finished")
     yield site
@@ -106,15 +111,15 @@ def finished(place: Path) -> Iterator[Site]:
 
 @pytest.fixture(scope="module")
 def running(place: Path) -> Iterator[Site]:
-    """A search that still runs, slowed down, some steps after its start."""
+    """A search that still runs, some steps after its start, and comes no further."""
     missing.skip()
-    # Some twenty steps of three candidates: far more than the tests take.
     options = ("--candidates", "8", "--bits", "2-8", "--budget", "0.07 bops")
     run = start(SLOW, place, "run", "tiny.py", "--name", "running", *options)
     database = place / "hq-optuna-runs" / "running" / "study.db"
-    until = time.monotonic() + 90
-    while not _has_records(database) and run.poll() is None and time.monotonic() < until:
+    until = time.monotonic() + 240
+    while not _has_pages(database) and run.poll() is None and time.monotonic() < until:
         time.sleep(0.1)
+    (place / "hold").touch()
     assert run.poll() is None, run.communicate()[0]
     process, site = serve(place, "running")
     yield site
@@ -124,12 +129,16 @@ def running(place: Path) -> Iterator[Site]:
     assert still, f"the search had ended before the tests were done: {said}"
 
 
-def _has_records(database: Path) -> bool:
+def _has_pages(database: Path) -> bool:
+    """Return whether the search has some steps, and a note that says so."""
+    from hq_optuna.dashboard.pages import note_in
     from hq_optuna.errors import HqOptunaError
     from hq_optuna.history import read_history
     from hq_optuna.storages import load_study, sqlite_url
 
     try:
-        return len(read_history(load_study(sqlite_url(database), "running")).records) >= 2
+        study = load_study(sqlite_url(database), "running")
+        system = study._storage.get_study_system_attrs(study._study_id)
+        return len(read_history(study).records) >= 2 and "Latest steps" in note_in(system)
     except HqOptunaError:
         return False

@@ -23,7 +23,7 @@ CARDS = {
     "running": ("steps", "bits", "sensitivity"),  # and trains nothing
 }
 BLANK_HTML = "data:text/html,<div id=card style='width:600px;height:450px'>No data</div>"
-WAIT_S = 30
+WAIT_S = 120
 
 
 @pytest.fixture(scope="module")

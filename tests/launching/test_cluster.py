@@ -123,6 +123,7 @@ def test_a_worker_ends_when_it_is_not_wanted_any_more(address: str, study: Path,
     if how == "terminate":
         life.terminate()
     cluster.close()
+    deadline = time.monotonic() + 120
     while alive(pid):
         assert time.monotonic() < deadline
         time.sleep(0.05)
