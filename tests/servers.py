@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -64,12 +65,19 @@ def database(url: str) -> Iterator[str]:
         engine.dispose()
 
 
+def free_port() -> int:
+    """Return a port on which nobody listens, from below those that connections get as their own."""
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with contextlib.suppress(OSError), socket.socket() as free:
+            free.bind(("127.0.0.1", port))
+            return port
+
+
 @contextlib.contextmanager
 def proxy(url: str) -> Iterator[str]:
     """Run Optuna's gRPC proxy before a database."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-c", PROXY, url, str(port)], cwd=Path(__file__).parents[1]
     )

@@ -42,6 +42,10 @@ def looks_drawn(picture: Image.Image) -> bool:
     return drawn_share(picture) > 0.02 and n_hues(picture) >= 1
 
 
+def wait_until_drawn(browser: Browser, element: WebElement, what: str | None) -> None:
+    browser.wait(lambda: looks_drawn(browser.picture(element)), WAIT_S, f"picture of {what}")
+
+
 def cards(browser: Browser) -> dict[str, WebElement]:
     return {
         (element.get_attribute("id") or "").removeprefix("user-defined-plot:"): element
@@ -74,7 +78,7 @@ def test_the_study_page_shows_the_figures_and_no_errors(browser, state, request)
 
     site = request.getfixturevalue(state)
     for name, card in wait_for_cards(browser, site).items():
-        assert looks_drawn(browser.picture(card)), name
+        wait_until_drawn(browser, card, name)
     (history,) = browser.find("#plot-history")
     browser.wait(lambda: len(browser.find("#plot-history .point")) >= 3, WAIT_S, "history")
     assert drawn_share(browser.picture(history)) > 0.005  # a few points, grey where over budget
@@ -83,13 +87,14 @@ def test_the_study_page_shows_the_figures_and_no_errors(browser, state, request)
         (svg, *_) = card.find_elements("css selector", ".main-svg")
         assert svg.size["height"] <= card.size["height"] + 1, name
         assert svg.size["width"] <= card.size["width"] + 1, name
-    assert "Best Trial (number=" in browser.text()
+    browser.wait(lambda: "Best Trial (number=" in browser.text(), WAIT_S, "best trial")
     assert browser.console_errors() == []
 
 
 def test_the_best_trial_is_the_answer_and_is_within_budget(browser, finished):
     wait_for_cards(browser, finished)
     answer = max(t["number"] for t in detail(finished)["trials"] if _kind(t) == "incumbent")
+    browser.wait(lambda: "Best Trial (number=" in browser.text(), WAIT_S, "best trial")
     assert f"Best Trial (number={answer})" in browser.text()
 
 
@@ -133,7 +138,7 @@ def test_the_importances_are_those_of_the_layers(browser, finished):
     (card,) = browser.wait(
         lambda: browser.find("#graph-hyperparameter-importances"), WAIT_S, "importances"
     )
-    assert looks_drawn(browser.picture(card))
+    wait_until_drawn(browser, card, "importances")
 
 
 def test_the_files_of_the_study_are_on_its_page(browser, finished):
@@ -162,17 +167,17 @@ def test_the_report_of_a_running_search_is_drawn(browser, running, tmp_path):
 
 
 def look_at_report(browser: Browser, *, trains: bool = False) -> None:
-    figures = browser.wait(
-        lambda: [f for f in browser.find("figure .js-plotly-plot") if f.size["height"] > 0],
-        WAIT_S,
-        "figures of the report",
-    )
-    assert len(figures) >= 4
-    if trains:
-        assert "fig-training" in {figure.get_attribute("id") for figure in figures}
-    for figure in figures:
-        picture = browser.picture(figure)
-        assert looks_drawn(picture), figure.get_attribute("id")
+    def figures() -> dict[str | None, WebElement]:
+        found = [f for f in browser.find("figure .js-plotly-plot") if f.size["height"] > 0]
+        return {figure.get_attribute("id"): figure for figure in found}
+
+    def complete() -> bool:
+        ids = figures().keys()
+        return len(ids) >= 4 and (not trains or "fig-training" in ids)
+
+    browser.wait(complete, WAIT_S, "figures of the report")
+    for name, figure in figures().items():
+        wait_until_drawn(browser, figure, name)
     for link in browser.find("a[href^='#']"):
         assert browser.find(f"[id='{(link.get_attribute('href') or '').partition('#')[2]}']")
     assert browser.console_errors() == []

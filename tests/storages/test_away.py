@@ -31,7 +31,7 @@ from tests.samplers.tables import (
     states,
     tickets,
 )
-from tests.servers import POSTGRESQL, PROXY, database, server
+from tests.servers import POSTGRESQL, PROXY, database, free_port, server
 
 
 class Line:
@@ -202,9 +202,7 @@ def test_a_server_that_stays_away_ends_the_worker_in_words_and_nothing_is_lost(d
 def test_a_search_outlives_its_grpc_proxy(direct):
     pytest.importorskip("grpc", reason="needs gRPC: pip install 'hq_optuna[grpc]'")
     open_storage(direct)  # the tables
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
 
     def start() -> subprocess.Popen[bytes]:
         process = subprocess.Popen(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sqlite3
 import traceback
 from pathlib import Path
@@ -21,16 +20,10 @@ from hq_optuna.storages import (
     sqlite_url,
     study_exists,
 )
+from tests.servers import free_port
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 SECRET = "hunter2hunter2"
-
-
-def closed_port() -> int:
-    """Return a port of this machine on which nobody listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def test_a_read_only_file_is_refused(filled, monkeypatch):
@@ -98,7 +91,7 @@ def test_a_missing_driver_is_named_with_how_to_install_it():
 )
 def test_a_server_that_does_not_answer_is_named(scheme, driver):
     pytest.importorskip(driver)
-    url = f"{scheme}://me:{SECRET}@127.0.0.1:{closed_port()}/hq"
+    url = f"{scheme}://me:{SECRET}@127.0.0.1:{free_port()}/hq"
     for use in (open_storage, lambda u: study_exists(u, "x"), lambda u: load_study(u, "x")):
         with pytest.raises(StorageError, match=r"refused.* Check the URL, and that the") as error:
             use(url)
