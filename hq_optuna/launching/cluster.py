@@ -14,6 +14,7 @@ import time
 import uuid
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from hq_optuna.errors import HqOptunaError, StudyFileError, WorkerError
@@ -81,8 +82,8 @@ class TaskLife:
     ) -> None:
         self._client = client
         self._topic = f"hq-optuna-{uuid.uuid4().hex}"
-        self._told: list[dict[str, Any]] = []
-        self._words: tuple[str, ...] = ()
+        self._told: SimpleQueue[dict[str, Any]] = SimpleQueue()  # filled by Dask's thread
+        self._words: tuple[str, ...] | None = None
         client.subscribe_topic(self._topic, self._hear)
         where = [addresses[index % len(addresses)]] if addresses else None
         self._future = client.submit(
@@ -98,33 +99,38 @@ class TaskLife:
         )
 
     def _hear(self, event: tuple[float, dict[str, Any]]) -> None:
-        self._told.append(event[1])
+        self._told.put(event[1])
 
     def poll(self) -> int | None:
         """Return the worker's exit status, 1 where Dask lost the task, or ``None``."""
         if not self._future.done():
             return None
+        first = self._words is None
         if self._future.status == "finished":
-            code, words = self._future.result()
+            code, words, errors = self._future.result()
             self._words = tuple(words)
+            for event in errors if first else ():
+                self._told.put(event)
             return int(code)
         if self._future.status == "error":
             error = self._future.exception()
             self._words = (f"{type(error).__name__}: {error}",)
-            if isinstance(error, HqOptunaError):
-                self._told.append({"error": type(error).__name__, "message": str(error)})
+            if first and isinstance(error, HqOptunaError):
+                self._told.put({"error": type(error).__name__, "message": str(error)})
             return 1
         self._words = (f"Dask says the task is {self._future.status}.",)
         return 1
 
     def events(self) -> list[dict[str, Any]]:
         """Return what the worker told since the last call."""
-        told, self._told = self._told, []
+        told = []
+        while not self._told.empty():
+            told.append(self._told.get())
         return told
 
     def last_words(self) -> tuple[str, ...]:
         """Return the last lines of its standard error."""
-        return self._words
+        return self._words or ()
 
     def terminate(self) -> None:
         """Ask the task to end its worker."""
@@ -143,13 +149,14 @@ class TaskLife:
 
 def run_worker(
     command: WorkerCommand, threads: int | None, topic: str
-) -> tuple[int, tuple[str, ...]]:
+) -> tuple[int, tuple[str, ...], list[dict[str, Any]]]:
     """Run one worker on this host until it ends, or until the task is not wanted any more.
 
     Runs within a Dask task.
 
     Returns:
-        Exit status, and the last lines of standard error.
+        Exit status, the last lines of standard error, and what the worker said was wrong: as an
+        event that may come after the result.
 
     Raises:
         StudyFileError: The study file is not on this host.
@@ -165,18 +172,24 @@ def run_worker(
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     process = command.start(threads or thread_share(cores or 1, worker.state.nthreads))
+    errors = []
+
+    def pass_on() -> None:
+        for event in process.events():
+            worker.log_event(topic, event)
+            if "error" in event:
+                errors.append(event)
+
     try:
         while process.poll() is None:
-            for event in process.events():
-                worker.log_event(topic, event)
+            pass_on()
             task = worker.state.tasks.get(key)
             if task is None or task.state != "executing":
                 break
             time.sleep(LOOK_EVERY_S)
         else:
-            for event in process.events():
-                worker.log_event(topic, event)
-            return process.poll() or 0, tuple(process.last_words())
+            pass_on()
+            return process.poll() or 0, tuple(process.last_words()), errors
         process.terminate()
         until = time.monotonic() + GRACE_S
         while process.poll() is None and time.monotonic() < until:
@@ -184,4 +197,4 @@ def run_worker(
     finally:
         process.kill()
         process.close()
-    return 1, ()
+    return 1, (), errors
