@@ -114,6 +114,8 @@ def worker(
     from hq_optuna.cli import working
     from hq_optuna.cli.session import Request
 
+    if create and wait_for:
+        raise typer.BadParameter("--create starts the study and does not wait for it (--wait-for).")
     with errors(as_json):
         working.work(
             Request(

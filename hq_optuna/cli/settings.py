@@ -54,12 +54,18 @@ def read_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
             read["activation_bits"] = bits[0] if activation.isdigit() else bits
     pin = read.get("pin_first_last")
     if isinstance(pin, str):
-        read["pin_first_last"] = None if pin == "none" else parse_bits(pin)[0]
+        read["pin_first_last"] = None if pin == "none" else _only(parse_bits(pin), pin)
     if isinstance(read.get("memory"), str):
         read["memory"] = parse_memory(read["memory"])
     if isinstance(read.get("quantizers"), (list, tuple)):
         read["quantizers"] = parse_quantizers(read["quantizers"])
     return read
+
+
+def _only(bits: tuple[int, ...], text: str) -> int:
+    if len(bits) != 1:
+        raise SpaceError(f"--pin-first-last is one number of bits, or none; got {text!r}.")
+    return bits[0]
 
 
 def parse_quantizers(texts: Sequence[str]) -> dict[str, str]:
@@ -110,11 +116,12 @@ def parse_bits(text: str) -> tuple[int, ...]:
         low, dash, high = part.partition("-")
         try:
             if part == "float":
-                bits.append(FLOAT_BITS)
+                found = [FLOAT_BITS]
             else:
-                bits += range(int(low), int(high) + 1) if dash else [int(low)]
+                found = list(range(int(low), int(high) + 1)) if dash else [int(low)]
         except ValueError:
-            raise SpaceError(f"{text!r} are no bits. Write 2-8, or 8,4,2.") from None
-    if not bits:
-        raise SpaceError(f"{text!r} are no bits. Write 2-8, or 8,4,2.")
+            found = []
+        if not found:
+            raise SpaceError(f"{text!r} are no bits. Write 2-8, or 8,4,2.")
+        bits += found
     return tuple(bits)

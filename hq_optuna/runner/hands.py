@@ -124,13 +124,13 @@ class Hands:
                     self._lost.append(order)
                 for order in self._ready:
                     order.meant_for = None if order.meant_for is hand else order.meant_for
-            elif event.get("event") == "ready":
+            elif event.get("event") == "ready" and hand not in self._all:
                 self._all.append(hand)
                 self._idle.append(hand)
                 self._together[hand] = int(event.get("together", 1))
                 if self._over:
                     self._send(hand, {"end": True})
-            elif event.get("event") in ("scored", "dropped") and hand in self._at:
+            elif self._answers(hand, event):
                 order = self._at.pop(hand)
                 if event["event"] == "scored" and not order.void:
                     self._results.append((order, event))
@@ -139,6 +139,12 @@ class Hands:
                 return
             self._deal()
         self.news.set()
+
+    def _answers(self, hand: Hand, event: Mapping[str, Any]) -> bool:
+        """Say whether an event is the answer to what a worker was told, and no other JSON."""
+        order, kind = self._at.get(hand), event.get("event")
+        whole = kind == "dropped" or (kind == "scored" and {"value", "facts"} <= event.keys())
+        return order is not None and whole and event.get("claim") == order.claim
 
     def hand_out(self, orders: Sequence[Order]) -> None:
         """Add orders to those that are ready."""

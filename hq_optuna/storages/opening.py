@@ -62,7 +62,13 @@ def redact_url(url: str) -> str:
 
 
 def sqlite_url(path: Path) -> str:
-    """Return the storage URL of a SQLite file."""
+    """Return the storage URL of a SQLite file.
+
+    Raises:
+        StorageError: No URL can name the path.
+    """
+    if "?" in str(path):
+        raise StorageError(f"{path}: a database's URL ends at a '?'. Choose a path without it.")
     return f"sqlite:///{path.as_posix()}"
 
 

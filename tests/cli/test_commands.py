@@ -267,7 +267,7 @@ def test_bits_are_read_as_typed(text: str, bits: tuple[int, ...]) -> None:
     assert parse_bits(text) == bits
 
 
-@pytest.mark.parametrize("text", ["", "a", "2-", "-2", "8-2", "2--4"])
+@pytest.mark.parametrize("text", ["", "a", "2-", "-2", "8-2", "2--4", "8,6-4"])
 def test_bits_that_cannot_be_read_are_refused(text: str) -> None:
     with pytest.raises(SpaceError, match="are no bits"):
         parse_bits(text)
@@ -286,6 +286,9 @@ def test_settings_that_were_typed_become_values() -> None:
     assert read_settings({"activation_bits": "8"}) == {"activation_bits": 8}
     assert read_settings({"activation_bits": "4,8"}) == {"activation_bits": (4, 8)}
     assert read_settings({"activation_bits": "same"}) == {"activation_bits": "same"}
+    assert read_settings({"pin_first_last": "8"}) == {"pin_first_last": 8}
+    with pytest.raises(SpaceError, match="one number of bits, or none; got '2-4'"):
+        read_settings({"pin_first_last": "2-4"})
 
 
 def test_a_run_keeps_its_files_in_a_folder_of_its_name() -> None:

@@ -119,6 +119,20 @@ def test_a_study_that_does_not_exist_is_refused_and_not_made(study, command):
     assert not Path("hq-optuna-runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--create", "--wait-for", 5), "does not wait for it"),
+        (("--create", "--folder", "what?"), "a database's URL ends at a '?'"),
+    ],
+)
+def test_what_would_be_without_effect_is_refused(study, command, options, words):
+    result = command("worker", study, *options)
+    assert result.exit_code != 0
+    assert words in " ".join(result.output.replace("│", " ").split())
+    assert not Path("what").exists()
+
+
 def test_a_worker_may_create_the_study(study, command):
     result = command("worker", study, "--create", "--seed", 2)
     assert result.exit_code == 0, result.output

@@ -15,6 +15,7 @@ from optuna.trial import TrialState
 
 from hq_optuna import workers
 from hq_optuna.runner.foreman import Foreman
+from hq_optuna.runner.hands import Hands, Order
 from hq_optuna.runner.worker import work
 from hq_optuna.search import Limits
 from hq_optuna.storages import open_storage
@@ -328,3 +329,41 @@ def test_long_candidates_show_that_their_owner_lives(monkeypatch, storage):
         foreman.look(0.02)
         seen |= {trial.system_attrs.get(attrs.BEAT) for trial in study.get_trials()}
     assert len(seen - {None}) >= 2
+
+
+class Told:
+    """A worker that is only told things."""
+
+    def __init__(self) -> None:
+        self.orders: list[Mapping[str, Any]] = []
+
+    def order(self, order: Mapping[str, Any]) -> None:
+        self.orders.append(order)
+
+
+def test_json_that_is_no_answer_is_none():
+    """A study file may print what looks like an event."""
+    hands, hand = Hands(), Told()
+    hands.hear(hand, {"event": "ready"})
+    hands.hear(hand, {"event": "ready"})
+    assert len(hands) == 1
+    hands.hand_out([Order(7, (8, 4), (8, 8), 0.0)])
+    for said in ({}, {"claim": 7}, {"claim": 6, "value": 1.0, "facts": {}}):
+        hands.hear(hand, {"event": "scored", **said})
+    assert hands.collect() == ([], [])
+    hands.hear(hand, {"event": "scored", "claim": 7, "value": 1.0, "facts": {}})
+    ((order, _),), _ = hands.collect()
+    assert order.claim == 7
+
+
+def test_who_is_gone_leaves_to_others_what_was_meant_for_it():
+    hands, first, second = Hands(), Told(), Told()
+    hands.hear(first, {"event": "ready", "together": 4})
+    hands.hand_out([Order(claim, (8, claim), (8, 8), 0.0) for claim in range(1, 5)])
+    assert [order["claim"] for order in first.orders] == [1]
+    assert first.orders[0]["next"] == [[8, 2], [8, 3], [8, 4]]
+    hands.hear(second, {"event": "ready"})
+    assert second.orders == []  # all is meant for the first
+    hands.hear(first, None)
+    assert second.orders == [{"claim": 2, "bits": [8, 2], "origin": [8, 8]}]
+    assert [order.claim for order in hands.collect()[1]] == [1]
