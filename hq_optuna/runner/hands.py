@@ -183,7 +183,7 @@ class Hands:
             for other in following:
                 other.meant_for = hand
             self._ready.remove(order)
-            order.hand = hand
+            order.hand, order.meant_for = hand, None
             self._at[hand] = order
         self._idle.extend(left)
 

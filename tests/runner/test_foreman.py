@@ -367,3 +367,14 @@ def test_who_is_gone_leaves_to_others_what_was_meant_for_it():
     hands.hear(first, None)
     assert second.orders == [{"claim": 2, "bits": [8, 2], "origin": [8, 8]}]
     assert [order.claim for order in hands.collect()[1]] == [1]
+
+
+def test_what_was_meant_for_somebody_and_is_lost_is_for_anybody():
+    hands, first, second = Hands(), Told(), Told()
+    hands.hear(first, {"event": "ready", "together": 4})
+    hands.hand_out([Order(claim, (8, claim), (8, 8), 0.0) for claim in (1, 2)])
+    hands.hear(first, {"event": "scored", "claim": 1, "value": 1.0, "facts": {}})
+    hands.hear(first, None)
+    hands.hear(second, {"event": "ready"})
+    hands.hand_out(hands.collect()[1])  # as a foreman does before the step is open
+    assert [order["claim"] for order in second.orders] == [2]
