@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx.node import map_arg
 from torch.nn import functional
 
@@ -154,11 +155,7 @@ class Stacker:
         is_layer = module in self._layers[node].values()
         if node in self.inside and self.inside[node] and not (is_layer or type(module) in _NORMS):
             return False
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        classes = type(module).mro()[:-1]
-        return all(_is_of(kind, *_PYTORCH) for kind in classes) and all(
-            _is_of(hook, "hq_optuna", *_PYTORCH) for hook in hooks
-        )
+        return all(map(_is_pytorchs, module.modules()))
 
     def trusts(self, node: fx.Node, n: int, k: int) -> bool | None:
         """Return whether a node may run for k candidates at once; ``None`` if nobody knows yet."""
@@ -361,8 +358,18 @@ class _Pass:
         return join([self.part(value, j) for j in members], self.n)
 
 
+def _is_pytorchs(module: nn.Module) -> bool:
+    """Say whether what a module itself runs is PyTorch's or this package's, hooks included."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    functions = filter(callable, vars(module).values())  # such as an activation
+    own = (*type(module).mro()[:-1], *hooks, *functions)
+    return all(_is_of(each, "hq_optuna", *_PYTORCH) for each in own)
+
+
 def _is_of(target: Any, *packages: str) -> bool:
     """Say whether a function or class belongs to packages, or to torch._C, which names none."""
     if isinstance(target, BuiltinFunctionType) and target.__module__ is None:
         return True
+    if isinstance(target, (OpOverload, OpOverloadPacket)):  # anybody's may be registered
+        return str(target).partition(".")[0] == "aten"
     return str(getattr(target, "__module__", None)).partition(".")[0] in packages

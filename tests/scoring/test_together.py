@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torchvision import models
 
 from hq_optuna.scoring import scorer as scorer_module
 from hq_optuna.scoring.together import Stacker
-from tests.scoring.side_by_side import ALL, IMAGES, Mixed, Search
+from tests.scoring.side_by_side import ALL, IMAGES, SEQUENCES, Mixed, Search
 from tests.small_networks import ConvNet, make, seeded
 
 
@@ -116,7 +118,7 @@ class Peeking(nn.Module):
     """A module of the user's that looks at the whole batch."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x if float(x.abs().mean()) < 0.9 else 0.5 * x
+        return peek(x)
 
 
 class WithModule(nn.Module):
@@ -145,6 +147,48 @@ def test_a_module_or_a_hook_of_the_users_runs_apart(hooked):
         assert max(sizes) == 8  # never more than a batch
         return
     assert any("peeking" in name for name in apart)
+
+
+def peek(x: Tensor) -> Tensor:
+    return x if float(x.abs().mean()) < 0.9 else 0.5 * x
+
+
+class Within(nn.Module):
+    """Code of the user's within what is PyTorch's."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.a, self.b = kind, nn.Linear(3, 3), nn.Linear(3, 2)
+        self.inner: Any = nn.Identity()
+        if kind in ("module", "function"):
+            self.inner = nn.TransformerEncoderLayer(3, 1, 4)
+        if kind == "module":
+            self.inner.norm1 = Peeking()
+        elif kind == "function":
+            self.inner.activation = peek
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(self.a(x))
+        return self.b(torch.ops.hq_optuna_tests.peek(x) if self.kind == "operator" else x)
+
+
+@pytest.fixture
+def operator() -> Iterator[None]:
+    with torch.library._scoped_library("hq_optuna_tests", "DEF") as library:
+        library.define("peek(Tensor x) -> Tensor")
+        library.impl("peek", peek, "CompositeExplicitAutograd")
+        yield
+
+
+@pytest.mark.usefixtures("operator")
+@pytest.mark.parametrize("kind", ["module", "function", "operator"])
+def test_code_of_the_users_within_pytorchs_runs_apart(kind):
+    search = Search(make(Within(kind), dtype=torch.float32), SEQUENCES, correct=False)
+    assert search.reusing.warnings == []
+    tried = {node.name for node in search.reuse.stacker._tried}
+    apart = {node.name for node in search.reuse.graph.nodes} - tried
+    assert apart == {"peek" if kind == "operator" else "network_inner"}
+    search.check_together(candidates(search, 3), search.uniform(8))
 
 
 def test_as_many_run_together_as_memory_allows(monkeypatch):
