@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 from torch.fx.node import map_aggregate
 
-from hq_optuna.scoring.graph import plain
+from hq_optuna.batches import tensors
+from hq_optuna.scoring.graph import equal, plain
+
+VECTORS = 128
+"""Bytes that a processor's loops take at once, at most: two vectors of AVX-512."""
+
+ALONE = 16_000
+"""Elements that one thread does alone, at least."""
+
+GRAIN = 32_768
+"""Elements that PyTorch gives a thread in most operations, at least."""
 
 
 class ApartError(Exception):
@@ -27,6 +37,47 @@ def has_rows(tree: Any, n: int) -> bool:
         return leaf is None
 
     return has(tree)
+
+
+def same_in_one(joined: Any, parts: Sequence[Any], n: int) -> bool:
+    """Say whether candidates' results in one are those of each, and will be on other values too.
+
+    Args:
+        joined: What an operation made of candidates in one.
+        parts: What it made of each.
+        n: Samples.
+    """
+    k = len(parts)
+    return has_rows(joined, n * k) and all(
+        has_rows(part, n) and _fills_vectors(part, k) and equal(part_of(joined, i, k, n), part)
+        for i, part in enumerate(parts)
+    )
+
+
+def _fills_vectors(tree: Any, k: int) -> bool:
+    """Say whether each element is done the same way among those of k candidates as alone.
+
+    What a vector does not take is done otherwise, such as the last elements of a SiLU, which differ
+    in one value of thirty; which ones are last depends on how many there are. And a product of few
+    elements may be equal by chance though it is summed up in another order.
+    """
+
+    def fills(leaf: Tensor) -> bool:
+        if leaf.is_complex():
+            return False
+        per = VECTORS // leaf.element_size()
+        for n in (leaf.numel(), k * leaf.numel()):
+            threads = torch.get_num_threads() if n > ALONE and leaf.device.type == "cpu" else 1
+            shares = {-(-n // t) for t in (threads, min(threads, max(-(-n // GRAIN), 1)))}
+            if any(share % per for share in (n, *shares)):
+                return False
+        return True
+
+    return all(map(fills, filter(_is_inexact, tensors(tree))))
+
+
+def _is_inexact(leaf: Tensor) -> bool:
+    return leaf.is_floating_point() or leaf.is_complex()
 
 
 def part_of(tree: Any, i: int, k: int, n: int) -> Any:

@@ -9,16 +9,17 @@ side by side. An operation sees a larger batch, and a batch-norm layer with stat
 for each candidate sees ``(N, k·C, …)``. A layer runs apart for the candidates that change it, and
 what candidates have in common with the incumbent runs once.
 
-No operation is trusted with that. Only PyTorch's own are tried; the first time one meets so many
-samples of so many candidates it runs both ways; where one bit differs, where it fails, or where its
-results lie otherwise in memory or do not have a row for each sample, it runs candidate by candidate
-from then on. So outputs are those of a candidate's own pass.
+No operation is trusted with that. Only PyTorch's own are tried; the first time one meets tensors of
+some shapes of so many candidates it runs both ways; where one bit differs, where it fails, or where
+its results lie otherwise in memory, do not have a row for each sample or do not fill a processor's
+vectors, it runs candidate by candidate from then on. So outputs are those of a candidate's own
+pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import BuiltinFunctionType
 from typing import Any
@@ -35,10 +36,19 @@ from hq_optuna.quantization.correction import StatisticsCorrection, channel_axis
 from hq_optuna.quantization.prepare import input_quantizer, prepared_layers, weight_quantizer
 from hq_optuna.scoring.graph import equal, memory_of, plain
 from hq_optuna.scoring.running import NodeRunner
-from hq_optuna.scoring.side_by_side import copy_of, has_rows, join, part_of, repeat
+from hq_optuna.scoring.side_by_side import (
+    ApartError,
+    copy_of,
+    join,
+    part_of,
+    repeat,
+    same_in_one,
+)
 
 _PYTORCH = ("torch", "_operator", "builtins", "math")
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+Shapes = tuple[tuple[torch.Size, torch.dtype], ...]
 
 Statistics = dict[str, tuple[Tensor, ...]]
 
@@ -95,7 +105,7 @@ class Stacker:
             for node, held in self.graph.modules.items()
         }
         self._tried = {node for node in self.graph.nodes if self._may_be_tried(node)}
-        self._trusted: dict[tuple[fx.Node, int, int], bool] = {}
+        self._trusted: dict[tuple[fx.Node, Shapes, int], bool] = {}
 
     def run(
         self,
@@ -157,15 +167,15 @@ class Stacker:
             return False
         return all(map(_is_pytorchs, module.modules()))
 
-    def trusts(self, node: fx.Node, n: int, k: int) -> bool | None:
+    def trusts(self, node: fx.Node, shapes: Shapes, k: int) -> bool | None:
         """Return whether a node may run for k candidates at once; ``None`` if nobody knows yet."""
         if node not in self._tried:
             return False
-        return self._trusted.get((node, n, k))
+        return self._trusted.get((node, shapes, k))
 
-    def judge(self, node: fx.Node, n: int, k: int, trusted: bool) -> None:
+    def judge(self, node: fx.Node, shapes: Shapes, k: int, trusted: bool) -> None:
         """Remember it."""
-        self._trusted[node, n, k] = trusted
+        self._trusted[node, shapes, k] = trusted
 
     @contextmanager
     def bits(self, node: fx.Node, config: BitConfig, otherwise: BitConfig) -> Iterator[None]:
@@ -232,8 +242,9 @@ class _Pass:
         alike = tuple(
             j for j in own if not stacker.changes(node, group.configs[j], group.incumbent)
         )
-        trusted = len(alike) > 1 and stacker.trusts(node, self.n, len(alike))
-        parts: dict[int, Any] = {}
+        k, parts = len(alike), dict[int, Any]()
+        shapes = self._shapes(node, alike[0]) if k > 1 else ()
+        trusted = k > 1 and stacker.trusts(node, shapes, k)
         if trusted is None:
             before = [dict(its) for its in group.statistics]
             try:
@@ -242,19 +253,31 @@ class _Pass:
                 joined = None
             group.statistics = before
             parts = {j: self._apart(node, j) for j in alike}
-            trusted = joined is not None and all(
-                has_rows(parts[j], self.n)
-                and equal(part_of(joined, i, len(alike), self.n), parts[j])
-                for i, j in enumerate(alike)
-            )
-            stacker.judge(node, self.n, len(alike), trusted)
+            one_by_one = [parts[j] for j in alike]
+            trusted = joined is not None and same_in_one(joined, one_by_one, self.n)
+            # What mixes candidates shows only where they differ.
+            if not trusted or not equal(one_by_one[0], one_by_one[-1]):
+                stacker.judge(node, shapes, k, trusted)
         elif trusted:
-            joined = self._together(node, alike)
-            if len(alike) == len(own):
-                return _Each(own, joined)
-            parts = {j: part_of(joined, i, len(alike), self.n) for i, j in enumerate(alike)}
+            with suppress(ApartError):  # what depends on values may have another shape in one
+                joined = self._together(node, alike)
+                if k == len(own):
+                    return _Each(own, joined)
+                parts = {j: part_of(joined, i, k, self.n) for i, j in enumerate(alike)}
         parts |= {j: self._apart(node, j) for j in own if j not in parts}
         return _Each(own, parts=parts)
+
+    def _shapes(self, node: fx.Node, j: int) -> Shapes:
+        """Return shapes and types of what a node reads for a candidate."""
+        shapes = []
+        for value in node.all_input_nodes:
+            own = self.each.get(value)
+            if own is not None and j in own.members and own.parts is None:
+                for t in tensors(own.joined):
+                    shapes.append((torch.Size((self.n, *t.shape[1:])), t.dtype))
+            else:
+                shapes += [(t.shape, t.dtype) for t in tensors(self.part(value, j))]
+        return tuple(shapes)
 
     def _apart(self, node: fx.Node, j: int) -> Any:
         """Run a node for one candidate."""

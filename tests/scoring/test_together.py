@@ -15,7 +15,7 @@ from torchvision import models
 
 from hq_optuna.scoring import scorer as scorer_module
 from hq_optuna.scoring.together import Stacker
-from tests.scoring.side_by_side import ALL, IMAGES, SEQUENCES, Mixed, Search
+from tests.scoring.side_by_side import ALL, IMAGES, ROWS, SEQUENCES, Mixed, Search
 from tests.small_networks import ConvNet, make, seeded
 
 
@@ -29,19 +29,19 @@ def candidates(search: Search, n: int = 4) -> list:
     ]
 
 
-def trusted(search: Search) -> dict[str, bool]:
-    """What runs together, by operation."""
-    judged = search.reuse.stacker._trusted
-    return {
-        node.name: all(found for (other, _, _), found in judged.items() if other is node)
-        for node, _, _ in judged
-    }
+def trusted(search: Search, n: int | None = None) -> dict[str, bool]:
+    """What runs together, by operation; of batches of n samples alone, if given."""
+    judged: dict[str, bool] = {}
+    for (node, shapes, _), found in search.reuse.stacker._trusted.items():
+        if n is None or n == shapes[0][0][0]:
+            judged[node.name] = found and judged.get(node.name, True)
+    return judged
 
 
 def test_operations_of_pytorch_run_together():
     search = Search(make(Mixed(["norm", "shortcut", "norm"]), 0, torch.float32), IMAGES)
     search.check_together(candidates(search), search.uniform(8))
-    found = trusted(search)
+    found = trusted(search, n=8)
     # Sums of products may add up otherwise in a larger batch, as the processor likes.
     simple = {name: one for name, one in found.items() if "conv" not in name and "head" not in name}
     assert all(simple.values())
@@ -60,7 +60,7 @@ def vision_transformer() -> nn.Module:
 )
 def test_networks_of_torchvision(kind):
     torch.manual_seed(0)
-    network, images = kind(), torch.randn(6, 3, 32, 32, generator=seeded(0))
+    network, images = kind(), torch.randn(8, 3, 32, 32, generator=seeded(0))
     with torch.no_grad():
         network.train()(images)
     search = Search(network.eval(), images)
@@ -112,6 +112,40 @@ def test_operations_on_the_whole_batch_run_apart(kind, correct):
         several = [search.changed(incumbent, search.names[place], by=2) for place in group]
         search.check_together(several, incumbent)
     assert not all(trusted(search).values())
+
+
+class Late(nn.Module):
+    """What the first candidates do not show, and later ones do."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.a, self.b = kind, nn.Linear(3, 32), nn.Linear(32, 3)
+        if kind == "vectors":
+            self.a = nn.Linear(3, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        if self.kind == "vectors":  # the last elements are done without, and differ now and then
+            return F.silu(x)
+        if self.kind == "flipped":
+            x = x.flip(0)
+        elif self.kind == "shapes":
+            return x[:, x.mean(0) > 0].abs().sum(1, keepdim=True)
+        return self.b(x)
+
+
+@pytest.mark.parametrize("kind", ["vectors", "flipped", "shapes"])
+def test_what_shows_only_in_later_candidates_is_not_trusted_before(kind):
+    for seed in range(10):
+        search = Search(make(Late(kind), seed, torch.float32), ROWS, correct=False)
+        incumbent = search.uniform(8)
+        lower = search.changed(incumbent, "a", by=2)
+        search.check_together([lower, lower], incumbent)  # which cannot be told from each other
+        for by in range(7):
+            several = [
+                search.changed(incumbent, "a", by=other) for other in (by, 1 if by < 3 else 7)
+            ]
+            search.check_together(several, incumbent)
 
 
 class Peeking(nn.Module):
@@ -253,7 +287,7 @@ def test_one_pass_is_taken_if_it_was_quicker(small, quicker, monkeypatch):
 def test_what_one_pass_gets_wrong_is_never_taken(monkeypatch):
     """Should an operation deceive all that looks at it, the scores of the trial tell."""
     monkeypatch.setattr("hq_optuna.scoring.reuse.LONG_S", 10.0)
-    monkeypatch.setattr(Stacker, "trusts", lambda self, node, n, k: True)
+    monkeypatch.setattr(Stacker, "trusts", lambda self, node, shapes, k: True)
     network = make(OfTheWholeBatch("sorted"), 1, torch.float32)
     search = Search(network, IMAGES, correct=False)
     several = candidates(search, 5)
