@@ -119,10 +119,10 @@ def measure(
     for _ in range(n_steps):
         plain.append(seconds_of(lambda: run_plain(network, data), device))
         candidates = []
-        for _ in range(n_candidates):
-            free = [n for n in names if incumbent[n].weight_bits > 2]
-            lowered = draw.choice(free)
-            bits = incumbent[lowered].weight_bits - 1
+        free = draw.sample(names, len(names))
+        for index in range(n_candidates):  # none twice, as in a search
+            lowered = free[index % len(free)]
+            bits = max(2, incumbent[lowered].weight_bits - 1 - index // len(free))
             candidate = BitConfig({**incumbent, lowered: LayerBits(bits, bits)})
             candidates.append(candidate)
             # A weight is rounded once in a search and then kept, so it is no part of the time.
