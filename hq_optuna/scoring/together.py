@@ -366,7 +366,8 @@ class _Pass:
             return group.side_by_side[name, members]
         each = zip(*(group.statistics[j][name] for j in members), strict=True)
         found = (*map(torch.cat, each), *(w.repeat(k) for w in repeated if w is not None))
-        group.side_by_side[name, members] = found
+        if not self.measuring:  # else it need not be what counts
+            group.side_by_side[name, members] = found
         return found
 
     def _joined(self, value: fx.Node, members: tuple[int, ...]) -> Any:

@@ -148,6 +148,20 @@ def test_what_shows_only_in_later_candidates_is_not_trusted_before(kind):
             search.check_together(several, incumbent)
 
 
+def test_what_ran_together_in_vain_leaves_nothing(monkeypatch):
+    linear = F.linear
+
+    def otherwise(x: Tensor, *rest: Any) -> Tensor:
+        return linear(x, *rest) * (1.0 if len(x) <= 16 else 1.01)
+
+    monkeypatch.setattr(F, "linear", otherwise)
+    network = make(nn.Sequential(nn.Linear(3, 32), nn.Linear(32, 32)), dtype=torch.float32)
+    search = Search(network, ROWS)  # batches of 8, 4 and 2
+    several = [search.changed(search.uniform(8), "0", by=by) for by in (1, 2, 3)]
+    search.check_together(several, search.uniform(8))
+    assert [list(trusted(search, n).values()) for n in (8, 4)] == [[False], [True]]
+
+
 class Peeking(nn.Module):
     """A module of the user's that looks at the whole batch."""
 
