@@ -21,12 +21,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from types import BuiltinFunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx.node import map_arg
 from torch.nn import functional
 
@@ -35,6 +33,7 @@ from hq_optuna.bit_config import BitConfig
 from hq_optuna.quantization.correction import StatisticsCorrection, channel_axis
 from hq_optuna.quantization.prepare import input_quantizer, prepared_layers, weight_quantizer
 from hq_optuna.scoring.graph import equal, memory_of, plain
+from hq_optuna.scoring.pytorchs import is_pytorchs, runs_pytorchs
 from hq_optuna.scoring.running import NodeRunner
 from hq_optuna.scoring.side_by_side import (
     ApartError,
@@ -45,7 +44,6 @@ from hq_optuna.scoring.side_by_side import (
     same_in_one,
 )
 
-_PYTORCH = ("torch", "_operator", "builtins", "math")
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 Shapes = tuple[tuple[torch.Size, torch.dtype], ...]
@@ -161,11 +159,11 @@ class Stacker:
         """Say whether what a node runs is PyTorch's own, and has statistics that are known here."""
         module = self.graph.modules.get(node)
         if module is None:
-            return node.op == "call_method" or _is_of(node.target, *_PYTORCH)
+            return node.op == "call_method" or is_pytorchs(node.target)
         is_layer = module in self._layers[node].values()
         if node in self.inside and self.inside[node] and not (is_layer or type(module) in _NORMS):
             return False
-        return all(map(_is_pytorchs, module.modules()))
+        return all(map(runs_pytorchs, module.modules()))
 
     def trusts(self, node: fx.Node, shapes: Shapes, k: int) -> bool | None:
         """Return whether a node may run for k candidates at once; ``None`` if nobody knows yet."""
@@ -326,6 +324,8 @@ class _Pass:
             [x] = node.args
             assert isinstance(x, fx.Node)
             return self._normed(module, name, values[x], members)
+        if not self._all_shift(name, members):
+            raise ApartError
         with stacker.correction.unshifted(name):
             output = stacker.runner.run(node, values, self.foreign, {} if careful else self.last)
         return self._shifted(name, output, members)
@@ -341,6 +341,17 @@ class _Pass:
             side_by_side, means, variances, weight, bias, training=False, eps=norm.eps
         )
         return normed.view(x.shape)
+
+    def _all_shift(self, name: str, members: tuple[int, ...]) -> bool:
+        """Say whether a layer adds its shift for all candidates: one of zero it does not add.
+
+        Only under autocast does one see that, where a sum has another type than the output.
+        """
+        if self.measuring:
+            return True
+        shifts = [self.group.statistics[j][name][0] for j in members]
+        on = torch.is_autocast_enabled(shifts[0].device.type)
+        return not on or all(bool(shift.any()) for shift in shifts)
 
     def _shifted(self, name: str, output: Tensor, members: tuple[int, ...]) -> Tensor:
         """Add the shift of each candidate to a layer's output."""
@@ -380,20 +391,3 @@ class _Pass:
         if own is None or not set(members) & set(own.members):
             return repeat(self.values[value], len(members), self.n)
         return join([self.part(value, j) for j in members], self.n)
-
-
-def _is_pytorchs(module: nn.Module) -> bool:
-    """Say whether what a module itself runs is PyTorch's or this package's, hooks included."""
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    functions = filter(callable, vars(module).values())  # such as an activation
-    own = (*type(module).mro()[:-1], *hooks, *functions)
-    return all(_is_of(each, "hq_optuna", *_PYTORCH) for each in own)
-
-
-def _is_of(target: Any, *packages: str) -> bool:
-    """Say whether a function or class belongs to packages, or to torch._C, which names none."""
-    if isinstance(target, BuiltinFunctionType) and target.__module__ is None:
-        return True
-    if isinstance(target, (OpOverload, OpOverloadPacket)):  # anybody's may be registered
-        return str(target).partition(".")[0] == "aten"
-    return str(getattr(target, "__module__", None)).partition(".")[0] in packages

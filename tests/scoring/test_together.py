@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
 
+from hq_optuna.layers import FLOAT_BITS
 from hq_optuna.scoring import scorer as scorer_module
 from hq_optuna.scoring.together import Stacker
 from tests.scoring.side_by_side import ALL, IMAGES, ROWS, SEQUENCES, Mixed, Search
@@ -160,6 +161,25 @@ def test_what_ran_together_in_vain_leaves_nothing(monkeypatch):
     several = [search.changed(search.uniform(8), "0", by=by) for by in (1, 2, 3)]
     search.check_together(several, search.uniform(8))
     assert [list(trusted(search, n).values()) for n in (8, 4)] == [[False], [True]]
+
+
+class Gated(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(x) * F.silu(x) * torch.tanh(x)
+
+
+def test_a_shift_of_zero_changes_no_type():
+    """A swap may leave a layer as it is in float, and single precision is of what was shifted."""
+    pieces = nn.Linear(3, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 32), Gated()
+    network = make(nn.Sequential(*pieces, nn.Linear(32, 32), nn.Linear(32, 3)), 0, torch.float32)
+    search = Search(network, ROWS, precision="bfloat16")
+    in_float = search.uniform(FLOAT_BITS)
+    incumbent = search.changed(in_float, "0", by=24)
+    swapped, *others = [search.changed(in_float, "5", by=24)] + [
+        search.changed(incumbent, "0", by=by) for by in (3, 4)
+    ]
+    for group in (others, [swapped, others[0]], [others[1], swapped]):
+        search.check_together(group, incumbent)
 
 
 class Peeking(nn.Module):
