@@ -12,9 +12,7 @@ def test_quick_run_prints_one_json_line_with_every_ratio(capsys, tmp_path):
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert line["benchmark"] == "candidate"
     assert set(line["figures"]) == {
-        f"ratio_{what}_resnet20{how}"
-        for what in candidate.RATIOS
-        for how in ("", "_no_correction")
+        f"ratio_{what}_resnet20{how}" for what in candidate.RATIOS for how in ("", "_no_correction")
     }
     assert all(math.isfinite(v) and v > 0 for v in line["figures"].values())
     assert json.loads(out.read_text())["details"]["resnet20"]["kept_mib"] > 0
