@@ -153,22 +153,27 @@ class Scorer:
         first few assignments.
 
         Args:
-            configs: Bits of the layers, of each; those not named keep theirs.
+            configs: Bits of the layers, of each; those not named are as they are before the first.
             incumbent: The assignment of all layers that all of them were made from.
 
         Raises:
             ScoreError: A predicted rise is NaN or infinite.
         """
-        if len(configs) < FEWEST_TOGETHER or self.most_together == 1:
-            return [self.score(config, incumbent) for config in configs]
+        bits = get_bits(self.prepared)
+        wholes = [BitConfig({**bits, **config}) for config in configs]
+        measured = self._measure_all(wholes, incumbent)
+        return [self._scored(c, *m) for c, m in zip(configs, measured, strict=True)]
+
+    def _measure_all(
+        self, configs: Sequence[BitConfig], incumbent: Mapping[str, LayerBits]
+    ) -> list[tuple[float, float | None]]:
+        most = self.most_together
+        if len(configs) < FEWEST_TOGETHER or most == 1:
+            return [self.measure(config, incumbent) for config in configs]
         if self._one_pass is None:
             return self._try_one_pass(configs, incumbent)
-        scores = []
-        for first in range(0, len(configs), self.most_together):
-            several = configs[first : first + self.most_together]
-            measured = self._measure_together(several, incumbent)
-            scores += [self._scored(c, *m) for c, m in zip(several, measured, strict=True)]
-        return scores
+        groups = (configs[first : first + most] for first in range(0, len(configs), most))
+        return [found for group in groups for found in self._measure_together(group, incumbent)]
 
     @property
     def most_together(self) -> int:
@@ -178,9 +183,9 @@ class Scorer:
         return self.reuse.most_together
 
     def _try_one_pass(
-        self, configs: Sequence[Mapping[str, LayerBits]], incumbent: Mapping[str, LayerBits]
-    ) -> list[Score]:
-        """Score assignments alone and together, and remember what took less time."""
+        self, configs: Sequence[BitConfig], incumbent: Mapping[str, LayerBits]
+    ) -> list[tuple[float, float | None]]:
+        """Measure assignments alone and together, and remember what took less time."""
         several = configs[: self.most_together]
         self._measure_together(several, incumbent)  # which finds out what may run together
         started = time.perf_counter()
@@ -188,9 +193,7 @@ class Scorer:
         half = time.perf_counter()
         alone = [self.measure(config, incumbent) for config in several]
         self._one_pass = together == alone and half - started < time.perf_counter() - half
-        scores = [self._scored(c, *m) for c, m in zip(several, alone, strict=True)]
-        rest = configs[len(several) :]
-        return scores + (self.score_together(rest, incumbent) if rest else [])
+        return alone + self._measure_all(configs[len(several) :], incumbent)
 
     @torch.no_grad()
     def measure(
@@ -210,14 +213,12 @@ class Scorer:
 
     @torch.no_grad()
     def _measure_together(
-        self, configs: Sequence[Mapping[str, LayerBits]], incumbent: Mapping[str, LayerBits]
+        self, configs: Sequence[BitConfig], incumbent: Mapping[str, LayerBits]
     ) -> list[tuple[float, float | None]]:
         assert self.reuse is not None
         with autocast(self.prepared, self.precision):
             expected = self._outputs_in_float() if self.output_rise is not None else None
-            bits = get_bits(self.prepared)
-            wholes = [BitConfig({**bits, **config}) for config in configs]
-            return self._sums(self.reuse.run_together(wholes, BitConfig(incumbent)), expected)
+            return self._sums(self.reuse.run_together(configs, BitConfig(incumbent)), expected)
 
     def _sums(
         self, batches: Iterable[list[Any]], expected: list[Any] | None

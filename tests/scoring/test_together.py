@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from hq_optuna.layers import FLOAT_BITS
+from hq_optuna.quantization import set_bits
 from hq_optuna.scoring import scorer as scorer_module
 from hq_optuna.scoring.together import Stacker
 from tests.scoring.side_by_side import ALL, IMAGES, ROWS, SEQUENCES, Mixed, Search
@@ -338,6 +339,18 @@ def test_more_than_fit_are_scored_in_several_passes(small, monkeypatch):
     scores = small.reusing.score_together(several, small.uniform(8))
     assert scores == [small.whole.score(config) for config in several]
     assert sizes == [4, 4, 2]
+
+
+@pytest.mark.parametrize("one_pass", [None, True, False])
+def test_layers_that_are_not_named_keep_their_bits(small, one_pass, monkeypatch):
+    monkeypatch.setattr("hq_optuna.scoring.reuse.MOST_TOGETHER", 4)
+    now, incumbent = small.uniform(6), small.uniform(8)
+    wholes = [small.changed(now, name, by=by) for name in small.names for by in (1, 2)][:9]
+    several = [{n: bits for n, bits in whole.items() if bits != now[n]} for whole in wholes]
+    small.reusing._one_pass = one_pass
+    set_bits(small.prepared, now)
+    scores = small.reusing.score_together(several, incumbent)
+    assert scores == [small.whole.score(whole) for whole in wholes]
 
 
 def test_an_end_between_batches_leaves_what_was_run(small):
