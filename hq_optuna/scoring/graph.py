@@ -15,6 +15,7 @@ import copy
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -194,9 +195,12 @@ class NetworkGraph:
         self._find_downstream()
         return plain(map_arg(self.output, values.__getitem__))
 
-    @property
+    @cached_property
     def peak_bytes(self) -> int:
-        """Memory of the values that are alive at once while the network runs, at most."""
+        """Memory of the values that are alive at once while the network runs, at most.
+
+        To be asked for after `measure`.
+        """
         last = {value: node for node in self.nodes for value in node.all_input_nodes}
         map_arg(self.output, lambda node: last.pop(node, None))
         live, peak = 0, 0

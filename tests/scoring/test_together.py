@@ -275,6 +275,14 @@ def test_as_many_run_together_as_memory_allows(monkeypatch):
     assert Search(network, IMAGES, memory=5_000).reuse.most_together == 1
 
 
+def test_how_many_run_together_is_not_found_out_for_each_candidate_anew(monkeypatch):
+    monkeypatch.setattr("hq_optuna.scoring.reuse.LONG_S", 10.0)
+    reuse = Search(make(ConvNet, dtype=torch.float32), IMAGES).reuse
+    most = reuse.most_together
+    monkeypatch.setattr(reuse.graph, "nodes", None)
+    assert reuse.most_together == most
+
+
 def test_long_operations_on_a_processor_run_one_by_one(monkeypatch):
     search = Search(make(ConvNet, dtype=torch.float32), IMAGES)
     for measured in search.reuse.graph.measured.values():
