@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from weakref import ReferenceType, ref
 
 from hq_optuna.bit_config import BitConfig, LayerBits
 from hq_optuna.errors import ScoreError
@@ -19,7 +20,8 @@ class Ahead:
     """What one process scored ahead, of one step."""
 
     def __init__(self) -> None:
-        self._step: object = None
+        self._origin: Mapping[str, LayerBits] | None = None
+        self._scorer: ReferenceType[Scorer] | None = None
         self._found: dict[BitConfig, tuple[Score, float]] = {}
 
     def score(
@@ -27,20 +29,19 @@ class Ahead:
         scorer: Scorer,
         config: BitConfig,
         origin: Mapping[str, LayerBits],
-        base: int | None,
         coming: Iterable[BitConfig],
     ) -> tuple[Score, float]:
         """Return a candidate's score, and the seconds it took, as a share of its pass.
 
         Args:
-            scorer: Of the open step's candidates.
+            scorer: Of the open step's candidates; another one where they are made from another
+                network.
             config: The candidate.
             origin: What it was made from.
-            base: The record whose trained network it is made from, if there is one.
             coming: The candidates of its step that this process is likely to be asked for next.
         """
-        if self._step != (base, origin):
-            self._step, self._found = (base, origin), {}
+        if self._scorer is None or self._scorer() is not scorer or self._origin != origin:
+            self._scorer, self._origin, self._found = ref(scorer), origin, {}
         known = self._found.pop(config, None)
         if known is not None:
             return known

@@ -303,7 +303,7 @@ class HessianObjective:
         scorer = self.scorer_at(study, base)
         made_from = config if origin is None else self.space.config(origin)
         with while_needed(scorer, needed, otherwise, every_s):
-            score, seconds = self._ahead.score(scorer, config, made_from, base, coming)
+            score, seconds = self._ahead.score(scorer, config, made_from, coming)
         return score, time.perf_counter() - seconds
 
     def obey(

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import Trial
 from torch import Tensor, nn
@@ -107,7 +108,7 @@ class TrainedSteps:
         self.artifacts: Artifacts | None = None
         self.validation: Batches | None = None
         self.evaluate: Evaluate | None = None
-        self._built: tuple[int, BuiltScorer] | None = None
+        self._built: tuple[tuple[BaseStorage, int, int], BuiltScorer] | None = None
         for settings in plan.used:
             rehearse(model, plan.data, settings, loss_fn, plan.augment)
 
@@ -119,12 +120,13 @@ class TrainedSteps:
         Raises:
             ArtifactError: Its artifacts are missing or altered.
         """
-        if self._built is None or self._built[0] != number:
+        at = _at(study, number)
+        if self._built is None or self._built[0] != at:
             self._built = None  # frees its memory first
             said = self._said(study, number)
             tensors = get_tensors(self._store, Reference.from_json(said["weights"]))
             table = self._store.get_json(Reference.from_json(said["sensitivity"]))
-            self._built = (number, self._build(tensors, Sensitivity.from_json(table)))
+            self._built = (at, self._build(tensors, Sensitivity.from_json(table)))
         return self._built[1]
 
     def network(self, study: Study, number: int, prepared: nn.Module) -> nn.Module:
@@ -244,7 +246,7 @@ class TrainedSteps:
             winner = log.score_of(ticket.origin)
             score = Score(winner, *(found[name] for name in KEPT))
             return closing(winner, found)[0], score, facts
-        self._built = (trial.number, trained.built)
+        self._built = _at(trial.study, trial.number), trained.built
         weights = put_tensors(store, trained.tensors)
         table = store.put_json(trained.built.scorer.sensitivity.to_json())
         facts |= {"weights": weights.to_json(), "sensitivity": table.to_json()}
@@ -356,6 +358,11 @@ class TrainedSteps:
         if self.evaluate is not None:
             found |= self.evaluate(network, self.validation)
         return {name: float(value) for name, value in found.items()}
+
+
+def _at(study: Study, number: int) -> tuple[BaseStorage, int, int]:
+    """Return what names a record among those of all studies."""
+    return study._storage, study._study_id, number
 
 
 def _losses(trainer: Trainer) -> dict[str, float]:

@@ -40,26 +40,27 @@ def test_what_comes_next_is_scored_in_the_same_pass_and_not_again():
     scorer, ahead = Counted(), Ahead()
     for index, config in enumerate(CONFIGS[:3]):
         coming = iter(CONFIGS[index:3])  # its own candidate may be among them
-        score, seconds = ahead.score(scorer, config, TOP, None, coming)
+        score, seconds = ahead.score(scorer, config, TOP, coming)
         assert score.total == config["a"][0]
         assert 0 < seconds < 1
     assert scorer.passes == [CONFIGS[:3]]
 
 
-@pytest.mark.parametrize(("origin", "base"), [(CONFIGS[-2], None), (TOP, 7)])
-def test_another_step_or_another_network_begins_anew(origin, base):
+@pytest.mark.parametrize("another", ["step", "network"])
+def test_another_step_or_another_network_begins_anew(another):
     scorer, ahead = Counted(), Ahead()
-    ahead.score(scorer, CONFIGS[0], TOP, None, CONFIGS[1:3])
-    ahead.score(scorer, CONFIGS[1], origin, base, ())
-    assert scorer.passes == [CONFIGS[:3], [CONFIGS[1]]]
+    ahead.score(scorer, CONFIGS[0], TOP, CONFIGS[1:3])
+    then = Counted() if another == "network" else scorer
+    ahead.score(then, CONFIGS[1], CONFIGS[-2] if another == "step" else TOP, ())
+    assert then.passes[-1] == [CONFIGS[1]]
 
 
 def test_a_score_that_is_no_number_is_an_error_of_its_own_candidate_alone():
     scorer, ahead = Counted(), Ahead()
     bad = CONFIGS[3]  # 5 bits
-    assert ahead.score(scorer, CONFIGS[0], TOP, None, [bad])[0].total == 2
+    assert ahead.score(scorer, CONFIGS[0], TOP, [bad])[0].total == 2
     with pytest.raises(ScoreError):
-        ahead.score(scorer, bad, TOP, None, ())
+        ahead.score(scorer, bad, TOP, ())
 
 
 @pytest.fixture

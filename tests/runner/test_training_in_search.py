@@ -63,6 +63,15 @@ def test_what_the_next_steps_are_judged_against_is_the_trained_network(alone):
     assert history.records[0].trained is None
 
 
+def test_one_search_on_two_studies_keeps_their_networks_apart(tmp_path):
+    found = search(training=plan())
+    one, other = (found.optimize("sqlite://", name, artifacts=tmp_path) for name in "ab")
+    numbers = [record.number for record in read_history(one).records if record.trained is not None]
+    first = found.objective.scorer_at(one, numbers[-1])
+    assert found.objective.scorer_at(one, numbers[-1]) is first
+    assert found.objective.scorer_at(other, numbers[-1]) is not first
+
+
 def test_an_answer_that_training_made_worse_is_still_the_best_trial(tmp_path):
     worse = dataclasses.replace(SHORT, learning_rate=0.3)
     study = search(training=plan(every=0, final=worse)).optimize(
