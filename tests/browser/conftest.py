@@ -25,13 +25,13 @@ def train():
 SLOW = """
 import pathlib, sys, time
 from hq_optuna.scoring import Scorer
-score = Scorer.score
+score = Scorer.measure
 def slowly(self, *configs):
     time.sleep(1.5)
     while pathlib.Path("hold").exists():
         time.sleep(0.1)
     return score(self, *configs)
-Scorer.score = slowly
+Scorer.measure = slowly
 from hq_optuna.cli import main
 sys.argv[0] = "hq-optuna"
 main()
@@ -113,7 +113,7 @@ def finished(place: Path) -> Iterator[Site]:
 def running(place: Path) -> Iterator[Site]:
     """A search that still runs, some steps after its start, and comes no further."""
     missing.skip()
-    options = ("--candidates", "8", "--bits", "2-8", "--budget", "0.07 bops")
+    options = ("--candidates", "8", "--bits", "2-8", "--budget", "0.07 bops", "--memory", "0")
     run = start(SLOW, place, "run", "tiny.py", "--name", "running", *options)
     database = place / "hq-optuna-runs" / "running" / "study.db"
     until = time.monotonic() + 240

@@ -230,7 +230,7 @@ def test_ctrl_c_says_that_everything_recorded_stays(
 ) -> None:
     from hq_optuna.scoring import Scorer
 
-    score, calls = Scorer.score, []
+    score, calls = Scorer.measure, []
 
     def interrupted(self: Scorer, config: object, incumbent: object = None) -> object:
         calls.append(config)
@@ -239,7 +239,7 @@ def test_ctrl_c_says_that_everything_recorded_stays(
         return score(self, config, incumbent)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(Scorer, "score", interrupted)
+        patch.setattr(Scorer, "measure", interrupted)
         result = command("run", study)
     assert result.exit_code == 130
     assert "start the same command again" in result.output

@@ -29,13 +29,13 @@ ROOT = Path(__file__).parents[2]
 HOLD = """
 import pathlib, time
 from hq_optuna.scoring import Scorer
-_score = Scorer.score
+_score = Scorer.measure
 def _held(self, config, *more):
     time.sleep(0.1)
     while pathlib.Path("hold").exists() and any(bits != (8, 8) for bits in config.values()):
         time.sleep(0.01)
     return _score(self, config, *more)
-Scorer.score = _held
+Scorer.measure = _held
 """
 
 

@@ -34,7 +34,7 @@ def _threads() -> None:
 @pytest.fixture
 def begun(study: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A search with options of its own that was interrupted after a few candidates."""
-    score, calls = Scorer.score, []
+    score, calls = Scorer.measure, []
 
     def interrupted(self: Scorer, *arguments: object) -> object:
         calls.append(arguments)
@@ -43,7 +43,7 @@ def begun(study: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> Pat
         return score(self, *arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(Scorer, "score", interrupted)
+        patch.setattr(Scorer, "measure", interrupted)
         assert command("run", study, *STARTED).exit_code == 130
     return study
 
