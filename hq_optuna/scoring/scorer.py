@@ -224,38 +224,34 @@ class Scorer:
         self, batches: Iterable[list[Any]], expected: list[Any] | None
     ) -> list[tuple[float, float | None]]:
         """Return loss and rise of each candidate from its outputs on each batch."""
-        found: list[list[tuple[Any, tuple[Any, float]]]] = []
+        found: list[list[tuple[float, float]]] = []
         for index, several in enumerate(batches):
             if index > 0:
                 self.between_batches()
             batch = self.data[index]
             found.append([])
             for outputs in several:
-                loss = self.loss_fn(outputs, batch.labels)
-                moved = (0.0, 1.0)
-                if expected is not None:
-                    moved = self._rise(expected[index], outputs, batch)
-                found[-1].append((loss, moved))
-        # A GPU is waited for only now.
+                loss = float(self.loss_fn(outputs, batch.labels)) * batch.n
+                rise = 0.0 if expected is None else self._rise(expected[index], outputs, batch)
+                found[-1].append((loss, rise))
         n, sums = self.data.n_samples, list[tuple[float, float | None]]()
         for each in zip(*found, strict=True):
-            losses = [float(loss) * b.n for (loss, _), b in zip(each, self.data, strict=True)]
-            rises = [float(rise) * factor for _, (rise, factor) in each]
-            rise = None if expected is None else float(f"{math.fsum(rises) / n:.9g}")
-            sums.append((math.fsum(losses) / n, rise))
+            losses, rises = zip(*each, strict=True)
+            total = None if expected is None else float(f"{math.fsum(rises) / n:.9g}")
+            sums.append((math.fsum(losses) / n, total))
         return sums
 
-    def _rise(self, expected: Any, outputs: Any, batch: Batch) -> tuple[Any, float]:
-        """Return what a batch's outputs tell of the rise, summed over its samples, and a factor."""
+    def _rise(self, expected: Any, outputs: Any, batch: Batch) -> float:
+        """Return what a batch's outputs tell of the rise, summed over its samples."""
         assert self.output_rise is not None
         if isinstance(self.output_rise, CrossEntropyRise):
-            rise = self.output_rise(expected, outputs, batch.labels)
+            rise = float(self.output_rise(expected, outputs, batch.labels))
         else:
-            rise = self.output_rise(expected, outputs)
+            rise = float(self.output_rise(expected, outputs))
             if self.output_rise is not squared_error_rise:
-                return rise, 1.0  # the user's own, who knows what a sample is
+                return rise  # the user's own, who knows what a sample is
         # A sample may have several rows of outputs, such as its tokens.
-        return rise, 1.0 if len(outputs) == batch.n else batch.n / len(outputs)
+        return rise if len(outputs) == batch.n else rise * batch.n / len(outputs)
 
     @torch.no_grad()
     def float_loss(self) -> float:
