@@ -81,7 +81,17 @@ def _is_inexact(leaf: Tensor) -> bool:
 
 
 def part_of(tree: Any, i: int, k: int, n: int) -> Any:
-    """Return the i-th of k candidates' part."""
+    """Return the i-th of k candidates' part.
+
+    Args:
+        tree: A tensor ``(n·k, …)`` or a structure of such; other leaves are everybody's.
+        i: Which candidate.
+        k: Candidates.
+        n: Samples.
+
+    Returns:
+        The same with contiguous tensors ``(n, …)``.
+    """
 
     def part(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.shape[0] != n * k:
@@ -92,7 +102,18 @@ def part_of(tree: Any, i: int, k: int, n: int) -> Any:
 
 
 def join(parts: Sequence[Any], n: int) -> Any:
-    """Return candidates' values in one, side by side for each sample."""
+    """Return candidates' values in one, side by side for each sample.
+
+    Args:
+        parts: Of each of k candidates a contiguous tensor ``(n, …)``, or a structure of such.
+        n: Samples.
+
+    Returns:
+        The same with tensors ``(n·k, …)``.
+
+    Raises:
+        ApartError: They differ in shape, type or structure, or lie otherwise in memory.
+    """
     first = parts[0]
     if isinstance(first, Tensor):
         if any(not _stackable(part, first, n) for part in parts):
@@ -116,7 +137,19 @@ def _stackable(part: Any, first: Tensor, n: int) -> bool:
 
 
 def repeat(tree: Any, k: int, n: int) -> Any:
-    """Return what k candidates have in common as values of each of them."""
+    """Return what k candidates have in common as values of each of them.
+
+    Args:
+        tree: A tensor ``(n, …)`` or a structure of such; other leaves stay as they are.
+        k: Candidates.
+        n: Samples.
+
+    Returns:
+        The same with tensors ``(n·k, …)``.
+
+    Raises:
+        ApartError: A tensor is not contiguous.
+    """
 
     def repeated(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.shape[0] != n:

@@ -122,6 +122,9 @@ class Stacker:
             shared: Runs a node for the incumbent, given values and memory that is not to be
                 written.
             foreign: Memory of the network's own.
+
+        Returns:
+            For each candidate what the network returns for the batch's n samples.
         """
         plan = self._plan(group, frozenset(known))
         inputs, n, measuring = batch
