@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hq_optuna.devices import random_state_kept
+
 
 @contextmanager
 def as_found(network: nn.Module) -> Iterator[None]:
@@ -38,12 +40,11 @@ def as_found(network: nn.Module) -> Iterator[None]:
     held = [(t, t.data, t.detach().clone()) for t in (*network.parameters(), *network.buffers())]
     gradients = [(p, p.requires_grad, p.grad) for p in network.parameters()]
     random_states = random.getstate(), np.random.get_state()
-    devices = sorted({t.device.index or 0 for t, _, _ in held if t.is_cuda})
     # The fused transformer layer computes with the weights of layers that it never calls.
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.random.fork_rng(devices=devices):
+        with random_state_kept(t.device for t, _, _ in held):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

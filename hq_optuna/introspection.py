@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from hq_optuna.as_found import as_found, fresh
 from hq_optuna.batches import Inputs, forward, tensors
+from hq_optuna.devices import check_double_precision
 from hq_optuna.errors import NetworkError
 from hq_optuna.layers import LayerSpec, SkippedModule
 
@@ -171,7 +172,7 @@ def introspect(
 
 
 def _check(network: nn.Module) -> None:
-    """Refuse weights that no forward pass could use."""
+    """Refuse weights that no forward pass could use, and devices that no score could."""
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
         if is_lazy(tensor):
             raise NetworkError(
@@ -182,6 +183,7 @@ def _check(network: nn.Module) -> None:
             raise NetworkError(
                 f"{name!r} is on the meta device and holds no values. Load it first."
             )
+        check_double_precision(tensor.device)
     for name, parameter in network.named_parameters():
         numeric = parameter.is_floating_point() or parameter.is_complex()
         if numeric and not bool(torch.isfinite(parameter.detach()).all()):

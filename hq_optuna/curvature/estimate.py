@@ -171,7 +171,8 @@ class MeanCurvatures:
 
     def _values(self) -> Tensor:
         rows = [[row[name] for name in self._names] for row in self._rows]
-        return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), len(self._names), 2)
+        values = torch.tensor(rows, dtype=torch.float64, device="cpu")
+        return values.reshape(len(rows), len(self._names), 2)
 
 
 MIN_MEASUREMENTS = 4

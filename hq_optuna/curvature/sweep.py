@@ -78,7 +78,7 @@ def check_differentiable(loss: Tensor) -> None:
 
 def signs(like: Tensor, generator: torch.Generator) -> Tensor:
     """Return random signs of a tensor's shape, type and device; the same ones on all devices."""
-    drawn = torch.randint(0, 2, like.shape, generator=generator)
+    drawn = torch.randint(0, 2, like.shape, generator=generator, device="cpu")
     return (2 * drawn - 1).to(like)
 
 

@@ -105,4 +105,4 @@ def quantize_activation(
     return torch.add(_ZERO, rounded, alpha=float(scale_32), out=rounded)
 
 
-_ZERO = torch.tensor(0.0)
+_ZERO = torch.tensor(0.0, device="cpu")

@@ -62,10 +62,11 @@ def input_moments(
         shape = view.shape[: 1 if isinstance(module, nn.Linear) else view.dim() // 2]
         total, wanted = math.prod(shape), max(PLACES_PER_INPUT * watched[name], LEAST_PLACES)
         most = math.ceil(wanted * n / data.n_samples)
-        picked = torch.arange(total)
+        picked = torch.arange(total, device="cpu")
         if total > most:
             generator = torch.Generator().manual_seed(counts[name])
-            picked = torch.randperm(total, generator=generator)[:most].sort().values
+            drawn = torch.randperm(total, generator=generator, device="cpu")
+            picked = drawn[:most].sort().values
         for part in torch.split(picked, max(1, MOST_ELEMENTS // watched[name])):
             index = torch.unravel_index(part.to(x.device), shape)
             rows = view[index].flatten(2).movedim(1, 0)  # (groups, places, d)

@@ -120,7 +120,7 @@ def observe_inputs(
             forward(network, batch.inputs)
 
     bounds = {name: (min(lows[name], 0.0), max(highs[name], TINY_RANGE)) for name in names}
-    counts = {name: torch.zeros(N_BINS, dtype=torch.float64) for name in names}
+    counts = {name: torch.zeros(N_BINS, dtype=torch.float64, device="cpu") for name in names}
 
     def fill(name: str, x: Tensor) -> None:
         low, high = bounds[name]

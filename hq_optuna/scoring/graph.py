@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from hq_optuna.batches import Inputs, plain_attention, tensors
+from hq_optuna.devices import wait_for
 from hq_optuna.quantization.prepare import prepared_layers
 
 _ROOT = "network"
@@ -177,8 +178,7 @@ class NetworkGraph:
                 ]
                 started = time.perf_counter()
                 value = self.call(node, values)
-                if value is not None and any(t.is_cuda for t in tensors(value)):
-                    torch.cuda.synchronize()
+                wait_for(tensors(value))
                 seconds = time.perf_counter() - started
                 written = {other for other, t, version in seen if t._version != version}
                 self.measured[node] = Measured(seconds, _held(value), tuple(written))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from hq_optuna.batches import Batch, Inputs, n_samples, read_batches, tensors
+from hq_optuna.devices import random_state_kept
 from hq_optuna.errors import DataError
 
 Augment = Callable[[Any, torch.Generator], Any]
@@ -134,7 +135,7 @@ class TrainingData:
     def _batches(self, generator: torch.Generator) -> Iterator[Batch]:
         if self._tensors is not None:
             inputs, labels = self._tensors
-            order = torch.randperm(self._n, generator=generator)
+            order = torch.randperm(self._n, generator=generator, device="cpu")
             for step in range(self.steps):
                 taken = order[step * self.batch_size : (step + 1) * self.batch_size]
                 yield Batch(_take(inputs, taken), _take(labels, taken), len(taken))
@@ -161,9 +162,9 @@ def blended(views: list[Any], share: float, generator: torch.Generator) -> list[
                 f"blend needs inputs that are one tensor of floats; got {what}. Give blend=0."
             )
     n = len(views[0])
-    other = torch.randperm(n, generator=generator)
-    part = torch.rand(n, generator=generator)
-    part = torch.where(torch.rand(n, generator=generator) < share, part, 1.0)
+    other = torch.randperm(n, generator=generator, device="cpu")
+    part = torch.rand(n, generator=generator, device="cpu")
+    part = torch.where(torch.rand(n, generator=generator, device="cpu") < share, part, 1.0)
 
     def blend(inputs: Tensor) -> Tensor:
         own = part.to(inputs).reshape(-1, *[1] * (inputs.dim() - 1))
@@ -173,10 +174,10 @@ def blended(views: list[Any], share: float, generator: torch.Generator) -> list[
 
 
 @contextmanager
-def seeded(seed: int, devices: Iterable[int] = ()) -> Iterator[None]:
+def seeded(seed: int, *devices: torch.device) -> Iterator[None]:
     """Seed PyTorch, NumPy and Python in the body, and put their random states back after it."""
     kept = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=list(devices)):
+    with random_state_kept(devices):
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)

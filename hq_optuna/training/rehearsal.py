@@ -44,8 +44,7 @@ def rehearse(
     device = next(model.parameters()).device
     network, teacher = copy.deepcopy(model).train(), copy.deepcopy(model).eval()
     seed = epoch_seed(settings.seed, 0)
-    devices = [device.index or 0] if device.type == "cuda" else []
-    with seeded(seed, devices), torch.no_grad():
+    with seeded(seed, device), torch.no_grad():
         with _explained("The first training batch cannot be read or augmented", _AUGMENT):
             batch, views = next(reader.epoch(torch.Generator().manual_seed(seed)))
         inputs, labels = move(batch.inputs, device), move(batch.labels, device)

@@ -37,14 +37,14 @@ def trained_tensors(network: nn.Module) -> dict[str, Tensor]:
     config = get_bits(network)
     for name, module in prepared_layers(network).items():
         bits = config[name]
-        tensors[f"{_BITS}{name}"] = torch.tensor(list(bits))
+        tensors[f"{_BITS}{name}"] = torch.tensor(list(bits), device="cpu")
         if bits.weight_bits != FLOAT_BITS:
             scale = weight_quantizer(module).scale(float_weight(module), bits.weight_bits)
             tensors[f"{_SCALE}{name}"] = scale.detach().clone()
         if bits.activation_bits != FLOAT_BITS:
             range_ = input_quantizer(module).range(bits.activation_bits)
             # Double precision: single precision's scale and a zero point up to 2¹⁶, both exact.
-            tensors[f"{_RANGE}{name}"] = torch.tensor(list(range_), dtype=torch.float64)
+            tensors[f"{_RANGE}{name}"] = torch.tensor(list(range_), dtype=torch.float64, device="cpu")
     return tensors
 
 

@@ -210,8 +210,7 @@ class Trainer:
         losses, right, counted = [], 0, 0
         rate = 0.0
         self._interrupted = True
-        devices = [self.device.index or 0] if self.device.type == "cuda" else []
-        with seeded(seed, devices), self._training_mode(index):
+        with seeded(seed, self.device), self._training_mode(index):
             generator = torch.Generator().manual_seed(seed)
             for step, (batch, views) in enumerate(self.data.epoch(generator)):
                 rate = self.settings.learning_rate_at(

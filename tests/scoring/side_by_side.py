@@ -80,6 +80,11 @@ class Search:
         lowered = {n: LayerBits(config[n][0] - by, config[n][1] - by) for n in names}
         return BitConfig({**config, **lowered})
 
+    def candidates(self, n: int = 4) -> list[BitConfig]:
+        """Return candidates of 8 bits everywhere that change one layer each, in turn."""
+        incumbent, most = self.uniform(8), len(self.names)
+        return [self.changed(incumbent, self.names[i % most], by=1 + i // most) for i in range(n)]
+
     def outputs(self, scorer: Scorer, config, incumbent=None) -> list[Tensor]:
         set_bits(self.prepared, config)
         with torch.no_grad(), autocast(self.prepared, scorer.precision):

@@ -222,14 +222,6 @@ def test_the_float_network_is_left_as_it_was_by_looking_for_cuts():
         assert torch.equal(search.prepared(IMAGES), expected)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_cuda_device_too():
-    network = make(Mixed(["norm", "shortcut", "iadd"]), 0, torch.float32).cuda()
-    torch.backends.cudnn.deterministic = True
-    for precision in ("float32", "bfloat16"):
-        Search(network, IMAGES.cuda(), precision=precision).walk(6)
-
-
 @pytest.mark.skipif(
     "HQ_OPTUNA_DATA" not in os.environ, reason="HQ_OPTUNA_DATA names no folder with the checkpoint"
 )

@@ -17,18 +17,8 @@ from hq_optuna.layers import FLOAT_BITS
 from hq_optuna.quantization import set_bits
 from hq_optuna.scoring import scorer as scorer_module
 from hq_optuna.scoring.together import Stacker
-from tests.scoring.side_by_side import ALL, IMAGES, ROWS, SEQUENCES, Mixed, Search
+from tests.scoring.side_by_side import IMAGES, ROWS, SEQUENCES, Mixed, Search
 from tests.small_networks import ConvNet, make, seeded
-
-
-def candidates(search: Search, n: int = 4) -> list:
-    """Candidates that change one layer each, in turn."""
-    incumbent = search.uniform(8)
-    names = itertools.cycle(search.names)
-    return [
-        search.changed(incumbent, name, by=1 + index // len(search.names))
-        for index, name in zip(range(n), names, strict=False)
-    ]
 
 
 def trusted(search: Search, n: int | None = None) -> dict[str, bool]:
@@ -42,7 +32,7 @@ def trusted(search: Search, n: int | None = None) -> dict[str, bool]:
 
 def test_operations_of_pytorch_run_together():
     search = Search(make(Mixed(["norm", "shortcut", "norm"]), 0, torch.float32), IMAGES)
-    search.check_together(candidates(search), search.uniform(8))
+    search.check_together(search.candidates(), search.uniform(8))
     found = trusted(search, n=8)
     # Sums of products may add up otherwise in a larger batch, as the processor likes.
     simple = {name: one for name, one in found.items() if "conv" not in name and "head" not in name}
@@ -209,8 +199,8 @@ def test_a_module_or_a_hook_of_the_users_runs_apart(hooked):
     search = Search(network, IMAGES)
     incumbent = search.uniform(8)
     assert search.reusing.warnings == []
-    search.check_together(candidates(search, 3), incumbent)
-    search.check_together(candidates(search, 2), incumbent)
+    search.check_together(search.candidates(3), incumbent)
+    search.check_together(search.candidates(2), incumbent)
     apart = {node.name for node in search.reuse.graph.nodes} - trusted(search).keys()
     if hooked:
         assert max(sizes) == 8  # never more than a batch
@@ -257,7 +247,7 @@ def test_code_of_the_users_within_pytorchs_runs_apart(kind):
     tried = {node.name for node in search.reuse.stacker._tried}
     apart = {node.name for node in search.reuse.graph.nodes} - tried
     assert apart == {"peek" if kind == "operator" else "network_inner"}
-    search.check_together(candidates(search, 3), search.uniform(8))
+    search.check_together(search.candidates(3), search.uniform(8))
 
 
 def test_as_many_run_together_as_memory_allows(monkeypatch):
@@ -289,7 +279,7 @@ def test_long_operations_on_a_processor_run_one_by_one(monkeypatch):
         measured.seconds = 0.01
     assert search.reuse.most_together == 1
     measured_together(search, monkeypatch).clear()
-    search.reusing.score_together(candidates(search), search.uniform(8))
+    search.reusing.score_together(search.candidates(), search.uniform(8))
     assert search.reusing._one_pass is None
 
 
@@ -317,7 +307,7 @@ def test_one_pass_is_taken_if_it_was_quicker(small, quicker, monkeypatch):
     ticks = iter([0.0, 1.0, 3.0] if quicker else [0.0, 2.0, 3.0])
     monkeypatch.setattr(scorer_module.time, "perf_counter", lambda: next(ticks))
     sizes = measured_together(small, monkeypatch)
-    incumbent, several = small.uniform(8), candidates(small, 7)
+    incumbent, several = small.uniform(8), small.candidates(7)
     expected = [small.whole.score(config) for config in several]
     assert small.reusing.score_together(several[:2], incumbent) == expected[:2]
     assert sizes == []  # too few to try
@@ -333,7 +323,7 @@ def test_what_one_pass_gets_wrong_is_never_taken(monkeypatch):
     monkeypatch.setattr(Stacker, "trusts", lambda self, node, shapes, k: True)
     network = make(OfTheWholeBatch("sorted"), 1, torch.float32)
     search = Search(network, IMAGES, correct=False)
-    several = candidates(search, 5)
+    several = search.candidates(5)
     scores = search.reusing.score_together(several, search.uniform(8))
     assert scores == [search.whole.score(config) for config in several]
     assert search.reusing.most_together == 1
@@ -343,7 +333,7 @@ def test_more_than_fit_are_scored_in_several_passes(small, monkeypatch):
     small.reusing._one_pass = True
     monkeypatch.setattr("hq_optuna.scoring.reuse.MOST_TOGETHER", 4)
     sizes = measured_together(small, monkeypatch)
-    several = candidates(small, 10)
+    several = small.candidates(10)
     scores = small.reusing.score_together(several, small.uniform(8))
     assert scores == [small.whole.score(config) for config in several]
     assert sizes == [4, 4, 2]
@@ -362,7 +352,7 @@ def test_layers_that_are_not_named_keep_their_bits(small, one_pass, monkeypatch)
 
 
 def test_an_end_between_batches_leaves_what_was_run(small):
-    incumbent, several = small.uniform(8), candidates(small, 5)
+    incumbent, several = small.uniform(8), small.candidates(5)
     small.reusing._one_pass = True
     looks = itertools.count()
 
@@ -379,17 +369,10 @@ def test_an_end_between_batches_leaves_what_was_run(small):
 
 
 def test_without_memory_or_with_hooks_each_runs_alone(small):
-    incumbent, several = small.uniform(8), candidates(small, 5)
+    incumbent, several = small.uniform(8), small.candidates(5)
     expected = [small.whole.score(config) for config in several]
     assert small.whole.most_together == 1
     assert small.whole.score_together(several, incumbent) == expected
     small.prepared.register_forward_hook(lambda *_: None)
     assert small.reusing.most_together == 1
     assert small.reusing.score_together(several, incumbent) == expected
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_cuda_device_too():
-    network = make(Mixed(["norm", "branch", "shortcut"]), 0, torch.float32).cuda()
-    search = Search(network, IMAGES.cuda(), memory=ALL)
-    search.check_together(candidates(search, 6), search.uniform(8))

@@ -1,0 +1,45 @@
+"""What is asked of a device by name: its random state, its double precision, and to be done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+
+from hq_optuna.errors import NetworkError
+
+
+@contextmanager
+def random_state_kept(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Put PyTorch's random states back after the body: the CPU's, and those of these devices."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        for device in set(devices):
+            if device.type not in ("cpu", "meta"):
+                states = torch.random.fork_rng([device.index or 0], device_type=device.type)
+                stack.enter_context(states)
+        yield
+
+
+def wait_for(values: Iterable[Tensor]) -> None:
+    """Wait until what computes these tensors is done: a GPU goes on behind the program's back."""
+    for device in {value.device for value in values}:
+        if device.type not in ("cpu", "meta"):
+            torch.get_device_module(device).synchronize(device)
+
+
+def check_double_precision(device: torch.device) -> None:
+    """Refuse a device without double precision, in which scores and scales are summed.
+
+    Raises:
+        NetworkError: It has none, as Apple's GPUs (``mps``).
+    """
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError) as error:
+        raise NetworkError(
+            f"The network is on {device}, which has no double precision, and scores are summed in "
+            "it. Move it to the CPU: network.cpu()."
+        ) from error
