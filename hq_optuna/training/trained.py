@@ -42,9 +42,9 @@ def trained_tensors(network: nn.Module) -> dict[str, Tensor]:
             scale = weight_quantizer(module).scale(float_weight(module), bits.weight_bits)
             tensors[f"{_SCALE}{name}"] = scale.detach().clone()
         if bits.activation_bits != FLOAT_BITS:
-            range_ = input_quantizer(module).range(bits.activation_bits)
+            range_ = list(input_quantizer(module).range(bits.activation_bits))
             # Double precision: single precision's scale and a zero point up to 2¹⁶, both exact.
-            tensors[f"{_RANGE}{name}"] = torch.tensor(list(range_), dtype=torch.float64, device="cpu")
+            tensors[f"{_RANGE}{name}"] = torch.tensor(range_, dtype=torch.float64, device="cpu")
     return tensors
 
 
