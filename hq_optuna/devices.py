@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hq_optuna.errors import NetworkError
 
@@ -28,6 +28,25 @@ def wait_for(values: Iterable[Tensor]) -> None:
     for device in {value.device for value in values}:
         if device.type not in ("cpu", "meta"):
             torch.get_device_module(device).synchronize(device)
+
+
+def move_to(network: nn.Module, device: str) -> None:
+    """Move a network to a device by its name, such as ``"cuda:1"``.
+
+    Raises:
+        NetworkError: There is no such device here, or the network cannot be moved.
+    """
+    try:
+        network.to(device)
+    except Exception as error:  # of many kinds, by device and by what is wrong
+        n = torch.cuda.device_count()
+        here = "CUDA finds no GPU" if n == 0 else f"CUDA finds {n}, cuda:0 to cuda:{n - 1}"
+        if n == 1:
+            here = "CUDA finds one GPU, cuda:0"
+        raise NetworkError(
+            f"The network cannot be moved to {device!r}: {str(error).splitlines()[0]} "
+            f"({here}; --device cpu always is.)"
+        ) from error
 
 
 def check_double_precision(device: torch.device) -> None:

@@ -18,6 +18,7 @@ from hq_optuna.cli.options import (
     RETRY_FOR,
     ArtifactsAt,
     Baselines,
+    Device,
     Given,
     RetryFor,
     Threads,
@@ -60,6 +61,7 @@ def run(
     folder: Folder = None,
     artifacts: ArtifactsAt = None,
     threads: Threads = None,
+    device: Device = None,
     retry_for: RetryFor = RETRY_FOR,
     baselines: Baselines = 0,
     as_json: Json = False,
@@ -76,6 +78,7 @@ def run(
             Request(
                 *(study, context.args, storage, name, folder, artifacts, given, threads, retry_for),
                 command=_command(),
+                device=device,
             ),
             baselines=baselines,
             command=_command(),
@@ -96,6 +99,7 @@ def worker(
     folder: Folder = None,
     artifacts: ArtifactsAt = None,
     threads: Threads = None,
+    device: Device = None,
     retry_for: RetryFor = RETRY_FOR,
     create: Annotated[
         bool, typer.Option("--create", help="Start the study if it does not exist yet.")
@@ -121,6 +125,7 @@ def worker(
             Request(
                 *(study, context.args, storage, name, folder, artifacts, given, threads, retry_for),
                 command=_command(),
+                device=device,
             ),
             create=create,
             wait_for_s=wait_for,
@@ -156,6 +161,7 @@ def launch(
     artifacts: ArtifactsAt = None,
     baselines: Baselines = 0,
     threads: Threads = None,
+    device: Device = None,
     retry_for: RetryFor = RETRY_FOR,
     as_json: Json = False,
 ) -> None:
@@ -171,6 +177,7 @@ def launch(
             Request(
                 *(study, context.args, storage, name, folder, artifacts, given, threads, retry_for),
                 command=_command(),
+                device=device,
             ),
             n_workers=workers,
             baselines=baselines,

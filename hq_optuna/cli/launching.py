@@ -19,6 +19,7 @@ from hq_optuna.cli.running import finish, refuse_baselines, say_where_it_went_on
 from hq_optuna.cli.session import Request, Session, begin
 from hq_optuna.cli.settings import n_cores
 from hq_optuna.dashboard import PageWriter
+from hq_optuna.errors import StudyFileError
 from hq_optuna.launching import Crew, Life, Member, WorkerCommand
 from hq_optuna.launching.process import devices, thread_share
 from hq_optuna.runner.foreman import Foreman
@@ -57,6 +58,11 @@ def launch(
         WorkerError: The workers died, or say what is wrong.
         HqOptunaError: Whatever is wrong before any worker starts.
     """
+    if request.device is not None and ":" in request.device:
+        raise StudyFileError(
+            f"Each worker sees one GPU, its own; got --device {request.device}. Give --device "
+            "cuda, and CUDA_VISIBLE_DEVICES=1,3 for the GPUs to use."
+        )
     session = begin(request, console)
     refuse_baselines(session, baselines)
     existed = study_exists(session.place.storage, session.place.name)
@@ -138,6 +144,8 @@ def _crew(
     options = [*request.arguments, "--retry-for", str(request.retry_for_s)]
     if request.artifacts is not None:
         options += ["--artifacts", request.artifacts]
+    if request.device is not None:
+        options += ["--device", request.device]
     if "memory" in request.given:  # the one setting that may differ from the study's
         options += ["--memory", request.given["memory"]]
     command = WorkerCommand(

@@ -28,6 +28,13 @@ Threads = Annotated[
         show_default=False,
     ),
 ]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="Where the network runs: cpu, cuda, cuda:1. \\[default: where network() puts it]",
+        show_default=False,
+    ),
+]
 Baselines = Annotated[
     int,
     typer.Option(

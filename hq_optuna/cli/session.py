@@ -56,6 +56,8 @@ class Request:
         threads: Threads of PyTorch.
         retry_for_s: How long a storage that does not answer is tried again.
         command: The whole command, which the study remembers.
+        device: Where the network runs, or ``None`` for where the study file puts it. The study
+            does not remember it: who resumes may have another.
     """
 
     study: str
@@ -68,6 +70,7 @@ class Request:
     threads: int | None
     retry_for_s: float
     command: str = ""
+    device: str | None = None
 
     def find(self) -> tuple[StudyFile, Place]:
         """Return the study file, and where its run keeps what it makes.
@@ -88,7 +91,7 @@ class Request:
 RESERVED = {
     *("storage", "name", "folder", "artifacts", "budget", "candidates", "rule", "scorer", "bits"),
     *("activation_bits", "pin_first_last", "seed", "refine", "rounding", "correction"),
-    *("memory", "precision", "threads", "max_trials", "max_evaluations", "max_seconds"),
+    *("memory", "precision", "threads", "device", "max_trials", "max_evaluations", "max_seconds"),
     *("train_every", "train_epochs", "final_epochs"),
     *("retry_for", "create", "wait_for", "baselines", "workers", "scheduler", "json", "help"),
     "quantizer",
@@ -184,6 +187,7 @@ def begin(request: Request, console: Console) -> Session:
     with console.status("loading PyTorch and the study's network and data"):
         import torch
 
+        from hq_optuna.devices import move_to
         from hq_optuna.runner.bit_search import BitSearch
         from hq_optuna.runner.training_plan import SETTINGS, plan_of
 
@@ -191,6 +195,8 @@ def begin(request: Request, console: Console) -> Session:
         # Failed trials show as errors of ours; Optuna would add its traceback to each.
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         parts = file.build(place.folder, options)
+        if request.device is not None:
+            move_to(parts.network, request.device)
         if parts.loss is not None:
             settings["loss_fn"] = parts.loss
         if parts.output_rise is not None:

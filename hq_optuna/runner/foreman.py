@@ -288,8 +288,8 @@ class Foreman:
         if len(self._crew(log)) > 1:
             return
         step, search = log.open, log.search
-        if search.trains(step.step):
-            return  # the next step begins from what that gives
+        if step.final or search.trains(step.step):
+            return  # it is the last one, or the next one begins from what training gives
         found = {slot: log.results[step.step, slot] for slot in step.done}
         for order, said in [*self._early, *results]:
             if order.ticket is not None and order.ticket.parent == step.parent:

@@ -6,7 +6,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -25,6 +28,8 @@ from hq_optuna.introspection import introspect
 from hq_optuna.quantization.quantizers import QUANTIZERS
 from hq_optuna.scoring import SCORERS
 from hq_optuna.training import Trainer, TrainingSettings, trained_tensors
+from tests.cli.conftest import STUDY
+from tests.cli.test_training_command import TRAIN
 from tests.devices import simulated_gpu
 from tests.runner.searches import Network, data, facts
 from tests.runner.training_searches import plan, search
@@ -200,6 +205,34 @@ def a_device_without_double_precision_is_refused(device: str) -> None:
         simulated_gpu.refused_types.add(torch.float64)
         with pytest.raises(NetworkError, match="no double precision"):
             introspect(Network().to(device), data()[0])
+
+
+def the_commands_run_there(device: str) -> None:
+    """``run`` and ``launch``, whose workers are processes of their own."""
+    simulating = "\nfrom tests.devices.simulated_gpu import simulate\nsimulate()\n"
+    text = STUDY + TRAIN + (simulating if device == "simulated" else "")
+    asserted = (
+        f"\ndef evaluate(network, data):\n    assert data[0].inputs.device.type == {device!r}"
+    )
+    asserted += "\n    return {'elements': len(data[0].inputs)}\n"
+    found = []
+    for number, (where, words) in enumerate(
+        {"cpu": ["run"], f"{device}:0": ["run"], device: ["launch", "--workers", "2"]}.items()
+    ):
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "tiny.py").write_text(text + (asserted if number else ""))
+            command = [sys.executable, "-m", "hq_optuna.cli", words[0], "tiny.py", *words[1:]]
+            options = ["--device", where, "--train-every", "2", "--final-epochs", "1", "--json"]
+            done = subprocess.run(
+                [*command, *options],
+                env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+                **{"cwd": folder, "capture_output": True, "text": True, "check": False},
+            )
+        assert done.returncode == 0, done.stdout + done.stderr
+        found.append([row["weight_bits"] for row in json.loads(done.stdout)["layers"]])
+    assert found[1] == found[2]
+    if device in SAME_KERNELS:
+        assert found[0] == found[1]
 
 
 def batches_move_as_a_whole(device: str) -> None:

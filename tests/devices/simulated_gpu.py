@@ -195,6 +195,8 @@ class _Backend(_DummyBackendModule):  # type: ignore[misc]
 
 def simulate() -> _Backend:
     """Let this process have a GPU, for good: run it in a process of its own."""
+    if hasattr(torch, "simulated"):
+        return torch.simulated  # type: ignore[no-any-return]
     backend = _Backend()
     _setup_privateuseone_for_python_backend("simulated", backend)
     torch.__future__.set_overwrite_module_params_on_conversion(True)

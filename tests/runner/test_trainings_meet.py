@@ -90,9 +90,9 @@ TORCH = threading.Lock()
 class Hand(threading.Thread):
     """A foreman's worker, as a thread with an objective of its own."""
 
-    def __init__(self, foreman: Foreman, folder: Path) -> None:
+    def __init__(self, foreman: Foreman, folder: Path, every: int) -> None:
         super().__init__(daemon=True)
-        self.foreman, self.folder = foreman, folder
+        self.foreman, self.folder, self.every = foreman, folder, every
         self.orders: list[Mapping[str, Any]] = []
         self.news = threading.Semaphore(0)
         self.did: list[str] = []
@@ -107,7 +107,7 @@ class Hand(threading.Thread):
     def run(self) -> None:
         try:
             with TORCH:
-                mine = search(training=plan(), validation=data(30, 2))
+                mine = search(training=plan(every=self.every), validation=data(30, 2))
                 url = sqlite_url(self.folder / "s.db")
                 study = mine.open(url, "s", artifacts=self.folder / "artifacts")
             self.foreman.hear(self, {"event": "ready"})
@@ -126,16 +126,19 @@ class Hand(threading.Thread):
             self.foreman.hear(self, None)
 
 
-def test_a_foremans_workers_train_once_and_the_history_is_the_same(alone, tmp_path):
-    leader = search(training=plan(), validation=data(30, 2))
+@pytest.mark.parametrize("every", [0, 1, 2])  # 0: the answer alone
+def test_a_foremans_workers_train_once_and_the_history_is_the_same(every, tmp_path):
+    alone = search(training=plan(every=every), validation=data(30, 2))
+    expected = said(alone.optimize(artifacts=tmp_path / "alone"))
+    leader = search(training=plan(every=every), validation=data(30, 2))
     study = leader.open(sqlite_url(tmp_path / "s.db"), "s", artifacts=tmp_path / "artifacts")
     foreman = Foreman(study)
-    hands = [Hand(foreman, tmp_path) for _ in range(2)]
+    hands = [Hand(foreman, tmp_path, every) for _ in range(2)]
     deadline = time.monotonic() + 120
     while foreman.look(0.05):
         assert time.monotonic() < deadline
         assert [hand.error for hand in hands] == [None, None]
-    assert said(study) == said(alone[1])
+    assert said(study) == expected
     n_trained = sum(r.training is not None for r in read_history(study).records)
     assert sum(hand.did.count("trained") for hand in hands) == n_trained
     assert {t.state for t in study.get_trials()} == {TrialState.COMPLETE}
