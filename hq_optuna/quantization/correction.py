@@ -155,7 +155,7 @@ class StatisticsCorrection:
         def shift(name: str, module: nn.Module, output: Tensor) -> Tensor:
             (change,) = self.corrected(name, output)
             self.restore({name: (change,)})
-            return output + _along(change, output, channel_axis(module, output))
+            return _shifted(output, change, channel_axis(module, output))
 
         with autocast(self.prepared, self.precision), _before(norms, norm), _after(layers, shift):
             return forward(self.prepared, self.data[0].inputs) if run is None else run()
@@ -262,7 +262,7 @@ def _add_shift(module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
     shift = module.get_buffer(SHIFT)
     if not bool(shift.any()):
         return None  # the output itself: float stays float bit for bit
-    return output + _along(shift, output, channel_axis(module, output))
+    return _shifted(output, shift, channel_axis(module, output))
 
 
 def channel_axis(module: nn.Module, output: Tensor) -> int:
@@ -278,10 +278,11 @@ def _tracks(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and module.running_mean is not None
 
 
-def _along(values: Tensor, output: Tensor, axis: int) -> Tensor:
+def _shifted(output: Tensor, shift: Tensor, axis: int) -> Tensor:
+    """Return an output with each channel shifted, in the output's own precision."""
     shape = [1] * output.dim()
     shape[axis] = -1
-    return values.reshape(shape)
+    return (output + shift.reshape(shape)).to(output.dtype)
 
 
 @contextmanager

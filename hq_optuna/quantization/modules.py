@@ -55,7 +55,8 @@ class WeightFakeQuantize(nn.Module):
     def scale(self, weight: Tensor, bits: int) -> Tensor:
         """Return the scale for ``bits``, shape ``(channels,)``; found once, then kept."""
         if bits not in self.scales:
-            with torch.inference_mode(False), torch.no_grad():
+            exact = torch.autocast(weight.device.type, enabled=False)  # whoever asks first
+            with torch.inference_mode(False), torch.no_grad(), exact:
                 self.scales[bits] = self.quantizer.scale(weight, bits, self.channel_axis)
         if self.scales[bits].device != weight.device:
             self.scales[bits] = self.scales[bits].to(weight.device)

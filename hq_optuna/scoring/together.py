@@ -327,8 +327,6 @@ class _Pass:
             [x] = node.args
             assert isinstance(x, fx.Node)
             return self._normed(module, name, values[x], members)
-        if not self._all_shift(name, members):
-            raise ApartError
         with stacker.correction.unshifted(name):
             output = stacker.runner.run(node, values, self.foreign, {} if careful else self.last)
         return self._shifted(name, output, members)
@@ -345,17 +343,6 @@ class _Pass:
         )
         return normed.view(x.shape)
 
-    def _all_shift(self, name: str, members: tuple[int, ...]) -> bool:
-        """Say whether a layer adds its shift for all candidates: one of zero it does not add.
-
-        Only under autocast does one see that, where a sum has another type than the output.
-        """
-        if self.measuring:
-            return True
-        shifts = [self.group.statistics[j][name][0] for j in members]
-        on = torch.is_autocast_enabled(shifts[0].device.type)
-        return not on or all(bool(shift.any()) for shift in shifts)
-
     def _shifted(self, name: str, output: Tensor, members: tuple[int, ...]) -> Tensor:
         """Add the shift of each candidate to a layer's output."""
         correction, k = self.stacker.correction, len(members)
@@ -365,7 +352,7 @@ class _Pass:
         shape = [1] * (output.dim() + 1)
         shape[1], shape[axis + 1] = k, -1
         shifted = output.view(self.n, k, *output.shape[1:]) + shifts.reshape(shape)
-        return shifted.flatten(0, 1)
+        return shifted.to(output.dtype).flatten(0, 1)
 
     def _statistics(
         self, name: str, x: Tensor, members: tuple[int, ...], *repeated: Tensor | None

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hq_optuna.batches import Batches, forward, merge, read_batches
+from hq_optuna.batches import Batches, autocast, forward, merge, read_batches
 from hq_optuna.bit_config import BitConfig
 from hq_optuna.introspection import introspect
+from hq_optuna.layers import FLOAT_BITS
 from hq_optuna.quantization import prepare, set_bits
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.quantization.prepare import prepared_layers
@@ -256,3 +257,17 @@ def test_networks_in_half_precision_are_corrected_in_it(dtype: torch.dtype) -> N
         assert torch.equal(forward(prepared, data[0].inputs), outputs)
     away, still = ((x - right).float().mean(0).abs().max() for x in (wrong, outputs))
     assert still < 0.25 * away  # not 0: shift and outputs are rounded to 8 binary digits
+
+
+@pytest.mark.parametrize("bits", [3, FLOAT_BITS])  # in float there is nothing to shift
+def test_the_correcting_pass_gives_what_a_later_one_gives_under_autocast(bits: int) -> None:
+    network, data = make()
+    network, data = network.float(), read_batches((data[0].inputs.float(), data[0].labels))
+    prepared = prepared_of(network, data)
+    correction = StatisticsCorrection(prepared, data, "bfloat16")
+    set_bits(prepared, uniform(prepared, bits))
+    outputs = correction.apply()
+    with torch.no_grad(), autocast(prepared, "bfloat16"):
+        later = forward(prepared, data[0].inputs)
+    assert outputs.dtype == later.dtype == torch.bfloat16
+    assert torch.equal(outputs, later)

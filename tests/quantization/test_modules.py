@@ -200,3 +200,10 @@ def test_an_input_that_was_not_calibrated_is_refused_with_what_is_known():
         InputFakeQuantize(None, ranges={8: AffineRange(1.0, 0), 4: AffineRange(1.0, 0)}).range(3)
     with pytest.raises(ValueError, match=r"not calibrated\. Known are: none"):
         InputFakeQuantize(None).range(3)
+
+
+def test_scales_do_not_depend_on_the_precision_of_whoever_asks_first():
+    one, other = WeightFakeQuantize(0), WeightFakeQuantize(0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        first = one.scale(weight(), 3)
+    assert torch.equal(first, other.scale(weight(), 3))
