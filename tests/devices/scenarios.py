@@ -1,6 +1,7 @@
 """What must hold on a GPU, each as one function of the name of its device.
 
-``python -m tests.devices.scenarios NAME DEVICE`` runs one, on ``cuda`` or on ``simulated``.
+``python -m tests.devices.scenarios DEVICE`` runs them all, on ``cuda`` or on ``simulated``, and
+prints a JSON object of what went wrong by name.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from hq_optuna.history import read_history
 from hq_optuna.introspection import introspect
 from hq_optuna.quantization.quantizers import QUANTIZERS
 from hq_optuna.scoring import SCORERS
+from hq_optuna.search import Limits
 from hq_optuna.training import Trainer, TrainingSettings, trained_tensors
 from tests.cli.conftest import STUDY
 from tests.cli.test_training_command import TRAIN
@@ -78,7 +81,7 @@ def candidates_run_on_what_their_incumbent_left(device: str) -> None:
     network = make(Mixed(["norm", "shortcut", "iadd"]), 0, torch.float32).to(device)
     for precision in ("float32", "bfloat16"):
         run = Search(network, IMAGES.to(device), precision=precision)
-        run.walk(6)
+        run.walk(6, n_steps=1)
         assert run.reuse.n_bytes > 0
     tokens = make(Tokens(flat=True), 0, torch.float32).to(device)
     Search(tokens, SEQUENCES.to(device)).walk(1)
@@ -115,7 +118,8 @@ def a_training_goes_on_from_its_checkpoint(device: str) -> None:
 
 def a_search_that_trains_gives_the_answer_of_the_cpu(device: str) -> None:
     def answer(where: str, folder: str) -> tuple[Any, Any]:
-        run = search(model=Network().to(where), training=plan(every=2), validation=data(30, 2))
+        options = {"training": plan(every=2), "validation": data(30, 2), "budget": "0.3 bops"}
+        run = search(model=Network().to(where), **options)
         study = run.optimize(artifacts=Path(folder) / where)
         found = run.result(study, test=lambda: data(12, 3))
         assert {t.device.type for t in found.network.state_dict().values()} == {where}
@@ -142,7 +146,8 @@ def every_scorer_gives_the_scores_of_the_cpu(device: str) -> None:
     for scorer in SCORERS:
         scores = []
         for where in ("cpu", device):
-            study = search(model=Network().to(where), scorer=scorer).optimize()
+            run = search(model=Network().to(where), scorer=scorer)
+            study = run.optimize(limits=Limits(max_evaluations=4), refine=False)
             found = read_history(study).candidates
             scores.append([c.score for c in found if c.step == 1])
         close = 1e-9 if device in SAME_KERNELS else 1e-2
@@ -160,7 +165,7 @@ def every_quantizer_is_searched_and_trained(device: str) -> None:
             budget="0.4 bops",
         )
         with tempfile.TemporaryDirectory() as folder:
-            network = run.result(run.optimize(artifacts=folder)).network
+            network = run.result(run.optimize(artifacts=folder, refine=False)).network
         assert {t.device.type for t in network.parameters()} == {device}
 
 
@@ -187,6 +192,13 @@ def a_gpu_is_waited_for_where_time_is_taken(device: str) -> None:
 def all_tensors_may_be_made_there_by_default(device: str) -> None:
     """As after ``torch.set_default_device("cuda")``."""
     torch.set_default_device(device)
+    try:
+        _search_made_there(device)
+    finally:
+        torch.set_default_device("cpu")
+
+
+def _search_made_there(device: str) -> None:
     generator = torch.Generator(device) if device == "cuda" else None
     images = torch.randn(24, 1, 7, 7, generator=generator)
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
@@ -205,24 +217,21 @@ def a_device_without_double_precision_is_refused(device: str) -> None:
         simulated_gpu.refused_types.add(torch.float64)
         with pytest.raises(NetworkError, match="no double precision"):
             introspect(Network().to(device), data()[0])
+        simulated_gpu.refused_types.clear()
 
 
 def the_commands_run_there(device: str) -> None:
     """``run`` and ``launch``, whose workers are processes of their own."""
     simulating = "\nfrom tests.devices.simulated_gpu import simulate\nsimulate()\n"
     text = STUDY + TRAIN + (simulating if device == "simulated" else "")
-    asserted = (
-        f"\ndef evaluate(network, data):\n    assert data[0].inputs.device.type == {device!r}"
-    )
-    asserted += "\n    return {'elements': len(data[0].inputs)}\n"
+    text += "\ndef evaluate(network, data):\n"
+    text += f"    assert data[0].inputs.device.type == {device!r}\n    return {{'n': data[0].n}}\n"
     found = []
-    for number, (where, words) in enumerate(
-        {"cpu": ["run"], f"{device}:0": ["run"], device: ["launch", "--workers", "2"]}.items()
-    ):
+    for words in (["run"], ["launch", "--workers", "2"]):
         with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "tiny.py").write_text(text + (asserted if number else ""))
+            Path(folder, "tiny.py").write_text(text)
             command = [sys.executable, "-m", "hq_optuna.cli", words[0], "tiny.py", *words[1:]]
-            options = ["--device", where, "--train-every", "2", "--final-epochs", "1", "--json"]
+            options = ["--device", device, "--final-epochs", "1", "--json"]
             done = subprocess.run(
                 [*command, *options],
                 env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
@@ -230,9 +239,7 @@ def the_commands_run_there(device: str) -> None:
             )
         assert done.returncode == 0, done.stdout + done.stderr
         found.append([row["weight_bits"] for row in json.loads(done.stdout)["layers"]])
-    assert found[1] == found[2]
-    if device in SAME_KERNELS:
-        assert found[0] == found[1]
+    assert found[0] == found[1]
 
 
 def batches_move_as_a_whole(device: str) -> None:
@@ -244,11 +251,23 @@ def batches_move_as_a_whole(device: str) -> None:
 SCENARIOS = {
     name: value
     for name, value in vars().items()
-    if getattr(value, "__module__", None) == __name__ and callable(value)
+    if getattr(value, "__module__", None) == __name__ and not name.startswith("_")
 }
 
+
+def run_all(device: str) -> dict[str, str]:
+    """Return of each scenario what went wrong; nothing where all is well."""
+    found = {}
+    for name, scenario in SCENARIOS.items():
+        try:
+            scenario(device)
+            found[name] = ""
+        except BaseException:
+            found[name] = traceback.format_exc()
+    return found
+
+
 if __name__ == "__main__":
-    name, device = sys.argv[1:]
-    if device == "simulated":
+    if sys.argv[1] == "simulated":
         simulated_gpu.simulate()
-    SCENARIOS[name](device)
+    print(json.dumps(run_all(sys.argv[1])))
