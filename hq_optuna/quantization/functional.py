@@ -80,7 +80,7 @@ def quantize_activation(
 
     Without gradient, single precision on a CPU takes four plain passes, which are ten times faster
     than PyTorch's fake quantization (it also writes a mask for the gradient) and equal to it bit
-    for bit, signs of zeros included; only a NaN stays NaN instead of becoming ``quant_min``.
+    for bit, signs of zeros included. A NaN stays NaN, where PyTorch would make ``quant_min`` of it.
 
     Args:
         x: Any float tensor.
@@ -97,7 +97,8 @@ def quantize_activation(
     quant_min, quant_max = activation_grid(bits)
     graded = torch.is_grad_enabled() and x.requires_grad
     if graded or x.dtype != torch.float32 or x.device.type != "cpu":
-        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, quant_min, quant_max)
+        rounded = torch.fake_quantize_per_tensor_affine(x, scale, zero_point, quant_min, quant_max)
+        return torch.where(x.isnan(), x, rounded)
     scale_32 = np.float32(scale)  # and single precision in the division, as PyTorch has it
     rounded = torch.mul(x, float(np.float32(1) / scale_32), out=out)
     rounded.round_().clamp_(quant_min - zero_point, quant_max - zero_point)

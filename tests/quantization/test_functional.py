@@ -72,8 +72,13 @@ def test_the_quick_way_without_gradient_equals_the_one_with_it(bits, share):
             assert same_bits(overwritten, graded.detach())
 
 
-def test_what_is_no_number_stays_none():
-    assert quantize_activation(torch.tensor([float("nan")]), 0.5, 1, 4).isnan().all()
+@pytest.mark.parametrize("graded", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_what_is_no_number_stays_none(dtype, graded):
+    x = torch.tensor([float("nan"), 1.0, float("inf")], dtype=dtype, requires_grad=graded)
+    found = quantize_activation(x, 0.5, 1, 4)
+    assert found[0].isnan()
+    assert found[1:].tolist() == [1.0, 7.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
