@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
-from torch.utils.backend_registration import (
-    _DummyBackendModule,
-    _setup_privateuseone_for_python_backend,
-)
 
+CAN_BE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
+"""Whether this PyTorch lets Python stand in for a device."""
 aten = torch.ops.aten
 COPIES = {aten.copy_, aten._to_copy, aten._foreach_copy_}
 INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._unsafe_index, aten._index_put_impl_}
@@ -170,7 +169,7 @@ class _Mode(TorchDispatchMode):
         return run(func, args, kwargs or {})
 
 
-class _Backend(_DummyBackendModule):  # type: ignore[misc]
+class _Backend(getattr(backend_registration, "_DummyBackendModule", object)):  # type: ignore[misc]
     """What PyTorch asks of ``torch.simulated``."""
 
     synchronized = forked = restored = 0
@@ -198,7 +197,7 @@ def simulate() -> _Backend:
     if hasattr(torch, "simulated"):
         return torch.simulated  # type: ignore[no-any-return]
     backend = _Backend()
-    _setup_privateuseone_for_python_backend("simulated", backend)
+    backend_registration._setup_privateuseone_for_python_backend("simulated", backend)
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor` then moves where we see it
     rest, library = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
