@@ -45,7 +45,7 @@ def move_to(network: nn.Module, device: str) -> None:
             here = "CUDA finds one GPU, cuda:0"
         raise NetworkError(
             f"The network cannot be moved to {device!r}: {str(error).splitlines()[0]} "
-            f"({here}; --device cpu always is.)"
+            f"({here}; --device cpu always works.)"
         ) from error
 
 

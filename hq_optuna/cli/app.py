@@ -144,7 +144,7 @@ def launch(
         int | None,
         typer.Option(
             min=1,
-            help="How many. \\[default: one for each GPU, or else for each core]",
+            help="How many. \\[default: one for each GPU (--device cuda), or else for each core]",
             show_default=False,
         ),
     ] = None,

@@ -47,8 +47,8 @@ def launch(
 
     Args:
         request: What the user asked for.
-        n_workers: How many; ``None``: one for each GPU, or else for each core, or for each worker
-            of the cluster.
+        n_workers: How many; ``None``: one for each GPU where the network is on one, or else for
+            each core, or for each worker of the cluster.
         scheduler: Address of a Dask scheduler; ``None``: processes of this host.
         baselines: Seeds of the methods the answer is compared with.
         command: The command, for the report.
@@ -163,7 +163,8 @@ def _crew(
         return Crew(cluster.start, n_workers, on_news=on_news), None, cluster.close
     import torch
 
-    gpus = devices(os.environ, torch.cuda.device_count())
+    on_gpu = session.search.objective.device.type == "cuda"
+    gpus = devices(os.environ, torch.cuda.device_count()) if on_gpu else []
     n_workers = n_workers or len(gpus) or n_cores()
     threads = request.threads or min(thread_share(n_cores(), n_workers), session.threads)
 

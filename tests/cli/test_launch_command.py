@@ -15,6 +15,7 @@ from typing import Any
 
 import optuna
 import pytest
+import torch
 
 from hq_optuna.cli import launching
 from hq_optuna.cli.place import Place
@@ -22,7 +23,7 @@ from hq_optuna.cli.session import Request
 from hq_optuna.dashboard import write_pages
 from hq_optuna.dashboard.pages import NOTE, PLOT, STAMP, note_in
 from hq_optuna.history import History, read_history
-from hq_optuna.launching import cluster
+from hq_optuna.launching import WorkerCommand, cluster
 from hq_optuna.standing import read_standing
 
 ROOT = Path(__file__).parents[2]
@@ -135,6 +136,26 @@ def test_workers_of_a_search_that_goes_on_have_the_memory_that_was_typed(monkeyp
     session = SimpleNamespace(file=Path("tiny.py"), place=place, threads=1)
     launching._crew(request, session, None, 2, "tcp://there:8786", print, print)
     assert commands[0].options == ("--n", "2", "--retry-for", "300.0", "--memory", "64 MiB")
+
+
+@pytest.mark.parametrize(("device", "seen"), [("cpu", [None] * 3), ("cuda:0", ["0", "1"])])
+def test_workers_have_gpus_of_their_own_where_the_network_is_on_one(device, seen, monkeypatch):
+    started = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(launching, "n_cores", lambda: 3)
+    monkeypatch.setattr(launching, "Foreman", lambda *_, **__: SimpleNamespace(hear=None))
+    monkeypatch.setattr(WorkerCommand, "start", lambda _, *of: started.append(of[1]))
+    request = Request("tiny", [], None, None, None, None, {}, None, 300.0)
+    objective = SimpleNamespace(device=torch.device(device))
+    session = SimpleNamespace(
+        file=Path("tiny.py"),
+        place=Place("tiny", Path("runs"), "sqlite:///study.db"),
+        search=SimpleNamespace(objective=objective),
+        threads=1,
+    )
+    crew, _, _ = launching._crew(request, session, None, None, None, print, print)
+    crew.look()
+    assert started == seen
 
 
 def test_the_launcher_writes_the_pages_of_the_dashboard(study: Path) -> None:
