@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import os
 import tarfile
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before PyTorch is imported: tests share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import HealthCheck, settings

@@ -58,7 +58,7 @@ def launch(
         WorkerError: The workers died, or say what is wrong.
         HqOptunaError: Whatever is wrong before any worker starts.
     """
-    if request.device is not None and ":" in request.device:
+    if request.device is not None and request.device.startswith("cuda:"):
         raise StudyFileError(
             f"Each worker sees one GPU, its own; got --device {request.device}. Give --device "
             "cuda, and CUDA_VISIBLE_DEVICES=1,3 for the GPUs to use."

@@ -42,9 +42,10 @@ def status(
     from hq_optuna.storages import RetryingStorage
 
     with errors(as_json), reading(study, storage, name, folder) as loaded:
+        kept = RetryingStorage(loaded._storage, retry_for_s=retry_for)
+        loaded = optuna.load_study(study_name=loaded.study_name, storage=kept)
         if watch:
-            kept = RetryingStorage(loaded._storage, retry_for_s=retry_for)
-            _watch(Watch(optuna.load_study(study_name=loaded.study_name, storage=kept)), as_json)
+            _watch(Watch(loaded), as_json)
             return
         standing = Watch(loaded).look()
         ours = attrs.FINGERPRINT in loaded.user_attrs

@@ -159,7 +159,7 @@ def test_workers_have_gpus_of_their_own_where_the_network_is_on_one(device, seen
 
 
 def test_the_launcher_writes_the_pages_of_the_dashboard(study: Path) -> None:
-    process = start("launch", study, "--workers", 2)
+    process = start("launch", study, "--workers", 2, "--device", "cpu:0")
     _, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors
     found = loaded("tiny")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
+from optuna.storages import RDBStorage
+from sqlalchemy.exc import OperationalError
 from typer.testing import Result
 
 from hq_optuna import attrs
@@ -32,6 +35,24 @@ def stored(name: str = "fake") -> tuple[str, ...]:
     fake_study(4, storage=storage, name=name)
     storage.remove_session()
     return ("--storage", URL, "--name", name)
+
+
+@pytest.mark.parametrize("seconds", [0, 60])
+def test_status_tries_a_storage_that_does_not_answer_again_for_as_long_as_is_said(
+    seconds: float, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named, read, failures = stored(), RDBStorage.get_study_system_attrs, [True]
+
+    def once(self: Any, *arguments: Any, **named: Any) -> Any:
+        if failures:
+            failures.pop()
+            raise OperationalError("SELECT", {}, Exception("server closed the connection"))
+        return read(self, *arguments, **named)
+
+    monkeypatch.setattr(RDBStorage, "get_study_system_attrs", once)
+    result = command("status", *named, "--retry-for", seconds)
+    assert not failures
+    assert result.exit_code == (1 if seconds == 0 else 0), result.output
 
 
 @pytest.mark.parametrize("folder", ["runs[a]", "runs[", "[bold]"])
