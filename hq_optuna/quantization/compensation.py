@@ -122,8 +122,9 @@ def compensated(
 ) -> Compensated:
     """Return the rounded weight.
 
-    Groups whose input is always zero are rounded to nearest, with a felt error of 0, and make no
-    difference to the others; where all are, no felt error is known.
+    Groups whose input is always zero, or whose moments are none (not positive), are rounded to
+    nearest, with a felt error of 0, and make no difference to the others; where all are, no felt
+    error is known.
 
     Args:
         weight: ``(channels, …)``.
@@ -160,7 +161,11 @@ def compensated(
     damped = damped.gather(1, order[:, :, None].expand_as(damped))
     damped = damped.gather(2, order[:, None, :].expand_as(damped))
     # Row j of the upper Cholesky factor of the inverse says how later columns make up for column j.
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    root, failed = torch.linalg.cholesky_ex(damped)
+    if bool(failed.any()):  # no moments of anything: as if there were none
+        usable = moment.where((failed == 0)[:, None, None], 0.0)
+        return compensated(weight, usable, scale, bits, quantizer)
+    inverse = torch.cholesky_inverse(root)
     factor = torch.linalg.cholesky(inverse, upper=True)
 
     rows = weight.flatten(1).double().reshape(groups, -1, d).mT  # (groups, d, channels)

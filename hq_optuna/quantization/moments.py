@@ -72,7 +72,7 @@ def input_moments(
             rows = view[index].flatten(2).movedim(1, 0)  # (groups, places, d)
             if rows.dtype.itemsize < 4:  # rounded sums need not be a matrix of moments any more
                 rows = rows.float()
-            seen = (rows.mT @ rows).double()
+            seen = _products(rows)
             sums[name] = sums[name] + seen if name in sums else seen
             counts[name] += len(part)
 
@@ -81,6 +81,19 @@ def input_moments(
             n = batch.n
             forward(network, batch.inputs)
     return {name: total / counts[name] for name, total in sums.items()}
+
+
+def _products(rows: Tensor) -> Tensor:
+    """Return the sums of x xᵀ, ``(groups, d, d)`` float64, of rows ``(groups, places, d)``.
+
+    Products are made in the rows' own precision, of values that a power of two brings near to 1:
+    the same digits, and nothing is lost of inputs whose squares are too small or too large for it.
+    """
+    if rows.shape[1] == 0:
+        return rows.new_zeros(rows.shape[0], *2 * rows.shape[2:], dtype=torch.float64)
+    exponent = torch.frexp(rows.abs().amax((1, 2), keepdim=True)).exponent.clamp(-126, 126)
+    near_one = torch.ldexp(rows, -exponent)
+    return torch.ldexp((near_one.mT @ near_one).double(), 2 * exponent)
 
 
 def can_have_moments(module: nn.Module) -> bool:

@@ -72,6 +72,24 @@ def test_networks_in_half_precision_have_the_moments_of_their_inputs(dtype):
     assert weight_quantizer(prepared[0]).kept(float_weight(prepared[0]), 3).dtype == dtype
 
 
+@pytest.mark.parametrize("exponent", [-139, -80, 100])
+def test_inputs_whose_squares_single_precision_cannot_hold_are_compensated_for(exponent):
+    """As in a network of random weights, where what enters its last layers may be 1e-30."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 2) @ torch.randn(2, 9)
+    x = (x * 16).round() / 16  # a few digits, so that the smallest numbers hold them too
+    network = nn.Sequential(nn.Linear(9, 4))
+    kept = []
+    for data in (data_of(x), data_of(torch.ldexp(x, torch.tensor(exponent)))):
+        layers = layers_of(network, data)
+        prepared = prepare(network, layers)
+        compensate_weights(prepared, layers, data, {"0": [3]})
+        kept.append(weight_quantizer(prepared[0]).kept(float_weight(prepared[0]), 3))
+    assert torch.equal(*kept)
+    weight = network[0].weight
+    assert not torch.equal(kept[0], quantize_weight(weight, weight_scale(weight, 3, 0), 3, 0))
+
+
 def test_a_random_part_of_many_places_tells_the_same_each_time(monkeypatch):
     monkeypatch.setattr(moments, "LEAST_PLACES", 500)
     monkeypatch.setattr(moments, "PLACES_PER_INPUT", 1)
@@ -153,6 +171,17 @@ def test_inputs_that_are_always_zero_leave_rounding_to_nearest():
     assert torch.equal(rounded, quantize_weight(weight, scale, 3, 0))
     assert torch.equal(found, scale)
     assert felt is None
+
+
+def test_a_group_whose_moments_are_none_is_rounded_to_nearest():
+    torch.manual_seed(0)
+    weight, mixed = torch.randn(4, 6), torch.randn(2, 6, 6).double()
+    moment, scale = mixed @ mixed.mT, weight_scale(weight, 3, 0)
+    moment[1, 0, 1] = moment[1, 1, 0] = 10 * moment[1].abs().max()  # not those of any input
+    found = compensated(weight, moment, scale, 3)
+    nearest = quantize_weight(weight, scale, 3, 0)
+    assert torch.equal(found.weight[2:], nearest[2:])
+    assert torch.equal(found.weight[:2], compensated(weight[:2], moment[:1], scale[:2], 3).weight)
 
 
 @pytest.mark.parametrize("bits", [3, 6])
