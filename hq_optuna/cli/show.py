@@ -8,6 +8,7 @@ from typing import Any
 from optuna.study import Study
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from hq_optuna.attrs import quantizers_text
@@ -50,12 +51,31 @@ def bits_text(bits: int, levels: Sequence[int]) -> str:
     return str(bits) if style is None else f"[{style}]{bits}[/]"
 
 
+def table_of_layers() -> Table:
+    """Return a table whose one column is of layers: names too long for the screen take two lines.
+
+    All other columns keep their width, so that no figure is cut.
+    """
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("layer", overflow="fold")
+    return table
+
+
+def print_whole(console: Console, table: Table) -> None:
+    """Print a table as wide as the terminal; without one, a row is a line, however long."""
+    width = console.width
+    if not console.is_terminal:
+        options = console.options.update(max_width=100_000)
+        console.width = max(width, Measurement.get(console, options, table).maximum)
+    console.print(table)
+    console.width = width
+
+
 def result(console: Console, study: Study) -> None:
     """Show the answer: a table of layers, costs, accuracies."""
     history = read_history(study)
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    table = table_of_layers()
     for title, side in (
-        ("layer", "left"),
         ("kind", "left"),
         ("weights", "right"),
         ("MACs", "right"),
@@ -80,7 +100,7 @@ def result(console: Console, study: Study) -> None:
             "-" if row.sensitivity is None else f"{row.sensitivity:.2g}",
             *((row.quantizer,) if history.info.quantizers else ()),
         )
-    console.print(table)
+    print_whole(console, table)
     reason = read_standing(study).reason
     console.print(_summary(history, reason), highlight=False, soft_wrap=True)
 

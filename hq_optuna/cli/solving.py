@@ -46,7 +46,7 @@ def resolve(
             return
         console = Console()
         history = read_history(loaded)
-        console.print(_layers(history, found.config))
+        show.print_whole(console, _layers(history, found.config))
         share = 100 * found.cost / found.int8
         answer = history.incumbent
         lines = [
@@ -68,9 +68,9 @@ def resolve(
 
 def _layers(history: History, config: BitConfig) -> Table:
     """Return a table of the layers with these bits, and with the answer's where it differs."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for title, side in (("layer", "left"), ("W bits", "right"), ("A bits", "right")):
-        table.add_column(title, justify="left" if side == "left" else "right", no_wrap=True)
+    table = show.table_of_layers()
+    for title in ("W bits", "A bits"):
+        table.add_column(title, justify="right", no_wrap=True)
     answer = None if history.incumbent is None else history.incumbent.config
     if answer is not None:
         table.add_column("answer", justify="right", no_wrap=True)

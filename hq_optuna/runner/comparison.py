@@ -18,7 +18,7 @@ from hq_optuna.cost import CostModel
 from hq_optuna.history import History, Reference
 from hq_optuna.runner._report_compared import ANSWER, COMPARED, EIGHT, UNIFORM
 from hq_optuna.runner.baselines import METHODS, Problem, run_method, uniform_within
-from hq_optuna.runner.evaluation import Evaluate, accuracy, mean_loss, right, share
+from hq_optuna.runner.evaluation import Evaluate, accuracy, figures, mean_loss, right, share
 from hq_optuna.runner.objective import HessianObjective
 from hq_optuna.search import uniform_states
 
@@ -75,7 +75,7 @@ def rows(
         measured = mean_loss(network, data, objective.loss_fn)
         mine = right(network, data) if evaluate is accuracy else None
         if mine is None:
-            measured |= dict(evaluate(network, data))
+            measured |= figures(evaluate, network, data)
         else:
             measured["accuracy"] = share(mine)
             of_answer = mine if method == ANSWER else of_answer
@@ -89,7 +89,7 @@ def rows(
             **found,
             "cost": model.cost(config),
             "score": more.get("score") or problem.score(config),
-            "measured": {name: float(value) for name, value in measured.items()},
+            "measured": measured,
         }
 
     found = [

@@ -38,6 +38,12 @@ def right(network: nn.Module, data: Batches) -> Tensor | None:
 
 
 @torch.no_grad()
+def figures(evaluate: Evaluate, network: nn.Module, data: Batches) -> dict[str, float]:
+    """Return what ``evaluate`` measures; its passes keep nothing for gradients."""
+    return {name: float(value) for name, value in evaluate(network, data).items()}
+
+
+@torch.no_grad()
 def check_evaluate(evaluate: Evaluate, model: nn.Module, data: Batches) -> None:
     """Measure the float network once before a search, which is over when it is measured again.
 
@@ -131,8 +137,8 @@ def before_and_after(
             facts[f"{what}_gained"] = int((after & ~before).sum())
             return facts
     for when, measured in (("before", original), ("after", network)):
-        for name, value in evaluate(measured, data).items():
-            facts[f"{prefix}{name}_{when}"] = float(value)
+        for name, value in figures(evaluate, measured, data).items():
+            facts[f"{prefix}{name}_{when}"] = value
     return facts
 
 

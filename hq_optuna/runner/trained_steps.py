@@ -39,7 +39,7 @@ from hq_optuna.errors import (
     TrainingError,
 )
 from hq_optuna.quantization.correction import StatisticsCorrection
-from hq_optuna.runner.evaluation import Evaluate, mean_loss
+from hq_optuna.runner.evaluation import Evaluate, figures, mean_loss
 from hq_optuna.runner.recording import KEPT, closing, winner_of
 from hq_optuna.runner.scoring_setup import (
     BuiltScorer,
@@ -354,10 +354,10 @@ class TrainedSteps:
         """Return loss and what else is measured on the validation data."""
         if self.validation is None:
             return {}
-        found = dict(mean_loss(network, self.validation, self.loss_fn))
+        found = mean_loss(network, self.validation, self.loss_fn)
         if self.evaluate is not None:
-            found |= self.evaluate(network, self.validation)
-        return {name: float(value) for name, value in found.items()}
+            found |= figures(self.evaluate, network, self.validation)
+        return found
 
 
 def _at(study: Study, number: int) -> tuple[BaseStorage, int, int]:

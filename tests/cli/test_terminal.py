@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -18,6 +19,7 @@ from hq_optuna.cli.progress import SearchProgress
 from hq_optuna.cli.strip import LABEL, LINES, strips
 from hq_optuna.cost import Budget
 from hq_optuna.samplers.log import StepLog
+from hq_optuna.space import SearchSpace
 from hq_optuna.standing import read_standing
 from hq_optuna.visualization._figure import bit_colours, rgb
 from tests.fake_search import fake_space, fake_study
@@ -35,6 +37,15 @@ def terminal(width: int = 80, **options: object) -> Console:
 def written(console: Console) -> str:
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
+
+
+def long_names() -> SearchSpace:
+    """Layers with names as those of torchvision's detectors."""
+    layers = [
+        dataclasses.replace(x, name=f"backbone.features.{i}.block.{i}.0.fully_connected.{x.name}")
+        for i, x in enumerate(fake_space(6).layers)
+    ]
+    return SearchSpace.build(layers, bits=(8, 4, 2))
 
 
 def same(*bits: int) -> list[tuple[int, int]]:
@@ -136,6 +147,28 @@ def test_without_a_terminal_there_are_no_escapes_and_the_strip_is_whole() -> Non
     assert "\x1b" not in text
     (strip,) = re.findall(r"^bits +(\d+)$", text, re.MULTILINE)
     assert len(strip) == 150
+
+
+@pytest.mark.parametrize(("width", "lines"), [(200, 1), (80, 2)])
+def test_a_long_name_takes_two_lines_and_no_figure_is_cut(width: int, lines: int) -> None:
+    study = fake_study(long_names())
+    console = terminal(width, color_system=None)
+    show.result(console, study)
+    rows = written(console).split("cost  ")[1].splitlines()
+    assert "…" not in written(console)
+    first = next(i for i, row in enumerate(rows) if row.startswith("backbone"))
+    assert " %" in rows[first]
+    assert (" %" in rows[first + 1]) is (lines == 1)
+
+
+def test_without_a_terminal_each_layer_is_a_line() -> None:
+    console = Console(file=io.StringIO(), width=40)
+    study = fake_study(long_names())
+    show.result(console, study)
+    names = [layer.name for layer in long_names().layers]
+    rows = [row for row in written(console).splitlines() if row.startswith("backbone")]
+    assert [row.split()[0] for row in rows] == names
+    assert console.width == 40
 
 
 # The live display

@@ -28,6 +28,7 @@ from hq_optuna.history import read_history
 from hq_optuna.samplers.log import StepLog
 from hq_optuna.storages import load_study, open_storage, sqlite_url
 from tests.runner.searches import BUDGET, LAYERS, Network, data, dump, facts, search
+from tests.runner.training_searches import plan
 
 
 @pytest.fixture
@@ -362,6 +363,21 @@ def test_a_measure_that_needs_all_validation_data_gets_them():
 
     batches = [data(10, seed=7), data(10, seed=8)]
     assert search(validation=batches, evaluate=evaluate).evaluate is evaluate
+
+
+def test_what_is_measured_keeps_nothing_for_gradients(tmp_path):
+    kept = []
+
+    def evaluate(network, batches):
+        outputs = network(batches[0].inputs)
+        kept.append(outputs.requires_grad)
+        return {"mean": outputs.mean()}
+
+    found = search(validation=data(10, seed=7), evaluate=evaluate, training=plan())
+    study = found.optimize(sqlite_url(tmp_path / "s.db"), "s", artifacts=tmp_path / "artifacts")
+    found.result(study)
+    assert len(kept) > 8
+    assert not any(kept)
 
 
 def test_a_storage_that_cannot_be_opened_is_refused():
