@@ -32,11 +32,18 @@ def check_forward(network: nn.Module, data: Batches, loss_fn: LossFunction) -> l
 
     Raises:
         NetworkError: Two passes differ (dropout left on), outputs are NaN or infinite, or the
-            network writes into its input.
+            network writes into its input or cannot be copied.
         DataError: Labels out of range, a loss that is not one finite number, or cross-entropy of
             what are no classes.
     """
-    copied = copy.deepcopy(network).eval()
+    try:
+        copied = copy.deepcopy(network).eval()
+    except Exception as error:  # of what the user's modules hold
+        raise NetworkError(
+            f"The network cannot be copied: {error}. Weights that a hook computes can be made "
+            "plain ones (torch.nn.utils.remove_weight_norm, torch.nn.utils.prune.remove), and "
+            "tensors with a graph that a module keeps can be detached."
+        ) from error
     batch = data[0]
     kept = [tensor.clone() for tensor in tensors(batch.inputs)]
     first = forward(copied, batch.inputs)

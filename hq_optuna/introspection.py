@@ -104,7 +104,7 @@ def introspect(
 
     Raises:
         NetworkError: Nothing in the network can be quantized, it holds uninitialized lazy modules,
-            NaN or infinite weights, or it does not run on the example input.
+            compiled ones, NaN or infinite weights, or it does not run on the example input.
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 6 * 6, 10))
@@ -172,7 +172,14 @@ def introspect(
 
 
 def _check(network: nn.Module) -> None:
-    """Refuse weights that no forward pass could use, and devices that no score could."""
+    """Refuse weights that no pass could use, devices that no score could, and compiled modules."""
+    for name, module in network.named_modules():
+        if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None):
+            raise NetworkError(
+                f"{repr(name) if name else 'The network'} is compiled by torch.compile, and what "
+                "is compiled does not tell which layers it calls. Give the network as it was "
+                "before (a compiled network's _orig_mod; after network.compile(), a deepcopy)."
+            )
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
         if is_lazy(tensor):
             raise NetworkError(

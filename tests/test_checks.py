@@ -43,6 +43,15 @@ def test_the_network_is_left_as_it_was(training):
     assert_unchanged(network, before)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_network_that_cannot_be_copied_is_refused_with_the_way_out():
+    network = nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 3)), nn.Linear(3, 3)).double()
+    with pytest.raises(NetworkError, match=r"cannot be copied: .*remove_weight_norm"):
+        check_forward(network, data(), F.cross_entropy)
+    nn.utils.remove_weight_norm(network[0])
+    assert check_forward(network, data(), F.cross_entropy) == []
+
+
 def test_dropout_that_eval_mode_does_not_turn_off_is_refused():
     network = make(Then(F.dropout))  # training=True is its default
     with pytest.raises(NetworkError, match=r"Two forward passes .* differ.*dropout"):

@@ -1,5 +1,7 @@
 """What `introspect` refuses, in words."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -49,6 +51,28 @@ def test_a_weight_that_is_not_finite_is_named(value):
         network[2].weight[1, 1] = value
     with pytest.raises(NetworkError, match=r"'2.weight' holds 1 NaN or infinite values of 6"):
         introspect(network, torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("part", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_is_compiled_is_refused_with_the_way_out(part, in_place):
+    network = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Sequential(nn.Linear(3, 2)))
+    compiled = network[2] if part else network
+    if in_place:
+        compiled.compile()
+    else:
+        compiled = torch.compile(compiled)
+    if part:
+        network[2] = compiled
+    else:
+        network = compiled
+    words = "'2' is compiled by torch.compile" if part else "The network is compiled by"
+    with pytest.raises(NetworkError, match=words):
+        introspect(network, torch.zeros(2, 3))
+    plain = copy.deepcopy(network) if in_place else nn.Sequential(*network.children())
+    if not in_place and part:
+        plain[2] = network[2]._orig_mod
+    assert len(introspect(plain, torch.zeros(2, 3)).layers) == 2
 
 
 def test_nothing_to_quantize_says_what_was_passed_over():
