@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 from typer.testing import CliRunner
 
+import hq_optuna
 from hq_optuna.batches import read_batches
 from hq_optuna.cli.app import app
 from hq_optuna.cost import Budget
@@ -62,6 +64,38 @@ def test_the_page_on_study_files_shows_a_study_that_works(tmp_path):
     result = CliRunner().invoke(app, ["run", str(path), *arguments, "--folder", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert "2 layers" in result.output and "the budget is met" in result.output
+
+
+def test_the_page_on_study_files_searches_a_detector(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (CHECKOUT / "docs" / "study-files.md").read_text()
+    file, after = (
+        re.search(rf"<!-- {name} -->\n```python\n(.*?)```", page, re.S)[1]
+        for name in (r"detector\.py", r"after detector\.py")
+    )
+    (tmp_path / "detector.py").write_text(file)
+    torch.manual_seed(0)
+    detector = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None)
+    for module in detector.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0  # the statistics of one batch
+    image = torch.rand(3, 50, 70)
+    with torch.no_grad():
+        detector.head(list(detector.backbone(torch.randn(8, 3, 64, 64)).values()))
+    detector.eval()
+    torch.save(detector.state_dict(), "net.pt")
+    torch.save(detector.transform([image, image])[0].tensors[..., :64, :64], "images.pt")
+    options = ["--checkpoint", "net.pt", "--images", "images.pt", "--max-evaluations", "3"]
+    result = CliRunner().invoke(app, ["run", "detector.py", *options])
+    assert result.exit_code == 0, result.output
+    assert "98 layers" in result.output and "Warning" not in result.output
+    names = {"hq": hq_optuna, "detector": detector, "image": image}
+    exec(file + after, names)
+    assert names["boxes"].shape == detector([image])[0]["boxes"].shape
+    images = torch.load("images.pt", weights_only=True)
+    with torch.no_grad():
+        plain, found = names["Predictions"](detector)(images), names["found"](images)
+    assert 0 < float((found - plain).norm() / plain.norm()) < 0.5  # about 8 bits
 
 
 def test_the_page_on_study_files_lists_every_setting_and_only_budgets_that_work():
