@@ -7,7 +7,7 @@ checked: the score of an assignment must be the same number every time it is ask
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -80,15 +80,27 @@ def tensors(tree: Any) -> Iterator[Tensor]:
 
 def move(tree: Any, device: torch.device) -> Any:
     """Return the tree with its tensors on ``device``."""
+    return _mapped(tree, lambda tensor: tensor.to(device))
+
+
+def in_single(tree: Any, precision: Precision) -> Any:
+    """Return outputs in single precision where `autocast` made them bfloat16, for any loss."""
+    if precision == "float32":
+        return tree
+    return _mapped(tree, lambda x: x.float() if x.dtype == torch.bfloat16 else x)
+
+
+def _mapped(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return the tree with its tensors changed."""
     if isinstance(tree, Tensor):
-        return tree.to(device)
+        return change(tree)
     if isinstance(tree, Mapping):
-        return {key: move(value, device) for key, value in tree.items()}
+        return {key: _mapped(value, change) for key, value in tree.items()}
     if isinstance(tree, list):  # some networks tell lists from tuples, detectors for example
-        return [move(value, device) for value in tree]
+        return [_mapped(value, change) for value in tree]
     if isinstance(tree, tuple):
-        moved = (move(value, device) for value in tree)
-        return type(tree)(*moved) if hasattr(tree, "_fields") else tuple(moved)
+        changed = (_mapped(value, change) for value in tree)
+        return type(tree)(*changed) if hasattr(tree, "_fields") else tuple(changed)
     return tree
 
 
@@ -292,6 +304,8 @@ def _check(batches: Batches, what: str) -> None:
     if not len(batches) or batches.n_samples == 0:
         raise DataError(f"The {what} data are empty. Give at least one labelled batch.")
     for index, batch in enumerate(batches):
+        if not batch.n:
+            raise DataError(f"A batch of the {what} data is empty (batch {index}). Leave it out.")
         for name, tree in (("inputs", batch.inputs), ("labels", batch.labels)):
             for tensor in tensors(tree):
                 if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hq_optuna.batches import Batch, Batches, forward, tensors
+from hq_optuna.copies import copied
 from hq_optuna.curvature import LossFunction, is_cross_entropy
 from hq_optuna.curvature.places import IGNORED_LABEL
 from hq_optuna.errors import DataError, NetworkError
@@ -36,19 +36,18 @@ def check_forward(network: nn.Module, data: Batches, loss_fn: LossFunction) -> l
         DataError: Labels out of range, a loss that is not one finite number, or cross-entropy of
             what are no classes.
     """
-    try:
-        copied = copy.deepcopy(network).eval()
-    except Exception as error:  # of what the user's modules hold
-        raise NetworkError(
-            f"The network cannot be copied: {error}. Weights that a hook computes can be made "
-            "plain ones (torch.nn.utils.remove_weight_norm, torch.nn.utils.prune.remove), and "
-            "tensors with a graph that a module keeps can be detached."
-        ) from error
+    called = copied(network)
+    for name, value in called.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise NetworkError(
+                f"The network's state holds {name!r}, a {type(value).__name__} and no tensor "
+                "(get_extra_state), which neither a result nor a checkpoint can hold."
+            )
     batch = data[0]
     kept = [tensor.clone() for tensor in tensors(batch.inputs)]
-    first = forward(copied, batch.inputs)
+    first = forward(called, batch.inputs)
     _check_inputs_kept(batch, kept)
-    second = forward(copied, batch.inputs)
+    second = forward(called, batch.inputs)
     for a, b in zip(tensors(first), tensors(second), strict=True):
         if not torch.equal(a, b):
             if bool(torch.isnan(a).any()):
@@ -84,7 +83,7 @@ def check_forward(network: nn.Module, data: Batches, loss_fn: LossFunction) -> l
         raise DataError(
             f"The loss on the first calibration batch is {float(loss)}. Check labels and outputs."
         )
-    return _check_mean(copied, data, loss_fn, float(loss))
+    return _check_mean(called, data, loss_fn, float(loss))
 
 
 def _check_inputs_kept(batch: Batch, kept: list[Tensor]) -> None:

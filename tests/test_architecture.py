@@ -27,7 +27,7 @@ BASE = {"errors", "layers", "bit_config", "space", "whole_files", "_version"}
 PLAIN = {"cost", "search"}
 TORCH = {
     *("batches", "introspection", "quantization", "curvature", "scoring", "training"),
-    *("as_found", "checks", "devices"),
+    *("as_found", "checks", "copies", "devices"),
 }
 OPTUNA = {
     *("attrs", "workers", "history", "samplers", "pruners", "storages"),

@@ -320,3 +320,8 @@ def test_moving_keeps_the_shape_of_the_tree_and_the_original() -> None:
     assert [batch.n for batch in batches] == [4, 4, 2]
     assert batches[0].inputs.is_meta
     assert batches[0].labels.is_meta
+
+
+def test_an_empty_batch_among_others_is_named() -> None:
+    with pytest.raises(DataError, match=r"calibration data is empty \(batch 1\)"):
+        read_batches([(X, Y), (X[:0], Y[:0])])

@@ -52,6 +52,19 @@ def test_a_network_that_cannot_be_copied_is_refused_with_the_way_out():
     assert check_forward(network, data(), F.cross_entropy) == []
 
 
+def test_a_network_with_extra_state_that_is_no_tensor_is_refused():
+    class Extra(nn.Linear):
+        def get_extra_state(self):
+            return {"amax": 1.0}
+
+        def set_extra_state(self, state):
+            pass
+
+    network = nn.Sequential(Extra(3, 3)).double()
+    with pytest.raises(NetworkError, match=r"'0._extra_state', a dict and no tensor"):
+        check_forward(network, data(), F.cross_entropy)
+
+
 def test_dropout_that_eval_mode_does_not_turn_off_is_refused():
     network = make(Then(F.dropout))  # training=True is its default
     with pytest.raises(NetworkError, match=r"Two forward passes .* differ.*dropout"):

@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hq_optuna.batches import Batches, forward
 from hq_optuna.curvature.adam import LossFunction
@@ -77,10 +78,12 @@ def hutchinson(
         for index in range(most_sweeps * len(data)):
             batch = data[index % len(data)]
             seen.clear()
-            with torch.enable_grad():
+            # Fused attention has no second derivative.
+            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
                 loss = loss_fn(forward(net, batch.inputs), batch.labels)
                 check_differentiable(loss)
-                at = [*weights.values(), *(x for _, x in seen)]
+                inputs = tuple(seen)  # activation checkpointing calls layers again, going back
+                at = [*weights.values(), *(x for _, x in inputs)]
                 first = torch.autograd.grad(loss, at, create_graph=True, allow_unused=True)
             row = {}
             for (name, weight), g in zip(weights.items(), first, strict=False):
@@ -90,7 +93,7 @@ def hutchinson(
                 sums[name] += diagonal * batch.n
                 row[name] = (float(diagonal.double().mean()), 0.0)
             calls = dict.fromkeys(entries, 0)
-            for (name, x), g in zip(seen, first[len(weights) :], strict=True):
+            for (name, x), g in zip(inputs, first[len(weights) :], strict=True):
                 if len(entries[name]) == calls[name]:
                     entries[name].append(InputCurvature())
                 # The loss is a batch mean, so a sample's own Hessian is n times as large.

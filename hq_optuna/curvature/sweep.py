@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hq_optuna.copies import copied
 from hq_optuna.curvature.estimate import Curvature, InputCurvature, MeanCurvatures
 from hq_optuna.errors import ScoreError
 from hq_optuna.layers import LayerSpec
@@ -31,13 +31,13 @@ def differentiable(
         layers: Layers to look at.
         on_input: Told of each layer's input, in the order of the calls.
     """
-    copied = copy.deepcopy(network).eval()
-    for parameter in copied.parameters():
+    net = copied(network)
+    for parameter in net.parameters():
         parameter.requires_grad_(False)
     weights: dict[str, Tensor] = {}
     for layer in layers:  # a weight that others share is rounded in this layer alone
-        own = nn.Parameter(copied.get_parameter(f"{layer.name}.weight").detach().clone())
-        copied.get_submodule(layer.name).register_parameter("weight", own)
+        own = nn.Parameter(net.get_parameter(f"{layer.name}.weight").detach().clone())
+        net.get_submodule(layer.name).register_parameter("weight", own)
         weights[layer.name] = own
 
     def watch(
@@ -59,8 +59,15 @@ def differentiable(
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             return watch(name, args, kwargs)
 
-        copied.get_submodule(layer.name).register_forward_pre_hook(hook, with_kwargs=True)
-    yield copied, weights
+        net.get_submodule(layer.name).register_forward_pre_hook(hook, with_kwargs=True)
+    recurrent = any(isinstance(module, nn.RNNBase) for module in net.modules())
+    enabled = torch.backends.cudnn.enabled
+    try:
+        # cuDNN's recurrent layers have no gradient in eval mode.
+        torch.backends.cudnn.enabled = enabled and not recurrent
+        yield net, weights
+    finally:
+        torch.backends.cudnn.enabled = enabled
 
 
 def check_differentiable(loss: Tensor) -> None:

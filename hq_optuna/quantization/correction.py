@@ -31,6 +31,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from hq_optuna.batches import Batches, Precision, autocast, forward
 from hq_optuna.bit_config import LayerBits
 from hq_optuna.layers import FLOAT_BITS
+from hq_optuna.quantization.moments import has_known_axes
+from hq_optuna.quantization.observers import first_input
 from hq_optuna.quantization.prepare import get_bits, prepared_layers, set_bits
 from hq_optuna.quantization.statistics import channel_statistics
 
@@ -106,9 +108,13 @@ class StatisticsCorrection:
         normed: set[str] = set()
         means: dict[str, Tensor] = {}
         calls: dict[str, int] = {}
+        without: set[str] = set()
 
         def norm(name: str, module: Any, x: Tensor) -> None:
             calls[name] = calls.get(name, 0) + 1
+            if not x.numel():
+                without.add(name)
+                return
             mean, var = channel_statistics(x, 1)
             self._norms[name] = _Norm(
                 module.running_mean.clone(), module.running_var.clone(), mean, var
@@ -118,6 +124,9 @@ class StatisticsCorrection:
 
         def layer(name: str, module: nn.Module, output: Tensor) -> None:
             calls[name] = calls.get(name, 0) + 1
+            if not output.numel() or not has_known_axes(module):
+                without.add(name)
+                return
             outputs[id(output)] = name
             alive.append(output)
             means[name] = channel_statistics(output, channel_axis(module, output))[0]
@@ -125,9 +134,11 @@ class StatisticsCorrection:
         layers = {name: network.get_submodule(name) for name in prepared_layers(self.prepared)}
         with autocast(network, self.precision), _before(norms, norm), _after(layers, layer):
             forward(network, self.data[0].inputs)
-        # A module called twice has one set of statistics for two inputs: leave it alone.
-        self._norms = {n: s for n, s in self._norms.items() if calls[n] == 1}
-        self._shifted = {n: m for n, m in means.items() if n not in normed and calls[n] == 1}
+        # A module called twice has one set of statistics for two inputs, and one that no sample
+        # reached (an expert, regions of which there are none) has none: leave them alone.
+        left = without | {name for name, n in calls.items() if n > 1}
+        self._norms = {n: s for n, s in self._norms.items() if n not in left}
+        self._shifted = {n: m for n, m in means.items() if n not in normed | left}
 
     @torch.no_grad()
     def apply(
@@ -169,7 +180,9 @@ class StatisticsCorrection:
             x: What enters it if it is a batch-norm layer, else what leaves it without a shift.
         """
         new: tuple[Tensor, ...]
-        if name in self._norms:
+        if not x.numel():  # at these bits no sample comes here: as stored, not shifted
+            new = self._stored(name)
+        elif name in self._norms:
             seen, found = self._norms[name], channel_statistics(x, 1)
             new = corrected_statistics(
                 (seen.stored_mean, seen.stored_var), (seen.mean, seen.var), found
@@ -220,16 +233,13 @@ class StatisticsCorrection:
             return module.running_mean, module.running_var
         return (module.get_buffer(SHIFT),)
 
+    def _stored(self, name: str) -> tuple[Tensor, ...]:
+        if name in self._norms:
+            return self._norms[name].stored_mean, self._norms[name].stored_var
+        return (torch.zeros_like(self._shifted[name]),)
+
     def _reset(self, names: Iterable[str]) -> None:
-        norms, shifted = self._norms, self._shifted
-        self.restore(
-            {
-                name: (norms[name].stored_mean, norms[name].stored_var)
-                if name in norms
-                else (torch.zeros_like(shifted[name]),)
-                for name in names
-            }
-        )
+        self.restore({name: self._stored(name) for name in names})
 
 
 def corrected_statistics(
@@ -288,7 +298,10 @@ def _shifted(output: Tensor, shift: Tensor, axis: int) -> Tensor:
 @contextmanager
 def _before(modules: Mapping[str, nn.Module], see: Any) -> Iterator[None]:
     handles = [
-        module.register_forward_pre_hook(lambda m, args, name=name: see(name, m, args[0]))
+        module.register_forward_pre_hook(
+            lambda m, args, kwargs, name=name: see(name, m, first_input(args, kwargs)),
+            with_kwargs=True,
+        )
         for name, module in modules.items()
     ]
     try:

@@ -102,10 +102,13 @@ class WeightFakeQuantize(nn.Module):
         """Return what `keep` was given for this weight, if anything."""
         if bits not in self._kept or self._kept_for is None:
             return None
-        if self._kept_for.device != weight.device:
-            self._kept_for = self._kept_for.to(weight.device)
-            self._kept = {b: rounded.to(weight.device) for b, rounded in self._kept.items()}
-        return self._kept[bits] if torch.equal(self._kept_for, weight) else None
+        same = self._kept_for.to(weight)  # the network may have gone to another device or type
+        if not torch.equal(same, weight):
+            return None
+        if same is not self._kept_for:
+            self._kept_for = same
+            self._kept = {b: rounded.to(weight) for b, rounded in self._kept.items()}
+        return self._kept[bits]
 
     def begins(self, weight: Tensor, bits: int) -> Tensor | None:
         """Return where training of this weight begins, if `keep` was told."""

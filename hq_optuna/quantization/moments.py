@@ -98,9 +98,17 @@ def _products(rows: Tensor) -> Tensor:
 
 def can_have_moments(module: nn.Module) -> bool:
     """Return whether `input_moments` knows how this module meets its input."""
-    if isinstance(module, _ConvTransposeNd):
+    if isinstance(module, _ConvTransposeNd) or not has_known_axes(module):
         return False
     return columns(module) <= MOST_COLUMNS
+
+
+def has_known_axes(module: nn.Module) -> bool:
+    """Say whether inputs and outputs are laid out as PyTorch's own layers have them.
+
+    A linear layer with a forward pass of its own may have its features along any axis.
+    """
+    return not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward
 
 
 def columns(module: nn.Module) -> int:

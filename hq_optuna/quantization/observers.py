@@ -124,7 +124,10 @@ def observe_inputs(
 
     def fill(name: str, x: Tensor) -> None:
         low, high = bounds[name]
-        for part in torch.split(x.detach().float().flatten(), MOST_COUNTED):
+        values = x.detach().float().flatten()
+        if torch.are_deterministic_algorithms_enabled():
+            values = values.cpu()  # where `histc` is
+        for part in torch.split(values, MOST_COUNTED):
             counts[name] += torch.histc(part, N_BINS, low, high).double().cpu()
 
     with watch_inputs(network, names, fill):

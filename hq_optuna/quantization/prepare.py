@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
@@ -11,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from hq_optuna.bit_config import BitConfig
+from hq_optuna.copies import copied
 from hq_optuna.errors import SpaceError
 from hq_optuna.layers import FLOAT_BITS, MAX_BITS, MIN_BITS, LayerSpec
 from hq_optuna.quantization.modules import InputFakeQuantize, WeightFakeQuantize
@@ -52,7 +52,7 @@ def prepare(
             f"quantizers: {unknown[0]!r} is none of the layers to prepare: "
             f"{', '.join(layer.name for layer in layers)}."
         )
-    prepared = copy.deepcopy(network)
+    prepared = copied(network)
     for layer in layers:
         module = prepared.get_submodule(layer.name)
         quantizer = WeightFakeQuantize(layer.channel_axis, chosen.get(layer.name, UNIFORM))
@@ -60,7 +60,8 @@ def prepare(
         histogram = None if inputs is None else inputs[layer.name]
         module.add_module(_INPUT, InputFakeQuantize(histogram, observer))
         module.register_forward_pre_hook(_quantize_input, with_kwargs=True)
-    return prepared.eval()
+    prepared.eval()
+    return prepared
 
 
 def _quantize_input(
@@ -86,7 +87,7 @@ def input_quantizer(module: nn.Module) -> InputFakeQuantize:
 
 def is_prepared(module: nn.Module) -> bool:
     """Say whether a module is a prepared layer."""
-    return hasattr(module, _INPUT)
+    return _INPUT in module._modules  # attributes may be those of a layer that it wraps
 
 
 def prepared_layers(network: nn.Module) -> dict[str, nn.Module]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hq_optuna.batches import Batches, forward
+from hq_optuna.copies import copied
 from hq_optuna.errors import DataError
 
 Evaluate = Callable[[nn.Module, Batches], Mapping[str, float]]
@@ -52,7 +52,7 @@ def check_evaluate(evaluate: Evaluate, model: nn.Module, data: Batches) -> None:
     Raises:
         DataError: It fails, returns no numbers by name, or an accuracy in percent.
     """
-    network = copy.deepcopy(model).eval()
+    network = copied(model)
     for batches in (Batches(data[:1]), data):
         try:
             found = evaluate(network, batches)
@@ -127,7 +127,7 @@ def before_and_after(
     """
     facts: dict[str, float] = {f"{what}_samples": data.n_samples}
     prefix = "" if what == "validation" else f"{what}_"
-    original = copy.deepcopy(model).eval()
+    original = copied(model)
     if evaluate is accuracy:
         before, after = right(original, data), right(network, data)
         if before is not None and after is not None:

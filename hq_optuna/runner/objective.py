@@ -21,6 +21,7 @@ from hq_optuna.attrs import Ticket
 from hq_optuna.batches import Precision, read_batches
 from hq_optuna.bit_config import BitConfig
 from hq_optuna.checks import check_forward
+from hq_optuna.copies import copied
 from hq_optuna.curvature import LossFunction
 from hq_optuna.errors import ResumeError
 from hq_optuna.history import read_history
@@ -234,7 +235,7 @@ class HessianObjective:
 
     def _prepare(self, study: Study | None) -> Scorer:
         built = self.setup.build(
-            copy.deepcopy(self.model).eval(),
+            copied(self.model),
             self.space,
             self.data,
             self.loss_fn,

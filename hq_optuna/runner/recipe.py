@@ -7,7 +7,6 @@ quantizer that could round them otherwise on another machine.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hq_optuna.bit_config import BitConfig
+from hq_optuna.copies import copied
 from hq_optuna.errors import RecipeError, SpaceError
 from hq_optuna.layers import FLOAT_BITS, LayerSpec
 from hq_optuna.quantization.correction import SHIFT, add_shift
@@ -130,9 +130,9 @@ def load(folder: str | Path, network: nn.Module) -> nn.Module:
     shifts = {k.removeprefix(_SHIFT): v for k, v in tensors.items() if k.startswith(_SHIFT)}
     state = {k: v for k, v in tensors.items() if not k.startswith((_SCALE, _CODES, _SHIFT))}
     layers = [LayerSpec.from_json(_spec(entry)) for entry in recipe["layers"].values()]
-    copied = copy.deepcopy(network)
+    own = copied(network)
     try:
-        copied.load_state_dict(state)
+        own.load_state_dict(state)
     except RuntimeError as error:
         raise RecipeError(
             f"The result in {folder} belongs to a network of another structure: {error}"
@@ -143,7 +143,7 @@ def load(folder: str | Path, network: nn.Module) -> nn.Module:
         if "name" in entry.get("weight_quantizer", {})
     }
     try:
-        prepared = prepare(copied, layers, quantizers=named)
+        prepared = prepare(own, layers, quantizers=named)
     except SpaceError as error:
         raise RecipeError(
             f"The result in {folder} needs a quantizer of another version: {error} "

@@ -10,7 +10,6 @@ sensitivities at them, both by content hash.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import logging
 import math
@@ -29,6 +28,7 @@ from hq_optuna.artifacts import Artifacts, Reference
 from hq_optuna.attrs import Ticket
 from hq_optuna.batches import Batches, merge_first
 from hq_optuna.bit_config import BitConfig
+from hq_optuna.copies import copied
 from hq_optuna.curvature import LossFunction
 from hq_optuna.errors import (
     ArtifactError,
@@ -322,7 +322,7 @@ class TrainedSteps:
         if not self.setup.correction or settings.label_weight == 1:
             return
         data = merge_first(self.data, statistics_samples(self.space.layers))
-        of = copy.deepcopy(self.model).eval()
+        of = copied(self.model)
         correction = StatisticsCorrection(network, data, self.setup.precision, of=of)
         correction.apply(only=set(correction.modules) - without_bias(network))
         fold_shifts_(network)

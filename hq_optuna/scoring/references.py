@@ -104,6 +104,8 @@ def _ranges(prepared: nn.Module, names: list[str], data: Batches) -> Mapping[str
     highs: dict[str, float] = {}
 
     def see(name: str, x: Tensor) -> None:
+        if not x.numel():
+            return
         lows[name] = min(lows.get(name, float(x.min())), float(x.min()))
         highs[name] = max(highs.get(name, float(x.max())), float(x.max()))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from torch import nn
 
 from hq_optuna.batches import Batch, Batches, Precision, autocast, check_precision, forward
 from hq_optuna.bit_config import BitConfig, LayerBits
+from hq_optuna.copies import copied
 from hq_optuna.curvature import LossFunction
 from hq_optuna.errors import ScoreError
 from hq_optuna.layers import FLOAT_BITS
@@ -288,7 +288,7 @@ class Scorer:
     def _outputs_in_float(self) -> list[Any]:
         if self._float_outputs is None:
             if self._teacher is not None:
-                teacher = copy.deepcopy(self._teacher).eval()
+                teacher = copied(self._teacher)
                 self._float_outputs = [forward(teacher, batch.inputs) for batch in self.data]
             else:
                 before = get_bits(self.prepared)

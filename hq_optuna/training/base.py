@@ -8,7 +8,6 @@ rounded ones.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hq_optuna.bit_config import BitConfig
+from hq_optuna.copies import copied
 from hq_optuna.layers import FLOAT_BITS, LayerSpec
 from hq_optuna.quantization.correction import SHIFT
 from hq_optuna.quantization.prepare import (
@@ -89,7 +89,7 @@ def trained_base(
     load_trained_(prepared, tensors)
     config = get_bits(prepared)
     state = prepared.state_dict()
-    plain = copy.deepcopy(model).eval()
+    plain = copied(model)
     scales, ranges, behind = {}, {}, {}
     for name, module in prepared_layers(prepared).items():
         bits, quantizer = config[name], weight_quantizer(module)

@@ -29,8 +29,8 @@ class TrainingData:
             anew each epoch and cut into batches; the incomplete last one is left out, because
             batch-norm and the second moments want equal batches. Any other iterable of
             ``(inputs, labels)`` batches, such as a ``DataLoader``, is read once an epoch as it is;
-            if it shuffles by PyTorch's, NumPy's or Python's global random state, it does so
-            repeatably.
+            if it shuffles by PyTorch's, NumPy's or Python's global random state, or by a generator
+            of its own, it does so repeatably.
         batch_size: Samples a batch, for tensors and datasets.
         augment: Changes the inputs of each batch, which it may not write into.
         views: How often each batch is augmented.
@@ -142,11 +142,11 @@ class TrainingData:
             return
         loader: Iterable[Any] = self._iterable
         if self._dataset is not None:
-            loader = DataLoader(
-                self._dataset, self.batch_size, shuffle=True, drop_last=True, generator=generator
-            )
-        for item in loader:
-            yield item if isinstance(item, Batch) else _labelled(item)
+            shuffled = torch.randperm(self._n, generator=generator, device="cpu").tolist()
+            loader = DataLoader(self._dataset, self.batch_size, sampler=shuffled, drop_last=True)
+        with _own_chance(loader, generator.initial_seed()):
+            for item in loader:
+                yield item if isinstance(item, Batch) else _labelled(item)
 
 
 def blended(views: list[Any], share: float, generator: torch.Generator) -> list[Tensor]:
@@ -188,6 +188,21 @@ def seeded(seed: int, *devices: torch.device) -> Iterator[None]:
             np.random.set_state(kept[1])
 
 
+@contextmanager
+def _own_chance(loader: Iterable[Any], seed: int) -> Iterator[None]:
+    """Seed the generators that a loader has of its own, and put their states back."""
+    samplers = (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
+    found = (getattr(holder, "generator", None) for holder in (loader, *samplers))
+    kept = {g: g.get_state() for g in found if isinstance(g, torch.Generator)}
+    try:
+        for generator in kept:
+            generator.manual_seed(seed)
+        yield
+    finally:
+        for generator, state in kept.items():
+            generator.set_state(state)
+
+
 def epoch_seed(seed: int, epoch: int) -> int:
     """Return the seed of one epoch: no random state need be kept to go on from any of them."""
     text = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
@@ -207,6 +222,11 @@ def _labelled(item: Any) -> Batch:
         inputs = tuple(inputs)
     if next(tensors(inputs), None) is None:
         raise DataError("A training batch holds no tensor as input.")
+    if isinstance(labels, (bool, int, float)) or (isinstance(labels, Tensor) and not labels.dim()):
+        raise DataError(
+            "A training batch has one number as its label: these look like samples. Give them as a "
+            "Dataset, or as batches; a plain list of samples is not batched for you."
+        )
     return Batch(inputs, labels, n_samples(inputs))
 
 

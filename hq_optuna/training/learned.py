@@ -250,7 +250,7 @@ class LearnedInput(InputFakeQuantize):
     def forward(self, x: Tensor) -> Tensor:
         """Return the rounded input."""
         quant_min, quant_max = activation_grid(self.bits)
-        n = x.numel() // max(len(x), 1)
+        n = max(x.numel() // max(len(x), 1), 1)  # an expert may get no sample
         factor = 1 / (math.sqrt(n * quant_max) * self.start**2)
         low, high = quant_min - self.zero_point, quant_max - self.zero_point
         rounded: Tensor = _Rounding.apply(x, self.log_scale, low, high, factor, False)

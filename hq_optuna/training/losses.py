@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hq_optuna.curvature import LossFunction, is_cross_entropy
+from hq_optuna.curvature.places import IGNORED_LABEL
 from hq_optuna.errors import DataError
 
 
@@ -97,10 +98,19 @@ def training_loss(
     return torch.stack(parts).sum() if len(parts) > 1 else parts[0]
 
 
-def right_and_counted(outputs: Any, labels: Any) -> tuple[int, int]:
-    """Return how many classes are right, and of how many; ``(0, 0)`` where there are none."""
-    if not (isinstance(outputs, Tensor) and isinstance(labels, Tensor)):
+def right_and_counted(outputs: Any, labels: Any, loss_fn: LossFunction | None) -> tuple[int, int]:
+    """Return how many classes are right, and of how many; ``(0, 0)`` where there are none.
+
+    Ignored labels do not count. Nor does anything where the axis of the classes cannot be told:
+    outputs ``(N, T, C)`` with as many classes as places, and a loss that is not known.
+    """
+    axis = class_axis(outputs, labels, loss_fn)
+    if axis is None or not isinstance(labels, Tensor) or labels.is_floating_point():
         return 0, 0
-    if labels.is_floating_point() or labels.dim() != outputs.dim() - 1:
+    places = [n for i, n in enumerate(outputs.shape) if i != axis % outputs.dim()]
+    told = is_cross_entropy(loss_fn) or outputs.dim() == 2 or outputs.shape[1] != outputs.shape[-1]
+    if not told or list(labels.shape) != places or outputs.shape[axis] < 2:
         return 0, 0
-    return int((outputs.detach().argmax(1) == labels).sum()), labels.numel()
+    counted = labels != getattr(loss_fn, "ignore_index", IGNORED_LABEL)
+    right = (outputs.detach().argmax(axis) == labels) & counted
+    return int(right.sum()), int(counted.sum())

@@ -27,6 +27,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hq_optuna.quantization.correction import corrected_statistics
+from hq_optuna.quantization.observers import first_input
 
 
 class _Seen(NamedTuple):
@@ -40,12 +41,17 @@ class _Seen(NamedTuple):
 class MatchedNorms:
     """The batch-norm layers of a network and those of its teacher, by name.
 
+    A batch with one value a channel or none, in either network, is normalized as in evaluation.
+
     Attributes:
         pairs: Name → the network's layer, the teacher's.
     """
 
     pairs: dict[str, tuple[_BatchNorm, _BatchNorm]]
-    _seen: dict[str, list[_Seen]] = field(default_factory=lambda: defaultdict(list), repr=False)
+    _seen: dict[str, list[_Seen | None]] = field(
+        default_factory=lambda: defaultdict(list), repr=False
+    )
+    _calls: dict[str, int] = field(default_factory=lambda: defaultdict(int), repr=False)
 
     @classmethod
     def of(cls, network: nn.Module, teacher: nn.Module) -> MatchedNorms:
@@ -67,31 +73,41 @@ class MatchedNorms:
         """
         with ExitStack() as stack:
             for name, (module, theirs) in self.pairs.items():
-                reads = theirs.register_forward_pre_hook(self._reads(name, module))
+                read = self._reads(name, module)
+                reads = theirs.register_forward_pre_hook(read, with_kwargs=True)
                 stack.callback(reads.remove)
                 module.forward = self._follows(name, module, theirs)  # type: ignore[assignment]
                 stack.callback(module.__dict__.pop, "forward")
-            stack.callback(self._seen.clear)
+            stack.callback(self.next_batch)
             yield
 
     def next_batch(self) -> None:
         """Forget what the teacher saw."""
         self._seen.clear()
+        self._calls.clear()
 
-    def _reads(self, name: str, module: _BatchNorm) -> Callable[[nn.Module, Any], None]:
-        def read(theirs: nn.Module, inputs: Any) -> None:
+    def _reads(self, name: str, module: _BatchNorm) -> Callable[[nn.Module, Any, Any], None]:
+        def read(theirs: nn.Module, args: Any, kwargs: Any) -> None:
             if module.training:
-                self._seen[name].append(_normalized(theirs, inputs[0].detach(), None, None)[1])
+                x = first_input(args, kwargs).detach()
+                seen = _normalized(theirs, x, None, None)[1] if _has_spread(theirs, x) else None
+                self._seen[name].append(seen)
 
         return read
 
     def _follows(
         self, name: str, module: _BatchNorm, theirs: _BatchNorm
     ) -> Callable[[Tensor], Tensor]:
-        def forward(x: Tensor) -> Tensor:
+        def forward(input: Tensor) -> Tensor:
             if not module.training or not self._seen[name]:
-                return type(module).forward(module, x)
-            seen = self._seen[name].pop(0)  # a layer that is called twice has two
+                return type(module).forward(module, input)
+            # A layer that is called twice has two; activation checkpointing calls it again.
+            seen = self._seen[name][self._calls[name] % len(self._seen[name])]
+            self._calls[name] += 1
+            if seen is None or not _has_spread(module, input):
+                running = module.running_mean, module.running_var
+                own = module.weight, module.bias
+                return functional.batch_norm(input, *running, *own, False, 0.0, module.eps)
             stored_mean: Any = theirs.running_mean
             stored_var: Any = theirs.running_var
             spread = (stored_var + module.eps).sqrt()
@@ -100,9 +116,9 @@ class MatchedNorms:
             weight, bias = gain, shift
             if module.affine:
                 weight, bias = module.weight * gain, module.weight * shift + module.bias
-            out, own = _normalized(module, x, weight, bias)
+            out, found = _normalized(module, input, weight, bias)
             with torch.no_grad():
-                _note(module, *corrected_statistics((stored_mean, stored_var), seen, own))
+                _note(module, *corrected_statistics((stored_mean, stored_var), seen, found))
             return out
 
         return forward
@@ -115,6 +131,11 @@ def _is_plain(module: nn.Module | None) -> bool:
         and type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
         and module.running_mean is not None
     )
+
+
+def _has_spread(module: Any, x: Tensor) -> bool:
+    """Say whether there are two values of each channel: one has no spread, none no mean."""
+    return x.numel() > len(module.running_mean)
 
 
 def _normalized(

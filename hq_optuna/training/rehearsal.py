@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from hq_optuna.batches import forward, move
+from hq_optuna.batches import autocast, forward, in_single, move
+from hq_optuna.copies import copied
 from hq_optuna.curvature import LossFunction
 from hq_optuna.errors import DataError, HqOptunaError
 from hq_optuna.training.data import Augment, epoch_seed, seeded
-from hq_optuna.training.losses import mean_of_views, training_loss
+from hq_optuna.training.losses import mean_of_views, right_and_counted, training_loss
 from hq_optuna.training.settings import TrainingSettings
 
 
@@ -40,27 +40,38 @@ def rehearse(
         DataError: The data, the augmentation, the network in training mode, or the loss fail.
         ValueError: The settings need an augmentation.
     """
+    if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+        raise DataError(
+            "Steps of the optimizer vanish in half precision (float16), so this network cannot be "
+            "trained. Give network.float(), and precision='bfloat16' for speed."
+        )
     reader = settings.data(data, augment)
     device = next(model.parameters()).device
-    network, teacher = copy.deepcopy(model).train(), copy.deepcopy(model).eval()
+    network, teacher = copied(model, training=True), copied(model)
     seed = epoch_seed(settings.seed, 0)
     with seeded(seed, device), torch.no_grad():
         with _explained("The first training batch cannot be read or augmented", _AUGMENT):
             batch, views = next(reader.epoch(torch.Generator().manual_seed(seed)))
         inputs, labels = move(batch.inputs, device), move(batch.labels, device)
         targets = None
-        if settings.label_weight < 1:
-            others = [move(view, device) for view in views]
-            targets = mean_of_views([forward(teacher, view) for view in (inputs, *others)])
-        with _explained("The network fails in training mode on the first training batch", _MODE):
-            outputs = forward(network, inputs)
+        with autocast(network, settings.precision):
+            if settings.label_weight < 1:
+                others = [move(view, device) for view in views]
+                with _explained("The network fails on the first training batch", _INPUTS):
+                    targets = mean_of_views([forward(teacher, view) for view in (inputs, *others)])
+            with _explained(f"{_FAILS} on the first training batch", _MODE):
+                outputs = in_single(forward(network, inputs), settings.precision)
         with _explained("The loss fails on the first training batch", _LOSS):
             training_loss(
                 outputs, labels, targets, loss_fn, settings.label_weight, settings.temperature
             )
+        with _explained("The classes of the first training batch cannot be counted", _LOSS):
+            right_and_counted(outputs, labels, loss_fn)
 
 
 _AUGMENT = "Training data are (inputs, labels), and augment is called with (inputs, generator)."
+_INPUTS = "Give training inputs that are prepared as the calibration data are."
+_FAILS = "The network fails in training mode"
 _MODE = "What wants more than its inputs to be trained cannot be trained here."
 _LOSS = "It is called with (outputs, labels); in training mode outputs may be others."
 

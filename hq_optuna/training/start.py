@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor, nn
 
@@ -18,18 +20,22 @@ MARGIN = 0.1
 def start_weights_(network: nn.Module, start: Start) -> None:
     """Set the float weights of a prepared network to where training begins.
 
-    Weights without compensated ones stay, as do those that other parametrizations compute.
+    Weights without compensated ones stay, as do those that other parametrizations compute, and
+    those that another module uses too: an embedding that is the last layer's weight stays right.
 
     Args:
         network: A prepared network with its bits set.
         start: See `Start`.
     """
+    owners = Counter(id(p) for m in network.modules() for p in m._parameters.values())
     for module in prepared_layers(network).values():
         quantizer = weight_quantizer(module)
         parametrizations = module.parametrizations.weight  # type: ignore[union-attr]
         if start == "float" or quantizer.bits == FLOAT_BITS or len(parametrizations) > 1:  # type: ignore[arg-type]
             continue
         weight: Tensor = float_weight(module)
+        if owners[id(weight)] > 1:
+            continue
         kept = quantizer.kept(weight, quantizer.bits)
         if kept is None:
             continue

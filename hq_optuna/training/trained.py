@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from hq_optuna.bit_config import BitConfig
+from hq_optuna.copies import copied
 from hq_optuna.errors import CheckpointError
 from hq_optuna.layers import FLOAT_BITS
 from hq_optuna.quantization.correction import SHIFT, add_shift
@@ -114,10 +114,10 @@ def rounded_copy(network: nn.Module) -> nn.Module:
     Args:
         network: A prepared network with its bits set; left as it is.
     """
-    copied = copy.deepcopy(network).eval()
-    for module in prepared_layers(copied).values():
+    plain = copied(network)
+    for module in prepared_layers(plain).values():
         _harden_(module)
-    return copied
+    return plain
 
 
 @torch.no_grad()

@@ -12,7 +12,6 @@ bit for bit.
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -25,7 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hq_optuna.batches import Batch, autocast, forward, move
+from hq_optuna.batches import Batch, autocast, forward, in_single, move
+from hq_optuna.copies import copied
 from hq_optuna.curvature import LossFunction
 from hq_optuna.errors import CheckpointError, TrainingError
 from hq_optuna.quantization.prepare import get_bits, prepared_layers, weight_quantizer
@@ -136,7 +136,7 @@ class Trainer:
         self.device = next(network.parameters()).device
         self.teacher = None
         if teacher is not None and settings.label_weight < 1:
-            self.teacher = copy.deepcopy(teacher).to(self.device).eval().requires_grad_(False)
+            self.teacher = copied(teacher).to(self.device).requires_grad_(False)
         self._norms = MatchedNorms({})
         if settings.batch_norm == "matched" and self.teacher is not None:
             self._norms = MatchedNorms.of(network, self.teacher)
@@ -145,6 +145,8 @@ class Trainer:
         self._belongs = self._identity()
         known = self._read(checkpoint)  # refused before anything has changed
         start_weights_(network, settings.start)
+        if not any(parameter.requires_grad for parameter in network.parameters()):
+            network.requires_grad_(True)  # frozen for inference, not for training
         self.steps = LearnedSteps.of(network, passes=settings.out_of_range == "pass")
         self._trained = {n: p for n, p in network.named_parameters() if p.requires_grad}
         self._log_scales = dict(self.steps.named_parameters())
@@ -267,7 +269,7 @@ class Trainer:
                 batches = (inputs, *(move(view, self.device) for view in views))
                 with torch.no_grad():
                     targets = mean_of_views([forward(self.teacher, x) for x in batches])
-            outputs = forward(self.network, inputs)
+            outputs = in_single(self._outputs(inputs), settings.precision)
         loss = training_loss(
             outputs, labels, targets, self.loss_fn, settings.label_weight, settings.temperature
         )
@@ -282,7 +284,18 @@ class Trainer:
         if settings.clip_norm is not None:
             nn.utils.clip_grad_norm_(self._trained.values(), settings.clip_norm)
         self.optimizer.step()
-        return value, *right_and_counted(outputs, None if settings.blend else labels)
+        return value, *right_and_counted(outputs, None if settings.blend else labels, self.loss_fn)
+
+    def _outputs(self, inputs: Any) -> Any:
+        try:
+            return forward(self.network, inputs)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise TrainingError(
+                f"Batch-norm cannot normalize a training batch of one sample: {error}. Leave it "
+                "out, as DataLoader(drop_last=True) does."
+            ) from error
 
     def second_moments(self) -> SecondMoments | None:
         """Return the second moments of the weights' gradients; ``None`` where none are kept (SGD).

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hq_optuna.batches import read_batches
 from hq_optuna.curvature import hutchinson
@@ -174,3 +175,62 @@ def test_a_network_in_half_precision_has_the_curvature_of_the_same_in_single():
     expected = hutchinson(half.float(), layers, single, F.mse_loss, most_sweeps=4, tolerance=0)
     assert found.weights["0"].dtype == torch.float32
     torch.testing.assert_close(found.weights["0"], expected.weights["0"], rtol=0.03, atol=0)
+
+
+def test_fused_attention_has_a_second_derivative_too():
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True, dropout=0.0)
+    network = nn.Sequential(encoder, nn.Flatten(), nn.Linear(24, 3)).eval()
+    data = read_batches((rows(16, 3, 8).float(), torch.arange(16) % 3))
+    layers = layers_of(network, data[0].inputs)
+    found = hutchinson(network, layers, data, F.cross_entropy)
+    assert all(bool(h.any()) for h in found.weights.values())
+
+
+class Checkpointed(nn.Module):
+    """Computes its layers anew on the way back, in evaluation mode too."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+        self.on = True
+
+    def forward(self, x):
+        return checkpoint(self.body, x, use_reentrant=False) if self.on else self.body(x)
+
+
+def test_activation_checkpointing_changes_nothing():
+    torch.manual_seed(0)
+    network = Checkpointed().eval()
+    data = read_batches((rows(16, 3).float(), torch.arange(16) % 3))
+    layers = layers_of(network, data[0].inputs)
+    found = []
+    for network.on in (True, False):
+        found.append(hutchinson(network, layers, data, F.cross_entropy))
+    for name in found[0].weights:
+        assert torch.equal(found[0].weights[name], found[1].weights[name])
+
+
+@pytest.mark.parametrize("recurrent", [True, False])
+def test_recurrent_layers_of_cudnn_have_no_gradient_in_eval_mode_and_are_not_used(recurrent):
+    seen = []
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = nn.Linear(3, 4), nn.Linear(4, 3)
+            self.middle = nn.GRU(4, 4, batch_first=True) if recurrent else nn.Identity()
+
+        def forward(self, x):
+            seen.append(torch.backends.cudnn.enabled)
+            z = self.middle(self.first(x))
+            return self.head((z[0] if recurrent else z)[:, -1])
+
+    network = Net().eval()
+    data = read_batches((rows(8, 5, 3).float(), torch.arange(8) % 3))
+    layers = layers_of(network, data[0].inputs)
+    before = torch.backends.cudnn.enabled
+    seen.clear()
+    hutchinson(network, layers, data, F.cross_entropy)
+    assert set(seen) == {before and not recurrent}
+    assert torch.backends.cudnn.enabled == before

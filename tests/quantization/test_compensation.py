@@ -268,3 +268,24 @@ def test_a_changed_weight_is_rounded_to_nearest_again():
         weight -= 0.25
         weight.copy_(float_weight(copied.get_submodule("1")))
     assert torch.equal(quantizer.quantized(weight, 3), kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_network_that_is_cast_keeps_its_compensated_codes(dtype):
+    network, data = correlated_network()
+    layers = layers_of(network, data)
+    prepared = prepare(network, layers)
+    compensate_weights(prepared, layers, data, {"1": [3]})
+    set_bits(prepared, {"1": (3, 32)})
+    layer = prepared.get_submodule("1")
+    scale = weight_quantizer(layer).scale(float_weight(layer), 3)[:, None]
+    codes = (layer.weight.double() / scale).round()
+    nearest = weight_quantizer(layer).quantizer.quantize(float_weight(layer), scale[:, 0], 3, 0)
+    assert not torch.equal(codes, (nearest.double() / scale).round())
+    cast = copy.deepcopy(prepared).to(dtype)
+    assert cast.get_submodule("1").weight.dtype == dtype
+    assert torch.equal((cast.get_submodule("1").weight.double() / scale).round(), codes)
+    assert torch.equal((cast.float().get_submodule("1").weight.double() / scale).round(), codes)
+    with torch.no_grad():  # another weight is another matter
+        float_weight(layer).mul_(1.1)
+    assert weight_quantizer(layer).kept(float_weight(layer), 3) is None

@@ -13,8 +13,9 @@ from hq_optuna.bit_config import BitConfig
 from hq_optuna.introspection import introspect
 from hq_optuna.layers import FLOAT_BITS
 from hq_optuna.quantization import prepare, set_bits
+from hq_optuna.quantization.compensation import compensate_weights
 from hq_optuna.quantization.correction import StatisticsCorrection
-from hq_optuna.quantization.prepare import prepared_layers
+from hq_optuna.quantization.prepare import float_weight, prepared_layers, weight_quantizer
 
 
 @pytest.fixture(autouse=True)
@@ -271,3 +272,65 @@ def test_the_correcting_pass_gives_what_a_later_one_gives_under_autocast(bits: i
         later = forward(prepared, data[0].inputs)
     assert outputs.dtype == later.dtype == torch.bfloat16
     assert torch.equal(outputs, later)
+
+
+class Experts(nn.Module):
+    """The expert and its batch-norm get the samples that a router likes: none at times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.expert, self.norm = nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4)
+        with torch.no_grad():
+            self.router.weight.copy_(torch.eye(4))
+            self.router.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.router(x)
+        taken = (z[:, 0] > 1).nonzero()[:, 0]
+        return z.index_add(0, taken, self.norm(self.expert(z[taken])))
+
+
+@pytest.mark.parametrize("in_float", [True, False])
+def test_what_no_sample_reaches_stays_as_it_is_stored(in_float: bool) -> None:
+    """In float, or only at some bits: 3 bits take 0.45 for 0 or 0.9, and -0.9 to 0.9 for 2.7."""
+    network = Experts().eval()
+    x = torch.randn(8, 4).clamp(max=0.5)
+    if not in_float:
+        x[0, 0] = 1.2  # the one sample that the expert sees
+    data = read_batches((x, torch.zeros(8, dtype=torch.long)))
+    prepared = prepare(network, introspect(network, x + 9).layers)
+    correction = StatisticsCorrection(prepared, data)
+    assert ("norm" in correction.modules) is not in_float
+    with torch.no_grad():
+        weight = prepared.router.parametrizations.weight.original
+        weight.mul_(0.5)  # now it sees none at all
+    set_bits(prepared, {"router": (3, 32), "expert": (3, 32)})
+    correction.apply()
+    assert torch.equal(prepared.norm.running_mean, torch.zeros(4))
+    assert torch.equal(prepared.norm.running_var, torch.ones(4))
+    assert not bool(prepared.expert.output_shift.any())
+    assert bool(prepared(x).isfinite().all())
+
+
+class Pixels(nn.Linear):
+    """A linear layer over channels that are not the last axis."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(x, self.weight[:, :, None, None], self.bias)
+
+
+@pytest.mark.parametrize("size", [4, 5])  # 4 is the number of channels too
+def test_a_linear_layer_with_axes_of_its_own_is_neither_shifted_nor_compensated(size: int) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(2, 4, 1), nn.ReLU(), Pixels(4, 6), nn.Flatten()).eval()
+    data = read_batches((torch.randn(8, 2, size, size), torch.zeros(8, dtype=torch.long)))
+    layers = introspect(network, data[0].inputs).layers
+    prepared = prepare(network, layers)
+    compensate_weights(prepared, layers, data, {layer.name: [3] for layer in layers})
+    set_bits(prepared, {"0": (3, 32), "2": (3, 32)})
+    correction = StatisticsCorrection(prepared, data)
+    correction.apply()
+    assert correction.modules == ("0",)
+    layer = prepared.get_submodule("2")
+    weight = float_weight(layer)
+    assert weight_quantizer(layer).kept(weight, 3) is None

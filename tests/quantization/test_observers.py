@@ -162,3 +162,17 @@ def test_inputs_given_by_keyword_are_seen():
     network(X)
     assert [name for name, _ in seen] == ["inner"]
     assert torch.equal(seen[0][1], X)
+
+
+def test_the_histogram_is_the_same_with_deterministic_algorithms():
+    network, x = nn.Sequential(nn.Linear(3, 2)), torch.randn(40, 3)
+    data = read_batches((x, torch.zeros(40)))
+    found = []
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            found.append(observe_inputs(network, ["0"], data)["0"])
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert found[0].counts.sum() == 120
+    assert (found[0].counts == found[1].counts).all()

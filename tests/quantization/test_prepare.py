@@ -9,6 +9,7 @@ from torch import nn
 from hq_optuna.batches import read_batches
 from hq_optuna.bit_config import BitConfig, LayerBits
 from hq_optuna.errors import HqOptunaError, SpaceError
+from hq_optuna.introspection import introspect
 from hq_optuna.layers import FLOAT_BITS
 from hq_optuna.quantization import get_bits, modules, observe_inputs, prepare, set_bits
 from hq_optuna.quantization.prepare import float_weight, prepared_layers
@@ -266,3 +267,26 @@ def test_layers_on_sequences_can_be_set(flat):
     for network in (prepared, other):
         set_bits(network, uniform(network, 4))
     torch.testing.assert_close(prepared(x), other(x))
+
+
+class Delegating(nn.Module):
+    """Has what its layer has, as wrappers do."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def test_a_wrapper_that_delegates_to_a_layer_is_none():
+    network = nn.Sequential(Delegating(nn.Linear(3, 3)), nn.Linear(3, 2))
+    prepared = prepare(network, introspect(network, torch.zeros(2, 3)).layers)
+    assert list(prepared_layers(prepared)) == ["0.layer", "1"]

@@ -59,7 +59,8 @@ def test_fit_is_the_fisher_trace_times_the_noise_power_of_uniform_rounding(name)
             assert found.activations[layer.name][bits] == pytest.approx(inputs * noise)
 
 
-def test_the_range_of_a_layer_that_some_batches_pass_by_is_that_of_the_others():
+@pytest.mark.parametrize("expert", [False, True])
+def test_the_range_of_a_layer_that_some_batches_pass_by_is_that_of_the_others(expert):
     class Detour(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -68,7 +69,14 @@ def test_the_range_of_a_layer_that_some_batches_pass_by_is_that_of_the_others():
         def forward(self, x: Tensor) -> Tensor:
             return self.b(self.a(x) if bool(x.mean() > 0) else x)
 
-    network = make(Detour)
+    class Expert(Detour):
+        """Calls its layer with no samples, instead of not at all."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            taken = x if bool(x.mean() > 0) else x[:0]
+            return self.b(torch.cat([self.a(taken), x[len(taken) :]]))
+
+    network = make(Expert if expert else Detour)
     batches = [rows(8, 3, seed=i) + shift for i, shift in enumerate((5, -5, 5))]
     labels = torch.arange(8) % 3
     data = read_batches([(x, labels) for x in batches])

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from hq_optuna.errors import DataError
 from hq_optuna.training import TrainingData
@@ -46,6 +46,18 @@ def test_a_shuffling_loader_is_repeatable():
     training = TrainingData(DataLoader(TensorDataset(X, Y), 5, shuffle=True), batch_size=99)
     assert training.steps == 2 and training.batch_size == 5
     assert read(training) == read(training) != read(training, seed=1)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_loader_that_shuffles_by_a_generator_of_its_own_is_repeatable(sampled):
+    own, pairs = generator(3), TensorDataset(X, Y)
+    loader = DataLoader(pairs, 5, shuffle=True, generator=own)
+    if sampled:
+        loader = DataLoader(pairs, 5, sampler=RandomSampler(pairs, generator=own))
+    training = TrainingData(loader, batch_size=99)
+    state = own.get_state()
+    assert read(training) == read(training) != read(training, seed=1)
+    assert torch.equal(own.get_state(), state)
 
 
 def test_a_list_of_batches_is_read_as_it_is():
@@ -121,6 +133,8 @@ def test_the_digest_tells_data_apart():
         (iter([(X, Y)]), "read only once"),
         ([X], "is a pair"),
         ([(X, Y, Y)], "got tuple of 3"),
+        (list(zip(X, Y.tolist(), strict=True)), "these look like samples"),
+        (list(zip(X, Y, strict=True)), "a plain list of samples is not batched"),
         (7, "are a int; give"),
     ],
 )

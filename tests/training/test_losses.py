@@ -10,7 +10,7 @@ from hq_optuna.errors import DataError
 from hq_optuna.introspection import introspect
 from hq_optuna.quantization import observe_inputs, prepare, set_bits
 from hq_optuna.training import Trainer, TrainingSettings
-from hq_optuna.training.losses import class_axis, distillation, training_loss
+from hq_optuna.training.losses import class_axis, distillation, right_and_counted, training_loss
 from tests.small_networks import seeded
 
 
@@ -39,6 +39,29 @@ def whole(*shape):
 def test_class_scores_are_told_by_loss_and_labels(outputs, labels, loss_fn, axis):
     assert class_axis(torch.zeros(outputs), labels, loss_fn) == axis
     assert class_axis({"logits": torch.zeros(outputs)}, labels, loss_fn) is None
+
+
+@pytest.mark.parametrize(
+    ("outputs", "labels", "loss_fn", "found"),
+    [
+        ((5, 3), whole(5), F.cross_entropy, (5, 5)),
+        ((5, 7, 3), whole(5, 7), lambda z, y: z.sum(), (35, 35)),  # a class for each token
+        ((5, 3, 3), whole(5, 3), lambda z, y: z.sum(), (0, 0)),  # one cannot tell
+        ((5, 3, 3), whole(5, 3), F.cross_entropy, (15, 15)),
+        ((5, 3, 2, 2), whole(5, 2, 2).fill_(-100), F.cross_entropy, (0, 0)),  # ignored
+        ((5, 1), whole(5), F.binary_cross_entropy_with_logits, (0, 0)),  # one logit
+        ((5, 3), torch.zeros(5, 3), F.cross_entropy, (0, 0)),  # probabilities
+        ((5, 3), whole(5) + 1, F.cross_entropy, (0, 5)),
+    ],
+)
+def test_right_classes_are_counted_where_there_are_classes(outputs, labels, loss_fn, found):
+    assert right_and_counted(torch.zeros(outputs), labels, loss_fn) == found
+
+
+def test_ignored_labels_are_not_counted():
+    z = F.one_hot(torch.arange(6) % 3, 3).float()
+    labels = torch.tensor([0, 1, 2, 1, 9, 9])
+    assert right_and_counted(z, labels, nn.CrossEntropyLoss(ignore_index=9)) == (3, 4)
 
 
 def test_the_divergence_is_over_the_axis_of_the_classes():

@@ -1,20 +1,26 @@
 """Batch-norm that follows the teacher: against its formula, and against statistics correction."""
 
 import copy
+import dataclasses
+import math
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from hq_optuna.batches import read_batches
+from hq_optuna.errors import TrainingError
+from hq_optuna.introspection import introspect
 from hq_optuna.layers import FLOAT_BITS
+from hq_optuna.quantization import prepare, set_bits
 from hq_optuna.quantization.correction import StatisticsCorrection
-from hq_optuna.training import TrainingSettings
+from hq_optuna.training import Trainer, TrainingSettings
 from hq_optuna.training.matching import MatchedNorms
 from tests.small_networks import seeded
-from tests.training.examples import float_net, images, prepared_net
-from tests.training.short import trainer
+from tests.training.examples import float_net, images, labelled, prepared_net
+from tests.training.short import SHORT, trainer
 
 IN_FLOAT = {"conv": (FLOAT_BITS, FLOAT_BITS), "head": (FLOAT_BITS, FLOAT_BITS)}
 
@@ -216,5 +222,68 @@ def test_frozen_layers_use_their_statistics_even_of_a_single_value():
     with MatchedNorms.of(net, teacher).in_training():
         assert torch.equal(teacher(x), net(x))
         net.train()
-        with pytest.raises(ValueError, match="more than 1 value per channel"):
-            teacher(x)
+        assert torch.equal(teacher(x), net(x))
+
+
+class Checkpointed(Twice):
+    """Computes its norms anew on the way back."""
+
+    def forward(self, x):
+        return (
+            checkpoint(super().forward, x, use_reentrant=False)
+            if self.training
+            else super().forward(x)
+        )
+
+
+def test_activation_checkpointing_changes_nothing_but_the_count_of_batches():
+    runs = []
+    for kind in (Twice, Checkpointed):
+        torch.manual_seed(0)
+        teacher, net = kind().eval(), kind()
+        x = images(6).requires_grad_()
+        with MatchedNorms.of(net, teacher).in_training():
+            teacher(x.detach())
+            out = net(x)
+            out.square().sum().backward()
+        runs.append((out, x.grad, net.conv.weight.grad))
+    for one, other in zip(*runs, strict=True):
+        assert torch.equal(one, other)
+
+
+class ByName(Twice):
+    def forward(self, x):
+        return self.norm(input=F.relu(self.norm(input=self.conv(x))) + 1)
+
+
+def test_norms_may_be_called_by_keyword():
+    torch.manual_seed(0)
+    teacher = ByName().eval()
+    x = 2 * images(6) + 1
+    out = followed(copy.deepcopy(teacher), teacher, x)
+    torch.testing.assert_close(out, teacher(x).detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_norm", ["matched", "batch"])
+def test_a_last_batch_of_one_sample(batch_norm):
+    settings = dataclasses.replace(SHORT, epochs=1, batch_norm=batch_norm)
+    pooled = nn.Sequential(
+        nn.AdaptiveAvgPool2d(1), nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.Flatten()
+    )
+    x, y = labelled(9)
+    pooled.eval()
+    layers = introspect(pooled, x).layers
+    prepared = prepare(pooled, layers)
+    set_bits(prepared, {"1": (3, 32)})
+    run = Trainer(
+        prepared,
+        [(x[:8], y[:8]), (x[8:], y[8:])],
+        settings,
+        teacher=pooled,
+        loss_fn=F.cross_entropy,
+    )
+    if batch_norm == "batch":
+        with pytest.raises(TrainingError, match=r"batch of one sample: .*drop_last"):
+            list(run.epochs())
+    else:
+        assert math.isfinite(next(run.epochs()).loss)

@@ -61,6 +61,8 @@ def test_a_training_that_is_possible_is_rehearsed_without_a_trace():
             {"settings": TrainingSettings(label_weight=1.0)},
             "loss fails on the first training batch.*may be others",
         ),
+        (lambda: float_net(dtype=torch.float64), {}, "fails on the first .* prepared as the cal"),
+        (lambda: float_net().half(), {}, r"half precision .* Give network.float\(\)"),
         (
             lambda: nn.Sequential(float_net(), nn.Unflatten(1, (1, 3))),
             {"settings": TrainingSettings(teacher_views=2)},

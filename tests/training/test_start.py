@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 
 from hq_optuna.batches import read_batches
 from hq_optuna.introspection import introspect
+from hq_optuna.quantization import prepare, set_bits
 from hq_optuna.quantization.compensation import compensate_weights
 from hq_optuna.quantization.functional import quantize_weight
 from hq_optuna.quantization.prepare import float_weight, weight_quantizer
@@ -31,6 +33,33 @@ def test_float_weights_stay_where_they_are():
     before = weights(net)
     start_weights_(net, "float")
     assert all(torch.equal(w, before[name]) for name, w in weights(net).items())
+
+
+class Tied(nn.Module):
+    """An embedding whose table is the last layer's weight too."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x):
+        return self.head(self.embedding(x).mean(1))
+
+
+@pytest.mark.parametrize("start", ["rounded", "moved"])
+def test_a_weight_that_another_module_uses_too_stays(start):
+    torch.manual_seed(0)
+    data = read_batches((torch.randint(0, 7, (32, 3)), torch.randint(0, 7, (32,))))
+    network = Tied().eval()
+    layers = introspect(network, data[0].inputs).layers
+    prepared = prepare(network, layers)
+    set_bits(prepared, {"head": (3, 32)})
+    compensate_weights(prepared, layers, data, {"head": [3]})
+    before = prepared(data[0].inputs)
+    start_weights_(prepared, start)
+    assert torch.equal(prepared.embedding.weight, network.embedding.weight)
+    assert torch.equal(prepared(data[0].inputs), before)
 
 
 @pytest.mark.parametrize("start", ["rounded", "moved"])
