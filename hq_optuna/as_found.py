@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from hq_optuna.devices import random_state_kept
+
+_CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, deque, set)
 
 
 @contextmanager
@@ -34,7 +36,7 @@ def as_found(network: nn.Module) -> Iterator[None]:
         (value, value.copy())
         for _, _, saved in attributes
         for value in saved.values()
-        if type(value) in (dict, OrderedDict, list, set)
+        if type(value) in _CONTAINERS
     ]
     # `.data` keeps the storage, should the network assign another one (max-norm constraints do).
     held = [(t, t.data, t.detach().clone()) for t in (*network.parameters(), *network.buffers())]
@@ -52,7 +54,8 @@ def as_found(network: nn.Module) -> Iterator[None]:
         np.random.set_state(random_states[1])
         for container, saved in containers:
             container.clear()
-            container.extend(saved) if isinstance(container, list) else container.update(saved)
+            in_order = isinstance(container, (list, deque))
+            container.extend(saved) if in_order else container.update(saved)
         for module, training, values in attributes:
             if module.training != training:
                 module.training = training  # a scripted module keeps it outside its attributes

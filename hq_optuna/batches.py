@@ -90,6 +90,11 @@ def in_single(tree: Any, precision: Precision) -> Any:
     return _mapped(tree, lambda x: x.float() if x.dtype == torch.bfloat16 else x)
 
 
+def cloned(tree: Any) -> Any:
+    """Return the tree with copies of its tensors, for a function that may write into them."""
+    return _mapped(tree, Tensor.clone)
+
+
 def _mapped(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Return the tree with its tensors changed."""
     if isinstance(tree, Tensor):
@@ -99,8 +104,7 @@ def _mapped(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(tree, list):  # some networks tell lists from tuples, detectors for example
         return [_mapped(value, change) for value in tree]
     if isinstance(tree, tuple):
-        changed = (_mapped(value, change) for value in tree)
-        return type(tree)(*changed) if hasattr(tree, "_fields") else tuple(changed)
+        return _like(tree, (_mapped(value, change) for value in tree))
     return tree
 
 
@@ -188,7 +192,8 @@ def merge(data: Batches, max_samples: int) -> Batches:
     for batch in data:
         last = merged[-1] if merged else None
         if last is not None and last.n + batch.n <= max_samples:
-            inputs, labels = _cat(last.inputs, batch.inputs), _cat(last.labels, batch.labels)
+            inputs = _cat(last.inputs, batch.inputs, last.n, batch.n)
+            labels = _cat(last.labels, batch.labels, last.n, batch.n)
             if inputs is not None and labels is not None:
                 merged[-1] = Batch(inputs, labels, last.n + batch.n)
                 continue
@@ -210,17 +215,28 @@ def merge_first(data: Batches, max_samples: int) -> Batches:
     return Batches([*merge(Batches(data[:taken]), max_samples), *data[taken:]])
 
 
-def _cat(a: Any, b: Any) -> Any | None:
-    """Return two trees joined along their first axes, or ``None`` where they do not fit."""
+def _cat(a: Any, b: Any, n: int, m: int) -> Any | None:
+    """Return two trees of n and m samples as one, or ``None`` where they do not fit.
+
+    Tensors whose first axis holds samples are joined along it; any other must be the same in both.
+    """
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return torch.cat([a, b]) if a.dim() and a.shape[1:] == b.shape[1:] else None
+        if not (a.dim() and b.dim() and len(a) % n == 0 and len(b) % m == 0):
+            return a if a.shape == b.shape and torch.equal(a, b) else None
+        fit = a.shape[1:] == b.shape[1:] and len(a) // n == len(b) // m
+        return torch.cat([a, b]) if fit else None
     if isinstance(a, Mapping) and isinstance(b, Mapping) and a.keys() == b.keys():
-        values = {key: _cat(value, b[key]) for key, value in a.items()}
+        values = {key: _cat(value, b[key], n, m) for key, value in a.items()}
         return None if any(value is None for value in values.values()) else values
     if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
-        parts = tuple(_cat(x, y) for x, y in zip(a, b, strict=True))
-        return None if any(part is None for part in parts) else parts
+        parts = tuple(_cat(x, y, n, m) for x, y in zip(a, b, strict=True))
+        return None if any(part is None for part in parts) else _like(a, parts)
     return None
+
+
+def _like(kind: tuple[Any, ...], values: Iterable[Any]) -> tuple[Any, ...]:
+    """Return values in a tuple, of the same names where it has names."""
+    return type(kind)(*values) if hasattr(kind, "_fields") else tuple(values)
 
 
 def _read(data: Any, batch_size: int, what: str, limit: int | None = None) -> Batches:
@@ -244,8 +260,12 @@ def _read(data: Any, batch_size: int, what: str, limit: int | None = None) -> Ba
             "Dataset, or an iterable of (inputs, labels) batches such as a DataLoader."
         )
     batches = []
+    held = isinstance(data, (list, tuple))
     for item in data:
-        batches.append(_batch(item, what))
+        batch = _batch(item, what)
+        if not held:  # a loader may fill the same memory anew each time
+            batch = Batch(cloned(batch.inputs), cloned(batch.labels), batch.n)
+        batches.append(batch)
         if limit is not None and len(batches) >= limit:
             break
     return Batches(batches)
@@ -258,7 +278,7 @@ def _slice(tree: Any, part: slice) -> Any:
         return {key: _slice(value, part) for key, value in tree.items()}
     if isinstance(tree, list):
         return [_slice(value, part) for value in tree]
-    return tuple(_slice(value, part) for value in tree)
+    return _like(tree, (_slice(value, part) for value in tree))
 
 
 def _batch(item: Any, what: str) -> Batch:
@@ -290,14 +310,17 @@ def _batch(item: Any, what: str) -> Batch:
 
 
 def n_samples(inputs: Inputs) -> int:
-    """Return the samples in a batch of inputs: the first tensor's first axis.
+    """Return the samples in a batch of inputs: the first axis of the first tensor that has axes.
 
     A list of tensors as the first argument, as detectors take, holds one sample an entry.
     """
-    first = inputs
-    while isinstance(first, (tuple, Mapping)) and len(first):
-        first = next(iter(first.values())) if isinstance(first, Mapping) else first[0]
-    return len(first)
+    if isinstance(inputs, Tensor):
+        return len(inputs) if inputs.dim() else 0
+    if isinstance(inputs, list):
+        return len(inputs)
+    values = inputs.values() if isinstance(inputs, Mapping) else inputs
+    parts = (v for v in values if isinstance(v, (Tensor, list, tuple, Mapping)))
+    return next((n for n in map(n_samples, parts) if n), 0)
 
 
 def _check(batches: Batches, what: str) -> None:

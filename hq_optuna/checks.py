@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hq_optuna.batches import Batch, Batches, forward, tensors
+from hq_optuna.batches import Batches, cloned, forward, tensors
 from hq_optuna.copies import copied
 from hq_optuna.curvature import LossFunction, is_cross_entropy
 from hq_optuna.curvature.places import IGNORED_LABEL
@@ -44,17 +44,25 @@ def check_forward(network: nn.Module, data: Batches, loss_fn: LossFunction) -> l
                 "(get_extra_state), which neither a result nor a checkpoint can hold."
             )
     batch = data[0]
-    kept = [tensor.clone() for tensor in tensors(batch.inputs)]
+    kept = [(t, t.clone(), _version(t)) for t in tensors(batch.inputs)]
     first = forward(called, batch.inputs)
-    _check_inputs_kept(batch, kept)
+    _check_inputs_kept(kept)
+    if len(data) > 1:  # which may leave something behind
+        forward(called, cloned(data[-1].inputs))
     second = forward(called, batch.inputs)
+    if len(list(tensors(first))) != len(list(tensors(second))):
+        raise NetworkError(
+            "Two forward passes of the same images in eval mode return different numbers of "
+            "tensors. Scores must be repeatable; make eval mode deterministic."
+        )
     for a, b in zip(tensors(first), tensors(second), strict=True):
         if not torch.equal(a, b):
             if bool(torch.isnan(a).any()):
                 break
             raise NetworkError(
                 "Two forward passes of the same images in eval mode differ: the network is random "
-                "(dropout with training=True, random augmentation inside forward?). "
+                "(dropout with training=True, random augmentation inside forward?), or remembers "
+                "what it saw (a buffer that forward updates and uses?). "
                 "Scores must be repeatable; make eval mode deterministic."
             )
     for output in tensors(first):
@@ -86,13 +94,22 @@ def check_forward(network: nn.Module, data: Batches, loss_fn: LossFunction) -> l
     return _check_mean(called, data, loss_fn, float(loss))
 
 
-def _check_inputs_kept(batch: Batch, kept: list[Tensor]) -> None:
-    """Refuse a network that writes into its input, and put the input back."""
+def _version(tensor: Tensor) -> int:
+    """Return how often a tensor was written, as far as PyTorch counts."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _check_inputs_kept(kept: list[tuple[Tensor, Tensor, int]]) -> None:
+    """Refuse a network that writes into its input, and put the input back.
+
+    Also where this batch's values stay the same by it, as those that are clamped already.
+    """
     changed = False
-    for tensor, copy_ in zip(tensors(batch.inputs), kept, strict=True):
-        if not torch.equal(tensor, copy_):
-            tensor.copy_(copy_)
+    for tensor, before, version in kept:
+        if not torch.equal(tensor, before):
+            tensor.copy_(before)
             changed = True
+        changed |= _version(tensor) > version
     if changed:
         raise NetworkError(
             "The network writes into its input (an in-place operation such as `x.sub_(mean)` or "

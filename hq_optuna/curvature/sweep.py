@@ -13,7 +13,7 @@ from hq_optuna.copies import copied
 from hq_optuna.curvature.estimate import Curvature, InputCurvature, MeanCurvatures
 from hq_optuna.errors import ScoreError
 from hq_optuna.layers import LayerSpec
-from hq_optuna.quantization.observers import first_input
+from hq_optuna.quantization.observers import first_input, with_first_input
 
 
 @contextmanager
@@ -50,7 +50,7 @@ def differentiable(
         else:  # the network's own input, or behind something without gradient
             x = x.detach().clone().requires_grad_(True)
         on_input(name, x)
-        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "input": x})
+        return with_first_input(args, kwargs, x)
 
     for layer in layers:
 

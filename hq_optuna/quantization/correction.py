@@ -124,7 +124,7 @@ class StatisticsCorrection:
 
         def layer(name: str, module: nn.Module, output: Tensor) -> None:
             calls[name] = calls.get(name, 0) + 1
-            if not output.numel() or not has_known_axes(module):
+            if not _has_places(output) or not has_known_axes(module):
                 without.add(name)
                 return
             outputs[id(output)] = name
@@ -258,6 +258,11 @@ def corrected_statistics(
     return found[0] - (right[0] - stored[0]) * ratio.sqrt(), stored[1] * ratio
 
 
+def _has_places(output: Any) -> bool:
+    """Say whether an output has values to take a mean of; some layers return several tensors."""
+    return isinstance(output, Tensor) and output.numel() > 0
+
+
 def add_shift(layer: nn.Module) -> None:
     """Give a prepared layer an output shift, zero for each channel."""
     if SHIFT in dict(layer.named_buffers(recurse=False)):
@@ -268,7 +273,7 @@ def add_shift(layer: nn.Module) -> None:
     layer.register_forward_hook(_add_shift)
 
 
-def _add_shift(module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+def _add_shift(module: nn.Module, _args: Any, output: Any) -> Tensor | None:
     shift = module.get_buffer(SHIFT)
     if not bool(shift.any()):
         return None  # the output itself: float stays float bit for bit

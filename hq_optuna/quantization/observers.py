@@ -62,9 +62,25 @@ class InputHistogram:
 
 def first_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     """Return the tensor a quantizable layer is called with."""
-    value = args[0] if args else kwargs["input"]
+    value = args[0] if args else kwargs[_first_name(kwargs)]
     assert isinstance(value, Tensor)
     return value
+
+
+def with_first_input(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return a layer's arguments with another tensor in the place of `first_input`."""
+    if args:
+        return (x, *args[1:]), dict(kwargs)
+    return args, {**kwargs, _first_name(kwargs): x}
+
+
+def _first_name(kwargs: Mapping[str, Any]) -> str:
+    """Return PyTorch's name of a layer's input, or that which a class of the user's gave it."""
+    if "input" in kwargs:
+        return "input"
+    return next(name for name, value in kwargs.items() if isinstance(value, Tensor))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from hq_optuna.copies import copied
 from hq_optuna.errors import SpaceError
 from hq_optuna.layers import FLOAT_BITS, MAX_BITS, MIN_BITS, LayerSpec
 from hq_optuna.quantization.modules import InputFakeQuantize, WeightFakeQuantize
-from hq_optuna.quantization.observers import InputHistogram, Observer, first_input
+from hq_optuna.quantization.observers import InputHistogram, Observer, first_input, with_first_input
 from hq_optuna.quantization.quantizers import UNIFORM, quantizer_named
 
 _INPUT = "input_fake_quantize"
@@ -68,7 +68,7 @@ def _quantize_input(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     x = input_quantizer(module)(first_input(args, kwargs))
-    return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "input": x})
+    return with_first_input(args, kwargs, x)
 
 
 def weight_quantizer(module: nn.Module) -> WeightFakeQuantize:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,6 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from hq_optuna.batches import Inputs, plain_attention, tensors
 from hq_optuna.devices import wait_for
@@ -63,6 +67,8 @@ class NetworkGraph:
         constants: Values of nodes that are attributes, by node; parameters are read when used.
         measured: What was seen of each node in `measure`.
         downstream: For each prepared layer the nodes that change with its bits; after `measure`.
+        inside: The modules that a node calls: its own, and after `measure` those that it was seen
+            to call, from a hook or a plain list.
     """
 
     network: nn.Module
@@ -80,11 +86,13 @@ class NetworkGraph:
             if node.op == "call_module"
         }
         self.downstream: dict[str, frozenset[fx.Node]] = {}
+        self.inside = {node: set(module.modules()) for node, module in self.modules.items()}
 
     def _find_downstream(self) -> None:
-        inside = {node: set(module.modules()) for node, module in self.modules.items()}
         self.downstream = {
-            name: frozenset(self._after(node for node, held in inside.items() if layer in held))
+            name: frozenset(
+                self._after(node for node, held in self.inside.items() if layer in held)
+            )
             for name, layer in prepared_layers(self.network).items()
         }
 
@@ -169,8 +177,11 @@ class NetworkGraph:
             UncuttableError: A node writes what is read later in another shape.
         """
         values: dict[fx.Node, Any] = {self.entry: inputs}
-        with plain_attention():
+        called: set[nn.Module] = set()
+        watch = register_module_forward_pre_hook(lambda module, _: called.add(module))
+        with plain_attention(), removed_after(watch):
             for index, node in enumerate(self.nodes):
+                called.clear()
                 seen = [
                     (other, tensor, tensor._version)
                     for other, value in values.items()
@@ -180,6 +191,8 @@ class NetworkGraph:
                 value = self.call(node, values)
                 wait_for(tensors(value))
                 seconds = time.perf_counter() - started
+                self.inside[node] = self.inside.get(node, set()) | called
+                _check_followed(node, value)
                 written = {other for other, t, version in seen if t._version != version}
                 self.measured[node] = Measured(seconds, _held(value), tuple(written))
                 values[node] = value
@@ -235,6 +248,26 @@ class NetworkGraph:
         return live
 
 
+@contextmanager
+def removed_after(handle: RemovableHandle) -> Iterator[None]:
+    """Remove a hook after the body."""
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _check_followed(node: fx.Node, value: Any) -> None:
+    """Refuse a value in which tensors hide.
+
+    Raises:
+        UncuttableError: An object with tensors in its attributes, which nobody here looks at.
+    """
+    followed = isinstance(value, (Tensor, nn.Module, Mapping, list, tuple))
+    if not followed and next(tensors(getattr(value, "__dict__", {})), None) is not None:
+        raise UncuttableError(f"{node} returns tensors in a {type(value).__name__}")
+
+
 def plain(tree: Any) -> Any:
     """Return lists and dictionaries instead of torch.fx's immutable ones."""
     if isinstance(tree, dict):
@@ -281,6 +314,7 @@ class _Tracer(fx.Tracer):
         return (
             module_qualified_name in self.whole
             or hooked
+            or isinstance(m, _BatchNorm)  # any subclass: its statistics are corrected when called
             or (not plain and super().is_leaf_module(m, module_qualified_name))
         )
 

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from hq_optuna.batches import Batches, Inputs, forward, plain_attention, tensors
-from hq_optuna.bit_config import BitConfig, LayerBits
-from hq_optuna.layers import FLOAT_BITS
+from hq_optuna.batches import Batches, Inputs, plain_attention, tensors
+from hq_optuna.bit_config import BitConfig
 from hq_optuna.quantization.correction import StatisticsCorrection
-from hq_optuna.quantization.prepare import get_bits, set_bits, weight_quantizer
+from hq_optuna.quantization.prepare import set_bits
+from hq_optuna.scoring.cut_checks import CutChecks
 from hq_optuna.scoring.cuts import choose_cuts
-from hq_optuna.scoring.graph import NetworkGraph, UncuttableError, equal, memory_of, plain
+from hq_optuna.scoring.graph import NetworkGraph, UncuttableError, memory_of, plain
 from hq_optuna.scoring.running import NodeRunner
 from hq_optuna.scoring.together import Group, Stacker
 
@@ -87,20 +87,26 @@ class Reuse:
         self.data = data
         self.correction = correction
         self.memory = memory
+        if len({structure(batch.inputs) for batch in data}) > 1:
+            raise UncuttableError("its batches have inputs of different structure")
         self.graph = NetworkGraph.trace(prepared, data[0].inputs)
         self._kept: _Kept | None = None
         self._own: set[int] = set()  # memory of the network's own tensors, as a run begins
         self.runner = NodeRunner(self.graph)
-        self._check(searched)
-        self.cuts = choose_cuts(self.graph, searched, memory, data.n_samples / data[0].n)
+        checks = CutChecks(self.graph, data, correction, self._nodes)
+        self._own = self.runner.own()
+        checks.check_parts()
+        self.cuts = choose_cuts(self.graph, searched, memory, self._batches)
         names = (
             {} if correction is None else {prepared.get_submodule(n): n for n in correction.modules}
         )
         self._inside = {
-            node: {names[m] for m in module.modules() if m in names}
-            for node, module in self.graph.modules.items()
+            node: {names[m] for m in modules if m in names}
+            for node, modules in self.graph.inside.items()
         }
         self.stacker = Stacker(self.runner, correction, self._inside)
+        if self.cuts:
+            checks.check_reuse(searched, self.cuts)
 
     @property
     def n_bytes(self) -> int:
@@ -121,9 +127,16 @@ class Reuse:
         seconds = sum(m.seconds for m in measured.values()) / max(len(measured), 1)
         if not self.cuts or (seconds > LONG_S and not self._on_gpu):
             return 1
-        batches = self.data.n_samples / self.data[0].n
-        room = self.memory - sum(measured[node].n_bytes for node in self.cuts) * batches
-        return min(MOST_TOGETHER, 1 + int(max(room, 0) // max(self.graph.peak_bytes, 1)))
+        kept = sum(measured[node].n_bytes for node in self.cuts) * self._batches
+        peak = self.graph.peak_bytes * max(_sizes(self.data)) / _sizes(self.data)[0]
+        room = min(max(self.memory - kept, 0) // max(peak, 1), MOST_TOGETHER - 1)
+        return 1 + int(room)
+
+    @property
+    def _batches(self) -> float:
+        """How many batches of the first one's size there are; images may differ in size."""
+        sizes = _sizes(self.data)
+        return float(max(sum(sizes) / sizes[0], self.data.n_samples / self.data[0].n))
 
     @property
     def _on_gpu(self) -> bool:
@@ -253,9 +266,6 @@ class Reuse:
             kept.values[index].update(found)
         return outputs
 
-    def _whole(self, inputs: Inputs) -> Any:
-        return self._nodes(inputs, {}, self.graph.needed({}), frozenset(), {})
-
     def _nodes(
         self,
         inputs: Inputs,
@@ -290,38 +300,21 @@ class Reuse:
             if name.rpartition(".")[0] not in corrected or isinstance(t, nn.Parameter)
         )
 
-    @torch.no_grad()
-    def _check(self, searched: Sequence[str]) -> None:
-        """Run parts and whole side by side, in float and with the searched weights rounded.
 
-        What tracing took for constant, a weight read outside its layer for example, shows here.
-        """
-        before, self._own = get_bits(self.prepared), self.runner.own()
-        inputs = self.data[0].inputs
-        floats = dict.fromkeys(before, LayerBits(FLOAT_BITS, FLOAT_BITS))
-        try:
-            for bits, run in (
-                (floats, self.graph.measure),
-                ({n: LayerBits(self._rounding(n), FLOAT_BITS) for n in searched}, self._whole),
-            ):
-                set_bits(self.prepared, bits)
-                whole = forward(self.prepared, inputs)  # before, so that times are not first times
-                if not equal(run(inputs), whole):
-                    raise UncuttableError("its parts do not give the outputs of the whole")
-        except UncuttableError:
-            raise
-        except Exception as error:  # whatever the network's own code raises on being cut
-            raise UncuttableError(f"its parts do not run: {error}") from error
-        finally:
-            set_bits(self.prepared, before)
-
-    def _rounding(self, name: str) -> int:
-        """Return bits that a layer's quantizer can do and that change every weight."""
-        all_bits = weight_quantizer(self.prepared.get_submodule(name)).quantizer.all_bits
-        return _CHECKED if _CHECKED in all_bits else all_bits[0]
+def structure(tree: Any) -> str:
+    """Return what tells inputs of one structure from those of another, whatever their values."""
+    if isinstance(tree, Mapping):
+        return f"{{{','.join(f'{key}:{structure(value)}' for key, value in tree.items())}}}"
+    if isinstance(tree, (list, tuple)):
+        return f"{type(tree).__name__}({','.join(map(structure, tree))})"
+    return type(tree).__name__
 
 
-_CHECKED = 3
+def _sizes(data: Batches) -> list[int]:
+    """Return the elements of each batch's inputs."""
+    return [max(sum(t.numel() for t in tensors(batch.inputs)), 1) for batch in data]
+
+
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
 

@@ -47,7 +47,7 @@ class NodeRunner:
 
         Args:
             node: The node.
-            values: Values of those it reads.
+            values: Values of those it reads, and of others that are still to be read.
             foreign: Where memory is that must not be written.
             last: Who reads a value last; a value of nobody's may be written over by them.
         """
@@ -62,7 +62,11 @@ class NodeRunner:
                 and value in self._fresh
                 and last.get(value) is node
                 and not _touches(values[value], foreign)
+                and not _touches(values[value], others(value))
             )
+
+        def others(value: fx.Node) -> set[int]:  # on this batch an operation may return a view
+            return {memory_of(t) for n, v in values.items() if n is not value for t in tensors(v)}
 
         if measured.alone and not measured.writes and any(map(free, node.args)):
             args = map_arg(node.args, values.__getitem__)

@@ -10,7 +10,15 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import nn
 
-from hq_optuna.batches import Batch, Batches, Precision, autocast, check_precision, forward
+from hq_optuna.batches import (
+    Batch,
+    Batches,
+    Precision,
+    autocast,
+    check_precision,
+    cloned,
+    forward,
+)
 from hq_optuna.bit_config import BitConfig, LayerBits
 from hq_optuna.copies import copied
 from hq_optuna.curvature import LossFunction
@@ -231,7 +239,7 @@ class Scorer:
             batch = self.data[index]
             found.append([])
             for outputs in several:
-                loss = float(self.loss_fn(outputs, batch.labels)) * batch.n
+                loss = float(self.loss_fn(cloned(outputs), batch.labels)) * batch.n
                 rise = 0.0 if expected is None else self._rise(expected[index], outputs, batch)
                 found[-1].append((loss, rise))
         n, sums = self.data.n_samples, list[tuple[float, float | None]]()
@@ -247,7 +255,7 @@ class Scorer:
         if isinstance(self.output_rise, CrossEntropyRise):
             rise = float(self.output_rise(expected, outputs, batch.labels))
         else:
-            rise = float(self.output_rise(expected, outputs))
+            rise = float(self.output_rise(cloned(expected), cloned(outputs)))
             if self.output_rise is not squared_error_rise:
                 return rise  # the user's own, who knows what a sample is
         # A sample may have several rows of outputs, such as its tokens.
@@ -259,7 +267,7 @@ class Scorer:
         if self._float_loss is None:
             with autocast(self.prepared, self.precision):
                 losses = [
-                    float(self.loss_fn(outputs, batch.labels)) * batch.n
+                    float(self.loss_fn(cloned(outputs), batch.labels)) * batch.n
                     for outputs, batch in zip(self._outputs_in_float(), self.data, strict=True)
                 ]
             self._float_loss = math.fsum(losses) / self.data.n_samples

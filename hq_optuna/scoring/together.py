@@ -99,8 +99,8 @@ class Stacker:
         self.correction, self.inside = correction, inside
         names = {layer: name for name, layer in prepared_layers(self.graph.network).items()}
         self._layers = {
-            node: {names[module]: module for module in held.modules() if module in names}
-            for node, held in self.graph.modules.items()
+            node: {names[module]: module for module in held if module in names}
+            for node, held in self.graph.inside.items()
         }
         self._tried = {node for node in self.graph.nodes if self._may_be_tried(node)}
         self._trusted: dict[tuple[fx.Node, Shapes, int], bool] = {}
@@ -284,7 +284,8 @@ class _Pass:
         """Run a node for one candidate."""
         stacker, group = self.stacker, self.group
         values = {value: self.part(value, j) for value in node.all_input_nodes}
-        foreign = self.foreign | {
+        foreign = self.foreign | self._others(node)
+        foreign |= {
             memory_of(t)
             for value in values
             if value in self.each and self.each[value].parts is None
@@ -320,16 +321,23 @@ class _Pass:
             values = {value: copy_of(tree) for value, tree in values.items()}
         names = stacker.inside.get(node)
         module = stacker.graph.modules.get(node)
+        foreign = self.foreign | self._others(node)
         if not names or stacker.correction is None:
-            return stacker.runner.run(node, values, self.foreign, {} if careful else self.last)
+            return stacker.runner.run(node, values, foreign, {} if careful else self.last)
         [name] = names
         if isinstance(module, _NORMS):
             [x] = node.args
             assert isinstance(x, fx.Node)
             return self._normed(module, name, values[x], members)
         with stacker.correction.unshifted(name):
-            output = stacker.runner.run(node, values, self.foreign, {} if careful else self.last)
+            output = stacker.runner.run(node, values, foreign, {} if careful else self.last)
         return self._shifted(name, output, members)
+
+    def _others(self, node: fx.Node) -> set[int]:
+        """Return the memory of candidates' own values that others will read and a node does not."""
+        read = node.all_input_nodes
+        others = [its for value, its in self.each.items() if value not in read]
+        return {memory_of(t) for its in others for t in tensors((its.joined, its.parts))}
 
     def _normed(self, module: nn.Module, name: str, x: Tensor, members: tuple[int, ...]) -> Tensor:
         """Run a batch-norm layer with the statistics of each candidate."""
