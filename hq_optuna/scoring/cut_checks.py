@@ -76,6 +76,8 @@ class CutChecks:
                 set_bits(self.prepared, rounded)
                 _compare(correction.apply(lambda: self._all(inputs)), whole)
                 _compare(correction.state(names), state)
+                # The other batches run with what was corrected on the first.
+                _compare(self._all(inputs), forward(self.prepared, inputs))
 
     @torch.no_grad()
     def check_reuse(self, searched: Sequence[str], cuts: frozenset[fx.Node]) -> None:
