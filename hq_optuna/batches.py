@@ -261,7 +261,7 @@ def _read(data: Any, batch_size: int, what: str, limit: int | None = None) -> Ba
         )
     batches = []
     held = isinstance(data, (list, tuple))
-    for item in data:
+    for item in _items(data, what):
         batch = _batch(item, what)
         if not held:  # a loader may fill the same memory anew each time
             batch = Batch(cloned(batch.inputs), cloned(batch.labels), batch.n)
@@ -269,6 +269,19 @@ def _read(data: Any, batch_size: int, what: str, limit: int | None = None) -> Ba
         if limit is not None and len(batches) >= limit:
             break
     return Batches(batches)
+
+
+def _items(data: Iterable[Any], what: str) -> Iterator[Any]:
+    """Yield what data hold; say of their own errors that they could not be read."""
+    try:
+        yield from data
+    except DataError:
+        raise
+    except Exception as error:  # of the user's dataset, or of collating what does not fit
+        raise DataError(
+            f"The {what} data cannot be read: {type(error).__name__}: {error}. Samples of a "
+            "Dataset are tensors or numbers, each as large as the others; give batches otherwise."
+        ) from error
 
 
 def _slice(tree: Any, part: slice) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,7 +49,13 @@ def check_forward(network: nn.Module, data: Batches, loss_fn: LossFunction) -> l
     first = forward(called, batch.inputs)
     _check_inputs_kept(kept)
     if len(data) > 1:  # which may leave something behind
-        forward(called, cloned(data[-1].inputs))
+        try:
+            forward(called, cloned(data[-1].inputs))
+        except Exception as error:
+            raise DataError(
+                f"The network fails on the last calibration batch, and not on the first: "
+                f"{type(error).__name__}: {error}."
+            ) from error
     second = forward(called, batch.inputs)
     if len(list(tensors(first))) != len(list(tensors(second))):
         raise NetworkError(
@@ -149,7 +156,28 @@ def check_probabilities(outputs: Any, labels: Any) -> None:
     )
 
 
-def check_labels(outputs: Any, labels: Any, ignored: int = IGNORED_LABEL) -> None:
+@torch.no_grad()
+def check_rise(network: nn.Module, data: Batches, output_rise: Callable[..., Any]) -> None:
+    """Ask the user's own function for the rise of outputs that did not move.
+
+    Raises:
+        DataError: It fails, or returns no single finite number.
+    """
+    outputs = forward(copied(network), data[0].inputs)
+    try:
+        found = float(output_rise(outputs, cloned(outputs)))
+    except Exception as error:
+        raise DataError(
+            f"output_rise failed on the first calibration batch: {type(error).__name__}: {error}. "
+            "It is called with (outputs, moved) and returns one number, summed over the samples."
+        ) from error
+    if not math.isfinite(found):
+        raise DataError(f"output_rise of outputs that did not move is {found}; it should be 0.")
+
+
+def check_labels(
+    outputs: Any, labels: Any, ignored: int = IGNORED_LABEL, what: str = "calibration"
+) -> None:
     """Refuse class labels that the network has no output for.
 
     Looks only at the common case of class scores ``(N, C, …)`` and integer labels ``(N, …)``.
@@ -158,6 +186,7 @@ def check_labels(outputs: Any, labels: Any, ignored: int = IGNORED_LABEL) -> Non
         outputs: Of any batch; their number of classes counts.
         labels: As cross-entropy reads them.
         ignored: The label that it ignores.
+        what: Name of the data.
     """
     if not (isinstance(outputs, Tensor) and isinstance(labels, Tensor)):
         return
@@ -167,8 +196,8 @@ def check_labels(outputs: Any, labels: Any, ignored: int = IGNORED_LABEL) -> Non
     n_classes = outputs.shape[1]
     if used.numel() and (int(used.min()) < 0 or int(used.max()) >= n_classes):
         raise DataError(
-            f"Calibration labels run from {int(used.min())} to {int(used.max())}, but the network "
-            f"has {n_classes} outputs (labels 0 to {n_classes - 1})."
+            f"{what.capitalize()} labels run from {int(used.min())} to {int(used.max())}, but the "
+            f"network has {n_classes} outputs (labels 0 to {n_classes - 1})."
         )
 
 

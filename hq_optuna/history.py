@@ -259,7 +259,8 @@ def read_history(study: Study) -> History:
 
 
 def _current(facts: dict[str, Any], records: Sequence[StepRecord]) -> dict[str, Any]:
-    """Leave out test figures of another answer: a search that a limit stopped may go on."""
+    """Leave out what is measured no more, and test figures of another answer: searches go on."""
+    facts = {name: fact for name, fact in facts.items() if fact is not None}
     measured = facts.pop(TEST_OF, None)
     if measured is None or (records and measured == records[-1].answer):
         return facts
@@ -381,11 +382,18 @@ def assignment(trial: FrozenTrial | optuna.Trial, study: Study | None = None) ->
         study = trial.study
         trial = study._storage.get_trial(trial._trial_id)
     ticket = Ticket.read(trial.system_attrs)
-    if ticket is None or not ticket.bits:
+    by_params = ticket is None and bool(trial.params)  # another sampler's, or an enqueued one
+    if not by_params and (ticket is None or not ticket.bits):
         raise ValueError(f"Trial {trial.number} is not a candidate or step record of a bit search.")
     if study is None:
         raise ValueError("A frozen trial does not know its layers: call assignment(trial, study).")
     data = attrs.join(attrs.SPACE, study._storage.get_study_system_attrs(study._study_id))
     if data is None:
         raise ValueError(f"Study {study.study_name!r} does not hold a search space.")
-    return SearchSpace.from_json(data).config(ticket.bits)
+    space = SearchSpace.from_json(data)
+    if ticket is not None:
+        return space.config(ticket.bits)
+    names = [variable.name for variable in space.variables]
+    if missing := set(names) - trial.params.keys():
+        raise ValueError(f"Trial {trial.number} has no bits of {min(missing)!r}.")
+    return space.config([trial.params[name] for name in names])

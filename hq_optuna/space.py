@@ -285,6 +285,8 @@ def match_layers(glob: str, names: Sequence[str], where: str) -> list[str]:
     Raises:
         SpaceError: It matches none.
     """
+    if not isinstance(glob, str):
+        raise SpaceError(f"{where}: names of layers are text; got {glob!r}. Write {str(glob)!r}.")
     found = [name for name in names if fnmatchcase(name, glob)]
     if not found:
         raise SpaceError(f"{where}: {glob!r} matches no layer. The layers are: {_listed(names)}.")
@@ -301,6 +303,8 @@ def _groups(
     """Return the groups of free layers in network order; a lone layer is a group of one."""
     group_of: dict[str, tuple[str, ...]] = {}
     for group in tied:
+        if isinstance(group, str):
+            raise SpaceError(f"tied holds groups of layers, [('a', 'b'), …]; got {group!r} as one.")
         for name in group:
             if name not in names:
                 raise SpaceError(

@@ -95,7 +95,7 @@ def launch(
                 if foreman is None:
                     progress.search(log())
     if existed:
-        say_where_it_went_on(console, progress)
+        say_where_it_went_on(console, progress, study)
     return finish(
         session,
         study,

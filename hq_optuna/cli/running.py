@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from optuna.study import Study
 from rich.console import Console
@@ -13,7 +15,11 @@ from hq_optuna.cli.progress import SearchProgress
 from hq_optuna.cli.session import Request, Session, begin
 from hq_optuna.dashboard import PageWriter
 from hq_optuna.errors import StudyFileError
+from hq_optuna.standing import read_standing
 from hq_optuna.storages import study_exists
+
+if TYPE_CHECKING:
+    from hq_optuna.runner.result import SearchResult
 
 
 def run(request: Request, *, command: str, console: Console, baselines: int = 0) -> dict[str, Any]:
@@ -32,7 +38,7 @@ def run(request: Request, *, command: str, console: Console, baselines: int = 0)
         found = session.open(progress=progress.phase)
         session.search.work(found, on_progress=progress.search)
     if existed:
-        say_where_it_went_on(console, progress)
+        say_where_it_went_on(console, progress, found)
     return finish(
         session,
         found,
@@ -56,16 +62,29 @@ def refuse_baselines(session: Session, baselines: int) -> None:
         )
 
 
-def say_where_it_went_on(console: Console, progress: SearchProgress) -> None:
+def say_where_it_went_on(console: Console, progress: SearchProgress, study: Study) -> None:
     """Say where a search that had begun before was taken up."""
-    console.print(
-        "This search was finished before; nothing was changed."
-        if progress.was_finished
-        else f"Went on at step {progress.first_step}, after {progress.first_candidates} "
-        "candidates of an earlier run.",
-        highlight=False,
-        soft_wrap=True,
+    standing = read_standing(study)
+    said = (
+        f"Went on at step {progress.first_step}, after {progress.first_candidates} "
+        "candidates of an earlier run."
     )
+    if progress.was_finished and standing.state == "stopped":
+        said = f"This search was stopped before: {standing.reason}. Raise the limit to go on."
+    elif progress.was_finished:
+        said = "This search was finished before; no candidate was scored anew."
+    console.print(said, highlight=False, soft_wrap=True)
+
+
+def _is_of(result: SearchResult, recipe: Path) -> bool:
+    """Say whether a saved recipe is this result's: several studies may share a folder."""
+    try:
+        saved = json.loads(recipe.read_text(encoding="utf-8"))
+        layers = saved["layers"].items()
+        bits = {name: (entry["weight_bits"], entry["activation_bits"]) for name, entry in layers}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return saved.get("fingerprint") == dict(result.fingerprint) and bits == dict(result.config)
 
 
 def finish(
@@ -98,7 +117,7 @@ def finish(
         result = session.search.result(found, test=session.parts.test, baselines=baselines)
         changed = changed or found.user_attrs != before
     report, saved = folder / "report.html", folder / "result"
-    if changed or not (report.exists() and saved.exists()):
+    if changed or not (report.exists() and _is_of(result, saved / RECIPE)):
         result.save(saved)
         recipe = session.artifacts.put((saved / RECIPE).read_bytes())
         attach(found, "recipe", recipe, filename=RECIPE, mimetype="application/json")

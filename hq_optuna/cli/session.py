@@ -172,9 +172,12 @@ def begin(request: Request, console: Console) -> Session:
     given = {k: v for k, v in request.given.items() if k not in LIMITS}
     limits = {k: v for k, v in request.given.items() if k in LIMITS}
     if request.artifacts is not None:
-        given["artifacts"] = request.artifacts
+        location = request.artifacts
+        if "://" not in location:  # a folder, which is to be found from another one too
+            location = str(Path(location).absolute())
+        given["artifacts"] = location
     settings = read_settings({**file.settings, **stored.settings, **given})
-    artifacts = open_artifacts(settings.pop("artifacts", place.folder / "artifacts"))
+    artifacts = open_artifacts(str(settings.pop("artifacts", place.folder / "artifacts")))
     of_search = ("n_candidates", "rule", "seed", "refine")
     searching = {name: settings.pop(name) for name in of_search if name in settings}
 

@@ -122,6 +122,8 @@ def parse_bits(text: str) -> tuple[int, ...]:
         except ValueError:
             found = []
         if not found:
-            raise SpaceError(f"{text!r} are no bits. Write 2-8, or 8,4,2.")
+            words = "; none and same are written so, in small letters"
+            meant = words if text.strip().lower() in ("none", "same", "samee", "float") else ""
+            raise SpaceError(f"{text!r} are no bits. Write 2-8, or 8,4,2{meant}.")
         bits += found
     return tuple(bits)

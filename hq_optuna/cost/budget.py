@@ -11,6 +11,9 @@ from hq_optuna.errors import BudgetError
 from hq_optuna.layers import LayerSpec
 from hq_optuna.space import SearchSpace
 
+_MOST = 16
+"""Float operations, 32 by 32 bits, in those of 8 bits."""
+
 
 @dataclass(frozen=True, slots=True)
 class Budget:
@@ -50,6 +53,12 @@ class Budget:
             if name == metric:
                 if not math.isfinite(value) or value <= 0:
                     raise ValueError(f"A budget is a positive number; got {metric}={value!r}.")
+                if relative and value > _MOST:
+                    raise ValueError(
+                        f"{metric}={value!r} would be {100 * value:g} % of the cost with 8 bits "
+                        f"everywhere, and {100 * _MOST} % is that of float. For a share write "
+                        "0.25; for a number of bit operations or bytes use Budget.absolute."
+                    )
                 return cls(metric, float(value), relative)
         raise ValueError(f"A budget limits one of {', '.join(METRICS)}; got {name!r}.")
 

@@ -24,10 +24,11 @@ from hq_optuna.introspection import introspect
 from hq_optuna.pruners import CostBudgetPruner
 from hq_optuna.quantization import Observer
 from hq_optuna.quantization.compensation import Rounding
+from hq_optuna.runner import evaluation
 from hq_optuna.runner._report_compared import COMPARED
 from hq_optuna.runner.budget_text import parse_budget
 from hq_optuna.runner.comparison import rows
-from hq_optuna.runner.evaluation import Evaluate, accuracy, before_and_after, check_evaluate
+from hq_optuna.runner.evaluation import Evaluate, accuracy, before_and_after
 from hq_optuna.runner.exact import exact_result
 from hq_optuna.runner.objective import HessianObjective
 from hq_optuna.runner.publish import publish_artifacts, publish_facts, refuse_foreign_study
@@ -43,7 +44,7 @@ from hq_optuna.scoring import OutputRise, ScorerName
 from hq_optuna.scoring.reuse import DEFAULT_MEMORY
 from hq_optuna.search import Limits, Rule
 from hq_optuna.space import ActivationBits, SearchSpace
-from hq_optuna.standing import read_standing
+from hq_optuna.standing import no_step_yet, read_standing
 from hq_optuna.storages import RETRY_FOR_S, explain_errors_of, open_retrying
 
 
@@ -151,16 +152,13 @@ class BitSearch:
         )
         self.training = training
         self.objective.skipped = tuple((s.name, s.kind, s.reason) for s in seen.skipped)
-        self.validation = (
-            None
-            if validation is None
-            else read_batches(validation, batch_size=256, what="validation").to(
-                self.objective.device
-            )
-        )
+        self.validation: Batches | None = None
+        if validation is not None:
+            read = read_batches(validation, batch_size=256, what="validation")
+            self.validation = read.to(self.objective.device)
         self.evaluate: Evaluate = accuracy if evaluate is None else evaluate
-        if evaluate is not None and self.validation is not None:
-            check_evaluate(evaluate, model, self.validation)
+        if self.validation is not None:
+            evaluation.check_measured(self.evaluate, model, self.validation, loss_fn)
         if self.objective.training is not None:
             self.objective.training.validation = self.validation
             self.objective.training.evaluate = self.evaluate
@@ -340,10 +338,11 @@ class BitSearch:
         history = read_history(study)
         record = history.incumbent
         if record is None:
-            raise ResumeError(f"Study {study.study_name!r} has no closed step yet.")
+            raise ResumeError(no_step_yet(study))
         network = self.objective.answer(study, record.config)
         facts = {name: fact for name, fact in history.facts.items() if name != COMPARED}
         if self.validation is not None:
+            facts = {n: f for n, f in facts.items() if not evaluation.of_validation(n)}
             facts |= self.before_and_after(network, self.validation, "validation")
             compared = rows(
                 *(self.objective, history, self.validation, self.evaluate),

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hq_optuna.batches import Batches, forward
+from hq_optuna.batches import Batches, cloned, forward
+from hq_optuna.checks import check_labels
 from hq_optuna.copies import copied
-from hq_optuna.errors import DataError
+from hq_optuna.curvature import LossFunction, is_cross_entropy
+from hq_optuna.curvature.places import IGNORED_LABEL
+from hq_optuna.errors import DataError, HqOptunaError
 
 Evaluate = Callable[[nn.Module, Batches], Mapping[str, float]]
 
@@ -41,6 +45,49 @@ def right(network: nn.Module, data: Batches) -> Tensor | None:
 def figures(evaluate: Evaluate, network: nn.Module, data: Batches) -> dict[str, float]:
     """Return what ``evaluate`` measures; its passes keep nothing for gradients."""
     return {name: float(value) for name, value in evaluate(network, data).items()}
+
+
+def of_validation(fact: str) -> bool:
+    """Say whether a fact of a study, by name, was measured on validation data."""
+    own = fact in ("validation_samples", "validation_lost", "validation_gained")
+    return own or (fact.endswith(("_before", "_after")) and not fact.startswith("test_"))
+
+
+@contextmanager
+def explained_on(what: str) -> Iterator[None]:
+    """Say of whatever goes wrong that it did so on these data.
+
+    Raises:
+        DataError: Network, loss or figures fail on them.
+    """
+    try:
+        yield
+    except HqOptunaError:
+        raise
+    except Exception as error:  # of the user's network, loss or figures
+        raise DataError(
+            f"The network cannot be measured on the {what} data: {type(error).__name__}: {error}. "
+            "They are to be as the calibration data: types, shapes, and labels."
+        ) from error
+
+
+def check_measured(
+    evaluate: Evaluate, model: nn.Module, data: Batches, loss_fn: LossFunction
+) -> None:
+    """Compute loss and figures of validation data before a search, and look at all labels.
+
+    Raises:
+        DataError: They cannot be measured, or labels are no classes of the network.
+    """
+    with explained_on("validation"), torch.no_grad():
+        outputs = forward(copied(model), data[0].inputs)
+        if is_cross_entropy(loss_fn):
+            ignored = getattr(loss_fn, "ignore_index", IGNORED_LABEL)
+            for batch in data:
+                check_labels(outputs, batch.labels, ignored, "validation")
+        float(loss_fn(cloned(outputs), data[0].labels))
+    if evaluate is not accuracy:
+        check_evaluate(evaluate, model, data)
 
 
 @torch.no_grad()
@@ -128,17 +175,18 @@ def before_and_after(
     facts: dict[str, float] = {f"{what}_samples": data.n_samples}
     prefix = "" if what == "validation" else f"{what}_"
     original = copied(model)
-    if evaluate is accuracy:
-        before, after = right(original, data), right(network, data)
-        if before is not None and after is not None:
-            facts[f"{prefix}accuracy_before"] = share(before)
-            facts[f"{prefix}accuracy_after"] = share(after)
-            facts[f"{what}_lost"] = int((before & ~after).sum())
-            facts[f"{what}_gained"] = int((after & ~before).sum())
-            return facts
-    for when, measured in (("before", original), ("after", network)):
-        for name, value in figures(evaluate, measured, data).items():
-            facts[f"{prefix}{name}_{when}"] = value
+    with explained_on(what):
+        if evaluate is accuracy:
+            before, after = right(original, data), right(network, data)
+            if before is not None and after is not None:
+                facts[f"{prefix}accuracy_before"] = share(before)
+                facts[f"{prefix}accuracy_after"] = share(after)
+                facts[f"{what}_lost"] = int((before & ~after).sum())
+                facts[f"{what}_gained"] = int((after & ~before).sum())
+                return facts
+        for when, measured in (("before", original), ("after", network)):
+            for name, value in figures(evaluate, measured, data).items():
+                facts[f"{prefix}{name}_{when}"] = value
     return facts
 
 

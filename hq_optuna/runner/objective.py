@@ -20,10 +20,10 @@ from hq_optuna import attrs
 from hq_optuna.attrs import Ticket
 from hq_optuna.batches import Precision, read_batches
 from hq_optuna.bit_config import BitConfig
-from hq_optuna.checks import check_forward
+from hq_optuna.checks import check_forward, check_rise
 from hq_optuna.copies import copied
 from hq_optuna.curvature import LossFunction
-from hq_optuna.errors import ResumeError
+from hq_optuna.errors import ResumeError, SpaceError
 from hq_optuna.history import read_history
 from hq_optuna.launching.serving import NotNeeded
 from hq_optuna.quantization import Observer, set_bits
@@ -122,6 +122,8 @@ class HessianObjective:
         self.device = next(model.parameters()).device
         self.data = read_batches(calibration, batch_size=batch_size).to(self.device)
         self.warnings = check_forward(model, self.data, loss_fn)
+        if output_rise is not None:
+            check_rise(model, self.data, output_rise)
         if scorer is None and self.setup.scorer == "diagonal":
             self.warnings.append(UNKNOWN_LOSS)
         self.training: TrainedSteps | None = None
@@ -155,6 +157,9 @@ class HessianObjective:
         """
         scorer = self._scorer if scorer is None else scorer
         assert scorer is not None, "call prepare() first"
+        missing = [layer.name for layer in self.space.layers if layer.name not in config]
+        if missing:
+            raise SpaceError(f"The assignment has no bits of {missing[0]!r}; it needs all layers'.")
         prepared, correction = scorer.prepared, scorer.correction
         set_bits(prepared, config)
         if correction is not None:

@@ -16,6 +16,7 @@ from hq_optuna import attrs
 from hq_optuna.artifacts import Artifacts, attach, attached
 from hq_optuna.errors import ResumeError
 from hq_optuna.runner import resolving
+from hq_optuna.runner.evaluation import of_validation
 from hq_optuna.scoring import Sensitivity
 from hq_optuna.space import SearchSpace
 
@@ -137,8 +138,14 @@ def stored_sensitivity(study: Study) -> Sensitivity | None:
 
 
 def publish_facts(study: Study, facts: dict[str, Any]) -> None:
-    """Write what was measured at the end (accuracies, seconds) into the study, by name."""
+    """Write what was measured at the end (accuracies, seconds) into the study, by name.
+
+    Where validation data are among it, what an earlier measurement on such data said is gone.
+    """
     stored = study.user_attrs
+    if "validation_samples" in facts:
+        known = (key.removeprefix(f"{attrs.REPORT}:") for key in stored)
+        facts = {**dict.fromkeys(filter(of_validation, known)), **facts}
     for name, value in facts.items():
         key = f"{attrs.REPORT}:{name}"
         if stored.get(key) != value:

@@ -37,6 +37,7 @@ from hq_optuna.quantization.prepare import (
 )
 from hq_optuna.quantization.quantizers.base import along
 from hq_optuna.quantization.ranges import AffineRange
+from hq_optuna.runner.resolving import layers_digest
 
 FORMAT = "hq_optuna recipe"
 FORMAT_VERSION = 1
@@ -103,7 +104,7 @@ def save(
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "layers": described,
-        "layers_sha256": _layers_digest(described),
+        "layers_sha256": layers_digest(described),
         "weights": {"file": WEIGHTS, "sha256": _sha256(folder / WEIGHTS)},
         **about,
     }
@@ -211,7 +212,7 @@ def _read_recipe(folder: Path) -> dict[str, Any]:
         if name not in recipe:
             raise RecipeError(f"{path} is damaged: it lacks {name!r}.")
     # Other bits with the ranges found for the old ones would be a silently different network.
-    if _layers_digest(recipe["layers"]) != recipe["layers_sha256"]:
+    if layers_digest(recipe["layers"]) != recipe["layers_sha256"]:
         raise RecipeError(f"{path} was altered after it was saved: the hash of its layers differs.")
     return recipe
 
@@ -230,11 +231,6 @@ def _read_weights(folder: Path, recipe: Mapping[str, Any]) -> dict[str, Tensor]:
         raise RecipeError(f"{path} is missing; the recipe needs it.") from None
     except SafetensorError as error:
         raise RecipeError(f"{path} is damaged: {error}.") from None
-
-
-def _layers_digest(layers: Any) -> str:
-    text = json.dumps(layers, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

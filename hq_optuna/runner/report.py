@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import math
-import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from hq_optuna.runner.agreement import agreement
 from hq_optuna.runner.started import Started, mask
 from hq_optuna.standing import Standing, read_standing
 from hq_optuna.visualization.cost_share import shares
+from hq_optuna.whole_files import write_whole
 
 __all__ = ["LayerRow", "layer_table", "render_markdown", "report_data", "write_report"]
 
@@ -299,11 +299,4 @@ def write_report(study: Study, path: str | Path, *, command: str | None = None) 
     history = read_history(study)
     data = _data(study, history, command)
     text = render_html(data, figures(history))
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(Path(path), text.encode())

@@ -6,6 +6,7 @@ within any budget is an integer program that takes milliseconds: no network, no 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,6 +161,12 @@ def pareto(study: Study, *, metric: Metric | None = None, n: int = 33) -> list[P
     return sums_of(history, metric).frontier([history.info.limit] if own else (), n=n)
 
 
+def layers_digest(layers: Any) -> str:
+    """Return the hash of a recipe's layers that the recipe holds too."""
+    text = json.dumps(layers, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def load_assignment(path: str | Path) -> BitConfig:
     """Return the bits of every layer from a file that `Resolved.save` or `SearchResult.save` wrote.
 
@@ -190,6 +197,10 @@ def load_assignment(path: str | Path) -> BitConfig:
             if config.digest != data["assignment_digest"]:
                 raise RecipeError(f"{path} was altered after it was saved: its digest differs.")
             return config
+        if layers_digest(data["layers"]) != data["layers_sha256"]:
+            raise RecipeError(
+                f"{path} was altered after it was saved: the hash of its layers differs."
+            )
         layers = data["layers"].items()
         return BitConfig({n: (e["weight_bits"], e["activation_bits"]) for n, e in layers})
     except (KeyError, TypeError, IndexError, AttributeError) as error:

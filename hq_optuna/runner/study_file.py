@@ -133,7 +133,18 @@ class StudyFile:
         return parse(self.options, arguments, self.path.name, beside)
 
     def stored_options(self, stored: Mapping[str, Any]) -> dict[str, Any]:
-        """Return options as a study holds them; paths are text there."""
+        """Return options as a study holds them; paths are text there.
+
+        Raises:
+            StudyFileError: The file has an option no more.
+        """
+        for name, value in stored.items():
+            if name not in self.options:
+                raise StudyFileError(
+                    f"The study was started with --{name.replace('_', '-')} {value}, and "
+                    f"{self.path.name} has no such option any more. Give its function the "
+                    "parameter back, or begin another study (--name)."
+                )
         return {
             name: Path(value) if name in self.options and self.options[name].type is Path else value
             for name, value in stored.items()

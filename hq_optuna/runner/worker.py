@@ -84,7 +84,11 @@ def work(
         StorageError: The storage is away, and stayed away for as long as it is tried again.
     """
     sampler = study.sampler
-    assert isinstance(sampler, ProgressiveBitSampler)
+    if not isinstance(sampler, ProgressiveBitSampler):
+        raise TypeError(
+            f"This study has the sampler {type(sampler).__name__}: optuna.load_study does not know "
+            "the search's. Open it by BitSearch.open, or give load_study the sampler."
+        )
     wait_s, waited_s, alone = SHORTEST_WAIT_S, 0.0, set[int]()
     while True:
         log = sampler.log(study)

@@ -74,7 +74,7 @@ def test_a_finished_search_says_so_and_changes_nothing(study: Path, command: Com
         p: p.read_bytes() for p in sorted(RUN.rglob("*")) if p.is_file() and ".db" not in p.name
     }
     result = command("run", study)
-    assert "This search was finished before; nothing was changed." in result.output
+    assert "This search was finished before; no candidate was scored anew." in result.output
     assert contents(RUN / "study.db") == before
     again = {
         p: p.read_bytes() for p in sorted(RUN.rglob("*")) if p.is_file() and ".db" not in p.name

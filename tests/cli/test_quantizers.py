@@ -30,7 +30,7 @@ def test_quantizers_are_given_as_globs_and_a_resumed_run_knows_them(
     assert result.exit_code == 0, result.output
     assert named() == {"0": "midrise", "2": "midrise", "4": "dorefa"}
     again = command("run", study)
-    assert "This search was finished before; nothing was changed." in again.output
+    assert "This search was finished before; no candidate was scored anew." in again.output
     refused = command("run", study, "--quantizer", "4=uniform")
     assert refused.exit_code == 1
     assert "Changed: the quantizers" in " ".join(refused.output.split())

@@ -50,7 +50,7 @@ def test_winners_and_answer_are_trained_and_the_report_says_so(
     again = command("run", trained)  # what it was started with comes from the study
     assert again.exit_code == 0, again.output
     assert f" candidates, {len(kinds)} trained{kept};" in again.output
-    assert "finished before; nothing was changed" in again.output
+    assert "finished before; no candidate was scored anew" in again.output
     other = command("run", trained, "--train-epochs", "3")
     assert other.exit_code == 1
     assert "the training" in " ".join(other.output.split())
