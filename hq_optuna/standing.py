@@ -232,10 +232,3 @@ def end_reason(log: StepLog) -> str:
 def read_standing(study: Study) -> Standing:
     """Return where a search stands."""
     return Watch(study).look()
-
-
-def no_step_yet(study: Study) -> str:
-    """Return a sentence on a search without a result: too young, or ended by a limit too early."""
-    reason = read_standing(study).reason
-    why = f": it ended by {reason}. Raise the limit to go on" if reason else ""
-    return f"Study {study.study_name!r} has no closed step yet{why}."

@@ -44,7 +44,7 @@ from hq_optuna.scoring import OutputRise, ScorerName
 from hq_optuna.scoring.reuse import DEFAULT_MEMORY
 from hq_optuna.search import Limits, Rule
 from hq_optuna.space import ActivationBits, SearchSpace
-from hq_optuna.standing import no_step_yet, read_standing
+from hq_optuna.standing import read_standing
 from hq_optuna.storages import RETRY_FOR_S, explain_errors_of, open_retrying
 
 
@@ -338,7 +338,10 @@ class BitSearch:
         history = read_history(study)
         record = history.incumbent
         if record is None:
-            raise ResumeError(no_step_yet(study))
+            raise ResumeError(
+                f"Study {study.study_name!r} has no closed step yet. If a limit ended it (trials, "
+                "evaluations or seconds), raise the limit."
+            )
         network = self.objective.answer(study, record.config)
         facts = {name: fact for name, fact in history.facts.items() if name != COMPARED}
         if self.validation is not None:

@@ -111,3 +111,9 @@ def test_the_minimum_as_a_fraction_of_all_8_bit_is_allowed(n_macs: list[int]) ->
     model = CostModel(tight.layers)
     minimum = model.cost(tight.config(tight.bottom))
     check_reachable(tight, Budget.fraction(bops=minimum / model.int8))
+
+
+def test_percent_given_as_a_fraction_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"bops=25 would be 2500 % .* write 0.25"):
+        Budget.fraction(bops=25)
+    assert Budget.fraction(bops=16).value == 16  # all in float

@@ -75,7 +75,14 @@ def test_the_assignment_of_a_saved_result_is_loaded_too(tmp_path):
     study = searched.optimize()
     result = searched.result(study)
     result.save(tmp_path)
-    assert load_assignment(tmp_path / "recipe.json") == result.config
+    recipe = tmp_path / "recipe.json"
+    assert load_assignment(recipe) == result.config
+    for bits in (2, "two"):
+        data = json.loads(recipe.read_text())
+        next(iter(data["layers"].values()))["weight_bits"] = bits
+        recipe.write_text(json.dumps(data))
+        with pytest.raises(RecipeError, match="altered after it was saved"):
+            load_assignment(recipe)
 
 
 def _damaged(change):
