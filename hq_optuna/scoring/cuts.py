@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from torch import fx
 
@@ -22,8 +23,7 @@ def frontier(graph: NetworkGraph, layer: str) -> set[fx.Node]:
 
 def seconds(graph: NetworkGraph, layer: str, kept: Iterable[fx.Node]) -> float:
     """Return what a candidate that changes one layer costs when some values are kept."""
-    known = set(kept) - graph.downstream[layer]
-    return sum(graph.measured[node].seconds for node in graph.needed(known))
+    return _run(graph, layer, kept)[0]
 
 
 def choose_cuts(
@@ -43,31 +43,58 @@ def choose_cuts(
     needs = {layer: frontier(graph, layer) for layer in layers if layer in graph.downstream}
     kept = set().union(*needs.values())
     size = {node: graph.measured[node].n_bytes * batches for node in kept}
-    costs = {layer: seconds(graph, layer, kept) for layer in needs}
+    now = {layer: _run(graph, layer, kept) for layer in needs}
+    losses: dict[fx.Node, _Loss] = {}
 
-    def loss(node: fx.Node) -> tuple[float, dict[str, float]]:
-        """Return the seconds that dropping a node costs all layers together, and new costs."""
-        fewer = kept - {node}
-        new = {
-            layer: seconds(graph, layer, fewer) for layer, read in reading.items() if node in read
+    def loss(node: fx.Node) -> _Loss:
+        runs = {
+            layer: _run(graph, layer, kept - {node})
+            for layer, (_, read) in now.items()
+            if node in read
         }
-        return sum(new[layer] - costs[layer] for layer in new), new
+        lost = sum(cost - now[layer][0] for layer, (cost, _) in runs.items())
+        return _Loss(lost, set(runs), set().union(*(read for _, read in runs.values())))
 
     while kept and sum(size[node] for node in kept) > memory:
-        reading = {layer: _read(graph, layer, kept) for layer in needs}
         droppable = [node for node in kept if size[node]]
         if not droppable:
             break
-        losses = {node: loss(node) for node in droppable}
-        worst = min(droppable, key=lambda n: (losses[n][0] / size[n], -size[n], graph.position[n]))
+        losses |= {node: loss(node) for node in droppable if node not in losses}
+        worst = min(
+            droppable, key=lambda n: (losses[n].lost / size[n], -size[n], graph.position[n])
+        )
         kept.discard(worst)
-        costs |= losses[worst][1]
+        changed = {layer for layer, (_, read) in now.items() if worst in read}
+        now |= {layer: _run(graph, layer, kept) for layer in changed}
+        nearer = set().union(*(now[layer][1] for layer in changed))
+        losses = {  # the others would come out as they did
+            node: its
+            for node, its in losses.items()
+            if node is not worst
+            and node not in nearer
+            and worst not in its.read
+            and not its.layers & changed
+        }
     return frozenset(kept)
 
 
-def _read(graph: NetworkGraph, layer: str, kept: set[fx.Node]) -> set[fx.Node]:
-    """Return the kept nodes that a candidate changing one layer reads."""
-    known = kept - graph.downstream[layer]
-    return {
-        value for node in graph.needed(known) for value in node.all_input_nodes if value in known
-    }
+class _Loss(NamedTuple):
+    """What dropping a node costs.
+
+    Attributes:
+        lost: Seconds, of all layers together.
+        layers: Whose candidates read the node.
+        read: Kept nodes that these candidates read when it is gone.
+    """
+
+    lost: float
+    layers: set[str]
+    read: set[fx.Node]
+
+
+def _run(graph: NetworkGraph, layer: str, kept: Iterable[fx.Node]) -> tuple[float, set[fx.Node]]:
+    """Return the seconds of a candidate that changes one layer, and the kept nodes it reads."""
+    known = set(kept) - graph.downstream[layer]
+    run = graph.needed(known)
+    read = {value for node in run for value in node.all_input_nodes if value in known}
+    return sum(graph.measured[node].seconds for node in run), read

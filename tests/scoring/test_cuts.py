@@ -1,6 +1,7 @@
 """Which tensors are kept: against all subsets of a small network's tensors."""
 
 import itertools
+import random
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hq_optuna.introspection import introspect
 from hq_optuna.quantization import prepare
 from hq_optuna.scoring.cuts import choose_cuts, frontier, seconds
 from hq_optuna.scoring.graph import Measured, NetworkGraph
+from tests.scoring.side_by_side import IMAGES, Mixed
 from tests.small_networks import make, seeded
 
 
@@ -76,3 +78,43 @@ def test_all_batches_count_towards_the_memory():
 def test_what_only_fixed_layers_need_is_not_kept():
     graph = graph_of({"a": 1.0})
     assert [n.name for n in choose_cuts(graph, ["b"], 1000, 1.0)] == ["tanh"]
+
+
+def one_by_one(graph: NetworkGraph, layers: list[str], memory: int) -> set[object]:
+    """Drop the node that costs least per byte, all costs computed anew each time."""
+    kept = set().union(*(frontier(graph, layer) for layer in layers))
+
+    def cost(nodes) -> float:
+        return sum(seconds(graph, layer, nodes) for layer in layers)
+
+    size = {node: graph.measured[node].n_bytes for node in kept}
+    while sum(size[node] for node in kept) > memory:
+        whole = cost(kept)
+        kept -= {
+            min(
+                kept,
+                key=lambda n: (
+                    *((cost(kept - {n}) - whole) / size[n], -size[n]),
+                    graph.position[n],
+                ),
+            )
+        }
+    return kept
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_costs_that_are_remembered_change_nothing(seed):
+    draw = random.Random(seed)
+    pieces = draw.choices(Mixed.PIECES, k=5)
+    network = make(Mixed(pieces), seed, torch.float32)
+    layers = introspect(network, IMAGES).layers
+    graph = NetworkGraph.trace(prepare(network, layers), IMAGES)
+    graph.measure(IMAGES)
+    graph.measured = {
+        node: Measured(float(draw.randint(1, 99)), draw.randint(1, 50)) for node in graph.nodes
+    }
+    names = [layer.name for layer in layers]
+    most = sum(m.n_bytes for m in graph.measured.values())
+    for share in (0.05, 0.2, 0.4):
+        memory = int(share * most)
+        assert choose_cuts(graph, names, memory, 1.0) == one_by_one(graph, names, memory)
