@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from optuna.study import Study
+from torch import nn
 
 from hq_optuna import attrs
 from hq_optuna.cost import Budget, CostModel
@@ -79,7 +81,20 @@ def info_of(objective: HessianObjective, study: Study) -> attrs.StudyInfo:
 
 
 def _name(function: object) -> str:
-    return str(getattr(function, "__qualname__", type(function).__name__))
+    """Return a function's name; of a module and of `functools.partial` also what it was made with.
+
+    What a function closes over, or reads from elsewhere, cannot be told.
+    """
+    if isinstance(function, partial):
+        given = ", ".join(f"{name}={value!r:.80}" for name, value in function.keywords.items())
+        return f"{_name(function.func)}({given})"
+    name = str(getattr(function, "__qualname__", type(function).__name__))
+    if not isinstance(function, nn.Module):
+        return name
+    own = ((k, v) for k, v in vars(function).items() if not k.startswith("_"))
+    plain = {k: v for k, v in own if isinstance(v, (str, int, float)) and k != "training"}
+    held = fingerprint.network_digest(function) if function.state_dict() else ""
+    return f"{name}({', '.join(f'{k}={plain[k]}' for k in sorted(plain))}){held}"
 
 
 def budget_of(study: Study) -> Budget | None:

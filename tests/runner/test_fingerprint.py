@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import optuna
 import pytest
@@ -12,7 +13,8 @@ from torch import nn
 from hq_optuna import attrs
 from hq_optuna.errors import ResumeError
 from hq_optuna.runner.fingerprint import check_or_write, network_digest, versions
-from tests.runner.searches import Network
+from hq_optuna.storages import sqlite_url
+from tests.runner.searches import Network, search
 
 
 def test_equal_networks_have_one_digest_whatever_their_mode_and_gradients():
@@ -120,3 +122,21 @@ def test_all_changes_are_named():
     with pytest.raises(ResumeError, match=r"the seed .*; the calibration data") as error:
         check_or_write(study, {"seed": 1, "data": "b", "rule": "min"})
     assert error.value.changed == ("seed", "data")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        nn.CrossEntropyLoss(label_smoothing=0.3),
+        nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0])),
+        partial(nn.functional.cross_entropy, label_smoothing=0.3),
+        nn.functional.cross_entropy,
+    ],
+)
+def test_a_loss_with_other_settings_is_another_loss(other, tmp_path):
+    url = sqlite_url(tmp_path / "s.db")
+    for loss in (nn.CrossEntropyLoss(), nn.CrossEntropyLoss()):
+        search(loss_fn=loss, scorer="diagonal").open(url, "s")
+    with pytest.raises(ResumeError) as caught:
+        search(loss_fn=other, scorer="diagonal").open(url, "s")
+    assert caught.value.changed == ("loss",)
