@@ -15,6 +15,7 @@ If all tensors do not fit into the memory allowed, those are kept that save the 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -104,6 +105,10 @@ class Reuse:
             node: {names[m] for m in modules if m in names}
             for node, modules in self.graph.inside.items()
         }
+        held = Counter(name for its in self._inside.values() for name in its)
+        for name, n in held.items():
+            if n > 1:  # once in float, and at other bits perhaps twice, each time corrected
+                raise UncuttableError(f"{name!r} may be called by {n} of its parts")
         self.stacker = Stacker(self.runner, correction, self._inside)
         if self.cuts:
             checks.check_reuse(searched, self.cuts)
