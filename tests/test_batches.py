@@ -1,14 +1,14 @@
 """Calibration data: what is read, in which order, and what is refused."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from hq_optuna.batches import Batches, forward, move, read_batches, tensors
+from hq_optuna.batches import Batches, forward, merge, move, read_batches, tensors
 from hq_optuna.errors import DataError, HqOptunaError
 
 X = torch.arange(40.0, dtype=torch.float64).reshape(10, 4)
@@ -325,3 +325,40 @@ def test_moving_keeps_the_shape_of_the_tree_and_the_original() -> None:
 def test_an_empty_batch_among_others_is_named() -> None:
     with pytest.raises(DataError, match=r"calibration data is empty \(batch 1\)"):
         read_batches([(X, Y), (X[:0], Y[:0])])
+
+
+def test_only_tensors_with_samples_are_joined() -> None:
+    graph = torch.tensor([[0, 1, 2], [1, 2, 0]])  # of edges, the same for all samples
+    batches = [((X[i : i + 5], graph), Y[i : i + 5]) for i in (0, 5)]
+    (merged,) = merge(read_batches(batches), 10)
+    assert torch.equal(merged.inputs[0], X[:10])
+    assert torch.equal(merged.inputs[1], graph)
+    other = [((X[:5], graph), Y[:5]), ((X[5:10], graph + 1), Y[5:10])]
+    assert len(merge(read_batches(other), 10)) == 2
+
+
+def test_named_tuples_stay_named() -> None:
+    class Pair(NamedTuple):
+        x: Tensor
+        y: Tensor
+
+    found = read_batches((Pair(X[:10], X[:10]), Y[:10]), batch_size=5)
+    (merged,) = merge(found, 10)
+    assert all(isinstance(batch.inputs, Pair) for batch in (*found, merged))
+
+
+def test_a_loader_may_fill_the_same_memory_anew() -> None:
+    class Loader:
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            held = torch.empty(5, *X.shape[1:], dtype=X.dtype)
+            for start in (0, 5):
+                held.copy_(X[start : start + 5])
+                yield held, Y[start : start + 5]
+
+    found = read_batches(Loader())
+    assert torch.equal(torch.cat([batch.inputs for batch in found]), X[:10])
+
+
+def test_samples_are_those_of_the_first_input_that_has_some() -> None:
+    inputs = {"scale": torch.tensor(2.0), "x": X[:5]}
+    assert read_batches([(inputs, Y[:5])])[0].n == 5

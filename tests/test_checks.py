@@ -240,3 +240,34 @@ def test_inputs_with_names_are_passed_by_name():
 
     batches = read_batches(({"pixels": X}, Y), batch_size=4)
     assert check_forward(make(Named), batches, F.cross_entropy) == []
+
+
+def test_a_network_that_would_write_into_other_inputs_is_refused_at_the_first():
+    network = make(Then(lambda z: z, first=lambda x: x.clamp_(-100, 100)))  # X is in between
+    with pytest.raises(NetworkError, match="writes into its input"):
+        check_forward(network, data(), F.cross_entropy)
+
+
+def test_a_network_that_remembers_other_batches_is_refused():
+    class Largest(Then):
+        largest = torch.zeros((), dtype=torch.float64)
+
+        def forward(self, x):
+            self.largest = torch.maximum(self.largest, x.abs().max())
+            return super().forward(x) / self.largest
+
+    x = X.clone()
+    x[-1] = 100
+    with pytest.raises(NetworkError, match="remembers what it saw"):
+        check_forward(make(Largest(lambda z: z)), data(x), F.cross_entropy)
+
+
+def test_a_network_with_another_number_of_outputs_each_time_is_refused():
+    calls = []
+
+    def more(z):
+        calls.append(z)
+        return [z] * len(calls)
+
+    with pytest.raises(NetworkError, match="different numbers of tensors"):
+        check_forward(make(Then(more)), data(), lambda z, y: F.cross_entropy(z[0], y))
