@@ -54,7 +54,7 @@ def check_forward(network: nn.Module, data: Batches, loss_fn: LossFunction) -> l
         except Exception as error:
             raise DataError(
                 f"The network fails on the last calibration batch, and not on the first: "
-                f"{type(error).__name__}: {error}."
+                f"{type(error).__name__}: {error}. Batches are to be alike in types and shapes."
             ) from error
     second = forward(called, batch.inputs)
     if len(list(tensors(first))) != len(list(tensors(second))):

@@ -122,8 +122,9 @@ def parse_bits(text: str) -> tuple[int, ...]:
         except ValueError:
             found = []
         if not found:
-            words = "; none and same are written so, in small letters"
-            meant = words if text.strip().lower() in ("none", "same", "samee", "float") else ""
-            raise SpaceError(f"{text!r} are no bits. Write 2-8, or 8,4,2{meant}.")
+            raise SpaceError(
+                f"{text!r} are no bits. Write 2-8, or 8,4,2; float, same and none, where an "
+                "option takes them, in small letters."
+            )
         bits += found
     return tuple(bits)

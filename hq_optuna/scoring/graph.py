@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -24,7 +23,6 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.utils.hooks import RemovableHandle
 
 from hq_optuna.batches import Inputs, plain_attention, tensors
 from hq_optuna.devices import wait_for
@@ -179,7 +177,7 @@ class NetworkGraph:
         values: dict[fx.Node, Any] = {self.entry: inputs}
         called: set[nn.Module] = set()
         watch = register_module_forward_pre_hook(lambda module, _: called.add(module))
-        with plain_attention(), removed_after(watch):
+        with plain_attention(), watch:
             for index, node in enumerate(self.nodes):
                 called.clear()
                 seen = [
@@ -246,15 +244,6 @@ class NetworkGraph:
         for node in self.nodes[index + 1 :]:
             live.update(node.all_input_nodes)
         return live
-
-
-@contextmanager
-def removed_after(handle: RemovableHandle) -> Iterator[None]:
-    """Remove a hook after the body."""
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _check_followed(node: fx.Node, value: Any) -> None:

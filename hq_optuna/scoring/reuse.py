@@ -88,7 +88,7 @@ class Reuse:
         self.data = data
         self.correction = correction
         self.memory = memory
-        if len({structure(batch.inputs) for batch in data}) > 1:
+        if len({_structure(batch.inputs) for batch in data}) > 1:
             raise UncuttableError("its batches have inputs of different structure")
         self.graph = NetworkGraph.trace(prepared, data[0].inputs)
         self._kept: _Kept | None = None
@@ -306,12 +306,12 @@ class Reuse:
         )
 
 
-def structure(tree: Any) -> str:
+def _structure(tree: Any) -> str:
     """Return what tells inputs of one structure from those of another, whatever their values."""
     if isinstance(tree, Mapping):
-        return f"{{{','.join(f'{key}:{structure(value)}' for key, value in tree.items())}}}"
+        return f"{{{','.join(f'{key}:{_structure(value)}' for key, value in tree.items())}}}"
     if isinstance(tree, (list, tuple)):
-        return f"{type(tree).__name__}({','.join(map(structure, tree))})"
+        return f"{type(tree).__name__}({','.join(map(_structure, tree))})"
     return type(tree).__name__
 
 

@@ -8,21 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hq_optuna.batches import Batches
+from tests.introspected import Net
 from tests.scoring.side_by_side import IMAGES, ROWS, Search
 from tests.small_networks import make, seeded
-
-
-class Net(nn.Module):
-    """Layers by name, and a forward pass."""
-
-    def __init__(self, forward, **modules):
-        super().__init__()
-        self._run = forward
-        for name, module in modules.items():
-            self.add_module(name, module)
-
-    def forward(self, *inputs):
-        return self._run(self, *inputs)
 
 
 def linears(*names, first=3):
