@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.outcome import Outcome
+from benchmarks.published_scores import PUBLISHED, measure_published
 from hq_optuna.batches import Batches, forward, merge, read_batches
 from hq_optuna.bit_config import BitConfig
 from hq_optuna.introspection import introspect
@@ -40,7 +41,6 @@ from hq_optuna.quantization.compensation import ROUNDINGS, compensate_weights
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.runner.study_file import StudyFile, StudyParts, find_study
 from hq_optuna.scoring import Sensitivity
-from hq_optuna.scoring.layer_sums import LAYER_SUMS, measure_layer_sums
 from hq_optuna.scoring.outputs import CrossEntropyRise
 from hq_optuna.space import SearchSpace
 
@@ -136,7 +136,7 @@ class Bench:
         self.seconds: dict[str, float] = {}
         for name in sums:
             started = time.perf_counter()
-            self.tables[name] = measure_layer_sums(
+            self.tables[name] = measure_published(
                 name,  # type: ignore[arg-type]
                 parts.network,
                 self.prepared,
@@ -280,7 +280,7 @@ def main() -> None:
         action="store_true",
         help="truth of the study's training images too, which nothing here has read",
     )
-    parser.add_argument("--sums", nargs="*", default=list(LAYER_SUMS), choices=LAYER_SUMS)
+    parser.add_argument("--sums", nargs="*", default=list(PUBLISHED), choices=PUBLISHED)
     arguments = parser.parse_args()
     options = []
     if arguments.study != "digits":

@@ -26,7 +26,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
+from benchmarks.baselines import METHODS, Problem, run_method
 from benchmarks.outcome import Outcome
+from benchmarks.published_scores import PUBLISHED, measure_published
 from hq_optuna.batches import Batches, forward, merge, read_batches
 from hq_optuna.bit_config import BitConfig
 from hq_optuna.cost import Budget, CostModel
@@ -34,10 +36,9 @@ from hq_optuna.introspection import introspect
 from hq_optuna.quantization import prepare, set_bits
 from hq_optuna.quantization.compensation import ROUNDINGS, compensate_weights
 from hq_optuna.quantization.correction import StatisticsCorrection
-from hq_optuna.runner.baselines import METHODS, Problem, run_method
 from hq_optuna.runner.evaluation import accuracy
 from hq_optuna.runner.study_file import StudyFile, find_study
-from hq_optuna.scoring import LAYER_SUMS, Scorer, Sensitivity, measure_layer_sums, output_rise_of
+from hq_optuna.scoring import Scorer, Sensitivity, output_rise_of
 from hq_optuna.search import Additive, ProgressiveSearch
 from hq_optuna.space import SearchSpace
 
@@ -67,7 +68,7 @@ def main() -> None:
         "--scorers",
         nargs="+",
         default=["fisher", "trace"],
-        choices=[*LAYER_SUMS, "gauss_newton"],
+        choices=[*PUBLISHED, "gauss_newton"],
         help="sums over layers, or gauss_newton",
     )
     parser.add_argument("--rounding", default="compensated", choices=ROUNDINGS)
@@ -205,7 +206,7 @@ def tables_of(
         compensate_weights(prepared, layers, data, dict.fromkeys(names, range(2, 9)))
     loss = functional.cross_entropy
     tables = {
-        scorer: measure_layer_sums(scorer, network, prepared, space, data, loss).sensitivity
+        scorer: measure_published(scorer, network, prepared, space, data, loss).sensitivity
         for scorer in scorers or ["fisher"]
     }
     return space, prepared, tables

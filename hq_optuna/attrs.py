@@ -84,10 +84,10 @@ REPORT = "hq:report"
 
 COMPARED = "compared"
 """The fact that holds what the answer was compared with: JSON objects, each with ``"method"``,
-``"bits"``, ``"seed"``, ``"cost"`` and ``"measured"``, see `hq_optuna.runner.comparison.rows`."""
+``"bits"``, ``"cost"`` and ``"measured"``, see `hq_optuna.runner.comparison.rows`."""
 
 ANSWER, UNIFORM = "answer", "uniform"
-"""Methods of those rows, beside the names of `hq_optuna.runner.baselines.METHODS`."""
+"""Methods of those rows."""
 
 ARTIFACT = "hq:artifact"
 """Study system attribute prefix ``hq:artifact:NAME``: ``{"id", "sha256", "bytes"}``."""

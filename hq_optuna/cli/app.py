@@ -17,7 +17,6 @@ from hq_optuna.cli.common import Folder, Json, Name, Storage, Study, StudyOrNone
 from hq_optuna.cli.options import (
     RETRY_FOR,
     ArtifactsAt,
-    Baselines,
     Device,
     Given,
     RetryFor,
@@ -63,7 +62,6 @@ def run(
     threads: Threads = None,
     device: Device = None,
     retry_for: RetryFor = RETRY_FOR,
-    baselines: Baselines = 0,
     as_json: Json = False,
 ) -> None:
     """Search, or go on with a search that was interrupted.
@@ -80,7 +78,6 @@ def run(
                 command=_command(),
                 device=device,
             ),
-            baselines=baselines,
             command=_command(),
             console=Console(stderr=as_json),
         )
@@ -159,7 +156,6 @@ def launch(
     name: Name = None,
     folder: Folder = None,
     artifacts: ArtifactsAt = None,
-    baselines: Baselines = 0,
     threads: Threads = None,
     device: Device = None,
     retry_for: RetryFor = RETRY_FOR,
@@ -180,7 +176,6 @@ def launch(
                 device=device,
             ),
             n_workers=workers,
-            baselines=baselines,
             scheduler=scheduler,
             command=_command(),
             console=Console(stderr=as_json),

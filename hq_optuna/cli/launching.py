@@ -15,7 +15,7 @@ from rich.table import Table
 
 from hq_optuna.cli import show
 from hq_optuna.cli.progress import SearchProgress
-from hq_optuna.cli.running import finish, refuse_baselines, say_where_it_went_on
+from hq_optuna.cli.running import finish, say_where_it_went_on
 from hq_optuna.cli.session import Request, Session, begin
 from hq_optuna.cli.settings import n_cores
 from hq_optuna.dashboard import PageWriter
@@ -36,7 +36,6 @@ def launch(
     *,
     n_workers: int | None,
     scheduler: str | None,
-    baselines: int,
     command: str,
     console: Console,
 ) -> dict[str, Any]:
@@ -50,7 +49,6 @@ def launch(
         n_workers: How many; ``None``: one for each GPU where the network is on one, or else for
             each core, or for each worker of the cluster.
         scheduler: Address of a Dask scheduler; ``None``: processes of this host.
-        baselines: Seeds of the methods the answer is compared with.
         command: The command, for the report.
         console: Where to show progress and result.
 
@@ -64,7 +62,6 @@ def launch(
             "cuda, and CUDA_VISIBLE_DEVICES=1,3 for the GPUs to use."
         )
     session = begin(request, console)
-    refuse_baselines(session, baselines)
     existed = study_exists(session.place.storage, session.place.name)
     with CrewProgress(console, session) as progress:
         study = session.open(progress=progress.phase)
@@ -100,7 +97,6 @@ def launch(
         session,
         study,
         changed=not (existed and progress.was_finished),
-        baselines=baselines,
         command=command,
         console=console,
     )
@@ -146,8 +142,6 @@ def _crew(
         options += ["--artifacts", request.artifacts]
     if request.device is not None:
         options += ["--device", request.device]
-    if "memory" in request.given:  # the one setting that may differ from the study's
-        options += ["--memory", request.given["memory"]]
     command = WorkerCommand(
         study=str(session.file),
         name=session.place.name,

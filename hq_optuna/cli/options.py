@@ -35,14 +35,6 @@ Device = Annotated[
         show_default=False,
     ),
 ]
-Baselines = Annotated[
-    int,
-    typer.Option(
-        help="Compare also with random draws, TPE and NSGA-II under so many seeds, each with "
-        "as many evaluations as the search.",
-        min=0,
-    ),
-]
 MaxTrials = Annotated[
     int | None,
     typer.Option(min=1, help="Trials (candidates and step records) at most.", show_default=False),
@@ -89,8 +81,8 @@ def _search(
     scorer: Annotated[
         str | None,
         typer.Option(
-            help="gauss_newton, loss, or a sum over layers: diagonal, trace, fisher, hutchinson, "
-            "fit, hawq_v2. \\[default: gauss_newton, for losses it knows]",
+            help="gauss_newton, loss, or a sum over layers: diagonal, trace, fisher, hutchinson. "
+            "\\[default: gauss_newton, for losses it knows]",
             show_default=False,
         ),
     ] = None,
@@ -142,13 +134,6 @@ def _search(
         bool | None,
         typer.Option(
             help="Refine the answer by swaps once the budget is met. \\[default: refine]",
-            show_default=False,
-        ),
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            help="Activations kept while candidates are scored; 0 keeps none. \\[default: 2 GiB]",
             show_default=False,
         ),
     ] = None,

@@ -14,7 +14,6 @@ from hq_optuna.cli import show
 from hq_optuna.cli.progress import SearchProgress
 from hq_optuna.cli.session import Request, Session, begin
 from hq_optuna.dashboard import PageWriter
-from hq_optuna.errors import StudyFileError
 from hq_optuna.standing import read_standing
 from hq_optuna.storages import study_exists
 
@@ -22,17 +21,15 @@ if TYPE_CHECKING:
     from hq_optuna.runner.result import SearchResult
 
 
-def run(request: Request, *, command: str, console: Console, baselines: int = 0) -> dict[str, Any]:
+def run(request: Request, *, command: str, console: Console) -> dict[str, Any]:
     """Run a study file's search and show it; return the report as JSON data.
 
     Args:
         request: What the user asked for.
         command: The command, for the report.
         console: Where to show progress and result.
-        baselines: Seeds of the methods the answer is compared with.
     """
     session = begin(request, console)
-    refuse_baselines(session, baselines)
     existed = study_exists(session.place.storage, session.place.name)
     with SearchProgress(console, session.search.space, session.search.budget) as progress:
         found = session.open(progress=progress.phase)
@@ -45,21 +42,7 @@ def run(request: Request, *, command: str, console: Console, baselines: int = 0)
         changed=not (existed and progress.was_finished),
         command=command,
         console=console,
-        baselines=baselines,
     )
-
-
-def refuse_baselines(session: Session, baselines: int) -> None:
-    """Refuse a comparison with other methods where there are no data to compare on.
-
-    Raises:
-        StudyFileError: The study file has no validation data.
-    """
-    if baselines and session.search.validation is None:
-        raise StudyFileError(
-            "--baselines compares on validation data: let the study file define validation(), "
-            "which returns labelled data as calibration() does, or leave the option out."
-        )
 
 
 def say_where_it_went_on(console: Console, progress: SearchProgress, study: Study) -> None:
@@ -94,7 +77,6 @@ def finish(
     changed: bool,
     command: str,
     console: Console,
-    baselines: int = 0,
 ) -> dict[str, Any]:
     """Measure the answer, write result and report, show them; return the report as JSON data.
 
@@ -104,17 +86,15 @@ def finish(
         changed: Whether anything was done; otherwise files that exist are left as they are.
         command: The command, for the report.
         console: Where to show the result.
-        baselines: Seeds of the methods the answer is compared with.
     """
     from hq_optuna.runner.publish import publish_answer
     from hq_optuna.runner.recipe import RECIPE
     from hq_optuna.runner.report import report_data, write_report
 
     folder = session.place.folder
-    others = ", and other methods" if baselines else ""
-    with console.status(f"measuring on validation and test data{others}"):
+    with console.status("measuring on validation and test data"):
         before = found.user_attrs
-        result = session.search.result(found, test=session.parts.test, baselines=baselines)
+        result = session.search.result(found, test=session.parts.test)
         changed = changed or found.user_attrs != before
     report, saved = folder / "report.html", folder / "result"
     if changed or not (report.exists() and _is_of(result, saved / RECIPE)):

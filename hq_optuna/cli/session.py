@@ -91,9 +91,9 @@ class Request:
 RESERVED = {
     *("storage", "name", "folder", "artifacts", "budget", "candidates", "rule", "scorer", "bits"),
     *("activation_bits", "pin_first_last", "seed", "refine", "rounding", "correction"),
-    *("memory", "precision", "threads", "device", "max_trials", "max_evaluations", "max_seconds"),
+    *("precision", "threads", "device", "max_trials", "max_evaluations", "max_seconds"),
     *("train_every", "train_epochs", "final_epochs"),
-    *("retry_for", "create", "wait_for", "baselines", "workers", "scheduler", "json", "help"),
+    *("retry_for", "create", "wait_for", "workers", "scheduler", "json", "help"),
     "quantizer",
 }
 """Options of ``hq-optuna run``, ``worker`` and ``launch``; a study file's own have other names."""

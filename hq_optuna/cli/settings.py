@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hq_optuna.cost import Budget
-from hq_optuna.errors import SpaceError, StudyFileError
+from hq_optuna.errors import SpaceError
 from hq_optuna.layers import FLOAT_BITS
 from hq_optuna.runner.budget_text import parse_budget
 
@@ -55,8 +54,6 @@ def read_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     pin = read.get("pin_first_last")
     if isinstance(pin, str):
         read["pin_first_last"] = None if pin == "none" else _only(parse_bits(pin), pin)
-    if isinstance(read.get("memory"), str):
-        read["memory"] = parse_memory(read["memory"])
     if isinstance(read.get("quantizers"), (list, tuple)):
         read["quantizers"] = parse_quantizers(read["quantizers"])
     return read
@@ -85,23 +82,6 @@ def parse_quantizers(texts: Sequence[str]) -> dict[str, str]:
             raise SpaceError(f"{text!r} names no quantizer of a layer. Write 'layer3.*=midrise'.")
         found[glob] = name
     return found
-
-
-def parse_memory(text: str) -> int:
-    """Return the bytes written as ``'2 GiB'``, ``'512MiB'`` or ``'0'``.
-
-    Raises:
-        StudyFileError: The text is no amount of memory.
-
-    Example:
-        >>> parse_memory("1.5 KiB"), parse_memory("0")
-        (1536, 0)
-    """
-    match = re.fullmatch(r"\s*(\d+\.?\d*)\s*(bytes|KiB|MiB|GiB|)\s*", text, re.I)
-    if match is None:
-        raise StudyFileError(f"{text!r} is no amount of memory. Write '2 GiB', '512 MiB', or 0.")
-    units = {"": 1, "bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-    return int(float(match[1]) * units[match[2].lower()])
 
 
 def parse_bits(text: str) -> tuple[int, ...]:

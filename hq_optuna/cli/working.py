@@ -57,8 +57,8 @@ def work(
         if orders is not None:
             study._storage.remove_session()  # the launcher has it from here on
             objective = session.search.objective
-            together = objective.prepare().most_together
-            serve(orders, functools.partial(objective.obey, study), tell, together)
+            objective.prepare()
+            serve(orders, functools.partial(objective.obey, study), tell)
         else:
             session.search.work(
                 study,

@@ -1,8 +1,7 @@
 """The worker's end of the pipe: takes orders from a foreman, line by line, and answers.
 
-Orders are JSON objects on standard input: ``{"claim": 7, "bits": [8, 4], "origin": [8, 8]}`` asks
-for a candidate; ``"next": [[4, 4], [8, 2]]`` in it says which ones come next, so that they can be
-scored in one pass, and ``"train": 12`` asks for the training that the trial with this id records.
+Orders are JSON objects on standard input: ``{"claim": 7, "bits": [8, 4]}`` asks for a
+candidate; ``"train": 12`` in it asks for the training that the trial with this id records.
 ``{"drop": 7}`` takes that back, ``{"end": true}`` says that the search is over. The end of the
 input says that the launcher is gone. Knows nothing of networks or storages.
 """
@@ -70,7 +69,6 @@ def serve(
     orders: Orders,
     score: Callable[[dict[str, Any], Callable[[], bool]], Answer],
     tell: Callable[..., None],
-    together: int = 1,
 ) -> None:
     """Score what is ordered until the search is over.
 
@@ -79,9 +77,8 @@ def serve(
         score: Does what an order asks for, given a function that says whether it is still needed;
             may raise `NotNeeded`.
         tell: Called with an event and facts for the launcher.
-        together: How many candidates may be scored in one pass.
     """
-    tell("ready", together=together)
+    tell("ready")
     while True:
         order = orders.next()
         if order.get("end"):

@@ -1,29 +1,18 @@
-"""The report's comparison: answer, uniform bits, other methods; and what it says in words."""
+"""The report's comparison of answer and uniform bits, and what it says in words."""
 
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hq_optuna import attrs
 from hq_optuna.cost import Metric, format_cost
 from hq_optuna.runner._report_words import NOT_MEASURED, hundredths, interval, points
-from hq_optuna.runner.baselines import METHODS, NSGA2, RANDOM, TPE
 from hq_optuna.runner.intervals import CONFIDENCE, Interval, paired, wilson
 
 COMPARED, ANSWER, UNIFORM, EIGHT = attrs.COMPARED, attrs.ANSWER, attrs.UNIFORM, "8 bits"
-"""The fact that holds the rows, and their methods beside those of `hq_optuna.runner.baselines`."""
-
-_WORDS = {
-    RANDOM: "random within the budget",
-    TPE: "TPE (Optuna)",
-    NSGA2: "NSGA-II (Optuna)",
-}
-NOT_RUN = (
-    "Random draws, TPE and NSGA-II were not run; hq-optuna run … --baselines 3 compares with them."
-)
+"""The fact that holds the rows, and their methods."""
 
 
 def beaten_by_uniform(compared: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -100,9 +89,7 @@ def table(
 ) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...], tuple[str, ...]]:
     """Return header, rows and sentences of the comparison.
 
-    Methods with several seeds are one row, mean ± standard deviation. Where samples were counted,
-    accuracies have their intervals; those of a mean are no narrower, as all seeds read the same
-    samples.
+    Where samples were counted, accuracies have their intervals.
     """
     names = list(dict.fromkeys(name for row in compared for name in row["measured"]))
     pairs = any(row.get("pairs") for row in compared)
@@ -112,90 +99,49 @@ def table(
     if any(row.get("trained") for row in compared):
         lines.append("The answer was trained at its bits, and has its score after that.")
     if pairs:
-        lines.append(
-            f"In brackets {100 * CONFIDENCE:.0f} % intervals over the validation samples; ± is "
-            "over seeds."
-        )
+        lines.append(f"In brackets {100 * CONFIDENCE:.0f} % intervals over the validation samples.")
     if any(row["method"] == EIGHT for row in compared):
         lines.append("Uniform 8 bits are over the budget and stand here for reference.")
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for row in compared:
-        key = f"uniform {row['bits']}" if row["method"] in (UNIFORM, EIGHT) else row["method"]
-        groups.setdefault(key, []).append(row)
     if not any(row["method"] == UNIFORM for row in compared):
         lines.append("No uniform bits are within the budget.")
-    if not set(METHODS) & set(groups):
-        lines.append(NOT_RUN)
     rows = []
-    for key, group in groups.items():
-        within = [row for row in group if row["cost"] is not None]
-        title = _WORDS.get(key, key)
-        if len(group) > 1:
-            title += f", {len(group)} seeds"
-        if len(within) < len(group):
-            lines.append(
-                f"{title}: {len(group) - len(within)} of {len(group)} found nothing within the "
-                "budget."
-            )
+    for row in compared:
+        uniform = row["method"] in (UNIFORM, EIGHT)
         cells = [
-            format_cost(statistics.mean(row["cost"] for row in within), metric)
-            if within
-            else "none",
-            _spread([row["score"] for row in within], "{:.3g}".format),
+            f"uniform {row['bits']}" if uniform else row["method"],
+            format_cost(row["cost"], metric),
+            f"{row['score']:.3g}",
+            *(_cell(row, name) for name in names),
         ]
-        for name in names:
-            values = [row["measured"][name] for row in within if name in row["measured"]]
-            if None in values:  # NaN or infinity, in JSON
-                cells.append(NOT_MEASURED)
-            elif name == "accuracy":
-                cells.append(_spread([100 * v for v in values], "{:.2f} %".format))
-                cells[-1] += _interval(within)
-            else:
-                cells.append(_spread(values, "{:.4g}".format))
         if pairs:
-            cells.append("" if key == ANSWER else _over_answer(within))
-        cells.append(f"{round(statistics.mean(row['evaluations'] for row in group)):,}")
-        seconds = [row["seconds"] for row in group if row["seconds"] is not None]
-        cells.append(f"{statistics.mean(seconds):.3g}" if seconds else "")
-        rows.append((title, *cells))
+            cells.append("" if row["method"] == ANSWER else _over_answer(row))
+        cells.append(f"{row['evaluations']:,}")
+        cells.append("" if row["seconds"] is None else f"{row['seconds']:.3g}")
+        rows.append(tuple(cells))
     return header, tuple(rows), tuple(lines)
 
 
-def _mean_pairs(group: Sequence[Mapping[str, Any]]) -> tuple[float, float, int] | None:
-    """Return samples that only the answer gets right, that only this does, and all of them."""
-    counted = [row["pairs"] for row in group if row.get("pairs")]
-    if not counted or len(counted) < len(group):
-        return None
-    lost, gained = (
-        statistics.mean(pairs[name] for pairs in counted) for name in ("only_answer", "only_this")
-    )
-    return lost, gained, counted[0]["samples"]
-
-
-def _interval(group: Sequence[Mapping[str, Any]]) -> str:
-    """Return the interval of a row's accuracy, `` [low, high]`` in percent, where there is one."""
-    pairs = _mean_pairs(group)
-    if pairs is None:
-        return ""
-    n = pairs[2]
-    low, high = wilson(round(n * statistics.mean(row["measured"]["accuracy"] for row in group)), n)
-    return f" [{hundredths(low)}, {hundredths(high)}]"
-
-
-def _over_answer(group: Sequence[Mapping[str, Any]]) -> str:
-    """Return how much more often than the answer a row is right, in points, with its interval."""
-    pairs = _mean_pairs(group)
-    if pairs is None:
-        return ""
-    lost, gained, n = pairs
-    low, high = paired(lost, gained, n)
-    return interval({"value": (gained - lost) / n, "low": low, "high": high}, points)
-
-
-def _spread(values: Sequence[float], write: Callable[[float], str]) -> str:
-    if not values:
+def _cell(row: Mapping[str, Any], name: str) -> str:
+    """Return what was measured under a name, with its interval where samples were counted."""
+    if name not in row["measured"]:
         return "none"
-    text = write(statistics.mean(values))
-    if len(values) == 1:
-        return text
-    return f"{text} ± {statistics.stdev(values):.2g}"
+    value = row["measured"][name]
+    if value is None:  # NaN or infinity, in JSON
+        return NOT_MEASURED
+    if name != "accuracy":
+        return f"{value:.4g}"
+    if not row.get("pairs"):
+        return f"{100 * value:.2f} %"
+    n = row["pairs"]["samples"]
+    low, high = wilson(round(n * value), n)
+    return f"{100 * value:.2f} % [{hundredths(low)}, {hundredths(high)}]"
+
+
+def _over_answer(row: Mapping[str, Any]) -> str:
+    """Return how much more often than the answer a row is right, in points, with its interval."""
+    apart = _apart(row)
+    if apart is None:
+        return ""
+    pairs = row["pairs"]
+    difference = (pairs["only_this"] - pairs["only_answer"]) / pairs["samples"]
+    return interval({"value": difference, "low": apart.low, "high": apart.high}, points)

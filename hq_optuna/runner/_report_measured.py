@@ -10,8 +10,8 @@ from hq_optuna.bit_config import BitConfig
 from hq_optuna.cost import METRICS, CostModel
 from hq_optuna.history import History
 from hq_optuna.runner._report_compared import ANSWER, COMPARED, EIGHT, UNIFORM
-from hq_optuna.runner.baselines import Problem, uniform_within
 from hq_optuna.runner.intervals import CONFIDENCE, METHODS, paired, wilson
+from hq_optuna.search import uniform_within
 
 DATA = {"validation": "", "test": "test_"}
 """Names of the data, and what their facts begin with."""
@@ -179,8 +179,7 @@ def _whole_eight(
 
 def _uniform(history: History) -> Iterator[tuple[str, BitConfig]]:
     model = CostModel(history.space.layers, history.info.metric)
-    problem = Problem(history.space, model.cost, history.info.limit, lambda config: 0.0)
-    yield from uniform_within(problem).items()
+    yield from uniform_within(history.space, model.cost, history.info.limit).items()
 
 
 def _figures(row: Mapping[str, Any] | None) -> dict[str, Any]:

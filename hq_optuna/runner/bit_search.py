@@ -41,7 +41,6 @@ from hq_optuna.samplers import Encoding, ProgressiveBitSampler
 from hq_optuna.samplers.limiting import refuse_lower_limits, write_limits
 from hq_optuna.samplers.log import StepLog
 from hq_optuna.scoring import OutputRise, ScorerName
-from hq_optuna.scoring.reuse import DEFAULT_MEMORY
 from hq_optuna.search import Limits, Rule
 from hq_optuna.space import ActivationBits, SearchSpace
 from hq_optuna.standing import read_standing
@@ -68,7 +67,7 @@ class BitSearch:
         allowed: Glob over layer names to the bits allowed there.
         tied: Groups of layers that share their bits.
         scorer: ``"gauss_newton"``, ``"loss"``, or a sum over layers: ``"diagonal"``, ``"trace"``,
-            ``"fisher"``, ``"hutchinson"``, ``"fit"``, ``"hawq_v2"``; ``None``:
+            ``"fisher"``, ``"hutchinson"``; ``None``:
             `HessianObjective`'s choice.
         output_rise: For ``"gauss_newton"`` with another loss than cross-entropy and squared error:
             the loss rise, summed over samples, from the outputs of the float network and of a
@@ -80,8 +79,6 @@ class BitSearch:
         observer: How activation ranges are found.
         quantizers: Glob over layer names to a quantizer (``"uniform"``, ``"binary"``,
             ``"ternary"``, ``"midrise"``, ``"dorefa"``); docs/quantizers.md.
-        memory: Bytes of activations that are kept while candidates are scored; scores do not depend
-            on it. 0 keeps none.
         precision: ``"float32"``, or ``"bfloat16"`` for candidates' forward passes.
         training: When winners are trained, how and on what, see `TrainingPlan`; ``None``: never.
         validation: Data on which the network is measured before and after.
@@ -115,7 +112,6 @@ class BitSearch:
         correction: bool = True,
         observer: Observer = "squared_error",
         quantizers: Mapping[str, str] | None = None,
-        memory: int = DEFAULT_MEMORY,
         precision: Precision = "float32",
         training: TrainingPlan | None = None,
         validation: Any = None,
@@ -146,7 +142,6 @@ class BitSearch:
             correction=correction,
             observer=observer,
             quantizers=quantizers,
-            memory=memory,
             precision=precision,
             training=training,
         )
@@ -316,9 +311,7 @@ class BitSearch:
         with explain_errors_of(study._storage), writer as progress:
             work(study, self.objective, on_progress=progress, on_doing=on_doing)
 
-    def result(
-        self, study: Study, *, test: Callable[[], Any] | None = None, baselines: int = 0
-    ) -> SearchResult:
+    def result(self, study: Study, *, test: Callable[[], Any] | None = None) -> SearchResult:
         """Return the answer of a finished search; of a running one, its incumbent.
 
         With validation data the network is measured before and after, uniform bits within the
@@ -328,8 +321,6 @@ class BitSearch:
             study: What `optimize` returned.
             test: Returns the test data. They are read when the search is over and never before,
                 once for each answer: figures that the study holds are not measured again.
-            baselines: With validation data, compare also with random draws, TPE and NSGA-II, each
-                with as many evaluations as the search, under this many seeds.
 
         Raises:
             ResumeError: The study has no closed step yet.
@@ -349,7 +340,6 @@ class BitSearch:
             facts |= self.before_and_after(network, self.validation, "validation")
             compared = rows(
                 *(self.objective, history, self.validation, self.evaluate),
-                seeds=baselines,
                 answer=network,
             )
             if compared:

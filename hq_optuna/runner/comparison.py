@@ -1,8 +1,7 @@
 """The answer beside what else could have been had: measured on the same validation data.
 
 Uniform bits within the budget are measured after every search with validation data: a few forward
-passes, and the one comparison that says whether mixed bits are worth their trouble. The others
-(`hq_optuna.runner.baselines`) take as many evaluations as the search did, for each seed.
+passes, and the one comparison that says whether mixed bits are worth their trouble.
 """
 
 from __future__ import annotations
@@ -16,11 +15,10 @@ from hq_optuna.batches import Batches
 from hq_optuna.bit_config import BitConfig
 from hq_optuna.cost import CostModel
 from hq_optuna.history import History, Reference
-from hq_optuna.runner._report_compared import ANSWER, COMPARED, EIGHT, UNIFORM
-from hq_optuna.runner.baselines import METHODS, Problem, run_method, uniform_within
+from hq_optuna.runner._report_compared import ANSWER, EIGHT, UNIFORM
 from hq_optuna.runner.evaluation import Evaluate, accuracy, figures, mean_loss, right, share
 from hq_optuna.runner.objective import HessianObjective
-from hq_optuna.search import uniform_states
+from hq_optuna.search import uniform_states, uniform_within
 
 
 def rows(
@@ -29,28 +27,24 @@ def rows(
     data: Batches,
     evaluate: Evaluate,
     *,
-    seeds: int = 0,
     answer: nn.Module | None = None,
 ) -> list[dict[str, Any]]:
-    """Measure the answer, uniform bits, and with ``seeds`` the other methods.
-
-    What was measured in an earlier call is taken from the study.
+    """Measure the answer and uniform bits.
 
     Args:
         objective: Prepared for this search.
         history: The search.
         data: Validation data.
         evaluate: What is measured there, beside the mean loss.
-        seeds: How often each random method runs.
         answer: The answer's network, where it was trained; nothing else here is.
 
     Returns:
-        One row each: ``{"method", "bits", "seed", "cost", "score", "evaluations", "seconds",
+        One row each: ``{"method", "bits", "cost", "score", "evaluations", "seconds",
         "measured": {"loss": …, "accuracy": …}, "pairs": {"samples", "only_this", "only_answer"}}``.
-        A method that found nothing within the budget has neither cost nor score. ``pairs`` counts
-        the samples that only one of this row and the answer gets right; it is there where
-        `accuracy` is what is measured and there is one class a sample. 8 bits everywhere are a row
-        too, for reference, where they cost more than the budget. Empty while the budget is not met.
+        ``pairs`` counts the samples that only one of this row and the answer gets right; it is
+        there where `accuracy` is what is measured and there is one class a sample. 8 bits
+        everywhere are a row too, for reference, where they cost more than the budget. Empty while
+        the budget is not met.
     """
     record = history.incumbent
     if record is None or not history.met:
@@ -58,17 +52,11 @@ def rows(
     counted = [c for c in history.candidates if c.counted]
     scorer = objective.prepare()
     model = CostModel(history.space.layers, history.info.metric)
-    problem = Problem(
-        history.space, model.cost, history.info.limit, lambda config: scorer.score(config).total
-    )
-
     of_answer: Tensor | None = None
 
-    def row(method: str, config: BitConfig | None, **more: Any) -> dict[str, Any]:
+    def row(method: str, config: BitConfig, **more: Any) -> dict[str, Any]:
         nonlocal of_answer
-        found: dict[str, Any] = {"method": method, "bits": None, "seed": None, **more}
-        if config is None:
-            return {**found, "cost": None, "score": None, "measured": {}}
+        found: dict[str, Any] = {"method": method, "bits": None, **more}
         network = objective.quantized(config)
         if method == ANSWER and answer is not None:
             network = answer
@@ -88,7 +76,7 @@ def rows(
         return {
             **found,
             "cost": model.cost(config),
-            "score": more.get("score") or problem.score(config),
+            "score": more.get("score") or scorer.score(config).total,
             "measured": measured,
         }
 
@@ -102,26 +90,9 @@ def rows(
             seconds=math.fsum(c.seconds for c in counted),
         )
     ]
-    for bits, config in uniform_within(problem).items():
+    for bits, config in uniform_within(history.space, model.cost, history.info.limit).items():
         found.append(row(UNIFORM, config, bits=bits, evaluations=1, seconds=None))
     eight = uniform_states(history.space).get((8, 8))
-    if eight is not None and model.cost(config := history.space.config(eight)) > problem.limit:
+    if eight is not None and model.cost(config := history.space.config(eight)) > history.info.limit:
         found.append(row(EIGHT, config, bits="8 bits", evaluations=1, seconds=None))
-    # Those of before a limit was raised had other evaluations, and pairs with another answer.
-    of = f"{record.answer} {len(counted)}"
-    stored = {
-        (r["method"], r["seed"]): r
-        for r in history.facts.get(COMPARED, ())
-        if r.get("of", of) == of
-    }
-    kept = [r for r in stored.values() if r["method"] in METHODS]
-    wanted = [(m, seed) for m in METHODS for seed in range(seeds)]
-    for method, seed in wanted:
-        if (method, seed) not in stored:
-            best = run_method(method, problem, len(counted), seed)
-            more: dict[str, Any] = {"evaluations": best.evaluations, "of": of}
-            more["seconds"] = round(best.seconds, 3)
-            more |= {} if best.config is None else {"score": best.score}
-            kept.append(row(method, best.config, seed=seed, **more))
-    kept.sort(key=lambda r: (METHODS.index(r["method"]), r["seed"]))
-    return found + kept
+    return found

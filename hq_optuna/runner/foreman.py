@@ -19,8 +19,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from optuna.study import Study
@@ -35,13 +34,12 @@ from hq_optuna.runner.interrupts import held_interrupts
 from hq_optuna.runner.recording import closing, winner_of
 from hq_optuna.runner.worker import fail_dead_trials
 from hq_optuna.samplers import ProgressiveBitSampler
-from hq_optuna.samplers.claims import create_record, create_together, new_claim
+from hq_optuna.samplers.claims import create_record, create_together, new_claim, own_slots
 from hq_optuna.samplers.log import StepLog
 from hq_optuna.samplers.owners import BEAT_S
 from hq_optuna.samplers.resume import refuse_another_search
 from hq_optuna.samplers.tickets import candidate_ticket, record_ticket
 from hq_optuna.search import Past, Result
-from hq_optuna.search.order import by_depth, nearest, parts, share_of
 from hq_optuna.storages import RetryingStorage
 from hq_optuna.storages.database import Ended
 from hq_optuna.storages.writing import beat, finish_trials, writes_together
@@ -85,7 +83,6 @@ class Foreman:
         self._facts: dict[int, tuple[float, Mapping[str, Any]]] = {}  # by number, of this step
         self._failed: set[int] = set()
         self._beaten, self._beats = clock(), 0
-        self._order_of: tuple[str, list[int]] = "", []  # a step's parent and its slots in order
 
     def hear(self, hand: Hand, event: Mapping[str, Any] | None) -> None:
         """Take in what a worker says, from any thread; ``None``: it is gone."""
@@ -190,7 +187,7 @@ class Foreman:
         step = log.open
         assert step is not None
         chosen, alone = self._choose(log)
-        known = self._ahead.keys() & {step.states[slot] for slot, _ in chosen}
+        known = self._ahead.keys() & {step.states[slot] for slot in chosen}
         if self._ahead.keys() - known:  # the step is not the one that was expected, or is shared
             for bits in self._ahead.keys() - known:
                 self._ahead.pop(bits).drop()
@@ -198,10 +195,10 @@ class Foreman:
             return
         search = self._sampler.known(self._study).search
         orders = []
-        for slot, part in chosen:
+        for slot in chosen:
             order = self._ahead.pop(step.states[slot], None)
             if order is None:
-                order = self._order(step.states[slot], log, part)
+                order = self._order(step.states[slot], log)
             ticket = candidate_ticket(log, slot, search)
             order.ticket = dataclasses.replace(ticket, claim=order.claim)
             orders.append(order)
@@ -224,55 +221,28 @@ class Foreman:
         if not alone:
             self.hands.hand_out([order for order in new if not order.void])
 
-    def _order(self, bits: tuple[int, ...], log: StepLog, part: float = 0.0) -> Order:
-        origin = None if log.incumbent is None else log.incumbent.state
-        return Order(new_claim(), bits, origin, self._clock(), base=log.base, part=part)
+    def _order(self, bits: tuple[int, ...], log: StepLog) -> Order:
+        return Order(new_claim(), bits, self._clock(), base=log.base)
 
-    @property
-    def _each(self) -> int:
-        """Candidates that are claimed for a worker at once, while nobody else is at work."""
-        return max(self._at_once, self.hands.together)
-
-    def _choose(self, log: StepLog) -> tuple[list[tuple[int, float]], bool]:
-        """Return the slots to claim now, for which part each, and whether nobody else is at work.
+    def _choose(self, log: StepLog) -> tuple[list[int], bool]:
+        """Return the slots to claim now, and whether nobody else is at work.
 
         Alone, one more candidate is claimed for each worker than it can do now, if the storage lets
-        trials say when they really began: so it need not wait for the storage; or as many as it
-        scores in one pass. Where others work, each begins with slots of its own, as single workers
-        do.
+        trials say when they really began: so it need not wait for the storage. Where others work,
+        each begins with slots of its own, as single workers do.
         """
         step = log.open
         assert step is not None
         crew = self._crew(log)
-        each = self._each if len(crew) == 1 else 1
-        states, ordered = step.states, self._ordered(log)
-        left = set(step.free[len(log.owners.untagged) :])
-        free = [slot for slot in ordered if slot in left]
+        each = self._at_once if len(crew) == 1 else 1
+        free = list(step.free[len(log.owners.untagged) :])
         if len(crew) > 1:
-            share = share_of(ordered, crew.index(workers.worker_id()), len(crew))
-            own_first = sorted(free, key=lambda slot: slot not in share)[: each * len(self.hands)]
-            free = [slot for slot in free if slot in own_first]
-        ahead = {slot: self._ahead[states[slot]] for slot in free if states[slot] in self._ahead}
-        chosen = [(slot, order.part) for slot, order in ahead.items()]
-        lacking = self._lacking(each, [*self._claimed.values(), *ahead.values()])
+            own = own_slots(free, crew, workers.worker_id())
+            free.sort(key=lambda slot: slot not in own)
+        ahead = [slot for slot in free if step.states[slot] in self._ahead]
+        lacking = max(each * len(self.hands) - len(self._claimed) - len(ahead), 0)
         rest = [slot for slot in free if slot not in ahead]
-        return [*chosen, *_shared(rest, lacking)], len(crew) == 1
-
-    def _ordered(self, log: StepLog) -> list[int]:
-        """Return the open step's slots by where in the network they change it."""
-        step = log.open
-        assert step is not None
-        if self._order_of[0] != step.parent:
-            origin = None if log.incumbent is None else log.incumbent.state
-            self._order_of = step.parent, by_depth(step.states, origin)
-        return self._order_of[1]
-
-    def _lacking(self, each: int, orders: Collection[Order]) -> list[float]:
-        """Return the parts of the network for which a candidate is to be claimed besides some."""
-        missing = Counter(parts(len(self.hands)) * each)
-        missing.subtract(order.part for order in orders)
-        n = max(each * len(self.hands) - len(orders), 0)
-        return [part for part, lacks in missing.items() for _ in range(lacks)][:n]
+        return [*ahead, *rest[:lacking]], len(crew) == 1
 
     @staticmethod
     def _crew(log: StepLog) -> list[str]:
@@ -303,14 +273,8 @@ class Foreman:
         past = Past([*log.past.incumbents, incumbent], log.past.results | places)
         now = self._clock()
         states = search.states(incumbent, past)
-        slots = by_depth(states, incumbent.state)
-        for slot, part in _shared(slots, self._lacking(self._each, ())):
-            self._ahead[states[slot]] = Order(
-                *(new_claim(), states[slot], incumbent.state, now),
-                early=True,
-                base=log.base,
-                part=part,
-            )
+        for state in states[: self._at_once * len(self.hands)]:
+            self._ahead[state] = Order(new_claim(), state, now, early=True, base=log.base)
         self.hands.hand_out(list(self._ahead.values()))
 
     # The step's record, and signs of life
@@ -368,16 +332,6 @@ class Foreman:
                 beat(self._study._storage, old, self._beats)
             except Exception as error:  # costs a beat and nothing else
                 logger.debug("No beat for %d trials: %s", len(old), error)
-
-
-def _shared(slots: list[int], wanted: Sequence[float]) -> list[tuple[int, float]]:
-    """Return a slot for each part of the network that wants one, as far as there are slots."""
-    left, shared = list(slots), list[tuple[int, float]]()
-    for part in wanted[: len(slots)]:
-        slot = nearest(left, part)
-        left.remove(slot)
-        shared.append((slot, part))
-    return shared
 
 
 def _value(said: Mapping[str, Any]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,8 +29,6 @@ from hq_optuna.launching.serving import NotNeeded
 from hq_optuna.quantization import Observer, set_bits
 from hq_optuna.quantization.compensation import Rounding
 from hq_optuna.runner import described, fingerprint
-from hq_optuna.runner.ahead import Ahead
-from hq_optuna.runner.needed import LOOK_EVERY_S, while_needed
 from hq_optuna.runner.publish import publish, publish_facts, stored_sensitivity
 from hq_optuna.runner.quantizer_choice import choose_quantizers
 from hq_optuna.runner.recording import KEPT, closing, winner_of
@@ -39,10 +37,12 @@ from hq_optuna.runner.scoring_setup import Progress, ScoringSetup
 from hq_optuna.runner.trained_steps import TrainedSteps
 from hq_optuna.runner.training_plan import TrainingPlan
 from hq_optuna.samplers import ProgressiveBitSampler
-from hq_optuna.samplers.claims import ClaimedTrial, upcoming, write_facts
+from hq_optuna.samplers.claims import ClaimedTrial, write_facts
 from hq_optuna.scoring import UNKNOWN_LOSS, OutputRise, Score, Scorer, ScorerName
-from hq_optuna.scoring.reuse import DEFAULT_MEMORY
 from hq_optuna.space import SearchSpace
+
+LOOK_EVERY_S = 2.0
+"""How often a worker asks whether the candidate that it scores is still needed."""
 
 
 class HessianObjective:
@@ -74,7 +74,6 @@ class HessianObjective:
         quantizers: Glob over layer names to the quantizer of their weights, see
             `hq_optuna.quantization.quantizers`; ``"uniform"`` where none matches.
         batch_size: Samples a batch, where ``calibration`` has no batches of its own.
-        memory: Bytes of an incumbent's activations to keep, see `Scorer`.
         precision: ``"float32"``: candidates run in the network's own precision. ``"bfloat16"``:
             in bfloat16 where PyTorch's autocast allows it, which is quick on GPUs and coarse: it
             has 8 significant bits.
@@ -101,7 +100,6 @@ class HessianObjective:
         observer: Observer = "squared_error",
         quantizers: Mapping[str, str] | None = None,
         batch_size: int = 32,
-        memory: int = DEFAULT_MEMORY,
         precision: Precision = "float32",
         training: TrainingPlan | None = None,
     ) -> None:
@@ -115,7 +113,6 @@ class HessianObjective:
             correction=correction,
             output_rise=output_rise,
             observer=observer,
-            memory=memory,
             precision=precision,
             quantizers=choose_quantizers(quantizers, space),
         )
@@ -140,7 +137,6 @@ class HessianObjective:
         self.skipped: tuple[tuple[str, str, str], ...] = ()
         self.progress: Progress = lambda what, done, of: None
         self._scorer: Scorer | None = None
-        self._ahead = Ahead()
         self._lock = threading.RLock()  # threads of one process share one network
         self._facts: dict[str, float] = {}
         # By storage, as studies of two storages may have the same id.
@@ -195,8 +191,6 @@ class HessianObjective:
                 "training plan. Give the plan that the study was started with.",
                 changed=("training",),
             )
-        if scorer.reuse is not None:
-            scorer.reuse.forget()  # one network's activations are enough
         return self.training.scorer(study, base).scorer
 
     def prepare(self, study: Study | None = None) -> Scorer:
@@ -286,31 +280,10 @@ class HessianObjective:
             return self._record_training(trial, ticket, config, started)
         if ticket.kind == "incumbent":
             return self._record_step(trial, ticket, config, started)
-        origin, base = sampler.origin(study), sampler.base(study)
         pruned = optuna.TrialPruned("its work is no longer needed")
-        coming = (self.space.config(bits) for bits in upcoming(sampler, study))
-        score, started = self._candidate(
-            study, base, config, origin, coming, lambda: not trial.should_prune(), pruned
-        )
+        look = _every(LOOK_EVERY_S, lambda: not trial.should_prune(), pruned)
+        score = self.scorer_at(study, sampler.base(study)).score(config, look)
         return record(self.space, trial, config, score, ticket, started)
-
-    def _candidate(
-        self,
-        study: Study,
-        base: int | None,
-        config: BitConfig,
-        origin: Sequence[int] | None,
-        coming: Iterable[BitConfig],
-        needed: Callable[[], bool],
-        otherwise: Exception,
-        every_s: float = LOOK_EVERY_S,
-    ) -> tuple[Score, float]:
-        """Return a candidate's score, and when it would have begun to be scored alone."""
-        scorer = self.scorer_at(study, base)
-        made_from = config if origin is None else self.space.config(origin)
-        with while_needed(scorer, needed, otherwise, every_s):
-            score, seconds = self._ahead.score(scorer, config, made_from, coming)
-        return score, time.perf_counter() - seconds
 
     def obey(
         self, study: Study, order: Mapping[str, Any], needed: Callable[[], bool]
@@ -340,17 +313,8 @@ class HessianObjective:
             assert ticket is not None
             value, score, said = self.trained(trial, ticket, needed, NotNeeded())
             return value, {**shown(score, started), attrs.TRAINING: said}
-        coming = (self.space.config(bits) for bits in order.get("next", ()))
-        score, started = self._candidate(
-            study,
-            base,
-            self.space.config(order["bits"]),
-            order["origin"],
-            coming,
-            needed,
-            NotNeeded(),
-            every_s=0.0,
-        )
+        scorer = self.scorer_at(study, base)
+        score = scorer.score(self.space.config(order["bits"]), _every(0.0, needed, NotNeeded()))
         return score.total, shown(score, started)
 
     def _record_training(
@@ -398,3 +362,24 @@ class HessianObjective:
             started,
         )
         return closing(value, found)[0]
+
+
+def _every(seconds: float, needed: Callable[[], bool], otherwise: Exception) -> Callable[[], None]:
+    """Return a function that raises ``otherwise`` once the work is not needed any more.
+
+    Args:
+        seconds: How often ``needed`` is asked at most.
+        needed: Whether it is.
+        otherwise: Raised when it is not.
+    """
+    last = time.monotonic()
+
+    def look() -> None:
+        nonlocal last
+        if time.monotonic() - last < seconds:
+            return
+        if not needed():
+            raise otherwise
+        last = time.monotonic()
+
+    return look

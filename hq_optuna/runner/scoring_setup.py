@@ -28,7 +28,6 @@ from hq_optuna.scoring import (
     measure_layer_sums,
     output_rise_of,
 )
-from hq_optuna.scoring.reuse import DEFAULT_MEMORY
 from hq_optuna.scoring.sensitivity import bits_needed, unknown_layers
 from hq_optuna.space import SearchSpace
 from hq_optuna.training.base import TrainedBase
@@ -60,7 +59,6 @@ class ScoringSetup:
     correction: bool = True
     output_rise: OutputRise | None = field(default=None)
     observer: Observer = "squared_error"
-    memory: int = DEFAULT_MEMORY
     precision: Precision = "float32"
     quantizers: Mapping[str, str] = field(default_factory=dict)
 
@@ -74,7 +72,6 @@ class ScoringSetup:
         correction: bool,
         output_rise: OutputRise | None,
         observer: Observer,
-        memory: int,
         precision: Precision,
         quantizers: Mapping[str, str],
     ) -> ScoringSetup:
@@ -105,21 +102,12 @@ class ScoringSetup:
         if rounding not in ROUNDINGS:
             raise ValueError(f"rounding is one of {', '.join(ROUNDINGS)}; got {rounding!r}.")
         check_precision(precision)
-        if scorer == "fit" and quantizers:
-            raise ValueError(
-                "The scorer 'fit' takes all rounding for uniform and never looks at it, so it "
-                "cannot tell quantizers apart. Use scorer='fisher', or no other quantizers."
-            )
-        if not isinstance(memory, (int, float)) or not memory >= 0:
-            raise ValueError(f"memory is a number of bytes, 0 or more; got {memory!r}.")
         if observer not in get_args(Observer):
             raise ValueError(
                 f"observer is one of {', '.join(get_args(Observer))}; got {observer!r}."
             )
         rise = output_rise if scorer == "gauss_newton" else None
-        return cls(
-            scorer, rounding, correction, rise, observer, memory, precision, dict(quantizers)
-        )
+        return cls(scorer, rounding, correction, rise, observer, precision, dict(quantizers))
 
     def build(
         self,
@@ -178,8 +166,8 @@ class ScoringSetup:
             facts["curvature_samples"] = curvature.n_samples
             if math.isfinite(curvature.largest_error):  # one batch alone has none
                 facts["curvature_standard_error"] = round(curvature.largest_error, 4)
-        scorer = self._scorer(prepared, known, space, data, loss_fn, base, teacher, self.memory)
-        return BuiltScorer(scorer, warnings + scorer.warnings, facts)
+        scorer = self._scorer(prepared, known, space, data, loss_fn, base, teacher)
+        return BuiltScorer(scorer, warnings, facts)
 
     def score_of_trained(
         self,
@@ -201,7 +189,7 @@ class ScoringSetup:
             {name: {bits.weight_bits: 0.0} for name, bits in base.config.items()},
             {name: {bits.activation_bits: 0.0} for name, bits in base.config.items()},
         )
-        scorer = self._scorer(prepared, nothing, space, data, loss_fn, base, teacher, memory=0)
+        scorer = self._scorer(prepared, nothing, space, data, loss_fn, base, teacher)
         return scorer.score(base.config).total
 
     def _settled(
@@ -223,7 +211,6 @@ class ScoringSetup:
         loss_fn: LossFunction,
         base: TrainedBase | None,
         teacher: nn.Module | None,
-        memory: int,
     ) -> Scorer:
         merged = merge_first(data, statistics_samples(space.layers))
         correct = None
@@ -238,7 +225,6 @@ class ScoringSetup:
             output_rise=self.output_rise,
             by_loss=self.scorer == "loss",
             correction=correct,
-            memory=memory,
             precision=self.precision,
             teacher=teacher,
         )

@@ -38,7 +38,6 @@ _KINDS: dict[str, _Kind] = {
     "correction": _SWITCH,
     "seed": _WHOLE,
     "refine": _SWITCH,
-    "memory": ("a number of bytes or text, '2 GiB'; 0 keeps nothing", (Integral, str)),
     "precision": _WORD,
     "quantizers": (
         "a dict from layer names or globs to quantizers, {'layer3.*': 'midrise'}",

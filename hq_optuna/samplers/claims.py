@@ -13,7 +13,7 @@ import copy
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import optuna
@@ -27,7 +27,6 @@ from hq_optuna.samplers.log import StepLog
 from hq_optuna.samplers.owners import HELD
 from hq_optuna.samplers.resume import refuse_another_search
 from hq_optuna.samplers.tickets import candidate_ticket, excess, facts, parameters, record_ticket
-from hq_optuna.search.order import by_depth, nearest, parts, share_of
 from hq_optuna.storages.writing import add_user_attrs, create_trials, finish_trial
 
 if TYPE_CHECKING:
@@ -161,10 +160,9 @@ def _choose(log: StepLog, search: str, waited_s: float) -> Ticket | None:
     """Return the ticket of work that is free; workers of one study choose apart.
 
     A claim that is lost costs two transactions, and of many workers that look at the same moment
-    all but one would lose. So each has slots of its own, a part of the network by its place among
-    the workers, and takes others' only while there are enough for all that are idle before it. A
-    step is recorded by who did the last of it, who looks at once. Whoever waited in vain does what
-    is left.
+    all but one would lose. So each has slots of its own, by its place among the workers, and takes
+    others' only while there are enough for all that are idle before it. A step is recorded by who
+    did the last of it, who looks at once. Whoever waited in vain does what is left.
     """
     step = log.open
     assert step is not None
@@ -172,36 +170,29 @@ def _choose(log: StepLog, search: str, waited_s: float) -> Ticket | None:
     if step.complete:
         return None if patient else _numbered(record_ticket(log, search))
     me = workers.worker_id()
-    free, own, part = _slots(log)
-    if not own and waited_s < PATIENCE_S:
-        crew = log.owners.at_work(me, last=2 * len(step.states))
-        if log.owners.idle_before(me, crew) >= len(free):
-            return None
-    return _numbered(candidate_ticket(log, nearest(own or free, part), search))
-
-
-def _slots(log: StepLog) -> tuple[list[int], list[int], float]:
-    """Return the open step's free slots, those of them that are this worker's, and its part."""
-    step = log.open
-    assert step is not None
-    me = workers.worker_id()
     crew = log.owners.at_work(me, last=2 * len(step.states))
-    place = crew.index(me)
-    ordered: Sequence[int] = range(len(step.states))
-    if len(crew) > 1:
-        origin = None if log.incumbent is None else log.incumbent.state
-        ordered = by_depth(step.states, origin)
-    free = sorted(step.free[len(log.owners.untagged) :], key=ordered.index)
-    share = share_of(ordered, place, len(crew))
-    return free, [slot for slot in free if slot in share], parts(len(crew))[place]
+    free = step.free[len(log.owners.untagged) :]
+    own = own_slots(free, crew, me)
+    if not own and waited_s < PATIENCE_S and log.owners.idle_before(me, crew) >= len(free):
+        return None
+    slot = own[0] if own else free[-1 - crew.index(me) % len(free)]
+    return _numbered(candidate_ticket(log, slot, search))
 
 
-def upcoming(sampler: ProgressiveBitSampler, study: Study) -> Iterator[tuple[int, ...]]:
-    """Yield the bits of candidates that this worker is likely to be given next, as last read."""
-    log = sampler.known(study).log
-    with sampler.lock:
-        states = [] if log.open is None else [log.open.states[slot] for slot in _slots(log)[1]]
-    yield from states
+def own_slots(free: Sequence[int], crew: Sequence[str], worker: str) -> list[int]:
+    """Return those of the free slots that a worker takes before others do.
+
+    Args:
+        free: Free slots of a step.
+        crew: Names of the workers, in an order that all agree on.
+        worker: One of them.
+
+    Example:
+        >>> own_slots([0, 1, 2, 4], ["a", "b"], "a")
+        [0, 2, 4]
+    """
+    place = crew.index(worker)
+    return [slot for slot in free if slot % len(crew) == place]
 
 
 def new_claim() -> int:

@@ -198,14 +198,6 @@ class ProgressiveBitSampler(BaseSampler):
             return study.pruner.budget
         return self.budget
 
-    def origin(self, study: Study) -> tuple[int, ...] | None:
-        """Return the bits that the open step's candidates are made from, as last read.
-
-        ``None`` before the first step is closed. Reads nothing from the storage.
-        """
-        incumbent = self.known(study).log.incumbent
-        return None if incumbent is None else incumbent.state
-
     def base(self, study: Study) -> int | None:
         """Return the number of the record whose trained network candidates are made from.
 

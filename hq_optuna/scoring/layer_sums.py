@@ -13,21 +13,19 @@ from hq_optuna.curvature import (
     Curvature,
     LossFunction,
     calibration_adam,
-    empirical_fisher,
     hutchinson,
     output_curvature,
     probe_of,
 )
 from hq_optuna.layers import LayerSpec
-from hq_optuna.scoring.references import fit, hawq_v2
 from hq_optuna.scoring.sensitivity import Form, Sensitivity, measure_sensitivity
 from hq_optuna.space import SearchSpace
 
-LayerSumName = Literal["diagonal", "trace", "fisher", "hutchinson", "fit", "hawq_v2"]
+LayerSumName = Literal["diagonal", "trace", "fisher", "hutchinson"]
 """``diagonal`` and ``trace``: calibration Adam, element by element or by its mean over a layer.
 ``fisher``: the mean of the Gauss-Newton diagonal from softened outputs, with weight errors as the
 layer's output feels them. ``hutchinson``: the true
-Hessian's. ``fit`` and ``hawq_v2``: as published (`hq_optuna.scoring.references`)."""
+Hessian's."""
 LAYER_SUMS: tuple[LayerSumName, ...] = get_args(LayerSumName)
 
 Progress = Callable[[str, int, int], None]
@@ -62,8 +60,7 @@ def measure_layer_sums(
         loss_fn: Mean loss of a batch from outputs and labels.
         progress: Called with (what, done, of).
         moments: Layer → curvature of its weights, nats per weight², that is known already: the
-            second moments of a training. Taken for the sums of this project, not for those as
-            published.
+            second moments of a training. Not taken for ``hutchinson``.
 
     Raises:
         ValueError: ``fisher`` with a loss whose Hessian in the outputs is not known.
@@ -76,10 +73,6 @@ def measure_layer_sums(
         known = {n: moments[n].to(h) if n in moments else h for n, h in curvature.weights.items()}
         gone = tuple(n for n in curvature.no_gradient if n not in moments)
         curvature = dataclasses.replace(curvature, weights=known, no_gradient=gone)
-    if name == "fit":
-        return LayerSums(fit(prepared, space, curvature, data), curvature)
-    if name == "hawq_v2":
-        return LayerSums(hawq_v2(prepared, space, curvature, data), curvature)
     forms: dict[str, Form] = {"diagonal": "diagonal", "fisher": "felt"}
     form = forms.get(name, "trace")
     sensitivity = measure_sensitivity(
@@ -109,9 +102,6 @@ def measure_curvature(
         if probe is None:
             raise ValueError("'fisher' knows cross-entropy and squared error, not this loss.")
         return output_curvature(network, layers, data, probe, progress=progress)
-    if name in ("hutchinson", "hawq_v2"):
-        raw = name == "hawq_v2"  # as published: nothing is done about negative traces
-        return hutchinson(network, layers, data, loss_fn, raw=raw, progress=progress)
-    if name == "fit":
-        return empirical_fisher(network, layers, data, loss_fn, progress=progress)
+    if name == "hutchinson":
+        return hutchinson(network, layers, data, loss_fn, progress=progress)
     return calibration_adam(network, layers, data, loss_fn, progress=progress)

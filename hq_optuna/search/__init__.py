@@ -1,11 +1,12 @@
 """The mind of the sampler: states, moves, winner rules. No PyTorch, no Optuna."""
 
-from hq_optuna.search.additive import Additive, Point, uniform_states
+from hq_optuna.search.additive import Additive, Point
 from hq_optuna.search.exact import exact_allocation
 from hq_optuna.search.limits import Limits
 from hq_optuna.search.moves import Move, changes, propose
 from hq_optuna.search.progressive import Incumbent, Past, ProgressiveSearch, Result
 from hq_optuna.search.rules import RULES, Rule, choose
+from hq_optuna.search.uniform import uniform_states, uniform_within
 
 __all__ = [
     "RULES",
@@ -23,4 +24,5 @@ __all__ = [
     "exact_allocation",
     "propose",
     "uniform_states",
+    "uniform_within",
 ]

@@ -114,27 +114,3 @@ class Additive:
 
 def _parts(part: str) -> tuple[str, ...]:
     return ("weights", "activations") if part == "both" else (part,)
-
-
-def uniform_states(space: SearchSpace) -> dict[tuple[int, int], tuple[int, ...]]:
-    """Return the uniform assignments of a space by their ``(weight bits, activation bits)``.
-
-    Every variable takes the given bits or, where it does not allow them, the widest below, else its
-    fewest; pinned layers keep theirs. Where activations are not searched apart, both numbers are
-    the same.
-    """
-    weights = sorted({b for v in space.variables if v.part != "activations" for b in v.bits})
-    activations = sorted({b for v in space.variables if v.part == "activations" for b in v.bits})
-    pairs = [(w, a) for w in weights for a in (activations or [w])]
-    if not weights:
-        pairs = [(a, a) for a in activations]
-    found: dict[tuple[int, int], tuple[int, ...]] = {}
-    for w, a in pairs:
-        state = tuple(
-            max((b for b in v.bits if b <= wanted), default=v.bits[-1])
-            for v in space.variables
-            for wanted in (a if v.part == "activations" else w,)
-        )
-        if state not in found.values():
-            found[w, a] = state
-    return found

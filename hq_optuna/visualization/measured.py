@@ -17,9 +17,6 @@ ACCURACY = "accuracy"
 _LOOK = {
     attrs.ANSWER: ("answer", f.VERMILION, "star", 15),
     attrs.UNIFORM: ("uniform bits", f.ORANGE, "diamond", 10),
-    "random": ("random within<br>the budget", f.GREY, "circle", 8),
-    "TPE": ("TPE", f.BLUE, "square", 8),
-    "NSGA-II": ("NSGA-II", f.GREEN, "triangle-up", 9),
 }
 
 
@@ -27,8 +24,8 @@ class MeasuredPoint(NamedTuple):
     """An assignment that was measured.
 
     Attributes:
-        method: What found it, ``"answer"``, ``"uniform"`` or the name of another method.
-        name: For people, ``"3 bits"`` or ``"TPE, seed 0"``.
+        method: What found it, ``"answer"``, ``"uniform"`` or ``"8 bits"``.
+        name: For people, ``"3 bits"``.
         cost: In the unit of the metric.
         value: What was measured.
     """
@@ -62,7 +59,7 @@ class MeasuredInfo(NamedTuple):
 
 
 def measured_info(history: History, name: str = ACCURACY) -> MeasuredInfo:
-    """Read what was measured of the answer, of uniform bits and of other methods.
+    """Read what was measured of the answer and of uniform bits.
 
     Raises:
         ValueError: Figures were measured, but none of this name.
@@ -76,8 +73,6 @@ def measured_info(history: History, name: str = ACCURACY) -> MeasuredInfo:
         method, said = row["method"], row["method"]
         if row["bits"] is not None:
             said = row["bits"]
-        elif row["seed"] is not None:
-            said = f"{method}, seed {row['seed']}"
         if name in row["measured"]:
             points.append(MeasuredPoint(method, said, row["cost"], row["measured"][name]))
     info = history.info

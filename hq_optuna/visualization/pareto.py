@@ -173,7 +173,7 @@ def plot_pareto(
         n: Points of the exact curve.
         measured: Instead of the predicted loss rise draw what was measured on validation data,
             ``"accuracy"``, ``"loss"`` or a name of the search's own ``evaluate``: of the answer, of
-            uniform bits within the budget, and of random draws, TPE and NSGA-II where they ran.
+            uniform bits within the budget.
         dark: For a dark page or a light one; by default the figure stands on either.
 
     Raises:

@@ -113,7 +113,7 @@ def finished(place: Path) -> Iterator[Site]:
 def running(place: Path) -> Iterator[Site]:
     """A search that still runs, some steps after its start, and comes no further."""
     missing.skip()
-    options = ("--candidates", "8", "--bits", "2-8", "--budget", "0.07 bops", "--memory", "0")
+    options = ("--candidates", "8", "--bits", "2-8", "--budget", "0.07 bops")
     run = start(SLOW, place, "run", "tiny.py", "--name", "running", *options)
     database = place / "hq-optuna-runs" / "running" / "study.db"
     until = time.monotonic() + 240

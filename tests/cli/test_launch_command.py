@@ -23,7 +23,7 @@ from hq_optuna.cli.session import Request
 from hq_optuna.dashboard import write_pages
 from hq_optuna.dashboard.pages import NOTE, PLOT, STAMP, note_in
 from hq_optuna.history import History, read_history
-from hq_optuna.launching import WorkerCommand, cluster
+from hq_optuna.launching import WorkerCommand
 from hq_optuna.standing import read_standing
 
 ROOT = Path(__file__).parents[2]
@@ -119,23 +119,6 @@ def test_two_workers_have_the_history_of_one_though_one_is_killed(study: Path) -
     assert "curvature" in errors  # measured once, by the launcher
     standing = read_standing(loaded("tiny"))
     assert standing.reason == "the budget is met"
-
-
-def test_workers_of_a_search_that_goes_on_have_the_memory_that_was_typed(monkeypatch):
-    commands = []
-
-    class Cluster:
-        def __init__(self, address, command, *, threads):
-            self.start = self.close = lambda *_: None
-            commands.append(command)
-
-    monkeypatch.setattr(cluster, "Cluster", Cluster)
-    place = Place("tiny", Path("runs"), "sqlite:///study.db")
-    given = {"memory": "64 MiB", "seed": 3}
-    request = Request("tiny", ["--n", "2"], None, None, None, None, given, None, 300.0)
-    session = SimpleNamespace(file=Path("tiny.py"), place=place, threads=1)
-    launching._crew(request, session, None, 2, "tcp://there:8786", print, print)
-    assert commands[0].options == ("--n", "2", "--retry-for", "300.0", "--memory", "64 MiB")
 
 
 @pytest.mark.parametrize(("device", "seen"), [("cpu", [None] * 3), ("cuda:0", ["0", "1"])])

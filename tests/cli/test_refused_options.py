@@ -27,14 +27,3 @@ def test_a_device_that_is_not_there_is_refused(
     assert result.exit_code == 1
     assert said in " ".join(result.output.split())
     assert not Path("hq-optuna-runs/tiny/study.db").exists()
-
-
-@pytest.mark.parametrize("name", ["run", "launch"])
-def test_a_comparison_without_validation_data_is_refused(
-    name: str, study: Path, command: Command
-) -> None:
-    study.write_text(study.read_text().replace("def validation", "def _unused"))
-    result = command(name, study, "--baselines", 1)
-    assert result.exit_code == 1
-    assert "--baselines compares on validation data" in " ".join(result.output.split())
-    assert not Path("hq-optuna-runs/tiny/study.db").exists()

@@ -36,8 +36,7 @@ from tests.cli.test_training_command import TRAIN
 from tests.devices import simulated_gpu
 from tests.runner.searches import Network, data, facts
 from tests.runner.training_searches import plan, search
-from tests.scoring.side_by_side import ALL, IMAGES, SEQUENCES, Mixed, Search
-from tests.small_networks import Tokens, make, seeded
+from tests.small_networks import seeded
 from tests.training.examples import float_net, labelled, prepared_net
 from tests.training.short import flipped
 
@@ -74,24 +73,6 @@ def tensors_mix_as_on_cuda(device: str) -> None:
     assert layer.weight.grad is not None and layer.weight.grad.device.type == device
     with torch.autocast(device, torch.bfloat16):
         assert layer(there).dtype == torch.bfloat16
-
-
-def candidates_run_on_what_their_incumbent_left(device: str) -> None:
-    torch.backends.cudnn.deterministic = True
-    network = make(Mixed(["norm", "shortcut", "iadd"]), 0, torch.float32).to(device)
-    for precision in ("float32", "bfloat16"):
-        run = Search(network, IMAGES.to(device), precision=precision)
-        run.walk(6, n_steps=1)
-        assert run.reuse.n_bytes > 0
-    tokens = make(Tokens(flat=True), 0, torch.float32).to(device)
-    Search(tokens, SEQUENCES.to(device)).walk(1)
-
-
-def several_candidates_share_a_pass(device: str) -> None:
-    network = make(Mixed(["norm", "branch", "shortcut"]), 0, torch.float32).to(device)
-    run = Search(network, IMAGES.to(device), memory=ALL)
-    assert run.reusing.most_together > 1
-    run.check_together(run.candidates(6), run.uniform(8))
 
 
 def a_training_goes_on_from_its_checkpoint(device: str) -> None:
@@ -179,14 +160,6 @@ def random_states_are_left_as_found(device: str) -> None:
     assert torch.equal(module.get_rng_state(), before)
     if device == "simulated":
         assert module.restored == restored + 1
-
-
-def a_gpu_is_waited_for_where_time_is_taken(device: str) -> None:
-    if device == "simulated":
-        module = torch.get_device_module(device)
-        before = module.synchronized
-        run = Search(make(Mixed(["norm"]), 0, torch.float32).to(device), IMAGES.to(device))
-        assert module.synchronized >= before + len(run.reuse.graph.nodes)
 
 
 def all_tensors_may_be_made_there_by_default(device: str) -> None:

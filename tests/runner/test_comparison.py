@@ -1,6 +1,5 @@
-"""The answer beside uniform bits and other methods, measured and said."""
+"""The answer beside uniform bits, measured and said."""
 
-import json
 import re
 
 import pytest
@@ -18,7 +17,7 @@ from tests.runner.searches import data, search
 
 def row(method="answer", accuracy=None, loss=1.0, **more):
     measured = {"loss": loss} | ({} if accuracy is None else {"accuracy": accuracy})
-    base = {"method": method, "bits": None, "seed": None, "cost": 2e6, "score": 0.01}
+    base = {"method": method, "bits": None, "cost": 2e6, "score": 0.01}
     return {**base, "evaluations": 10, "seconds": 1.0, "measured": measured, **more}
 
 
@@ -68,25 +67,6 @@ def test_answer_and_uniform_bits_are_measured_on_the_validation_data(searched):
             "only_answer": sum(b and not a for a, b in zip(right, ours, strict=True)),
         }
         assert entry["score"] == mine.objective.prepare().score(config).total
-
-
-def test_other_methods_run_once_and_are_taken_from_the_study_later(searched, monkeypatch):
-    mine, study = searched
-    mine.result(study, baselines=2)
-    compared = read_history(study).facts["compared"]
-    others = [(r["method"], r["seed"]) for r in compared[3:]]
-    assert others == [(m, s) for m in ("random", "TPE", "NSGA-II") for s in (0, 1)]
-    assert {r["evaluations"] for r in compared[3:]} == {compared[0]["evaluations"]}
-    for entry in compared[3:]:
-        assert entry["cost"] is None or entry["cost"] <= read_history(study).info.limit
-    monkeypatch.setattr(comparison, "run_method", None)  # would fail if it were called
-    mine.result(study, baselines=2)
-    mine.result(study)
-    assert read_history(study).facts["compared"] == compared
-    text = render_markdown(report_data(study))
-    assert "| random within the budget, 2 seeds |" in text
-    assert "were not run" not in text
-    assert json.loads(json.dumps(report_data(study), allow_nan=False))["compared"]
 
 
 def test_without_validation_data_or_before_the_budget_is_met_nothing_is_compared():
@@ -143,26 +123,12 @@ def test_where_samples_were_counted_the_warning_says_whether_they_decide(
         (row(accuracy=0.9, loss=2.0), uniform(accuracy=0.8, loss=1.0), False),
         (row(loss=2.0), uniform(loss=1.9), True),
         (row(loss=2.0), uniform(loss=2.0), False),
-        (row(accuracy=0.1), row("TPE", accuracy=0.9), False),  # only uniform bits are a warning
+        (row(accuracy=0.1), row("8 bits", accuracy=0.9), False),  # only uniform bits are a warning
     ],
 )
 def test_uniform_bits_beat_by_accuracy_or_else_by_loss(answer, other, beaten):
     assert bool(beaten_by_uniform([answer, other])) is beaten
     assert bool(warnings([answer, other], "bops", None)) is beaten
-
-
-def test_seeds_become_a_mean_with_its_spread():
-    compared = [row(accuracy=0.9), uniform(accuracy=0.5)]
-    compared += [row("TPE", accuracy=a, seed=i) for i, a in enumerate((0.8, 0.9))]
-    nothing = row("NSGA-II", seed=0, cost=None, score=None)
-    compared.append({**nothing, "measured": {}})
-    header, rows, lines = table(compared, "bops")
-    assert header == ("", "cost", "score (nats)", "loss", "accuracy", "evaluations", "seconds")
-    assert rows[1][0] == "uniform 3 bits"
-    assert rows[2][0] == "TPE (Optuna), 2 seeds"
-    assert rows[2][4] == "85.00 % ± 7.1"
-    assert rows[3][1:5] == ("none",) * 4
-    assert "NSGA-II (Optuna): 1 of 1 found nothing within the budget." in lines
 
 
 def test_figures_that_are_no_numbers_are_not_measured_in_the_report(tmp_path):
@@ -182,13 +148,8 @@ def pairs(only_this, only_answer):
     return {"samples": 400, "only_this": only_this, "only_answer": only_answer}
 
 
-def test_every_method_has_the_interval_of_its_accuracy_and_of_what_it_is_over_the_answer():
+def test_every_row_has_the_interval_of_its_accuracy_and_of_what_it_is_over_the_answer():
     compared = [row(accuracy=0.9, pairs=pairs(0, 0)), uniform(accuracy=0.8, pairs=pairs(5, 45))]
-    compared += [
-        row("TPE", accuracy=0.85, seed=0, pairs=pairs(2, 22)),
-        row("TPE", accuracy=0.86, seed=1, pairs=pairs(4, 20)),
-        row("random", accuracy=0.7, seed=0, pairs=pairs(1, 81)),
-    ]
     header, rows, lines = table(compared, "bops")
     assert header[4:6] == ("accuracy", "over the answer, points")
     assert any("95 % intervals" in line for line in lines)
@@ -204,23 +165,20 @@ def test_every_method_has_the_interval_of_its_accuracy_and_of_what_it_is_over_th
 
     assert rows[0][4:6] == (f"90.00 % {percents(360)}", "")
     assert rows[1][4:6] == (f"80.00 % {percents(320)}", f"−10.0 {over(45, 5)}")
-    # Two seeds read the same samples: their mean is known no better than one of them.
-    assert rows[2][4:6] == (f"85.50 % ± 0.71 {percents(342)}", f"−4.5 {over(21, 3)}")
-    assert rows[3][4:6] == (f"70.00 % {percents(280)}", f"−20.0 {over(81, 1)}")
 
 
 def test_the_intervals_are_in_the_reports_data_too():
     facts = {
         "compared": [
             row(accuracy=0.9, pairs=pairs(0, 0)),
-            row("TPE", accuracy=0.85, seed=0, pairs=pairs(2, 22)),
-            row("random", accuracy=0.7, seed=0),
+            uniform(accuracy=0.85, pairs=pairs(2, 22)),
+            uniform("2 bits", accuracy=0.7),
         ]
     }
-    answer, tpe, uncounted = report_data(fake_study(4, facts=facts))["compared"]
+    answer, counted, uncounted = report_data(fake_study(4, facts=facts))["compared"]
     low, high = wilson(340, 400)
-    assert tpe["accuracy"] == {"value": 0.85, "low": low, "high": high}
-    assert tpe["over_answer"]["value"] == -0.05
+    assert counted["accuracy"] == {"value": 0.85, "low": low, "high": high}
+    assert counted["over_answer"]["value"] == -0.05
     assert answer["over_answer"] is None
     assert uncounted["accuracy"] == {"value": 0.7, "low": None, "high": None}
 
@@ -228,4 +186,3 @@ def test_the_intervals_are_in_the_reports_data_too():
 def test_where_no_uniform_bits_fit_the_report_says_so():
     _, _, lines = table([row()], "bops")
     assert "No uniform bits are within the budget." in lines
-    assert any("--baselines 3" in line for line in lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import optuna
@@ -48,11 +48,10 @@ class Scorer(threading.Thread):
         seconds: float = 0.0,
         lives: int = 10**9,
         takes: float = 0.0,
-        together: int = 1,
     ):
         super().__init__(daemon=True)
         self.foreman, self.space, self.seconds, self.lives = foreman, space, seconds, lives
-        self.takes, self.together = takes, together
+        self.takes = takes
         self.table = fake_table(space)
         self.news = threading.Semaphore(0)
         self.orders: list[dict[str, Any]] = []
@@ -60,8 +59,6 @@ class Scorer(threading.Thread):
         self.dropped: list[int] = []
         self.gone = False
         self.scored = 0
-        self.beside: Sequence[Scorer] = ()
-        self.turn = 0  # among those beside
         self.start()
 
     def order(self, order: Mapping[str, Any]) -> None:
@@ -72,18 +69,14 @@ class Scorer(threading.Thread):
             return
         self.orders.append(dict(order))
         if not order.get("end"):
-            self.turn = max((other.turn for other in self.beside), default=0)
             self.had.append(dict(order))
         self.news.release()
-
-    def at_work(self) -> list[Scorer]:
-        return [other for other in self.beside if other.scored < len(other.had)]
 
     def score(self, bits: list[int]) -> float:
         return sum(fake_score(self.table, self.space.config(bits)))
 
     def run(self) -> None:
-        self.foreman.hear(self, {"event": "ready", "together": self.together})
+        self.foreman.hear(self, {"event": "ready"})
         while True:
             self.news.acquire()
             order = self.orders.pop(0)
@@ -93,23 +86,10 @@ class Scorer(threading.Thread):
                 self.gone = True
                 self.foreman.hear(self, None)
                 return
-            wait_until(lambda: not any(self.turn > other.turn for other in self.at_work()))
             time.sleep(self.takes + random.uniform(0, self.seconds))
-            self.turn += 1
             self.scored += 1
             said = {"event": "scored", "claim": order["claim"], "value": self.score(order["bits"])}
             self.foreman.hear(self, {**said, "facts": {"seconds": 3.0, "worker": "box:1"}})
-
-
-def side_by_side(foreman: Foreman, space: Any, n: int, takes: float) -> list[Scorer]:
-    """Start workers in this order, of which none does a second candidate before another's first."""
-    scorers = []
-    for _ in range(n):
-        scorers.append(Scorer(foreman, space, takes=takes))
-        wait_until(lambda: len(foreman.hands) == len(scorers))
-    for scorer in scorers:  # nobody has a candidate yet
-        scorer.beside = scorers
-    return scorers
 
 
 def wait_until(true: Callable[[], bool], until_s: float = 120.0) -> None:
@@ -125,11 +105,11 @@ def lead(foreman: Foreman, until_s: float = 120.0) -> None:
         assert time.monotonic() < deadline
 
 
-@pytest.mark.parametrize(("encoding", "together"), [("layers", 1), ("compact", 1), ("compact", 3)])
-def test_the_history_is_that_of_the_sequential_search(storage, encoding, together):
+@pytest.mark.parametrize("encoding", ["layers", "compact"])
+def test_the_history_is_that_of_the_sequential_search(storage, encoding):
     study = new_study(sampler(6, encoding=encoding), storage)
     foreman = Foreman(study)
-    scorers = [Scorer(foreman, ours(study).space, together=together) for _ in range(3)]
+    scorers = [Scorer(foreman, ours(study).space) for _ in range(3)]
     lead(foreman)
     assert history(study) == expected(study)
     log = ours(study).log(study)
@@ -147,31 +127,12 @@ def test_the_history_is_that_of_the_sequential_search(storage, encoding, togethe
     assert study.best_trial.user_attrs["kind"] == "incumbent"
 
 
-def test_who_scores_several_in_one_pass_gets_those_it_was_told_of():
-    study = new_study(sampler(12, n_candidates=12, encoding="compact"))
-    foreman = Foreman(study)
-    scorers = [Scorer(foreman, ours(study).space, 0.002, together=4) for _ in range(2)]
-    lead(foreman)
-    assert history(study) == expected(study)
-    assert max(len(order.get("next", ())) for scorer in scorers for order in scorer.had) == 3
-    for scorer in scorers:
-        coming: list[list[int]] = []
-        for order in scorer.had:
-            if coming:
-                assert order["bits"] == coming.pop(0)
-                assert "next" not in order
-            else:
-                coming = list(order.get("next", ()))
-        assert not coming
-
-
-@pytest.mark.parametrize("together", [1, 4])
-def test_workers_that_die_cost_their_candidates_and_no_more(storage, together):
+def test_workers_that_die_cost_their_candidates_and_no_more(storage):
     study = new_study(sampler(8, n_candidates=4, encoding="compact"), storage)
     foreman = Foreman(study)
     space = ours(study).space
     for lives in (2, 5, 0, 10**9):
-        Scorer(foreman, space, 0.01, lives, together=together)
+        Scorer(foreman, space, 0.01, lives)
     lead(foreman)
     assert history(study) == expected(study)
     assert states(study).count(TrialState.FAIL) <= 3
@@ -235,28 +196,6 @@ def test_the_next_step_is_handed_out_before_the_last_result_is_stored(monkeypatc
     # Step 0 has one candidate; its successor's are under way when its result is stored.
     assert scored_by_then[0] >= 2
     assert scorer.scored == len(log.results)
-
-
-def test_each_worker_stays_in_its_part_of_the_network(storage):
-    """What a worker keeps of an incumbent serves it, and it computes little that others do too."""
-    study = new_study(sampler(12, n_candidates=12, encoding="compact"), storage)
-    foreman = Foreman(study)
-    scorers = side_by_side(foreman, ours(study).space, 2, takes=0.01)
-    lead(foreman)
-    assert history(study) == expected(study)
-    depths: dict[tuple[int, ...], list[list[int]]] = {}
-    for index, scorer in enumerate(scorers):
-        for order in scorer.had:
-            if order["origin"]:
-                first = [a != b for a, b in zip(order["bits"], order["origin"], strict=True)]
-                both = depths.setdefault(tuple(order["origin"]), [[], []])
-                both[index].append(first.index(True))
-    full = [both for both in depths.values() if sum(map(len, both)) >= 10]
-    assert len(full) > 3
-    swapped = 0  # pairs of a step of which the worker behind has the earlier layer
-    for early, late in full:
-        swapped += sum(a > b for a in early for b in late)
-    assert swapped <= 0.1 * sum(len(early) * len(late) for early, late in full)
 
 
 def test_a_limit_ends_it_though_more_was_handed_out(storage):
@@ -347,7 +286,7 @@ def test_json_that_is_no_answer_is_none():
     hands.hear(hand, {"event": "ready"})
     hands.hear(hand, {"event": "ready"})
     assert len(hands) == 1
-    hands.hand_out([Order(7, (8, 4), (8, 8), 0.0)])
+    hands.hand_out([Order(7, (8, 4), 0.0)])
     for said in ({}, {"claim": 7}, {"claim": 6, "value": 1.0, "facts": {}}):
         hands.hear(hand, {"event": "scored", **said})
     assert hands.collect() == ([], [])
@@ -356,25 +295,12 @@ def test_json_that_is_no_answer_is_none():
     assert order.claim == 7
 
 
-def test_who_is_gone_leaves_to_others_what_was_meant_for_it():
+def test_an_order_that_its_worker_lost_is_for_anybody():
     hands, first, second = Hands(), Told(), Told()
-    hands.hear(first, {"event": "ready", "together": 4})
-    hands.hand_out([Order(claim, (8, claim), (8, 8), 0.0) for claim in range(1, 5)])
-    assert [order["claim"] for order in first.orders] == [1]
-    assert first.orders[0]["next"] == [[8, 2], [8, 3], [8, 4]]
-    hands.hear(second, {"event": "ready"})
-    assert second.orders == []  # all is meant for the first
-    hands.hear(first, None)
-    assert second.orders == [{"claim": 2, "bits": [8, 2], "origin": [8, 8]}]
-    assert [order.claim for order in hands.collect()[1]] == [1]
-
-
-def test_what_was_meant_for_somebody_and_is_lost_is_for_anybody():
-    hands, first, second = Hands(), Told(), Told()
-    hands.hear(first, {"event": "ready", "together": 4})
-    hands.hand_out([Order(claim, (8, claim), (8, 8), 0.0) for claim in (1, 2)])
+    hands.hear(first, {"event": "ready"})
+    hands.hand_out([Order(claim, (8, claim), 0.0) for claim in (1, 2)])
     hands.hear(first, {"event": "scored", "claim": 1, "value": 1.0, "facts": {}})
     hands.hear(first, None)
     hands.hear(second, {"event": "ready"})
     hands.hand_out(hands.collect()[1])  # as a foreman does before the step is open
-    assert [order["claim"] for order in second.orders] == [2]
+    assert second.orders == [{"claim": 2, "bits": [8, 2]}]

@@ -325,46 +325,13 @@ def test_one_objective_serves_two_studies_in_memory():
         read_history(one)
 
 
-def test_candidates_run_on_what_their_incumbent_left_and_score_the_same() -> None:
-    kept, whole = (study(refine=False) for _ in range(2))
-    reusing = objective(scorer="gauss_newton")
-    kept.optimize(reusing)
-    whole.optimize(objective(scorer="gauss_newton", memory=0))
-    facts = [
-        [(t.value, t.params, t.user_attrs["calibration_loss"]) for t in s.trials]
-        for s in (kept, whole)
-    ]
-    assert facts[0] == facts[1]
-    scorer = reusing.prepare()
-    assert scorer.reuse is not None
-    assert scorer.reuse.n_bytes > 0
-
-
-def test_memory_is_no_part_of_a_search_and_precision_is() -> None:
+def test_the_precision_of_candidates_is_part_of_a_search() -> None:
     resumed = study()
     resumed.optimize(objective(), n_trials=1)
-    resumed.optimize(objective(memory=0), n_trials=1)
     with pytest.raises(ResumeError, match="precision of candidates' forward passes"):
         resumed.optimize(objective(precision="bfloat16"), n_trials=1)
 
 
-def test_why_candidates_run_whole_is_said_in_the_study() -> None:
-    class Branching(Network):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x) if float(x.sum()) != 0.5 else x
-
-    searched = space()
-    cannot = hq.HessianObjective(Branching(), data(), searched, scorer="diagonal")
-    done = study()
-    done.optimize(cannot, n_trials=2)
-    said = read_history(done).info.warnings
-    assert sum("Each candidate runs the whole network" in warning for warning in said) == 1
-
-
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [({"memory": -1}, "memory is a number of bytes"), ({"precision": "half"}, "one of float32")],
-)
-def test_wrong_memory_and_precision_are_refused(wrong, says) -> None:
-    with pytest.raises(ValueError, match=says):
-        objective(**wrong)
+def test_an_unknown_precision_is_refused() -> None:
+    with pytest.raises(ValueError, match="one of float32"):
+        objective(precision="half")

@@ -74,11 +74,6 @@ def test_weights_that_stay_in_float_need_no_bits():
     assert choose_quantizers({"middle": "ternary"}, pinned) == {"middle": "ternary"}
 
 
-def test_the_published_noise_model_is_refused_since_it_knows_uniform_rounding_only():
-    with pytest.raises(ValueError, match=r"'fit' takes all rounding for uniform.*scorer='fisher'"):
-        search(quantizers=MIXED, scorer="fit")
-
-
 def test_a_search_with_mixed_quantizers_ends_within_its_budget_and_rounds_as_it_was_told():
     by = search(quantizers=MIXED, validation=data(12, seed=3))
     study = by.optimize(n_candidates=2)

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from hq_optuna.batches import read_batches
 from hq_optuna.bit_config import BitConfig
 from hq_optuna.curvature import calibration_adam
-from hq_optuna.errors import ScoreError
 from hq_optuna.quantization import observe_inputs, prepare
 from hq_optuna.scoring import LAYER_SUMS, SCORERS, measure_layer_sums, measure_sensitivity
 from hq_optuna.space import SearchSpace
@@ -50,9 +49,8 @@ def test_weights_and_activations_of_all_layers_add_up_and_fewer_bits_cost_more(p
     weights, inputs = table.score(BitConfig.uniform(names, 3, 5))
     assert weights == pytest.approx(sum(table.weights[n][3] for n in names))
     assert inputs == pytest.approx(sum(table.activations[n][5] for n in names))
-    if name != "hawq_v2":  # its traces may be negative, as published
-        assert all(table.weights[n][2] > table.weights[n][8] >= 0 for n in names)
-        assert all(table.activations[n][2] > table.activations[n][8] >= 0 for n in names)
+    assert all(table.weights[n][2] > table.weights[n][8] >= 0 for n in names)
+    assert all(table.activations[n][2] > table.activations[n][8] >= 0 for n in names)
 
 
 @pytest.mark.parametrize("name", ["diagonal", "trace"])
@@ -69,11 +67,3 @@ def test_unknown_names_and_losses_are_refused(parts):
         measure_layer_sums("loss", *parts, F.cross_entropy)
     with pytest.raises(ValueError, match="'fisher' knows cross-entropy and squared error"):
         measure_layer_sums("fisher", *parts, lambda z, y: z.square().mean())
-
-
-def test_fit_refuses_what_is_no_number(parts):
-    def endless(z, y):
-        return F.cross_entropy(z, y) * float("inf")
-
-    with pytest.raises(ScoreError, match=r"loss rise of layer 'stem' at . bits is (nan|inf)"):
-        measure_layer_sums("fit", *parts, endless)

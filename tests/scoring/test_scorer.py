@@ -16,6 +16,7 @@ from hq_optuna.layers import FLOAT_BITS
 from hq_optuna.quantization import get_bits, observe_inputs, prepare
 from hq_optuna.quantization.ranges import weight_scale
 from hq_optuna.scoring import Scorer, Sensitivity, measure_sensitivity
+from hq_optuna.scoring.outputs import squared_error_rise
 from hq_optuna.space import SearchSpace
 from tests.small_networks import ConvNet, layers_of, make, seeded
 
@@ -148,3 +149,46 @@ def test_by_loss_the_total_is_the_measured_rise_over_the_float_network(parts):
         assert found.total == pytest.approx(found.calibration_loss - float_loss, abs=1e-9)
         assert found.weights > 0 and found.activations > 0
     assert scorer.score(config(scorer, FLOAT_BITS, FLOAT_BITS)).total == 0.0
+
+
+def test_a_loss_may_write_into_outputs(parts):
+    _, scorer = parts
+    expected = scorer.score(config(scorer, 4, 4))
+
+    def writing(outputs: Tensor, labels: Tensor) -> Tensor:
+        loss = F.cross_entropy(outputs, labels)
+        outputs.zero_()
+        return loss
+
+    scorer.loss_fn = writing
+    scorer.output_rise = squared_error_rise
+    found = scorer.score(config(scorer, 4, 4))
+    assert found.calibration_loss == expected.calibration_loss
+    assert scorer.score(config(scorer, FLOAT_BITS, FLOAT_BITS)).total == 0.0 < found.total
+
+
+def test_what_is_called_between_batches_may_end_the_scoring(parts):
+    _, scorer = parts
+    calls = []
+    scorer.score(config(scorer, 4, 4), lambda: calls.append(1))
+    assert len(calls) == len(scorer.data) - 1
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        scorer.score(config(scorer, 4, 4), stop)
+
+
+def test_tiny_scores_keep_their_digits_and_do_not_tie(parts):
+    _, plain = parts
+    tiny = Scorer(
+        plain.prepared,
+        plain.sensitivity,
+        plain.data,
+        lambda z, y: 1e-12 * F.cross_entropy(z, y),
+        by_loss=True,
+    )
+    scores = [tiny.score(config(tiny, bits, bits)).total for bits in (2, 3, 4)]
+    assert len(set(scores)) == 3
+    assert all(0 < abs(score) < 1e-9 for score in scores)

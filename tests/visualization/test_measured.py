@@ -4,7 +4,6 @@ import pytest
 
 from hq_optuna import attrs
 from hq_optuna.history import read_history
-from hq_optuna.runner.baselines import METHODS
 from hq_optuna.visualization import plot_pareto
 from hq_optuna.visualization.measured import (
     _LOOK,
@@ -100,8 +99,8 @@ def test_without_validation_data_the_figure_says_so(caplog):
     assert "Nothing is measured: give the search validation data" in caplog.text
 
 
-def test_every_method_of_the_runner_has_a_colour_and_a_symbol_of_its_own():
-    assert set(_LOOK) == {attrs.ANSWER, attrs.UNIFORM, *METHODS}
+def test_answer_and_uniform_bits_have_a_colour_and_a_symbol_of_its_own():
+    assert set(_LOOK) == {attrs.ANSWER, attrs.UNIFORM}
     assert len({colour for _, colour, _, _ in _LOOK.values()}) == len(_LOOK)
     assert len({symbol for _, _, symbol, _ in _LOOK.values()}) == len(_LOOK)
 

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
+from benchmarks.baselines import METHODS, Problem, random_search, run_method
 from hq_optuna.cost import CostModel
-from hq_optuna.runner.baselines import METHODS, Problem, random_search, run_method, uniform_within
 from tests.fake_search import fake_score, fake_space, fake_table
 
 
@@ -16,21 +16,6 @@ def problem(share=0.4, **choices):
     return Problem(
         space, model.cost, share * model.int8, lambda config: sum(fake_score(table, config))
     )
-
-
-def test_uniform_bits_are_the_widest_within_the_limit():
-    these = problem(bits=range(2, 9), pin_first_last=None)
-    (name,) = uniform_within(these)
-    assert name == "5 bits"  # 25 / 64 of the cost; 6 bits are 36 / 64
-    assert set(uniform_within(these)[name].values()) == {(5, 5)}
-    assert uniform_within(Problem(these.space, these.cost, 1.0, these.score)) == {}
-
-
-def test_uniform_weights_and_activations_apart_are_those_that_none_beats_in_both():
-    these = problem(0.5, bits=(8, 6, 4), activation_bits=(8, 6, 4), pin_first_last=None)
-    assert set(uniform_within(these)) == {"W8A4", "W4A8"}  # 32 / 64 each; W6A6 is 36 / 64
-    wider = problem(0.6, bits=(8, 6, 4), activation_bits=(8, 6, 4), pin_first_last=None)
-    assert set(uniform_within(wider)) == {"W8A4", "6 bits", "W4A8"}
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,4 +1,4 @@
-"""What else finds bits: uniform ones, random draws, Optuna's own samplers. For honest comparison.
+"""What else finds bits: random draws and Optuna's own samplers, for honest comparison.
 
 All get the same space, cost, limit and score as the search, and as many evaluations. None of them
 is weakened: random draws are within the budget, where plain ones almost never are, and TPE and
@@ -19,7 +19,6 @@ from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
 from optuna.trial import Trial
 
 from hq_optuna.bit_config import BitConfig
-from hq_optuna.search import uniform_states
 from hq_optuna.search.moves import lowerable
 from hq_optuna.space import SearchSpace
 
@@ -52,28 +51,6 @@ class Found:
     score: float
     evaluations: int
     seconds: float
-
-
-def uniform_within(problem: Problem) -> dict[str, BitConfig]:
-    """Return the widest uniform assignments within the limit, by name (``"4 bits"``, ``"W4A8"``).
-
-    Where weights and activations are searched apart there may be several, none of which is wider in
-    both than another. Empty where even the fewest bits cost more.
-    """
-    fitting = {
-        pair: config
-        for pair, state in uniform_states(problem.space).items()
-        if problem.cost(config := problem.space.config(state)) <= problem.limit
-    }
-    widest = {
-        pair: config
-        for pair, config in fitting.items()
-        if not any(
-            other != pair and min(o - p for o, p in zip(other, pair, strict=True)) >= 0
-            for other in fitting
-        )
-    }
-    return {f"W{w}A{a}" if w != a else f"{w} bits": config for (w, a), config in widest.items()}
 
 
 def random_search(problem: Problem, n: int, seed: int) -> Found:

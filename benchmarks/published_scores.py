@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from hq_optuna.batches import Batches, forward
-from hq_optuna.curvature import Curvature
+from hq_optuna.curvature import Curvature, LossFunction, empirical_fisher, hutchinson
 from hq_optuna.layers import FLOAT_BITS
 from hq_optuna.quantization.observers import watch_inputs
 from hq_optuna.quantization.prepare import float_weight, get_bits, set_bits
+from hq_optuna.scoring.layer_sums import LAYER_SUMS, LayerSums, measure_layer_sums
 from hq_optuna.scoring.sensitivity import (
     Sensitivity,
     Table,
@@ -32,6 +33,9 @@ from hq_optuna.scoring.sensitivity import (
     measure_sensitivity,
 )
 from hq_optuna.space import SearchSpace
+
+PUBLISHED = ("fit", "hawq_v2", *LAYER_SUMS)
+"""Names that `measure_published` knows."""
 
 
 def hawq_v2(
@@ -123,3 +127,33 @@ def _ranges(prepared: nn.Module, names: list[str], data: Batches) -> Mapping[str
     finally:
         set_bits(prepared, before)
     return {name: total / max(counts[name], 1) for name, total in sums.items()}
+
+
+def measure_published(
+    name: str,
+    network: nn.Module,
+    prepared: nn.Module,
+    space: SearchSpace,
+    data: Batches,
+    loss_fn: LossFunction,
+) -> LayerSums:
+    """Return a published score, or one of this project's, of every layer at every number of bits.
+
+    Args:
+        name: ``"fit"``, ``"hawq_v2"``, or one of `hq_optuna.scoring.LAYER_SUMS`.
+        network: The float network.
+        prepared: The same, prepared; its bits are restored afterwards.
+        space: Which bits to look at.
+        data: Calibration batches on the network's device.
+        loss_fn: Mean loss of a batch from outputs and labels.
+
+    Raises:
+        ScoreError: A value is NaN or infinite.
+    """
+    if name == "fit":
+        curvature = empirical_fisher(network, space.layers, data, loss_fn)
+        return LayerSums(fit(prepared, space, curvature, data), curvature)
+    if name == "hawq_v2":  # nothing is done about negative traces, as published
+        curvature = hutchinson(network, space.layers, data, loss_fn, raw=True)
+        return LayerSums(hawq_v2(prepared, space, curvature, data), curvature)
+    return measure_layer_sums(name, network, prepared, space, data, loss_fn)  # type: ignore[arg-type]

@@ -1,0 +1,56 @@
+"""Uniform assignments: the same bits everywhere, as far as each layer allows them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hq_optuna.bit_config import BitConfig
+from hq_optuna.space import SearchSpace
+
+
+def uniform_states(space: SearchSpace) -> dict[tuple[int, int], tuple[int, ...]]:
+    """Return the uniform assignments of a space by their ``(weight bits, activation bits)``.
+
+    Every variable takes the given bits or, where it does not allow them, the widest below, else its
+    fewest; pinned layers keep theirs. Where activations are not searched apart, both numbers are
+    the same.
+    """
+    weights = sorted({b for v in space.variables if v.part != "activations" for b in v.bits})
+    activations = sorted({b for v in space.variables if v.part == "activations" for b in v.bits})
+    pairs = [(w, a) for w in weights for a in (activations or [w])]
+    if not weights:
+        pairs = [(a, a) for a in activations]
+    found: dict[tuple[int, int], tuple[int, ...]] = {}
+    for w, a in pairs:
+        state = tuple(
+            max((b for b in v.bits if b <= wanted), default=v.bits[-1])
+            for v in space.variables
+            for wanted in (a if v.part == "activations" else w,)
+        )
+        if state not in found.values():
+            found[w, a] = state
+    return found
+
+
+def uniform_within(
+    space: SearchSpace, cost: Callable[[BitConfig], float], limit: float
+) -> dict[str, BitConfig]:
+    """Return the widest uniform assignments within a limit, by name (``"4 bits"``, ``"W4A8"``).
+
+    Where weights and activations are searched apart there may be several, none of which is wider in
+    both than another. Empty where even the fewest bits cost more.
+    """
+    fitting = {
+        pair: config
+        for pair, state in uniform_states(space).items()
+        if cost(config := space.config(state)) <= limit
+    }
+    widest = {
+        pair: config
+        for pair, config in fitting.items()
+        if not any(
+            other != pair and min(o - p for o, p in zip(other, pair, strict=True)) >= 0
+            for other in fitting
+        )
+    }
+    return {f"W{w}A{a}" if w != a else f"{w} bits": config for (w, a), config in widest.items()}
