@@ -18,9 +18,9 @@ import optuna
 from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
 from optuna.trial import Trial
 
-from hq_optuna.bit_config import BitConfig
 from hq_optuna.search.moves import lowerable
-from hq_optuna.space import SearchSpace
+from hq_optuna.space.assignment import BitConfig
+from hq_optuna.space.search_space import SearchSpace
 
 RANDOM, TPE, NSGA2 = "random", "TPE", "NSGA-II"
 METHODS = (RANDOM, TPE, NSGA2)

@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    from benchmarks.outcome import Outcome  # PyTorch: not in every worker
+    from benchmarks.outcome import Outcome
 
     outcome = Outcome("chaos")
     kills, seconds, layers = options.kills, options.seconds, 12

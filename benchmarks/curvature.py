@@ -38,15 +38,15 @@ from torch.nn import functional
 
 from benchmarks.fidelity import divergence, interval, outputs_of
 from benchmarks.outcome import Outcome
-from hq_optuna.batches import Batches, read_batches
-from hq_optuna.bit_config import BitConfig
 from hq_optuna.curvature import calibration_adam, output_curvature
 from hq_optuna.curvature.fisher import CrossEntropyProbe
-from hq_optuna.introspection import introspect
-from hq_optuna.layers import FLOAT_BITS
+from hq_optuna.network.batches import Batches, read_batches
+from hq_optuna.network.introspection import introspect
 from hq_optuna.quantization import prepare, set_bits
 from hq_optuna.quantization.prepare import float_weight, weight_quantizer
-from hq_optuna.runner.study_file import StudyFile, find_study
+from hq_optuna.space.assignment import BitConfig
+from hq_optuna.space.layers import FLOAT_BITS
+from hq_optuna.study_files.study_file import StudyFile, find_study
 
 Traces = Mapping[str, float]
 """Layer → mean curvature of its weights."""

@@ -30,9 +30,9 @@ import optuna
 
 from benchmarks.bulk import write_trials
 from benchmarks.outcome import Outcome
-from hq_optuna.cost import Budget
 from hq_optuna.dashboard import write_pages
 from hq_optuna.dashboard.server import DashboardServer
+from hq_optuna.space.budget import Budget
 from hq_optuna.storages import open_storage, sqlite_url
 from hq_optuna.storages.studies import set_study_system_attrs
 from tests.browser.chromium import Browser

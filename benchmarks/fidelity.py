@@ -32,17 +32,17 @@ from torch.nn import functional
 
 from benchmarks.outcome import Outcome
 from benchmarks.published_scores import PUBLISHED, measure_published
-from hq_optuna.batches import Batches, forward, merge, read_batches
-from hq_optuna.bit_config import BitConfig
-from hq_optuna.introspection import introspect
-from hq_optuna.layers import FLOAT_BITS, LayerSpec
+from hq_optuna.network.batches import Batches, forward, merge, read_batches
+from hq_optuna.network.introspection import introspect
 from hq_optuna.quantization import observe_inputs, prepare, set_bits
 from hq_optuna.quantization.compensation import ROUNDINGS, compensate_weights
 from hq_optuna.quantization.correction import StatisticsCorrection
-from hq_optuna.runner.study_file import StudyFile, StudyParts, find_study
 from hq_optuna.scoring import Sensitivity
 from hq_optuna.scoring.outputs import CrossEntropyRise
-from hq_optuna.space import SearchSpace
+from hq_optuna.space.assignment import BitConfig
+from hq_optuna.space.layers import FLOAT_BITS, LayerSpec
+from hq_optuna.space.search_space import SearchSpace
+from hq_optuna.study_files.study_file import StudyFile, StudyParts, find_study
 
 REGIMES = {
     "weights_3_8": (3, False),

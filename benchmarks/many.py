@@ -58,7 +58,7 @@ def main() -> None:
     if options.quick:
         search, workers = Search(layers=5, n_candidates=4), [2]
     alone = undisturbed(search)
-    from benchmarks.outcome import Outcome  # PyTorch: not in every worker
+    from benchmarks.outcome import Outcome
 
     outcome = Outcome("many")
     # Forked from a process that has imported everything: a new worker is there at once.

@@ -29,8 +29,8 @@ from optuna.trial import TrialState
 from benchmarks.bulk import write_trials
 from benchmarks.outcome import Outcome
 from benchmarks.servers import own_postgresql
+from hq_optuna.protocol.claims import write_facts
 from hq_optuna.samplers import ProgressiveBitSampler
-from hq_optuna.samplers.claims import write_facts
 from hq_optuna.storages import open_storage, sqlite_url
 from hq_optuna.storages.trials import database_of
 from tests.fake_search import fake_score, fake_space, fake_table

@@ -19,20 +19,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from hq_optuna.batches import Batches, forward
-from hq_optuna.curvature import Curvature, LossFunction, empirical_fisher, hutchinson
-from hq_optuna.layers import FLOAT_BITS
+from hq_optuna.curvature import Curvature, empirical_fisher, hutchinson
+from hq_optuna.network.batches import Batches, forward
+from hq_optuna.network.losses import LossFunction
 from hq_optuna.quantization.observers import watch_inputs
 from hq_optuna.quantization.prepare import float_weight, get_bits, set_bits
 from hq_optuna.scoring.layer_sums import LAYER_SUMS, LayerSums, measure_layer_sums
-from hq_optuna.scoring.sensitivity import (
-    Sensitivity,
-    Table,
-    bits_needed,
-    checked,
-    measure_sensitivity,
-)
-from hq_optuna.space import SearchSpace
+from hq_optuna.scoring.sensitivity import Sensitivity, Table, checked, measure_sensitivity
+from hq_optuna.space.layers import FLOAT_BITS
+from hq_optuna.space.search_space import SearchSpace, bits_needed
 
 PUBLISHED = ("fit", "hawq_v2", *LAYER_SUMS)
 """Names that `measure_published` knows."""

@@ -27,16 +27,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.outcome import Outcome
-from hq_optuna.batches import Batches, forward, merge, read_batches
-from hq_optuna.bit_config import BitConfig
-from hq_optuna.introspection import introspect
+from hq_optuna.network.batches import Batches, forward, merge, read_batches
+from hq_optuna.network.introspection import introspect
 from hq_optuna.quantization import prepare, set_bits
 from hq_optuna.quantization.compensation import compensate_weights
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.quantization.prepare import float_weight, weight_quantizer
 from hq_optuna.quantization.quantizers import QUANTIZERS
-from hq_optuna.runner.study_file import StudyFile, find_study
 from hq_optuna.scoring.layer_sums import measure_curvature
+from hq_optuna.space.assignment import BitConfig
+from hq_optuna.study_files.study_file import StudyFile, find_study
 
 ROWS = (
     *(("binary", 1), ("uniform", 2), ("ternary", 2), ("midrise", 2), ("dorefa", 2)),

@@ -29,18 +29,19 @@ from torch.nn import functional
 from benchmarks.baselines import METHODS, Problem, run_method
 from benchmarks.outcome import Outcome
 from benchmarks.published_scores import PUBLISHED, measure_published
-from hq_optuna.batches import Batches, forward, merge, read_batches
-from hq_optuna.bit_config import BitConfig
-from hq_optuna.cost import Budget, CostModel
-from hq_optuna.introspection import introspect
+from hq_optuna.network.batches import Batches, forward, merge, read_batches
+from hq_optuna.network.evaluation import accuracy
+from hq_optuna.network.introspection import introspect
 from hq_optuna.quantization import prepare, set_bits
 from hq_optuna.quantization.compensation import ROUNDINGS, compensate_weights
 from hq_optuna.quantization.correction import StatisticsCorrection
-from hq_optuna.runner.evaluation import accuracy
-from hq_optuna.runner.study_file import StudyFile, find_study
 from hq_optuna.scoring import Scorer, Sensitivity, output_rise_of
 from hq_optuna.search import Additive, ProgressiveSearch
-from hq_optuna.space import SearchSpace
+from hq_optuna.space.assignment import BitConfig
+from hq_optuna.space.budget import Budget
+from hq_optuna.space.cost import CostModel
+from hq_optuna.space.search_space import SearchSpace
+from hq_optuna.study_files.study_file import StudyFile, find_study
 
 
 class Measured(NamedTuple):

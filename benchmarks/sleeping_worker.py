@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.table_search import Search
-from hq_optuna.launching.serving import Answer, Orders, serve
+from hq_optuna.workers.serving import Answer, Orders, serve
 from tests.fake_search import fake_score, fake_table
 
 

@@ -20,12 +20,12 @@ from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.study import Study
 from optuna.trial import TrialState
 
-from hq_optuna.cost import Budget
-from hq_optuna.history import read_history
-from hq_optuna.runner.worker import work
+from hq_optuna.protocol.claims import ClaimedTrial, write_facts
+from hq_optuna.protocol.history import read_history
 from hq_optuna.samplers import ProgressiveBitSampler
-from hq_optuna.samplers.claims import ClaimedTrial, write_facts
+from hq_optuna.space.budget import Budget
 from hq_optuna.storages import open_storage
+from hq_optuna.workers.loop import work
 from tests.fake_search import fake_score, fake_space, fake_study, fake_table
 
 BUDGET = Budget.fraction(bops=0.25)

@@ -50,12 +50,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.outcome import Outcome
-from hq_optuna.batches import Batches, forward, merge, merge_first, read_batches
-from hq_optuna.bit_config import BitConfig
-from hq_optuna.cost import CostModel
 from hq_optuna.curvature import Curvature, calibration_adam
-from hq_optuna.introspection import introspect
-from hq_optuna.layers import LayerSpec
+from hq_optuna.network.batches import Batches, forward, merge, merge_first, read_batches
+from hq_optuna.network.introspection import introspect
 from hq_optuna.quantization import observe_inputs, prepare, set_bits
 from hq_optuna.quantization.compensation import compensate_weights
 from hq_optuna.quantization.correction import StatisticsCorrection
@@ -63,7 +60,10 @@ from hq_optuna.quantization.prepare import float_weight, weight_quantizer
 from hq_optuna.quantization.quantizers import QUANTIZERS
 from hq_optuna.scoring import measure_layer_sums
 from hq_optuna.search import Additive
-from hq_optuna.space import SearchSpace
+from hq_optuna.space.assignment import BitConfig
+from hq_optuna.space.cost import CostModel
+from hq_optuna.space.layers import LayerSpec
+from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.training import Trainer, TrainingSettings, rounded_copy
 from studies import cifar10_resnet20 as study
 

@@ -24,11 +24,11 @@ import torch
 
 import hq_optuna as hq
 from benchmarks.outcome import Outcome
-from hq_optuna.batches import read_batches
-from hq_optuna.history import read_history
-from hq_optuna.runner.evaluation import accuracy
-from hq_optuna.runner.study_file import StudyFile, StudyParts, find_study
-from hq_optuna.runner.training_plan import TrainingPlan, plan_of
+from hq_optuna.network.batches import read_batches
+from hq_optuna.network.evaluation import accuracy
+from hq_optuna.protocol.history import read_history
+from hq_optuna.study_files.study_file import StudyFile, StudyParts, find_study
+from hq_optuna.training.plan import TrainingPlan, plan_of
 
 
 def measure(

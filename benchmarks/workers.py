@@ -40,13 +40,13 @@ import optuna
 
 from benchmarks.servers import OwnPostgreSQL, own_postgresql
 from benchmarks.table_search import Search
-from hq_optuna.history import read_history
-from hq_optuna.launching import WorkerProcess
-from hq_optuna.runner.foreman import Foreman
-from hq_optuna.runner.worker import work
+from hq_optuna.protocol.claims import write_facts
+from hq_optuna.protocol.history import read_history
 from hq_optuna.samplers import ProgressiveBitSampler
-from hq_optuna.samplers.claims import write_facts
 from hq_optuna.storages import open_storage, sqlite_url
+from hq_optuna.workers.foreman import Foreman
+from hq_optuna.workers.loop import work
+from hq_optuna.workers.process import WorkerProcess
 from tests.fake_search import fake_score, fake_table
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -95,7 +95,7 @@ def led(
     foreman = Foreman(study)
     command = [sys.executable, "-m", "benchmarks.sleeping_worker", str(seconds), str(search.layers)]
     workers = [WorkerProcess(command, os.environ, foreman.hear) for _ in range(n_workers)]
-    while len(foreman.hands) < n_workers:  # as the barrier of the others
+    while len(foreman.dispatcher) < n_workers:  # as the barrier of the others
         time.sleep(0.05)
     used, busy = resource.getrusage(resource.RUSAGE_SELF), machine_seconds()
     while foreman.look(0.2):
@@ -233,7 +233,7 @@ def main() -> None:
         options.steps, options.repeat = 2, 1
     for name in THREADS:  # before any process is started
         os.environ[name] = "1"
-    from benchmarks.outcome import Outcome  # PyTorch: the sleepers do without
+    from benchmarks.outcome import Outcome
 
     outcome = Outcome("workers")
     figures: dict[str, float] = {}

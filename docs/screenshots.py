@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from hq_optuna.artifacts import open_artifacts
+from hq_optuna.artifacts.store import open_artifacts
 from hq_optuna.dashboard import write_pages
 from hq_optuna.dashboard.server import DashboardServer
 from hq_optuna.storages import load_study, sqlite_url

@@ -11,48 +11,46 @@ from typing import TYPE_CHECKING, Any
 from hq_optuna._version import __version__
 
 if TYPE_CHECKING:
-    from hq_optuna import artifacts, cost, pruners, samplers, storages, visualization
-    from hq_optuna.bit_config import BitConfig, LayerBits
-    from hq_optuna.cost import Budget, CostModel
-    from hq_optuna.history import assignment, read_history
-    from hq_optuna.introspection import introspect
-    from hq_optuna.layers import FLOAT_BITS, LayerSpec
+    from hq_optuna import artifacts, pruners, samplers, space, storages, visualization
+    from hq_optuna.answer.recipe import load
+    from hq_optuna.answer.resolve import load_assignment, pareto, resolve
+    from hq_optuna.answer.result import SearchResult
+    from hq_optuna.bit_search import BitSearch
+    from hq_optuna.network.introspection import introspect
+    from hq_optuna.objective.hessian import HessianObjective
+    from hq_optuna.protocol.history import assignment, read_history
     from hq_optuna.quantization import prepare, set_bits
-    from hq_optuna.runner.bit_search import BitSearch
-    from hq_optuna.runner.objective import HessianObjective
-    from hq_optuna.runner.recipe import load
-    from hq_optuna.runner.report import write_report
-    from hq_optuna.runner.resolving import load_assignment, pareto, resolve
-    from hq_optuna.runner.result import SearchResult
-    from hq_optuna.runner.training_plan import TrainingPlan
-    from hq_optuna.space import SearchSpace
+    from hq_optuna.report.report import write_report
+    from hq_optuna.space import FLOAT_BITS, BitConfig, Budget, CostModel, LayerBits, LayerSpec
+    from hq_optuna.space.search_space import SearchSpace
     from hq_optuna.training import TrainingSettings
+    from hq_optuna.training.plan import TrainingPlan
 
 _HOME = {
-    "BitConfig": "bit_config",
-    "BitSearch": "runner.bit_search",
-    "Budget": "cost",
-    "CostModel": "cost",
-    "FLOAT_BITS": "layers",
-    "HessianObjective": "runner.objective",
-    "LayerBits": "bit_config",
-    "LayerSpec": "layers",
-    "SearchResult": "runner.result",
+    "BitConfig": "space",
+    "BitSearch": "bit_search",
+    "Budget": "space",
+    "CostModel": "space",
+    "FLOAT_BITS": "space",
+    "HessianObjective": "objective.hessian",
+    "LayerBits": "space",
+    "LayerSpec": "space",
+    "SearchResult": "answer.result",
     "SearchSpace": "space",
-    "TrainingPlan": "runner.training_plan",
+    "TrainingPlan": "training.plan",
     "TrainingSettings": "training",
-    "assignment": "history",
-    "introspect": "introspection",
-    "load": "runner.recipe",
-    "load_assignment": "runner.resolving",
-    "pareto": "runner.resolving",
+    "assignment": "protocol.history",
+    "introspect": "network.introspection",
+    "load": "answer.recipe",
+    "load_assignment": "answer.resolve",
+    "pareto": "answer.resolve",
     "prepare": "quantization",
-    "read_history": "history",
-    "resolve": "runner.resolving",
+    "read_history": "protocol.history",
+    "resolve": "answer.resolve",
     "set_bits": "quantization",
-    "write_report": "runner.report",
+    "write_report": "report.report",
 }
-_ROOMS = ("artifacts", "cost", "pruners", "samplers", "storages", "visualization")
+_ROOMS = ("artifacts", "pruners", "samplers", "space", "storages", "visualization")
 
 __all__ = [
     "FLOAT_BITS",
@@ -70,7 +68,6 @@ __all__ = [
     "__version__",
     "artifacts",
     "assignment",
-    "cost",
     "introspect",
     "load",
     "load_assignment",
@@ -81,6 +78,7 @@ __all__ = [
     "resolve",
     "samplers",
     "set_bits",
+    "space",
     "storages",
     "visualization",
     "write_report",

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import tarfile
 from pathlib import Path
+from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before PyTorch is imported: tests share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,3 +25,16 @@ def subset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with tarfile.open(shared_data("cifar10_subset.tar")) as archive:
         archive.extractall(folder, filter="data")
     return folder / "cifar10_subset"
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """A search that trains, by one worker that was never interrupted. Only looked at."""
+    from hq_optuna.storages import sqlite_url
+    from tests.searches import data
+    from tests.training_searches import plan, search
+
+    folder = tmp_path_factory.mktemp("alone")
+    found = search(training=plan(), validation=data(30, 2))
+    study = found.optimize(sqlite_url(folder / "study.db"), "s", artifacts=folder / "artifacts")
+    return found, study

@@ -17,16 +17,17 @@ from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import TrialState
 
-from hq_optuna import attrs
-from hq_optuna.attrs import StudyInfo
-from hq_optuna.bit_config import BitConfig
-from hq_optuna.cost import Budget, CostModel
-from hq_optuna.history import assignment
-from hq_optuna.layers import FLOAT_BITS, LayerSpec
+from hq_optuna import attributes
+from hq_optuna.attributes import StudyInfo
+from hq_optuna.protocol.claims import write_facts
+from hq_optuna.protocol.history import assignment
+from hq_optuna.protocol.tickets import facts as facts_of
 from hq_optuna.samplers import ProgressiveBitSampler
-from hq_optuna.samplers.claims import write_facts
-from hq_optuna.samplers.tickets import facts as facts_of
-from hq_optuna.space import SearchSpace
+from hq_optuna.space.assignment import BitConfig
+from hq_optuna.space.budget import Budget
+from hq_optuna.space.cost import CostModel
+from hq_optuna.space.layers import FLOAT_BITS, LayerSpec
+from hq_optuna.space.search_space import SearchSpace
 
 Table = dict[str, dict[str, dict[int, float]]]
 """``{layer: {"weights": {bits: nats}, "activations": {bits: nats}}}``."""
@@ -140,14 +141,14 @@ def fake_study(
         warnings=warnings,
         training={"every": train_every} if train_every or final else None,
     )
-    written = attrs.split(attrs.SPACE, space.to_json())
+    written = attributes.split(attributes.SPACE, space.to_json())
     if sensitivity:
-        written |= attrs.split(attrs.SENSITIVITY, table)
+        written |= attributes.split(attributes.SENSITIVITY, table)
     for key, value in written.items():
         study._storage.set_study_system_attr(study._study_id, key, value)
-    study.set_user_attr(attrs.INFO, dataclasses.asdict(info))
+    study.set_user_attr(attributes.INFO, dataclasses.asdict(info))
     for key, value in (facts or {}).items():
-        study.set_user_attr(f"{attrs.REPORT}:{key}", value)
+        study.set_user_attr(f"{attributes.REPORT}:{key}", value)
 
     def objective(trial: optuna.Trial) -> float:
         if encoding == "layers":
@@ -166,15 +167,15 @@ def fake_study(
             if ticket.trains and not bare:
                 said = fake_training(ticket.step, len(trained), is_final=is_final(study))
                 shown = facts_of(ticket, space, model.cost(config))
-                for key, value in {**shown, attrs.TRAINING: said}.items():
+                for key, value in {**shown, attributes.TRAINING: said}.items():
                     trial.set_user_attr(key, value)
         if not bare:
-            trial.set_user_attr(attrs.SCORE_WEIGHTS, weights)
-            trial.set_user_attr(attrs.SCORE_ACTIVATIONS, activations)
-            trial.set_user_attr(attrs.CALIBRATION_LOSS, loss)
-            trial.set_user_attr(attrs.COST, model.cost(config))
-            trial.set_user_attr(attrs.SECONDS, 0.25)
-            trial.set_user_attr(attrs.WORKER, "box:1234")
+            trial.set_user_attr(attributes.SCORE_WEIGHTS, weights)
+            trial.set_user_attr(attributes.SCORE_ACTIVATIONS, activations)
+            trial.set_user_attr(attributes.CALIBRATION_LOSS, loss)
+            trial.set_user_attr(attributes.COST, model.cost(config))
+            trial.set_user_attr(attributes.SECONDS, 0.25)
+            trial.set_user_attr(attributes.WORKER, "box:1234")
         return weights + activations
 
     trained: list[tuple[float, float]] = []
@@ -231,8 +232,11 @@ def score(study: Study, space: SearchSpace, n_trials: int | None = None) -> None
         ticket = sampler.ticket(study, trial._trial_id)
         assert ticket is not None
         weights, activations = fake_score(table, space.config(ticket.bits))
-        facts = {attrs.SCORE_WEIGHTS: weights, attrs.SCORE_ACTIVATIONS: activations}
-        facts |= {attrs.CALIBRATION_LOSS: 0.5 + weights + activations, attrs.SECONDS: 0.25}
+        facts = {attributes.SCORE_WEIGHTS: weights, attributes.SCORE_ACTIVATIONS: activations}
+        facts |= {
+            attributes.CALIBRATION_LOSS: 0.5 + weights + activations,
+            attributes.SECONDS: 0.25,
+        }
         write_facts(trial, facts)
         trial.finish(TrialState.COMPLETE, weights + activations)
         done += 1

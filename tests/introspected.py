@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from hq_optuna.introspection import introspect
+from hq_optuna.network.introspection import introspect
 
 
 def one(network, example):

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hq_optuna.introspection import introspect
-from hq_optuna.layers import LayerSpec
+from hq_optuna.network.introspection import introspect
+from hq_optuna.space.layers import LayerSpec
 
 torch.set_num_threads(1)  # tiny tensors: threads only cost time
 

@@ -1,21 +1,26 @@
-"""Rooms and the direction of imports, read from the source text; nothing here runs the package.
+"""Which room may import which, read from the source text; nothing here runs the package.
 
-    studies        cli
-         runner  export          know both halves
-    torch half      Optuna half  never each other
-        cost    search           NumPy and SciPy only
-    base: errors layers assignment space _version
+    cli
+    bit_search                               the whole search from one call
+    report   study_files   workers   answer
+    objective                                where a network meets a trial: both halves
+    training scoring curvature               dashboard visualization samplers pruners
+    quantization network                     artifacts protocol storages
+    search  space                            NumPy and SciPy only
+    settings  attributes  errors  atomic_files   standard library only
 
-A new module must be placed in a room below; one that stands nowhere fails the test.
+The left column of the middle knows PyTorch, the right one Optuna; neither knows the other. `ROOMS`
+is the whole table. A module that stands in no room fails the test.
 """
 
 import ast
+import functools
 import pkgutil
 import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,39 +28,69 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "hq_optuna"
 
-BASE = {"errors", "layers", "bit_config", "space", "whole_files", "_version"}
-PLAIN = {"cost", "search"}
-TORCH = {
-    *("batches", "introspection", "quantization", "curvature", "scoring", "training"),
-    *("as_found", "checks", "copies", "devices"),
-}
-OPTUNA = {
-    *("attrs", "workers", "history", "samplers", "pruners", "storages"),
-    *("artifacts", "visualization", "standing", "runs", "dashboard"),
-}
-BOTH = {"runner", "launching", "export"}
+BASE = ("errors", "atomic_files", "_version", "attributes", "settings")
+PLAIN = ("space", "search")
+TORCH = ("network", "quantization", "curvature", "scoring", "training")
+OPTUNA = (
+    *("storages", "protocol", "pruners", "samplers", "artifacts", "visualization", "dashboard"),
+)
+BOTH = ("objective", "answer", "workers", "study_files", "report", "bit_search")
 FACE = "hq_optuna"
 """The package's own `__init__`, which shows names of every room (lazily)."""
 
-ROOMS = BASE | PLAIN | TORCH | OPTUNA | BOTH | {"cli", FACE}
+ROOMS: dict[str, set[str]] = {
+    "errors": set(),
+    "atomic_files": set(),
+    "_version": set(),
+    "attributes": set(),
+    "settings": {"errors"},
+    "space": {"errors"},
+    "search": {"space"},
+    "network": {"errors", "space"},
+    "quantization": {"errors", "space", "network"},
+    "curvature": {"errors", "space", "network", "quantization"},
+    "scoring": {"errors", "space", "network", "quantization", "curvature"},
+    "training": {"atomic_files", "errors", "space", "network", "quantization", "curvature"},
+    "storages": {"errors", "attributes"},
+    "protocol": {"errors", "attributes", "space", "search", "storages"},
+    "pruners": {"attributes", "space", "search"},
+    "samplers": {"attributes", "space", "search", "protocol", "pruners"},
+    "artifacts": {"errors", "atomic_files", "attributes"},
+    "visualization": {"attributes", "space", "search", "protocol"},
+    "dashboard": {
+        *("errors", "attributes", "space", "search"),
+        *("storages", "protocol", "artifacts", "visualization"),
+    },
+    "objective": {
+        *("errors", "attributes", "settings", "_version", "space", "search", *TORCH),
+        *("storages", "protocol", "pruners", "samplers", "artifacts"),
+    },
+    "answer": {
+        *("errors", "atomic_files", "attributes", "space", "search", *TORCH),
+        *("protocol", "artifacts", "objective"),
+    },
+    "workers": {"errors", "attributes", "search", "storages", "protocol", "samplers"},
+    "study_files": {"errors", "settings", "space", "protocol", "storages"},
+    "report": {
+        *("errors", "atomic_files", "_version", "attributes", "settings", "space", "search"),
+        *("protocol", "artifacts", "visualization", "answer"),
+    },
+    "bit_search": {
+        *("errors", "attributes", "settings", "space", "search", *TORCH),
+        *("storages", "protocol", "pruners", "samplers", "artifacts", "dashboard"),
+        *("objective", "answer", "workers"),
+    },
+    "cli": {*BASE, *PLAIN, *TORCH, *OPTUNA, *BOTH},
+    FACE: {*BASE, *PLAIN, *TORCH, *OPTUNA, *BOTH},
+}
+MOST_FILES = 15
+"""In a room: what a newcomer can take in at a glance."""
+
+MOST_LINES = 700
+"""In a file: what holds more probably holds two ideas."""
 
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
 FOR_STUDIES = {"torchvision", "sklearn"}
-
-
-def reachable(room: str) -> set[str]:
-    """Rooms that ``room`` may import."""
-    if room in BASE:
-        return BASE
-    if room in PLAIN:
-        return BASE | {room}
-    if room in TORCH:
-        return BASE | PLAIN | TORCH
-    if room in OPTUNA:
-        return BASE | PLAIN | OPTUNA
-    if room in BOTH:
-        return ROOMS - {"cli"}
-    return ROOMS
 
 
 def forbidden(room: str, package: str) -> bool:
@@ -73,6 +108,12 @@ def forbidden(room: str, package: str) -> bool:
     return False
 
 
+@functools.cache
+def modules() -> dict[str, Path]:
+    """Return the package's modules by name."""
+    return {module_name(path): path for path in sources("hq_optuna")}
+
+
 def imports(module: str, source: str, *, is_package: bool = False) -> Iterator[tuple[int, str]]:
     """Yield (line, full dotted name) of all imports, also in functions and under TYPE_CHECKING."""
     here = module if is_package else module.rpartition(".")[0]
@@ -86,9 +127,10 @@ def imports(module: str, source: str, *, is_package: bool = False) -> Iterator[t
                 parents = here.split(".")[: len(here.split(".")) - node.level + 1]
                 origin = ".".join([*parents, origin]).rstrip(".")
             for alias in node.names:
-                # `from hq_optuna import attrs` means a room, `from hq_optuna import BitSearch` not.
+                # `from hq_optuna import space` means a module, `… import BitSearch` a name in one.
+                whole = f"{origin}.{alias.name}"
                 room = origin == FACE and alias.name in ROOMS
-                yield node.lineno, f"{origin}.{alias.name}" if room else origin
+                yield node.lineno, whole if room or whole in modules() else origin
         elif isinstance(node, ast.Call) and node.args:
             called = ast.unparse(node.func).rpartition(".")[2]
             name = node.args[0]
@@ -107,7 +149,7 @@ def violations(module: str, source: str, *, is_package: bool = False) -> list[st
         top, _, rest = name.partition(".")
         if top == FACE:
             target = rest.split(".")[0] or FACE
-            if target not in reachable(room):
+            if target != room and target not in ROOMS[room]:
                 found.append(f"{module}:{line} ({room}) must not import hq_optuna.{target}")
         elif top in PICKLES or (top not in sys.stdlib_module_names and forbidden(room, top)):
             found.append(f"{module}:{line} ({room}) must not import {top}")
@@ -123,7 +165,45 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def test_imports_point_downwards_and_the_halves_never_meet() -> None:
+def graph() -> dict[str, set[str]]:
+    """Return module → modules of the package that it imports, also in functions."""
+    found: dict[str, set[str]] = {}
+    for module, path in modules().items():
+        text, is_package = path.read_text("utf-8"), path.name == "__init__.py"
+        names = {name for _, name in imports(module, text, is_package=is_package)}
+        found[module] = {name for name in names if name in modules() and name != module}
+    return found
+
+
+def cycles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """Return the groups of modules that import each other, Tarjan's strong components."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(node: str) -> None:
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for target in sorted(edges.get(node, ())):
+            if target not in index:
+                visit(target)
+                low[node] = min(low[node], low[target])
+            elif target in stack:
+                low[node] = min(low[node], index[target])
+        if low[node] == index[node]:
+            group = stack[stack.index(node) :]
+            del stack[stack.index(node) :]
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for node in sorted(edges):
+        if node not in index:
+            visit(node)
+    return found
+
+
+def test_imports_follow_the_table_of_rooms() -> None:
     found = [
         violation
         for path in sources("hq_optuna")
@@ -134,31 +214,68 @@ def test_imports_point_downwards_and_the_halves_never_meet() -> None:
     assert not found, "\n".join(found)
 
 
+def test_the_table_itself_has_no_circle_and_names_only_rooms() -> None:
+    assert cycles({room: set(targets) for room, targets in ROOMS.items()}) == []
+    assert set().union(*ROOMS.values()) <= set(ROOMS)
+    for room in (*TORCH, *OPTUNA):
+        other = OPTUNA if room in TORCH else TORCH
+        assert not ROOMS[room] & set(other)
+
+
+def test_every_permission_in_the_table_is_used() -> None:
+    used: dict[str, set[str]] = {room: set() for room in ROOMS}
+    for module, targets in graph().items():
+        parts = module.split(".")
+        room = parts[1] if len(parts) > 1 else FACE
+        used[room] |= {target.split(".")[1] for target in targets if "." in target} - {room}
+    unused = {room: ROOMS[room] - used[room] for room in ROOMS if room not in ("cli", FACE)}
+    assert {room: names for room, names in unused.items() if names} == {}
+
+
+def test_no_module_imports_itself_through_others_not_even_for_types() -> None:
+    edges = graph()
+    del edges[FACE]  # shows names of every room, and loads them when they are used
+    assert cycles(edges) == []
+
+
+def test_a_circle_is_found() -> None:
+    edges = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set[str]()}
+    assert cycles(edges) == [["a", "b", "c"]]
+
+
+def test_no_room_holds_more_files_than_one_takes_in_at_a_glance() -> None:
+    files: dict[Path, int] = {}
+    for path in sources("hq_optuna"):
+        files[path.parent] = files.get(path.parent, 0) + (path.name != "__init__.py")
+    assert {str(room): n for room, n in files.items() if n > MOST_FILES} == {}
+
+
 @pytest.mark.parametrize(
     ("module", "source", "blamed"),
     [
-        ("hq_optuna.space", "import numpy", "numpy"),
-        ("hq_optuna.errors", "from hq_optuna.cost import Budget", "hq_optuna.cost"),
-        ("hq_optuna.cost.model", "import torch.nn as nn", "torch"),
+        ("hq_optuna.attributes", "import numpy", "numpy"),
+        ("hq_optuna.errors", "from hq_optuna.space import Budget", "hq_optuna.space"),
+        ("hq_optuna.space.cost", "import torch.nn as nn", "torch"),
         ("hq_optuna.search.moves", "import optuna", "optuna"),
-        ("hq_optuna.search.moves", "from ..cost import model", "hq_optuna.cost"),
+        ("hq_optuna.space.cost", "from ..search import moves", "hq_optuna.search"),
         ("hq_optuna.search.moves", "from hq_optuna import samplers", "hq_optuna.samplers"),
         ("hq_optuna.scoring.trace", "from optuna.trial import Trial", "optuna"),
-        ("hq_optuna.scoring.trace", "import hq_optuna.attrs as attrs", "hq_optuna.attrs"),
-        ("hq_optuna.introspection", "from hq_optuna.runner import api", "hq_optuna.runner"),
-        ("hq_optuna.batches", "import plotly.graph_objects", "plotly"),
+        ("hq_optuna.scoring.trace", "import hq_optuna.attributes as a", "hq_optuna.attributes"),
+        ("hq_optuna.network.batches", "from hq_optuna.quantization import a", "quantization"),
+        ("hq_optuna.network.batches", "import plotly.graph_objects", "plotly"),
         ("hq_optuna.curvature.adam", "import sqlalchemy", "sqlalchemy"),
-        ("hq_optuna.samplers.log", "from torch import Tensor", "torch"),
-        ("hq_optuna.samplers.log", "from hq_optuna.batches import Batches", "hq_optuna.batches"),
-        ("hq_optuna.workers", "import hq_optuna.cli", "hq_optuna.cli"),
-        ("hq_optuna.attrs", "import hq_optuna", "hq_optuna"),
-        ("hq_optuna.runner.api", "from hq_optuna.cli import main", "hq_optuna.cli"),
-        ("hq_optuna.runner.api", "import pickle", "pickle"),
+        ("hq_optuna.protocol.step_log", "from torch import Tensor", "torch"),
+        ("hq_optuna.protocol.step_log", "from hq_optuna.network import a", "hq_optuna.network"),
+        ("hq_optuna.protocol.step_log", "from hq_optuna.samplers import a", "hq_optuna.samplers"),
+        ("hq_optuna.workers.loop", "import hq_optuna.cli", "hq_optuna.cli"),
+        ("hq_optuna.attributes", "import hq_optuna", "hq_optuna"),
+        ("hq_optuna.answer.recipe", "from hq_optuna.report import words", "hq_optuna.report"),
+        ("hq_optuna.answer.recipe", "import pickle", "pickle"),
         ("hq_optuna.cli.run", "from torchvision import models", "torchvision"),
-        ("hq_optuna.export", "import sklearn.datasets", "sklearn"),
-        ("hq_optuna.cost.model", "if TYPE_CHECKING:\n    import torch", "torch"),
-        ("hq_optuna.cost.model", "def late():\n    import torch", "torch"),
-        ("hq_optuna.cost.model", "import importlib\nimportlib.import_module('torch')", "torch"),
+        ("hq_optuna.answer.recipe", "import sklearn.datasets", "sklearn"),
+        ("hq_optuna.space.cost", "if TYPE_CHECKING:\n    import torch", "torch"),
+        ("hq_optuna.space.cost", "def late():\n    import torch", "torch"),
+        ("hq_optuna.space.cost", "import importlib\nimportlib.import_module('torch')", "torch"),
         ("hq_optuna.attic", "", "no room"),
     ],
 )
@@ -171,17 +288,14 @@ def test_the_checker_catches_a_violation(module: str, source: str, blamed: str) 
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("hq_optuna.space", "import json\nfrom hq_optuna.errors import SpaceError"),
-        ("hq_optuna.cost.budget", "import numpy\nfrom .model import CostModel"),
-        (
-            "hq_optuna.search.refine",
-            "from scipy.optimize import milp\nfrom ..space import Variable",
-        ),
-        ("hq_optuna.scoring.trace", "import torch\nfrom hq_optuna.search import Move"),
-        ("hq_optuna.samplers.log", "import optuna\nfrom hq_optuna import attrs"),
-        ("hq_optuna.runner.api", "import torch, optuna\nfrom hq_optuna import scoring, samplers"),
-        ("hq_optuna.cli.run", "import rich\nimport hq_optuna as hq\nfrom hq_optuna import runner"),
-        ("hq_optuna", "from hq_optuna.runner import BitSearch"),
+        ("hq_optuna.attributes", "import json\nfrom dataclasses import dataclass"),
+        ("hq_optuna.space.budget", "import numpy\nfrom .cost import CostModel"),
+        ("hq_optuna.search.swaps", "from scipy.optimize import milp\nfrom ..space import layers"),
+        ("hq_optuna.scoring.trace", "import torch\nfrom hq_optuna.space import layers"),
+        ("hq_optuna.protocol.step_log", "import optuna\nfrom hq_optuna import attributes"),
+        ("hq_optuna.objective.a", "import torch, optuna\nfrom hq_optuna import scoring, samplers"),
+        ("hq_optuna.cli.run", "import rich\nfrom hq_optuna import workers"),
+        ("hq_optuna", "from hq_optuna.bit_search import BitSearch"),
     ],
 )
 def test_the_checker_lets_the_right_direction_pass(module: str, source: str) -> None:
@@ -223,12 +337,12 @@ def test_nothing_unpickles() -> None:
     assert not found, "\n".join(found)
 
 
-def test_no_module_holds_more_than_400_lines() -> None:
+def test_no_module_holds_two_ideas() -> None:
     lengths = {
         str(path.relative_to(ROOT)): len(path.read_text("utf-8").splitlines())
         for path in sources("hq_optuna", "studies", "benchmarks", "tests")
     }
-    assert {name: n for name, n in lengths.items() if n > 400} == {}
+    assert {name: n for name, n in lengths.items() if n > MOST_LINES} == {}
 
 
 def test_no_module_is_called_utils() -> None:
@@ -246,9 +360,9 @@ def loaded_after(*modules: str) -> set[str]:
     return set(run.stdout.split())
 
 
-def existing(rooms: set[str]) -> list[str]:
+def existing(rooms: Iterable[str]) -> list[str]:
     names = {item.name for item in pkgutil.iter_modules([str(PACKAGE)])}
-    return [f"hq_optuna.{name}" for name in sorted(rooms & names)]
+    return [f"hq_optuna.{name}" for name in sorted(set(rooms) & names)]
 
 
 def test_import_of_the_package_loads_no_torch() -> None:
@@ -258,7 +372,7 @@ def test_import_of_the_package_loads_no_torch() -> None:
 
 
 def test_the_lower_rooms_load_neither_torch_nor_optuna() -> None:
-    loaded = loaded_after(*existing(BASE | PLAIN))
+    loaded = loaded_after(*existing((*BASE, *PLAIN)))
     assert "numpy" in loaded
     assert not loaded & {"torch", "optuna", "sqlalchemy", "plotly"}
 

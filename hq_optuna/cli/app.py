@@ -12,17 +12,9 @@ import typer
 from rich.console import Console
 
 from hq_optuna._version import __version__
-from hq_optuna.cli import browsing, looking, show, solving
+from hq_optuna.cli import dashboard, resolve, status, tables
 from hq_optuna.cli.common import Folder, Json, Name, Storage, Study, StudyOrNone, errors, reading
-from hq_optuna.cli.options import (
-    RETRY_FOR,
-    ArtifactsAt,
-    Device,
-    Given,
-    RetryFor,
-    Threads,
-    searches,
-)
+from hq_optuna.cli.options import RETRY_FOR, ArtifactsAt, Device, Given, RetryFor, Threads, searches
 
 app = typer.Typer(
     add_completion=False,
@@ -68,11 +60,11 @@ def run(
 
     Options of the study file itself stand beside these: hq-optuna run cifar10_resnet20 --data DIR.
     """
-    from hq_optuna.cli import running
+    from hq_optuna.cli import run
     from hq_optuna.cli.session import Request
 
     with errors(as_json):
-        data = running.run(
+        data = run.run(
             Request(
                 *(study, context.args, storage, name, folder, artifacts, given, threads, retry_for),
                 command=_command(),
@@ -112,13 +104,13 @@ def worker(
 
     What the search was started with comes from the study and need not be repeated.
     """
-    from hq_optuna.cli import working
+    from hq_optuna.cli import worker
     from hq_optuna.cli.session import Request
 
     if create and wait_for:
         raise typer.BadParameter("--create starts the study and does not wait for it (--wait-for).")
     with errors(as_json):
-        working.work(
+        worker.work(
             Request(
                 *(study, context.args, storage, name, folder, artifacts, given, threads, retry_for),
                 command=_command(),
@@ -165,11 +157,11 @@ def launch(
 
     Workers that die are started again; Ctrl-C ends them all, and everything recorded stays.
     """
-    from hq_optuna.cli import launching
+    from hq_optuna.cli import launch
     from hq_optuna.cli.session import Request
 
     with errors(as_json):
-        data = launching.launch(
+        data = launch.launch(
             Request(
                 *(study, context.args, storage, name, folder, artifacts, given, threads, retry_for),
                 command=_command(),
@@ -198,14 +190,14 @@ def report(
     ] = "html",
 ) -> None:
     """Write the report of a search, finished or not."""
-    from hq_optuna.runner.report import render_markdown, report_data, write_report
+    from hq_optuna.report.report import render_markdown, report_data, write_report
 
     with errors(as_json=False), reading(study, storage, name, folder) as loaded:
         if format_ == "html":
             path = Path("report.html") if out is None else out
             write_report(loaded, path)
             console = Console()
-            console.print(f"Report: {show.plain(str(path))}", soft_wrap=True, highlight=False)
+            console.print(f"Report: {tables.plain(str(path))}", soft_wrap=True, highlight=False)
             return
         data = report_data(loaded)
         text = json.dumps(data, indent=1) if format_ == "json" else render_markdown(data)
@@ -216,7 +208,7 @@ def report(
             out.write_text(text + "\n", encoding="utf-8")
 
 
-app.command()(looking.status)
-app.command()(browsing.dashboard)
-app.command()(solving.resolve)
-app.command()(solving.pareto)
+app.command()(status.status)
+app.command()(dashboard.dashboard)
+app.command()(resolve.resolve)
+app.command()(resolve.pareto)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from hq_optuna.cli import show
+from hq_optuna.cli import tables
 from hq_optuna.errors import HqOptunaError
 
 Study = Annotated[
@@ -98,6 +98,6 @@ def _fail(message: str, kind: str, as_json: bool) -> NoReturn:
         typer.echo(json.dumps({"error": kind, "message": message}))
     else:
         Console(stderr=True).print(
-            f"[bold red]Error:[/] {show.plain(message)}", soft_wrap=True, highlight=False
+            f"[bold red]Error:[/] {tables.plain(message)}", soft_wrap=True, highlight=False
         )
     raise typer.Exit(1) from None

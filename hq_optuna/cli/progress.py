@@ -10,10 +10,11 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from hq_optuna.cli.strip import strips
-from hq_optuna.cost import Budget, CostModel, format_cost
-from hq_optuna.samplers.log import StepLog
-from hq_optuna.space import SearchSpace
+from hq_optuna.cli.bits_strip import strips
+from hq_optuna.protocol.step_log import StepLog
+from hq_optuna.space.budget import Budget
+from hq_optuna.space.cost import CostModel, format_cost
+from hq_optuna.space.search_space import SearchSpace
 
 LINE_EVERY_S = 10.0
 """Where there is no terminal, a line is printed this often."""

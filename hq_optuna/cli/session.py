@@ -11,26 +11,21 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from rich.console import Console
 
-from hq_optuna import attrs
-from hq_optuna.artifacts import Artifacts, open_artifacts
-from hq_optuna.cli import show
+from hq_optuna import attributes
+from hq_optuna.artifacts.store import Artifacts, open_artifacts
+from hq_optuna.cli import tables
 from hq_optuna.cli.place import Place
 from hq_optuna.cli.settings import n_cores, read_settings, sensible_threads
-from hq_optuna.cost import macs
 from hq_optuna.errors import StorageError, StudyFileError
-from hq_optuna.runner.started import Started
-from hq_optuna.runner.study_file import StudyFile, StudyParts, find_study
+from hq_optuna.protocol.start_options import StartOptions
 from hq_optuna.search import Limits
-from hq_optuna.storages import (
-    explain_storage_errors,
-    load_study,
-    redact_url,
-    study_exists,
-)
+from hq_optuna.space.cost import macs
+from hq_optuna.storages import explain_storage_errors, load_study, redact_url, study_exists
+from hq_optuna.study_files.study_file import StudyFile, StudyParts, find_study
 
 if TYPE_CHECKING:
-    from hq_optuna.runner.bit_search import BitSearch
-    from hq_optuna.samplers.log import StepLog
+    from hq_optuna.bit_search import BitSearch
+    from hq_optuna.protocol.step_log import StepLog
 
 LONGEST_PAUSE_S = 5.0
 """Between two looks for a study that does not exist yet."""
@@ -123,7 +118,7 @@ class Session:
     searching: Mapping[str, Any]
     artifacts: Artifacts
     limits: Limits | None
-    started: Started
+    started: StartOptions
     retry_for_s: float
     threads: int
 
@@ -165,9 +160,9 @@ def begin(request: Request, console: Console) -> Session:
     file, place = request.find()
     own = [f"--{name.replace('_', '-')}" for name in (*RESERVED, "no_refine", "no_correction")]
     given_options = file.given_options(request.arguments, beside=own)
-    stored = Started()
+    stored = StartOptions()
     if study_exists(place.storage, place.name):
-        stored = Started.read(load_study(place.storage, place.name))
+        stored = StartOptions.read(load_study(place.storage, place.name))
     options = file.complete({**file.stored_options(stored.options), **given_options})
     given = {k: v for k, v in request.given.items() if k not in LIMITS}
     limits = {k: v for k, v in request.given.items() if k in LIMITS}
@@ -182,7 +177,7 @@ def begin(request: Request, console: Console) -> Session:
     searching = {name: settings.pop(name) for name in of_search if name in settings}
 
     console.print(
-        f"[bold]{show.plain(place.name)}[/]  {show.plain(file.doc)}",
+        f"[bold]{tables.plain(place.name)}[/]  {tables.plain(file.doc)}",
         highlight=False,
         soft_wrap=True,
     )
@@ -190,9 +185,9 @@ def begin(request: Request, console: Console) -> Session:
     with console.status("loading PyTorch and the study's network and data"):
         import torch
 
-        from hq_optuna.devices import move_to
-        from hq_optuna.runner.bit_search import BitSearch
-        from hq_optuna.runner.training_plan import SETTINGS, plan_of
+        from hq_optuna.bit_search import BitSearch
+        from hq_optuna.network.devices import move_to
+        from hq_optuna.training.plan import SETTINGS, plan_of
 
         torch.set_num_threads(request.threads or n_cores())
         # Failed trials show as errors of ours; Optuna would add its traceback to each.
@@ -215,9 +210,11 @@ def begin(request: Request, console: Console) -> Session:
         )
         threads = request.threads or sensible_threads(macs(search.space.layers))
         torch.set_num_threads(threads)
-    show.opening(console, search, place)
+    tables.opening(console, search, place)
     for warning in search.objective.warnings:
-        console.print(f"[yellow]Warning:[/] {show.plain(warning)}", highlight=False, soft_wrap=True)
+        console.print(
+            f"[yellow]Warning:[/] {tables.plain(warning)}", highlight=False, soft_wrap=True
+        )
     return Session(
         file.path,
         place,
@@ -226,7 +223,7 @@ def begin(request: Request, console: Console) -> Session:
         searching,
         artifacts,
         Limits(**limits) if limits else None,
-        Started.of(given, given_options, request.command),
+        StartOptions.of(given, given_options, request.command),
         request.retry_for_s,
         threads,
     )
@@ -234,7 +231,7 @@ def begin(request: Request, console: Console) -> Session:
 
 def _say_what_the_study_says(
     console: Console,
-    stored: Started,
+    stored: StartOptions,
     given_options: Mapping[str, Any],
     given: Mapping[str, Any],
 ) -> None:
@@ -242,7 +239,7 @@ def _say_what_the_study_says(
     taken |= {k: v for k, v in stored.options.items() if k not in given_options}
     if taken:
         words = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in taken.items())
-        console.print(f"as the study says: {show.plain(words)}", highlight=False, soft_wrap=True)
+        console.print(f"as the study says: {tables.plain(words)}", highlight=False, soft_wrap=True)
 
 
 def wait_for_study(place: Place, seconds: float) -> None:
@@ -266,7 +263,7 @@ def wait_for_study(place: Place, seconds: float) -> None:
             with explain_storage_errors(redact_url(place.storage)):
                 if found is None and study_exists(place.storage, place.name):
                     found = load_study(place.storage, place.name)
-                if found is not None and attrs.INFO in found.user_attrs:
+                if found is not None and attributes.INFO in found.user_attrs:
                     return
         except KeyError:  # deleted meanwhile
             found = None

@@ -6,10 +6,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hq_optuna.cost import Budget
 from hq_optuna.errors import SpaceError
-from hq_optuna.layers import FLOAT_BITS
-from hq_optuna.runner.budget_text import parse_budget
+from hq_optuna.space.budget import Budget
+from hq_optuna.space.budget_text import parse_budget
+from hq_optuna.space.layers import FLOAT_BITS
 
 
 def n_cores() -> int:

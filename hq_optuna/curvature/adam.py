@@ -20,18 +20,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from hq_optuna.batches import Batches, forward
 from hq_optuna.curvature.estimate import Curvature
 from hq_optuna.curvature.sweep import SquaredGradients, check_differentiable, differentiable
-from hq_optuna.layers import LayerSpec
+from hq_optuna.network.batches import Batches, forward
+from hq_optuna.network.losses import LossFunction
 from hq_optuna.quantization.quantizers.base import in_single
+from hq_optuna.space.layers import LayerSpec
 
-LossFunction = Callable[[Any, Any], Tensor]
 BETA2 = 0.999
 
 

@@ -29,14 +29,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hq_optuna.batches import Batch, Batches, forward
-from hq_optuna.curvature.adam import LossFunction
 from hq_optuna.curvature.estimate import TOLERANCE, Curvature
-from hq_optuna.curvature.known_losses import is_cross_entropy, is_squared_error
-from hq_optuna.curvature.places import Places
 from hq_optuna.curvature.sweep import SquaredGradients, check_differentiable, differentiable, signs
-from hq_optuna.layers import LayerSpec
+from hq_optuna.network.batches import Batch, Batches, forward
+from hq_optuna.network.losses import LossFunction, is_cross_entropy, is_squared_error
+from hq_optuna.network.places import Places
 from hq_optuna.quantization.quantizers.base import in_single
+from hq_optuna.space.layers import LayerSpec
 
 TEMPERATURE = 3.0
 

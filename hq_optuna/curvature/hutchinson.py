@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hq_optuna.batches import Batches, forward
-from hq_optuna.curvature.adam import LossFunction
 from hq_optuna.curvature.estimate import TOLERANCE, Curvature, InputCurvature, MeanCurvatures
 from hq_optuna.curvature.sweep import check_differentiable, differentiable, signs
-from hq_optuna.layers import LayerSpec
+from hq_optuna.network.batches import Batches, forward
+from hq_optuna.network.losses import LossFunction
+from hq_optuna.space.layers import LayerSpec
 
 MOST_SWEEPS = 8
 

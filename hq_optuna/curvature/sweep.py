@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hq_optuna.copies import copied
 from hq_optuna.curvature.estimate import Curvature, InputCurvature, MeanCurvatures
 from hq_optuna.errors import ScoreError
-from hq_optuna.layers import LayerSpec
+from hq_optuna.network.copies import copied
 from hq_optuna.quantization.observers import first_input, with_first_input
+from hq_optuna.space.layers import LayerSpec
 
 
 @contextmanager

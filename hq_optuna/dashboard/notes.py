@@ -7,13 +7,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hq_optuna import attrs
-from hq_optuna.artifacts import Reference
-from hq_optuna.attrs import StudyInfo, quantizers_text
-from hq_optuna.cost import format_cost
-from hq_optuna.history import Candidate, History
-from hq_optuna.layers import FLOAT_BITS
-from hq_optuna.standing import Standing
+from hq_optuna import attributes
+from hq_optuna.artifacts.store import Reference
+from hq_optuna.attributes import StudyInfo, quantizers_text
+from hq_optuna.protocol.history import Candidate, History
+from hq_optuna.protocol.status import SearchStatus
+from hq_optuna.space.cost import format_cost
+from hq_optuna.space.layers import FLOAT_BITS
 
 YOURS = "*What you write below this line is kept.*"
 """Ends what is written by us; the rest of a note is its reader's."""
@@ -33,7 +33,7 @@ _FILES = {
 
 def study_note(
     history: History,
-    standing: Standing,
+    current: SearchStatus,
     study_id: int,
     files: Mapping[str, Reference],
     written: str,
@@ -42,7 +42,7 @@ def study_note(
 
     Args:
         history: The search.
-        standing: Where it stands.
+        current: Where it stands.
         study_id: Of the study, for links.
         files: Artifacts of the study by name.
         written: When, in words.
@@ -51,12 +51,12 @@ def study_note(
     n_searched = len({layer for v in history.space.variables for layer in v.layers})
     parts = [
         f"## {_plain(history.study_name)}: "
-        f"{'the answer' if standing.state == 'finished' and history.met else _state(standing)}",
+        f"{'the answer' if current.state == 'finished' and history.met else _state(current)}",
         f"**Goal.** Bits for each of {len(history.space.layers)} layers ({n_searched} searched) "
         "with the smallest predicted rise of the loss, at a cost of at most "
         f"**{format_cost(info.limit, info.metric)}**, {100 * info.limit / info.int8:.3g} % of "
         f"all-8-bit ({format_cost(info.int8, info.metric)}).",
-        f"**State.** {_sentence(standing)}",
+        f"**State.** {_sentence(current)}",
     ]
     if record is None:
         parts.append("No step is closed yet.")
@@ -113,12 +113,12 @@ def trial_note(
         >>> trial_note({**what, "from_bits": 6, "to_bits": 5}, info, score=0.0012)
         'Step 3, candidate 5: `conv1` from 6 to 5 bits. Score 0.0012 nats, 24 GBOPs, within budget.'
     """
-    kind, step = trial.get(attrs.KIND), trial.get(attrs.STEP)
+    kind, step = trial.get(attributes.KIND), trial.get(attributes.STEP)
     if kind == "candidate":
-        what = f"Step {step}, candidate {int(trial.get(attrs.SLOT, 0)) + 1}: {change(trial)}."
+        what = f"Step {step}, candidate {int(trial.get(attributes.SLOT, 0)) + 1}: {change(trial)}."
     elif kind == "incumbent":
         taken = "" if winner is None else f": {change(winner)}"
-        what = f"Closes step {step}; takes trial {trial.get(attrs.WINNER)}{taken}."
+        what = f"Closes step {step}; takes trial {trial.get(attributes.WINNER)}{taken}."
     else:
         return ""
     if state == "RUNNING":
@@ -126,9 +126,9 @@ def trial_note(
     if state != "COMPLETE" or score is None:
         ended = "not needed any more" if state == "PRUNED" else "failed, or was given back"
         return f"{what} It was {ended}; it does not count."
-    cost = float(trial.get(attrs.COST, math.nan))
+    cost = float(trial.get(attributes.COST, math.nan))
     within = "within budget" if cost <= info.limit else "over budget"
-    said = trial.get(attrs.TRAINING) or {}
+    said = trial.get(attributes.TRAINING) or {}
     if said.get("kept", True):
         score = float(said.get("score", score))  # the value of the answer is made the best
     return (
@@ -167,49 +167,49 @@ def _figure(name: str, value: float) -> str:
 
 def change(trial: Mapping[str, Any]) -> str:
     """Return what a candidate changes, in words, from its user attributes."""
-    layer = trial.get(attrs.LAYER)
+    layer = trial.get(attributes.LAYER)
     if layer is None:
         return "the start, every layer at its widest bits"
-    if trial.get(attrs.TO_BITS) is None:
+    if trial.get(attributes.TO_BITS) is None:
         return f"a swap, `{layer}`"  # in words already
-    before, after = (_bits(trial.get(key)) for key in (attrs.FROM_BITS, attrs.TO_BITS))
+    before, after = (_bits(trial.get(key)) for key in (attributes.FROM_BITS, attributes.TO_BITS))
     return f"`{layer}` from {before} to {after} bits"
 
 
 def user_attrs_of(candidate: Candidate) -> dict[str, Any]:
     """Return what a candidate's trial has among its user attributes, as far as notes say it."""
     return {
-        attrs.KIND: "candidate",
-        attrs.STEP: candidate.step,
-        attrs.SLOT: candidate.slot,
-        attrs.LAYER: candidate.variable,
-        attrs.FROM_BITS: candidate.from_bits,
-        attrs.TO_BITS: candidate.to_bits,
-        attrs.COST: candidate.cost,
+        attributes.KIND: "candidate",
+        attributes.STEP: candidate.step,
+        attributes.SLOT: candidate.slot,
+        attributes.LAYER: candidate.variable,
+        attributes.FROM_BITS: candidate.from_bits,
+        attributes.TO_BITS: candidate.to_bits,
+        attributes.COST: candidate.cost,
     }
 
 
-def _state(standing: Standing) -> str:
+def _state(current: SearchStatus) -> str:
     return {
         "preparing": "about to begin",
         "running": "running",
         "idle": "nobody works on it",
         "finished": "finished, over budget",
         "stopped": "stopped",
-    }[standing.state]
+    }[current.state]
 
 
-def _sentence(standing: Standing) -> str:
+def _sentence(current: SearchStatus) -> str:
     text = {
         "preparing": "Sensitivities are being measured",
         "running": "Running",
         "idle": "Not finished, and nobody works on it now; the same command goes on with it",
-        "finished": f"Finished: {standing.reason}",
-        "stopped": f"Stopped: {standing.reason}",
-    }[standing.state]
-    if standing.state in ("running", "idle"):
-        text += f". {100 * standing.share:.0f} % of the way"
-    return f"{text}; {standing.steps} steps closed, {standing.candidates} candidates scored."
+        "finished": f"Finished: {current.reason}",
+        "stopped": f"Stopped: {current.reason}",
+    }[current.state]
+    if current.state in ("running", "idle"):
+        text += f". {100 * current.share:.0f} % of the way"
+    return f"{text}; {current.steps} steps closed, {current.candidates} candidates scored."
 
 
 def _incumbent(history: History, study_id: int) -> str:
@@ -226,7 +226,7 @@ def _incumbent(history: History, study_id: int) -> str:
             format_cost(info.int8, info.metric),
             format_cost(info.float32, info.metric),
         ),
-        ("predicted loss rise", f"**{record.standing.score:.3g} nats**", "", "0"),
+        ("predicted loss rise", f"**{record.current.score:.3g} nats**", "", "0"),
     ]
     for before in sorted(name for name in facts if name.endswith("_before")):
         name = before.removesuffix("_before")

@@ -21,11 +21,12 @@ import optuna
 from optuna.storages import BaseStorage
 from optuna.study import Study
 
-from hq_optuna import attrs, workers
-from hq_optuna.artifacts import Reference
+from hq_optuna import attributes
+from hq_optuna.artifacts.store import Reference
 from hq_optuna.dashboard.notes import study_note, trial_note, user_attrs_of, with_readers_part
-from hq_optuna.history import History, StepRecord, read_history
-from hq_optuna.standing import Standing, read_standing
+from hq_optuna.protocol import worker_identity
+from hq_optuna.protocol.history import History, StepRecord, read_history
+from hq_optuna.protocol.status import SearchStatus, read_status
 from hq_optuna.storages import RetryingStorage
 from hq_optuna.storages.studies import set_study_system_attrs
 
@@ -57,7 +58,7 @@ with a note each cannot be opened. `hq-optuna dashboard` shows a line for every 
 made from the trial's attributes when it is read."""
 
 
-def write_pages(study: Study, *, standing: Standing | None = None) -> bool:
+def write_pages(study: Study, *, current: SearchStatus | None = None) -> bool:
     """Bring the study's note, figures and trial notes up to date; return whether any was not.
 
     What readers added to the study's note is kept, and notes that trials have are left alone. Two
@@ -65,7 +66,7 @@ def write_pages(study: Study, *, standing: Standing | None = None) -> bool:
 
     Args:
         study: A study of a bit search.
-        standing: Where the search stands; it is read if not given.
+        current: Where the search stands; it is read if not given.
 
     Raises:
         ResumeError: The study is not a bit search.
@@ -74,11 +75,11 @@ def write_pages(study: Study, *, standing: Standing | None = None) -> bool:
     stored = storage.get_study_system_attrs(study_id)
     read = study if storage is study._storage else loaded(storage, study.study_name)
     history = read_history(read)
-    standing = read_standing(read) if standing is None else standing
+    current = read_status(read) if current is None else current
     stamp, files = stored.get(STAMP) or {}, artifacts_in(stored)
 
     def body(written: str) -> str:
-        ours = study_note(history, standing, study_id, files, written)
+        ours = study_note(history, current, study_id, files, written)
         return with_readers_part(ours, note_in(stored))
 
     wanted: dict[str, Any] = {}
@@ -100,7 +101,7 @@ def write_pages(study: Study, *, standing: Standing | None = None) -> bool:
     changed[STAMP] = {
         "written": written,
         "at": time.time(),
-        "by": workers.worker_id(),
+        "by": worker_identity.worker_id(),
         "noted": noted,
     }
     set_study_system_attrs(storage, study_id, changed)
@@ -109,8 +110,12 @@ def write_pages(study: Study, *, standing: Standing | None = None) -> bool:
 
 def _record_note(history: History, record: StepRecord) -> str:
     winner = user_attrs_of(record.winner)
-    closes = {attrs.KIND: "incumbent", attrs.STEP: record.step, attrs.COST: record.winner.cost}
-    closes |= {attrs.WINNER: record.winner.number, attrs.TRAINING: record.training}
+    closes = {
+        attributes.KIND: "incumbent",
+        attributes.STEP: record.step,
+        attributes.COST: record.winner.cost,
+    }
+    closes |= {attributes.WINNER: record.winner.number, attributes.TRAINING: record.training}
     return trial_note(closes, history.info, score=record.winner.score, winner=winner)
 
 
@@ -195,7 +200,7 @@ def note_in(stored: Mapping[str, Any]) -> str:
 
 def artifacts_in(stored: Mapping[str, Any]) -> dict[str, Reference]:
     """Return the artifacts of a study by name, from its system attributes."""
-    prefix = f"{attrs.ARTIFACT}:"
+    prefix = f"{attributes.ARTIFACT}:"
     return {
         key.removeprefix(prefix): Reference.from_json(value)
         for key, value in stored.items()

@@ -14,7 +14,7 @@ from wsgiref.util import setup_testing_defaults
 
 from optuna.storages import BaseStorage
 
-from hq_optuna.artifacts import Artifacts
+from hq_optuna.artifacts.store import Artifacts
 from hq_optuna.dashboard.view import ShownStorage, clearer
 from hq_optuna.errors import DashboardError
 

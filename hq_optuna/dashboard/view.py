@@ -22,15 +22,15 @@ from optuna.storages import BaseStorage
 from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial
 
-from hq_optuna import attrs
-from hq_optuna.artifacts import OPTUNA_PREFIX
-from hq_optuna.attrs import StudyInfo, quantizers_text
-from hq_optuna.cost import CostModel, format_cost
+from hq_optuna import attributes
+from hq_optuna.artifacts.store import OPTUNA_PREFIX
+from hq_optuna.attributes import StudyInfo, quantizers_text
 from hq_optuna.dashboard.notes import trial_note
 from hq_optuna.dashboard.pages import FIGURES, artifacts_in
+from hq_optuna.protocol.status import Watch
 from hq_optuna.search import Additive
-from hq_optuna.space import SearchSpace
-from hq_optuna.standing import Watch
+from hq_optuna.space.cost import CostModel, format_cost
+from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.storages import RetryingStorage
 
 IMPORTANCES_VIEW = "get_param_importances"
@@ -54,7 +54,7 @@ class ShownStorage(RetryingStorage):
 
     def info(self, study_id: int) -> StudyInfo | None:
         """Return what a search is about; ``None`` for studies of other kinds."""
-        data = self.get_study_user_attrs(study_id).get(attrs.INFO)
+        data = self.get_study_user_attrs(study_id).get(attributes.INFO)
         return None if data is None else StudyInfo.from_json(data)
 
     def importances(self, study_id: int) -> list[dict[str, Any]] | None:
@@ -73,8 +73,8 @@ class ShownStorage(RetryingStorage):
         if info is None:
             return None
         system = self.get_study_system_attrs(study_id)
-        table = attrs.join(attrs.SENSITIVITY, system) or {}
-        space = SearchSpace.from_json(attrs.join(attrs.SPACE, system) or {})
+        table = attributes.join(attributes.SENSITIVITY, system) or {}
+        space = SearchSpace.from_json(attributes.join(attributes.SPACE, system) or {})
         rises = {
             layer: {part: {int(b): nats for b, nats in row.items()} for part, row in parts.items()}
             for layer, parts in table.items()
@@ -132,7 +132,7 @@ class ShownStorage(RetryingStorage):
         found = sorted(super().get_all_studies(), key=lambda study: study._study_id)
         studies = [copy.copy(study) for study in found]
         for study in studies:
-            if attrs.INFO in study.user_attrs:
+            if attributes.INFO in study.user_attrs:
                 study.system_attrs = without_superseded(study.system_attrs)
                 study.user_attrs = for_people(study.user_attrs)
         return studies
@@ -140,7 +140,7 @@ class ShownStorage(RetryingStorage):
 
 def for_people(user_attrs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the user attributes of a search as people want to read them."""
-    info = StudyInfo.from_json(user_attrs[attrs.INFO])
+    info = StudyInfo.from_json(user_attrs[attributes.INFO])
     shown: dict[str, Any] = {
         "budget": f"{info.budget} ({format_cost(info.limit, info.metric)})",
         "all-8-bit cost": format_cost(info.int8, info.metric),
@@ -153,7 +153,7 @@ def for_people(user_attrs: Mapping[str, Any]) -> dict[str, Any]:
         "statistics corrected": "yes" if info.correction else "no",
     }
     for key, value in user_attrs.items():
-        name = key.removeprefix(f"{attrs.REPORT}:")
+        name = key.removeprefix(f"{attributes.REPORT}:")
         if name != key and not isinstance(value, list | dict):
             shown[name.replace("_", " ")] = value
         elif not key.startswith("hq:"):
@@ -220,7 +220,7 @@ def make_clearer(body: dict[str, Any], info: StudyInfo | None) -> None:
                 parameter["distribution"] = {**distribution, "choices": []}
         if info is not None and not trial["note"]["body"]:
             what = _typed(trial)
-            won = by_number.get(what.get(attrs.WINNER))
+            won = by_number.get(what.get(attributes.WINNER))
             values = trial.get("values") or [None]
             text = trial_note(
                 what,
@@ -239,12 +239,18 @@ def _place(name: str) -> tuple[int, str]:
 def _typed(trial: Mapping[str, Any]) -> dict[str, Any]:
     """Return user attributes that the dashboard turned into texts, with their numbers."""
     found = {item["key"]: item["value"] for item in trial["user_attrs"]}
-    for key in (attrs.STEP, attrs.SLOT, attrs.WINNER, attrs.FROM_BITS, attrs.TO_BITS):
+    for key in (
+        attributes.STEP,
+        attributes.SLOT,
+        attributes.WINNER,
+        attributes.FROM_BITS,
+        attributes.TO_BITS,
+    ):
         if key in found:
             found[key] = int(found[key]) if found[key].lstrip("-").isdigit() else None
-    if attrs.TRAINING in found:
+    if attributes.TRAINING in found:
         try:
-            found[attrs.TRAINING] = json.loads(found[attrs.TRAINING])
+            found[attributes.TRAINING] = json.loads(found[attributes.TRAINING])
         except ValueError:  # the dashboard cuts long attributes
-            del found[attrs.TRAINING]
+            del found[attributes.TRAINING]
     return found

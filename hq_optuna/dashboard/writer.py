@@ -14,10 +14,10 @@ import optuna
 from optuna.storages import BaseStorage
 from optuna.study import Study
 
-from hq_optuna import workers
 from hq_optuna.dashboard.pages import STAMP, loaded, unwrapped, write_pages
-from hq_optuna.samplers.log import StepLog
-from hq_optuna.standing import Watch
+from hq_optuna.protocol import worker_identity
+from hq_optuna.protocol.status import Watch
+from hq_optuna.protocol.step_log import StepLog
 from hq_optuna.storages.trials import database_of
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class PageWriter:
         if not self._on:
             return
         last = log.closed[-1] if log.closed else None
-        self._mine = self._always or last is None or last.worker == workers.worker_id()
+        self._mine = self._always or last is None or last.worker == worker_identity.worker_id()
         now = (len(log.closed), log.open is None)
         if not self._mine or now == self._last or time.monotonic() < self._not_before:
             return
@@ -121,10 +121,10 @@ class PageWriter:
                     return
             if self._watch is None:
                 self._watch = Watch(study)
-            standing = self._watch.look()
-            if not last and standing.state == "idle":  # a moment between two trials
-                standing = dataclasses.replace(standing, state="running")
-            write_pages(study, standing=standing)
+            current = self._watch.look()
+            if not last and current.state == "idle":  # a moment between two trials
+                current = dataclasses.replace(current, state="running")
+            write_pages(study, current=current)
         except Exception as error:
             level = logging.DEBUG if self._warned else logging.WARNING
             self._warned = True

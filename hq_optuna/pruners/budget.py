@@ -8,10 +8,10 @@ from optuna.pruners import BasePruner
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from hq_optuna.attrs import Ticket
-from hq_optuna.cost import Budget, check_reachable
+from hq_optuna.attributes import Ticket
 from hq_optuna.search import Limits
-from hq_optuna.space import SearchSpace
+from hq_optuna.space.budget import Budget, check_reachable
+from hq_optuna.space.search_space import SearchSpace
 
 
 class CostBudgetPruner(BasePruner):

@@ -19,11 +19,11 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from hq_optuna.batches import Batches
-from hq_optuna.layers import LayerSpec
+from hq_optuna.network.batches import Batches
 from hq_optuna.quantization.moments import can_have_moments, columns, input_moments
 from hq_optuna.quantization.prepare import float_weight, weight_quantizer
 from hq_optuna.quantization.quantizers import UNIFORM, WeightQuantizer
+from hq_optuna.space.layers import LayerSpec
 
 Rounding = Literal["compensated", "nearest"]
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)

@@ -28,13 +28,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hq_optuna.batches import Batches, Precision, autocast, forward
-from hq_optuna.bit_config import LayerBits
-from hq_optuna.layers import FLOAT_BITS
+from hq_optuna.network.batches import Batches, Precision, autocast, forward
 from hq_optuna.quantization.moments import has_known_axes
 from hq_optuna.quantization.observers import first_input
 from hq_optuna.quantization.prepare import get_bits, prepared_layers, set_bits
 from hq_optuna.quantization.statistics import channel_statistics
+from hq_optuna.space.assignment import LayerBits
+from hq_optuna.space.layers import FLOAT_BITS
 
 SHIFT = "output_shift"
 _EPSILON = 1e-12
@@ -56,7 +56,7 @@ class StatisticsCorrection:
     Args:
         prepared: A prepared network; its statistics in float are measured now.
         data: Calibration batches. The first one is what statistics are measured on, so it should
-            be large (see `hq_optuna.batches.merge_first`).
+            be large (see `hq_optuna.network.batches.merge_first`).
         precision: Of the passes that statistics are read from.
         reference: Bits at which the stored statistics are right: those a network was trained at.
             ``None``: in float.

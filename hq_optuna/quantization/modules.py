@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hq_optuna.layers import FLOAT_BITS
 from hq_optuna.quantization.functional import quantize_activation
 from hq_optuna.quantization.observers import InputHistogram, Observer
 from hq_optuna.quantization.quantizers import UNIFORM, WeightQuantizer
 from hq_optuna.quantization.ranges import AffineRange
+from hq_optuna.space.layers import FLOAT_BITS
 
 
 class WeightFakeQuantize(nn.Module):

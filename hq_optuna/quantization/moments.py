@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from hq_optuna.batches import Batches, forward
-from hq_optuna.layers import LayerSpec
+from hq_optuna.network.batches import Batches, forward
 from hq_optuna.quantization.observers import watch_inputs
+from hq_optuna.space.layers import LayerSpec
 
 PLACES_PER_INPUT = 64
 """Places looked at for each column of the moment matrix; more change its entries by noise only."""

@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hq_optuna.batches import Batches, forward
 from hq_optuna.errors import DataError
+from hq_optuna.network.batches import Batches, forward
 from hq_optuna.quantization.ranges import AffineRange, affine_range, histogram_range
 
 N_BINS = 2048

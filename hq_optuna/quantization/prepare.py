@@ -9,13 +9,13 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from hq_optuna.bit_config import BitConfig
-from hq_optuna.copies import copied
 from hq_optuna.errors import SpaceError
-from hq_optuna.layers import FLOAT_BITS, MAX_BITS, MIN_BITS, LayerSpec
+from hq_optuna.network.copies import copied
 from hq_optuna.quantization.modules import InputFakeQuantize, WeightFakeQuantize
 from hq_optuna.quantization.observers import InputHistogram, Observer, first_input, with_first_input
 from hq_optuna.quantization.quantizers import UNIFORM, quantizer_named
+from hq_optuna.space.assignment import BitConfig
+from hq_optuna.space.layers import FLOAT_BITS, MAX_BITS, MIN_BITS, LayerSpec
 
 _INPUT = "input_fake_quantize"
 

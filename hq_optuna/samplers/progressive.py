@@ -25,17 +25,15 @@ from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from hq_optuna import attrs, workers
-from hq_optuna.attrs import Ticket
-from hq_optuna.cost import Budget, CostModel, check_reachable
-from hq_optuna.pruners import CostBudgetPruner
-from hq_optuna.samplers.claims import ClaimedTrial, claim
-from hq_optuna.samplers.known import Known
-from hq_optuna.samplers.limiting import limits_of
-from hq_optuna.samplers.log import StepLog, settings
-from hq_optuna.samplers.resume import check_settings, look_again, refuse_another_search
-from hq_optuna.samplers.stopping import stop
-from hq_optuna.samplers.tickets import (
+from hq_optuna import attributes
+from hq_optuna.attributes import Ticket
+from hq_optuna.protocol import worker_identity
+from hq_optuna.protocol.claims import ClaimedTrial, claim
+from hq_optuna.protocol.limits import limits_of
+from hq_optuna.protocol.step_log import StepLog, settings
+from hq_optuna.protocol.stopping import stop
+from hq_optuna.protocol.study_view import StudyView
+from hq_optuna.protocol.tickets import (
     BITS,
     LAYER,
     Encoding,
@@ -45,9 +43,11 @@ from hq_optuna.samplers.tickets import (
     record_ticket,
     slot_for,
 )
+from hq_optuna.pruners import CostBudgetPruner
 from hq_optuna.search import ProgressiveSearch, Rule
-from hq_optuna.space import SearchSpace
-from hq_optuna.storages.trials import read_rows
+from hq_optuna.space.budget import Budget, check_reachable
+from hq_optuna.space.cost import CostModel
+from hq_optuna.space.search_space import SearchSpace
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class ProgressiveBitSampler(BaseSampler):
 
     Example:
         >>> import optuna
-        >>> from hq_optuna.layers import LayerSpec
+        >>> from hq_optuna.space.layers import LayerSpec
         >>> layers = [LayerSpec(n, "Linear", (8, 8), 0, 64, 1, 8) for n in ("a", "b", "c")]
         >>> space = SearchSpace.build(layers, bits=(8, 4, 2), pin_first_last=None)
         >>> sampler = ProgressiveBitSampler(space, budget=Budget.fraction(size_bytes=0.5))
@@ -150,38 +150,35 @@ class ProgressiveBitSampler(BaseSampler):
         self._search(None)  # refuse bad settings now
         self._independent = RandomSampler(seed=seed)
         # By storage, as studies of two storages may have the same id.
-        self._known: WeakKeyDictionary[BaseStorage, dict[int, Known]] = WeakKeyDictionary()
+        self._views: WeakKeyDictionary[BaseStorage, dict[int, StudyView]] = WeakKeyDictionary()
         self.lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
         # Locks cannot be copied; what is known is rebuilt from the study.
-        return {**self.__dict__, "lock": None, "_known": None}
+        return {**self.__dict__, "lock": None, "_views": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._known = WeakKeyDictionary()
+        self._views = WeakKeyDictionary()
         self.lock = threading.RLock()
 
     # What the study says
 
     def log(self, study: Study) -> StepLog:
         """Return the record of the search as it stands in the storage now."""
-        with self.lock:
-            # Read under the lock: threads must not hand the log older trials than it has seen.
-            log = self.known(study).log
-            log.update(read_rows(study._storage, study._study_id, log.cursor))
-            look_again(study, self.space, self.known(study))
-            return log
+        return self.view(study).read(study)
 
-    def known(self, study: Study) -> Known:
+    def view(self, study: Study) -> StudyView:
         """Return what is known of a study, as far as it was read."""
         with self.lock:
-            studies = self._known.setdefault(study._storage, {})
+            studies = self._views.setdefault(study._storage, {})
             if study._study_id not in studies:
                 log = StepLog(self._search(study))
-                mine = attrs.digest(settings(log.search))
+                mine = attributes.digest(settings(log.search))
                 log.limit(limits_of(study))
-                studies[study._study_id] = Known(log, mine, self.budget_of(study))
+                studies[study._study_id] = StudyView(
+                    self.space, self.encoding, log, mine, self.budget_of(study), self.lock
+                )
             return studies[study._study_id]
 
     def name_search(self, study: Study, digest: str) -> None:
@@ -190,7 +187,7 @@ class ProgressiveBitSampler(BaseSampler):
         Tickets carry it, so that processes which start different searches in one new study at the
         same moment are told apart.
         """
-        self.known(study).name_search(digest)
+        self.view(study).name_search(digest)
 
     def budget_of(self, study: Study | None) -> Budget | None:
         """Return the budget of this sampler, or else of the study's pruner."""
@@ -203,7 +200,7 @@ class ProgressiveBitSampler(BaseSampler):
 
         ``None`` for the network as it was given. Reads nothing from the storage.
         """
-        return self.known(study).log.base
+        return self.view(study).log.base
 
     def finished(self, study: Study) -> bool:
         """Return whether the budget is met, or nothing is left to lower."""
@@ -245,11 +242,7 @@ class ProgressiveBitSampler(BaseSampler):
             ValueError: The study has several objectives, or maximizes.
         """
         self.check_study(study)
-        return claim(self, study, waited_s)
-
-    def forget(self, study: Study, trial_id: int) -> None:
-        """Drop what is kept for a trial of this process while it runs."""
-        self.known(study).tickets.pop(trial_id, None)
+        return claim(self.view(study), study, waited_s)
 
     # Optuna's interface
 
@@ -261,16 +254,18 @@ class ProgressiveBitSampler(BaseSampler):
             RuntimeError: What the search needs next failed, or was pruned, again and again.
             ValueError: The study has several objectives, or maximizes.
         """
-        if trial._trial_id in self.known(study).tickets:
+        if trial._trial_id in self.view(study).tickets:
             return  # created with it, see `ask`
         try:
             ticket = self._new_ticket(study, trial)
-            study._storage.set_trial_system_attr(trial._trial_id, attrs.TICKET, ticket.to_json())
+            study._storage.set_trial_system_attr(
+                trial._trial_id, attributes.TICKET, ticket.to_json()
+            )
         except BaseException:  # Ctrl-C too: what is raised here leaves a trial running for ever
             with contextlib.suppress(OptunaError):
                 study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
             raise
-        self.known(study).tickets[trial._trial_id] = ticket
+        self.view(study).tickets[trial._trial_id] = ticket
         if ticket.kind == "surplus":
             stop(study)
 
@@ -278,14 +273,14 @@ class ProgressiveBitSampler(BaseSampler):
         self.check_study(study)
         ticket = Ticket.read(trial.system_attrs)
         if ticket is not None:  # a retried trial keeps its parameters, and so its slot
-            return dataclasses.replace(ticket, worker=workers.worker_id())
+            return dataclasses.replace(ticket, worker=worker_identity.worker_id())
         if "fixed_params" in trial.system_attrs or trial.params:  # enqueued: not a trial of ours
             return idle_ticket("free")
         with self.lock:
-            log, known = self.log(study), self.known(study)
-            refuse_another_search(study, known.is_mine)
-            ticket = self._ticket(log, trial.number, known.search)
-            known.failures.refuse_more(log, ticket)
+            log, view = self.log(study), self.view(study)
+            view.refuse_another_search(study)
+            ticket = self._ticket(log, trial.number, view.search)
+            view.failures.refuse_more(log, ticket)
             return ticket
 
     def _ticket(self, log: StepLog, number: int, search: str) -> Ticket:
@@ -347,12 +342,12 @@ class ProgressiveBitSampler(BaseSampler):
     ) -> None:
         """End the study with the record that meets the budget."""
         ticket = self.ticket(study, trial._trial_id)
-        self.known(study).tickets.pop(trial._trial_id, None)
+        self.view(study).tickets.pop(trial._trial_id, None)
         if ticket is None or ticket.kind not in ("candidate", "incumbent"):
             return
         with self.lock:
             if state != TrialState.COMPLETE:
-                self.known(study).failures.note(self.log(study), ticket, state)
+                self.view(study).failures.note(self.log(study), ticket, state)
             elif ticket.kind == "incumbent":
                 log = self.log(study)
                 if log.open is None or (
@@ -376,7 +371,7 @@ class ProgressiveBitSampler(BaseSampler):
         """Return the ticket of a trial, by its id in the storage."""
         # Optuna hands samplers the trial as it was before its ticket was written. Tickets of
         # trials that run in this process are kept; a ticket never changes.
-        kept = self.known(study).tickets.get(trial_id)
+        kept = self.view(study).tickets.get(trial_id)
         if kept is not None:
             return kept
         return Ticket.read(study._storage.get_trial(trial_id).system_attrs)
@@ -389,4 +384,4 @@ class ProgressiveBitSampler(BaseSampler):
             ValueError: The study has several objectives, or maximizes.
         """
         self._raise_error_if_multi_objective(study)
-        check_settings(study, self.space, self.known(study), lambda: self.log(study))
+        self.view(study).check_settings(study)

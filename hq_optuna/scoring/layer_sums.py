@@ -8,18 +8,12 @@ from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor, nn
 
-from hq_optuna.batches import Batches
-from hq_optuna.curvature import (
-    Curvature,
-    LossFunction,
-    calibration_adam,
-    hutchinson,
-    output_curvature,
-    probe_of,
-)
-from hq_optuna.layers import LayerSpec
+from hq_optuna.curvature import Curvature, calibration_adam, hutchinson, output_curvature, probe_of
+from hq_optuna.network.batches import Batches
+from hq_optuna.network.losses import LossFunction
 from hq_optuna.scoring.sensitivity import Form, Sensitivity, measure_sensitivity
-from hq_optuna.space import SearchSpace
+from hq_optuna.space.layers import LayerSpec
+from hq_optuna.space.search_space import SearchSpace
 
 LayerSumName = Literal["diagonal", "trace", "fisher", "hutchinson"]
 """``diagonal`` and ``trace``: calibration Adam, element by element or by its mean over a layer.

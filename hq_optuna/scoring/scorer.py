@@ -9,7 +9,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import nn
 
-from hq_optuna.batches import (
+from hq_optuna.errors import ScoreError
+from hq_optuna.network.batches import (
     Batch,
     Batches,
     Precision,
@@ -18,15 +19,14 @@ from hq_optuna.batches import (
     cloned,
     forward,
 )
-from hq_optuna.bit_config import LayerBits
-from hq_optuna.copies import copied
-from hq_optuna.curvature import LossFunction
-from hq_optuna.errors import ScoreError
-from hq_optuna.layers import FLOAT_BITS
+from hq_optuna.network.copies import copied
+from hq_optuna.network.losses import LossFunction
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.quantization.prepare import get_bits, set_bits
 from hq_optuna.scoring.outputs import CrossEntropyRise, OutputRise, squared_error_rise
 from hq_optuna.scoring.sensitivity import Sensitivity
+from hq_optuna.space.assignment import LayerBits
+from hq_optuna.space.layers import FLOAT_BITS
 
 ScorerName = Literal["gauss_newton", "loss", "diagonal", "trace", "fisher", "hutchinson"]
 SCORERS: tuple[ScorerName, ...] = get_args(ScorerName)
@@ -62,7 +62,7 @@ class Scorer:
         by_loss: Ranks by the measured rise of the loss on the calibration set over that of the
             float network. A network may be better by chance with fewer bits: rises can be negative.
         correction: Corrects the statistics of each candidate in its forward pass.
-        precision: Of candidates' forward passes, see `hq_optuna.batches.Precision`.
+        precision: Of candidates' forward passes, see `hq_optuna.network.batches.Precision`.
         teacher: Whose outputs a rise is measured against, where that is not the prepared network
             in float: the network as it was before it was trained at fewer bits.
     """

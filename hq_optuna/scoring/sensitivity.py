@@ -22,12 +22,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from hq_optuna.batches import Batches, forward
-from hq_optuna.bit_config import LayerBits
 from hq_optuna.curvature import Curvature, InputCurvature
 from hq_optuna.curvature.estimate import per_sample
 from hq_optuna.errors import ScoreError
-from hq_optuna.layers import FLOAT_BITS, LayerSpec
+from hq_optuna.network.batches import Batches, forward
 from hq_optuna.quantization.observers import watch_inputs
 from hq_optuna.quantization.prepare import (
     float_weight,
@@ -36,7 +34,9 @@ from hq_optuna.quantization.prepare import (
     set_bits,
     weight_quantizer,
 )
-from hq_optuna.space import SearchSpace
+from hq_optuna.space.assignment import LayerBits
+from hq_optuna.space.layers import FLOAT_BITS, LayerSpec
+from hq_optuna.space.search_space import SearchSpace, bits_needed
 
 Form = Literal["trace", "diagonal", "felt"]
 """How curvature and squared error of weights are brought together; inputs know the first two."""
@@ -89,23 +89,6 @@ class Sensitivity:
             return {n: {int(b): float(v) for b, v in p[part].items()} for n, p in data.items()}
 
         return cls(table("weights"), table("activations"))
-
-
-def bits_needed(space: SearchSpace) -> dict[str, tuple[set[int], set[int]]]:
-    """Return the weight bits and activation bits each layer may have in the space."""
-    needed = {
-        name: ({bits.weight_bits}, {bits.activation_bits}) for name, bits in space.start.items()
-    }
-    for variable in space.variables:
-        for name in variable.layers:
-            if variable.part != "activations":
-                needed[name][0].update(variable.bits)
-            if variable.part != "weights":
-                needed[name][1].update(variable.bits)
-    for weights, activations in needed.values():
-        weights.discard(FLOAT_BITS)
-        activations.discard(FLOAT_BITS)
-    return needed
 
 
 @torch.no_grad()

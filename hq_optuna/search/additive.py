@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from hq_optuna.bit_config import BitConfig, LayerBits
-from hq_optuna.layers import FLOAT_BITS
 from hq_optuna.search.exact import Allocation, LayerCost
-from hq_optuna.space import SearchSpace
+from hq_optuna.space.assignment import BitConfig, LayerBits
+from hq_optuna.space.layers import FLOAT_BITS
+from hq_optuna.space.search_space import SearchSpace
 
 Table = Mapping[str, Mapping[str, Mapping[int, float]]]
 """``{layer: {"weights": {bits: nats}, "activations": {bits: nats}}}``."""

@@ -22,8 +22,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hq_optuna.bit_config import LayerBits
-from hq_optuna.space import SearchSpace
+from hq_optuna.space.assignment import LayerBits
+from hq_optuna.space.search_space import SearchSpace
 
 MAX_CHOICES = 20_000
 """Most combinations of bits within one block that are enumerated."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import NamedTuple
 
-from hq_optuna.space import SearchSpace
+from hq_optuna.space.search_space import SearchSpace
 
 
 class Move(NamedTuple):

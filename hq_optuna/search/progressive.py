@@ -12,11 +12,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from hq_optuna.bit_config import BitConfig
 from hq_optuna.search.moves import lowerable, propose
 from hq_optuna.search.rules import RULES, Rule, choose
 from hq_optuna.search.swaps import Notch, learn_rises, propose_swaps
-from hq_optuna.space import SearchSpace
+from hq_optuna.space.assignment import BitConfig
+from hq_optuna.space.search_space import SearchSpace
 
 
 @dataclass(frozen=True, slots=True)

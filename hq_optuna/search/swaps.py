@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from hq_optuna.space import SearchSpace
+from hq_optuna.space.search_space import SearchSpace
 
 MAX_PARTS = 30
 """Most variables that are looked at for raising, and for lowering, when they are combined."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hq_optuna.bit_config import BitConfig
-from hq_optuna.space import SearchSpace
+from hq_optuna.space.assignment import BitConfig
+from hq_optuna.space.search_space import SearchSpace
 
 
 def uniform_states(space: SearchSpace) -> dict[tuple[int, int], tuple[int, ...]]:

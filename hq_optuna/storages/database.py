@@ -27,7 +27,7 @@ from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 
-from hq_optuna import attrs
+from hq_optuna import attributes
 
 _as_json = functools.lru_cache(maxsize=4096)(distribution_to_json)
 
@@ -66,7 +66,7 @@ class Database(RDBStorage):
         if (
             template_trial is None
             or template_trial.values is not None
-            or attrs.TICKET not in template_trial.system_attrs
+            or attributes.TICKET not in template_trial.system_attrs
         ):
             return super()._get_prepared_new_trial(study_id, template_trial, session)
         trial = models.TrialModel(
@@ -195,11 +195,11 @@ class Database(RDBStorage):
             found = sorted(connection.execute(running).scalars())
             connection.execute(
                 sqlalchemy.delete(table).where(
-                    table.c.trial_id.in_(found), table.c.key == attrs.BEAT
+                    table.c.trial_id.in_(found), table.c.key == attributes.BEAT
                 )
             )
             if found:
-                rows = [r for i in found for r in _attributes(i, {attrs.BEAT: count})]
+                rows = [r for i in found for r in _attributes(i, {attributes.BEAT: count})]
                 connection.execute(sqlalchemy.insert(table), rows)
 
     def set_study_system_attrs(self, study_id: int, system_attrs: Mapping[str, Any]) -> None:

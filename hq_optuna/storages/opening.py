@@ -22,7 +22,7 @@ from optuna.study import Study
 
 from hq_optuna.errors import StorageError
 from hq_optuna.storages.database import Database
-from hq_optuna.storages.without_sql import is_grpc, journal_path, open_grpc, open_journal
+from hq_optuna.storages.journal_and_grpc import is_grpc, journal_path, open_grpc, open_journal
 
 logger = logging.getLogger(__name__)
 

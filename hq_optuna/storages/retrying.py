@@ -3,7 +3,7 @@
 A call that failed may have been committed all the same: the answer was lost, not the question. So
 every call here may be made twice. Attributes and parameters are written again with the same value;
 a trial that was ended by the first try is recognized by what it says; of a trial that was created
-twice the one whose number nobody heard is marked as failed (`hq_optuna.samplers.owners.HELD`).
+twice the one whose number nobody heard is marked as failed (`hq_optuna.protocol.owners.HELD`).
 """
 
 from __future__ import annotations

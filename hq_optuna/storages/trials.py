@@ -19,8 +19,8 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
 
-from hq_optuna import attrs
-from hq_optuna.attrs import Ticket
+from hq_optuna import attributes
+from hq_optuna.attributes import Ticket
 from hq_optuna.storages.retrying import RetryingStorage
 
 
@@ -102,7 +102,7 @@ def row_of(trial: FrozenTrial) -> TrialRow:
         trial.state,
         values[0] if values is not None and len(values) == 1 else None,
         Ticket.read(trial.system_attrs),
-        trial.system_attrs.get(attrs.BEAT),
+        trial.system_attrs.get(attributes.BEAT),
         None if trial.duration is None else trial.duration.total_seconds(),
     )
 
@@ -196,11 +196,12 @@ def _row_query(study_id: int, cursor: Cursor) -> sqlalchemy.Select[Any]:
                 values, (values.c.trial_id == trials.c.trial_id) & (values.c.objective == 0)
             )
             .outerjoin(
-                ticket, (ticket.c.trial_id == trials.c.trial_id) & (ticket.c.key == attrs.TICKET)
+                ticket,
+                (ticket.c.trial_id == trials.c.trial_id) & (ticket.c.key == attributes.TICKET),
             )
             .outerjoin(
                 beat,
-                (beat.c.trial_id == trials.c.trial_id) & (beat.c.key == attrs.BEAT) & running,
+                (beat.c.trial_id == trials.c.trial_id) & (beat.c.key == attributes.BEAT) & running,
             )
         )
         .where(trials.c.study_id == study_id, new)

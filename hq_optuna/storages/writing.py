@@ -10,7 +10,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from hq_optuna import attrs
+from hq_optuna import attributes
 from hq_optuna.storages.database import Database, Ended
 from hq_optuna.storages.retrying import RetryingStorage
 from hq_optuna.storages.trials import database_of
@@ -122,4 +122,4 @@ def beat(storage: BaseStorage, trial_ids: Sequence[int], count: int) -> None:
         return
     for trial_id in trial_ids:
         with contextlib.suppress(UpdateFinishedTrialError):
-            storage.set_trial_system_attr(trial_id, attrs.BEAT, count)
+            storage.set_trial_system_attr(trial_id, attributes.BEAT, count)

@@ -14,9 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hq_optuna.bit_config import BitConfig
-from hq_optuna.copies import copied
-from hq_optuna.layers import FLOAT_BITS, LayerSpec
+from hq_optuna.network.copies import copied
 from hq_optuna.quantization.correction import SHIFT
 from hq_optuna.quantization.prepare import (
     float_weight,
@@ -28,6 +26,8 @@ from hq_optuna.quantization.prepare import (
     weight_quantizer,
 )
 from hq_optuna.quantization.ranges import AffineRange
+from hq_optuna.space.assignment import BitConfig
+from hq_optuna.space.layers import FLOAT_BITS, LayerSpec
 from hq_optuna.training.trained import load_trained_
 
 _ORIGINAL = "parametrizations.weight.original"

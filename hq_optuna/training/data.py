@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from hq_optuna.batches import Batch, Inputs, n_samples, read_batches, tensors
-from hq_optuna.devices import random_state_kept
 from hq_optuna.errors import DataError
+from hq_optuna.network.batches import Batch, Inputs, n_samples, read_batches, tensors
+from hq_optuna.network.devices import random_state_kept
 
 Augment = Callable[[Any, torch.Generator], Any]
 """Returns changed inputs of one batch; all its chance comes from the generator."""

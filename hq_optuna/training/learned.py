@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hq_optuna.layers import FLOAT_BITS
 from hq_optuna.quantization.functional import activation_grid
 from hq_optuna.quantization.modules import InputFakeQuantize
 from hq_optuna.quantization.prepare import (
@@ -40,6 +39,7 @@ from hq_optuna.quantization.prepare import (
 from hq_optuna.quantization.quantizers import UNIFORM, WeightQuantizer
 from hq_optuna.quantization.quantizers.midrise import odd_codes
 from hq_optuna.quantization.ranges import AffineRange
+from hq_optuna.space.layers import FLOAT_BITS
 
 
 class _Rounding(torch.autograd.Function):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hq_optuna.curvature import LossFunction, is_cross_entropy
-from hq_optuna.curvature.places import IGNORED_LABEL
 from hq_optuna.errors import DataError
+from hq_optuna.network.losses import LossFunction, is_cross_entropy
+from hq_optuna.network.places import IGNORED_LABEL
 
 
 def class_axis(outputs: Any, labels: Any, loss_fn: LossFunction | None) -> int | None:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from hq_optuna.batches import autocast, forward, in_single, move
-from hq_optuna.copies import copied
-from hq_optuna.curvature import LossFunction
 from hq_optuna.errors import DataError, HqOptunaError
+from hq_optuna.network.batches import autocast, forward, in_single, move
+from hq_optuna.network.copies import copied
+from hq_optuna.network.losses import LossFunction
 from hq_optuna.training.data import Augment, epoch_seed, seeded
 from hq_optuna.training.losses import mean_of_views, right_and_counted, training_loss
 from hq_optuna.training.settings import TrainingSettings

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from hq_optuna.batches import Precision, check_precision
+from hq_optuna.network.batches import Precision, check_precision
 from hq_optuna.training.data import Augment, TrainingData
 
 OptimizerName = Literal["adamw", "sgd"]

@@ -7,9 +7,9 @@ from collections import Counter
 import torch
 from torch import Tensor, nn
 
-from hq_optuna.layers import FLOAT_BITS
 from hq_optuna.quantization.prepare import float_weight, prepared_layers, weight_quantizer
 from hq_optuna.quantization.quantizers import UNIFORM, WeightQuantizer
+from hq_optuna.space.layers import FLOAT_BITS
 from hq_optuna.training.settings import Start
 
 MARGIN = 0.1

@@ -7,10 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from hq_optuna.bit_config import BitConfig
-from hq_optuna.copies import copied
 from hq_optuna.errors import CheckpointError
-from hq_optuna.layers import FLOAT_BITS
+from hq_optuna.network.copies import copied
 from hq_optuna.quantization.correction import SHIFT, add_shift
 from hq_optuna.quantization.prepare import (
     float_weight,
@@ -22,6 +20,8 @@ from hq_optuna.quantization.prepare import (
     weight_quantizer,
 )
 from hq_optuna.quantization.ranges import AffineRange
+from hq_optuna.space.assignment import BitConfig
+from hq_optuna.space.layers import FLOAT_BITS
 
 _STATE, _BITS, _SCALE, _RANGE = "network.", "bits.", "weight_scale.", "input_range."
 

@@ -24,10 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hq_optuna.batches import Batch, autocast, forward, in_single, move
-from hq_optuna.copies import copied
-from hq_optuna.curvature import LossFunction
+from hq_optuna.atomic_files import write_atomically
 from hq_optuna.errors import CheckpointError, TrainingError
+from hq_optuna.network.batches import Batch, autocast, forward, in_single, move
+from hq_optuna.network.copies import copied
+from hq_optuna.network.losses import LossFunction
 from hq_optuna.quantization.prepare import get_bits, prepared_layers, weight_quantizer
 from hq_optuna.training import checkpoint as files
 from hq_optuna.training.data import Augment, epoch_seed, seeded
@@ -39,7 +40,6 @@ from hq_optuna.training.optimizer import build_optimizer, set_learning_rate
 from hq_optuna.training.settings import TrainingSettings
 from hq_optuna.training.start import start_weights_
 from hq_optuna.training.trained import load_trained_, trained_tensors
-from hq_optuna.whole_files import write_whole
 
 _STEP, _OPTIMIZER = "step.", "optimizer."
 
@@ -94,7 +94,7 @@ class Trainer:
     Example:
         >>> from hq_optuna import introspect, prepare, set_bits
         >>> from hq_optuna.quantization import observe_inputs
-        >>> from hq_optuna.batches import read_batches
+        >>> from hq_optuna.network.batches import read_batches
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
         >>> x, y = torch.randn(64, 4), torch.randint(0, 2, (64,))
         >>> layers = introspect(net, x).layers
@@ -197,7 +197,7 @@ class Trainer:
             result = self._epoch()
             self.history.append(result)
             if self.checkpoint is not None:
-                write_whole(self.checkpoint, self.dump())
+                write_atomically(self.checkpoint, self.dump())
             yield result
 
     def _epoch(self) -> Epoch:

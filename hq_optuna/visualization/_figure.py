@@ -13,9 +13,9 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from hq_optuna.cost import Metric, format_cost
-from hq_optuna.layers import FLOAT_BITS
-from hq_optuna.space import SearchSpace
+from hq_optuna.space.cost import Metric, format_cost
+from hq_optuna.space.layers import FLOAT_BITS
+from hq_optuna.space.search_space import SearchSpace
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ import plotly.graph_objects as go
 from optuna.study import Study
 from plotly.subplots import make_subplots
 
-from hq_optuna.cost import Metric
-from hq_optuna.history import History, read_history
+from hq_optuna.protocol.history import History, read_history
+from hq_optuna.space.cost import Metric
 from hq_optuna.visualization import _figure as f
 from hq_optuna.visualization.steps import describe_move, shorten_moves
 

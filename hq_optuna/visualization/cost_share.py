@@ -10,9 +10,9 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 from optuna.study import Study
 
-from hq_optuna.bit_config import BitConfig
-from hq_optuna.cost import CostModel, Metric, format_cost
-from hq_optuna.history import History, read_history
+from hq_optuna.protocol.history import History, read_history
+from hq_optuna.space.assignment import BitConfig
+from hq_optuna.space.cost import CostModel, Metric, format_cost
 from hq_optuna.visualization import _figure as f
 
 TITLE = "Share of each layer in the cost"

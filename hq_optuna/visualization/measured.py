@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
-from hq_optuna import attrs
-from hq_optuna.cost import CostModel, Metric, format_cost
-from hq_optuna.history import History
+from hq_optuna import attributes
+from hq_optuna.protocol.history import History
+from hq_optuna.space.cost import CostModel, Metric, format_cost
 from hq_optuna.visualization import _figure as f
 
 ACCURACY = "accuracy"
 _LOOK = {
-    attrs.ANSWER: ("answer", f.VERMILION, "star", 15),
-    attrs.UNIFORM: ("uniform bits", f.ORANGE, "diamond", 10),
+    attributes.ANSWER: ("answer", f.VERMILION, "star", 15),
+    attributes.UNIFORM: ("uniform bits", f.ORANGE, "diamond", 10),
 }
 
 
@@ -64,7 +64,7 @@ def measured_info(history: History, name: str = ACCURACY) -> MeasuredInfo:
     Raises:
         ValueError: Figures were measured, but none of this name.
     """
-    rows = [row for row in history.facts.get(attrs.COMPARED, ()) if row["cost"] is not None]
+    rows = [row for row in history.facts.get(attributes.COMPARED, ()) if row["cost"] is not None]
     names = sorted({known for row in rows for known in row["measured"]})
     if names and name not in names:
         raise ValueError(f"Nothing called {name!r} was measured; there are {', '.join(names)}.")
@@ -134,7 +134,9 @@ def measured_figure(info: MeasuredInfo) -> go.Figure:
             y=[times * p.value for p in points],
             error_y=None if errors is None else error_bars([100 * p.value for p in points], errors),
             name=said,
-            mode="markers+text" if method == attrs.UNIFORM and len(points) <= 12 else "markers",
+            mode="markers+text"
+            if method == attributes.UNIFORM and len(points) <= 12
+            else "markers",
             marker={"color": colour, "symbol": symbol, "size": size},
             text=[f.label(p.name) for p in points],
             textposition="top right",

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import plotly.graph_objects as go
 from optuna.study import Study
 
-from hq_optuna.bit_config import BitConfig
-from hq_optuna.cost import CostModel, Metric, format_cost
-from hq_optuna.history import History, read_history
+from hq_optuna.protocol.history import History, read_history
 from hq_optuna.search import uniform_states
+from hq_optuna.space.assignment import BitConfig
+from hq_optuna.space.cost import CostModel, Metric, format_cost
 from hq_optuna.visualization import _figure as f
 from hq_optuna.visualization.measured import measured_figure, measured_info
 

@@ -11,7 +11,7 @@ from optuna.study import Study
 from plotly.subplots import make_subplots
 from scipy.stats import spearmanr
 
-from hq_optuna.history import History, read_history
+from hq_optuna.protocol.history import History, read_history
 from hq_optuna.visualization import _figure as f
 from hq_optuna.visualization.steps import describe_move
 

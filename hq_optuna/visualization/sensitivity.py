@@ -9,8 +9,8 @@ import plotly.graph_objects as go
 from optuna.study import Study
 from plotly.subplots import make_subplots
 
-from hq_optuna.history import History, read_history
-from hq_optuna.layers import FLOAT_BITS
+from hq_optuna.protocol.history import History, read_history
+from hq_optuna.space.layers import FLOAT_BITS
 from hq_optuna.visualization import _figure as f
 
 TITLE = "Sensitivity of each layer"

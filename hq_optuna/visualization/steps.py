@@ -9,8 +9,8 @@ import plotly.graph_objects as go
 from optuna.study import Study
 from plotly.subplots import make_subplots
 
-from hq_optuna.cost import Metric, format_cost
-from hq_optuna.history import Candidate, History, Reference, StepRecord, read_history
+from hq_optuna.protocol.history import Candidate, History, Reference, StepRecord, read_history
+from hq_optuna.space.cost import Metric, format_cost
 from hq_optuna.visualization import _figure as f
 
 TITLE = "Score and cost over the steps"

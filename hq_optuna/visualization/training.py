@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from optuna.study import Study
 from plotly.subplots import make_subplots
 
-from hq_optuna.history import History, read_history
+from hq_optuna.protocol.history import History, read_history
 from hq_optuna.visualization import _figure as f
 from hq_optuna.visualization.measured import ACCURACY, error_bars, standard_error
 

@@ -12,9 +12,9 @@ import plotly.graph_objects as go
 from optuna.study import Study
 from optuna.trial import TrialState
 
-from hq_optuna import workers
-from hq_optuna.history import History, read_history
-from hq_optuna.runs import Run
+from hq_optuna.protocol import worker_identity
+from hq_optuna.protocol.history import History, read_history
+from hq_optuna.protocol.runs import Run
 from hq_optuna.visualization import _figure as f
 from hq_optuna.visualization.steps import describe_move
 
@@ -111,7 +111,7 @@ def workers_info(history: History) -> WorkersInfo:
 
 def _what(run: Run, *, is_last: bool) -> What:
     if run.state == TrialState.RUNNING:
-        return "lost" if workers.is_dead(run.worker) else "running"
+        return "lost" if worker_identity.is_dead(run.worker) else "running"
     if run.state == TrialState.FAIL:
         return "lost" if is_last else "failed"
     if run.state == TrialState.PRUNED or run.kind == "surplus":
@@ -147,7 +147,7 @@ def _names(ids: Sequence[str]) -> tuple[str, ...]:
     times: dict[str, int] = {}
     names = []
     for worker in ids:
-        name = workers.short_name(worker) or "unknown"
+        name = worker_identity.short_name(worker) or "unknown"
         times[name] = times.get(name, 0) + 1
         names.append(name if times[name] == 1 else f"{name} ({times[name]})")
     return tuple(names)

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from benchmarks.baselines import METHODS, Problem, random_search, run_method
-from hq_optuna.cost import CostModel
+from hq_optuna.space.cost import CostModel
 from tests.fake_search import fake_score, fake_space, fake_table
 
 

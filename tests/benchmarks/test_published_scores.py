@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.published_scores import fit, hawq_v2
-from hq_optuna.batches import read_batches
 from hq_optuna.curvature import empirical_fisher, hutchinson
+from hq_optuna.network.batches import read_batches
 from hq_optuna.quantization import get_bits, observe_inputs, prepare, set_bits
 from hq_optuna.quantization.observers import watch_inputs
 from hq_optuna.scoring import measure_sensitivity
-from hq_optuna.space import SearchSpace
+from hq_optuna.space.search_space import SearchSpace
 from tests.reference import curvature as slow
 from tests.small_networks import ConvNet, Twice, layers_of, make, seeded
 

@@ -133,7 +133,7 @@ def _has_pages(database: Path) -> bool:
     """Return whether the search has some steps, and a note that says so."""
     from hq_optuna.dashboard.pages import note_in
     from hq_optuna.errors import HqOptunaError
-    from hq_optuna.history import read_history
+    from hq_optuna.protocol.history import read_history
     from hq_optuna.storages import load_study, sqlite_url
 
     try:

@@ -16,8 +16,8 @@ import hq_optuna
 from hq_optuna.cli.place import Place
 from hq_optuna.cli.progress import SearchProgress
 from hq_optuna.cli.settings import parse_bits, read_settings, sensible_threads
-from hq_optuna.cost import Budget
 from hq_optuna.errors import SpaceError, StudyFileError
+from hq_optuna.space.budget import Budget
 
 Command = Callable[..., Result]
 RUN = Path("hq-optuna-runs/tiny")
@@ -116,7 +116,7 @@ def test_another_name_is_another_search(study: Path, command: Command) -> None:
 
 def test_the_saved_result_is_the_network_that_was_measured(study: Path, command: Command) -> None:
     data = json.loads(command("run", study, "--json").stdout)
-    from hq_optuna.runner.study_file import StudyFile
+    from hq_optuna.study_files.study_file import StudyFile
 
     parts = StudyFile.load(study).build(Path("other"), {})
     loaded = hq_optuna.load(data["result"], parts.network)
@@ -314,7 +314,7 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(study: Path, command
 def test_progress_ends_at_the_whole(study: Path) -> None:
     from rich.console import Console
 
-    from hq_optuna.runner.study_file import StudyFile
+    from hq_optuna.study_files.study_file import StudyFile
 
     parts = StudyFile.load(study).build(Path("here"), {})
     search = hq_optuna.BitSearch(
@@ -336,7 +336,7 @@ def test_table_and_report_are_artifacts_of_the_study(study: Path, command: Comma
     import optuna
 
     from hq_optuna import load_assignment
-    from hq_optuna.artifacts import attached, open_artifacts
+    from hq_optuna.artifacts.store import attached, open_artifacts
 
     assert command("run", study).exit_code == 0
     found = optuna.load_study(study_name="tiny", storage=f"sqlite:///{RUN / 'study.db'}")

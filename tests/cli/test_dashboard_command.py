@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from hq_optuna.cli.browsing import _is_loopback
+from hq_optuna.cli.dashboard import _is_loopback
 from hq_optuna.storages import open_storage
 from tests.dashboard.answers import dashboard
 from tests.fake_search import fake_space, fake_study

@@ -14,7 +14,7 @@ from typing import Any
 import optuna
 import pytest
 
-from hq_optuna.history import History, read_history
+from hq_optuna.protocol.history import History, read_history
 
 # Scoring is slowed down so that kills land inside candidates. A process with SCORES does so many
 # and none after; of those with MEET none does one of step 1 before so many are at one.

@@ -17,14 +17,14 @@ import optuna
 import pytest
 import torch
 
-from hq_optuna.cli import launching
+from hq_optuna.cli import launch
 from hq_optuna.cli.place import Place
 from hq_optuna.cli.session import Request
 from hq_optuna.dashboard import write_pages
 from hq_optuna.dashboard.pages import NOTE, PLOT, STAMP, note_in
-from hq_optuna.history import History, read_history
-from hq_optuna.launching import WorkerCommand
-from hq_optuna.standing import read_standing
+from hq_optuna.protocol.history import History, read_history
+from hq_optuna.protocol.status import read_status
+from hq_optuna.workers.process import WorkerCommand
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
@@ -117,16 +117,16 @@ def test_two_workers_have_the_history_of_one_though_one_is_killed(study: Path) -
     assert steps(mine) == steps(other)
     assert mine.n_running == 0
     assert "curvature" in errors  # measured once, by the launcher
-    standing = read_standing(loaded("tiny"))
-    assert standing.reason == "the budget is met"
+    current = read_status(loaded("tiny"))
+    assert current.reason == "the budget is met"
 
 
 @pytest.mark.parametrize(("device", "seen"), [("cpu", [None] * 3), ("cuda:0", ["0", "1"])])
 def test_workers_have_gpus_of_their_own_where_the_network_is_on_one(device, seen, monkeypatch):
     started = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(launching, "n_cores", lambda: 3)
-    monkeypatch.setattr(launching, "Foreman", lambda *_, **__: SimpleNamespace(hear=None))
+    monkeypatch.setattr(launch, "n_cores", lambda: 3)
+    monkeypatch.setattr(launch, "Foreman", lambda *_, **__: SimpleNamespace(hear=None))
     monkeypatch.setattr(WorkerCommand, "start", lambda _, *of: started.append(of[1]))
     request = Request("tiny", [], None, None, None, None, {}, None, 300.0)
     objective = SimpleNamespace(device=torch.device(device))
@@ -136,7 +136,7 @@ def test_workers_have_gpus_of_their_own_where_the_network_is_on_one(device, seen
         search=SimpleNamespace(objective=objective),
         threads=1,
     )
-    crew, _, _ = launching._crew(request, session, None, None, None, print, print)
+    crew, _, _ = launch._crew(request, session, None, None, None, print, print)
     crew.look()
     assert started == seen
 
@@ -185,7 +185,7 @@ def test_no_worker_outlives_the_launcher(study: Path, end: signal.Signals) -> No
     if end == signal.SIGKILL:  # nobody was left to give anything back: who comes next sees to it
         again = start("run", study)
         assert again.wait(timeout=300) == 0, again.communicate()
-        assert read_standing(loaded("tiny")).reason == "the budget is met"
+        assert read_status(loaded("tiny")).reason == "the budget is met"
     states = [trial.state for trial in loaded("tiny").trials]
     assert optuna.trial.TrialState.RUNNING not in states
 

@@ -13,8 +13,8 @@ from optuna.storages import RDBStorage
 from sqlalchemy.exc import OperationalError
 from typer.testing import Result
 
-from hq_optuna import attrs
-from hq_optuna.cli import browsing
+from hq_optuna import attributes
+from hq_optuna.cli import dashboard
 from hq_optuna.cli.place import Place
 from hq_optuna.errors import StudyFileError
 from hq_optuna.storages import open_storage
@@ -86,7 +86,7 @@ def test_a_study_from_python_may_have_a_slash_in_its_name(command: Command) -> N
     result = command("status", *stored("team/resnet"))
     assert result.exit_code == 0, result.output
     assert result.output.startswith("team/resnet  finished")
-    _, found, files, _ = browsing._open(None, URL, "team/resnet", None, None)
+    _, found, files, _ = dashboard._open(None, URL, "team/resnet", None, None)
     assert found is not None
     assert (found.study_name, files) == ("team/resnet", "hq-optuna-runs/team/resnet/artifacts")
 
@@ -102,7 +102,7 @@ def test_a_run_whose_folder_is_given_may_have_any_name() -> None:
 def test_a_search_that_is_being_prepared_says_so(command: Command) -> None:
     # As in a loop of Optuna's own, whose first trial measures.
     study = optuna.create_study(storage=open_storage(URL), study_name="mine")
-    study.set_user_attr(attrs.FINGERPRINT, {"network": "0" * 12})
+    study.set_user_attr(attributes.FINGERPRINT, {"network": "0" * 12})
     study.ask()
     named = ("--storage", URL, "--name", "mine")
     result = command("status", *named)

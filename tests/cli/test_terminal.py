@@ -13,14 +13,14 @@ import pytest
 from click.testing import Result
 from rich.console import Console
 
-from hq_optuna.cli import show
-from hq_optuna.cli.looking import line, panel
+from hq_optuna.cli import tables
+from hq_optuna.cli.bits_strip import LABEL, LINES, strips
 from hq_optuna.cli.progress import SearchProgress
-from hq_optuna.cli.strip import LABEL, LINES, strips
-from hq_optuna.cost import Budget
-from hq_optuna.samplers.log import StepLog
-from hq_optuna.space import SearchSpace
-from hq_optuna.standing import read_standing
+from hq_optuna.cli.status import line, panel
+from hq_optuna.protocol.status import read_status
+from hq_optuna.protocol.step_log import StepLog
+from hq_optuna.space.budget import Budget
+from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.visualization._figure import bit_colours, rgb
 from tests.fake_search import fake_space, fake_study
 from tests.samplers.tables import ours
@@ -131,9 +131,9 @@ def test_no_color_is_respected(coloured: bool, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setenv("NO_COLOR", "1")
     study = fake_study(6)
     console = terminal(color_system="truecolor")
-    show.status(console, study, read_standing(study))
-    show.result(console, study)
-    console.print(panel(read_standing(study), 80))
+    tables.status(console, study, read_status(study))
+    tables.result(console, study)
+    console.print(panel(read_status(study), 80))
     codes = {code for sgr in SGR.findall(written(console)) for code in sgr[2:-1].split(";")}
     assert bool(codes & {"38", "48", "31", "32", "33"}) is coloured
     assert "bits        " in SGR.sub("", written(console))
@@ -142,7 +142,7 @@ def test_no_color_is_respected(coloured: bool, monkeypatch: pytest.MonkeyPatch) 
 def test_without_a_terminal_there_are_no_escapes_and_the_strip_is_whole() -> None:
     study = fake_study(fake_space(150, bits=(8, 4)), n_candidates=8, n_trials=60)
     console = Console(file=io.StringIO(), width=80)
-    show.status(console, study, read_standing(study))
+    tables.status(console, study, read_status(study))
     text = written(console)
     assert "\x1b" not in text
     (strip,) = re.findall(r"^bits +(\d+)$", text, re.MULTILINE)
@@ -153,7 +153,7 @@ def test_without_a_terminal_there_are_no_escapes_and_the_strip_is_whole() -> Non
 def test_a_long_name_takes_two_lines_and_no_figure_is_cut(width: int, lines: int) -> None:
     study = fake_study(long_names())
     console = terminal(width, color_system=None)
-    show.result(console, study)
+    tables.result(console, study)
     rows = written(console).split("cost  ")[1].splitlines()
     assert "…" not in written(console)
     first = next(i for i, row in enumerate(rows) if row.startswith("backbone"))
@@ -164,7 +164,7 @@ def test_a_long_name_takes_two_lines_and_no_figure_is_cut(width: int, lines: int
 def test_without_a_terminal_each_layer_is_a_line() -> None:
     console = Console(file=io.StringIO(), width=40)
     study = fake_study(long_names())
-    show.result(console, study)
+    tables.result(console, study)
     names = [layer.name for layer in long_names().layers]
     rows = [row for row in written(console).splitlines() if row.startswith("backbone")]
     assert [row.split()[0] for row in rows] == names
@@ -223,14 +223,14 @@ def test_plain_lines_are_short_whatever_the_network() -> None:
 
 
 def test_the_panel_of_a_running_search_has_bar_line_and_strip() -> None:
-    standing = read_standing(fake_study(6, n_trials=7))
+    current = read_status(fake_study(6, n_trials=7))
     console = terminal(100, color_system=None)
-    console.print(panel(standing, 100))
+    console.print(panel(current, 100))
     lines = [text.rstrip() for text in written(console).splitlines()]
     assert set(lines[0]) <= set("━╸╺ ")
-    assert lines[1] == line(standing)
+    assert lines[1] == line(current)
     assert lines[2].startswith("bits ")
-    assert len(standing.bits) == 6
+    assert len(current.bits) == 6
 
 
 # JSON
@@ -247,7 +247,7 @@ def test_every_command_has_json_alone_on_standard_output(study: Path, command: C
     assert launched["layers"] == run["layers"]
     (status,) = objects("status", study)
     watched = objects("status", study, "--watch")
-    assert status["standing"] == watched[-1]
+    assert status["current"] == watched[-1]
     assert watched[-1]["state"] == "finished"
     bits = [(row["weight_bits"], row["activation_bits"]) for row in run["layers"]]  # type: ignore[attr-defined]
     assert [tuple(pair) for pair in watched[-1]["bits"]] == bits  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ import optuna
 import pytest
 from typer.testing import Result
 
-from hq_optuna.history import read_history
+from hq_optuna.protocol.history import read_history
 
 TRAIN = """
 

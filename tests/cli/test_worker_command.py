@@ -15,11 +15,11 @@ import torch
 from optuna.exceptions import StorageInternalError
 from typer.testing import Result
 
-from hq_optuna import attrs
-from hq_optuna.cli import session, working
+from hq_optuna import attributes
+from hq_optuna.cli import session, worker
 from hq_optuna.cli.place import Place
 from hq_optuna.errors import StorageError
-from hq_optuna.history import History, read_history
+from hq_optuna.protocol.history import History, read_history
 from hq_optuna.scoring import Scorer
 
 Command = Callable[..., Result]
@@ -103,10 +103,10 @@ def test_settings_that_changed_in_the_study_file_are_refused(begun, command):
 def test_options_of_a_search_that_never_began_bind_nobody(study, command):
     url = f"sqlite:///{study.parent / 'study.db'}"
     empty = optuna.create_study(storage=url, study_name="tiny")
-    empty.set_user_attr(attrs.STARTED, {"settings": {"seed": 9}, "options": {}})
+    empty.set_user_attr(attributes.STARTED, {"settings": {"seed": 9}, "options": {}})
     assert command("worker", study, "--storage", url).exit_code == 0
     found = optuna.load_study(study_name="tiny", storage=url)
-    started = found.user_attrs[attrs.STARTED]
+    started = found.user_attrs[attributes.STARTED]
     assert (started["settings"], started["options"]) == ({}, {})
     assert read_history(found).info.seed == 0
 
@@ -190,7 +190,7 @@ def test_a_study_is_waited_for_until_it_is_prepared(place, monkeypatch):
         lambda: None,
         lambda: made.append(optuna.create_study(storage=place.storage, study_name="tiny")),
         lambda: None,
-        lambda: made[0].set_user_attr(attrs.INFO, {}),
+        lambda: made[0].set_user_attr(attributes.INFO, {}),
     )
     session.wait_for_study(place, 60)
     assert len(slept) == 4
@@ -206,7 +206,7 @@ def test_who_waits_holds_no_more_connections_the_longer_it_waits(place, monkeypa
         links = Path("/proc/self/fd").iterdir()
         counts.append(sum(link.exists() and link.readlink().parent == folder for link in links))
         if len(counts) == 12:
-            study.set_user_attr(attrs.INFO, {})
+            study.set_user_attr(attributes.INFO, {})
 
     during_waits(monkeypatch, *[look] * 12)
     gc.disable()
@@ -219,7 +219,7 @@ def test_who_waits_holds_no_more_connections_the_longer_it_waits(place, monkeypa
 
 def test_a_database_that_fails_while_a_study_is_waited_for_is_looked_at_again(place, monkeypatch):
     study = optuna.create_study(storage=place.storage, study_name="tiny")
-    study.set_user_attr(attrs.INFO, {})
+    study.set_user_attr(attributes.INFO, {})
     fails = iter([StorageInternalError("away"), KeyError("deleted")])
 
     class Failing:
@@ -252,11 +252,11 @@ def test_a_study_whose_starter_died_while_measuring_is_joined(place):
 def test_a_worker_ends_with_its_launcher(monkeypatch):
     read, write = os.pipe()
     signals, exits = [], []
-    monkeypatch.setattr(working.os, "kill", lambda *arguments: signals.append(arguments))
-    monkeypatch.setattr(working.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(worker.os, "kill", lambda *arguments: signals.append(arguments))
+    monkeypatch.setattr(worker.time, "sleep", lambda seconds: None)
     os.write(write, b"alive")
     os.close(write)
-    working._end_with(read, exits.append)
+    worker._end_with(read, exits.append)
     os.close(read)
-    assert signals == [(os.getpid(), working.signal.SIGTERM)]
+    assert signals == [(os.getpid(), worker.signal.SIGTERM)]
     assert exits == [1]

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hq_optuna.batches import Batches, read_batches
 from hq_optuna.curvature import InputCurvature, calibration_adam
 from hq_optuna.curvature.estimate import per_sample
 from hq_optuna.errors import ScoreError
-from hq_optuna.layers import LayerSpec
+from hq_optuna.network.batches import Batches, read_batches
+from hq_optuna.space.layers import LayerSpec
 from tests.reference import curvature as slow
 from tests.small_networks import (
     ConvNet,

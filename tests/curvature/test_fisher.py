@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hq_optuna.batches import Batches, read_batches
 from hq_optuna.curvature import empirical_fisher, fisher, output_curvature, probe_of
 from hq_optuna.curvature.fisher import CrossEntropyProbe, SquaredErrorProbe
 from hq_optuna.errors import ScoreError
+from hq_optuna.network.batches import Batches, read_batches
 from tests.reference import curvature as slow
 from tests.small_networks import (
     ConvNet,

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hq_optuna.batches import read_batches
 from hq_optuna.curvature import hutchinson
 from hq_optuna.errors import ScoreError
+from hq_optuna.network.batches import read_batches
 from tests.reference import curvature as slow
 from tests.small_networks import (
     ConvNet,

@@ -9,7 +9,7 @@ from wsgiref.util import setup_testing_defaults
 import pytest
 from optuna.study import Study
 
-from hq_optuna.artifacts import Artifacts
+from hq_optuna.artifacts.store import Artifacts
 
 
 def dashboard() -> Any:

@@ -10,13 +10,13 @@ from dataclasses import replace
 import optuna
 import pytest
 
-from hq_optuna import attrs, visualization
-from hq_optuna.cost import Budget
+from hq_optuna import attributes, visualization
 from hq_optuna.dashboard import pages, write_pages
 from hq_optuna.dashboard.notes import YOURS, trial_note
 from hq_optuna.dashboard.pages import FIGURES, NOTED_STEPS, figures, note_in, parts, thinned
 from hq_optuna.errors import ResumeError
-from hq_optuna.history import read_history
+from hq_optuna.protocol.history import read_history
+from hq_optuna.space.budget import Budget
 from hq_optuna.storages import RetryingStorage, open_storage, sqlite_url
 from hq_optuna.storages.studies import set_study_system_attrs
 from tests.dashboard.answers import dashboard, detail
@@ -104,8 +104,8 @@ def test_a_long_search_shows_its_trainings_among_thinned_steps():
 
 def test_the_note_says_which_layers_are_rounded_otherwise():
     study = fake_study(4)
-    info = dict(study.user_attrs[attrs.INFO])
-    study.set_user_attr(attrs.INFO, {**info, "quantizers": {"layer1.0.conv": "midrise"}})
+    info = dict(study.user_attrs[attributes.INFO])
+    study.set_user_attr(attributes.INFO, {**info, "quantizers": {"layer1.0.conv": "midrise"}})
     write_pages(study)
     assert "weights midrise: layer1.0.conv; all others uniform." in note_in(system(study))
 

@@ -11,12 +11,12 @@ import urllib.request
 import optuna
 import pytest
 
-from hq_optuna.artifacts import attach, open_artifacts
+from hq_optuna.artifacts.store import attach, open_artifacts
 from hq_optuna.dashboard import write_pages
 from hq_optuna.dashboard.server import DashboardServer
 from hq_optuna.dashboard.view import MOST_IMPORTANT, for_people, make_clearer
 from hq_optuna.errors import DashboardError
-from hq_optuna.history import read_history
+from hq_optuna.protocol.history import read_history
 from hq_optuna.storages import open_storage
 from tests.dashboard.answers import dashboard, detail
 from tests.fake_search import fake_space, fake_study, score

@@ -9,14 +9,14 @@ import time
 import optuna
 import pytest
 
-from hq_optuna import workers
 from hq_optuna.dashboard import PageWriter, writer
 from hq_optuna.dashboard.pages import STAMP, note_in
+from hq_optuna.protocol import worker_identity
 from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.storages import open_storage, sqlite_url
 from tests.fake_search import fake_space, fake_study
 from tests.fake_search import score as go_on
-from tests.runner.searches import search
+from tests.searches import search
 
 SPACE = fake_space(8)
 
@@ -103,7 +103,7 @@ def test_a_storage_that_fails_is_logged_once_and_ends_nothing(study, monkeypatch
 
 def test_only_who_recorded_the_last_step_writes(study, monkeypatch):
     go_on(study, SPACE, 10)
-    monkeypatch.setattr(workers, "worker_id", lambda: "elsewhere/1/1/1")
+    monkeypatch.setattr(worker_identity, "worker_id", lambda: "elsewhere/1/1/1")
     with PageWriter(study) as pages:
         pages(log(study))
     assert STAMP not in system(study)

@@ -22,11 +22,11 @@ import torch
 from torch import nn
 
 import hq_optuna as hq
-from hq_optuna.as_found import as_found
-from hq_optuna.batches import read_batches, tensors
 from hq_optuna.errors import NetworkError
-from hq_optuna.history import read_history
-from hq_optuna.introspection import introspect
+from hq_optuna.network.batches import read_batches, tensors
+from hq_optuna.network.introspection import introspect
+from hq_optuna.network.restore import restored
+from hq_optuna.protocol.history import read_history
 from hq_optuna.quantization.quantizers import QUANTIZERS
 from hq_optuna.scoring import SCORERS
 from hq_optuna.search import Limits
@@ -34,11 +34,11 @@ from hq_optuna.training import Trainer, TrainingSettings, trained_tensors
 from tests.cli.conftest import STUDY
 from tests.cli.test_training_command import TRAIN
 from tests.devices import simulated_gpu
-from tests.runner.searches import Network, data, facts
-from tests.runner.training_searches import plan, search
+from tests.searches import Network, data, facts
 from tests.small_networks import seeded
 from tests.training.examples import float_net, labelled, prepared_net
 from tests.training.short import flipped
+from tests.training_searches import plan, search
 
 SAME_KERNELS = {"simulated"}
 """Devices that give the CPU's digits, but for last ones that training makes more of."""
@@ -154,12 +154,12 @@ def random_states_are_left_as_found(device: str) -> None:
     module = torch.get_device_module(device)
     network = Network().to(device).train()  # with dropout
     before = module.get_rng_state()
-    restored = getattr(module, "restored", 0)
-    with as_found(network):
+    n_restored = getattr(module, "restored", 0)
+    with restored(network):
         network(data()[0].to(device))
     assert torch.equal(module.get_rng_state(), before)
     if device == "simulated":
-        assert module.restored == restored + 1
+        assert module.restored == n_restored + 1
 
 
 def all_tensors_may_be_made_there_by_default(device: str) -> None:

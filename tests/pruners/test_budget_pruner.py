@@ -6,9 +6,10 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from hq_optuna.cost import Budget, CostModel
 from hq_optuna.errors import BudgetError
 from hq_optuna.pruners import CostBudgetPruner
+from hq_optuna.space.budget import Budget
+from hq_optuna.space.cost import CostModel
 from tests.fake_search import fake_space
 from tests.samplers.tables import (
     BUDGET,

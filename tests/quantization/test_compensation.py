@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hq_optuna.batches import read_batches
-from hq_optuna.introspection import introspect
+from hq_optuna.network.batches import read_batches
+from hq_optuna.network.introspection import introspect
 from hq_optuna.quantization import compensation, moments, prepare, set_bits
 from hq_optuna.quantization.compensation import compensate_weights, compensated
 from hq_optuna.quantization.functional import quantize_weight, weight_grid

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hq_optuna.batches import Batches, autocast, forward, merge, read_batches
-from hq_optuna.bit_config import BitConfig
-from hq_optuna.introspection import introspect
-from hq_optuna.layers import FLOAT_BITS
+from hq_optuna.network.batches import Batches, autocast, forward, merge, read_batches
+from hq_optuna.network.introspection import introspect
 from hq_optuna.quantization import prepare, set_bits
 from hq_optuna.quantization.compensation import compensate_weights
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.quantization.prepare import float_weight, prepared_layers, weight_quantizer
+from hq_optuna.space.assignment import BitConfig
+from hq_optuna.space.layers import FLOAT_BITS
 
 
 @pytest.fixture(autouse=True)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from hq_optuna.layers import FLOAT_BITS
 from hq_optuna.quantization.modules import InputFakeQuantize, WeightFakeQuantize
 from hq_optuna.quantization.observers import InputHistogram
 from hq_optuna.quantization.quantizers import uniform
 from hq_optuna.quantization.ranges import AffineRange, weight_scale
+from hq_optuna.space.layers import FLOAT_BITS
 from tests.small_networks import seeded
 
 

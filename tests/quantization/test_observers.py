@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from hq_optuna.batches import read_batches
 from hq_optuna.errors import DataError
+from hq_optuna.network.batches import read_batches
 from hq_optuna.quantization import observers
 from hq_optuna.quantization.observers import (
     N_BINS,

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hq_optuna.batches import Batches
+from hq_optuna.network.batches import Batches
 
 Loss = Callable[[Any, Any], Tensor]
 

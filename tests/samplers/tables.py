@@ -13,14 +13,14 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
 from optuna.trial import TrialState
 
-from hq_optuna import attrs
-from hq_optuna.attrs import Ticket
-from hq_optuna.cost import Budget
-from hq_optuna.history import assignment
+from hq_optuna import attributes
+from hq_optuna.attributes import Ticket
+from hq_optuna.protocol.history import assignment
+from hq_optuna.protocol.step_log import StepLog
 from hq_optuna.samplers import ProgressiveBitSampler
-from hq_optuna.samplers.log import StepLog
 from hq_optuna.search import Incumbent
-from hq_optuna.space import SearchSpace
+from hq_optuna.space.budget import Budget
+from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.storages import open_storage, sqlite_url
 from hq_optuna.storages.trials import read_rows
 from tests.fake_search import fake_score, fake_space, fake_table
@@ -105,7 +105,7 @@ def add(study: Study, ticket: Ticket, value: float | None = None) -> int:
     trial = optuna.create_trial(
         state=TrialState.RUNNING if value is None else TrialState.COMPLETE,
         value=value,
-        system_attrs={attrs.TICKET: ticket.to_json()},
+        system_attrs={attributes.TICKET: ticket.to_json()},
     )
     trial_id = study._storage.create_new_trial(study._study_id, template_trial=trial)
     return study._storage.get_trial_number_from_id(trial_id)

@@ -19,7 +19,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.samplers import BaseSampler
 
 from hq_optuna.samplers import ProgressiveBitSampler
-from hq_optuna.space import SearchSpace
+from hq_optuna.space.search_space import SearchSpace
 from tests.fake_search import fake_layers
 
 pytest.register_assert_rewrite("optuna.testing.pytest_samplers")

@@ -11,11 +11,12 @@ import pytest
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
-from hq_optuna.cost import Budget, CostModel
-from hq_optuna.history import assignment
+from hq_optuna.protocol.history import assignment
 from hq_optuna.pruners import CostBudgetPruner
 from hq_optuna.search import RULES
-from hq_optuna.space import SearchSpace
+from hq_optuna.space.budget import Budget
+from hq_optuna.space.cost import CostModel
+from hq_optuna.space.search_space import SearchSpace
 from tests.fake_search import fake_layers, fake_space, fake_study
 from tests.samplers.tables import (
     BUDGET,

@@ -7,8 +7,9 @@ import pytest
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
-from hq_optuna.cost import Budget, CostModel
 from hq_optuna.errors import BudgetError, ResumeError
+from hq_optuna.space.budget import Budget
+from hq_optuna.space.cost import CostModel
 from tests.fake_search import fake_space
 from tests.samplers.tables import (
     STORAGES,

@@ -8,10 +8,10 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution
 
-from hq_optuna import attrs
-from hq_optuna.layers import LayerSpec
+from hq_optuna import attributes
 from hq_optuna.samplers import ProgressiveBitSampler
-from hq_optuna.space import SearchSpace
+from hq_optuna.space.layers import LayerSpec
+from hq_optuna.space.search_space import SearchSpace
 from tests.fake_search import fake_layers, fake_space
 from tests.samplers.tables import (
     assigned,
@@ -98,7 +98,7 @@ def test_a_candidate_costs_one_small_attribute_whatever_the_number_of_layers():
     study = new_study(sampler(62, encoding="compact", n_candidates=8))
     study.optimize(assigned, n_trials=12)
     for trial in study.trials:
-        assert set(trial.system_attrs) == {attrs.TICKET}
+        assert set(trial.system_attrs) == {attributes.TICKET}
         assert trial.user_attrs == {}
         assert trial.params == {}
         assert len(json.dumps(trial.system_attrs)) < 2045  # Optuna's own habit of small attributes

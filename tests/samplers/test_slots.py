@@ -10,8 +10,9 @@ from optuna.distributions import CategoricalDistribution
 from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
 
-from hq_optuna import attrs, workers
-from hq_optuna.attrs import Ticket
+from hq_optuna import attributes
+from hq_optuna.attributes import Ticket
+from hq_optuna.protocol import worker_identity
 from tests.fake_search import fake_score, fake_table
 from tests.samplers.tables import (
     add,
@@ -192,14 +193,14 @@ def test_a_retried_trial_keeps_its_parameters_and_its_slot():
     objective(asked[1])
     storage = study._storage
     dead = {**tickets(study)[3].to_json(), "worker": "away/1/2/3"}
-    storage.set_trial_system_attr(asked[1]._trial_id, attrs.TICKET, dead)
+    storage.set_trial_system_attr(asked[1]._trial_id, attributes.TICKET, dead)
     study.tell(asked[1], state=TrialState.FAIL)
     RetryHeartbeatStaleTrialCallback()(study, study.trials[3])
     study.optimize(objective, n_trials=1)
     retried = study.trials[-1]
     assert retried.params == study.trials[3].params
     assert tickets(study)[-1].slot == 1
-    assert tickets(study)[-1].worker == workers.worker_id()
+    assert tickets(study)[-1].worker == worker_identity.worker_id()
     for trial in (asked[0], asked[2]):
         study.tell(trial, objective(trial))
     study.optimize(objective)

@@ -6,15 +6,15 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from hq_optuna import attrs
+from hq_optuna import attributes
 from hq_optuna.errors import ResumeError
+from hq_optuna.protocol import study_view
+from hq_optuna.protocol.limits import stored_limits
+from hq_optuna.protocol.step_log import settings
 from hq_optuna.pruners import CostBudgetPruner
-from hq_optuna.runner.worker import work
-from hq_optuna.samplers import resume
-from hq_optuna.samplers.limiting import stored_limits
-from hq_optuna.samplers.log import settings
 from hq_optuna.search import Limits
-from hq_optuna.space import SearchSpace
+from hq_optuna.space.search_space import SearchSpace
+from hq_optuna.workers.loop import work
 from tests.fake_search import fake_space
 from tests.samplers.tables import (
     BUDGET,
@@ -35,7 +35,7 @@ def stored(study: optuna.Study) -> dict[str, object]:
 
 def write_last(study: optuna.Study, other: optuna.Study) -> None:
     """Write what a search writes that found the study empty, as its slower twin did."""
-    resume.write_settings(study, ours(other).space, settings(ours(other)._search(None)))
+    study_view.write_settings(study, ours(other).space, settings(ours(other)._search(None)))
 
 
 @pytest.fixture
@@ -61,8 +61,8 @@ def test_the_search_that_has_the_first_trial_ends_with_its_own_settings(first, s
     with pytest.raises(ResumeError, match="its first trial was made with other settings"):
         ours(second).ask(second)
     run(first, assigned)
-    assert stored(first)[attrs.SETTINGS]["seed"] == 0
-    space = SearchSpace.from_json(attrs.join(attrs.SPACE, stored(first)))
+    assert stored(first)[attributes.SETTINGS]["seed"] == 0
+    space = SearchSpace.from_json(attributes.join(attributes.SPACE, stored(first)))
     assert space.digest == ours(first).space.digest
     assert history(first) == expected(first)
 
@@ -72,7 +72,7 @@ def test_settings_are_compared_once_another_search_is_met(first, second):
     ticket = open_ticket(log, 0, parent="other", search="other/search")
     add(first, ticket, 0.0)
     ours(first).log(first)
-    assert stored(first)[attrs.SETTINGS]["seed"] == 0
+    assert stored(first)[attributes.SETTINGS]["seed"] == 0
 
 
 def test_limits_of_the_search_that_was_refused_do_not_stop_the_other(first):
@@ -80,7 +80,7 @@ def test_limits_of_the_search_that_was_refused_do_not_stop_the_other(first):
     pruner = CostBudgetPruner(space, BUDGET, Limits(max_evaluations=3))
     second = new_study(sampler(space, seed=5), first._storage, pruner=pruner)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resume, "compare_settings", lambda *_: {})  # finds none yet
+        patch.setattr(study_view, "compare_settings", lambda *_: {})  # finds none yet
         with pytest.raises(ResumeError):
             ours(second).ask(second)
     assert stored_limits(first) == Limits(max_evaluations=3)

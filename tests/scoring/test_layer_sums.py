@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hq_optuna.batches import read_batches
-from hq_optuna.bit_config import BitConfig
 from hq_optuna.curvature import calibration_adam
+from hq_optuna.network.batches import read_batches
 from hq_optuna.quantization import observe_inputs, prepare
 from hq_optuna.scoring import LAYER_SUMS, SCORERS, measure_layer_sums, measure_sensitivity
-from hq_optuna.space import SearchSpace
+from hq_optuna.space.assignment import BitConfig
+from hq_optuna.space.search_space import SearchSpace
 from tests.small_networks import ConvNet, layers_of, make, seeded
 
 X = torch.randn(16, 2, 5, 5, generator=seeded(0), dtype=torch.float64)

@@ -8,16 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hq_optuna.batches import read_batches
-from hq_optuna.bit_config import BitConfig, LayerBits
 from hq_optuna.curvature import calibration_adam
 from hq_optuna.errors import HqOptunaError, ScoreError, SpaceError
-from hq_optuna.layers import FLOAT_BITS
+from hq_optuna.network.batches import read_batches
 from hq_optuna.quantization import get_bits, observe_inputs, prepare
 from hq_optuna.quantization.ranges import weight_scale
 from hq_optuna.scoring import Scorer, Sensitivity, measure_sensitivity
 from hq_optuna.scoring.outputs import squared_error_rise
-from hq_optuna.space import SearchSpace
+from hq_optuna.space.assignment import BitConfig, LayerBits
+from hq_optuna.space.layers import FLOAT_BITS
+from hq_optuna.space.search_space import SearchSpace
 from tests.small_networks import ConvNet, layers_of, make, seeded
 
 X = torch.randn(10, 2, 5, 5, generator=seeded(0), dtype=torch.float64)

@@ -9,20 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hq_optuna.batches import Batches, forward, read_batches
-from hq_optuna.bit_config import BitConfig, LayerBits
 from hq_optuna.curvature import Curvature, InputCurvature, calibration_adam
 from hq_optuna.errors import ScoreError
-from hq_optuna.introspection import introspect
-from hq_optuna.layers import FLOAT_BITS
+from hq_optuna.network.batches import Batches, forward, read_batches
+from hq_optuna.network.introspection import introspect
 from hq_optuna.quantization import get_bits, observe_inputs, prepare, set_bits
 from hq_optuna.quantization.compensation import compensate_weights
 from hq_optuna.quantization.observers import watch_inputs
 from hq_optuna.quantization.prepare import input_quantizer
 from hq_optuna.quantization.ranges import weight_scale
 from hq_optuna.scoring import Sensitivity, measure_sensitivity
-from hq_optuna.scoring.sensitivity import bits_needed, unknown_layers
-from hq_optuna.space import SearchSpace
+from hq_optuna.scoring.sensitivity import unknown_layers
+from hq_optuna.space.assignment import BitConfig, LayerBits
+from hq_optuna.space.layers import FLOAT_BITS
+from hq_optuna.space.search_space import SearchSpace, bits_needed
 from tests.small_networks import (
     ConvNet,
     PartlyDetached,

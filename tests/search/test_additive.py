@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from scipy.optimize import milp
 
-from hq_optuna.cost import CostModel
 from hq_optuna.search import Additive, ProgressiveSearch, uniform_states
-from hq_optuna.space import SearchSpace
+from hq_optuna.space.cost import CostModel
+from hq_optuna.space.search_space import SearchSpace
 from tests.fake_search import fake_layers, fake_score, fake_space, fake_table
 
 

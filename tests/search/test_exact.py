@@ -8,11 +8,11 @@ import json
 import numpy as np
 import pytest
 
-from hq_optuna.bit_config import LayerBits
-from hq_optuna.cost import CostModel
-from hq_optuna.layers import LayerSpec
 from hq_optuna.search.exact import exact_allocation
-from hq_optuna.space import SearchSpace
+from hq_optuna.space.assignment import LayerBits
+from hq_optuna.space.cost import CostModel
+from hq_optuna.space.layers import LayerSpec
+from hq_optuna.space.search_space import SearchSpace
 from tests.real_data import shared_data
 
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hq_optuna.layers import LayerSpec
 from hq_optuna.search.moves import Move, lowerable, propose
-from hq_optuna.space import SearchSpace
+from hq_optuna.space.layers import LayerSpec
+from hq_optuna.space.search_space import SearchSpace
 
 
 def space_of(*choices: tuple[int, ...]) -> SearchSpace:

@@ -13,18 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hq_optuna.bit_config import BitConfig
-from hq_optuna.cost import Budget, CostModel
-from hq_optuna.layers import LayerSpec
-from hq_optuna.search import (
-    RULES,
-    Incumbent,
-    ProgressiveSearch,
-    Result,
-    Rule,
-    propose,
-)
-from hq_optuna.space import SearchSpace
+from hq_optuna.search import RULES, Incumbent, ProgressiveSearch, Result, Rule, propose
+from hq_optuna.space.assignment import BitConfig
+from hq_optuna.space.budget import Budget
+from hq_optuna.space.cost import CostModel
+from hq_optuna.space.layers import LayerSpec
+from hq_optuna.space.search_space import SearchSpace
 from tests.fake_search import fake_space
 from tests.reference.progressive import Assignment, progressive
 

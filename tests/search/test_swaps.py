@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hq_optuna.bit_config import BitConfig
-from hq_optuna.cost import CostModel
-from hq_optuna.layers import LayerSpec
 from hq_optuna.search import Incumbent, Past, ProgressiveSearch, Result, exact_allocation
 from hq_optuna.search.swaps import expected_rise, learn_rises, propose_swaps
-from hq_optuna.space import SearchSpace
+from hq_optuna.space.assignment import BitConfig
+from hq_optuna.space.cost import CostModel
+from hq_optuna.space.layers import LayerSpec
+from hq_optuna.space.search_space import SearchSpace
 
 
 def make(n: int, seed: int, bits: Sequence[int] = range(2, 9)) -> tuple[SearchSpace, Any]:

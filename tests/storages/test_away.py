@@ -19,8 +19,8 @@ import sqlalchemy
 from optuna.trial import TrialState
 
 from hq_optuna.errors import StorageError
-from hq_optuna.runner.worker import work
 from hq_optuna.storages import RetryingStorage, open_storage, redact_url
+from hq_optuna.workers.loop import work
 from tests.samplers.tables import (
     assigned,
     expected,

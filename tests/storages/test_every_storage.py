@@ -14,15 +14,16 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
-from hq_optuna import attrs, workers
+from hq_optuna import attributes
 from hq_optuna.errors import StorageError
-from hq_optuna.history import assignment, read_history
-from hq_optuna.runner import worker
-from hq_optuna.runner.beats import beating
-from hq_optuna.runner.worker import work
+from hq_optuna.protocol import worker_identity
+from hq_optuna.protocol.history import assignment, read_history
 from hq_optuna.storages import load_study, open_storage, study_exists
 from hq_optuna.storages.trials import Cursor, read_facts, read_rows, row_of
 from hq_optuna.storages.writing import finish_trial
+from hq_optuna.workers import loop
+from hq_optuna.workers.heartbeat import heartbeat
+from hq_optuna.workers.loop import work
 from tests.fake_search import fake_study
 from tests.samplers.tables import (
     add,
@@ -39,7 +40,7 @@ from tests.samplers.tables import (
 )
 from tests.servers import KINDS, place
 
-AWAY = f"elsewhere/1/1/{workers.worker_id().rpartition('/')[2]}"
+AWAY = f"elsewhere/1/1/{worker_identity.worker_id().rpartition('/')[2]}"
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -117,7 +118,7 @@ def test_rows_say_what_optuna_says_and_only_what_is_new_is_read_again(storage):
 def test_a_trial_ends_once_and_with_all_it_has_to_say(storage):
     study = new_study(sampler(5), storage)
     trial = ours(study).ask(study)
-    trial.set_user_attr("note", "x" * attrs.PART_CHARACTERS)
+    trial.set_user_attr("note", "x" * attributes.PART_CHARACTERS)
     value = 0.1 + 0.2  # not to lose a bit
     trial.finish(TrialState.COMPLETE, value)
     for state in (TrialState.COMPLETE, TrialState.FAIL):
@@ -125,13 +126,13 @@ def test_a_trial_ends_once_and_with_all_it_has_to_say(storage):
             finish_trial(study._storage, trial._trial_id, state, None, {})
     done = study.trials[0]
     assert (done.state, done.value) == (TrialState.COMPLETE, value)
-    assert done.user_attrs["note"] == "x" * attrs.PART_CHARACTERS
+    assert done.user_attrs["note"] == "x" * attributes.PART_CHARACTERS
     assert read_rows(study._storage, study._study_id, Cursor())[0].value == value
 
 
 @pytest.mark.parametrize("kind", ["candidate", "incumbent"])
 def test_what_a_silent_worker_elsewhere_had_is_taken_over(storage, kind, monkeypatch):
-    monkeypatch.setattr(worker, "LONGEST_WAIT_S", 0.05)
+    monkeypatch.setattr(loop, "LONGEST_WAIT_S", 0.05)
     study = new_study(sampler(5, encoding="compact"), storage)
     log = ours(study).log(study)
     log.owners.grace_s = 0.5
@@ -151,7 +152,7 @@ def test_signs_of_life_are_seen_through_another_connection(url, storage):
     trial = ours(study).ask(study)
     theirs = open_storage(url)
     seen = [read_rows(theirs, study._study_id, Cursor())[0].beat]
-    with beating(storage, trial._trial_id, every_s=0.01):
+    with heartbeat(storage, trial._trial_id, every_s=0.01):
         deadline = time.monotonic() + 120
         while len(set(seen)) < 3 and time.monotonic() < deadline:
             seen.append(read_rows(theirs, study._study_id, Cursor())[0].beat)

@@ -12,16 +12,10 @@ from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import InMemoryStorage, RDBStorage
 from optuna.trial import TrialState
 
-from hq_optuna import attrs
-from hq_optuna.samplers.claims import write_facts
+from hq_optuna import attributes
+from hq_optuna.protocol.claims import write_facts
 from hq_optuna.storages import RetryingStorage, open_storage, sqlite_url
-from hq_optuna.storages.trials import (
-    Cursor,
-    database_of,
-    read_facts,
-    read_rows,
-    row_of,
-)
+from hq_optuna.storages.trials import Cursor, database_of, read_facts, read_rows, row_of
 from hq_optuna.storages.writing import add_user_attrs, finish_trial
 from tests.fake_search import fake_study
 from tests.samplers.tables import assigned, new_study, ours, sampler
@@ -88,7 +82,7 @@ def test_a_beat_is_read_while_the_trial_runs(storage):
     seen = [
         beat
         for beat in (1, 2)
-        if study._storage.set_trial_system_attr(trial._trial_id, attrs.BEAT, beat) is None
+        if study._storage.set_trial_system_attr(trial._trial_id, attributes.BEAT, beat) is None
         and str(read_rows(study._storage, study._study_id, Cursor())[0].beat) == str(beat)
     ]
     assert seen == [1, 2]
@@ -97,7 +91,7 @@ def test_a_beat_is_read_while_the_trial_runs(storage):
 def test_facts_are_the_attributes_that_were_asked_for(storage):
     study = fake_study(5, storage=storage, n_trials=6)
     study.ask()
-    keys = (attrs.SCORE_WEIGHTS, attrs.SECONDS)
+    keys = (attributes.SCORE_WEIGHTS, attributes.SECONDS)
     facts = read_facts(study._storage, study._study_id, keys)
     for fact, trial in zip(facts, study.get_trials(), strict=True):
         assert fact.row == row_of(trial)
@@ -112,11 +106,11 @@ def test_a_claimed_trial_shows_what_its_template_says(storage):
     study = new_study(sampler(5, encoding="layers"), storage)
     trial = ours(study).ask(study)
     frozen = study._storage.get_trial(trial._trial_id)
-    ticket = attrs.Ticket.read(frozen.system_attrs)
+    ticket = attributes.Ticket.read(frozen.system_attrs)
     assert frozen.state == TrialState.RUNNING
     assert frozen.params == {name: v for name, (v, _) in ours(study).parameters(ticket).items()}
-    assert frozen.user_attrs[attrs.KIND] == "candidate"
-    old = frozen.system_attrs[attrs.OLD_CONSTRAINTS]
+    assert frozen.user_attrs[attributes.KIND] == "candidate"
+    old = frozen.system_attrs[attributes.OLD_CONSTRAINTS]
     assert frozen.constraints == {"bops": old[0], "0": old[0]}
     assert trial.number == 0
     assert (
@@ -129,11 +123,11 @@ def test_attributes_of_a_claimed_trial_are_written_with_its_end(storage):
     study = new_study(sampler(5), storage)
     trial = ours(study).ask(study)
     trial.set_user_attr("note", [1, "two"])
-    trial.set_user_attr(attrs.WORKER, "somebody")  # it was created with one
+    trial.set_user_attr(attributes.WORKER, "somebody")  # it was created with one
     assert trial.user_attrs["note"] == [1, "two"]
     stored = study._storage.get_trial(trial._trial_id).user_attrs
     assert "note" not in stored
-    assert stored[attrs.WORKER] == "somebody"
+    assert stored[attributes.WORKER] == "somebody"
     trial.finish(TrialState.COMPLETE, assigned(trial))
     done = study.trials[0]
     assert done.user_attrs["note"] == [1, "two"]

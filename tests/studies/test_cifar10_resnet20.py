@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from hq_optuna.errors import DataError, NetworkError, StudyFileError
-from hq_optuna.runner.study_file import StudyFile, find_study
+from hq_optuna.study_files.study_file import StudyFile, find_study
 from tests.real_data import shared_data
 
 torchvision = pytest.importorskip("torchvision", reason="the CIFAR-10 study needs torchvision")

@@ -5,9 +5,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hq_optuna.batches import read_batches
 from hq_optuna.errors import StudyFileError
-from hq_optuna.runner.study_file import StudyFile, find_study, parse_budget
+from hq_optuna.network.batches import read_batches
+from hq_optuna.study_files.study_file import StudyFile, find_study, parse_budget
 
 datasets = pytest.importorskip("sklearn.datasets", reason="the digits study needs scikit-learn")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hq_optuna.batches import read_batches
-from hq_optuna.introspection import introspect
+from hq_optuna.network.batches import read_batches
+from hq_optuna.network.introspection import introspect
 from hq_optuna.quantization import observe_inputs, prepare, set_bits
 from hq_optuna.quantization.functional import activation_grid, quantize_weight, weight_grid
 from hq_optuna.quantization.prepare import float_weight, input_quantizer, weight_quantizer

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hq_optuna.batches import read_batches
 from hq_optuna.errors import DataError
-from hq_optuna.introspection import introspect
+from hq_optuna.network.batches import read_batches
+from hq_optuna.network.introspection import introspect
 from hq_optuna.quantization import observe_inputs, prepare, set_bits
 from hq_optuna.training import Trainer, TrainingSettings
 from hq_optuna.training.losses import class_axis, distillation, right_and_counted, training_loss

@@ -10,12 +10,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from hq_optuna.batches import read_batches
 from hq_optuna.errors import TrainingError
-from hq_optuna.introspection import introspect
-from hq_optuna.layers import FLOAT_BITS
+from hq_optuna.network.batches import read_batches
+from hq_optuna.network.introspection import introspect
 from hq_optuna.quantization import prepare, set_bits
 from hq_optuna.quantization.correction import StatisticsCorrection
+from hq_optuna.space.layers import FLOAT_BITS
 from hq_optuna.training import Trainer, TrainingSettings
 from hq_optuna.training.matching import MatchedNorms
 from tests.small_networks import seeded

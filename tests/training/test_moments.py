@@ -7,13 +7,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hq_optuna.batches import read_batches
 from hq_optuna.curvature import calibration_adam
-from hq_optuna.introspection import introspect
+from hq_optuna.network.batches import read_batches
+from hq_optuna.network.introspection import introspect
 from hq_optuna.quantization import prepare, set_bits
 from hq_optuna.quantization.prepare import float_weight, weight_quantizer
 from hq_optuna.scoring.sensitivity import measure_sensitivity
-from hq_optuna.space import SearchSpace
+from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.training import Trainer, TrainingSettings, rounded_copy
 from tests.small_networks import PartlyDetached, make, seeded
 from tests.training.examples import float_net, images, labelled, prepared_net

@@ -10,8 +10,8 @@ import hq_optuna as hq
 from hq_optuna.errors import DataError
 from hq_optuna.training import TrainingData, TrainingSettings
 from hq_optuna.training.rehearsal import rehearse
-from tests.runner.searches import Network
-from tests.runner.searches import data as small_data
+from tests.searches import Network
+from tests.searches import data as small_data
 from tests.small_networks import assert_unchanged, seeded, snapshot
 from tests.training.examples import float_net, labelled
 from tests.training.short import SHORT, flipped

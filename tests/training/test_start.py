@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from hq_optuna.batches import read_batches
-from hq_optuna.introspection import introspect
+from hq_optuna.network.batches import read_batches
+from hq_optuna.network.introspection import introspect
 from hq_optuna.quantization import prepare, set_bits
 from hq_optuna.quantization.compensation import compensate_weights
 from hq_optuna.quantization.functional import quantize_weight

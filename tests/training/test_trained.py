@@ -6,9 +6,9 @@ from safetensors import torch as safetensors
 from torch import nn
 from torch.nn import functional as F
 
-from hq_optuna.batches import read_batches
 from hq_optuna.errors import CheckpointError
-from hq_optuna.introspection import introspect
+from hq_optuna.network.batches import read_batches
+from hq_optuna.network.introspection import introspect
 from hq_optuna.quantization import get_bits, observe_inputs, prepare, set_bits
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.quantization.prepare import prepared_layers

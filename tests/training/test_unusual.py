@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hq_optuna.batches import read_batches
-from hq_optuna.introspection import introspect
+from hq_optuna.network.batches import read_batches
+from hq_optuna.network.introspection import introspect
 from hq_optuna.quantization import observe_inputs, prepare, set_bits
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.quantization.prepare import float_weight

@@ -11,8 +11,8 @@ import plotly.graph_objects as go
 import pytest
 
 from hq_optuna import visualization
-from hq_optuna.cost import Budget
 from hq_optuna.errors import ResumeError
+from hq_optuna.space.budget import Budget
 from hq_optuna.visualization._figure import PAGES
 from tests.fake_search import fake_space, fake_study
 

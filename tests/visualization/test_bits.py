@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from hq_optuna.cost import Budget, CostModel
-from hq_optuna.history import read_history
+from hq_optuna.protocol.history import read_history
 from hq_optuna.search import ProgressiveSearch
+from hq_optuna.space.budget import Budget
+from hq_optuna.space.cost import CostModel
 from hq_optuna.visualization.bits import BitsInfo, bits_figure, bits_info, plot_bits
 from tests.fake_search import fake_score, fake_space, fake_study, fake_table
 

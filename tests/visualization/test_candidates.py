@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from hq_optuna.cost import Budget
-from hq_optuna.history import read_history
+from hq_optuna.protocol.history import read_history
+from hq_optuna.space.budget import Budget
 from hq_optuna.visualization.candidates import (
     CandidateInfo,
     CandidatesInfo,

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from hq_optuna.cost import Budget
-from hq_optuna.history import read_history
+from hq_optuna.protocol.history import read_history
+from hq_optuna.space.budget import Budget
 from hq_optuna.visualization.cost_share import (
     CostShareInfo,
     cost_share_figure,

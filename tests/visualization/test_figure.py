@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from hq_optuna.cost import format_cost
+from hq_optuna.space.cost import format_cost
 from hq_optuna.visualization import _figure as f
 from tests.fake_search import fake_space
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from hq_optuna import attrs
-from hq_optuna.history import read_history
+from hq_optuna import attributes
+from hq_optuna.protocol.history import read_history
 from hq_optuna.visualization import plot_pareto
 from hq_optuna.visualization.measured import (
     _LOOK,
@@ -44,7 +44,7 @@ def test_what_was_measured_is_read_from_the_study():
         points=(
             MeasuredPoint("answer", "answer", 3e6, 0.9),
             MeasuredPoint("uniform", "3 bits", 2e6, 0.8),
-            MeasuredPoint("TPE", "TPE, seed 1", 2.5e6, 0.85),
+            MeasuredPoint("TPE", "TPE", 2.5e6, 0.85),
         ),
         before=0.92,
         n_samples=400,
@@ -100,7 +100,7 @@ def test_without_validation_data_the_figure_says_so(caplog):
 
 
 def test_answer_and_uniform_bits_have_a_colour_and_a_symbol_of_its_own():
-    assert set(_LOOK) == {attrs.ANSWER, attrs.UNIFORM}
+    assert set(_LOOK) == {attributes.ANSWER, attributes.UNIFORM}
     assert len({colour for _, colour, _, _ in _LOOK.values()}) == len(_LOOK)
     assert len({symbol for _, _, symbol, _ in _LOOK.values()}) == len(_LOOK)
 

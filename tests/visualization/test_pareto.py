@@ -2,8 +2,9 @@
 
 import pytest
 
-from hq_optuna.cost import Budget, CostModel
-from hq_optuna.history import read_history
+from hq_optuna.protocol.history import read_history
+from hq_optuna.space.budget import Budget
+from hq_optuna.space.cost import CostModel
 from hq_optuna.visualization.pareto import N_COMPARED, pareto_figure, pareto_info
 from tests.fake_search import fake_score, fake_space, fake_study, fake_table
 

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from hq_optuna.cost import Budget, CostModel
-from hq_optuna.history import read_history
+from hq_optuna.protocol.history import read_history
+from hq_optuna.space.budget import Budget
+from hq_optuna.space.cost import CostModel
 from hq_optuna.visualization.steps import StepsInfo, steps_figure, steps_info
 from tests.fake_search import fake_space, fake_study
 

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from hq_optuna.cost import Budget
-from hq_optuna.history import read_history
+from hq_optuna.protocol.history import read_history
+from hq_optuna.space.budget import Budget
 from hq_optuna.visualization import plot_training
 from hq_optuna.visualization.training import (
     TrainingInfo,

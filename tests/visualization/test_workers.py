@@ -8,10 +8,10 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from optuna.trial import TrialState
 
-from hq_optuna import workers
-from hq_optuna.cost import Budget
-from hq_optuna.history import read_history
-from hq_optuna.runs import Run
+from hq_optuna.protocol import worker_identity
+from hq_optuna.protocol.history import read_history
+from hq_optuna.protocol.runs import Run
+from hq_optuna.space.budget import Budget
 from hq_optuna.visualization.workers import (
     WorkersInfo,
     WorkerSpan,
@@ -90,9 +90,9 @@ def test_what_runs_ends_at_the_last_sign_of_anybody():
 
 
 def test_what_runs_on_this_host_without_its_process_is_a_death():
-    _, namespace, pid, _ = workers.worker_id().split("/")
+    _, namespace, pid, _ = worker_identity.worker_id().split("/")
     gone = f"{socket.gethostname()}/{namespace}/{pid}/0"  # same pid, another start
-    here = run(0, workers.worker_id(), 0, None, state=TrialState.RUNNING)
+    here = run(0, worker_identity.worker_id(), 0, None, state=TrialState.RUNNING)
     assert str(os.getpid()) == pid
     assert info_of(here).spans[0].what == "running"
     assert info_of(dataclasses.replace(here, worker=gone)).spans[0].what == "lost"
@@ -130,7 +130,7 @@ def test_who_scored_a_trial_is_read_from_what_it_recorded():
     runs = read_history(study).runs
     assert {(r.worker, r.handed) for r in runs} == {("box:1234", True)}
     own = read_history(fake_study(4, bare=True)).runs
-    assert {(r.worker, r.handed) for r in own} == {(workers.worker_id(), False)}
+    assert {(r.worker, r.handed) for r in own} == {(worker_identity.worker_id(), False)}
 
 
 def test_clocks_that_differ_never_make_a_negative_time():

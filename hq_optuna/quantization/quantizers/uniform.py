@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hq_optuna.layers import MAX_BITS, MIN_BITS
 from hq_optuna.quantization.functional import quantize_weight, weight_grid
 from hq_optuna.quantization.quantizers.base import WeightQuantizer
 from hq_optuna.quantization.ranges import weight_scale
+from hq_optuna.space.layers import MAX_BITS, MIN_BITS
 
 
 class Uniform(WeightQuantizer):

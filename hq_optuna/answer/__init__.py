@@ -1,0 +1,1 @@
+"""The answer of a search: its network, recipe, comparison, and other budgets."""

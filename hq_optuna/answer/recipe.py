@@ -1,0 +1,247 @@
+"""The answer on disk: ``recipe.json`` (bits, ranges, cost, origin) and ``weights.safetensors``.
+
+`load` rebuilds a network whose outputs equal the saved one's bit for bit: it stores the float
+weights, the scales, and the integer codes of weights that were not rounded to nearest, or by a
+quantizer that could round them otherwise on another machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hq_optuna.answer.resolve import layers_digest
+from hq_optuna.errors import RecipeError, SpaceError
+from hq_optuna.network.copies import copied
+from hq_optuna.quantization.correction import SHIFT, add_shift
+from hq_optuna.quantization.functional import activation_grid
+from hq_optuna.quantization.modules import InputFakeQuantize
+from hq_optuna.quantization.prepare import (
+    float_weight,
+    get_bits,
+    input_quantizer,
+    prepare,
+    prepared_names,
+    set_bits,
+    weight_quantizer,
+)
+from hq_optuna.quantization.quantizers.base import along
+from hq_optuna.quantization.ranges import AffineRange
+from hq_optuna.space.assignment import BitConfig
+from hq_optuna.space.layers import FLOAT_BITS, LayerSpec
+
+FORMAT = "hq_optuna recipe"
+FORMAT_VERSION = 1
+RECIPE, WEIGHTS = "recipe.json", "weights.safetensors"
+_SCALE = "hq_optuna.weight_scale."
+_CODES = "hq_optuna.weight_codes."
+_SHIFT = "hq_optuna.output_shift."
+_PARAMETRIZED = ".parametrizations.weight.original"
+
+
+def save(
+    folder: Path, network: nn.Module, layers: tuple[LayerSpec, ...], about: Mapping[str, Any]
+) -> None:
+    """Write a prepared network with the bits it has now.
+
+    Each file is written beside its place and then moved there, the recipe last, so a killed save
+    leaves the old result or the new one.
+
+    Args:
+        folder: Created if need be.
+        network: A prepared network.
+        layers: Its layers.
+        about: Further JSON data for the recipe: cost, score, fingerprint, versions.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = get_bits(network)
+    tensors = plain_state_dict(network)
+    described = {}
+    for layer in layers:
+        module = network.get_submodule(layer.name)
+        bits = config[layer.name]
+        entry: dict[str, Any] = {**layer.to_json(), **bits._asdict()}
+        if bits.weight_bits != FLOAT_BITS:
+            weight, holder = float_weight(module), weight_quantizer(module)
+            scale = holder.scale(weight, bits.weight_bits)
+            tensors[f"{_SCALE}{layer.name}"] = scale.detach().cpu().clone()
+            kept = holder.kept(weight, bits.weight_bits)
+            if kept is None and holder.quantizer.stores_codes:
+                kept = holder.quantized(weight, bits.weight_bits)
+            if kept is not None:
+                step = along(scale, kept, layer.channel_axis)
+                # In half precision the quotient could miss its code.
+                codes = (kept.double() / step.double()).round()
+                small = holder.quantizer.largest_code(bits.weight_bits) <= 127
+                codes = codes.to(torch.int8 if small else torch.int16)
+                tensors[f"{_CODES}{layer.name}"] = codes.detach().cpu().contiguous()
+            entry["weight_quantizer"] = holder.quantizer.describe(bits.weight_bits)
+        if bits.activation_bits != FLOAT_BITS:
+            scale_a, zero_point = input_quantizer(module).range(bits.activation_bits)
+            quant_min, quant_max = activation_grid(bits.activation_bits)
+            entry["activation_quantizer"] = {
+                "scheme": "per-tensor affine",
+                "scale": scale_a,
+                "zero_point": zero_point,
+                "quant_min": quant_min,
+                "quant_max": quant_max,
+            }
+        shift = dict(module.named_buffers(recurse=False)).get(SHIFT)
+        if shift is not None and bool(shift.any()):
+            tensors[f"{_SHIFT}{layer.name}"] = shift.detach().cpu().clone()
+        described[layer.name] = entry
+    _replace(folder / WEIGHTS, lambda path: save_file(tensors, path))
+    recipe = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "layers": described,
+        "layers_sha256": layers_digest(described),
+        "weights": {"file": WEIGHTS, "sha256": _sha256(folder / WEIGHTS)},
+        **about,
+    }
+    text = json.dumps(recipe, indent=1, ensure_ascii=False) + "\n"
+    _replace(folder / RECIPE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def load(folder: str | Path, network: nn.Module) -> nn.Module:
+    """Return a copy of ``network`` with the weights, bits and ranges of a saved result.
+
+    Args:
+        folder: What `SearchResult.save` wrote.
+        network: A network of the same structure; its weights do not matter. Left as it is.
+
+    Raises:
+        RecipeError: A file is missing, altered or of a newer format, or the network's structure
+            is another one.
+    """
+    folder = Path(folder)
+    recipe = _read_recipe(folder)
+    tensors = _read_weights(folder, recipe)
+    scales = {k.removeprefix(_SCALE): v for k, v in tensors.items() if k.startswith(_SCALE)}
+    codes = {k.removeprefix(_CODES): v for k, v in tensors.items() if k.startswith(_CODES)}
+    shifts = {k.removeprefix(_SHIFT): v for k, v in tensors.items() if k.startswith(_SHIFT)}
+    state = {k: v for k, v in tensors.items() if not k.startswith((_SCALE, _CODES, _SHIFT))}
+    layers = [LayerSpec.from_json(_spec(entry)) for entry in recipe["layers"].values()]
+    own = copied(network)
+    try:
+        own.load_state_dict(state)
+    except RuntimeError as error:
+        raise RecipeError(
+            f"The result in {folder} belongs to a network of another structure: {error}"
+        ) from None
+    named = {
+        name: entry["weight_quantizer"]["name"]
+        for name, entry in recipe["layers"].items()
+        if "name" in entry.get("weight_quantizer", {})
+    }
+    try:
+        prepared = prepare(own, layers, quantizers=named)
+    except SpaceError as error:
+        raise RecipeError(
+            f"The result in {folder} needs a quantizer of another version: {error} "
+            "Update hq_optuna."
+        ) from None
+    for layer in layers:
+        entry = recipe["layers"][layer.name]
+        module = prepared.get_submodule(layer.name)
+        if layer.name in scales:
+            weight = float_weight(module)
+            scale = scales[layer.name].to(weight.device)
+            weight_quantizer(module).scales[entry["weight_bits"]] = scale
+            if layer.name in codes:
+                rounded = codes[layer.name].to(weight) * along(scale, weight, layer.channel_axis)
+                weight_quantizer(module).keep(weight.detach(), entry["weight_bits"], rounded, scale)
+        if layer.name in shifts:
+            add_shift(module)
+            module.get_buffer(SHIFT).copy_(shifts[layer.name])
+        if "activation_quantizer" in entry:
+            grid = entry["activation_quantizer"]
+            known = {entry["activation_bits"]: AffineRange(grid["scale"], grid["zero_point"])}
+            module.input_fake_quantize = InputFakeQuantize(None, ranges=known)
+    bits = {n: (e["weight_bits"], e["activation_bits"]) for n, e in recipe["layers"].items()}
+    set_bits(prepared, BitConfig(bits))
+    return prepared
+
+
+def plain_state_dict(network: nn.Module) -> dict[str, Tensor]:
+    """Return a prepared network's float weights and buffers under the names users know."""
+    names = prepared_names(network)
+    state = {}
+    for key, value in network.state_dict().items():
+        layer = key.removesuffix(_PARAMETRIZED)
+        if key.rpartition(".")[2] == SHIFT and key.rpartition(".")[0] in names:
+            continue
+        plain = f"{layer}.weight" if key.endswith(_PARAMETRIZED) and layer in names else key
+        # safetensors refuses tensors that share memory, as tied weights do.
+        state[plain] = value.detach().cpu().contiguous().clone()
+    return state
+
+
+def _spec(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: entry[name] for name in LayerSpec.__dataclass_fields__}
+
+
+def _read_recipe(folder: Path) -> dict[str, Any]:
+    path = folder / RECIPE
+    try:
+        recipe = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise RecipeError(
+            f"{folder} holds no {RECIPE}; give a folder a result was saved in."
+        ) from None
+    except ValueError as error:
+        raise RecipeError(f"{path} is damaged: {error}.") from None
+    if not isinstance(recipe, dict) or recipe.get("format") != FORMAT:
+        raise RecipeError(f"{path} is not a recipe of hq_optuna.")
+    version = recipe.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise RecipeError(
+            f"{path} has format {version}, this version reads up to {FORMAT_VERSION}. "
+            "Update hq_optuna."
+        )
+    for name in ("format_version", "layers", "layers_sha256", "weights"):
+        if name not in recipe:
+            raise RecipeError(f"{path} is damaged: it lacks {name!r}.")
+    # Other bits with the ranges found for the old ones would be a silently different network.
+    if layers_digest(recipe["layers"]) != recipe["layers_sha256"]:
+        raise RecipeError(f"{path} was altered after it was saved: the hash of its layers differs.")
+    return recipe
+
+
+def _read_weights(folder: Path, recipe: Mapping[str, Any]) -> dict[str, Tensor]:
+    try:
+        name, expected = recipe["weights"]["file"], recipe["weights"]["sha256"]
+    except (KeyError, TypeError):
+        raise RecipeError(f"{folder / RECIPE} is damaged: it does not name its weights.") from None
+    path = folder / name
+    try:
+        if _sha256(path) != expected:
+            raise RecipeError(f"{path} was altered after it was saved: its hash differs.")
+        return load_file(path)
+    except OSError:
+        raise RecipeError(f"{path} is missing; the recipe needs it.") from None
+    except SafetensorError as error:
+        raise RecipeError(f"{path} is damaged: {error}.") from None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _replace(path: Path, write: Any) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,307 @@
+"""Names and format of everything this package writes into an Optuna study.
+
+One module knows the format on disk. Optuna parameters hold bits; user attributes are what people
+read in the dashboard and in `study.trials_dataframe()`; system attributes are what the step
+protocol reads back (DESIGN: tickets and step records).
+
+A *ticket* is the single small attribute that says what a trial is for. It is written once, in one
+statement, by the sampler before the trial runs:
+
+    {"v": 1, "kind": "candidate", "step": 3, "slot": 5, "parent": "6f1c…", "search": "09ab…",
+     "bits": [8, 7, …], …}
+
+``bits`` are those of the variables of the space, in its order, so a ticket alone rebuilds the
+assignment. ``parent`` names the state of the search the ticket was written for; a ticket with
+another parent is ignored by everyone, so a stale view can waste an evaluation and nothing else.
+``search`` names settings, network and data; the ticket with the lowest number says whose study
+this is, which is the one fact that all workers of a new study agree on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+TICKET = "hq:ticket"
+"""Trial system attribute: the ticket."""
+
+BEAT = "hq:beat"
+"""Trial system attribute that the owner of a long trial keeps changing: a count."""
+
+SPACE = "hq:space"
+"""Study system attributes ``hq:space:0``, …: `SearchSpace.to_json()` in parts, see `split`."""
+
+SETTINGS = "hq:settings"
+"""Study system attribute: the sampler's settings, written by the first worker."""
+
+FINGERPRINT = "hq:fingerprint"
+"""Study user attribute: what the search depends on, by name (network, data, space, …)."""
+
+LIMITS = "hq:limits"
+"""Study user attribute: what the search may spend on itself, `hq_optuna.search.Limits`."""
+
+STARTED = "hq:started"
+"""Study user attribute: what was given on the command line that started the search."""
+
+OLD_CONSTRAINTS = "constraints"
+"""Trial system attribute read by optuna-dashboard up to 0.21 instead of Optuna 5's own."""
+
+# User attributes of a trial.
+KIND = "kind"  # "candidate" or "incumbent"
+STEP = "step"
+SLOT = "slot"  # place among the step's candidates
+PARENT = "parent"  # number of the trial that recorded the incumbent the step started from
+WINNER = "winner"  # of a step record: number of the trial it took
+LAYER = "layer"  # the variable that was changed; of a swap all changes, in words
+FROM_BITS = "from_bits"
+TO_BITS = "to_bits"
+SCORE = "score"  # nats
+SCORE_WEIGHTS = "score_weights"  # nats
+SCORE_ACTIVATIONS = "score_activations"  # nats
+CALIBRATION_LOSS = "calibration_loss"
+COST = "cost"  # in the unit of the budget's metric
+SECONDS = "seconds"
+WORKER = "worker"
+
+TRAINING = "training"
+"""User attribute of a step record whose bits were trained: what that gave, and where the weights
+and the sensitivities at them are (`hq_optuna.objective.training_steps`)."""
+
+CHECKPOINT = "hq:checkpoint"
+"""Trial system attribute of a step record in training: the last epoch's artifact."""
+
+INFO = "hq:info"
+"""Study user attribute: `StudyInfo`, what people and reports want to know of the search."""
+
+SENSITIVITY = "hq:sensitivity"
+"""Study system attributes, in parts: ``{layer: {"weights": {bits: nats}, "activations": …}}``."""
+
+REPORT = "hq:report"
+"""Study user attribute prefix ``hq:report:…``: facts measured at the end (accuracy, skipped)."""
+
+COMPARED = "compared"
+"""The fact that holds what the answer was compared with: JSON objects, each with ``"method"``,
+``"bits"``, ``"cost"`` and ``"measured"``, see `hq_optuna.answer.comparison.rows`."""
+
+ANSWER, UNIFORM, EIGHT = "answer", "uniform", "8 bits"
+"""Methods of those rows."""
+
+ARTIFACT = "hq:artifact"
+"""Study system attribute prefix ``hq:artifact:NAME``: ``{"id", "sha256", "bytes"}``."""
+
+PART_CHARACTERS = 30_000
+"""Longest attribute we write: a MySQL TEXT column ends at 65,535 bytes."""
+
+Kind = Literal["candidate", "incumbent", "surplus", "free"]
+PROTOCOL = 1
+
+
+def split(key: str, data: Any) -> dict[str, str]:
+    """Return JSON data as attributes ``key:0``, ``key:1``, … short enough for every storage.
+
+    Example:
+        >>> split("hq:space", {"a": 1})
+        {'hq:space:0': '{"a":1}'}
+    """
+    text = json.dumps(data, separators=(",", ":"))
+    starts = range(0, len(text), PART_CHARACTERS)
+    return {f"{key}:{i}": text[s : s + PART_CHARACTERS] for i, s in enumerate(starts)}
+
+
+def join(key: str, attributes: Mapping[str, Any]) -> Any | None:
+    """Return the data that `split` wrote among ``attributes``, or ``None``."""
+    parts: list[str] = []
+    while f"{key}:{len(parts)}" in attributes:
+        parts.append(attributes[f"{key}:{len(parts)}"])
+    return json.loads("".join(parts)) if parts else None
+
+
+def parent_digest(
+    settings: Mapping[str, Any], step: int | None, state: Sequence[int] | None
+) -> str:
+    """Return the digest that tickets of the next step carry.
+
+    Args:
+        settings: What `SETTINGS` holds.
+        step: Last closed step; ``None`` before step 0 is closed.
+        state: Bits of each variable that it left; ``None`` likewise.
+    """
+    state = None if state is None else list(state)
+    return digest([dict(settings), step, state])
+
+
+def digest(data: Any) -> str:
+    """Return twelve hexadecimal digits that name JSON data."""
+    text = json.dumps(data, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def same_search(one: str, other: str) -> bool:
+    """Return whether two tickets may be of one search, from what they say of theirs.
+
+    A search is named by two digests, ``settings/rest``. The rest (network, data) is missing where a
+    ticket was written before the objective was called.
+
+    Example:
+        >>> same_search("aa/01", "aa"), same_search("aa/01", "aa/02"), same_search("aa", "bb")
+        (True, False, False)
+    """
+    (mine, _, rest), (settings, _, more) = one.partition("/"), other.partition("/")
+    return mine == settings and (rest == more or not (rest and more))
+
+
+@dataclass(frozen=True, slots=True)
+class StudyInfo:
+    """What a search is about, for people and reports.
+
+    Attributes:
+        metric: ``"bops"`` or ``"size_bytes"``.
+        limit: The budget in that unit.
+        budget: The budget in words.
+        int8: Cost with 8 bits everywhere.
+        float32: Cost without quantization.
+        scorer: Name of the scorer.
+        rounding: How weights are rounded, ``"compensated"`` or ``"nearest"``.
+        quantizers: Layer → name of the quantizer of its weights, where it is not ``"uniform"``.
+        correction: Whether statistics are corrected, in candidates and in the answer.
+        training: When winners are trained and how, see `hq_optuna.training.plan`; ``None``
+            where they are not.
+        rule: Name of the winner rule.
+        n_candidates: Candidates a step.
+        seed: Seed of the draws.
+        skipped: ``[name, kind, reason]`` of modules that are not quantized.
+        warnings: Sentences about the search that a reader of its results must know.
+    """
+
+    metric: Literal["bops", "size_bytes"]
+    limit: float
+    budget: str
+    int8: float
+    float32: float
+    scorer: str
+    rule: str
+    n_candidates: int
+    seed: int
+    rounding: str = "nearest"
+    quantizers: Mapping[str, str] = field(default_factory=dict)
+    correction: bool = False
+    training: Mapping[str, Any] | None = None
+    skipped: tuple[tuple[str, str, str], ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> StudyInfo:
+        """Rebuild from ``dataclasses.asdict`` after a round trip through JSON."""
+        skipped = tuple((name, kind, reason) for name, kind, reason in data["skipped"])
+        return cls(**{**data, "skipped": skipped, "warnings": tuple(data["warnings"])})
+
+
+def quantizers_text(quantizers: Mapping[str, str], most: int = 6) -> str:
+    """Return which layers have which quantizer of weights, for people.
+
+    Args:
+        quantizers: As in `StudyInfo`.
+        most: So many layers of a quantizer are named.
+
+    Example:
+        >>> quantizers_text({"a": "midrise", "b": "midrise"}), quantizers_text({})
+        ('midrise: a, b; all others uniform', 'uniform')
+    """
+    layers: dict[str, list[str]] = {}
+    for layer, name in quantizers.items():
+        layers.setdefault(name, []).append(layer)
+    said = [
+        f"{name}: {', '.join(found[:most])}"
+        + (f" and {len(found) - most} more" if len(found) > most else "")
+        for name, found in layers.items()
+    ]
+    return "; ".join([*said, "all others uniform"]) if said else "uniform"
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """What one trial is for.
+
+    Attributes:
+        kind: ``"candidate"``, ``"incumbent"`` (a step record), ``"surplus"`` (nothing to do) or
+            ``"free"`` (a trial somebody enqueued with parameters of their own).
+        step: Number of the step.
+        slot: Place among the candidates; for a step record, the winner's place.
+        parent: Digest of the state of the search the ticket was written for.
+        bits: Bits of each variable of the space.
+        origin: For a step record, the number of the trial it takes; for a candidate, the number
+            of the record its step started from (``None`` in step 0).
+        variable: Name of the variable that was changed, of a swap all changes in words (``None`` in
+            step 0 and in step records).
+        from_bits: Its bits before; ``None`` for a swap.
+        worker: Who runs the trial, see `worker_id`.
+        search: Digests of what the search depends on, see `same_search`.
+        claim: Which of its worker's claims it is, from 1; 0 where the trial was there before.
+        trains: Of a step record: whether its bits are trained. Its value is then the score of the
+            trained network, and not its winner's.
+    """
+
+    kind: Kind
+    step: int
+    slot: int
+    parent: str
+    bits: tuple[int, ...]
+    origin: int | None = None
+    variable: str | None = None
+    from_bits: int | None = None
+    worker: str = ""
+    search: str = ""
+    claim: int = 0
+    trains: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the attribute's value."""
+        return {
+            "v": PROTOCOL,
+            "kind": self.kind,
+            "step": self.step,
+            "slot": self.slot,
+            "parent": self.parent,
+            "bits": list(self.bits),
+            "origin": self.origin,
+            "variable": self.variable,
+            "from": self.from_bits,
+            "worker": self.worker,
+            "search": self.search,
+            "claim": self.claim,
+            **({"trains": True} if self.trains else {}),
+        }
+
+    @classmethod
+    def read(cls, system_attrs: Mapping[str, Any]) -> Ticket | None:
+        """Return the ticket among a trial's system attributes, or ``None``."""
+        return cls.from_json(system_attrs.get(TICKET))
+
+    @classmethod
+    def from_json(cls, data: Any) -> Ticket | None:
+        """Return the ticket that is an attribute's value, or ``None``.
+
+        A ticket of another protocol version, or a damaged one, is treated as absent.
+        """
+        if not isinstance(data, dict) or data.get("v") != PROTOCOL:
+            return None
+        try:
+            return cls(
+                kind=data["kind"],
+                step=data["step"],
+                slot=data["slot"],
+                parent=data["parent"],
+                bits=tuple(data["bits"]),
+                origin=data["origin"],
+                variable=data["variable"],
+                from_bits=data["from"],
+                worker=data["worker"],
+                search=data.get("search", ""),
+                claim=data.get("claim", 0),
+                trains=data.get("trains", False),
+            )
+        except (KeyError, TypeError):
+            return None

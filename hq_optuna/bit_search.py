@@ -1,0 +1,413 @@
+"""`BitSearch`: the whole search from one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import BaseStorage
+from optuna.study import Study
+from torch import nn
+from torch.nn import functional
+
+from hq_optuna import attributes
+from hq_optuna.answer.comparison import rows
+from hq_optuna.answer.resolve import resolve
+from hq_optuna.answer.result import SearchResult
+from hq_optuna.artifacts.store import Artifacts, open_artifacts
+from hq_optuna.attributes import COMPARED
+from hq_optuna.dashboard import PageWriter
+from hq_optuna.errors import ArtifactError, ResumeError
+from hq_optuna.network import evaluation
+from hq_optuna.network.batches import Batches, Precision, read_batches
+from hq_optuna.network.evaluation import Evaluate, accuracy, before_and_after
+from hq_optuna.network.introspection import introspect
+from hq_optuna.network.losses import LossFunction
+from hq_optuna.objective.hessian import HessianObjective
+from hq_optuna.objective.publish import publish_artifacts, publish_facts, refuse_foreign_study
+from hq_optuna.objective.scorer_setup import Progress
+from hq_optuna.protocol.history import TEST_OF, read_history
+from hq_optuna.protocol.limits import refuse_lower_limits, write_limits
+from hq_optuna.protocol.start_options import StartOptions
+from hq_optuna.protocol.status import read_status
+from hq_optuna.protocol.step_log import StepLog
+from hq_optuna.pruners import CostBudgetPruner
+from hq_optuna.quantization import Observer
+from hq_optuna.quantization.compensation import Rounding
+from hq_optuna.samplers import Encoding, ProgressiveBitSampler
+from hq_optuna.scoring import OutputRise, ScorerName
+from hq_optuna.search import Limits, Rule
+from hq_optuna.space.budget import Budget, check_reachable
+from hq_optuna.space.budget_text import parse_budget
+from hq_optuna.space.cost import CostModel
+from hq_optuna.space.search_space import ActivationBits, SearchSpace
+from hq_optuna.storages import RETRY_FOR_S, explain_errors_of, open_retrying
+from hq_optuna.training.plan import TrainingPlan
+from hq_optuna.workers.loop import Doing, work
+
+
+class BitSearch:
+    """Search the bits of a trained network's layers under a budget.
+
+    Everything that can be wrong with the network, the data, the space and the budget is checked
+    here, before any work.
+
+    Args:
+        model: Trained network. Left exactly as it is.
+        calibration: Labelled data that the scores read: ``(inputs, labels)`` tensors, a dataset, or
+            batches. Not the data the network is judged on later.
+        loss_fn: Mean loss of a batch from (outputs, labels).
+        bits: Bits a layer may have, each 1 to 16.
+        activation_bits: ``"same"``: the input of a layer has the bits of its weights. A number:
+            fixed. A sequence: searched apart. ``None``: float.
+        budget: What the answer may cost, a `Budget` or text as on the command line: ``"0.2 bops"``.
+        pin_first_last: Bits of the first and last layer; ``None`` searches them too.
+        pins: Glob over layer names to fixed bits.
+        allowed: Glob over layer names to the bits allowed there.
+        tied: Groups of layers that share their bits.
+        scorer: ``"gauss_newton"``, ``"loss"``, or a sum over layers: ``"diagonal"``, ``"trace"``,
+            ``"fisher"``, ``"hutchinson"``; ``None``:
+            `HessianObjective`'s choice.
+        output_rise: For ``"gauss_newton"`` with another loss than cross-entropy and squared error:
+            the loss rise, summed over samples, from the outputs of the float network and of a
+            candidate.
+        rounding: ``"compensated"`` or ``"nearest"``, how weights are rounded; no training, see
+            `hq_optuna.quantization.compensation`.
+        correction: Whether batch-norm statistics and biases are corrected for the bits, in each
+            candidate and in the answer. No training; see `hq_optuna.quantization.correction`.
+        observer: How activation ranges are found.
+        quantizers: Glob over layer names to a quantizer (``"uniform"``, ``"binary"``,
+            ``"ternary"``, ``"midrise"``, ``"dorefa"``); docs/quantizers.md.
+        precision: ``"float32"``, or ``"bfloat16"`` for candidates' forward passes.
+        training: When winners are trained, how and on what, see `TrainingPlan`; ``None``: never.
+        validation: Data on which the network is measured before and after.
+        evaluate: What is measured there, from (network, batches); accuracy by default.
+        batch_size: Samples a batch, where data come without batches.
+
+    Raises:
+        NetworkError: Nothing to quantize, NaN weights, random forward pass.
+        DataError: Empty, unlabelled, unrepeatable or non-finite data; labels out of range.
+        SpaceError: Unknown layers, impossible bits.
+        BudgetError: The budget is below the cheapest assignment.
+        StudyFileError: The budget is text that is none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        calibration: Any,
+        loss_fn: LossFunction = functional.cross_entropy,
+        *,
+        bits: Iterable[int] = range(2, 9),
+        activation_bits: ActivationBits = "same",
+        budget: Budget | str | None = None,
+        pin_first_last: int | None = 8,
+        pins: Mapping[str, int | tuple[int, int]] | None = None,
+        allowed: Mapping[str, Iterable[int]] | None = None,
+        tied: Iterable[Sequence[str]] = (),
+        scorer: ScorerName | None = None,
+        output_rise: OutputRise | None = None,
+        rounding: Rounding = "compensated",
+        correction: bool = True,
+        observer: Observer = "squared_error",
+        quantizers: Mapping[str, str] | None = None,
+        precision: Precision = "float32",
+        training: TrainingPlan | None = None,
+        validation: Any = None,
+        evaluate: Evaluate | None = None,
+        batch_size: int = 32,
+    ) -> None:
+        self.budget = parse_budget("0.25 bops" if budget is None else budget)
+        data = read_batches(calibration, batch_size=batch_size)
+        seen = introspect(model, data[0].inputs)
+        self.space = SearchSpace.build(
+            seen.layers,
+            bits=bits,
+            activation_bits=activation_bits,
+            pin_first_last=pin_first_last,
+            pins=pins,
+            allowed=allowed,
+            tied=tied,
+        )
+        check_reachable(self.space, self.budget)
+        self.objective = HessianObjective(
+            model,
+            data,
+            self.space,
+            loss_fn=loss_fn,
+            scorer=scorer,
+            output_rise=output_rise,
+            rounding=rounding,
+            correction=correction,
+            observer=observer,
+            quantizers=quantizers,
+            precision=precision,
+            training=training,
+        )
+        self.training = training
+        self.objective.skipped = tuple((s.name, s.kind, s.reason) for s in seen.skipped)
+        self.validation: Batches | None = None
+        if validation is not None:
+            read = read_batches(validation, batch_size=256, what="validation")
+            self.validation = read.to(self.objective.device)
+        self.evaluate: Evaluate = accuracy if evaluate is None else evaluate
+        if self.validation is not None:
+            evaluation.check_measured(self.evaluate, model, self.validation, loss_fn)
+        if self.objective.training is not None:
+            self.objective.training.validation = self.validation
+            self.objective.training.evaluate = self.evaluate
+
+    def optimize(  # noqa: D417
+        self,
+        storage: str | BaseStorage | None = None,
+        study_name: str | None = None,
+        *,
+        n_candidates: int = 8,
+        rule: Rule = "ratio",
+        seed: int = 0,
+        refine: bool = True,
+        encoding: Encoding | None = None,
+        artifacts: str | Path | Artifacts | None = None,
+        limits: Limits | None = None,
+        retry_for_s: float = RETRY_FOR_S,
+        progress: Progress | None = None,
+        on_progress: Callable[[StepLog], None] = lambda log: None,
+    ) -> Study:
+        """Search until the budget is met, or go on with a search that was interrupted.
+
+        Several processes may call this on one storage: the history is the same as with one.
+
+        Args:
+            storage: As for `open`, as all others up to ``progress``.
+            on_progress: Called with the record of the search after each trial.
+
+        Raises:
+            StorageError: The storage cannot be opened, read or written.
+            ResumeError: The study belongs to another search; the message names what changed.
+            ArtifactError: The artifact store cannot be opened or written.
+        """
+        study = self.open(
+            storage,
+            study_name,
+            n_candidates=n_candidates,
+            rule=rule,
+            seed=seed,
+            refine=refine,
+            encoding=encoding,
+            artifacts=artifacts,
+            limits=limits,
+            retry_for_s=retry_for_s,
+            progress=progress,
+        )
+        self.work(study, on_progress=on_progress)
+        return study
+
+    def open(
+        self,
+        storage: str | BaseStorage | None = None,
+        study_name: str | None = None,
+        *,
+        n_candidates: int = 8,
+        rule: Rule = "ratio",
+        seed: int = 0,
+        refine: bool = True,
+        encoding: Encoding | None = None,
+        artifacts: str | Path | Artifacts | None = None,
+        limits: Limits | None = None,
+        retry_for_s: float = RETRY_FOR_S,
+        started: StartOptions | None = None,
+        progress: Progress | None = None,
+    ) -> Study:
+        """Open the study of this search, made if need be, with all that its workers share.
+
+        Sensitivities are measured unless the study has them.
+
+        Args:
+            storage: Storage URL, an Optuna storage, or ``None`` for memory.
+            study_name: Name of the study; an existing one is resumed.
+            n_candidates: Candidates a step.
+            rule: ``"ratio"`` or ``"min"`` (the patent's).
+            seed: Seed of the draws.
+            refine: Whether swaps refine the answer once the budget is met.
+            encoding: ``"layers"``, ``"compact"``, or ``None`` to choose by the number of layers.
+            artifacts: A folder or ``s3://bucket/prefix`` for what is too large for the storage; a
+                copy of the sensitivity table goes there, and what training gives. ``None``:
+                nowhere, and a search that trains is refused.
+            limits: What the search may spend on itself. They are kept in the study; who goes on
+                with it may raise them.
+            retry_for_s: How long a storage given by URL is tried again when it does not answer, or
+                its disk is full, before the worker ends with an error.
+            started: What was given on the command line, for workers that join by theirs.
+            progress: Called with (what, done, of) while curvature is measured.
+
+        Raises:
+            StorageError: The storage cannot be opened, read or written.
+            ResumeError: The study belongs to another search; the message names what changed.
+            ArtifactError: The artifact store cannot be opened or written.
+        """
+        sampler = ProgressiveBitSampler(
+            self.space,
+            budget=self.budget,
+            n_candidates=n_candidates,
+            rule=rule,
+            seed=seed,
+            refine=refine,
+            train_every=0 if self.training is None else self.training.every,
+            final=self.training is not None and self.training.final is not None,
+            encoding=encoding,
+        )
+        if isinstance(artifacts, (str, Path)):
+            artifacts = open_artifacts(artifacts)
+        if self.objective.training is not None:
+            if artifacts is None:
+                raise ArtifactError(
+                    "A search that trains keeps weights in an artifact store. Give one: "
+                    "artifacts=, a folder or s3://bucket/prefix."
+                )
+            self.objective.training.artifacts = artifacts
+        opened = open_retrying(storage, retry_for_s)
+        with explain_errors_of(opened):
+            study = optuna.create_study(
+                storage=opened,
+                study_name=study_name,
+                sampler=sampler,
+                pruner=CostBudgetPruner(self.space, self.budget, limits),
+                load_if_exists=study_name is not None,
+            )
+            refuse_foreign_study(study)
+            if progress is not None:
+                self.objective.progress = progress
+            if limits is not None:
+                refuse_lower_limits(study, limits)
+                write_limits(study)
+            if started is not None:
+                started.remember(study)
+            self.objective.prepare(study)
+            if artifacts is not None:
+                publish_artifacts(study, artifacts)
+        return study
+
+    def work(
+        self,
+        study: Study,
+        *,
+        on_progress: Callable[[StepLog], None] = lambda log: None,
+        on_doing: Callable[[Doing], None] = lambda doing: None,
+        pages: bool = True,
+    ) -> None:
+        """Run trials of a study that `open` returned until the search is over.
+
+        Args:
+            study: The study.
+            on_progress: Called with the record of the search after each trial.
+            on_doing: Called with what this worker does, see `hq_optuna.workers.loop.work`.
+            pages: Whether this worker may keep the study's pages for optuna-dashboard current.
+
+        Raises:
+            StorageError: The storage cannot be read or written.
+        """
+        writer = PageWriter(study, then=on_progress, on=pages)
+        with explain_errors_of(study._storage), writer as progress:
+            work(study, self.objective, on_progress=progress, on_doing=on_doing)
+
+    def result(self, study: Study, *, test: Callable[[], Any] | None = None) -> SearchResult:
+        """Return the answer of a finished search; of a running one, its incumbent.
+
+        With validation data the network is measured before and after, uniform bits within the
+        budget beside it, and the figures are written into the study.
+
+        Args:
+            study: What `optimize` returned.
+            test: Returns the test data. They are read when the search is over and never before,
+                once for each answer: figures that the study holds are not measured again.
+
+        Raises:
+            ResumeError: The study has no closed step yet.
+        """
+        self.objective.prepare(study)
+        history = read_history(study)
+        record = history.incumbent
+        if record is None:
+            raise ResumeError(
+                f"Study {study.study_name!r} has no closed step yet. If a limit ended it (trials, "
+                "evaluations or seconds), raise the limit."
+            )
+        network = self.objective.answer(study, record.config)
+        facts = {name: fact for name, fact in history.facts.items() if name != COMPARED}
+        if self.validation is not None:
+            facts = {n: f for n, f in facts.items() if not evaluation.of_validation(n)}
+            facts |= self.before_and_after(network, self.validation, "validation")
+            compared = rows(
+                *(self.objective, history, self.validation, self.evaluate),
+                answer=network,
+            )
+            if compared:
+                publish_facts(study, {COMPARED: compared})
+        over = history.met and read_status(study).state in ("finished", "stopped")
+        if test is not None and over and "test_samples" not in facts:
+            data = read_batches(test(), batch_size=256, what="test").to(self.objective.device)
+            facts |= self.before_and_after(network, data, "test")
+            publish_facts(study, {TEST_OF: record.answer})
+        publish_facts(study, facts)
+        PageWriter(study, always=True).close()
+        return SearchResult(
+            config=record.config,
+            network=network,
+            space=self.space,
+            metric=history.info.metric,
+            cost=record.winner.cost,
+            cost_int8=history.info.int8,
+            cost_float32=history.info.float32,
+            met=history.met,
+            score=record.current.score,
+            score_weights=record.current.score_weights,
+            score_activations=record.current.score_activations,
+            steps=len(history.records),
+            candidates=sum(candidate.counted for candidate in history.candidates),
+            facts=facts,
+            fingerprint=study.user_attrs[attributes.FINGERPRINT],
+        )
+
+    def exact(self, study: Study, budget: Budget | str | None = None) -> SearchResult:
+        """Return the exact assignment for a budget: the least sum over layers, no search.
+
+        Solved on the table in the study, then scored and measured like a search's answer. Nothing
+        is written into the study.
+
+        Args:
+            study: What `optimize` returned, or any study of this search.
+            budget: By default the search's own.
+
+        Raises:
+            BudgetError: The budget is below the cheapest assignment.
+        """
+        scorer = self.objective.prepare(study)
+        found = resolve(study, self.budget if budget is None else budget)
+        network = self.objective.quantized(found.config)
+        score = scorer.score(found.config)
+        facts = {}
+        if self.validation is not None:
+            facts = self.before_and_after(network, self.validation, "validation")
+        return SearchResult(
+            config=found.config,
+            network=network,
+            space=self.space,
+            metric=found.metric,
+            cost=found.cost,
+            cost_int8=found.int8,
+            cost_float32=CostModel(self.space.layers, found.metric).float32,
+            met=True,
+            score=score.total,
+            score_weights=score.weights,
+            score_activations=score.activations,
+            steps=0,
+            candidates=1,
+            facts=facts,
+            fingerprint=study.user_attrs[attributes.FINGERPRINT],
+        )
+
+    def before_and_after(self, network: nn.Module, data: Batches, what: str) -> dict[str, float]:
+        """Return what is measured of the float network and of a quantized one."""
+        return before_and_after(self.evaluate, self.objective.model, network, data, what)

@@ -1,0 +1,135 @@
+"""``hq-optuna dashboard``: optuna-dashboard on a search's storage, with its files."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from hq_optuna.cli import tables
+from hq_optuna.cli.common import Folder, Name, Storage, errors
+from hq_optuna.cli.options import ArtifactsAt
+
+logger = logging.getLogger(__name__)
+
+LOOKS, LOOK_EVERY_S = 4, 0.5
+"""How often is looked before a search counts as one that nobody works on."""
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+    from optuna.study import Study
+
+
+def dashboard(
+    study: Annotated[
+        str | None,
+        typer.Argument(
+            help="A study as for run, or a storage URL with any studies.", show_default=False
+        ),
+    ] = None,
+    storage: Storage = None,
+    name: Name = None,
+    folder: Folder = None,
+    artifacts: ArtifactsAt = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8080,
+) -> None:
+    """Browse a search in optuna-dashboard, while it runs or later. Ctrl-C ends it."""
+    from hq_optuna.artifacts.store import open_artifacts
+    from hq_optuna.dashboard.server import DashboardServer
+    from hq_optuna.storages import redact_url
+
+    with errors(as_json=False):
+        opened, found, files, url = _open(study, storage, name, folder, artifacts)
+        # Opening creates nothing: a folder that is not there has no files.
+        kept = None if files is None else open_artifacts(files)
+        with DashboardServer(opened, kept, host=host, port=port) as server:
+            page = "" if found is None else f"/dashboard/studies/{found._study_id}"
+            if found is not None:
+                server.read_ahead(found._study_id)
+                threading.Thread(target=_refresh, args=(found,), daemon=True).start()
+            console = Console()
+            try:
+                console.print(
+                    f"Dashboard: {server.url}{page}\nstorage {tables.plain(redact_url(url))}, "
+                    f"files {tables.plain('none' if files is None else files)}. Ctrl-C ends it.",
+                    highlight=False,
+                    soft_wrap=True,
+                )
+                if not _is_loopback(host):
+                    console.print(
+                        "[yellow]Warning:[/] whoever reaches this address can change and delete "
+                        "studies; the dashboard asks for no password.",
+                        highlight=False,
+                        soft_wrap=True,
+                    )
+                threading.Event().wait()
+            except KeyboardInterrupt:
+                console.print("The dashboard is closed.")
+
+
+def _open(
+    study: str | None,
+    storage: str | None,
+    name: str | None,
+    folder: Path | None,
+    artifacts: str | None,
+) -> tuple[BaseStorage, Study | None, str | None, str]:
+    """Return the storage, the study if one is named, where its files are, and the storage's URL."""
+    from hq_optuna.cli.place import Place
+    from hq_optuna.errors import StorageError
+    from hq_optuna.protocol.start_options import StartOptions
+    from hq_optuna.storages import load_study, open_storage, redact_url, storage_exists
+
+    if study is not None and "://" in study:
+        storage, study = study, None
+    if study is None and storage is None:
+        raise typer.BadParameter("Give a study or a storage URL.")
+    if study is None and name is None:
+        assert storage is not None
+        if not storage_exists(storage):
+            raise StorageError(
+                f"There is no database at {redact_url(storage)}. Was a search started?"
+            )
+        return open_storage(storage), None, artifacts or _beside(storage), storage
+    place = Place.of(study or str(name), storage, name, folder, reads=True)
+    found = load_study(place.storage, place.name)
+    files = artifacts or StartOptions.read(found).settings.get("artifacts")
+    return found._storage, found, str(files or place.folder / "artifacts"), place.storage
+
+
+def _beside(storage: str) -> str | None:
+    """Return the folder of artifacts beside a SQLite file, as a run leaves it, if there is one."""
+    path = Path(storage.removeprefix("sqlite:///")).parent / "artifacts"
+    return str(path) if storage.startswith("sqlite:///") and path.is_dir() else None
+
+
+def _refresh(study: Study) -> None:
+    """Write the pages of a search that nobody writes any more, as after a killed run."""
+    from hq_optuna.dashboard import write_pages
+    from hq_optuna.protocol.status import Watch
+
+    try:
+        watch = Watch(study)
+        for _ in range(LOOKS):
+            current = watch.look()
+            if current.state != "idle":  # else perhaps just between two trials
+                break
+            time.sleep(LOOK_EVERY_S)
+        if current.state != "preparing":
+            write_pages(study, current=current)
+    except Exception as error:  # a storage that may only be read can be browsed all the same
+        logger.info("The pages of study %r were not written: %s", study.study_name, error)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,144 @@
+"""``hq-optuna status``: where a search stands, once or as it goes on."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Annotated, Any
+
+import optuna
+import typer
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from hq_optuna import attributes
+from hq_optuna.cli import tables
+from hq_optuna.cli.bits_strip import strips
+from hq_optuna.cli.common import Folder, Json, Name, Storage, StudyOrNone, errors, reading
+from hq_optuna.cli.options import RETRY_FOR, RetryFor
+from hq_optuna.cli.progress import LINE_EVERY_S, format_rate, format_seconds
+from hq_optuna.protocol.status import SearchStatus, Watch, WorkerStatus
+
+LOOK_EVERY_S = 2.0
+
+
+def status(
+    study: StudyOrNone = None,
+    storage: Storage = None,
+    name: Name = None,
+    folder: Folder = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Go on looking until the search is over.")
+    ] = False,
+    retry_for: RetryFor = RETRY_FOR,
+    as_json: Json = False,
+) -> None:
+    """Show where a search stands: steps, workers, rate, time left. Works while others run."""
+    from hq_optuna.protocol.history import read_history
+    from hq_optuna.report.report import report_data
+    from hq_optuna.storages import RetryingStorage
+
+    with errors(as_json), reading(study, storage, name, folder) as loaded:
+        kept = RetryingStorage(loaded._storage, retry_for_s=retry_for)
+        loaded = optuna.load_study(study_name=loaded.study_name, storage=kept)
+        if watch:
+            _watch(Watch(loaded), as_json)
+            return
+        current = Watch(loaded).look()
+        ours = attributes.FINGERPRINT in loaded.user_attrs
+        if current.state == "preparing" and not ours and loaded.get_trials(deepcopy=False):
+            read_history(loaded)  # says that this is another kind of study
+        if as_json:
+            known: dict[str, Any] = {}
+            if current.state != "preparing":
+                known = report_data(loaded)
+            typer.echo(json.dumps({**known, "current": current.to_json()}))
+            return
+        console = Console()
+        if current.state != "preparing":
+            tables.status(console, loaded, current)
+        console.print(Text(line(current)), soft_wrap=True)
+        if current.workers:
+            console.print(_workers(current.workers))
+
+
+def _watch(watch: Watch, as_json: bool) -> None:
+    console = Console(stderr=as_json)
+    seen, said = None, -float("inf")
+    live = (
+        Live(console=console, auto_refresh=False) if console.is_terminal and not as_json else None
+    )
+    if live is not None:
+        live.start()
+    try:
+        while True:
+            current = watch.look()
+            over = current.state in ("finished", "stopped")
+            if live is not None:
+                live.update(panel(current, console.width), refresh=True)
+            elif as_json:
+                if current != seen:
+                    typer.echo(json.dumps(current.to_json()))
+            elif over or time.monotonic() - said >= LINE_EVERY_S:
+                said = time.monotonic()
+                console.print(line(current), highlight=False, soft_wrap=True)
+            if over:
+                return
+            seen = current
+            time.sleep(LOOK_EVERY_S)
+    finally:
+        if live is not None:
+            live.stop()
+
+
+def line(current: SearchStatus) -> str:
+    """Return a current in one line."""
+    if current.state == "preparing":
+        return "preparing: sensitivities are not measured yet"
+    says = current.state + (f": {current.reason}" if current.reason else "")
+    parts = [says, f"{100 * current.share:.0f} % of the way", f"{current.steps} steps"]
+    if current.of:
+        parts.append(f"{current.done} of {current.of} in the open one")
+    parts.append(f"{current.candidates} candidates")
+    if current.per_minute:
+        parts.append(format_rate(current.per_minute))
+    if current.left_s is not None:
+        parts.append(f"{format_seconds(current.left_s)} left")
+    alive = sum(worker.alive is not False for worker in current.workers)
+    dead = len(current.workers) - alive
+    parts.append(
+        f"{alive} worker{'' if alive == 1 else 's'}" + (f", {dead} died at work" if dead else "")
+    )
+    return "  ".join(parts)
+
+
+def panel(current: SearchStatus, width: int) -> RenderableType:
+    """Return a current as a bar, its line, the incumbent's bits and a table of workers.
+
+    Args:
+        current: What to show.
+        width: Columns of the terminal.
+    """
+    parts: list[RenderableType] = [Text(line(current))]
+    if current.state != "preparing":
+        bar = ProgressBar(total=1.0, completed=current.share, width=min(width, 60))
+        row = Table.grid()  # a bar by itself ends no line
+        row.add_row(bar)
+        parts.insert(0, row)
+        parts += strips(current.bits, current.levels, width) if current.bits else []
+    return Group(*parts, *([_workers(current.workers)] if current.workers else []))
+
+
+def _workers(found: tuple[WorkerStatus, ...]) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for title, side in (("worker", "left"), ("state", "left"), ("at", "left"), ("scored", "right")):
+        table.add_column(title, justify="right" if side == "right" else "left", no_wrap=True)
+    states = {True: "[green]alive[/]", False: "[red]dead[/]", None: "elsewhere"}
+    for worker in found:
+        table.add_row(
+            tables.plain(worker.name), states[worker.alive], worker.doing, str(worker.candidates)
+        )
+    return table

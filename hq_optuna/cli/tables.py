@@ -1,0 +1,206 @@
+"""What people see in the terminal: opening lines, tables, status."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from optuna.study import Study
+from rich.console import Console
+from rich.markup import escape
+from rich.measure import Measurement
+from rich.table import Table
+
+from hq_optuna.attributes import COMPARED, UNIFORM, quantizers_text
+from hq_optuna.cli.bits_strip import digit_styles, strips
+from hq_optuna.protocol.history import History, read_history
+from hq_optuna.protocol.status import SearchStatus, read_status
+from hq_optuna.report.compared import warnings
+from hq_optuna.report.measured import accuracies
+from hq_optuna.report.report import layer_table
+from hq_optuna.space.cost import CostModel, format_cost, macs
+from hq_optuna.space.layers import FLOAT_BITS
+from hq_optuna.storages import redact_url
+
+plain = escape
+
+
+def opening(console: Console, search: Any, place: Any) -> None:
+    """Say what is searched, before the work."""
+    space, budget = search.space, search.budget
+    model = CostModel(space.layers, budget.metric)
+    lines = [
+        f"{len(space.layers)} layers, {macs(space.layers):,} MACs, "
+        f"{sum(layer.n_weights for layer in space.layers):,} weights; "
+        f"{len(space.variables)} searched",
+        f"budget {format_cost(budget.limit(space.layers), budget.metric)} "
+        f"({100 * budget.limit(space.layers) / model.int8:.4g} % of all-8-bit "
+        f"{format_cost(model.int8, budget.metric)})",
+        f"storage {redact_url(place.storage)}, study {place.name}",
+    ]
+    for name, kind, reason in search.objective.skipped:
+        lines.append(f"not quantized: {name} ({kind}): {reason}")
+    console.print("\n".join(plain(line) for line in lines), highlight=False, soft_wrap=True)
+
+
+def bits_text(bits: int, levels: Sequence[int]) -> str:
+    """Return bits for a table, on the colour that they have in the pictures."""
+    if bits == FLOAT_BITS:
+        return "float"
+    style = digit_styles(levels).get(bits)
+    return str(bits) if style is None else f"[{style}]{bits}[/]"
+
+
+def table_of_layers() -> Table:
+    """Return a table whose one column is of layers: names too long for the screen take two lines.
+
+    All other columns keep their width, so that no figure is cut.
+    """
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("layer", overflow="fold")
+    return table
+
+
+def print_whole(console: Console, table: Table) -> None:
+    """Print a table as wide as the terminal; without one, a row is a line, however long."""
+    width = console.width
+    if not console.is_terminal:
+        options = console.options.update(max_width=100_000)
+        console.width = max(width, Measurement.get(console, options, table).maximum)
+    console.print(table)
+    console.width = width
+
+
+def result(console: Console, study: Study) -> None:
+    """Show the answer: a table of layers, costs, accuracies."""
+    history = read_history(study)
+    table = table_of_layers()
+    for title, side in (
+        ("kind", "left"),
+        ("weights", "right"),
+        ("MACs", "right"),
+        ("W bits", "right"),
+        ("A bits", "right"),
+        ("cost", "right"),
+        ("rise, nats", "right"),
+    ):
+        table.add_column(title, justify="right" if side == "right" else "left", no_wrap=True)
+    levels = history.space.levels
+    if history.info.quantizers:
+        table.add_column("rounded", no_wrap=True)
+    for row in layer_table(history):
+        table.add_row(
+            plain(row.name),
+            row.kind,
+            f"{row.n_weights:,}",
+            f"{row.macs:,}",
+            bits_text(row.weight_bits, levels),
+            bits_text(row.activation_bits, levels),
+            f"{100 * row.share_after:.1f} %",
+            "-" if row.sensitivity is None else f"{row.sensitivity:.2g}",
+            *((row.quantizer,) if history.info.quantizers else ()),
+        )
+    print_whole(console, table)
+    reason = read_status(study).reason
+    console.print(_summary(history, reason), highlight=False, soft_wrap=True)
+
+
+def _trained(history: History) -> str:
+    n = sum(record.training is not None for record in history.records)
+    n_kept = sum(record.trained is not None for record in history.records)
+    if not n:
+        return "no training"
+    return f"{n} trained" + (f", {n_kept} of these kept" if n_kept < n else "")
+
+
+def _summary(history: History, reason: str = "") -> str:
+    record, info = history.incumbent, history.info
+    quantizers = f"weights   {plain(quantizers_text(info.quantizers))}" if info.quantizers else ""
+    if record is None:
+        return "\n".join(filter(None, (quantizers, "No step is closed yet.")))
+    cost = record.winner.cost
+    lines = [
+        f"cost      [bold]{format_cost(cost, info.metric)}[/], "
+        f"{100 * cost / info.int8:.1f} % of all-8-bit ({format_cost(info.int8, info.metric)}), "
+        f"{100 * cost / info.float32:.2f} % of float ({format_cost(info.float32, info.metric)})",
+        f"score     {record.current.score:.3g} nats predicted loss rise "
+        f"(by layers: weights {record.current.score_weights:.3g}, "
+        f"activations {record.current.score_activations:.3g})",
+        f"search    {len(history.records)} steps, "
+        f"{sum(c.counted for c in history.candidates)} candidates, "
+        + _trained(history)
+        + (f"; ended: {reason}" if reason else ""),
+    ]
+    if quantizers:
+        lines.append(quantizers)
+    facts = history.facts
+    intervals = accuracies(facts)
+    measured = sorted(name.removesuffix("_before") for name in facts if name.endswith("_before"))
+    for name in measured:
+        before, after = facts[f"{name}_before"], facts.get(f"{name}_after", float("nan"))
+        what = "test" if name.startswith("test_") else "validation"
+        named = name.removeprefix("test_")
+        if named == "accuracy":
+            before, after, unit = 100 * before, 100 * after, " %"
+        else:
+            unit = ""
+        counted = intervals.get(what) if named == "accuracy" else None
+        lines.append(
+            f"{plain(named):<9} {before:.2f}{unit} float -> [bold]{after:.2f}{unit}[/] quantized"
+            f"{'' if counted is None else ', ' + _points(counted['difference'])} "
+            f"({facts.get(f'{what}_samples', '?')} {what} samples)"
+        )
+    for row in facts.get(COMPARED, ()):
+        if row["method"] == UNIFORM:
+            values = row["measured"]
+            shown = {plain(name): f"{value:.4g}" for name, value in values.items()}
+            if "accuracy" in values:
+                shown = {"accuracy": f"{100 * values['accuracy']:.2f} %"}
+            figures = ", ".join(f"{name} {value}" for name, value in shown.items())
+            lines.append(
+                f"uniform   {row['bits']} cost {format_cost(row['cost'], info.metric)}: {figures} "
+                f"({facts.get('validation_samples', '?')} validation samples)"
+            )
+    lines += [
+        f"[yellow]Warning:[/] {plain(text)}"
+        for text in warnings(facts.get(COMPARED, ()), info.metric, facts.get("validation_samples"))
+    ]
+    if not history.met:
+        lines.append("[bold red]The budget is not met.[/]")
+    return "\n".join(lines)
+
+
+def show_bits(console: Console, bits: Sequence[tuple[int, int]], levels: Sequence[int]) -> None:
+    """Show the bits of all layers as a strip of digits; whole where there is no terminal."""
+    for line in strips(bits, levels, console.width if console.is_terminal else None):
+        console.print(line, soft_wrap=True)
+
+
+def _points(difference: Mapping[str, float]) -> str:
+    """Return a difference of accuracies with its interval, for people."""
+    value, low, high = (100 * difference[end] for end in ("value", "low", "high"))
+    return f"{value:+.2f} points, 95 % interval {low:+.1f} to {high:+.1f}"
+
+
+def status(console: Console, study: Study, current: SearchStatus) -> None:
+    """Show where a search stands."""
+    history = read_history(study)
+    info, record = history.info, history.incumbent
+    state = current.state + (f": {current.reason}" if current.reason else "")
+    console.print(f"[bold]{plain(study.study_name)}[/]  {state}", highlight=False, soft_wrap=True)
+    if record is not None:
+        start = history.records[0].winner.cost
+        way = start - info.limit
+        share = 1.0 if way <= 0 else min((start - record.winner.cost) / way, 1.0)
+        console.print(
+            f"{100 * share:.0f} % of the way from {format_cost(start, info.metric)} "
+            f"to {format_cost(info.limit, info.metric)}",
+            highlight=False,
+        )
+        show_bits(console, list(record.config.values()), history.space.levels)
+    console.print(_summary(history), highlight=False, soft_wrap=True)
+    console.print(
+        f"{history.n_running} running, {history.n_pruned} not needed, {history.n_failed} failed "
+        "or given back",
+        highlight=False,
+    )

@@ -1,0 +1,109 @@
+"""``hq-optuna worker``: joins a search, and tells what it does."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+
+from hq_optuna.cli.progress import SearchProgress
+from hq_optuna.cli.session import Request, begin, wait_for_study
+from hq_optuna.protocol import worker_identity
+from hq_optuna.workers.loop import Doing
+from hq_optuna.workers.process import ENDS_WITH_STDIN, SERVES
+from hq_optuna.workers.serving import Orders, serve
+
+GRACE_S = 20.0
+"""How long a worker whose launcher is gone may take to give its candidate back."""
+
+
+def work(
+    request: Request, *, create: bool, wait_for_s: float, as_json: bool, console: Console
+) -> None:
+    """Join a search and work until it is over.
+
+    Args:
+        request: What the user asked for.
+        create: Whether to start the study if it does not exist.
+        wait_for_s: How long to wait for a study that does not exist.
+        as_json: Whether to print events as JSON, one a line.
+        console: Where to show progress otherwise.
+
+    Raises:
+        StorageError: The study does not exist.
+    """
+    orders: Orders | None = None
+    if os.environ.get(SERVES):
+        orders = Orders(sys.stdin.fileno(), _launcher_is_gone)
+    elif os.environ.get(ENDS_WITH_STDIN):
+        threading.Thread(target=_end_with, args=(sys.stdin.fileno(),), daemon=True).start()
+    tell = _Events(as_json)
+    if not create:
+        tell("waiting for the study")
+        wait_for_study(request.find()[1], wait_for_s)
+    tell("loading")
+    session = begin(request, console)
+    with SearchProgress(console, session.search.space, session.search.budget) as progress:
+        tell("preparing")
+        study = session.open(progress=progress.phase)
+        if orders is not None:
+            study._storage.remove_session()  # the launcher has it from here on
+            objective = session.search.objective
+            objective.prepare()
+            serve(orders, functools.partial(objective.obey, study), tell)
+        else:
+            session.search.work(
+                study,
+                on_progress=progress.search,
+                on_doing=tell.doing,
+                pages=ENDS_WITH_STDIN not in os.environ,  # else its launcher writes them
+            )
+    tell("done")
+    console.print(
+        f"The search is over. This worker, {worker_identity.my_short_name()}, scored "
+        f"{tell.n_scored} candidates.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+class _Events:
+    """Tells a launcher what happens, one JSON object a line; silent without one."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        self.n_scored = 0
+        self._last = ""
+
+    def __call__(self, event: str, **facts: Any) -> None:
+        self.n_scored += event == "scored"
+        if self.as_json and (event != self._last or facts):
+            self._last = event
+            me = worker_identity.my_short_name()
+            data = {"event": event, "worker": me, "scored": self.n_scored, **facts}
+            print(json.dumps(data), flush=True)
+
+    def doing(self, doing: Doing) -> None:
+        """Tell what this worker does, and count what it scored."""
+        self(doing)
+
+
+def _end_with(descriptor: int, exit_: Callable[[int], Any] = os._exit) -> None:
+    """End this process, gracefully if it can, when its launcher is gone."""
+    while os.read(descriptor, 1024):
+        pass
+    _launcher_is_gone(exit_)
+
+
+def _launcher_is_gone(exit_: Callable[[int], Any] = os._exit) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE_S)
+    exit_(1)

@@ -1,0 +1,223 @@
+"""Checks at the door: a network, data and loss that cannot be searched are refused before work."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hq_optuna.errors import DataError, NetworkError
+from hq_optuna.network.batches import Batches, cloned, forward, tensors
+from hq_optuna.network.copies import copied
+from hq_optuna.network.losses import LossFunction, is_cross_entropy
+from hq_optuna.network.places import IGNORED_LABEL
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def check_forward(network: nn.Module, data: Batches, loss_fn: LossFunction) -> list[str]:
+    """Refuse what would make scores wrong or unrepeatable, from two passes over the first batch.
+
+    Args:
+        network: Left as it is; a copy in eval mode is called.
+        data: Calibration batches on the network's device.
+        loss_fn: Mean loss of a batch from outputs and labels.
+
+    Returns:
+        Warnings: sentences about what is doubtful but possible.
+
+    Raises:
+        NetworkError: Two passes differ (dropout left on), outputs are NaN or infinite, or the
+            network writes into its input or cannot be copied.
+        DataError: Labels out of range, a loss that is not one finite number, or cross-entropy of
+            what are no classes.
+    """
+    called = copied(network)
+    for name, value in called.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise NetworkError(
+                f"The network's state holds {name!r}, a {type(value).__name__} and no tensor "
+                "(get_extra_state), which neither a result nor a checkpoint can hold."
+            )
+    batch = data[0]
+    kept = [(t, t.clone(), _version(t)) for t in tensors(batch.inputs)]
+    first = forward(called, batch.inputs)
+    _check_inputs_kept(kept)
+    if len(data) > 1:  # which may leave something behind
+        try:
+            forward(called, cloned(data[-1].inputs))
+        except Exception as error:
+            raise DataError(
+                f"The network fails on the last calibration batch, and not on the first: "
+                f"{type(error).__name__}: {error}. Batches are to be alike in types and shapes."
+            ) from error
+    second = forward(called, batch.inputs)
+    if len(list(tensors(first))) != len(list(tensors(second))):
+        raise NetworkError(
+            "Two forward passes of the same images in eval mode return different numbers of "
+            "tensors. Scores must be repeatable; make eval mode deterministic."
+        )
+    for a, b in zip(tensors(first), tensors(second), strict=True):
+        if not torch.equal(a, b):
+            if bool(torch.isnan(a).any()):
+                break
+            raise NetworkError(
+                "Two forward passes of the same images in eval mode differ: the network is random "
+                "(dropout with training=True, random augmentation inside forward?), or remembers "
+                "what it saw (a buffer that forward updates and uses?). "
+                "Scores must be repeatable; make eval mode deterministic."
+            )
+    for output in tensors(first):
+        if output.is_floating_point() and not bool(torch.isfinite(output).all()):
+            raise NetworkError(
+                "The network's outputs on the calibration data hold NaN or infinity. "
+                "Check the checkpoint and the normalization of the inputs."
+            )
+    if is_cross_entropy(loss_fn):
+        check_class_scores(first)
+        ignored = getattr(loss_fn, "ignore_index", IGNORED_LABEL)
+        for labels in (each.labels for each in data):
+            check_labels(first, labels, ignored)
+            check_probabilities(first, labels)
+    try:
+        loss = loss_fn(first, batch.labels)
+    except Exception as error:
+        raise DataError(
+            f"The loss function failed on the first calibration batch: {error}. It is called with "
+            "(outputs, labels)."
+        ) from error
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise DataError(f"The loss function returns one number, the mean of a batch; got {shape}.")
+    if not math.isfinite(float(loss)):
+        raise DataError(
+            f"The loss on the first calibration batch is {float(loss)}. Check labels and outputs."
+        )
+    return _check_mean(called, data, loss_fn, float(loss))
+
+
+def _version(tensor: Tensor) -> int:
+    """Return how often a tensor was written, as far as PyTorch counts."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _check_inputs_kept(kept: list[tuple[Tensor, Tensor, int]]) -> None:
+    """Refuse a network that writes into its input, and put the input back.
+
+    Also where this batch's values stay the same by it, as those that are clamped already.
+    """
+    changed = False
+    for tensor, before, version in kept:
+        if not torch.equal(tensor, before):
+            tensor.copy_(before)
+            changed = True
+        changed |= _version(tensor) > version
+    if changed:
+        raise NetworkError(
+            "The network writes into its input (an in-place operation such as `x.sub_(mean)` or "
+            "ReLU(inplace=True) on it), so a second pass would see other data. Make its first "
+            "operation work on a copy."
+        )
+
+
+_ANOTHER_LOSS = (
+    "The loss is cross-entropy, which is for classes: give loss, for example "
+    "torch.nn.functional.mse_loss where numbers are predicted."
+)
+
+
+def check_class_scores(outputs: Any) -> None:
+    """Refuse outputs of which cross-entropy makes nothing, or 0 whatever they are."""
+    if isinstance(outputs, Tensor) and (outputs.dim() < 2 or outputs.shape[1] == 1):
+        raise DataError(
+            f"The network's outputs have shape {tuple(outputs.shape)}, one number a sample, and "
+            f"class scores have shape (samples, classes, …). {_ANOTHER_LOSS}"
+        )
+
+
+def check_probabilities(outputs: Any, labels: Any) -> None:
+    """Refuse floating labels that are no probabilities of classes; cross-entropy takes any."""
+    if not (isinstance(outputs, Tensor) and isinstance(labels, Tensor)):
+        return
+    if not labels.is_floating_point():
+        return
+    positive = labels.dim() == outputs.dim() and bool((labels >= 0).all())
+    # Labels in half precision, one for each of many classes, do not sum to 1 exactly.
+    if positive and bool((labels.double().sum(1) - 1).abs().max() < 1e-2):
+        return
+    raise DataError(
+        "The labels are no classes: they are neither whole numbers nor, for each sample, "
+        f"probabilities that sum to 1. {_ANOTHER_LOSS}"
+    )
+
+
+@torch.no_grad()
+def check_rise(network: nn.Module, data: Batches, output_rise: Callable[..., Any]) -> None:
+    """Ask the user's own function for the rise of outputs that did not move.
+
+    Raises:
+        DataError: It fails, or returns no single finite number.
+    """
+    outputs = forward(copied(network), data[0].inputs)
+    try:
+        found = float(output_rise(outputs, cloned(outputs)))
+    except Exception as error:
+        raise DataError(
+            f"output_rise failed on the first calibration batch: {type(error).__name__}: {error}. "
+            "It is called with (outputs, moved) and returns one number, summed over the samples."
+        ) from error
+    if not math.isfinite(found):
+        raise DataError(f"output_rise of outputs that did not move is {found}; it should be 0.")
+
+
+def check_labels(
+    outputs: Any, labels: Any, ignored: int = IGNORED_LABEL, what: str = "calibration"
+) -> None:
+    """Refuse class labels that the network has no output for.
+
+    Looks only at the common case of class scores ``(N, C, …)`` and integer labels ``(N, …)``.
+
+    Args:
+        outputs: Of any batch; their number of classes counts.
+        labels: As cross-entropy reads them.
+        ignored: The label that it ignores.
+        what: Name of the data.
+    """
+    if not (isinstance(outputs, Tensor) and isinstance(labels, Tensor)):
+        return
+    if labels.is_floating_point() or outputs.dim() < 2 or labels.dim() != outputs.dim() - 1:
+        return
+    used = labels[labels != ignored]
+    n_classes = outputs.shape[1]
+    if used.numel() and (int(used.min()) < 0 or int(used.max()) >= n_classes):
+        raise DataError(
+            f"{what.capitalize()} labels run from {int(used.min())} to {int(used.max())}, but the "
+            f"network has {n_classes} outputs (labels 0 to {n_classes - 1})."
+        )
+
+
+def _check_mean(network: nn.Module, data: Batches, loss_fn: LossFunction, loss: float) -> list[str]:
+    """Warn if the loss looks like a sum over the batch rather than its mean."""
+    batch = data[0]
+    if not isinstance(batch.inputs, Tensor) or not isinstance(batch.labels, Tensor) or batch.n < 2:
+        return []
+    half = batch.n // 2
+    cut = half * (len(batch.labels) // batch.n)  # a sample may have several labels
+    try:
+        a = float(loss_fn(forward(network, batch.inputs[:half]), batch.labels[:cut]))
+        b = float(loss_fn(forward(network, batch.inputs[half:]), batch.labels[cut:]))
+    except Exception as error:  # a network or loss that is made for one batch size
+        logger.debug("Half a batch could not be tried: %s", error)
+        return []
+    mean = (a * half + b * (batch.n - half)) / batch.n
+    if abs(a + b - loss) < 1e-4 * abs(loss) and abs(mean - loss) > 1e-2 * abs(loss):
+        return [
+            "The loss function seems to sum over the batch; scores assume its mean "
+            "(reduction='mean'), so their size depends on the batch size here."
+        ]
+    return []

@@ -1,0 +1,195 @@
+"""How good a network is on data the search did not read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hq_optuna.errors import DataError, HqOptunaError
+from hq_optuna.network.batches import Batches, cloned, forward
+from hq_optuna.network.checks import check_labels
+from hq_optuna.network.copies import copied
+from hq_optuna.network.losses import LossFunction, is_cross_entropy
+from hq_optuna.network.places import IGNORED_LABEL
+
+Evaluate = Callable[[nn.Module, Batches], Mapping[str, float]]
+
+
+@torch.no_grad()
+def right(network: nn.Module, data: Batches) -> Tensor | None:
+    """Return for each sample whether its class is right, shape ``(N,)``.
+
+    Returns:
+        ``None`` where there is not one class a sample: other outputs, or a class for each pixel,
+        which are not independent of each other.
+    """
+    found = []
+    for batch in data:
+        outputs, labels = forward(network, batch.inputs), batch.labels
+        if not (isinstance(outputs, Tensor) and isinstance(labels, Tensor)):
+            return None
+        if labels.is_floating_point() or labels.dim() != 1 or outputs.dim() != 2:
+            return None
+        if outputs.shape[1] == 1:
+            return None
+        found.append((outputs.argmax(1) == labels).cpu())
+    return torch.cat(found) if found else None
+
+
+@torch.no_grad()
+def figures(evaluate: Evaluate, network: nn.Module, data: Batches) -> dict[str, float]:
+    """Return what ``evaluate`` measures; its passes keep nothing for gradients."""
+    return {name: float(value) for name, value in evaluate(network, data).items()}
+
+
+def of_validation(fact: str) -> bool:
+    """Say whether a fact of a study, by name, was measured on validation data."""
+    own = fact in ("validation_samples", "validation_lost", "validation_gained")
+    return own or (fact.endswith(("_before", "_after")) and not fact.startswith("test_"))
+
+
+@contextmanager
+def explained_on(what: str) -> Iterator[None]:
+    """Say of whatever goes wrong that it did so on these data.
+
+    Raises:
+        DataError: Network, loss or figures fail on them.
+    """
+    try:
+        yield
+    except HqOptunaError:
+        raise
+    except Exception as error:  # of the user's network, loss or figures
+        raise DataError(
+            f"The network cannot be measured on the {what} data: {type(error).__name__}: {error}. "
+            "They are to be as the calibration data: types, shapes, and labels."
+        ) from error
+
+
+def check_measured(
+    evaluate: Evaluate, model: nn.Module, data: Batches, loss_fn: LossFunction
+) -> None:
+    """Compute loss and figures of validation data before a search, and look at all labels.
+
+    Raises:
+        DataError: They cannot be measured, or labels are no classes of the network.
+    """
+    with explained_on("validation"), torch.no_grad():
+        outputs = forward(copied(model), data[0].inputs)
+        if is_cross_entropy(loss_fn):
+            ignored = getattr(loss_fn, "ignore_index", IGNORED_LABEL)
+            for batch in data:
+                check_labels(outputs, batch.labels, ignored, "validation")
+        float(loss_fn(cloned(outputs), data[0].labels))
+    if evaluate is not accuracy:
+        check_evaluate(evaluate, model, data)
+
+
+@torch.no_grad()
+def check_evaluate(evaluate: Evaluate, model: nn.Module, data: Batches) -> None:
+    """Measure the float network once before a search, which is over when it is measured again.
+
+    On the first batch, and on all of them only where that one alone cannot be measured.
+
+    Raises:
+        DataError: It fails, returns no numbers by name, or an accuracy in percent.
+    """
+    network = copied(model)
+    for batches in (Batches(data[:1]), data):
+        try:
+            found = evaluate(network, batches)
+            break
+        except Exception as error:  # whatever the user's own code raises
+            if batches is data:
+                raise DataError(
+                    f"evaluate fails on the validation data: {type(error).__name__}: {error}. It "
+                    "is called with (network, batches); a batch has inputs, labels and n."
+                ) from error
+    try:
+        for value in dict(found).values():
+            float(value)
+    except (TypeError, ValueError):
+        raise DataError(
+            f'evaluate returns numbers by name, such as {{"dice": 0.91}}; got {found!r:.80}.'
+        ) from None
+    given = float(dict(found).get("accuracy", 0.0))
+    if given < 0 or given > 1:
+        raise DataError(
+            f"evaluate returns an accuracy of {given:g}; expected a share from 0 to 1. Divide "
+            "percentages by 100, or give what is no accuracy another name."
+        )
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, data: Batches) -> dict[str, float]:
+    """Return ``{"accuracy": share of right classes}``, or nothing where there are no classes.
+
+    Understands class scores ``(N, C, …)`` with integer labels ``(N, …)``.
+    """
+    right = total = 0
+    for batch in data:
+        outputs = forward(network, batch.inputs)
+        labels = batch.labels
+        if not (isinstance(outputs, Tensor) and isinstance(labels, Tensor)):
+            return {}
+        if labels.is_floating_point() or labels.dim() != outputs.dim() - 1:
+            return {}
+        if outputs.shape[1] == 1:  # one logit: its argmax is always 0
+            return {}
+        right += int((outputs.argmax(1) == labels).sum())
+        total += labels.numel()
+    return {"accuracy": right / total} if total else {}
+
+
+@torch.no_grad()
+def mean_loss(
+    network: nn.Module, data: Batches, loss_fn: Callable[[Any, Any], Tensor]
+) -> dict[str, float]:
+    """Return ``{"loss": mean over the samples}``."""
+    losses = [float(loss_fn(forward(network, b.inputs), b.labels)) * b.n for b in data]
+    return {"loss": math.fsum(losses) / data.n_samples}
+
+
+def before_and_after(
+    evaluate: Evaluate, model: nn.Module, network: nn.Module, data: Batches, what: str
+) -> dict[str, float]:
+    """Measure the float and the quantized network.
+
+    Args:
+        evaluate: What is measured.
+        model: The float network; left as it is.
+        network: The quantized network.
+        data: On their device.
+        what: Name of the data; figures of other than validation data have it before their names.
+
+    Returns:
+        ``{"<what>_samples": …, "accuracy_before": …, "accuracy_after": …}``, and where `accuracy`
+        is what is measured and there is one class a sample, ``<what>_lost`` and ``<what>_gained``:
+        samples that only the float network, or only the quantized one, gets right.
+    """
+    facts: dict[str, float] = {f"{what}_samples": data.n_samples}
+    prefix = "" if what == "validation" else f"{what}_"
+    original = copied(model)
+    with explained_on(what):
+        if evaluate is accuracy:
+            before, after = right(original, data), right(network, data)
+            if before is not None and after is not None:
+                facts[f"{prefix}accuracy_before"] = share(before)
+                facts[f"{prefix}accuracy_after"] = share(after)
+                facts[f"{what}_lost"] = int((before & ~after).sum())
+                facts[f"{what}_gained"] = int((after & ~before).sum())
+                return facts
+        for when, measured in (("before", original), ("after", network)):
+            for name, value in figures(evaluate, measured, data).items():
+                facts[f"{prefix}{name}_{when}"] = value
+    return facts
+
+
+def share(right: Tensor) -> float:
+    """Return the accuracy that `right` tells."""
+    return int(right.sum()) / len(right)

@@ -1,0 +1,1 @@
+"""Where a network meets a trial: what is prepared once, scored, trained and recorded."""

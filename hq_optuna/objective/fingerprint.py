@@ -1,0 +1,115 @@
+"""What a search depends on, so that a resumed search is the same search or is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping
+
+import optuna
+import torch
+from optuna.study import Study
+from torch import nn
+
+from hq_optuna import attributes
+from hq_optuna._version import __version__
+from hq_optuna.errors import ResumeError
+from hq_optuna.quantization.quantizer_choice import in_words
+
+QUANTIZERS = "weights: symmetric per channel, squared error; activations: affine per tensor"
+
+_WORDS = {
+    "network": "the network's weights or structure",
+    "data": "the calibration data",
+    "space": "the search space (layers, allowed bits, pins or ties)",
+    "quantizers": "the quantizers",
+    "scorer": "the scorer",
+    "rounding": "how weights are rounded",
+    "correction": "whether statistics are corrected",
+    "precision": "the precision of candidates' forward passes",
+    "observer": "the observer of activation ranges",
+    "loss": "the loss function",
+    "output_rise": "the function output_rise",
+    "budget": "the budget",
+    "rule": "the winner rule",
+    "n_candidates": "the number of candidates a step",
+    "seed": "the seed",
+    "refine": "whether swaps refine the answer",
+    "encoding": "the encoding of candidates",
+    "training": "the training (its data or settings)",
+    "train_every": "how often winners are trained",
+}
+
+
+def quantizers(chosen: Mapping[str, str]) -> str:
+    """Return what rounds weights and activations, given the layers whose weights are not uniform.
+
+    Example:
+        >>> quantizers({"conv2": "ternary"}).partition("; activations")[0]
+        'weights: symmetric per channel, squared error; ternary for conv2'
+    """
+    if not chosen:
+        return QUANTIZERS
+    weights, activations = QUANTIZERS.split("; ")
+    return f"{weights}; {in_words(chosen)}; {activations}"
+
+
+def network_digest(network: nn.Module) -> str:
+    """Return sixteen hexadecimal digits that name weights, buffers and the modules' text."""
+    sha = hashlib.sha256(str(network).encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        sha.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        sha.update(flat.view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions a result was made with."""
+    return {
+        "hq_optuna": __version__,
+        "optuna": optuna.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def check_or_write(
+    study: Study, mine: Mapping[str, str | int], *, is_mine: bool | None = None
+) -> bool:
+    """Write the fingerprint into a new study, or refuse a study with another one.
+
+    Args:
+        study: The study.
+        mine: The fingerprint of the search that wants to go on with it.
+        is_mine: Whether the study's first trial belongs to this very search. Then another
+            fingerprint there is that of a search which was started at the same moment, wrote last
+            and was refused, and is written over.
+
+    Returns:
+        Whether what is stored had to be written over.
+
+    Raises:
+        ResumeError: Naming what changed.
+    """
+    stored = study.user_attrs.get(attributes.FINGERPRINT)
+    changed: tuple[str, ...] = ()
+    if stored is not None:
+        # Searches without these do not name them.
+        names = dict.fromkeys([*mine, "training", "output_rise"])
+        changed = tuple(name for name in names if stored.get(name) != mine.get(name))
+        if not changed:
+            return False
+    if stored is None or is_mine:
+        study.set_user_attr(attributes.FINGERPRINT, {**mine, "versions": versions()})
+        return bool(changed)
+    described = "; ".join(
+        f"{_WORDS.get(name, name)} (study: {stored.get(name, 'none')}, "
+        f"now: {mine.get(name, 'none')})"
+        for name in changed
+    )
+    raise ResumeError(
+        f"Study {study.study_name!r} is another search. Changed: {described}. "
+        "Undo the change to go on with it, or give a new study name (--name).",
+        changed=changed,
+    )

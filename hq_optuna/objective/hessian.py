@@ -1,0 +1,384 @@
+"""`HessianObjective`: scores a trial's assignment by curvature, without training."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import optuna
+from optuna.storages import BaseStorage
+from optuna.study import Study
+from optuna.trial import Trial
+from torch import nn
+from torch.nn import functional
+
+from hq_optuna import attributes
+from hq_optuna.attributes import Ticket
+from hq_optuna.errors import ResumeError, SpaceError
+from hq_optuna.network.batches import Precision, read_batches
+from hq_optuna.network.checks import check_forward, check_rise
+from hq_optuna.network.copies import copied
+from hq_optuna.network.losses import LossFunction
+from hq_optuna.objective import description, fingerprint
+from hq_optuna.objective.publish import publish, publish_facts, stored_sensitivity
+from hq_optuna.objective.recording import record, shown
+from hq_optuna.objective.scorer_setup import Progress, ScoringSetup
+from hq_optuna.objective.training_steps import TrainedSteps
+from hq_optuna.protocol.claims import ClaimedTrial, NotNeeded, write_facts
+from hq_optuna.protocol.history import read_history
+from hq_optuna.protocol.step_record import KEPT, closing, winner_of
+from hq_optuna.quantization import Observer, set_bits
+from hq_optuna.quantization.compensation import Rounding
+from hq_optuna.quantization.quantizer_choice import choose_quantizers
+from hq_optuna.samplers import ProgressiveBitSampler
+from hq_optuna.scoring import UNKNOWN_LOSS, OutputRise, Score, Scorer, ScorerName
+from hq_optuna.space.assignment import BitConfig
+from hq_optuna.space.search_space import SearchSpace
+from hq_optuna.training.plan import TrainingPlan
+
+LOOK_EVERY_S = 2.0
+"""How often a worker asks whether the candidate that it scores is still needed."""
+
+
+class HessianObjective:
+    """An Optuna objective: the predicted loss rise of a trial's bits, in nats.
+
+    One candidate costs one forward pass over the calibration set. What all candidates share
+    (ranges, curvature, sensitivities) is computed once, at the first trial; a worker that joins an
+    existing study takes the sensitivities from there, so all workers rank by the same numbers.
+
+    With `ProgressiveBitSampler` the trial's ticket says what to do. With any other sampler the
+    objective asks for the bits of each variable of the space, so TPE or NSGA-II can be compared.
+
+    Args:
+        model: Trained network. Left exactly as it is.
+        calibration: Labelled data, see `read_batches`.
+        space: Search space of this network.
+        loss_fn: Mean loss of a batch from (outputs, labels); cross-entropy by default.
+        scorer: ``"gauss_newton"``: the rise that a candidate's own outputs tell. ``"loss"``: its
+            measured loss. Else a sum over layers, see `hq_optuna.scoring.layer_sums`.
+            ``None``: Gauss-Newton where the loss is cross-entropy or squared error or
+            ``output_rise`` is given, else ``"diagonal"``.
+        rounding: ``"compensated"``: the rounding error of a weight is made up for by others of its
+            channel, see `hq_optuna.quantization.compensation`. ``"nearest"``: each by itself.
+        correction: Whether each candidate's statistics are corrected in its forward pass.
+        output_rise: For Gauss-Newton with another loss: the loss rise, summed over samples, from
+            the outputs of the float network and of a candidate.
+        observer: How activation ranges are found: ``"squared_error"``, ``"min_max"`` or
+            ``"percentile"``.
+        quantizers: Glob over layer names to the quantizer of their weights, see
+            `hq_optuna.quantization.quantizers`; ``"uniform"`` where none matches.
+        batch_size: Samples a batch, where ``calibration`` has no batches of its own.
+        precision: ``"float32"``: candidates run in the network's own precision. ``"bfloat16"``:
+            in bfloat16 where PyTorch's autocast allows it, which is quick on GPUs and coarse: it
+            has 8 significant bits.
+        training: When winners are trained, and how; the sampler must be told the same. Then
+            `training.artifacts` must be set before the first trial. ``None``: never.
+
+    Raises:
+        SpaceError: An unknown quantizer, or one that cannot do the bits of its layers.
+        DataError: Unusable calibration data or loss.
+        NetworkError: Random or non-finite forward pass.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        calibration: Any,
+        space: SearchSpace,
+        *,
+        loss_fn: LossFunction = functional.cross_entropy,
+        scorer: ScorerName | None = None,
+        rounding: Rounding = "compensated",
+        correction: bool = True,
+        output_rise: OutputRise | None = None,
+        observer: Observer = "squared_error",
+        quantizers: Mapping[str, str] | None = None,
+        batch_size: int = 32,
+        precision: Precision = "float32",
+        training: TrainingPlan | None = None,
+    ) -> None:
+        self.model = model
+        self.space = space
+        self.loss_fn = loss_fn
+        self.setup = ScoringSetup.checked(
+            loss_fn,
+            scorer=scorer,
+            rounding=rounding,
+            correction=correction,
+            output_rise=output_rise,
+            observer=observer,
+            precision=precision,
+            quantizers=choose_quantizers(quantizers, space),
+        )
+        self.device = next(model.parameters()).device
+        self.data = read_batches(calibration, batch_size=batch_size).to(self.device)
+        self.warnings = check_forward(model, self.data, loss_fn)
+        if output_rise is not None:
+            check_rise(model, self.data, output_rise)
+        if scorer is None and self.setup.scorer == "diagonal":
+            self.warnings.append(UNKNOWN_LOSS)
+        self.training: TrainedSteps | None = None
+        if training is not None:
+            self.training = TrainedSteps(
+                training,
+                model,
+                space,
+                self.setup,
+                self.data,
+                loss_fn,
+                lambda what, done, of: self.progress(what, done, of),
+            )
+        self.skipped: tuple[tuple[str, str, str], ...] = ()
+        self.progress: Progress = lambda what, done, of: None
+        self._scorer: Scorer | None = None
+        self._lock = threading.RLock()  # threads of one process share one network
+        self._facts: dict[str, float] = {}
+        # By storage, as studies of two storages may have the same id.
+        self._settled: WeakKeyDictionary[BaseStorage, dict[int, bool]] = WeakKeyDictionary()
+
+    def quantized(self, config: BitConfig, scorer: Scorer | None = None) -> nn.Module:
+        """Return a network of its own with these bits, its statistics corrected if they shall be.
+
+        Call `prepare` first.
+
+        Args:
+            config: The bits.
+            scorer: Whose network: that of `prepare` by default, which was not trained.
+        """
+        scorer = self._scorer if scorer is None else scorer
+        assert scorer is not None, "call prepare() first"
+        missing = [layer.name for layer in self.space.layers if layer.name not in config]
+        if missing:
+            raise SpaceError(f"The assignment has no bits of {missing[0]!r}; it needs all layers'.")
+        prepared, correction = scorer.prepared, scorer.correction
+        set_bits(prepared, config)
+        if correction is not None:
+            correction.apply()
+        network = copy.deepcopy(prepared)
+        if correction is not None:
+            correction.reset()
+        return network
+
+    def answer(self, study: Study, config: BitConfig) -> nn.Module:
+        """Return the network of the last closed step: trained, where that step's record is."""
+        records = read_history(study).records
+        base = next((r.number for r in reversed(records) if r.trained is not None), None)
+        network = self.quantized(config, self.scorer_at(study, base))
+        if self.training is not None and base is not None and records[-1].number == base:
+            fresh = self.setup.prepared(self.model, self.space)
+            return self.training.network(study, base, fresh)
+        return network
+
+    def scorer_at(self, study: Study, base: int | None) -> Scorer:
+        """Return the scorer of candidates that are made from a trained record.
+
+        Args:
+            study: The study.
+            base: The record's number; ``None``: of the network as it was given.
+        """
+        scorer = self.prepare(study)
+        if base is None:
+            return scorer
+        if self.training is None:
+            raise ResumeError(
+                f"Study {study.study_name!r} trains its winners, and this objective was given no "
+                "training plan. Give the plan that the study was started with.",
+                changed=("training",),
+            )
+        return self.training.scorer(study, base).scorer
+
+    def prepare(self, study: Study | None = None) -> Scorer:
+        """Compute what all candidates share; called by the first trial if not before.
+
+        Args:
+            study: Where sensitivities are taken from if another worker measured them, and where
+                they are written otherwise.
+
+        Raises:
+            ResumeError: The study belongs to another search.
+        """
+        settled = {} if study is None else self._settled.setdefault(study._storage, {})
+        write_over: bool | None = None  # None: nothing to write
+        if study is not None:
+            another = self._met_another(study)
+            if settled.get(study._study_id) != another:
+                write_over = self._settle(study)
+        if self._scorer is None:
+            self._scorer = self._prepare(study)
+        if study is not None and write_over is not None:
+            info = description.info_of(self, study)
+            publish_facts(study, self._facts)
+            publish(study, self.space, info, self._scorer.sensitivity, again=write_over)
+            settled[study._study_id] = another
+        return self._scorer
+
+    def _settle(self, study: Study) -> bool:
+        """Refuse the study of another search; return whether what it says must be written over."""
+        mine, sampler, is_mine = self.fingerprint(study), study.sampler, None
+        if isinstance(sampler, ProgressiveBitSampler):
+            sampler.name_search(study, attributes.digest(mine))
+            sampler.log(study)
+            is_mine = sampler.view(study).is_surely_mine
+        return fingerprint.check_or_write(study, mine, is_mine=is_mine)
+
+    @staticmethod
+    def _met_another(study: Study) -> bool:
+        sampler = study.sampler
+        return isinstance(sampler, ProgressiveBitSampler) and sampler.view(study).met_another
+
+    def _prepare(self, study: Study | None) -> Scorer:
+        built = self.setup.build(
+            copied(self.model),
+            self.space,
+            self.data,
+            self.loss_fn,
+            None if study is None else stored_sensitivity(study),
+            lambda what, done, of: self.progress(what, done, of),
+        )
+        self.warnings += built.warnings
+        self._facts = built.facts
+        return built.scorer
+
+    def fingerprint(self, study: Study) -> dict[str, str | int]:
+        """Return what this search depends on, by name."""
+        return description.fingerprint_of(self, study)
+
+    def __call__(self, trial: Trial) -> float:
+        """Score one trial.
+
+        Raises:
+            optuna.TrialPruned: Its work is no longer needed.
+        """
+        with self._lock:
+            return self._scored(trial)
+
+    def _scored(self, trial: Trial) -> float:
+        started = time.perf_counter()
+        study = trial.study
+        scorer = self.prepare(study)
+        sampler, ticket = study.sampler, None
+        if isinstance(sampler, ProgressiveBitSampler):
+            ticket = sampler.ticket(study, trial._trial_id)
+        if ticket is None or ticket.kind == "free":
+            bits = [trial.suggest_categorical(v.name, v.bits) for v in self.space.variables]
+            config = self.space.config(bits)
+            return record(self.space, trial, config, scorer.score(config), None, started)
+        if ticket.kind == "surplus" or trial.should_prune():
+            raise optuna.TrialPruned("its work is no longer needed")
+        assert isinstance(sampler, ProgressiveBitSampler)
+        if not isinstance(trial, ClaimedTrial):  # that one was created with its parameters
+            for name, (_, choices) in sampler.parameters(ticket).items():
+                trial.suggest_categorical(name, choices)
+        config = self.space.config(ticket.bits)
+        if ticket.trains:
+            return self._record_training(trial, ticket, config, started)
+        if ticket.kind == "incumbent":
+            return self._record_step(trial, ticket, config, started)
+        pruned = optuna.TrialPruned("its work is no longer needed")
+        look = _every(LOOK_EVERY_S, lambda: not trial.should_prune(), pruned)
+        score = self.scorer_at(study, sampler.base(study)).score(config, look)
+        return record(self.space, trial, config, score, ticket, started)
+
+    def obey(
+        self, study: Study, order: Mapping[str, Any], needed: Callable[[], bool]
+    ) -> tuple[float, dict[str, Any]]:
+        """Do what a foreman orders for a trial of its own; call `prepare` first.
+
+        Args:
+            study: The study. It is read only for a network that was trained meanwhile, and written
+                only while one is trained here.
+            order: See `hq_optuna.workers.dispatcher.Order.message`.
+            needed: Asked now and then.
+
+        Returns:
+            The score, nats, and the trial's user attributes.
+
+        Raises:
+            NotNeeded: Nobody needs it any more.
+        """
+        assert self._scorer is not None, "call prepare() first"
+        started, base = time.perf_counter(), order.get("base")
+        if "train" in order:
+            trial = Trial(study, order["train"])
+            sampler = study.sampler
+            assert isinstance(sampler, ProgressiveBitSampler)
+            sampler.log(study)
+            ticket = sampler.ticket(study, trial._trial_id)
+            assert ticket is not None
+            value, score, said = self.trained(trial, ticket, needed, NotNeeded())
+            return value, {**shown(score, started), attributes.TRAINING: said}
+        scorer = self.scorer_at(study, base)
+        score = scorer.score(self.space.config(order["bits"]), _every(0.0, needed, NotNeeded()))
+        return score.total, shown(score, started)
+
+    def _record_training(
+        self, trial: Trial, ticket: Ticket, config: BitConfig, started: float
+    ) -> float:
+        pruned = optuna.TrialPruned("its work is no longer needed")
+        value, score, facts = self.trained(trial, ticket, lambda: not trial.should_prune(), pruned)
+        write_facts(trial, {attributes.TRAINING: facts})
+        record(self.space, trial, config, score, ticket, started)
+        return value
+
+    def trained(
+        self, trial: Trial, ticket: Ticket, needed: Callable[[], bool], otherwise: Exception
+    ) -> tuple[float, Score, dict[str, Any]]:
+        """Train the bits of a step record; return its value, the score, and what to record.
+
+        Args:
+            trial: The record's trial.
+            ticket: Its ticket.
+            needed: Asked after each epoch.
+            otherwise: Raised when it is not; the checkpoint stays.
+
+        Raises:
+            ArtifactError: The artifact store cannot be read or written.
+        """
+        study, sampler = trial.study, trial.study.sampler
+        assert isinstance(sampler, ProgressiveBitSampler)
+        log = sampler.log(study)
+        scorer = self.scorer_at(study, log.base)
+        assert self.training is not None
+        network = self.quantized(self.space.config(ticket.bits), scorer)
+        return self.training.train(trial, ticket, log, network, needed, otherwise)
+
+    def _record_step(
+        self, trial: Trial, ticket: Ticket, config: BitConfig, started: float
+    ) -> float:
+        assert ticket.origin is not None
+        value, found = winner_of(trial.study, ticket.origin)
+        record(
+            self.space,
+            trial,
+            config,
+            Score(value, *(found[name] for name in KEPT)),
+            ticket,
+            started,
+        )
+        return closing(value, found)[0]
+
+
+def _every(seconds: float, needed: Callable[[], bool], otherwise: Exception) -> Callable[[], None]:
+    """Return a function that raises ``otherwise`` once the work is not needed any more.
+
+    Args:
+        seconds: How often ``needed`` is asked at most.
+        needed: Whether it is.
+        otherwise: Raised when it is not.
+    """
+    last = time.monotonic()
+
+    def look() -> None:
+        nonlocal last
+        if time.monotonic() - last < seconds:
+            return
+        if not needed():
+            raise otherwise
+        last = time.monotonic()
+
+    return look

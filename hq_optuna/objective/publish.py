@@ -1,0 +1,152 @@
+"""What a study is told once about its search, so that reports and other workers need no network."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+from optuna.study import Study
+
+from hq_optuna import attributes
+from hq_optuna.artifacts.store import Artifacts, attach, attached
+from hq_optuna.errors import ResumeError
+from hq_optuna.network.evaluation import of_validation
+from hq_optuna.scoring import Sensitivity
+from hq_optuna.space.search_space import SearchSpace
+
+SENSITIVITY = "sensitivity"
+"""Name of the artifact that holds the table of predicted loss rises, by layer and bits."""
+
+SENSITIVITY_CSV = "sensitivity_csv"
+"""Name of the artifact that holds the same table for people."""
+
+METRIC_NAME = "score_nats"
+"""Name of the trials' value in the dashboard and in `study.trials_dataframe()`."""
+
+
+def publish(
+    study: Study,
+    space: SearchSpace,
+    info: attributes.StudyInfo,
+    sensitivity: Sensitivity,
+    *,
+    again: bool = False,
+) -> None:
+    """Write space, sensitivities and description into the study, if they are not there yet.
+
+    The description comes last: a study that has it is complete.
+
+    Args:
+        study: The study.
+        space: Its search space.
+        info: Its description.
+        sensitivity: What was measured.
+        again: Write over what is there.
+    """
+    if attributes.INFO in study.user_attrs and not again:
+        return
+    parts = {
+        **attributes.split(attributes.SPACE, space.to_json()),
+        **attributes.split(attributes.SENSITIVITY, sensitivity.to_json()),
+    }
+    for key, value in parts.items():
+        study._storage.set_study_system_attr(study._study_id, key, value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study.set_metric_names([METRIC_NAME])
+    study.set_user_attr(attributes.INFO, dataclasses.asdict(info))
+
+
+def publish_artifacts(study: Study, artifacts: Artifacts) -> None:
+    """Put copies of the sensitivity table into the artifact store, unless the study names them.
+
+    One as JSON for programs, one as CSV, which optuna-dashboard shows as a table.
+
+    The study's own attributes stay what workers read: they need nothing but the storage, and all
+    rank by the same numbers. The copy is for people and other programs; its hash is in the study.
+    """
+    system = study._storage.get_study_system_attrs(study._study_id)
+    table = attributes.join(attributes.SENSITIVITY, system) or {}
+    if attached(study, SENSITIVITY) is None:
+        attach(
+            study,
+            SENSITIVITY,
+            artifacts.put_json(table),
+            filename="sensitivity.json",
+            mimetype="application/json",
+        )
+    if attached(study, SENSITIVITY_CSV) is None:
+        attach(
+            study,
+            SENSITIVITY_CSV,
+            artifacts.put(as_csv(table).encode()),
+            filename="sensitivity.csv",
+            mimetype="text/csv",
+        )
+
+
+def as_csv(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """Return a stored table of sensitivities as CSV: one line a layer and part, widest bits first.
+
+    Example:
+        >>> print(as_csv({"fc": {"weights": {"8": 1e-05, "4": 0.002}, "activations": {}}}), end="")
+        layer,part,8 bits (nats),4 bits (nats)
+        fc,weights,1e-05,0.002
+    """
+    bits = {b for parts in table.values() for row in parts.values() for b in row}
+    columns = sorted(bits, key=int, reverse=True)
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(["layer", "part", *(f"{b} bits (nats)" for b in columns)])
+    for layer, parts in table.items():
+        for part, row in parts.items():
+            if row:
+                lines.writerow([layer, part, *(row.get(b, "") for b in columns)])
+    return text.getvalue()
+
+
+def stored_sensitivity(study: Study) -> Sensitivity | None:
+    """Return the sensitivities another worker published, or ``None``."""
+    if attributes.INFO not in study.user_attrs:
+        return None
+    system = study._storage.get_study_system_attrs(study._study_id)
+    table = attributes.join(attributes.SENSITIVITY, system)
+    return None if table is None else Sensitivity.from_json(table)
+
+
+def publish_facts(study: Study, facts: dict[str, Any]) -> None:
+    """Write what was measured at the end (accuracies, seconds) into the study, by name.
+
+    Where validation data are among it, what an earlier measurement on such data said is gone.
+    """
+    stored = study.user_attrs
+    if "validation_samples" in facts:
+        known = (key.removeprefix(f"{attributes.REPORT}:") for key in stored)
+        facts = {**dict.fromkeys(filter(of_validation, known)), **facts}
+    for name, value in facts.items():
+        key = f"{attributes.REPORT}:{name}"
+        if stored.get(key) != value:
+            study.set_user_attr(key, value)
+
+
+def refuse_foreign_study(study: Study) -> None:
+    """Refuse a study that holds trials but no search of ours.
+
+    Raises:
+        ResumeError: The study is of another kind.
+    """
+    multi = len(study.directions) != 1 or study.direction != optuna.study.StudyDirection.MINIMIZE
+    foreign = attributes.FINGERPRINT not in study.user_attrs and len(
+        study.get_trials(deepcopy=False)
+    )
+    if multi or foreign:
+        raise ResumeError(
+            f"Study {study.study_name!r} in this storage belongs to another kind of study. "
+            "Give another study name (--name).",
+            changed=("kind of study",),
+        )

@@ -1,0 +1,258 @@
+"""From a float network to a scorer: ranges, rounding, sensitivities, statistics correction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, get_args
+
+from torch import Tensor, nn
+
+from hq_optuna.curvature import probe_of
+from hq_optuna.network.batches import Batches, Precision, check_precision, merge_first
+from hq_optuna.network.losses import LossFunction
+from hq_optuna.quantization import Observer, observe_inputs, prepare
+from hq_optuna.quantization.compensation import ROUNDINGS, Rounding, compensate_weights
+from hq_optuna.quantization.correction import StatisticsCorrection
+from hq_optuna.quantization.observers import InputHistogram
+from hq_optuna.quantization.quantizer_choice import not_compensated
+from hq_optuna.scoring import (
+    LAYER_SUMS,
+    SCORERS,
+    LayerSumName,
+    OutputRise,
+    Scorer,
+    ScorerName,
+    Sensitivity,
+    measure_layer_sums,
+    output_rise_of,
+)
+from hq_optuna.scoring.sensitivity import unknown_layers
+from hq_optuna.space.layers import LayerSpec
+from hq_optuna.space.search_space import SearchSpace, bits_needed
+from hq_optuna.training.base import TrainedBase
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what, done, of)."""
+
+
+class BuiltScorer(NamedTuple):
+    """A scorer, and what its making found out.
+
+    Attributes:
+        scorer: Ready to score.
+        warnings: Sentences that a reader of the results must know.
+        facts: Figures for the record, by name; empty where sensitivities were known.
+    """
+
+    scorer: Scorer
+    warnings: list[str]
+    facts: dict[str, float]
+
+
+@dataclass(frozen=True)
+class ScoringSetup:
+    """How assignments are scored; `HessianObjective` says what each setting means."""
+
+    scorer: ScorerName
+    rounding: Rounding = "compensated"
+    correction: bool = True
+    output_rise: OutputRise | None = field(default=None)
+    observer: Observer = "squared_error"
+    precision: Precision = "float32"
+    quantizers: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def checked(
+        cls,
+        loss_fn: LossFunction,
+        *,
+        scorer: ScorerName | None,
+        rounding: Rounding,
+        correction: bool,
+        output_rise: OutputRise | None,
+        observer: Observer,
+        precision: Precision,
+        quantizers: Mapping[str, str],
+    ) -> ScoringSetup:
+        """Return the set-up for a loss; the scorer is chosen where it is ``None``.
+
+        Raises:
+            ValueError: A value that is not allowed, or a scorer that does not know the loss.
+        """
+        if output_rise is None:
+            output_rise = output_rise_of(loss_fn)
+        if scorer is None:
+            scorer = "diagonal" if output_rise is None else "gauss_newton"
+        if scorer not in SCORERS:
+            raise ValueError(f"scorer is one of {', '.join(SCORERS)}; got {scorer!r}.")
+        if scorer == "gauss_newton" and output_rise is None:
+            raise ValueError(
+                "The scorer 'gauss_newton' knows cross-entropy and squared error: give "
+                "torch.nn.functional.cross_entropy or mse_loss itself as the loss, and no function "
+                "around it. For another loss give output_rise, or use scorer='diagonal'. In a "
+                "study file that is loss = torch.nn.functional.cross_entropy, or a function "
+                "output_rise(outputs, moved)."
+            )
+        if scorer == "fisher" and probe_of(loss_fn) is None:
+            raise ValueError(
+                "The scorer 'fisher' knows cross-entropy and squared error. For another loss use "
+                "scorer='diagonal' or 'hutchinson'."
+            )
+        if rounding not in ROUNDINGS:
+            raise ValueError(f"rounding is one of {', '.join(ROUNDINGS)}; got {rounding!r}.")
+        check_precision(precision)
+        if observer not in get_args(Observer):
+            raise ValueError(
+                f"observer is one of {', '.join(get_args(Observer))}; got {observer!r}."
+            )
+        rise = output_rise if scorer == "gauss_newton" else None
+        return cls(scorer, rounding, correction, rise, observer, precision, dict(quantizers))
+
+    def build(
+        self,
+        network: nn.Module,
+        space: SearchSpace,
+        data: Batches,
+        loss_fn: LossFunction,
+        known: Sensitivity | None,
+        progress: Progress,
+        *,
+        base: TrainedBase | None = None,
+        teacher: nn.Module | None = None,
+        moments: Mapping[str, Tensor] | None = None,
+    ) -> BuiltScorer:
+        """Return a scorer of a network.
+
+        Args:
+            network: The float network, in eval mode.
+            space: Which bits will be asked for.
+            data: Calibration batches on the network's device.
+            loss_fn: Mean loss of a batch from outputs and labels.
+            known: Sensitivities that another worker measured; ``None``: measure them.
+            progress: Told what is done.
+            base: What a training learned, where the network is a trained one.
+            teacher: Then, the network that rises are measured against.
+            moments: Then, the curvature of weights that its training told, by layer.
+        """
+        prepared = self._settled(network, space, data, base)
+        warnings: list[str] = []
+        wanted = {name: set(weights) for name, (weights, _) in bits_needed(space).items()}
+        if base is not None:
+            for name, weights in wanted.items():
+                weights.discard(base.config[name].weight_bits)
+        if self.rounding == "compensated":
+            compensate_weights(
+                prepared,
+                space.layers,
+                data,
+                wanted,
+                progress=lambda done, of: progress("rounding", done, of),
+            )
+            warnings += not_compensated(self.quantizers)
+        facts: dict[str, float] = {}
+        if known is None:
+            known, curvature = measure_layer_sums(
+                self._layer_sum(loss_fn),
+                network,
+                prepared,
+                space,
+                data,
+                loss_fn,
+                progress=progress,
+                moments=moments,
+            )
+            warnings += unknown_layers(curvature, space.layers)
+            facts["curvature_samples"] = curvature.n_samples
+            if math.isfinite(curvature.largest_error):  # one batch alone has none
+                facts["curvature_standard_error"] = round(curvature.largest_error, 4)
+        scorer = self._scorer(prepared, known, space, data, loss_fn, base, teacher)
+        return BuiltScorer(scorer, warnings, facts)
+
+    def score_of_trained(
+        self,
+        base: TrainedBase,
+        space: SearchSpace,
+        data: Batches,
+        loss_fn: LossFunction,
+        teacher: nn.Module,
+    ) -> float | None:
+        """Return the score of a trained network at its own bits, before a scorer of it is built.
+
+        Digit for digit what that scorer says. ``None``: the score is a sum over layers, for which
+        there is no way around their curvature.
+        """
+        if self.output_rise is None and self.scorer != "loss":
+            return None
+        prepared = self._settled(base.network, space, data, base)
+        nothing = Sensitivity(
+            {name: {bits.weight_bits: 0.0} for name, bits in base.config.items()},
+            {name: {bits.activation_bits: 0.0} for name, bits in base.config.items()},
+        )
+        scorer = self._scorer(prepared, nothing, space, data, loss_fn, base, teacher)
+        return scorer.score(base.config).total
+
+    def _settled(
+        self, network: nn.Module, space: SearchSpace, data: Batches, base: TrainedBase | None
+    ) -> nn.Module:
+        """Return a prepared copy with observed ranges and what a training learned."""
+        names = [layer.name for layer in space.layers]
+        prepared = self.prepared(network, space, observe_inputs(network, names, data))
+        if base is not None:
+            base.settle_(prepared)
+        return prepared
+
+    def _scorer(
+        self,
+        prepared: nn.Module,
+        known: Sensitivity,
+        space: SearchSpace,
+        data: Batches,
+        loss_fn: LossFunction,
+        base: TrainedBase | None,
+        teacher: nn.Module | None,
+    ) -> Scorer:
+        merged = merge_first(data, statistics_samples(space.layers))
+        correct = None
+        if self.correction:
+            config = None if base is None else base.config
+            correct = StatisticsCorrection(prepared, merged, self.precision, config)
+        return Scorer(
+            prepared,
+            known,
+            merged,
+            loss_fn,
+            output_rise=self.output_rise,
+            by_loss=self.scorer == "loss",
+            correction=correct,
+            precision=self.precision,
+            teacher=teacher,
+        )
+
+    def prepared(
+        self,
+        network: nn.Module,
+        space: SearchSpace,
+        inputs: Mapping[str, InputHistogram] | None = None,
+    ) -> nn.Module:
+        """Return a prepared copy of a network, without ranges for its inputs unless observed."""
+        return prepare(
+            network, space.layers, inputs, observer=self.observer, quantizers=self.quantizers
+        )
+
+    def _layer_sum(self, loss_fn: LossFunction) -> LayerSumName:
+        """Return the sum over layers that is recorded of each candidate."""
+        if self.scorer in LAYER_SUMS:
+            return self.scorer
+        return "diagonal" if probe_of(loss_fn) is None else "fisher"
+
+
+def statistics_samples(layers: Sequence[LayerSpec]) -> int:
+    """Return how many samples statistics are measured on at once.
+
+    Statistics want many, memory and caches do not: about 64 MiB a tensor. More than 128 made no
+    difference (docs/scores.md).
+    """
+    largest = max(layer.n_inputs // layer.n_calls for layer in layers)
+    return max(1, min(128, 2**24 // largest))

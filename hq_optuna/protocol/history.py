@@ -1,0 +1,404 @@
+"""A study read back as a search: candidates, step records, budget. For reports and plots.
+
+Needs the storage alone: no network, no data, no sampler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import optuna
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from hq_optuna import attributes
+from hq_optuna.attributes import StudyInfo, Ticket
+from hq_optuna.errors import ResumeError
+from hq_optuna.protocol import worker_identity
+from hq_optuna.protocol.runs import Run, read_runs
+from hq_optuna.search import Additive
+from hq_optuna.space.assignment import BitConfig
+from hq_optuna.space.cost import CostModel, Metric
+from hq_optuna.space.search_space import SearchSpace
+from hq_optuna.storages.trials import TrialFacts, read_facts
+
+_FACTS = (
+    attributes.SCORE_WEIGHTS,
+    attributes.SCORE_ACTIVATIONS,
+    attributes.CALIBRATION_LOSS,
+    attributes.SECONDS,
+    attributes.WORKER,
+    attributes.TRAINING,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A scored candidate.
+
+    Attributes:
+        number: Trial number.
+        step: Step it was tried in.
+        slot: Place in the step.
+        variable: What was changed, of a swap all changes in words; ``None`` for the start.
+        from_bits: Its bits before; ``None`` for a swap.
+        to_bits: Its bits in this candidate; ``None`` for a swap.
+        state: Bits of each variable of the space.
+        score: Predicted loss rise, nats.
+        score_weights: The weights' part, nats (NaN where the objective did not say).
+        score_activations: The activations' part, nats (likewise).
+        calibration_loss: Measured loss on the calibration set (NaN where not measured).
+        cost: In the unit of the study's metric.
+        seconds: Time of the evaluation.
+        worker: ``host:pid`` of who evaluated it.
+        counted: Whether it is the first complete result of its slot, made for this search.
+    """
+
+    number: int
+    step: int
+    slot: int
+    variable: str | None
+    from_bits: int | None
+    to_bits: int | None
+    state: tuple[int, ...]
+    score: float
+    score_weights: float
+    score_activations: float
+    calibration_loss: float
+    cost: float
+    seconds: float
+    worker: str
+    counted: bool
+
+
+TEST_OF = "test_of"
+"""The fact that names the answer which the test data were read for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A network that candidates are made from, as what their rises are counted from.
+
+    Attributes:
+        step: The step that trained it, 0 for the start of the search, its widest bits.
+        score: Its own score, nats.
+        score_weights: The weights' sum over layers (NaN where the objective did not say).
+        score_activations: The activations' sum over layers (likewise).
+        calibration_loss: Measured loss on the calibration set (NaN where not measured).
+    """
+
+    step: int
+    score: float
+    score_weights: float
+    score_activations: float
+    calibration_loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """A closed step: the trial that recorded it, and the candidate it took.
+
+    Attributes:
+        number: Number of the trial.
+        step: Its step.
+        winner: The candidate.
+        config: Its bits.
+        training: What training these bits gave, see `hq_optuna.objective.training_steps`; ``None``
+            where they were not trained.
+        trained: The trained network, which the next steps' candidates are made from; ``None``
+            likewise, and where training did harm and was not kept.
+        current: What these bits have now: the winner, or what a training made of it, in this
+            step or in an earlier one with the same winner.
+    """
+
+    number: int
+    step: int
+    winner: Candidate
+    config: BitConfig
+    training: Mapping[str, Any] | None
+    trained: Reference | None
+    current: Candidate | Reference
+
+    @property
+    def answer(self) -> str:
+        """What tells this network from that of another step: its bits, and what training made."""
+        return f"{self.config.digest} {self.current.score!r}"
+
+
+@dataclass(frozen=True)
+class History:
+    """A search as its study tells it.
+
+    Attributes:
+        study_name: Name of the study.
+        space: Layers, variables and fixed bits.
+        info: Budget, costs, settings.
+        candidates: All complete candidates, by trial number.
+        records: Closed steps in order.
+        sensitivity: ``{layer: {"weights": {bits: nats}, "activations": {bits: nats}}}``; empty
+            where none was stored.
+        facts: What was measured at the end, by name (``"accuracy_before"``, …).
+        n_running: Trials that run now (or whose workers died unseen).
+        n_pruned: Trials that were not needed.
+        n_failed: Trials that ended in an error or were given back.
+        runs: All trials as work: who did them, and when.
+    """
+
+    study_name: str
+    space: SearchSpace
+    info: StudyInfo
+    candidates: tuple[Candidate, ...]
+    records: tuple[StepRecord, ...]
+    sensitivity: Mapping[str, Mapping[str, Mapping[int, float]]]
+    facts: Mapping[str, Any]
+    n_running: int
+    n_pruned: int
+    n_failed: int
+    runs: tuple[Run, ...] = ()
+
+    @property
+    def incumbent(self) -> StepRecord | None:
+        """The record of the last closed step."""
+        return self.records[-1] if self.records else None
+
+    @property
+    def met(self) -> bool:
+        """Whether the incumbent is within the budget."""
+        return self.incumbent is not None and self.incumbent.winner.cost <= self.info.limit
+
+    def additive(self, metric: Metric | None = None) -> Additive | None:
+        """Return the sums over layers as a problem that can be solved exactly.
+
+        Args:
+            metric: What is counted; by default what the search's budget counts.
+
+        Returns:
+            ``None`` where the study does not hold a whole table of sensitivities.
+        """
+        model = CostModel(self.space.layers, self.info.metric if metric is None else metric)
+        try:
+            return Additive(self.space, self.sensitivity, model.layer_cost)
+        except ValueError:
+            return None
+
+    def step(self, step: int) -> tuple[Candidate, ...]:
+        """Return the counted candidates of one step, by slot."""
+        found = [c for c in self.candidates if c.step == step and c.counted]
+        return tuple(sorted(found, key=lambda c: c.slot))
+
+    def reference(self, step: int) -> Reference | None:
+        """Return what a step's candidates are made from: what was trained last, or the start.
+
+        Scores and losses before and after a training are those of different networks, so only
+        rises over the same one can be compared. ``None`` before the start is scored.
+        """
+        for record in reversed(self.records):
+            if record.step < step and record.trained is not None:
+                return record.trained
+        for c in self.candidates:
+            if c.step == 0 and c.counted:
+                return Reference(
+                    0, c.score, c.score_weights, c.score_activations, c.calibration_loss
+                )
+        return None
+
+
+def read_history(study: Study) -> History:
+    """Read a study.
+
+    Raises:
+        ResumeError: The study is not one of this package.
+    """
+    storage = study._storage
+    system = storage.get_study_system_attrs(study._study_id)
+    user = storage.get_study_user_attrs(study._study_id)
+    space_data = attributes.join(attributes.SPACE, system)
+    if space_data is None or attributes.INFO not in user:
+        if attributes.FINGERPRINT in user:
+            raise ResumeError(
+                f"Study {study.study_name!r} is being prepared: its sensitivities are not measured "
+                "yet. Look again later; if whoever measures them died, start the search again.",
+                changed=("kind of study",),
+            )
+        raise ResumeError(
+            f"Study {study.study_name!r} is not a bit search of hq_optuna. "
+            "Give the name of another study.",
+            changed=("kind of study",),
+        )
+    space = SearchSpace.from_json(space_data)
+    trials = read_facts(storage, study._study_id, _FACTS)
+    info = StudyInfo.from_json(user[attributes.INFO])
+    model = CostModel(space.layers, info.metric)
+    candidates, records = _read_trials(trials, space, model, system.get(attributes.SETTINGS))
+    table = attributes.join(attributes.SENSITIVITY, system) or {}
+    states = [trial.row.state for trial in trials]
+    prefix = f"{attributes.REPORT}:"
+    counted = {c.number for c in candidates if c.counted} | {record.number for record in records}
+    return History(
+        study_name=study.study_name,
+        space=space,
+        info=info,
+        candidates=candidates,
+        records=records,
+        sensitivity={
+            layer: {
+                part: {int(bits): float(nats) for bits, nats in row.items()}
+                for part, row in parts.items()
+            }
+            for layer, parts in table.items()
+        },
+        facts=_current(
+            {k.removeprefix(prefix): v for k, v in user.items() if k.startswith(prefix)}, records
+        ),
+        n_running=states.count(TrialState.RUNNING),
+        n_pruned=states.count(TrialState.PRUNED),
+        n_failed=states.count(TrialState.FAIL),
+        runs=read_runs(trials, counted),
+    )
+
+
+def _current(facts: dict[str, Any], records: Sequence[StepRecord]) -> dict[str, Any]:
+    """Leave out what is measured no more, and test figures of another answer: searches go on."""
+    facts = {name: fact for name, fact in facts.items() if fact is not None}
+    measured = facts.pop(TEST_OF, None)
+    if measured is None or (records and measured == records[-1].answer):
+        return facts
+    return {name: fact for name, fact in facts.items() if not name.startswith("test_")}
+
+
+def _read_trials(
+    trials: list[TrialFacts],
+    space: SearchSpace,
+    model: CostModel,
+    settings: Mapping[str, Any] | None,
+) -> tuple[tuple[Candidate, ...], tuple[StepRecord, ...]]:
+    names = [variable.name for variable in space.variables]
+    candidates: dict[int, Candidate] = {}
+    parents: dict[int, str] = {}
+    closing: dict[int, list[tuple[int, Ticket]]] = {}
+    trainings: dict[int, tuple[Mapping[str, Any], Reference | None]] = {}
+    for trial in trials:
+        number, ticket = trial.row.number, trial.row.ticket
+        if ticket is None or trial.row.state != TrialState.COMPLETE or trial.row.value is None:
+            continue
+        if len(ticket.bits) != len(names):  # of another search that was refused here
+            continue
+        if ticket.kind == "incumbent":
+            closing.setdefault(ticket.step, []).append((number, ticket))
+            if ticket.trains:
+                trainings[number] = _training(ticket.step, trial)
+        elif ticket.kind == "candidate":
+            parents[number] = ticket.parent
+            lowered = ticket.variable
+            user = trial.user_attrs
+            candidates[number] = Candidate(
+                number=number,
+                step=ticket.step,
+                slot=ticket.slot,
+                variable=lowered,
+                from_bits=ticket.from_bits,
+                to_bits=ticket.bits[names.index(lowered)] if lowered in names else None,
+                state=ticket.bits,
+                score=trial.row.value,
+                score_weights=user.get(attributes.SCORE_WEIGHTS, float("nan")),
+                score_activations=user.get(attributes.SCORE_ACTIVATIONS, float("nan")),
+                calibration_loss=user.get(attributes.CALIBRATION_LOSS, float("nan")),
+                cost=model.cost(space.config(ticket.bits)),
+                seconds=user.get(attributes.SECONDS, trial.row.seconds or float("nan")),
+                worker=user.get(attributes.WORKER) or worker_identity.short_name(ticket.worker),
+                counted=False,
+            )
+    # Only tickets with the digest of what the step before left are of this search; the study tells
+    # the digest from the settings in it.
+    records: list[StepRecord] = []
+    followed: dict[int, str] = {}  # step → digest
+    while settings is not None:
+        step = len(records)
+        last = records[-1].winner.state if records else None
+        followed[step] = attributes.parent_digest(settings, step - 1 if records else None, last)
+        record = _first_record(closing.get(step, ()), followed[step], candidates)
+        if record is None:
+            break
+        number, winner = record
+        config = space.config(winner.state)
+        said, network = trainings.get(number, (None, None))
+        current: Candidate | Reference = winner if network is None else network
+        if network is None and records and records[-1].winner.number == winner.number:
+            current = records[-1].current
+        records.append(StepRecord(number, step, winner, config, said, network, current))
+    seen: set[tuple[int, int]] = set()
+    for number, candidate in candidates.items():
+        place = (candidate.step, candidate.slot)
+        if place not in seen and followed.get(candidate.step) == parents[number]:
+            seen.add(place)
+            candidates[number] = replace(candidate, counted=True)
+    records = [replace(record, winner=candidates[record.winner.number]) for record in records]
+    return tuple(candidates.values()), tuple(records)
+
+
+def _training(step: int, trial: TrialFacts) -> tuple[Mapping[str, Any], Reference | None]:
+    """Return what the record of a step says of its training, and of the network that is kept."""
+    user, nan = trial.user_attrs, float("nan")
+    said: Mapping[str, Any] = user.get(attributes.TRAINING, {})
+    if not said.get("kept", True):
+        return said, None
+    value = nan if trial.row.value is None else trial.row.value
+    # The value of the answer's record is made to be the best of the study.
+    network = Reference(
+        step,
+        said.get("score", value),
+        *(
+            user.get(name, nan)
+            for name in (
+                attributes.SCORE_WEIGHTS,
+                attributes.SCORE_ACTIVATIONS,
+                attributes.CALIBRATION_LOSS,
+            )
+        ),
+    )
+    return said, network
+
+
+def _first_record(
+    records: Iterable[tuple[int, Ticket]], parent: str, candidates: Mapping[int, Candidate]
+) -> tuple[int, Candidate] | None:
+    """Return the number of a step's first record, and the candidate it took."""
+    for number, ticket in records:
+        winner = candidates.get(-1 if ticket.origin is None else ticket.origin)
+        if ticket.parent == parent and winner is not None and winner.state == ticket.bits:
+            return number, winner
+    return None
+
+
+def assignment(trial: FrozenTrial | optuna.Trial, study: Study | None = None) -> BitConfig:
+    """Return the bits of all layers of any trial of a search.
+
+    Args:
+        trial: A candidate or a step record.
+        study: Its study, which holds the search space. Not needed for an `optuna.Trial`, which
+            knows its study.
+
+    Raises:
+        ValueError: The trial is not part of a bit search, or the study is missing.
+    """
+    if isinstance(trial, optuna.Trial):
+        study = trial.study
+        trial = study._storage.get_trial(trial._trial_id)
+    ticket = Ticket.read(trial.system_attrs)
+    by_params = ticket is None and bool(trial.params)  # another sampler's, or an enqueued one
+    if not by_params and (ticket is None or not ticket.bits):
+        raise ValueError(f"Trial {trial.number} is not a candidate or step record of a bit search.")
+    if study is None:
+        raise ValueError("A frozen trial does not know its layers: call assignment(trial, study).")
+    data = attributes.join(attributes.SPACE, study._storage.get_study_system_attrs(study._study_id))
+    if data is None:
+        raise ValueError(f"Study {study.study_name!r} does not hold a search space.")
+    space = SearchSpace.from_json(data)
+    if ticket is not None:
+        return space.config(ticket.bits)
+    names = [variable.name for variable in space.variables]
+    if missing := set(names) - trial.params.keys():
+        raise ValueError(f"Trial {trial.number} has no bits of {min(missing)!r}.")
+    return space.config([trial.params[name] for name in names])

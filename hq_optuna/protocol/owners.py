@@ -1,0 +1,117 @@
+"""Who works on what, and who is dead: read from the trials, judged by this process's own clock.
+
+Three signs, none of which compares the clocks of two machines:
+
+- A worker of this host whose process is gone is dead at once (`worker_identity`).
+- The owner of a trial that runs long keeps changing one attribute (`attributes.BEAT`). Who is
+  seen not to have changed it for `Owners.grace_s` of the observer's time is taken for dead.
+- A trial without a ticket, `UNTAGGED_GRACE_S` after it was first seen, lost its worker. (Workers of
+  `hq_optuna.workers.loop` create trials with their ticket; these come from other loops.)
+
+To be wrong about somebody who only slept costs one evaluation; the history stays the same.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from optuna.trial import TrialState
+
+from hq_optuna.attributes import Ticket
+from hq_optuna.protocol import worker_identity
+from hq_optuna.storages.trials import TrialRow
+
+UNTAGGED_GRACE_S = 3.0
+"""A trial that has not got its ticket after this long lost its worker."""
+
+BEAT_S = 5.0
+"""How often the owner of a running trial changes its attribute."""
+
+GRACE_S = 30.0
+"""How long an owner may leave it unchanged: several beats, and a database that was restarted."""
+
+HELD: dict[int, int | None] = {}
+"""Claims of this process → id of their trial, once it is known. A running trial of this process
+that is not among them is nobody's: its creation was repeated because its answer got lost, or its
+end could not be told. Claims stay here when their trials end, as others may have looked before."""
+
+
+class Owners:
+    """Keeps an eye on running trials between two looks at a study.
+
+    Attributes:
+        running: Number → ticket of trials whose owner may live.
+        untagged: Numbers of trials that may still get their ticket.
+        dead: Number → id of trials in the storage's running state whose owner is dead.
+        died: Tickets of those.
+        waiting: Whether somebody enqueued trials.
+        names: Workers that live and were seen at work lately, in a fixed order.
+        grace_s: See `GRACE_S`.
+    """
+
+    def __init__(self, grace_s: float = GRACE_S) -> None:
+        self.grace_s = grace_s
+        self.running: dict[int, Ticket] = {}
+        self.untagged: list[int] = []
+        self.dead: dict[int, int] = {}
+        self.died: list[Ticket] = []
+        self.waiting = False
+        self._signs: dict[int, tuple[Any, float]] = {}  # number → (beat, when it was first seen)
+        self._last_number: dict[str, int] = {}  # worker → its latest trial
+
+    def look(self, rows: Sequence[TrialRow]) -> None:
+        """Judge the running trials among rows, which are all unfinished ones and the new ones."""
+        now = time.monotonic()
+        self.running, self.untagged, self.dead, self.waiting = {}, [], {}, False
+        self.died = []
+        for row in rows:
+            if row.ticket is not None:
+                self._last_number[row.ticket.worker] = row.number
+            if row.state == TrialState.WAITING:
+                self.waiting = True
+            if row.state != TrialState.RUNNING:
+                self._signs.pop(row.number, None)
+                continue
+            sign = (row.ticket is not None, row.beat)
+            if self._signs.get(row.number, (None, 0.0))[0] != sign:
+                self._signs[row.number] = (sign, now)
+            quiet_s = now - self._signs[row.number][1]
+            if row.ticket is None:
+                if quiet_s < UNTAGGED_GRACE_S:
+                    self.untagged.append(row.number)
+                else:
+                    self.dead[row.number] = row.trial_id
+            elif self._is_dead(row, quiet_s):
+                self.dead[row.number] = row.trial_id
+                self.died.append(row.ticket)
+            else:
+                self.running[row.number] = row.ticket
+
+    def _is_dead(self, row: TrialRow, quiet_s: float) -> bool:
+        assert row.ticket is not None
+        worker = row.ticket.worker
+        if row.ticket.claim and worker == worker_identity.worker_id():
+            return HELD.get(row.ticket.claim, -1) not in (None, row.trial_id)
+        if worker_identity.is_dead(worker):
+            return True
+        # A process seen to live is trusted unless it was beating and stopped.
+        hangs = row.beat is not None or not worker_identity.is_alive(worker)
+        return hangs and quiet_s >= self.grace_s
+
+    def at_work(self, worker: str, last: int) -> list[str]:
+        """Return the workers at work, this one among them, in an order that all agree on.
+
+        Args:
+            worker: Its name.
+            last: How many of the latest trials say who is at work.
+        """
+        since = max(self._last_number.values(), default=0) - last
+        names = {name for name, number in self._last_number.items() if number > since}
+        return sorted({name for name in names if not worker_identity.is_dead(name)} | {worker})
+
+    def idle_before(self, worker: str, crew: Sequence[str]) -> int:
+        """Return how many of a crew are before a worker in line for work: those without a trial."""
+        busy = {ticket.worker for ticket in self.running.values()}
+        return sum(1 for name in crew if name < worker and name not in busy)

@@ -1,0 +1,241 @@
+"""Where a search stands, read from its storage alone while others work on it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from optuna.study import Study
+from optuna.trial import TrialState
+
+from hq_optuna import attributes
+from hq_optuna.attributes import StudyInfo
+from hq_optuna.protocol import worker_identity
+from hq_optuna.protocol.limits import stored_limits
+from hq_optuna.protocol.step_log import StepLog
+from hq_optuna.search import ProgressiveSearch
+from hq_optuna.space.cost import CostModel
+from hq_optuna.space.search_space import SearchSpace
+from hq_optuna.storages.trials import TrialRow, read_rows
+
+LATEST = 64
+"""Candidates by which the rate is judged."""
+
+State = Literal["preparing", "running", "idle", "finished", "stopped"]
+
+
+@dataclass(frozen=True)
+class WorkerStatus:
+    """One worker of a search.
+
+    Attributes:
+        name: ``host:pid``.
+        alive: Whether it lives; ``None`` where only its own host could tell.
+        doing: What it does now, in words; empty if it waits, ended or died.
+        candidates: Complete candidates it scored.
+    """
+
+    name: str
+    alive: bool | None
+    doing: str
+    candidates: int
+
+
+@dataclass(frozen=True)
+class SearchStatus:
+    """Where a search stands.
+
+    Attributes:
+        state: ``"preparing"``, ``"running"``, ``"idle"`` (nobody works on it), ``"finished"`` or
+            ``"stopped"`` (by a limit, and nobody is at work any more).
+        reason: Why it ended, in words; empty while it has not.
+        steps: Closed steps.
+        done: Candidates of the open step that are done.
+        of: Candidates of the open step.
+        candidates: Candidates that count.
+        seconds: Spent on trials so far, of all workers.
+        share: Part of the way from the start's cost to the budget, 0 to 1.
+        per_minute: Candidates a minute: workers that score now, over the mean time of the latest
+            candidates. 0 where nobody scores.
+        left_s: Estimate of the time until the budget is met; ``None`` where there is none.
+        workers: Those that live, or work elsewhere, and those that died at work.
+        gone: Workers that ended or died earlier.
+        bits: ``(weight_bits, activation_bits)`` of the incumbent's layers in network order; empty
+            before the first step is closed.
+        levels: All bits that a layer may have, fewest first.
+    """
+
+    state: State
+    reason: str = ""
+    steps: int = 0
+    done: int = 0
+    of: int = 0
+    candidates: int = 0
+    seconds: float = 0.0
+    share: float = 0.0
+    per_minute: float = 0.0
+    left_s: float | None = None
+    workers: tuple[WorkerStatus, ...] = ()
+    gone: int = 0
+    bits: tuple[tuple[int, int], ...] = ()
+    levels: tuple[int, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON data."""
+        return asdict(self)
+
+
+class Watch:
+    """Looks at one study again and again; each look reads what is new.
+
+    Args:
+        study: A study of this package, opened with any sampler.
+    """
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+        self._log: StepLog | None = None
+        self._info: StudyInfo | None = None
+        self._scored: Counter[str] = Counter()
+        self._latest: list[float] = []
+
+    def look(self) -> SearchStatus:
+        """Return where the search stands now."""
+        log = self._open()
+        if log is None or self._info is None:
+            return SearchStatus("preparing")
+        rows = read_rows(self._study._storage, self._study._study_id, log.cursor)
+        log.limit(stored_limits(self._study))
+        log.update(rows)
+        self._count(rows)
+        return self._standing(log, self._info)
+
+    @property
+    def record(self) -> int | None:
+        """Number of the trial that recorded the last closed step, as of the last look."""
+        return self._log.closed[-1].number if self._log is not None and self._log.closed else None
+
+    def _open(self) -> StepLog | None:
+        if self._log is None:
+            storage, study_id = self._study._storage, self._study._study_id
+            system = storage.get_study_system_attrs(study_id)
+            info = storage.get_study_user_attrs(study_id).get(attributes.INFO)
+            space_data, made = (
+                attributes.join(attributes.SPACE, system),
+                system.get(attributes.SETTINGS),
+            )
+            if info is None or space_data is None or made is None:
+                return None
+            self._info = StudyInfo.from_json(info)
+            space = SearchSpace.from_json(space_data)
+            limit = made["limit"]
+            search = ProgressiveSearch(
+                space=space,
+                cost=CostModel(space.layers, self._info.metric).cost,
+                limit=-math.inf if limit is None else limit,
+                n_candidates=made["n_candidates"],
+                rule=made["rule"],
+                seed=made["seed"],
+                refine=made["refine"],
+                train_every=made.get("train_every", 0),
+                final=made.get("final", False),
+            )
+            self._log = StepLog(search)
+        return self._log
+
+    def _count(self, rows: Sequence[TrialRow]) -> None:
+        for row in rows:
+            ticket = row.ticket
+            if ticket is None or not ticket.worker:
+                continue
+            scored = ticket.kind == "candidate" and row.state == TrialState.COMPLETE
+            self._scored[ticket.worker] += scored
+            if scored and row.seconds is not None:
+                self._latest = [*self._latest, row.seconds][-LATEST:]
+
+    def _standing(self, log: StepLog, info: StudyInfo) -> SearchStatus:
+        found, gone = self._workers(log)
+        n_busy = sum(1 for worker in found if worker.doing and worker.alive is not False)
+        step, incumbent = log.open, log.incumbent
+        mean_s = sum(self._latest) / len(self._latest) if self._latest else 0.0
+        start = log.search.cost_of(log.search.space.top)
+        way = start - info.limit
+        cost = start if incumbent is None else incumbent.cost
+        config = None if incumbent is None else log.search.space.config(incumbent.state)
+        state: State = "running" if n_busy else "idle"
+        if step is None and not log.stopped_by:
+            state = "finished"
+        elif step is None and not n_busy:  # workers may end the step they are at
+            state = "stopped"
+        return SearchStatus(
+            state=state,
+            reason="" if state == "running" else end_reason(log),
+            steps=len(log.closed),
+            done=0 if step is None else len(step.done),
+            of=0 if step is None else len(step.states),
+            candidates=len(log.results),
+            seconds=log.seconds,
+            share=1.0 if way <= 0 else min(max((start - cost) / way, 0.0), 1.0),
+            per_minute=60 * n_busy / mean_s if mean_s > 0 else 0.0,
+            left_s=self._left(log, start - cost, cost - info.limit, n_busy, mean_s),
+            workers=found,
+            gone=gone,
+            bits=() if config is None else tuple((w, a) for w, a in config.values()),
+            levels=log.search.space.levels,
+        )
+
+    @staticmethod
+    def _left(log: StepLog, gained: float, left: float, n_busy: int, mean_s: float) -> float | None:
+        """Return the time that the steps to the budget take, at the pace of those so far."""
+        step = log.open
+        if step is None or not n_busy or not mean_s or gained <= 0 or len(log.closed) < 2:
+            return None
+        steps = max(left, 0.0) / (gained / (len(log.closed) - 1))
+        per_step = math.ceil(log.search.n_candidates / n_busy) * mean_s
+        rest = (len(step.states) - len(step.done)) / n_busy * mean_s
+        return max(steps - 1, 0.0) * per_step + rest
+
+    def _workers(self, log: StepLog) -> tuple[tuple[WorkerStatus, ...], int]:
+        """Return the workers worth a line, and how many others there were."""
+        doing = {}
+        for ticket in log.owners.running.values():
+            what = "record" if ticket.kind == "incumbent" else f"candidate {ticket.slot + 1}"
+            what = "training" if ticket.trains else what
+            doing[ticket.worker] = f"step {ticket.step}, {what}"
+        died = {ticket.worker for ticket in log.owners.died}
+        found = []
+        for name in sorted(self._scored.keys() | doing.keys() | died):
+            alive: bool | None = None
+            if name in died or worker_identity.is_dead(name):
+                alive = False
+            elif worker_identity.is_alive(name):
+                alive = True
+            if name in died or name in doing or alive:
+                found.append(
+                    WorkerStatus(
+                        worker_identity.short_name(name),
+                        alive,
+                        doing.get(name, ""),
+                        self._scored[name],
+                    )
+                )
+        return tuple(found), len(self._scored.keys() | doing.keys() | died) - len(found)
+
+
+def end_reason(log: StepLog) -> str:
+    """Return why a search is over, in words; empty while it is not."""
+    if log.stopped_by:
+        return log.stopped_by
+    if log.open is not None:
+        return ""
+    if log.incumbent is not None and log.search.met(log.incumbent):
+        return "the budget is met"
+    return "nothing is left to lower"
+
+
+def read_status(study: Study) -> SearchStatus:
+    """Return where a search stands."""
+    return Watch(study).look()

@@ -1,0 +1,400 @@
+"""The record of a search, replayed from its trials.
+
+`StepLog` reads trials and knows, at any moment, the incumbent of every closed step and which slots
+of the open step are done, running or free. It is incremental: each finished trial is looked at
+once, so a look at a study of thousands of trials costs what is new in it.
+
+Everything is derived from immutable facts (finished trials and tickets), so every worker that has
+seen the same trials has the same view, and a worker with an older view can only waste work.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from optuna.trial import TrialState
+
+from hq_optuna import attributes
+from hq_optuna.attributes import Ticket
+from hq_optuna.protocol.owners import Owners
+from hq_optuna.search import Incumbent, Limits, Past, ProgressiveSearch, Result
+from hq_optuna.search.rules import keeps
+from hq_optuna.storages.trials import Cursor, TrialRow
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """A closed step: its record, what it left, the trial it took, whether a training is kept."""
+
+    number: int
+    incumbent: Incumbent
+    winner: int
+    trained: bool = False
+    worker: str = ""  # who recorded it
+
+
+class _Record(NamedTuple):
+    """A complete step record: trial number, ticket, and value."""
+
+    number: int
+    ticket: Ticket
+    value: float
+
+
+class _Scored(NamedTuple):
+    """A complete candidate: trial number, score, and the bits that were scored."""
+
+    number: int
+    score: float
+    bits: tuple[int, ...]
+
+
+@dataclass
+class OpenStep:
+    """The step that is being worked on.
+
+    Attributes:
+        step: Its number.
+        parent: Digest that tickets of this step carry.
+        states: Bits of each candidate, one per slot.
+        done: Slot → number of the trial that counts.
+        running: Slot → numbers of trials whose workers are not known to be dead.
+        recording: Running step records of this step, likewise.
+        final: Whether nothing is left but to train the answer: a step without candidates.
+    """
+
+    step: int
+    parent: str
+    states: tuple[tuple[int, ...], ...]
+    done: dict[int, int] = field(default_factory=dict)
+    running: dict[int, list[int]] = field(default_factory=dict)
+    recording: list[int] = field(default_factory=list)
+    final: bool = False
+    seen: dict[int, int] = field(default_factory=dict, repr=False)  # slot → results looked at
+
+    @property
+    def complete(self) -> bool:
+        """Whether every candidate has its result."""
+        return len(self.done) == len(self.states)
+
+    @property
+    def free(self) -> list[int]:
+        """Slots that are neither done nor running."""
+        slots = range(len(self.states))
+        return [slot for slot in slots if slot not in self.done and slot not in self.running]
+
+
+class StepLog:
+    """Replays the trials of a study into the steps of a search.
+
+    Args:
+        search: The rules, which must be those the study was made with.
+
+    Attributes:
+        settings: What the history depends on, as tickets and the study say it.
+        cursor: How far the study was read; what `update` wants is what is new since.
+        owners: Who works on what, and who is dead.
+        searches: What tickets say of their search, by number; the first one says whose study this
+            is, the others are of those who were refused. Empty in studies of earlier versions.
+        limits: What the search may spend.
+        stopped_by: The limit that ended the search, in words; ``None`` while none did.
+    """
+
+    def __init__(self, search: ProgressiveSearch) -> None:
+        self.search = search
+        self.settings = settings(search)  # once: its digest of the space takes milliseconds
+        self.cursor = Cursor()
+        self.owners = Owners()
+        self.searches: list[str] = []
+        self.closed: list[Closed] = []
+        self.past = Past()
+        self._by_number: dict[int, tuple[int, int, Result]] = {}
+        self._candidates: dict[tuple[int, str], dict[int, list[_Scored]]] = {}
+        self._records: dict[tuple[int, str], list[_Record]] = {}
+        self._attempts: dict[tuple[int, str], set[int]] = {}
+        self._closed_keys: set[tuple[int, str]] = set()
+        self.limits = Limits()
+        self.stopped_by: str | None = None
+        self._finished_s = 0.0
+        self._running_since: dict[int, float] = {}
+        self._step: OpenStep | None = self._open_step(None)
+
+    @property
+    def open(self) -> OpenStep | None:
+        """The step that is being worked on; ``None`` where the search is over, or was stopped."""
+        return None if self.stopped_by else self._step
+
+    @property
+    def seconds(self) -> float:
+        """What was spent so far, of all workers together."""
+        now = time.monotonic()
+        return self._finished_s + sum(now - since for since in self._running_since.values())
+
+    def limit(self, limits: Limits) -> None:
+        """Set what the search may spend; a search that was stopped by a lower limit goes on."""
+        self.limits = limits
+        self._check_limits()
+
+    @property
+    def incumbent(self) -> Incumbent | None:
+        """The incumbent of the last closed step."""
+        return self.closed[-1].incumbent if self.closed else None
+
+    @property
+    def results(self) -> dict[tuple[int, int], Result]:
+        """Every candidate that counts, by ``(step, slot)``."""
+        return self.past.results
+
+    @property
+    def comparable(self) -> dict[tuple[int, int], Result]:
+        """Those candidates whose scores are of the network as it is now, not trained since."""
+        last = max((c.incumbent.step for c in self.closed if c.trained), default=-1)
+        if last < 0:
+            return self.results
+        return {place: result for place, result in self.results.items() if place[0] > last}
+
+    @property
+    def finished(self) -> bool:
+        """Whether the search is over."""
+        return self.open is None
+
+    def update(self, rows: Sequence[TrialRow]) -> None:
+        """Take in trials that are new or were unfinished, ordered by number."""
+        self.cursor.move(rows)
+        self.owners.look(rows)
+        for row in rows:
+            self._note_search(row.ticket)
+            self._note_time(row)
+            ticket = row.ticket
+            if ticket is not None and ticket.trains:
+                self._attempts.setdefault((ticket.step, ticket.parent), set()).add(row.trial_id)
+            if row.state != TrialState.COMPLETE or ticket is None or row.value is None:
+                continue
+            key = (ticket.step, ticket.parent)
+            if ticket.kind == "incumbent":
+                self._records.setdefault(key, []).append(_Record(row.number, ticket, row.value))
+            elif ticket.kind == "candidate":
+                slots = self._candidates.setdefault(key, {})
+                scored = _Scored(row.number, row.value, ticket.bits)
+                slots.setdefault(ticket.slot, []).append(scored)
+                late = self.results.get((ticket.step, ticket.slot))
+                if key in self._closed_keys and late is not None and late.state == ticket.bits:
+                    # A late duplicate. Whoever reads the study afresh may name it in a record.
+                    self._by_number[row.number] = (ticket.step, ticket.slot, late)
+        self._advance()
+
+    def _note_time(self, row: TrialRow) -> None:
+        if row.state == TrialState.RUNNING and row.number in self.owners.running:
+            self._running_since.setdefault(row.number, time.monotonic())
+            return
+        self._running_since.pop(row.number, None)
+        # A trial that failed may have been found dead much later than it died.
+        if row.state in (TrialState.COMPLETE, TrialState.PRUNED) and row.seconds is not None:
+            self._finished_s += row.seconds
+
+    def _check_limits(self) -> None:
+        self.stopped_by = None
+        if self._step is not None:
+            done = sum(1 for step, _ in self.results if step < self._step.step)
+            self.stopped_by = self.limits.forbid_step(
+                len(self._step.states), done, self._step.step
+            ) or self.limits.forbid_second(self.seconds)
+
+    def _note_search(self, ticket: Ticket | None) -> None:
+        if ticket is None or not ticket.search:
+            return
+        for place, search in enumerate(self.searches):
+            if attributes.same_search(search, ticket.search):
+                self.searches[place] = max(search, ticket.search, key=len)
+                return
+        self.searches.append(ticket.search)
+
+    def anything_left(self, number: float = math.inf) -> bool:
+        """Return whether the open step has work for a trial of this number.
+
+        Work that a lower number has taken, or is about to take, is not.
+        """
+        step = self.open
+        if step is None:
+            return False
+        before = self.untagged_before(number)
+        if step.complete:
+            return not step.recording and not before
+        return before < len(step.free)
+
+    def untagged_before(self, number: float) -> int:
+        """Return how many running trials with a lower number still wait for their ticket."""
+        return sum(1 for other in self.owners.untagged if other < number)
+
+    def taken(self, ticket: Ticket, number: float) -> bool:
+        """Return whether a ticket's work is done, or a lower number of a living worker does it."""
+        step = self.open
+        if step is None or (step.step, step.parent) != (ticket.step, ticket.parent):
+            return True
+        if ticket.kind == "incumbent":
+            return any(other < number for other in step.recording)
+        if ticket.slot in step.done:
+            return True
+        return any(other < number for other in step.running.get(ticket.slot, ()))
+
+    def _advance(self) -> None:
+        while self._step is not None:
+            step = self._step
+            key = (step.step, step.parent)
+            for slot, state in enumerate(step.states):
+                # What scored other bits than the slot has came from another view of the record.
+                entries = self._candidates.get(key, {}).get(slot, ())
+                if len(entries) == step.seen.get(slot, 0):
+                    continue
+                step.seen[slot] = len(entries)
+                entries = [scored for scored in entries if scored.bits == state]
+                if not entries:
+                    continue
+                first = min(entries)
+                result = Result(state, first.score, self.search.cost_of(state))
+                step.done[slot] = first.number
+                self.results[step.step, slot] = result
+                for scored in entries:
+                    self._by_number[scored.number] = (step.step, slot, result)
+            record = self._first_record(key) if step.complete else None
+            if record is None:
+                break
+            number, ticket, value = record
+            assert ticket.origin is not None
+            from_step, slot, result = self._by_number[ticket.origin]
+            score = self.score_of(ticket.origin)
+            # A training that did harm changes nothing; that of the answer was asked for.
+            trained = ticket.trains and (step.final or keeps(value, score))
+            score = value if trained else score
+            incumbent = Incumbent(step.step, result.state, score, result.cost, (from_step, slot))
+            self.closed.append(Closed(number, incumbent, ticket.origin, trained, ticket.worker))
+            self._closed_keys.add(key)
+            self.past.incumbents.append(incumbent)
+            self._step = None if step.final else self._open_step(incumbent)
+        if self._step is not None:
+            self._note_running(self._step)
+        self._check_limits()
+
+    def score_of(self, number: int) -> float:
+        """Return the score that a candidate's bits have now: they may have been trained since."""
+        from_step, slot, result = self._by_number[number]
+        last = self.incumbent
+        if last is not None and last.origin == (from_step, slot):
+            return last.score
+        return result.score
+
+    def _first_record(self, key: tuple[int, str]) -> _Record | None:
+        """Return a step's first record."""
+        for record in sorted(self._records.get(key, ()), key=lambda record: record.number):
+            origin = -1 if record.ticket.origin is None else record.ticket.origin
+            # A record of what is no candidate of this search would stop it for ever.
+            found = self._by_number.get(origin)
+            if found is not None and found[2].state == record.ticket.bits:
+                return record
+        return None
+
+    def _note_running(self, step: OpenStep) -> None:
+        step.running, step.recording = {}, []
+        for number, ticket in self.owners.running.items():
+            if (ticket.step, ticket.parent) != (step.step, step.parent):
+                continue
+            if ticket.kind == "incumbent":
+                step.recording.append(number)
+            elif ticket.kind == "candidate":
+                step.running.setdefault(ticket.slot, []).append(number)
+
+    def _open_step(self, incumbent: Incumbent | None) -> OpenStep | None:
+        """Return the step after an incumbent, or ``None`` where the search ends with it."""
+        states = self.search.states(incumbent, self.past)
+        step = 0 if incumbent is None else incumbent.step + 1
+        if not states and not self.search.final:
+            return None
+        parent = _parent_digest(self.settings, incumbent)
+        return OpenStep(step, parent, states, final=not states)
+
+    @property
+    def base(self) -> int | None:
+        """The number of the record whose trained network candidates are made from."""
+        return next((c.number for c in reversed(self.closed) if c.trained), None)
+
+    def trains_open_step(self) -> bool:
+        """Return whether the record of the complete open step trains its bits."""
+        step = self.open
+        if step is None:
+            return False
+        if step.final:
+            return True
+        # Who trains the answer at the end need not train it just before.
+        return self.search.trains(step.step) and not (
+            self.search.final and self.ends_with_open_step()
+        )
+
+    def best_within_budget(self) -> float:
+        """Return the smallest value of a trial within the budget, infinity where there is none."""
+        found: list[Result | Incumbent] = [*self.results.values()]
+        found += [closed.incumbent for closed in self.closed]
+        scores = [each.score for each in found if each.cost <= self.search.limit]
+        # A record may be one unit in the last place below its winner.
+        return math.nextafter(min(scores, default=math.inf), -math.inf)
+
+    def attempts(self, step: int, parent: str) -> list[int]:
+        """Return the ids of the trials that began to train a step, the latest first."""
+        return sorted(self._attempts.get((step, parent), ()), reverse=True)
+
+    def ends_with_open_step(self) -> bool:
+        """Return whether the search is over once the complete open step is recorded."""
+        assert self.open is not None
+        if self.open.final:
+            return True
+        incumbent, _ = self.close_open_step()
+        past = Past([*self.past.incumbents, incumbent], self.past.results)
+        return self.search.finished(incumbent, past)
+
+    def close_open_step(self) -> tuple[Incumbent, int]:
+        """Return what the complete open step leaves, and the number of the trial it takes."""
+        assert self.open is not None
+        assert self.open.complete
+        step = self.open.step
+        results = [self.results[step, slot] for slot in range(len(self.open.states))]
+        if self.open.final:
+            assert self.incumbent is not None
+            incumbent = replace(self.incumbent, step=step)
+        else:
+            incumbent = self.search.close(self.incumbent, results, self.comparable)
+        from_step, slot = incumbent.origin
+        winner = (
+            self.open.done[slot]
+            if from_step == step
+            else min(n for n, (s, k, _) in self._by_number.items() if (s, k) == incumbent.origin)
+        )
+        return incumbent, winner
+
+
+def settings(search: ProgressiveSearch) -> dict[str, Any]:
+    """Return what the history of a search depends on, as JSON data."""
+    return {
+        "space": search.space.digest,
+        "n_candidates": search.n_candidates,
+        "rule": search.rule,
+        "seed": search.seed,
+        "refine": search.refine,
+        "limit": search.limit if search.limit > float("-inf") else None,
+        # Named only where there is training, so that older studies go on.
+        **({"train_every": search.train_every} if search.train_every else {}),
+        **({"final": True} if search.final else {}),
+    }
+
+
+def parent_digest(search: ProgressiveSearch, incumbent: Incumbent | None) -> str:
+    """Return the digest tickets carry: settings, step and bits the step starts from."""
+    return _parent_digest(settings(search), incumbent)
+
+
+def _parent_digest(known: dict[str, Any], incumbent: Incumbent | None) -> str:
+    if incumbent is None:
+        return attributes.parent_digest(known, None, None)
+    return attributes.parent_digest(known, incumbent.step, incumbent.state)

@@ -1,0 +1,89 @@
+"""Ends loops of `optuna.Study.optimize`: with the search, and where that cannot go on."""
+
+from __future__ import annotations
+
+from optuna.study import Study
+from optuna.trial import TrialState
+
+from hq_optuna.attributes import Ticket
+from hq_optuna.protocol.step_log import StepLog
+
+MAX_FAILURES = 5
+"""How often this process tries work anew that brings no result; an objective is deterministic."""
+
+
+def stop(study: Study) -> None:
+    """End the loop of Optuna's that this thread is in, if it is in one.
+
+    Args:
+        study: As Optuna hands it to samplers.
+    """
+    # With `HyperbandPruner` that is a study made for one bracket, which holds the study whose loop
+    # runs as `_study` and knows nothing of the loop.
+    study = getattr(study, "_study", study)
+    # study.stop() raises outside of optimize(), for example in a loop of ask and tell.
+    if getattr(study._thread_local, "in_optimize_loop", False):
+        study.stop()
+
+
+class Failures:
+    """Counts the trials of this process that brought no result although the search needs it."""
+
+    def __init__(self) -> None:
+        self._ended: dict[tuple[object, ...], list[TrialState]] = {}
+
+    def note(self, log: StepLog, ticket: Ticket, state: TrialState) -> None:
+        """Count a trial that failed or was pruned.
+
+        What another worker did meanwhile is not needed, nor is anything once the search is over.
+
+        Args:
+            log: The record as it is now.
+            ticket: The trial's.
+            state: What the trial ends as.
+        """
+        step = log.open
+        if step is None or (step.step, step.parent) != (ticket.step, ticket.parent):
+            return
+        if ticket.kind == "incumbent" or ticket.slot not in step.done:
+            self._ended.setdefault(_key(ticket), []).append(state)
+
+    def refuse_more(self, log: StepLog, ticket: Ticket) -> None:
+        """Refuse to try the same work for ever. It is told once; then counting starts anew.
+
+        Called before a trial, as an error after one would hide why that failed.
+
+        Raises:
+            RuntimeError: This process tried the ticket's work `MAX_FAILURES` times.
+        """
+        ended = self._ended.get(_key(ticket), [])
+        if len(ended) < MAX_FAILURES:
+            return
+        del self._ended[_key(ticket)]
+        if ended[-1] == TrialState.PRUNED:
+            how = "the objective pruned"
+            then = "Prune only where `CostBudgetPruner` says that a trial is not needed."
+        else:
+            how = "the objective raised an error, or returned NaN or no number, in"
+            then = "Return a number for it, infinity if it is of no use."
+        raise RuntimeError(
+            f"The search cannot go on without {_what(log, ticket)}: {how} {len(ended)} trials for "
+            f"it. {then} Then start again: what was scored stays."
+        )
+
+
+def _key(ticket: Ticket) -> tuple[object, ...]:
+    return ticket.kind, ticket.step, ticket.parent, ticket.slot
+
+
+def _what(log: StepLog, ticket: Ticket) -> str:
+    """Return the result that a trial was to bring, in words."""
+    if ticket.kind == "incumbent":
+        return f"the record of step {ticket.step}"
+    if ticket.variable is None:
+        return "the score of the start"
+    bits = ""
+    names = [variable.name for variable in log.search.space.variables]
+    if ticket.variable in names:  # swaps say theirs
+        bits = f" {ticket.from_bits} → {ticket.bits[names.index(ticket.variable)]}"
+    return f"the score of {ticket.variable}{bits} in step {ticket.step}"

@@ -1,0 +1,168 @@
+"""What a process knows of one study, and whether it may go on with it.
+
+Everything here is read from the storage and is read again where it is missing. A study belongs to
+the search of its first ticket: settings, network and data. Of two searches that are started in one
+new study at the same moment, both may find it empty and write their settings; the lower trial
+number is the one thing they agree on.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+from optuna.study import Study, StudyDirection
+
+from hq_optuna import attributes
+from hq_optuna.attributes import Ticket
+from hq_optuna.errors import ResumeError
+from hq_optuna.protocol.limits import limits_of, stored_limits, write_limits
+from hq_optuna.protocol.step_log import StepLog
+from hq_optuna.protocol.stopping import Failures
+from hq_optuna.protocol.tickets import Encoding
+from hq_optuna.space.budget import Budget
+from hq_optuna.space.search_space import SearchSpace
+from hq_optuna.storages.trials import read_rows
+
+
+@dataclass
+class StudyView:
+    """One study as this process last read it.
+
+    Attributes:
+        space: The search space.
+        encoding: How candidates show their bits as parameters.
+        log: Its steps.
+        search: What this process's search depends on, as tickets say it.
+        budget: Its budget, if it has one.
+        lock: Held while the log is read: threads must not hand it older trials than it has seen.
+        changed: Settings that differ from the study's; ``None`` before they are compared.
+        looked_at: How many closed steps and searches there were when settings and limits were last
+            read.
+        tickets: Those of trials that run in this process, by id in the storage.
+        failures: Trials of this process that brought no result.
+    """
+
+    space: SearchSpace
+    encoding: Encoding
+    log: StepLog
+    search: str
+    budget: Budget | None
+    lock: threading.RLock
+    changed: dict[str, str] | None = None
+    looked_at: tuple[int, int] = (0, 1)
+    tickets: dict[int, Ticket] = field(default_factory=dict)
+    failures: Failures = field(default_factory=Failures)
+
+    def name_search(self, digest: str) -> None:
+        """Add the digest of what the search depends on besides the sampler."""
+        self.search = f"{self.search.partition('/')[0]}/{digest}"
+
+    @property
+    def is_mine(self) -> bool | None:
+        """Whether the first tickets are of this process's search; ``None`` without tickets."""
+        if not self.log.searches:
+            return None
+        return attributes.same_search(self.log.searches[0], self.search)
+
+    @property
+    def is_surely_mine(self) -> bool:
+        """Whether they are of it by all that it depends on."""
+        return bool(self.log.searches) and self.log.searches[0] == self.search
+
+    @property
+    def met_another(self) -> bool:
+        """Whether there are tickets of another search than the first ones'."""
+        return len(self.log.searches) > 1
+
+    def read(self, study: Study) -> StepLog:
+        """Return the log as it stands in the storage now."""
+        with self.lock:
+            self.log.update(read_rows(study._storage, study._study_id, self.log.cursor))
+            self._look_again(study)
+            return self.log
+
+    def _look_again(self, study: Study) -> None:
+        """Take in what others wrote into the study itself, where something happened since."""
+        log, seen = self.log, (len(self.log.closed), len(self.log.searches))
+        if seen == self.looked_at and not log.stopped_by:
+            return
+        anew = seen != self.looked_at
+        if self.is_mine and anew and compare_settings(study, self.space, log.settings):
+            # Another search was started here at the same moment and found no settings either, but
+            # wrote last. Its limits are not ours.
+            write_settings(study, self.space, log.settings)
+            if stored_limits(study) != log.limits:
+                limits = log.limits.to_json()
+                study._storage.set_study_user_attr(study._study_id, attributes.LIMITS, limits)
+        self.looked_at = seen
+        log.limit(limits_of(study))  # somebody may have raised them, or set the first
+
+    def refuse_another_search(self, study: Study) -> None:
+        """Refuse a study whose first trial belongs to another search.
+
+        Raises:
+            ResumeError: The first trial is of another search.
+        """
+        if self.is_mine is False:
+            raise ResumeError(
+                f"Study {study.study_name!r} is another search: its first trial was made with "
+                "other settings, another network or other data. Use the same, or another study "
+                "name.",
+                changed=("search",),
+            )
+
+    def check_settings(self, study: Study) -> None:
+        """Refuse a study that was made with other settings; write them into one that has none.
+
+        Raises:
+            ResumeError: The study was made with other settings; the message names them.
+            ValueError: The study maximizes.
+        """
+        if study.direction == StudyDirection.MAXIMIZE:
+            raise ValueError(
+                "The score is a loss and is minimized. Create the study with direction='minimize'."
+            )
+        mine = self.log.settings
+        if self.changed is None:
+            self.changed = compare_settings(study, self.space, mine)
+            if not self.changed:
+                write_limits(study)
+        if self.changed and self.read(study) and self.is_mine:
+            # Another search was started here at the same moment, wrote last, and was refused.
+            write_settings(study, self.space, mine)
+            self.changed = {}
+        if self.changed:
+            raise ResumeError(
+                f"Study {study.study_name!r} was made with another sampler: "
+                f"{', '.join(self.changed.values())}. Use the same settings, or another study "
+                "name.",
+                changed=tuple(self.changed),
+            )
+
+
+def compare_settings(study: Study, space: SearchSpace, mine: dict[str, Any]) -> dict[str, str]:
+    """Return what differs from the settings in the study, by name and in words.
+
+    The first worker finds none there, and writes its own and the space.
+    """
+    storage, study_id = study._storage, study._study_id
+    stored = storage.get_study_system_attrs(study_id).get(attributes.SETTINGS)
+    if stored is None:
+        write_settings(study, space, mine)
+        return {}
+    return {
+        name: f"{name} (study: {stored.get(name)!r}, sampler: {mine.get(name)!r})"
+        for name in dict.fromkeys([*mine, *stored])
+        if stored.get(name) != mine.get(name)
+    }
+
+
+def write_settings(study: Study, space: SearchSpace, mine: dict[str, Any]) -> None:
+    """Write settings and space into the study."""
+    storage, study_id = study._storage, study._study_id
+    # `hq_optuna.assignment` reads the space; the settings come last and say it is complete.
+    for key, value in attributes.split(attributes.SPACE, space.to_json()).items():
+        storage.set_study_system_attr(study_id, key, value)
+    storage.set_study_system_attr(study_id, attributes.SETTINGS, mine)

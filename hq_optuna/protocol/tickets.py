@@ -1,0 +1,121 @@
+"""What a ticket says, and what a trial with that ticket shows."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from hq_optuna import attributes
+from hq_optuna.attributes import Kind, Ticket
+from hq_optuna.protocol import worker_identity
+from hq_optuna.protocol.step_log import OpenStep, StepLog
+from hq_optuna.search import changes
+from hq_optuna.space.search_space import SearchSpace
+
+Encoding = Literal["layers", "compact"]
+
+LAYER, BITS = "layer", "bits"
+"""Parameters of a candidate in the compact encoding."""
+
+
+def candidate_ticket(log: StepLog, slot: int, search: str = "") -> Ticket:
+    """Return this process's ticket for a slot of the open step."""
+    step, space = log.open, log.search.space
+    assert step is not None
+    start = space.top if log.incumbent is None else log.incumbent.state
+    moves = changes(start, step.states[slot])
+    names = [variable.name for variable in space.variables]
+    lowered = moves[0] if len(moves) == 1 else None
+    if lowered is not None:
+        said = names[lowered.variable]
+    else:
+        said = ", ".join(f"{names[m.variable]} {m.from_bits} → {m.to_bits}" for m in moves)
+    return Ticket(
+        "candidate",
+        step.step,
+        slot,
+        step.parent,
+        step.states[slot],
+        origin=log.closed[-1].number if log.closed else None,
+        variable=said or None,
+        from_bits=None if lowered is None else lowered.from_bits,
+        worker=worker_identity.worker_id(),
+        search=search,
+    )
+
+
+def record_ticket(log: StepLog, search: str = "") -> Ticket:
+    """Return this process's ticket for the record that closes the complete open step."""
+    assert log.open is not None
+    incumbent, winner = log.close_open_step()
+    return Ticket(
+        "incumbent",
+        log.open.step,
+        incumbent.origin[1],
+        log.open.parent,
+        incumbent.state,
+        origin=winner,
+        worker=worker_identity.worker_id(),
+        search=search,
+        trains=log.trains_open_step(),
+    )
+
+
+def idle_ticket(kind: Kind, log: StepLog | None = None, search: str = "") -> Ticket:
+    """Return the ticket of a trial without work: ``"surplus"`` or ``"free"``."""
+    step, state = -1, tuple[int, ...]()
+    if log is not None:
+        step = len(log.closed)
+        state = log.search.space.top if log.incumbent is None else log.incumbent.state
+    slot = -1 if log is None else 0
+    return Ticket(kind, step, slot, "", state, worker=worker_identity.worker_id(), search=search)
+
+
+def parameters(
+    ticket: Ticket, space: SearchSpace, encoding: Encoding
+) -> dict[str, tuple[int | str, tuple[int | str, ...]]]:
+    """Return ``{parameter: (value, choices)}`` that a trial with this ticket shows."""
+    if ticket.kind == "free":
+        return {}  # it has those it was enqueued with
+    if ticket.kind == "candidate" and encoding == "compact":
+        names = tuple(variable.name for variable in space.variables)
+        bits = tuple(sorted({b for v in space.variables for b in v.bits}, reverse=True))
+        if ticket.variable not in names:
+            return {}
+        to_bits = ticket.bits[names.index(ticket.variable)]
+        return {LAYER: (ticket.variable, names), BITS: (to_bits, bits)}
+    return dict(space.parameters(ticket.bits))
+
+
+def facts(ticket: Ticket, space: SearchSpace, cost: float) -> dict[str, Any]:
+    """Return the user attributes that are known before a trial is scored."""
+    known: dict[str, Any] = {attributes.KIND: ticket.kind, attributes.STEP: ticket.step}
+    if ticket.kind == "incumbent":
+        known[attributes.WINNER] = ticket.origin
+    else:
+        known[attributes.SLOT] = ticket.slot
+        if ticket.variable is not None:
+            known |= {attributes.PARENT: ticket.origin, attributes.LAYER: ticket.variable}
+        names = [variable.name for variable in space.variables]
+        if ticket.variable in names:  # one change, not a swap
+            known[attributes.FROM_BITS] = ticket.from_bits
+            known[attributes.TO_BITS] = ticket.bits[names.index(ticket.variable)]
+    known[attributes.COST] = cost
+    known[attributes.WORKER] = worker_identity.short_name(ticket.worker)
+    return known
+
+
+def excess(cost: float, limit: float) -> float | None:
+    """Return the constraint: by which part the cost is over the limit; ``None`` without one."""
+    return None if math.isinf(limit) else cost / limit - 1
+
+
+def slot_for(step: OpenStep, untagged: int) -> int:
+    """Return the slot for a worker, given how many lower tickets still wait for theirs."""
+    free = step.free
+    if untagged < len(free):
+        return free[untagged]
+    # Nothing is free: back up the slot with the fewest runners. This is what keeps a search alive
+    # whose workers died unseen, and costs one evaluation otherwise.
+    waiting = [slot for slot in range(len(step.states)) if slot not in step.done]
+    return min(waiting, key=lambda slot: (len(step.running.get(slot, ())), slot))

@@ -1,0 +1,91 @@
+"""Who runs a trial, and whether it still lives.
+
+A worker's name says where it runs, so that a worker on the same host can tell a dead owner from a
+slow one at once. For owners on other hosts nothing is concluded here: both `is_dead` and `is_alive`
+say no.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+from pathlib import Path
+
+
+def _pid_namespace() -> str:
+    # Two containers may share a host name but never see each other's processes.
+    try:
+        return str(Path("/proc/self/ns/pid").stat().st_ino)
+    except OSError:
+        return "0"
+
+
+def _start_time(pid: int) -> str:
+    """Return when the process started, in clock ticks after boot; empty where unknown.
+
+    The pair (pid, start) is unique until the next boot, a pid alone is not.
+    """
+    try:
+        # The command name in field 2 may hold spaces and parentheses; field 22 is the start.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+@functools.cache
+def _identity(pid: int) -> str:
+    return f"{socket.gethostname()}/{_pid_namespace()}/{pid}/{_start_time(pid)}"
+
+
+def worker_id() -> str:
+    """Return the name of this process: ``host/pid namespace/pid/start``."""
+    return _identity(os.getpid())
+
+
+def my_short_name() -> str:
+    """Return the name of this process for people: ``host:pid``."""
+    return short_name(worker_id())
+
+
+def short_name(worker: str) -> str:
+    """Return ``host:pid`` for people.
+
+    Example:
+        >>> short_name("box/4026531836/1234/5678")
+        'box:1234'
+    """
+    parts = worker.split("/")
+    return f"{parts[0]}:{parts[2]}" if len(parts) == 4 else worker
+
+
+def is_dead(worker: str) -> bool:
+    """Return whether the worker certainly no longer runs: a process of this host that is gone."""
+    return _lives(worker) is False
+
+
+def is_alive(worker: str) -> bool:
+    """Return whether the worker certainly runs: a process of this host that is there."""
+    return _lives(worker) is True
+
+
+def _lives(worker: str) -> bool | None:
+    """Return whether the worker lives, or ``None`` where this host cannot know."""
+    parts = worker.split("/")
+    if len(parts) != 4 or not parts[2].isdigit():
+        return None
+    host, namespace, pid, start = parts
+    if (host, namespace) != (socket.gethostname(), _pid_namespace()):
+        return None
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # alive, but somebody else's
+    # A process that was killed but not yet reaped by its parent is as good as gone.
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        state = "?"
+    return not (state == "Z" or (bool(start) and _start_time(int(pid)) not in ("", start)))

@@ -1,0 +1,75 @@
+"""Which quantizer rounds the weights of which layer: globs, checked against the space."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hq_optuna.errors import SpaceError
+from hq_optuna.quantization.quantizers import QUANTIZERS, UNIFORM, quantizer_named
+from hq_optuna.space.layers import FLOAT_BITS
+from hq_optuna.space.search_space import SearchSpace, bits_needed, match_layers
+
+SHOWN_LAYERS = 6
+
+
+def choose_quantizers(globs: Mapping[str, str] | None, space: SearchSpace) -> dict[str, str]:
+    """Return layer → name of its quantizer, in network order, of layers that are not uniform.
+
+    Args:
+        globs: Glob over layer names to the name of a quantizer; the last matching glob counts.
+        space: Which bits each layer may have.
+
+    Raises:
+        SpaceError: An unknown quantizer, a glob without a match, or bits that a layer may have and
+            its quantizer cannot do.
+    """
+    if globs is not None and not isinstance(globs, Mapping):
+        raise SpaceError(
+            "quantizers is a mapping from layer names or globs to quantizers, "
+            f"{{'layer3.*': 'dorefa'}}; got {globs!r}."
+        )
+    names = [layer.name for layer in space.layers]
+    chosen: dict[str, tuple[str, str]] = {}
+    for glob, quantizer in (globs or {}).items():
+        quantizer_named(quantizer)
+        for name in match_layers(glob, names, "quantizers"):
+            chosen[name] = (quantizer, glob)
+    needed = bits_needed(space)
+    for name, (quantizer, glob) in chosen.items():
+        can = QUANTIZERS[quantizer]
+        cannot = sorted(b for b in needed[name][0] if b not in can.all_bits and b != FLOAT_BITS)
+        if cannot:
+            raise SpaceError(
+                f"quantizers[{glob!r}]: {quantizer!r} can do {can.bits_text}, but the weights of "
+                f"layer {name!r} may have {', '.join(map(str, cannot))} bits. Give such layers "
+                "bits that it can do (pins, allowed, pin_first_last), or another quantizer."
+            )
+    return {n: chosen[n][0] for n in names if n in chosen and chosen[n][0] != UNIFORM.name}
+
+
+def in_words(chosen: Mapping[str, str]) -> str:
+    """Return what was chosen, by quantizer.
+
+    Example:
+        >>> in_words({"conv2": "dorefa", "conv3": "ternary", "conv4": "dorefa"})
+        'dorefa for conv2, conv4; ternary for conv3'
+    """
+    layers: dict[str, list[str]] = {}
+    for name, quantizer in chosen.items():
+        layers.setdefault(quantizer, []).append(name)
+    return "; ".join(f"{quantizer} for {', '.join(names)}" for quantizer, names in layers.items())
+
+
+def not_compensated(chosen: Mapping[str, str]) -> list[str]:
+    """Return a sentence for each quantizer whose rounding errors are not made up for."""
+    sentences = []
+    for quantizer in dict.fromkeys(chosen.values()):
+        if not QUANTIZERS[quantizer].compensates:
+            names = [name for name, own in chosen.items() if own == quantizer]
+            shown = ", ".join(names[:SHOWN_LAYERS]) + (", …" if len(names) > SHOWN_LAYERS else "")
+            sentences.append(
+                f"The quantizer {quantizer!r} says itself where a weight is rounded to, so the "
+                f"rounding errors of its layers ({shown}) are not made up for as those of the "
+                "others are."
+            )
+    return sentences

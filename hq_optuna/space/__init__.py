@@ -1,0 +1,22 @@
+"""What may be chosen and what it costs: layers, bits, assignments, costs, budgets. NumPy only."""
+
+from hq_optuna.space.assignment import BitConfig, LayerBits
+from hq_optuna.space.budget import Budget, check_reachable
+from hq_optuna.space.cost import METRICS, CostModel, Metric, format_cost, macs
+from hq_optuna.space.layers import FLOAT_BITS, LayerSpec
+from hq_optuna.space.search_space import SearchSpace
+
+__all__ = [
+    "FLOAT_BITS",
+    "METRICS",
+    "BitConfig",
+    "Budget",
+    "CostModel",
+    "LayerBits",
+    "LayerSpec",
+    "Metric",
+    "SearchSpace",
+    "check_reachable",
+    "format_cost",
+    "macs",
+]

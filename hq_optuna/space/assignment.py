@@ -1,0 +1,94 @@
+"""An assignment: the bits of every layer, weights and activations."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from hq_optuna.space.layers import FLOAT_BITS
+
+
+class LayerBits(NamedTuple):
+    """Bits of one layer; `FLOAT_BITS` (32) means not quantized."""
+
+    weight_bits: int
+    activation_bits: int
+
+    def __str__(self) -> str:
+        w, a = ("float" if b == FLOAT_BITS else str(b) for b in self)
+        return f"W{w}A{a}"
+
+
+class BitConfig(Mapping[str, LayerBits]):
+    """Immutable mapping from layer name to `LayerBits`, in the order of the network.
+
+    Two configurations are equal when they give every layer the same bits, whatever the order.
+
+    Example:
+        >>> config = BitConfig({"conv": (8, 8), "fc": (4, 8)})
+        >>> config["fc"].weight_bits
+        4
+        >>> config.replace("fc", weight_bits=3)["fc"]
+        LayerBits(weight_bits=3, activation_bits=8)
+    """
+
+    __slots__ = ("_bits", "_digest")
+
+    def __init__(self, bits: Mapping[str, tuple[int, int]]) -> None:
+        self._bits = {name: LayerBits(*pair) for name, pair in bits.items()}
+        self._digest: str | None = None
+
+    def __getitem__(self, name: str) -> LayerBits:
+        return self._bits[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bits)
+
+    def __len__(self) -> int:
+        return len(self._bits)
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        return f"BitConfig({{{', '.join(f'{n!r}: {tuple(b)}' for n, b in self.items())}}})"
+
+    @property
+    def digest(self) -> str:
+        """Twelve hexadecimal digits that name this assignment, the same on every machine."""
+        if self._digest is None:
+            text = json.dumps(sorted((n, *b) for n, b in self.items()), separators=(",", ":"))
+            self._digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+        return self._digest
+
+    def replace(
+        self, name: str, *, weight_bits: int | None = None, activation_bits: int | None = None
+    ) -> BitConfig:
+        """Return a copy in which one layer has other bits."""
+        old = self[name]
+        new = LayerBits(
+            old.weight_bits if weight_bits is None else weight_bits,
+            old.activation_bits if activation_bits is None else activation_bits,
+        )
+        return BitConfig({**self._bits, name: new})
+
+    def to_json(self) -> dict[str, list[int]]:
+        """Return ``{name: [weight_bits, activation_bits]}``."""
+        return {name: list(bits) for name, bits in self.items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, list[int]]) -> BitConfig:
+        """Rebuild an assignment from `to_json`'s data."""
+        return cls({name: (pair[0], pair[1]) for name, pair in data.items()})
+
+    @classmethod
+    def uniform(
+        cls,
+        names: Iterator[str] | list[str] | tuple[str, ...],
+        weight_bits: int,
+        activation_bits: int,
+    ) -> BitConfig:
+        """Give every named layer the same bits."""
+        return cls(dict.fromkeys(names, (weight_bits, activation_bits)))

@@ -1,0 +1,1 @@
+"""Study files: finding one, reading its options and settings, building its parts."""

@@ -1,0 +1,341 @@
+"""A foreman: claims work for all workers of a launcher, hands it out, and stores what comes back.
+
+A worker that talks to the database itself spends more of its processor's time there than a quick
+candidate takes, and 32 of them reach for the same work at the same moment. A foreman claims for all
+of its workers in one transaction, stores their results in another, and knows what it has handed
+out. While nobody else works on the study, candidates are handed out first and claimed while they
+are scored, and those of the next step as soon as the last result of a step is known.
+
+For the storage a foreman is one worker that runs several trials: the step protocol, what is
+recorded, and the history are the same. Its workers may die at any moment; their candidates are then
+marked failed and handed out again. When the foreman itself dies its workers end, and others find
+its process gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from optuna.study import Study
+from optuna.trial import TrialState
+
+from hq_optuna import attributes
+from hq_optuna.attributes import Ticket
+from hq_optuna.errors import StorageError
+from hq_optuna.protocol import worker_identity
+from hq_optuna.protocol.claims import create_record, create_together, new_claim, own_slots
+from hq_optuna.protocol.owners import BEAT_S
+from hq_optuna.protocol.step_log import StepLog
+from hq_optuna.protocol.step_record import closing, winner_of
+from hq_optuna.protocol.tickets import candidate_ticket, record_ticket
+from hq_optuna.samplers import ProgressiveBitSampler
+from hq_optuna.search import Past, Result
+from hq_optuna.storages import RetryingStorage
+from hq_optuna.storages.database import Ended
+from hq_optuna.storages.writing import beat, finish_trials, writes_together
+from hq_optuna.workers.dispatcher import Dispatcher, Order, RemoteWorker
+from hq_optuna.workers.dispatcher import Result as Said
+from hq_optuna.workers.interrupts import held_interrupts
+from hq_optuna.workers.loop import fail_dead_trials
+
+logger = logging.getLogger(__name__)
+
+
+class Foreman:
+    """Runs a search with workers that never touch its storage.
+
+    `hear` may be called from any thread; everything else from one, the launcher's main thread.
+
+    Args:
+        study: With a `ProgressiveBitSampler`, as `BitSearch.open` returns it.
+        on_progress: Called with the record of the search whenever it was read.
+        clock: Seconds that never go back.
+
+    Attributes:
+        hands: Its workers.
+        over: Whether the search is over.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        *,
+        on_progress: Callable[[StepLog], None] = lambda log: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        sampler = study.sampler
+        assert isinstance(sampler, ProgressiveBitSampler)
+        self._study, self._view = study, sampler.view(study)
+        self._on_progress, self._clock = on_progress, clock
+        self._at_once = 2 if writes_together(study._storage) else 1
+        self.dispatcher = Dispatcher()
+        self.over = False
+        self._log: StepLog | None = None  # as it was last read
+        self._claimed: dict[int, Order] = {}  # by claim: those with a trial that is not ended
+        self._ahead: dict[tuple[int, ...], Order] = {}  # by bits: of the step that opens next
+        self._early: list[Said] = []  # results of those
+        self._facts: dict[int, tuple[float, Mapping[str, Any]]] = {}  # by number, of this step
+        self._failed: set[int] = set()
+        self._beaten, self._beats = clock(), 0
+
+    def hear(self, hand: RemoteWorker, event: Mapping[str, Any] | None) -> None:
+        """Take in what a worker says, from any thread; ``None``: it is gone."""
+        self.dispatcher.hear(hand, event)
+
+    def look(self, wait_s: float) -> bool:
+        """Wait for news, do what is to do, and return whether the search goes on.
+
+        Raises:
+            ResumeError: The study belongs to another search.
+            ValueError: A worker's score is no number.
+            StorageError: The storage is away, and stayed away for as long as it is tried again.
+        """
+        self.dispatcher.news.wait(wait_s)
+        self.dispatcher.news.clear()
+        storage = self._study._storage
+        with held_interrupts() as held:
+            if isinstance(storage, RetryingStorage):
+                storage.pause = held.sleep  # so that Ctrl-C ends a wait for the database
+            while not self.over and self._turn() and not held.pending:
+                pass
+            self._show_life()
+        return not self.over
+
+    def give_back(self) -> None:
+        """Mark what was claimed and is not stored as failed, so that others have it at once."""
+        state = TrialState.PRUNED if self.over else TrialState.FAIL
+        with contextlib.suppress(StorageError):  # others find this process gone
+            self._end(list(self._claimed.values()), state)
+
+    def _turn(self) -> bool:
+        """Store, read, record, claim; return whether to do so again at once."""
+        results, lost = self.dispatcher.collect()
+        self._look_ahead(results)
+        self._store(results)
+        self._end([order for order in lost if order.ticket is not None], TrialState.FAIL)
+        self.dispatcher.hand_out([order for order in lost if order.ticket is None])
+        self._view.check_settings(self._study)
+        log = self._log = self._view.read(self._study)
+        self._view.refuse_another_search(self._study)
+        self._on_progress(log)
+        if log.owners.dead.keys() - self._failed:
+            fail_dead_trials(self._study)
+            self._failed |= log.owners.dead.keys()
+        step = log.open
+        if step is None:
+            self.over = True
+            self._drop([*self._claimed.values(), *self._ahead.values()])
+            self.dispatcher.dismiss()
+            return False
+        # Candidates of closed steps, and those that others have done.
+        self._drop(
+            order
+            for order in list(self._claimed.values())
+            if order.ticket is not None
+            and (
+                order.ticket.parent != step.parent
+                or (order.ticket.kind == "candidate" and order.ticket.slot in step.done)
+            )
+        )
+        if step.complete:
+            return log.anything_left() and self._record(log)
+        self._claim(log)
+        return bool(self._early)
+
+    def _store(self, results: Sequence[Said]) -> None:
+        """Store results as far as their trials are there."""
+        ended, self._early = [], [*self._early, *results]
+        early: list[Said] = []
+        for order, said in self._early:
+            if order.trial_id is None:
+                early.append((order, said))
+                continue
+            self._claimed.pop(order.claim, None)
+            if order.void:
+                continue
+            value, facts = _value(said), dict(said["facts"])
+            self._facts[order.number] = (value, facts)
+            seconds = facts.get(attributes.SECONDS)
+            ended.append(Ended(order.trial_id, TrialState.COMPLETE, value, facts, seconds))
+        self._early = [(order, said) for order, said in early if not order.void]
+        if ended:
+            finish_trials(self._study._storage, ended)
+
+    def _end(self, orders: Sequence[Order], state: TrialState) -> None:
+        for order in orders:
+            self._claimed.pop(order.claim, None)
+            order.void = True
+        ended = [Ended(o.trial_id, state) for o in orders if o.trial_id is not None]
+        if ended:
+            finish_trials(self._study._storage, ended)
+
+    def _drop(self, unneeded: Iterable[Order]) -> None:
+        orders = list(unneeded)
+        self._end(orders, TrialState.PRUNED)
+        for order in orders:
+            order.drop()
+
+    # Claiming
+
+    def _claim(self, log: StepLog) -> None:
+        step = log.open
+        assert step is not None
+        chosen, alone = self._choose(log)
+        known = self._ahead.keys() & {step.states[slot] for slot in chosen}
+        if self._ahead.keys() - known:  # the step is not the one that was expected, or is shared
+            for bits in self._ahead.keys() - known:
+                self._ahead.pop(bits).drop()
+        if not chosen:
+            return
+        search = self._view.search
+        orders = []
+        for slot in chosen:
+            order = self._ahead.pop(step.states[slot], None)
+            if order is None:
+                order = self._order(step.states[slot], log)
+            ticket = candidate_ticket(log, slot, search)
+            order.ticket = dataclasses.replace(ticket, claim=order.claim)
+            orders.append(order)
+        expected = -1 if log.owners.dead else log.cursor.n
+        self._claimed |= {order.claim: order for order in orders}
+        new = [order for order in orders if order.hand is None]
+        if alone:
+            self.dispatcher.hand_out([order for order in new if not order.early])
+        tickets = [order.ticket for order in orders if order.ticket is not None]
+        created = create_together(self._view, self._study, tickets)
+        for order, place in zip(orders, created, strict=True):
+            order.number, order.trial_id = place
+        if created[0][0] != expected:  # others claimed something meanwhile: of two the lower has it
+            log = self._view.read(self._study)
+            self._drop(
+                order
+                for order in orders
+                if order.ticket is not None and log.taken(order.ticket, order.number)
+            )
+        if not alone:
+            self.dispatcher.hand_out([order for order in new if not order.void])
+
+    def _order(self, bits: tuple[int, ...], log: StepLog) -> Order:
+        return Order(new_claim(), bits, self._clock(), base=log.base)
+
+    def _choose(self, log: StepLog) -> tuple[list[int], bool]:
+        """Return the slots to claim now, and whether nobody else is at work.
+
+        Alone, one more candidate is claimed for each worker than it can do now, if the storage lets
+        trials say when they really began: so it need not wait for the storage. Where others work,
+        each begins with slots of its own, as single workers do.
+        """
+        step = log.open
+        assert step is not None
+        crew = self._crew(log)
+        each = self._at_once if len(crew) == 1 else 1
+        free = list(step.free[len(log.owners.untagged) :])
+        if len(crew) > 1:
+            own = own_slots(free, crew, worker_identity.worker_id())
+            free.sort(key=lambda slot: slot not in own)
+        ahead = [slot for slot in free if step.states[slot] in self._ahead]
+        lacking = max(each * len(self.dispatcher) - len(self._claimed) - len(ahead), 0)
+        rest = [slot for slot in free if slot not in ahead]
+        return [*ahead, *rest[:lacking]], len(crew) == 1
+
+    @staticmethod
+    def _crew(log: StepLog) -> list[str]:
+        """Return who works on the study, this process among them."""
+        n = 1 if log.open is None else len(log.open.states)
+        return log.owners.at_work(worker_identity.worker_id(), last=2 * n)
+
+    def _look_ahead(self, results: Sequence[Said]) -> None:
+        """Hand out what the next step begins with, if these results complete the open one."""
+        log = self._log
+        if log is None or log.open is None or not results or self._ahead:
+            return
+        if len(self._crew(log)) > 1:
+            return
+        step, search = log.open, log.search
+        if step.final or search.trains(step.step):
+            return  # it is the last one, or the next one begins from what training gives
+        found = {slot: log.results[step.step, slot] for slot in step.done}
+        for order, said in [*self._early, *results]:
+            if order.ticket is not None and order.ticket.parent == step.parent:
+                cost = search.cost_of(order.bits)
+                found[order.ticket.slot] = Result(order.bits, _value(said), cost)
+        if len(found) < len(step.states):
+            return
+        closed = [found[slot] for slot in range(len(step.states))]
+        incumbent = search.close(log.incumbent, closed, log.results)
+        places = {(step.step, slot): result for slot, result in found.items()}
+        past = Past([*log.past.incumbents, incumbent], log.past.results | places)
+        now = self._clock()
+        states = search.states(incumbent, past)
+        for state in states[: self._at_once * len(self.dispatcher)]:
+            self._ahead[state] = Order(new_claim(), state, now, early=True, base=log.base)
+        self.dispatcher.hand_out(list(self._ahead.values()))
+
+    # The step's record, and signs of life
+
+    def _record(self, log: StepLog) -> bool:
+        """Close the complete open step, unless somebody else does."""
+        began = time.perf_counter()
+        search, claim = self._view.search, new_claim()
+        ticket = dataclasses.replace(record_ticket(log, search), claim=claim)
+        assert ticket.origin is not None
+        if ticket.trains:
+            return self._have_trained(log, ticket)
+        winner = self._facts.get(ticket.origin) or winner_of(self._study, ticket.origin)
+        value, facts = closing(*winner)
+        facts[attributes.SECONDS] = round(time.perf_counter() - began, 6)
+        if len(self._crew(log)) == 1:
+            create_record(self._view, self._study, ticket, value, facts)
+        else:
+            expected = -1 if log.owners.dead else log.cursor.n
+            [(number, trial_id)] = create_together(self._view, self._study, [ticket])
+            if number != expected and self._view.read(self._study).taken(ticket, number):
+                finish_trials(self._study._storage, [Ended(trial_id, TrialState.PRUNED)])
+                return False
+            ended = Ended(trial_id, TrialState.COMPLETE, value, facts)
+            finish_trials(self._study._storage, [ended])
+        self._facts.clear()
+        return True
+
+    def _have_trained(self, log: StepLog, ticket: Ticket) -> bool:
+        """Claim a record that trains its bits, and hand it to a worker."""
+        [(number, trial_id)] = create_together(self._view, self._study, [ticket])
+        if self._view.read(self._study).taken(ticket, number):
+            finish_trials(self._study._storage, [Ended(trial_id, TrialState.PRUNED)])
+            return False
+        order = self._order(ticket.bits, log)
+        order = dataclasses.replace(
+            order, claim=ticket.claim, ticket=ticket, number=number, trial_id=trial_id, trains=True
+        )
+        self._claimed[order.claim] = order
+        self.dispatcher.hand_out([order])
+        return False
+
+    def _show_life(self) -> None:
+        now = self._clock()
+        if now - self._beaten < BEAT_S:
+            return
+        self._beaten, self._beats = now, self._beats + 1
+        old = [
+            order.trial_id
+            for order in self._claimed.values()
+            if order.trial_id is not None and now - order.since >= BEAT_S
+        ]
+        if old:
+            try:
+                beat(self._study._storage, old, self._beats)
+            except Exception as error:  # costs a beat and nothing else
+                logger.debug("No beat for %d trials: %s", len(old), error)
+
+
+def _value(said: Mapping[str, Any]) -> float:
+    value = float(said["value"])
+    if math.isnan(value):
+        raise ValueError("The objective returned NaN. Expected a number.")
+    return value

@@ -1,0 +1,168 @@
+"""A worker: asks for trials until the search is over, and waits between them when it must."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.study import Study
+from optuna.trial import Trial, TrialState
+
+from hq_optuna.errors import StorageError
+from hq_optuna.protocol.claims import ClaimedTrial
+from hq_optuna.protocol.step_log import StepLog
+from hq_optuna.samplers import ProgressiveBitSampler
+from hq_optuna.storages import RetryingStorage
+from hq_optuna.workers.heartbeat import heartbeat
+from hq_optuna.workers.interrupts import held_interrupts
+
+logger = logging.getLogger(__name__)
+
+Doing = Literal["scoring", "scored", "recording", "training", "waiting"]
+
+SHORTEST_WAIT_S = 0.02
+LONGEST_WAIT_S = 1.0
+
+
+def fail_dead_trials(study: Study) -> int:
+    """Mark trials whose worker is dead as failed, and return how many.
+
+    Their slots are free anyway; this keeps them from showing as running for ever. What somebody
+    else's loop is doing without a ticket is left alone.
+    """
+    sampler = study.sampler
+    assert isinstance(sampler, ProgressiveBitSampler)
+    failed = 0
+    storage = study._storage
+    for number, trial_id in sampler.log(study).owners.dead.items():
+        trial = storage.get_trial(trial_id)
+        bare = not (trial.params or trial.user_attrs or trial.system_attrs)
+        if not bare and sampler.ticket(study, trial_id) is None:
+            continue
+        try:
+            storage.set_trial_state_values(trial_id, state=TrialState.FAIL)
+            logger.info("The worker of trial %d is dead; its work is free again.", number)
+            failed += 1
+        except UpdateFinishedTrialError:  # another worker was quicker
+            continue
+    return failed
+
+
+def work(
+    study: Study,
+    objective: Callable[[Trial], float],
+    *,
+    on_progress: Callable[[StepLog], None] = lambda log: None,
+    on_doing: Callable[[Doing], None] = lambda doing: None,
+) -> None:
+    """Run trials until the search is over.
+
+    Ctrl-C gives the running candidate back (its trial is marked failed, its slot is free again)
+    and raises `KeyboardInterrupt`; everything recorded stays. A worker for whom there is nothing to
+    do looks again after a while, at most once a second. It takes up what a dead worker left: at
+    once where that was a process of this host, else when its owner has been silent for
+    `hq_optuna.protocol.owners.GRACE_S`.
+
+    Args:
+        study: With a `ProgressiveBitSampler`.
+        objective: Usually a `HessianObjective`.
+        on_progress: Called with the record after each trial and each wait.
+        on_doing: Called with what this worker does: ``"scoring"`` before a candidate and
+            ``"scored"`` after it, ``"recording"`` before a step record, ``"training"`` before one
+            that trains, ``"waiting"`` before a wait.
+
+    Raises:
+        ResumeError: The study belongs to another search.
+        ValueError: The objective returned no number.
+        RuntimeError: The objective prunes again and again what the search needs.
+        StorageError: The storage is away, and stayed away for as long as it is tried again.
+    """
+    sampler = study.sampler
+    if not isinstance(sampler, ProgressiveBitSampler):
+        raise TypeError(
+            f"This study has the sampler {type(sampler).__name__}: optuna.load_study does not know "
+            "the search's. Open it by BitSearch.open, or give load_study the sampler."
+        )
+    wait_s, waited_s, alone = SHORTEST_WAIT_S, 0.0, set[int]()
+    while True:
+        log = sampler.log(study)
+        on_progress(log)
+        if log.owners.dead.keys() - alone:
+            fail_dead_trials(study)
+            alone |= log.owners.dead.keys()
+        if log.open is None:
+            return
+        to_do = log.anything_left() or log.owners.waiting
+        if to_do and _run_one(study, sampler, objective, on_doing, waited_s):
+            wait_s, waited_s = SHORTEST_WAIT_S, 0.0
+        else:
+            on_doing("waiting")
+            time.sleep(wait_s)
+            waited_s += wait_s
+            wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+
+
+def _run_one(
+    study: Study,
+    sampler: ProgressiveBitSampler,
+    objective: Callable[[Trial], float],
+    on_doing: Callable[[Doing], None],
+    waited_s: float,
+) -> bool:
+    """Run one trial and return whether there was one to run."""
+    storage = study._storage
+    with held_interrupts() as held:
+        if isinstance(storage, RetryingStorage):
+            storage.pause = held.sleep  # so that Ctrl-C ends a wait for the database
+        trial = sampler.ask(study, waited_s)
+        if trial is None:
+            return False
+        ticket = sampler.ticket(study, trial._trial_id)
+        recording = ticket is not None and ticket.kind == "incumbent"
+        try:
+            with heartbeat(storage, trial._trial_id):
+                held.release()
+                trains = ticket is not None and ticket.trains
+                on_doing("training" if trains else "recording" if recording else "scoring")
+                value = float(objective(trial))
+                held.hold()  # a result is stored whole
+            if math.isnan(value):
+                raise ValueError(
+                    f"Trial {trial.number}: the objective returned NaN. Expected a number."
+                )
+        except optuna.TrialPruned:
+            _finish(study, sampler, trial, TrialState.PRUNED)
+            if ticket is not None:
+                log = sampler.log(study)
+                sampler.view(study).failures.note(log, ticket, TrialState.PRUNED)
+        except BaseException:
+            # What cannot be given back, as the storage is away, others take up later.
+            with contextlib.suppress(StorageError):
+                _finish(study, sampler, trial, TrialState.FAIL)
+            raise
+        else:
+            _finish(study, sampler, trial, TrialState.COMPLETE, value)
+            if not recording:
+                on_doing("scored")
+    return True
+
+
+def _finish(
+    study: Study,
+    sampler: ProgressiveBitSampler,
+    trial: ClaimedTrial,
+    state: TrialState,
+    value: float | None = None,
+) -> None:
+    sampler.view(study).tickets.pop(trial._trial_id, None)
+    try:
+        trial.finish(state, value)
+    except UpdateFinishedTrialError:
+        # Who was taken for dead, as after a pause, finds its trial failed and goes on.
+        logger.info("Trial %d was taken over by another worker.", trial.number)

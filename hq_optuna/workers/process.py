@@ -1,0 +1,233 @@
+"""One worker as a process of this host: its command, its events, its last words."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from typing import IO, Any
+
+LAST_WORDS = 12
+"""Lines of standard error that are kept."""
+
+HEARD_WITHIN_S = 10.0
+"""How long the last words of an ended worker are waited for."""
+
+ENDS_WITH_STDIN = "HQ_OPTUNA_ENDS_WITH_STDIN"
+"""Environment variable that tells a worker to end when its standard input does."""
+
+SERVES = "HQ_OPTUNA_SERVES"
+"""Environment variable that tells a worker to take its work from its standard input."""
+
+Listener = Callable[["WorkerProcess", dict[str, Any] | None], None]
+"""Called with each event of a worker, from a thread of its own; ``None``, perhaps twice, when it
+says no more."""
+
+
+@dataclass(frozen=True)
+class WorkerCommand:
+    """How a worker is started, here or on another host.
+
+    Attributes:
+        study: Path of the study file.
+        name: Name of the study.
+        folder: The run's folder.
+        storage: Storage URL; goes through the environment, as command lines are for all to see.
+        options: Further options, as typed.
+    """
+
+    study: str
+    name: str
+    folder: str
+    storage: str = field(repr=False)
+    options: Sequence[str] = ()
+
+    def arguments(self, threads: int) -> list[str]:
+        """Return the command line."""
+        return [
+            *(sys.executable, "-P", "-m", "hq_optuna.cli", "worker", self.study),
+            *("--name", self.name, "--folder", self.folder),
+            *("--threads", str(threads), "--json", *self.options),
+        ]
+
+    def environment(self, threads: int, device: str | None) -> dict[str, str]:
+        """Return the environment: the storage, a share of the cores, perhaps one GPU."""
+        found = {
+            **os.environ,
+            "HQ_OPTUNA_STORAGE": self.storage,
+            ENDS_WITH_STDIN: "1",
+            "OMP_NUM_THREADS": str(threads),
+            "MKL_NUM_THREADS": str(threads),
+        }
+        if device is not None:
+            found["CUDA_VISIBLE_DEVICES"] = device
+        return found
+
+    def start(
+        self, threads: int, device: str | None = None, listener: Listener | None = None
+    ) -> WorkerProcess:
+        """Start the worker on this host; with a listener it scores what it is told to."""
+        environment = self.environment(threads, device)
+        if listener is not None:
+            environment[SERVES] = "1"
+        return WorkerProcess(self.arguments(threads), environment, listener)
+
+
+def thread_share(n_cores: int, n_workers: int) -> int:
+    """Return the threads of each worker, at least one.
+
+    Example:
+        >>> thread_share(16, 4), thread_share(2, 3)
+        (4, 1)
+    """
+    return max(1, n_cores // n_workers)
+
+
+def devices(environment: Mapping[str, str], n_found: int) -> list[str]:
+    """Return the GPUs this process may use, as ``CUDA_VISIBLE_DEVICES`` names them.
+
+    Args:
+        environment: Of this process.
+        n_found: How many GPUs CUDA finds in it.
+
+    Example:
+        >>> devices({}, 2), devices({"CUDA_VISIBLE_DEVICES": "3,5"}, 2), devices({}, 0)
+        (['0', '1'], ['3', '5'], [])
+    """
+    named = [name.strip() for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    named = [name for name in named if name]
+    return named[:n_found] if named else [str(index) for index in range(n_found)]
+
+
+class WorkerProcess:
+    """A worker that runs in a process group of its own, so that Ctrl-C reaches its launcher alone.
+
+    Its standard input is a pipe: when the launcher is gone, however it went, the pipe ends, and the
+    worker gives its candidate back and ends too.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        listener: Listener | None = None,
+    ) -> None:
+        self._listener = listener
+        self._writing = threading.Lock()
+        self._process = subprocess.Popen(
+            arguments,
+            env=dict(environment),
+            cwd=Path.cwd(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        self._gone_since: float | None = None
+        self._events: SimpleQueue[dict[str, Any]] = SimpleQueue()
+        self._words: deque[str] = deque(maxlen=LAST_WORDS)
+        self._readers = [
+            threading.Thread(target=read, args=(stream,), daemon=True)
+            for read, stream in (
+                (self._read_events, self._process.stdout),
+                (self._read_words, self._process.stderr),
+            )
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        """Return how it ended, as ``subprocess`` says it, or ``None`` while it runs.
+
+        It has not ended before all it said is read, so that nothing is missed; but what it started
+        may keep its pipes open for ever, and is waited for `HEARD_WITHIN_S`.
+        """
+        code = self._process.poll()
+        if code is None:
+            return None
+        if self._gone_since is None:
+            self._gone_since = time.monotonic()
+        for reader in self._readers:
+            reader.join(timeout=0.1)
+        unheard = any(reader.is_alive() for reader in self._readers)
+        return None if unheard and time.monotonic() - self._gone_since < HEARD_WITHIN_S else code
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return what it told since the last call."""
+        told = []
+        while not self._events.empty():
+            told.append(self._events.get())
+        return told
+
+    def last_words(self) -> list[str]:
+        """Return the last lines of its standard error."""
+        return list(self._words)
+
+    def terminate(self) -> None:
+        """Ask it to give its candidate back and end."""
+        self._process.terminate()
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+
+    def close(self) -> None:
+        """Let go of an ended process."""
+        self._process.wait()
+        # What it started may live on and hold the other two open; their readers close them.
+        if self._listener is not None and self._readers[0].is_alive():
+            self._listener(self, None)
+        if self._process.stdin is not None:
+            with contextlib.suppress(OSError):  # what could not be sent to it any more
+                self._process.stdin.close()
+
+    def order(self, order: Mapping[str, Any]) -> None:
+        """Send it JSON data, see `hq_optuna.workers.serving`.
+
+        Raises:
+            OSError: It is gone.
+        """
+        stream = self._process.stdin
+        assert stream is not None
+        try:
+            with self._writing:
+                stream.write(json.dumps(order) + "\n")
+                stream.flush()
+        except ValueError as error:  # closed
+            raise BrokenPipeError(str(error)) from None
+
+    def _read_events(self, stream: IO[str]) -> None:
+        with stream:
+            for line in stream:
+                try:
+                    event = json.loads(line)
+                except json.JSONDecodeError:  # what a study file prints
+                    continue
+                if isinstance(event, dict):
+                    self._events.put(event)
+                    if self._listener is not None:
+                        self._listener(self, event)
+        if self._listener is not None:
+            self._listener(self, None)
+
+    def _read_words(self, stream: IO[str]) -> None:
+        with stream:
+            for line in stream:
+                if line.strip():
+                    self._words.append(line.rstrip())

@@ -1,0 +1,64 @@
+"""Which scorer a search takes where none was chosen, and what it says of that."""
+
+from __future__ import annotations
+
+import optuna
+import pytest
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hq_optuna.errors import ResumeError
+from hq_optuna.protocol.history import read_history
+from hq_optuna.scoring.outputs import CrossEntropyRise, squared_error_rise
+from tests.searches import facts, search
+
+
+def around(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy, where nothing can tell that it is."""
+    return functional.cross_entropy(outputs, labels)
+
+
+def test_an_unknown_loss_is_warned_of_with_the_ways_to_the_better_scorer() -> None:
+    made = search(loss_fn=around)
+    assert made.objective.setup.scorer == "diagonal"
+    (warning,) = made.objective.warnings
+    for words in ("'diagonal'", "loss = torch.nn.functional.cross_entropy", "give output_rise"):
+        assert words in warning
+    assert warning in read_history(made.optimize(n_candidates=2)).info.warnings
+
+
+@pytest.mark.parametrize("loss", [functional.cross_entropy, nn.CrossEntropyLoss()])
+def test_a_loss_that_is_known_is_not_warned_of(loss) -> None:
+    assert search(loss_fn=loss).objective.warnings == []
+
+
+def test_a_scorer_that_was_chosen_is_not_warned_of() -> None:
+    assert search(loss_fn=around, scorer="diagonal").objective.warnings == []
+
+
+def test_the_rise_of_a_loss_may_be_given_and_ranks_as_if_the_loss_were_known() -> None:
+    made = search(loss_fn=around, output_rise=CrossEntropyRise())
+    assert (made.objective.setup.scorer, made.objective.warnings) == ("gauss_newton", [])
+    scores, others = ([c[3] for c in facts(s.optimize(seed=0))[0]] for s in (made, search()))
+    assert scores == others
+
+
+def test_another_output_rise_is_another_search() -> None:
+    memory = optuna.storages.InMemoryStorage()
+    search(loss_fn=around, output_rise=CrossEntropyRise()).optimize(memory, "s")
+    with pytest.raises(ResumeError, match="the function output_rise"):
+        search(loss_fn=around, output_rise=squared_error_rise).optimize(memory, "s")
+    plain = search(loss_fn=around, scorer="diagonal")
+    with pytest.raises(ResumeError, match=r"the scorer .*; the function output_rise"):
+        plain.optimize(memory, "s")
+
+
+def test_a_known_loss_has_no_output_rise_in_its_fingerprint() -> None:
+    assert "output_rise" not in read_fingerprint(search())
+    assert read_fingerprint(search(loss_fn=around, output_rise=CrossEntropyRise()))[
+        "output_rise"
+    ].endswith("CrossEntropyRise")
+
+
+def read_fingerprint(made) -> dict:
+    return made.objective.fingerprint(made.open())
