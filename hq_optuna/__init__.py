@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hq_optuna.protocol.history import assignment, read_history
     from hq_optuna.quantization import prepare, set_bits
     from hq_optuna.report.report import write_report
+    from hq_optuna.settings import SearchSettings
     from hq_optuna.space import FLOAT_BITS, BitConfig, Budget, CostModel, LayerBits, LayerSpec
     from hq_optuna.space.search_space import SearchSpace
     from hq_optuna.training import TrainingSettings
@@ -36,6 +37,7 @@ _HOME = {
     "LayerBits": "space",
     "LayerSpec": "space",
     "SearchResult": "answer.result",
+    "SearchSettings": "settings",
     "SearchSpace": "space",
     "TrainingPlan": "training.plan",
     "TrainingSettings": "training",
@@ -62,6 +64,7 @@ __all__ = [
     "LayerBits",
     "LayerSpec",
     "SearchResult",
+    "SearchSettings",
     "SearchSpace",
     "TrainingPlan",
     "TrainingSettings",

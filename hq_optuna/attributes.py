@@ -163,15 +163,10 @@ class StudyInfo:
         budget: The budget in words.
         int8: Cost with 8 bits everywhere.
         float32: Cost without quantization.
-        scorer: Name of the scorer.
-        rounding: How weights are rounded, ``"compensated"`` or ``"nearest"``.
+        settings: All `hq_optuna.settings.SearchSettings`, as JSON data.
         quantizers: Layer → name of the quantizer of its weights, where it is not ``"uniform"``.
-        correction: Whether statistics are corrected, in candidates and in the answer.
         training: When winners are trained and how, see `hq_optuna.training.plan`; ``None``
             where they are not.
-        rule: Name of the winner rule.
-        n_candidates: Candidates a step.
-        seed: Seed of the draws.
         skipped: ``[name, kind, reason]`` of modules that are not quantized.
         warnings: Sentences about the search that a reader of its results must know.
     """
@@ -181,13 +176,8 @@ class StudyInfo:
     budget: str
     int8: float
     float32: float
-    scorer: str
-    rule: str
-    n_candidates: int
-    seed: int
-    rounding: str = "nearest"
+    settings: Mapping[str, Any]
     quantizers: Mapping[str, str] = field(default_factory=dict)
-    correction: bool = False
     training: Mapping[str, Any] | None = None
     skipped: tuple[tuple[str, str, str], ...] = ()
     warnings: tuple[str, ...] = ()

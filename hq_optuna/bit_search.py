@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from hq_optuna.answer.result import SearchResult
 from hq_optuna.artifacts.store import Artifacts, open_artifacts
 from hq_optuna.attributes import COMPARED
 from hq_optuna.dashboard import PageWriter
-from hq_optuna.errors import ArtifactError, ResumeError
+from hq_optuna.errors import ArtifactError, ResumeError, SettingError
 from hq_optuna.network import evaluation
-from hq_optuna.network.batches import Batches, Precision, read_batches
+from hq_optuna.network.batches import Batches, read_batches
 from hq_optuna.network.evaluation import Evaluate, accuracy, before_and_after
 from hq_optuna.network.introspection import introspect
 from hq_optuna.network.losses import LossFunction
@@ -34,15 +34,14 @@ from hq_optuna.protocol.start_options import StartOptions
 from hq_optuna.protocol.status import read_status
 from hq_optuna.protocol.step_log import StepLog
 from hq_optuna.pruners import CostBudgetPruner
-from hq_optuna.quantization import Observer
-from hq_optuna.quantization.compensation import Rounding
-from hq_optuna.samplers import Encoding, ProgressiveBitSampler
-from hq_optuna.scoring import OutputRise, ScorerName
-from hq_optuna.search import Limits, Rule
+from hq_optuna.samplers import ProgressiveBitSampler
+from hq_optuna.scoring import OutputRise
+from hq_optuna.search import Limits
+from hq_optuna.settings import SearchSettings, settings_of
+from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.budget import Budget, check_reachable
-from hq_optuna.space.budget_text import parse_budget
 from hq_optuna.space.cost import CostModel
-from hq_optuna.space.search_space import ActivationBits, SearchSpace
+from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.storages import RETRY_FOR_S, explain_errors_of, open_retrying
 from hq_optuna.training.plan import TrainingPlan
 from hq_optuna.workers.loop import Doing, work
@@ -59,39 +58,24 @@ class BitSearch:
         calibration: Labelled data that the scores read: ``(inputs, labels)`` tensors, a dataset, or
             batches. Not the data the network is judged on later.
         loss_fn: Mean loss of a batch from (outputs, labels).
-        bits: Bits a layer may have, each 1 to 16.
-        activation_bits: ``"same"``: the input of a layer has the bits of its weights. A number:
-            fixed. A sequence: searched apart. ``None``: float.
-        budget: What the answer may cost, a `Budget` or text as on the command line: ``"0.2 bops"``.
-        pin_first_last: Bits of the first and last layer; ``None`` searches them too.
-        pins: Glob over layer names to fixed bits.
-        allowed: Glob over layer names to the bits allowed there.
-        tied: Groups of layers that share their bits.
-        scorer: ``"gauss_newton"``, ``"loss"``, or a sum over layers: ``"diagonal"``, ``"trace"``,
-            ``"fisher"``, ``"hutchinson"``; ``None``:
-            `HessianObjective`'s choice.
-        output_rise: For ``"gauss_newton"`` with another loss than cross-entropy and squared error:
-            the loss rise, summed over samples, from the outputs of the float network and of a
-            candidate.
-        rounding: ``"compensated"`` or ``"nearest"``, how weights are rounded; no training, see
-            `hq_optuna.quantization.compensation`.
-        correction: Whether batch-norm statistics and biases are corrected for the bits, in each
-            candidate and in the answer. No training; see `hq_optuna.quantization.correction`.
-        observer: How activation ranges are found.
-        quantizers: Glob over layer names to a quantizer (``"uniform"``, ``"binary"``,
-            ``"ternary"``, ``"midrise"``, ``"dorefa"``); docs/quantizers.md.
-        precision: ``"float32"``, or ``"bfloat16"`` for candidates' forward passes.
+        settings: What is searched and how, see `hq_optuna.SearchSettings`.
+        output_rise: For the scorer ``"gauss_newton"`` with another loss than cross-entropy and
+            squared error: the loss rise, summed over samples, from the outputs of the float network
+            and of a candidate.
         training: When winners are trained, how and on what, see `TrainingPlan`; ``None``: never.
         validation: Data on which the network is measured before and after.
         evaluate: What is measured there, from (network, batches); accuracy by default.
         batch_size: Samples a batch, where data come without batches.
+        **changes: Settings by name, in place of those in ``settings``:
+            ``bits=(8, 4), budget="0.2 bops"``.
 
     Raises:
         NetworkError: Nothing to quantize, NaN weights, random forward pass.
         DataError: Empty, unlabelled, unrepeatable or non-finite data; labels out of range.
         SpaceError: Unknown layers, impossible bits.
         BudgetError: The budget is below the cheapest assignment.
-        StudyFileError: The budget is text that is none.
+        SettingError: A setting, or a budget as text, that cannot be read.
+        TypeError: There is no such setting.
     """
 
     def __init__(
@@ -100,107 +84,74 @@ class BitSearch:
         calibration: Any,
         loss_fn: LossFunction = functional.cross_entropy,
         *,
-        bits: Iterable[int] = range(2, 9),
-        activation_bits: ActivationBits = "same",
-        budget: Budget | str | None = None,
-        pin_first_last: int | None = 8,
-        pins: Mapping[str, int | tuple[int, int]] | None = None,
-        allowed: Mapping[str, Iterable[int]] | None = None,
-        tied: Iterable[Sequence[str]] = (),
-        scorer: ScorerName | None = None,
+        settings: SearchSettings | None = None,
         output_rise: OutputRise | None = None,
-        rounding: Rounding = "compensated",
-        correction: bool = True,
-        observer: Observer = "squared_error",
-        quantizers: Mapping[str, str] | None = None,
-        precision: Precision = "float32",
         training: TrainingPlan | None = None,
         validation: Any = None,
         evaluate: Evaluate | None = None,
         batch_size: int = 32,
+        **changes: Any,
     ) -> None:
-        self.budget = parse_budget("0.25 bops" if budget is None else budget)
+        given = (settings or SearchSettings()).replace(**changes)
+        self.settings = given if training is None else given.replace(train_every=training.every)
+        self.budget = self.settings.budget
+        if training is None and (self.settings.train_every or self.settings.final_epochs):
+            raise SettingError(
+                "train_every and final_epochs need training data: give BitSearch a plan, "
+                "training=hq_optuna.TrainingPlan(data=…, every=…)."
+            )
         data = read_batches(calibration, batch_size=batch_size)
         seen = introspect(model, data[0].inputs)
+        space_settings = ("bits", "activation_bits", "pin_first_last", "pins", "allowed", "tied")
         self.space = SearchSpace.build(
-            seen.layers,
-            bits=bits,
-            activation_bits=activation_bits,
-            pin_first_last=pin_first_last,
-            pins=pins,
-            allowed=allowed,
-            tied=tied,
+            seen.layers, **{name: getattr(self.settings, name) for name in space_settings}
         )
         check_reachable(self.space, self.budget)
+        self.training = training
+        self.validation: Batches | None = None
+        self.evaluate: Evaluate = accuracy if evaluate is None else evaluate
+        if validation is not None:
+            read = read_batches(validation, batch_size=256, what="validation")
+            self.validation = read.to(next(model.parameters()).device)
         self.objective = HessianObjective(
             model,
             data,
             self.space,
             loss_fn=loss_fn,
-            scorer=scorer,
+            settings=self.settings,
             output_rise=output_rise,
-            rounding=rounding,
-            correction=correction,
-            observer=observer,
-            quantizers=quantizers,
-            precision=precision,
             training=training,
+            validation=self.validation,
+            evaluate=self.evaluate,
+            skipped=tuple((s.name, s.kind, s.reason) for s in seen.skipped),
         )
-        self.training = training
-        self.objective.skipped = tuple((s.name, s.kind, s.reason) for s in seen.skipped)
-        self.validation: Batches | None = None
-        if validation is not None:
-            read = read_batches(validation, batch_size=256, what="validation")
-            self.validation = read.to(self.objective.device)
-        self.evaluate: Evaluate = accuracy if evaluate is None else evaluate
         if self.validation is not None:
             evaluation.check_measured(self.evaluate, model, self.validation, loss_fn)
-        if self.objective.training is not None:
-            self.objective.training.validation = self.validation
-            self.objective.training.evaluate = self.evaluate
 
-    def optimize(  # noqa: D417
+    def optimize(
         self,
         storage: str | BaseStorage | None = None,
         study_name: str | None = None,
         *,
-        n_candidates: int = 8,
-        rule: Rule = "ratio",
-        seed: int = 0,
-        refine: bool = True,
-        encoding: Encoding | None = None,
-        artifacts: str | Path | Artifacts | None = None,
-        limits: Limits | None = None,
-        retry_for_s: float = RETRY_FOR_S,
-        progress: Progress | None = None,
         on_progress: Callable[[StepLog], None] = lambda log: None,
+        **options: Any,
     ) -> Study:
         """Search until the budget is met, or go on with a search that was interrupted.
 
         Several processes may call this on one storage: the history is the same as with one.
 
         Args:
-            storage: As for `open`, as all others up to ``progress``.
+            storage: Storage URL, an Optuna storage, or ``None`` for memory.
+            study_name: Name of the study; an existing one is resumed.
             on_progress: Called with the record of the search after each trial.
+            **options: As for `open`.
 
         Raises:
             StorageError: The storage cannot be opened, read or written.
             ResumeError: The study belongs to another search; the message names what changed.
             ArtifactError: The artifact store cannot be opened or written.
         """
-        study = self.open(
-            storage,
-            study_name,
-            n_candidates=n_candidates,
-            rule=rule,
-            seed=seed,
-            refine=refine,
-            encoding=encoding,
-            artifacts=artifacts,
-            limits=limits,
-            retry_for_s=retry_for_s,
-            progress=progress,
-        )
+        study = self.open(storage, study_name, **options)
         self.work(study, on_progress=on_progress)
         return study
 
@@ -209,16 +160,12 @@ class BitSearch:
         storage: str | BaseStorage | None = None,
         study_name: str | None = None,
         *,
-        n_candidates: int = 8,
-        rule: Rule = "ratio",
-        seed: int = 0,
-        refine: bool = True,
-        encoding: Encoding | None = None,
         artifacts: str | Path | Artifacts | None = None,
         limits: Limits | None = None,
         retry_for_s: float = RETRY_FOR_S,
-        started: StartOptions | None = None,
+        start: StartOptions | None = None,
         progress: Progress | None = None,
+        **changes: Any,
     ) -> Study:
         """Open the study of this search, made if need be, with all that its workers share.
 
@@ -227,11 +174,6 @@ class BitSearch:
         Args:
             storage: Storage URL, an Optuna storage, or ``None`` for memory.
             study_name: Name of the study; an existing one is resumed.
-            n_candidates: Candidates a step.
-            rule: ``"ratio"`` or ``"min"`` (the patent's).
-            seed: Seed of the draws.
-            refine: Whether swaps refine the answer once the budget is met.
-            encoding: ``"layers"``, ``"compact"``, or ``None`` to choose by the number of layers.
             artifacts: A folder or ``s3://bucket/prefix`` for what is too large for the storage; a
                 copy of the sensitivity table goes there, and what training gives. ``None``:
                 nowhere, and a search that trains is refused.
@@ -239,34 +181,24 @@ class BitSearch:
                 with it may raise them.
             retry_for_s: How long a storage given by URL is tried again when it does not answer, or
                 its disk is full, before the worker ends with an error.
-            started: What was given on the command line, for workers that join by theirs.
+            start: What was given on the command line, for workers that join by theirs.
             progress: Called with (what, done, of) while curvature is measured.
+            **changes: Settings of the steps in place of this search's: ``n_candidates``, ``rule``,
+                ``seed``, ``refine``, ``encoding``.
 
         Raises:
             StorageError: The storage cannot be opened, read or written.
             ResumeError: The study belongs to another search; the message names what changed.
             ArtifactError: The artifact store cannot be opened or written.
         """
-        sampler = ProgressiveBitSampler(
-            self.space,
-            budget=self.budget,
-            n_candidates=n_candidates,
-            rule=rule,
-            seed=seed,
-            refine=refine,
-            train_every=0 if self.training is None else self.training.every,
-            final=self.training is not None and self.training.final is not None,
-            encoding=encoding,
-        )
+        sampler = self._sampler(changes)
         if isinstance(artifacts, (str, Path)):
             artifacts = open_artifacts(artifacts)
-        if self.objective.training is not None:
-            if artifacts is None:
-                raise ArtifactError(
-                    "A search that trains keeps weights in an artifact store. Give one: "
-                    "artifacts=, a folder or s3://bucket/prefix."
-                )
-            self.objective.training.artifacts = artifacts
+        if self.training is not None and artifacts is None:
+            raise ArtifactError(
+                "A search that trains keeps weights in an artifact store. Give one: "
+                "artifacts=, a folder or s3://bucket/prefix."
+            )
         opened = open_retrying(storage, retry_for_s)
         with explain_errors_of(opened):
             study = optuna.create_study(
@@ -277,17 +209,45 @@ class BitSearch:
                 load_if_exists=study_name is not None,
             )
             refuse_foreign_study(study)
-            if progress is not None:
-                self.objective.progress = progress
             if limits is not None:
                 refuse_lower_limits(study, limits)
                 write_limits(study)
-            if started is not None:
-                started.remember(study)
-            self.objective.prepare(study)
+            if start is not None:
+                start.remember(study)
+            self.objective.prepare(study, artifacts=artifacts, progress=progress)
             if artifacts is not None:
                 publish_artifacts(study, artifacts)
         return study
+
+    def _sampler(self, changes: Mapping[str, Any]) -> ProgressiveBitSampler:
+        known = settings_of(SearchSettings)
+        of_steps = ("n_candidates", "rule", "seed", "refine", "encoding")
+        for name in changes:
+            if name in known and name not in of_steps:
+                raise TypeError(
+                    f"{name} is fixed when BitSearch is made. Settings of the steps are "
+                    f"{', '.join(of_steps)}."
+                )
+        settings = self.settings.replace(**changes)
+        plan = self.training
+        return ProgressiveBitSampler(
+            self.space,
+            budget=self.budget,
+            train_every=settings.train_every,
+            final=plan is not None and plan.final is not None,
+            **{name: getattr(settings, name) for name in of_steps},
+        )
+
+    def quantized(self, assignment: BitConfig) -> nn.Module:
+        """Return a network with the bits of an assignment, fake-quantized and not trained.
+
+        Args:
+            assignment: Bits of all layers, such as `hq_optuna.load_assignment` returns.
+
+        Raises:
+            SpaceError: A layer has no bits.
+        """
+        return self.objective.quantized(assignment)
 
     def work(
         self,
@@ -312,7 +272,13 @@ class BitSearch:
         with explain_errors_of(study._storage), writer as progress:
             work(study, self.objective, on_progress=progress, on_doing=on_doing)
 
-    def result(self, study: Study, *, test: Callable[[], Any] | None = None) -> SearchResult:
+    def result(
+        self,
+        study: Study,
+        *,
+        test: Callable[[], Any] | None = None,
+        artifacts: Artifacts | None = None,
+    ) -> SearchResult:
         """Return the answer of a finished search; of a running one, its incumbent.
 
         With validation data the network is measured before and after, uniform bits within the
@@ -322,11 +288,13 @@ class BitSearch:
             study: What `optimize` returned.
             test: Returns the test data. They are read when the search is over and never before,
                 once for each answer: figures that the study holds are not measured again.
+            artifacts: Where a search that trained keeps weights, for a study that `open` did not
+                open.
 
         Raises:
             ResumeError: The study has no closed step yet.
         """
-        self.objective.prepare(study)
+        self.objective.prepare(study, artifacts=artifacts)
         history = read_history(study)
         record = history.incumbent
         if record is None:

@@ -37,6 +37,10 @@ class BudgetError(HqOptunaError, ValueError):
         return partial(type(self), limit=self.limit, minimum=self.minimum), self.args
 
 
+class SettingError(HqOptunaError, ValueError):
+    """A setting has a value that it cannot have."""
+
+
 class NetworkError(HqOptunaError, ValueError):
     """The network cannot be searched: nothing to quantize, NaN weights, random forward."""
 

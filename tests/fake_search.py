@@ -23,6 +23,7 @@ from hq_optuna.protocol.claims import write_facts
 from hq_optuna.protocol.history import assignment
 from hq_optuna.protocol.tickets import facts as facts_of
 from hq_optuna.samplers import ProgressiveBitSampler
+from hq_optuna.settings import SearchSettings
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.budget import Budget
 from hq_optuna.space.cost import CostModel
@@ -133,10 +134,10 @@ def fake_study(
         budget=str(budget),
         int8=model.int8,
         float32=model.float32,
-        scorer="table",
-        rule=rule,
-        n_candidates=n_candidates,
-        seed=seed,
+        settings={
+            **SearchSettings().to_json(),
+            **{"scorer": "table", "rule": rule, "n_candidates": n_candidates, "seed": seed},
+        },
         skipped=skipped,
         warnings=warnings,
         training={"every": train_every} if train_every or final else None,

@@ -35,11 +35,11 @@ def test_a_trained_answer_comes_from_a_study_opened_by_any_sampler(alone):
     loaded = load_study(url, study.study_name)
     assert not isinstance(loaded.sampler, ProgressiveBitSampler)
     again = training_search(training=plan(), validation=data(30, 2))
-    again.objective.training.artifacts = found.objective.training.artifacts
+    artifacts = found.objective.training.artifacts
     x = data()[0]
     with torch.no_grad():
         expected = found.result(study).network(x)
-        assert torch.equal(again.result(loaded).network(x), expected)
+        assert torch.equal(again.result(loaded, artifacts=artifacts).network(x), expected)
     with pytest.raises(ResumeError, match="the training"):
         training_search(validation=data(30, 2)).result(loaded)
 

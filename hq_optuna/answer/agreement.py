@@ -33,7 +33,7 @@ def agreement(history: History) -> dict[str, Any] | None:
         no candidate. ``None`` where fewer candidates than that have both, where one of them is the
         same in all, or where the score is itself the measured loss.
     """
-    if history.info.scorer == MEASURED:
+    if history.info.settings["scorer"] == MEASURED:
         return None
     steps: dict[int, list[tuple[float, float]]] = {}
     for c in history.candidates:

@@ -7,46 +7,45 @@ import logging
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
+from optuna.storages import BaseStorage
+from optuna.study import Study
 from rich.console import Console
 
+from hq_optuna.artifacts.store import open_artifacts
 from hq_optuna.cli import tables
-from hq_optuna.cli.common import Folder, Name, Storage, errors
-from hq_optuna.cli.options import ArtifactsAt
+from hq_optuna.cli.options import errors, place_of, takes
+from hq_optuna.dashboard import write_pages
+from hq_optuna.dashboard.server import DashboardServer
+from hq_optuna.errors import StorageError
+from hq_optuna.protocol.start_options import StartOptions
+from hq_optuna.protocol.status import Watch
+from hq_optuna.settings import RunSettings
+from hq_optuna.storages import load_study, open_storage, redact_url, storage_exists
 
 logger = logging.getLogger(__name__)
 
 LOOKS, LOOK_EVERY_S = 4, 0.5
 """How often is looked before a search counts as one that nobody works on."""
 
-if TYPE_CHECKING:
-    from optuna.storages import BaseStorage
-    from optuna.study import Study
 
-
+@takes("storage", "name", "folder", "artifacts")
 def dashboard(
+    run: RunSettings,
     study: Annotated[
         str | None,
         typer.Argument(
             help="A study as for run, or a storage URL with any studies.", show_default=False
         ),
     ] = None,
-    storage: Storage = None,
-    name: Name = None,
-    folder: Folder = None,
-    artifacts: ArtifactsAt = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8080,
 ) -> None:
     """Browse a search in optuna-dashboard, while it runs or later. Ctrl-C ends it."""
-    from hq_optuna.artifacts.store import open_artifacts
-    from hq_optuna.dashboard.server import DashboardServer
-    from hq_optuna.storages import redact_url
-
     with errors(as_json=False):
-        opened, found, files, url = _open(study, storage, name, folder, artifacts)
+        opened, found, files, url = _open(study, run)
         # Opening creates nothing: a folder that is not there has no files.
         kept = None if files is None else open_artifacts(files)
         with DashboardServer(opened, kept, host=host, port=port) as server:
@@ -74,33 +73,26 @@ def dashboard(
                 console.print("The dashboard is closed.")
 
 
-def _open(
-    study: str | None,
-    storage: str | None,
-    name: str | None,
-    folder: Path | None,
-    artifacts: str | None,
-) -> tuple[BaseStorage, Study | None, str | None, str]:
+def _open(study: str | None, run: RunSettings) -> tuple[BaseStorage, Study | None, str | None, str]:
     """Return the storage, the study if one is named, where its files are, and the storage's URL."""
-    from hq_optuna.cli.place import Place
-    from hq_optuna.errors import StorageError
-    from hq_optuna.protocol.start_options import StartOptions
-    from hq_optuna.storages import load_study, open_storage, redact_url, storage_exists
-
     if study is not None and "://" in study:
-        storage, study = study, None
-    if study is None and storage is None:
+        run, study = run.replace(storage=study), None
+    if study is None and run.storage is None:
         raise typer.BadParameter("Give a study or a storage URL.")
-    if study is None and name is None:
-        assert storage is not None
-        if not storage_exists(storage):
+    if study is None and run.name is None:
+        assert run.storage is not None
+        if not storage_exists(run.storage):
             raise StorageError(
-                f"There is no database at {redact_url(storage)}. Was a search started?"
+                f"There is no database at {redact_url(run.storage)}. Was a search started?"
             )
-        return open_storage(storage), None, artifacts or _beside(storage), storage
-    place = Place.of(study or str(name), storage, name, folder, reads=True)
+        files = run.artifacts or _beside(run.storage)
+        return open_storage(run.storage), None, files, run.storage
+    place = place_of(study or str(run.name), run, reads=True)
+    assert place.storage is not None
+    assert place.name is not None
+    assert place.folder is not None
     found = load_study(place.storage, place.name)
-    files = artifacts or StartOptions.read(found).settings.get("artifacts")
+    files = run.artifacts or StartOptions.read(found).settings.get("artifacts")
     return found._storage, found, str(files or place.folder / "artifacts"), place.storage
 
 
@@ -112,9 +104,6 @@ def _beside(storage: str) -> str | None:
 
 def _refresh(study: Study) -> None:
     """Write the pages of a search that nobody writes any more, as after a killed run."""
-    from hq_optuna.dashboard import write_pages
-    from hq_optuna.protocol.status import Watch
-
     try:
         watch = Watch(study)
         for _ in range(LOOKS):

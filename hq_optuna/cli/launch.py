@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import functools
+import json
 import math
 import os
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated
 
 import optuna
+import typer
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
 from hq_optuna.cli import tables
+from hq_optuna.cli.options import Given, Json, Study, command_line, errors, takes
 from hq_optuna.cli.progress import SearchProgress
 from hq_optuna.cli.run import finish, say_where_it_went_on
-from hq_optuna.cli.session import Request, Session, begin
-from hq_optuna.cli.settings import n_cores
+from hq_optuna.cli.session import Request, Session, begin, n_cores
 from hq_optuna.dashboard import PageWriter
 from hq_optuna.errors import StudyFileError
 from hq_optuna.protocol.step_log import StepLog
-from hq_optuna.storages import explain_storage_errors, redact_url, study_exists
+from hq_optuna.settings import RunSettings
+from hq_optuna.storages import explain_storage_errors, redact_url
 from hq_optuna.workers.foreman import Foreman
 from hq_optuna.workers.process import WorkerCommand, devices, thread_share
 from hq_optuna.workers.supervisor import Member, Supervisor, WorkerHandle
@@ -31,75 +33,93 @@ READ_EVERY_S = 1.0
 """How often the table shows what is new."""
 
 
+@takes(search=True)
 def launch(
+    context: typer.Context,
+    study: Study,
+    run: RunSettings,
+    given: Given,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="How many. \\[default: one for each GPU (--device cuda), or else for each core]",
+            show_default=False,
+        ),
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of a Dask scheduler, 'tcp://host:8786', to work on its cluster.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Search with several workers, on this host or on a Dask cluster.
+
+    Workers that die are started again; Ctrl-C ends them all, and everything recorded stays.
+    """
+    with errors(as_json):
+        console, command = Console(stderr=as_json), command_line()
+        if run.device is not None and run.device.startswith("cuda:"):
+            raise StudyFileError(
+                f"Each worker sees one GPU, its own; got --device {run.device}. Give --device "
+                "cuda, and CUDA_VISIBLE_DEVICES=1,3 for the GPUs to use."
+            )
+        request = Request(study, context.args, run, given, command)
+        session = begin(request, console)
+        existed = session.exists()
+        with LaunchProgress(console, session) as progress:
+            found = session.open(progress=progress.phase)
+            progress.search(session.log(found))
+            if not progress.was_finished:
+                _search(request, session, found, workers, scheduler, progress)
+        if existed:
+            say_where_it_went_on(console, progress, found)
+        changed = not (existed and progress.was_finished)
+        data = finish(session, found, changed=changed, command=command, console=console)
+        if as_json:
+            typer.echo(json.dumps(data))
+
+
+def _search(
     request: Request,
-    *,
+    session: Session,
+    study: optuna.Study,
     n_workers: int | None,
     scheduler: str | None,
-    command: str,
-    console: Console,
-) -> dict[str, Any]:
-    """Run a search with several workers; return the report as JSON data.
-
-    Network, data and settings are checked, tables and study are made and sensitivities are measured
-    once, here, before any worker starts.
-
-    Args:
-        request: What the user asked for.
-        n_workers: How many; ``None``: one for each GPU where the network is on one, or else for
-            each core, or for each worker of the cluster.
-        scheduler: Address of a Dask scheduler; ``None``: processes of this host.
-        command: The command, for the report.
-        console: Where to show progress and result.
+    progress: LaunchProgress,
+) -> None:
+    """Start the workers, and watch or lead them until the search is over.
 
     Raises:
         WorkerError: The workers died, or say what is wrong.
-        HqOptunaError: Whatever is wrong before any worker starts.
     """
-    if request.device is not None and request.device.startswith("cuda:"):
-        raise StudyFileError(
-            f"Each worker sees one GPU, its own; got --device {request.device}. Give --device "
-            "cuda, and CUDA_VISIBLE_DEVICES=1,3 for the GPUs to use."
+    with PageWriter(study, always=True) as pages:
+
+        def tell(found: StepLog) -> None:
+            progress.now_and_then(found)
+            pages(found)
+
+        crew, foreman, close = _crew(
+            request, session, study, n_workers, scheduler, progress.news, tell
         )
-    session = begin(request, console)
-    existed = study_exists(session.place.storage, session.place.name)
-    with LaunchProgress(console, session) as progress:
-        study = session.open(progress=progress.phase)
-        log = functools.partial(session.log, study)
-        progress.search(log())
-        if not progress.was_finished:
-            with PageWriter(study, always=True) as pages:
-
-                def tell(found: StepLog) -> None:
-                    progress.now_and_then(found)
-                    pages(found)
-
-                crew, foreman, close = _crew(
-                    request, session, study, n_workers, scheduler, progress.news, tell
-                )
-                progress.members = crew.members
-                try:
-                    if foreman is None:
-                        _watch(crew, lambda: tell(log()))
-                    else:
-                        with explain_storage_errors(redact_url(session.place.storage)):
-                            _lead(crew, foreman)
-                finally:
-                    if foreman is not None:
-                        foreman.give_back()
-                    crew.end()
-                    close()
-                if foreman is None:
-                    progress.search(log())
-    if existed:
-        say_where_it_went_on(console, progress, study)
-    return finish(
-        session,
-        study,
-        changed=not (existed and progress.was_finished),
-        command=command,
-        console=console,
-    )
+        progress.watch(crew.members)
+        try:
+            if foreman is None:
+                _watch(crew, lambda: tell(session.log(study)))
+            else:
+                assert session.place.storage is not None
+                with explain_storage_errors(redact_url(session.place.storage)):
+                    _lead(crew, foreman)
+        finally:
+            if foreman is not None:
+                foreman.give_back()
+            crew.end()
+            close()
+        if foreman is None:
+            progress.search(session.log(study))
 
 
 def _watch(crew: Supervisor, read: Callable[[], None]) -> None:
@@ -137,22 +157,23 @@ def _crew(
 
     Workers on a cluster claim for themselves, as they are on other hosts.
     """
-    options = [*request.arguments, "--retry-for", str(request.retry_for_s)]
-    if request.artifacts is not None:
-        options += ["--artifacts", request.artifacts]
-    if request.device is not None:
-        options += ["--device", request.device]
+    run, place = request.run, session.place
+    options = [*request.arguments, "--retry-for", str(run.retry_for)]
+    if run.artifacts is not None:
+        options += ["--artifacts", run.artifacts]
+    if run.device is not None:
+        options += ["--device", run.device]
     command = WorkerCommand(
         study=str(session.file),
-        name=session.place.name,
-        folder=str(session.place.folder),
-        storage=session.place.storage,
+        name=str(place.name),
+        folder=str(place.folder),
+        storage=str(place.storage),
         options=tuple(options),
     )
     if scheduler is not None:
         from hq_optuna.workers.dask import Cluster
 
-        cluster = Cluster(scheduler, command, threads=request.threads)
+        cluster = Cluster(scheduler, command, threads=run.threads)
         n_workers = n_workers or cluster.n_workers
         return Supervisor(cluster.start, n_workers, on_news=on_news), None, cluster.close
     import torch
@@ -160,7 +181,7 @@ def _crew(
     on_gpu = session.search.objective.device.type == "cuda"
     gpus = devices(os.environ, torch.cuda.device_count()) if on_gpu else []
     n_workers = n_workers or len(gpus) or n_cores()
-    threads = request.threads or min(thread_share(n_cores(), n_workers), session.threads)
+    threads = run.threads or min(thread_share(n_cores(), n_workers), session.threads)
 
     foreman = Foreman(study, on_progress=on_progress)
 
@@ -176,9 +197,13 @@ class LaunchProgress(SearchProgress):
 
     def __init__(self, console: Console, session: Session) -> None:
         super().__init__(console, session.search.space, session.search.budget)
-        self.members: list[Member] = []
+        self._members: list[Member] = []
         self._since = time.monotonic()
         self._shown = -math.inf
+
+    def watch(self, members: list[Member]) -> None:
+        """Show these workers from here on."""
+        self._members = members
 
     def now_and_then(self, log: StepLog) -> None:
         """Show where the search stands, unless that was done a moment ago."""
@@ -193,8 +218,8 @@ class LaunchProgress(SearchProgress):
     def show(self) -> RenderableType:
         """Return table, bars and the incumbent's bits."""
         shown = super().show()
-        table = worker_table(self.members, time.monotonic() - self._since)
-        return Group(table, shown) if self.members else shown
+        table = worker_table(self._members, time.monotonic() - self._since)
+        return Group(table, shown) if self._members else shown
 
 
 def worker_table(members: list[Member], seconds: float) -> Table:

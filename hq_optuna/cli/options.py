@@ -1,201 +1,226 @@
-"""Options that several commands share, written once."""
+"""Options of commands, made from `hq_optuna.settings`, and errors in one sentence."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+import json
+import os
+import shlex
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Any, NoReturn
 
 import typer
+from rich.console import Console
+from rich.markup import escape
 
-from hq_optuna.storages import RETRY_FOR_S
+from hq_optuna.errors import HqOptunaError, StudyFileError
+from hq_optuna.settings import NUMBER, SWITCH, WHOLE, RunSettings, SearchSettings, Setting
+from hq_optuna.settings import settings_of as fields_of
 
-ArtifactsAt = Annotated[
-    str | None,
-    typer.Option(
-        "--artifacts",
-        help="Folder or s3://bucket/prefix for files of the study. "
-        "\\[default: artifacts in the run's folder]",
-        show_default=False,
-    ),
+Study = Annotated[
+    str, typer.Argument(help="A study file, or NAME for studies/NAME.py.", show_default=False)
 ]
-Threads = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        help="Threads of PyTorch. \\[default: what the network keeps busy]",
-        show_default=False,
-    ),
-]
-Device = Annotated[
-    str | None,
-    typer.Option(
-        help="Where the network runs: cpu, cuda, cuda:1. \\[default: where network() puts it]",
-        show_default=False,
-    ),
-]
-MaxTrials = Annotated[
-    int | None,
-    typer.Option(min=1, help="Trials (candidates and step records) at most.", show_default=False),
-]
-MaxEvaluations = Annotated[
-    int | None, typer.Option(min=1, help="Candidates scored at most.", show_default=False)
-]
-MaxSeconds = Annotated[
-    float | None,
-    typer.Option(
-        min=0.001,
-        help="Seconds of work of all workers together at most; where that ends depends on the "
-        "machine.",
-        show_default=False,
-    ),
-]
-RetryFor = Annotated[
-    float,
-    typer.Option(
-        min=0, help="Seconds to try again when the storage does not answer, or its disk is full."
-    ),
-]
-RETRY_FOR = RETRY_FOR_S
-
-
-def _search(
-    budget: Annotated[
-        str | None,
-        typer.Option(
-            help="'0.25 bops' (of all-8-bit), '40% size_bytes', '24 GBOPs', '64 KiB'.",
-            show_default=False,
-        ),
-    ] = None,
-    candidates: Annotated[
-        int | None, typer.Option(help="Candidates a step. \\[default: 8]", show_default=False)
-    ] = None,
-    rule: Annotated[
-        str | None,
-        typer.Option(
-            help="ratio (score per cost) or min (the patent's). \\[default: ratio]",
-            show_default=False,
-        ),
-    ] = None,
-    scorer: Annotated[
-        str | None,
-        typer.Option(
-            help="gauss_newton, loss, or a sum over layers: diagonal, trace, fisher, hutchinson. "
-            "\\[default: gauss_newton, for losses it knows]",
-            show_default=False,
-        ),
-    ] = None,
-    bits: Annotated[
-        str | None, typer.Option(help="'2-8' or '8,4,2'. \\[default: 2-8]", show_default=False)
-    ] = None,
-    activation_bits: Annotated[
-        str | None,
-        typer.Option(
-            help="same, float, a number, or bits searched apart ('4,8'). \\[default: same]",
-            show_default=False,
-        ),
-    ] = None,
-    pin_first_last: Annotated[
-        str | None,
-        typer.Option(
-            help="Bits of first and last layer, or none. \\[default: 8]", show_default=False
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Seed of the draws. \\[default: 0]", show_default=False)
-    ] = None,
-    rounding: Annotated[
-        str | None,
-        typer.Option(
-            help="How weights are rounded: compensated (errors make up for each other) or nearest. "
-            "\\[default: compensated]",
-            show_default=False,
-        ),
-    ] = None,
-    quantizer: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="How weights of some layers are rounded: 'layer3.*=midrise', again for more "
-            "layers; uniform, binary (1 bit), ternary (2 bits), midrise or dorefa. "
-            "\\[default: uniform]",
-            show_default=False,
-            metavar="GLOB=NAME",
-        ),
-    ] = None,
-    correction: Annotated[
-        bool | None,
-        typer.Option(
-            help="Correct batch-norm statistics and biases for the bits. \\[default: correction]",
-            show_default=False,
-        ),
-    ] = None,
-    refine: Annotated[
-        bool | None,
-        typer.Option(
-            help="Refine the answer by swaps once the budget is met. \\[default: refine]",
-            show_default=False,
-        ),
-    ] = None,
-    precision: Annotated[
-        str | None,
-        typer.Option(
-            help="Of candidates' forward passes: float32 or bfloat16. \\[default: float32]",
-            show_default=False,
-        ),
-    ] = None,
-    train_every: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Steps after which their winner is trained: 1 as in the patent. "
-            "\\[default: never]",
-            show_default=False,
-        ),
-    ] = None,
-    train_epochs: Annotated[
-        int | None,
-        typer.Option(min=1, help="Epochs of that. \\[default: 2]", show_default=False),
-    ] = None,
-    final_epochs: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Epochs in which the answer is trained; 0 for none. "
-            "\\[default: 20 with --train-every, else 0]",
-            show_default=False,
-        ),
-    ] = None,
-    max_trials: MaxTrials = None,
-    max_evaluations: MaxEvaluations = None,
-    max_seconds: MaxSeconds = None,
-) -> None: ...
-
-
-_SETTING_OF = {"candidates": "n_candidates", "quantizer": "quantizers"}
-"""Options whose setting has another name."""
-
-
-def searches(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options of a search; it receives those given as the mapping ``given``."""
-    options = inspect.signature(_search, eval_str=True).parameters
-    own = [
-        parameter
-        for name, parameter in inspect.signature(command, eval_str=True).parameters.items()
-        if name != "given"
-    ]
-
-    @functools.wraps(command)
-    def called(*arguments: Any, **values: Any) -> Any:
-        given = {_SETTING_OF.get(name, name): values.pop(name) for name in options}
-        set_ = {name: value for name, value in given.items() if value not in (None, [])}
-        return command(*arguments, given=set_, **values)
-
-    parameters = [*own, *options.values()]
-    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    called.__annotations__ = {p.name: p.annotation for p in parameters}
-    return called
-
-
+StudyOrNone = Annotated[str | None, typer.Argument(help="As for run.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
 Given = Mapping[str, Any]
-"""Settings of the search from the command line, by name."""
+"""Settings of a search that were given on the command line, by name."""
+
+OPEN: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""Context of commands that take the options of the study file beside their own."""
+
+ENVIRONMENT = {"storage": "HQ_OPTUNA_STORAGE"}
+"""Options that an environment variable may give."""
+
+TRACEBACK = "HQ_OPTUNA_TRACEBACK"
+"""Environment variable that keeps errors from being cut to a sentence."""
+
+RUNS = Path("hq-optuna-runs")
+
+
+def takes(*of_run: str, search: bool = False) -> Callable[[Callable[..., Any]], Any]:
+    """Give a command options made from settings.
+
+    It receives those of a run as `RunSettings` in the argument ``run``, and those of a search that
+    were given in the argument ``given``.
+
+    Args:
+        *of_run: Names of `RunSettings`; none means all.
+        search: Whether it takes the options of a search, too.
+    """
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        known = {n: s for n, s in fields_of(RunSettings).items() if not of_run or n in of_run}
+        search_options = fields_of(SearchSettings) if search else {}
+        own = inspect.signature(command, eval_str=True).parameters
+        shown = [p for name, p in own.items() if name not in ("run", "given")]
+        made = [_parameter(s) for s in (*search_options.values(), *known.values()) if s.option]
+
+        @functools.wraps(command)
+        def called(*arguments: Any, **values: Any) -> Any:
+            taken = {name: values.pop(name) for name in [p.name for p in made]}
+            set_ = {name: value for name, value in taken.items() if value not in (None, [])}
+            given = {name: value for name, value in set_.items() if name in search_options}
+            values["run"] = RunSettings(**{n: v for n, v in set_.items() if n in known})
+            if search:
+                values["given"] = given
+            return command(*arguments, **values)
+
+        arguments = [p for p in shown if p.default is p.empty]
+        signature = [*arguments, *(p for p in shown if p.default is not p.empty), *made]
+        called.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
+        called.__annotations__ = {p.name: p.annotation for p in signature}
+        return called
+
+    return decorate
+
+
+def _parameter(one: Setting) -> inspect.Parameter:
+    """Return the option of a setting; ``None`` where it is not given."""
+    kinds = {WHOLE: int, NUMBER: float, SWITCH: bool}
+    kind: Any = list[str] if one.repeats else kinds.get(one.kind, str)
+    names = [one.option]
+    if one.kind == SWITCH:
+        names = [f"{one.option}/--no-{one.option[2:]}"]
+    option = typer.Option(
+        *names,
+        help=escape(f"{one.help} [default: {one.shown_default}]"),
+        show_default=False,
+        min=one.least,
+        metavar=one.metavar or None,
+        envvar=ENVIRONMENT.get(one.name),
+    )
+    annotation = Annotated[kind | None, option]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(one.name, keyword, default=None, annotation=annotation)
+
+
+def own_options() -> list[str]:
+    """Return the options of ``run``, ``worker`` and ``launch``, which study files cannot have."""
+    known = (*fields_of(SearchSettings).values(), *fields_of(RunSettings).values())
+    named = [one.option for one in known if one.option]
+    switches = [f"--no-{one.option[2:]}" for one in known if one.kind == SWITCH]
+    return [*named, *switches, "--create", "--wait-for", "--workers", "--scheduler", "--json",
+            "--help"]  # fmt: skip
+
+
+def command_line() -> str:
+    """Return the whole command as it was typed."""
+    return shlex.join(["hq-optuna", *sys.argv[1:]])
+
+
+def place_of(study: str, run: RunSettings, *, reads: bool = False) -> RunSettings:
+    """Return where a run keeps what it makes: name, folder and storage follow from the study.
+
+    Args:
+        study: Study file or its name.
+        run: As given.
+        reads: Whether nothing is made there. A study of a storage that is given may then have any
+            name, such as one that was started from Python.
+
+    Raises:
+        StudyFileError: A run's folder cannot have the study's name.
+    """
+    from hq_optuna.storages import sqlite_url
+
+    name = Path(study).stem if run.name is None else run.name
+    named_after = run.folder is None and not (reads and run.storage is not None)
+    if not name or (named_after and name != Path(name).name):
+        raise StudyFileError(
+            f"{name!r} is no name for a study: it names a folder of its own. "
+            "Give the run another folder (--folder)."
+        )
+    folder = RUNS / name if run.folder is None else run.folder
+    storage = sqlite_url(folder / "study.db") if run.storage is None else run.storage
+    placed: RunSettings = run.replace(name=name, folder=folder, storage=storage)
+    return placed
+
+
+@contextmanager
+def reading(study: str | None, run: RunSettings) -> Iterator[Any]:
+    """Open the study that a command names, and say in words if its storage cannot be read."""
+    from hq_optuna.storages import explain_storage_errors, load_study, redact_url
+
+    if study is None and (run.storage is None or run.name is None):
+        raise typer.BadParameter("Give a study, or both --storage and --name.")
+    place = place_of(study or str(run.name), run, reads=True)
+    assert place.storage is not None
+    assert place.name is not None
+    with explain_storage_errors(redact_url(place.storage)):
+        yield load_study(place.storage, place.name)
+
+
+@contextmanager
+def errors(as_json: bool) -> Iterator[None]:
+    """Turn errors into one sentence and an exit status: 1 for errors, 130 for Ctrl-C.
+
+    Errors that code of the user raises keep their traceback, and so do those that are bugs. With
+    `TRACEBACK` in the environment all errors do.
+    """
+
+    def interrupt(_signal: int, _frame: object) -> NoReturn:
+        # Optuna gives a trial back on KeyboardInterrupt, and on nothing else.
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except HqOptunaError as error:
+        _fail(error, as_json)
+    except (ValueError, OSError) as error:
+        caller = calling_user_code(error.__traceback__)
+        if caller:
+            error.add_note(f"hq_optuna called the code that raised this from {caller}.")
+            _say(error, as_json, traceback_follows=True)
+            raise
+        if isinstance(error, OSError) or type(error) is ValueError:
+            _fail(error, as_json)
+        raise
+    except KeyboardInterrupt:
+        message = "Interrupted. Everything recorded stays; start the same command again to go on."
+        if as_json:
+            typer.echo(json.dumps({"error": "Interrupted", "message": message}))
+        else:
+            Console(stderr=True).print(message)
+        raise typer.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+TRUSTED = {"hq_optuna", "optuna", "sqlalchemy", "typer", "click", "rich", *sys.stdlib_module_names}
+"""Packages whose own words are meant for whoever typed the command."""
+
+
+def calling_user_code(trace: TracebackType | None) -> str:
+    """Return which function of this package called code of others that raised an error.
+
+    Empty where the error is this package's own, or of a library that speaks for it.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(trace)]
+    names = [str(frame.f_globals.get("__name__", "")) for frame in frames]
+    ours = [place for place, name in enumerate(names) if name.partition(".")[0] == "hq_optuna"]
+    if not ours or all(name.partition(".")[0] in TRUSTED for name in names[ours[-1] :]):
+        return ""
+    return f"{names[ours[-1]]}.{frames[ours[-1]].f_code.co_name}"
+
+
+def _fail(error: Exception, as_json: bool) -> NoReturn:
+    if os.environ.get(TRACEBACK):
+        raise error
+    _say(error, as_json)
+    raise typer.Exit(1) from None
+
+
+def _say(error: Exception, as_json: bool, *, traceback_follows: bool = False) -> None:
+    if as_json:
+        typer.echo(json.dumps({"error": type(error).__name__, "message": str(error)}))
+    elif not traceback_follows:
+        Console(stderr=True).print(
+            f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True, highlight=False
+        )

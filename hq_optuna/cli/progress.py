@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from hq_optuna.cli.bits_strip import strips
+from hq_optuna.cli.tables import strips
 from hq_optuna.protocol.step_log import StepLog
 from hq_optuna.space.budget import Budget
 from hq_optuna.space.cost import CostModel, format_cost

@@ -1,4 +1,4 @@
-"""Commands that solve on a stored study and score nothing: resolve, pareto."""
+"""``hq-optuna resolve``: another budget, from what a search measured."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from hq_optuna.answer.resolve import resolve as solve
 from hq_optuna.cli import tables
-from hq_optuna.cli.common import Folder, Json, Name, Storage, StudyOrNone, errors, reading
+from hq_optuna.cli.options import Json, StudyOrNone, errors, reading, takes
 from hq_optuna.protocol.history import History, read_history
+from hq_optuna.settings import RunSettings
 from hq_optuna.space.assignment import BitConfig
-from hq_optuna.space.cost import METRICS, format_cost
+from hq_optuna.space.budget_text import parse_budget
+from hq_optuna.space.cost import format_cost
 from hq_optuna.space.layers import FLOAT_BITS
 
 
+@takes("storage", "name", "folder")
 def resolve(
+    run: RunSettings,
     budget: Annotated[
         str, typer.Option(help="As for run: '0.2 bops', '40% size_bytes', '64 KiB'.")
     ],
     study: StudyOrNone = None,
-    storage: Storage = None,
-    name: Name = None,
-    folder: Folder = None,
     out: Annotated[Path, typer.Option(help="File for the bits of every layer.")] = Path(
         "assignment.json"
     ),
@@ -35,10 +37,7 @@ def resolve(
 
     The answer has the least sum of the layers' predicted loss rises within the budget.
     """
-    from hq_optuna.answer.resolve import resolve as solve
-    from hq_optuna.space.budget_text import parse_budget
-
-    with errors(as_json), reading(study, storage, name, folder) as loaded:
+    with errors(as_json), reading(study, run) as loaded:
         found = solve(loaded, parse_budget(budget))
         found.save(out)
         if as_json:
@@ -86,64 +85,3 @@ def _layers(history: History, config: BitConfig) -> Table:
         shown = [tables.bits_text(b, history.space.levels) for b in bits]
         table.add_row(tables.plain(name), *shown, *before, f"{rise:.2g}")
     return table
-
-
-def pareto(
-    study: StudyOrNone = None,
-    storage: Storage = None,
-    name: Name = None,
-    folder: Folder = None,
-    metric: Annotated[
-        str | None,
-        typer.Option(
-            help=f"{' or '.join(METRICS)}. \\[default: the budget's]",
-            show_default=False,
-        ),
-    ] = None,
-    points: Annotated[int, typer.Option(help="Budgets to solve for.", min=2)] = 33,
-    out: Annotated[
-        Path | None, typer.Option(help="HTML file for the picture.", show_default=False)
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Show the least predicted loss rise for each cost, exactly. Needs no network or data."""
-    from hq_optuna.answer.resolve import pareto as solve
-
-    with errors(as_json), reading(study, storage, name, folder) as loaded:
-        history = read_history(loaded)
-        chosen = next((m for m in METRICS if m == (metric or history.info.metric)), None)
-        if chosen is None:
-            raise ValueError(f"--metric is one of {', '.join(METRICS)}; got {metric!r}.")
-        found = solve(loaded, metric=chosen, n=points)
-        if out is not None:
-            from hq_optuna.visualization.pareto import pareto_figure, pareto_info
-
-            figure = pareto_figure(pareto_info(history, n=points, metric=chosen))
-            out.parent.mkdir(parents=True, exist_ok=True)
-            figure.write_html(out, config={"showSendToCloud": False, "displaylogo": False})
-        if as_json:
-            rows = [
-                {"cost": p.cost, "score_nats": p.score, "assignment": p.config.to_json()}
-                for p in found
-            ]
-            typer.echo(json.dumps({"metric": chosen, "pareto": rows}))
-            return
-        sums = history.additive(chosen)
-        assert sums is not None
-        int8 = sums.cost(BitConfig.uniform([x.name for x in history.space.layers], 8, 8))
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for title in ("cost", "of all-8-bit", "least sum, nats", "mean W bits"):
-            table.add_column(title, justify="right", no_wrap=True)
-        total = sum(layer.n_weights for layer in history.space.layers)
-        for point in found:
-            bits = sum(x.n_weights * point.config[x.name].weight_bits for x in history.space.layers)
-            table.add_row(
-                format_cost(point.cost, chosen),
-                f"{100 * point.cost / int8:.1f} %",
-                f"{point.score:.3g}",
-                f"{bits / total:.2f}",
-            )
-        console = Console()
-        console.print(table)
-        if out is not None:
-            console.print(f"Picture: {tables.plain(str(out))}", soft_wrap=True, highlight=False)

@@ -4,48 +4,54 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from optuna.study import Study
+import typer
+from optuna.study import Study as OptunaStudy
 from rich.console import Console
 
+from hq_optuna.answer.recipe import RECIPE
+from hq_optuna.answer.resolve import publish_answer
+from hq_optuna.answer.result import SearchResult
 from hq_optuna.artifacts.store import attach
 from hq_optuna.cli import tables
+from hq_optuna.cli.options import Given, Json, Study, command_line, errors, takes
 from hq_optuna.cli.progress import SearchProgress
 from hq_optuna.cli.session import Request, Session, begin
 from hq_optuna.dashboard import PageWriter
 from hq_optuna.protocol.status import read_status
-from hq_optuna.storages import study_exists
-
-if TYPE_CHECKING:
-    from hq_optuna.answer.result import SearchResult
+from hq_optuna.report.report import report_data, write_report
+from hq_optuna.settings import RunSettings
 
 
-def run(request: Request, *, command: str, console: Console) -> dict[str, Any]:
-    """Run a study file's search and show it; return the report as JSON data.
+@takes(search=True)
+def run(
+    context: typer.Context,
+    study: Study,
+    run: RunSettings,
+    given: Given,
+    as_json: Json = False,
+) -> None:
+    """Search, or go on with a search that was interrupted.
 
-    Args:
-        request: What the user asked for.
-        command: The command, for the report.
-        console: Where to show progress and result.
+    Options of the study file itself stand beside these: hq-optuna run cifar10_resnet20 --data DIR.
     """
-    session = begin(request, console)
-    existed = study_exists(session.place.storage, session.place.name)
-    with SearchProgress(console, session.search.space, session.search.budget) as progress:
-        found = session.open(progress=progress.phase)
-        session.search.work(found, on_progress=progress.search)
-    if existed:
-        say_where_it_went_on(console, progress, found)
-    return finish(
-        session,
-        found,
-        changed=not (existed and progress.was_finished),
-        command=command,
-        console=console,
-    )
+    with errors(as_json):
+        console, command = Console(stderr=as_json), command_line()
+        session = begin(Request(study, context.args, run, given, command), console)
+        existed = session.exists()
+        with SearchProgress(console, session.search.space, session.search.budget) as progress:
+            found = session.open(progress=progress.phase)
+            session.search.work(found, on_progress=progress.search)
+        if existed:
+            say_where_it_went_on(console, progress, found)
+        changed = not (existed and progress.was_finished)
+        data = finish(session, found, changed=changed, command=command, console=console)
+        if as_json:
+            typer.echo(json.dumps(data))
 
 
-def say_where_it_went_on(console: Console, progress: SearchProgress, study: Study) -> None:
+def say_where_it_went_on(console: Console, progress: SearchProgress, study: OptunaStudy) -> None:
     """Say where a search that had begun before was taken up."""
     current = read_status(study)
     said = (
@@ -72,7 +78,7 @@ def _is_of(result: SearchResult, recipe: Path) -> bool:
 
 def finish(
     session: Session,
-    found: Study,
+    found: OptunaStudy,
     *,
     changed: bool,
     command: str,
@@ -87,11 +93,7 @@ def finish(
         command: The command, for the report.
         console: Where to show the result.
     """
-    from hq_optuna.answer.recipe import RECIPE
-    from hq_optuna.answer.resolve import publish_answer
-    from hq_optuna.report.report import report_data, write_report
-
-    folder = session.place.folder
+    folder = session.folder
     with console.status("measuring on validation and test data"):
         before = found.user_attrs
         result = session.search.result(found, test=session.parts.test)

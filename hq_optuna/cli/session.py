@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
 from rich.console import Console
@@ -14,25 +15,19 @@ from rich.console import Console
 from hq_optuna import attributes
 from hq_optuna.artifacts.store import Artifacts, open_artifacts
 from hq_optuna.cli import tables
-from hq_optuna.cli.place import Place
-from hq_optuna.cli.settings import n_cores, read_settings, sensible_threads
+from hq_optuna.cli.options import own_options, place_of
 from hq_optuna.errors import StorageError, StudyFileError
 from hq_optuna.protocol.start_options import StartOptions
+from hq_optuna.protocol.step_log import StepLog
+from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.search import Limits
+from hq_optuna.settings import RunSettings, SearchSettings
 from hq_optuna.space.cost import macs
 from hq_optuna.storages import explain_storage_errors, load_study, redact_url, study_exists
 from hq_optuna.study_files.study_file import StudyFile, StudyParts, find_study
 
-if TYPE_CHECKING:
-    from hq_optuna.bit_search import BitSearch
-    from hq_optuna.protocol.step_log import StepLog
-
 LONGEST_PAUSE_S = 5.0
 """Between two looks for a study that does not exist yet."""
-
-
-LIMITS = ("max_trials", "max_evaluations", "max_seconds")
-"""Options of `Limits`; unlike settings of the search they may be raised later."""
 
 
 @dataclass(frozen=True)
@@ -42,56 +37,33 @@ class Request:
     Attributes:
         study: Study file or its name.
         arguments: Options of the study file as typed.
-        storage: Storage URL or ``None``.
-        name: Name of the study or ``None``.
-        folder: The run's folder or ``None``.
-        artifacts: Folder or URL of the artifact store, or ``None`` for the study's own, or else
-            one in the run's folder.
-        given: Search settings from the command line; the study's and the file's fill the rest.
-        threads: Threads of PyTorch.
-        retry_for_s: How long a storage that does not answer is tried again.
+        run: Where to run, as given.
+        given: Settings of the search from the command line; the study's and the file's fill the
+            rest.
         command: The whole command, which the study remembers.
-        device: Where the network runs, or ``None`` for where the study file puts it. The study
-            does not remember it: who resumes may have another.
     """
 
     study: str
     arguments: Sequence[str]
-    storage: str | None
-    name: str | None
-    folder: Path | None
-    artifacts: str | None
+    run: RunSettings
     given: Mapping[str, Any]
-    threads: int | None
-    retry_for_s: float
     command: str = ""
-    device: str | None = None
 
-    def find(self) -> tuple[StudyFile, Place]:
+    def find(self) -> tuple[StudyFile, RunSettings]:
         """Return the study file, and where its run keeps what it makes.
 
         Raises:
             StudyFileError: There is no such file, or it cannot be used.
         """
         file = StudyFile.load(find_study(self.study))
-        taken = sorted(RESERVED & set(file.options))
+        taken = sorted({option.flag for option in file.options.values()} & set(own_options()))
         if taken:
+            name = taken[0].removeprefix("--").replace("-", "_")
             raise StudyFileError(
-                f"{file.path}: the option {taken[0]!r} is one of hq-optuna run's own, which would "
+                f"{file.path}: the option {name!r} is one of hq-optuna run's own, which would "
                 "take its value. Give the study's parameter another name."
             )
-        return file, Place.of(file.path.name, self.storage, self.name, self.folder)
-
-
-RESERVED = {
-    *("storage", "name", "folder", "artifacts", "budget", "candidates", "rule", "scorer", "bits"),
-    *("activation_bits", "pin_first_last", "seed", "refine", "rounding", "correction"),
-    *("precision", "threads", "device", "max_trials", "max_evaluations", "max_seconds"),
-    *("train_every", "train_epochs", "final_epochs"),
-    *("retry_for", "create", "wait_for", "workers", "scheduler", "json", "help"),
-    "quantizer",
-}
-"""Options of ``hq-optuna run``, ``worker`` and ``launch``; a study file's own have other names."""
+        return file, place_of(file.path.name, self.run)
 
 
 @dataclass(frozen=True)
@@ -100,27 +72,35 @@ class Session:
 
     Attributes:
         file: The study file.
-        place: Where the run keeps what it makes.
+        place: Where the run keeps what it makes: name, folder and storage are set.
         parts: What the study file's functions returned.
-        search: The search.
-        searching: Arguments of `BitSearch.open` that were given.
+        search: The search, a `hq_optuna.BitSearch`.
         artifacts: The artifact store.
-        limits: What the search may spend, where that was given.
-        started: What to remember of the command line, if the study is new.
-        retry_for_s: How long a storage that does not answer is tried again.
+        start: What to remember of the command line, if the study is new.
         threads: Threads that are of use for this network, or as given.
     """
 
     file: Path
-    place: Place
+    place: RunSettings
     parts: StudyParts
-    search: BitSearch
-    searching: Mapping[str, Any]
+    search: Any
     artifacts: Artifacts
-    limits: Limits | None
-    started: StartOptions
-    retry_for_s: float
+    start: StartOptions
     threads: int
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        assert self.place.folder is not None
+        return self.place.folder
+
+    def exists(self) -> bool:
+        """Return whether the study is in the storage.
+
+        Raises:
+            StorageError: The storage cannot be opened.
+        """
+        return exists(self.place)
 
     def open(self, **options: Any) -> optuna.Study:
         """Open the study of the search, made if need be; see `BitSearch.open`.
@@ -129,23 +109,45 @@ class Session:
             StorageError: The storage cannot be opened, read or written.
             ResumeError: The study belongs to another search.
         """
-        return self.search.open(
-            self.place.storage,
-            self.place.name,
+        place = self.place
+        limits = Limits(place.max_trials, place.max_evaluations, place.max_seconds)
+        study: optuna.Study = self.search.open(
+            place.storage,
+            place.name,
             artifacts=self.artifacts,
-            limits=self.limits,
-            retry_for_s=self.retry_for_s,
-            started=self.started,
-            **self.searching,
+            limits=None if limits == Limits() else limits,
+            retry_for_s=place.retry_for,
+            start=self.start,
             **options,
         )
+        return study
 
     def log(self, study: optuna.Study) -> StepLog:
         """Return the record of a search that `open` returned, as it stands now."""
-        from hq_optuna.samplers import ProgressiveBitSampler
-
         assert isinstance(study.sampler, ProgressiveBitSampler)
         return study.sampler.log(study)
+
+
+def exists(place: RunSettings) -> bool:
+    """Return whether the study of a run is in its storage.
+
+    Raises:
+        StorageError: The storage cannot be opened.
+    """
+    assert place.storage is not None
+    assert place.name is not None
+    return study_exists(place.storage, place.name)
+
+
+def load(place: RunSettings) -> optuna.Study:
+    """Return the study of a run.
+
+    Raises:
+        StorageError: The storage cannot be opened, or does not hold it.
+    """
+    assert place.storage is not None
+    assert place.name is not None
+    return load_study(place.storage, place.name)
 
 
 def begin(request: Request, console: Console) -> Session:
@@ -158,91 +160,106 @@ def begin(request: Request, console: Console) -> Session:
         HqOptunaError: Of the kind of what is wrong.
     """
     file, place = request.find()
-    own = [f"--{name.replace('_', '-')}" for name in (*RESERVED, "no_refine", "no_correction")]
-    given_options = file.given_options(request.arguments, beside=own)
-    stored = StartOptions()
-    if study_exists(place.storage, place.name):
-        stored = StartOptions.read(load_study(place.storage, place.name))
+    given_options = file.given_options(request.arguments, beside=own_options())
+    stored = StartOptions.read(load(place)) if exists(place) else StartOptions()
     options = file.complete({**file.stored_options(stored.options), **given_options})
-    given = {k: v for k, v in request.given.items() if k not in LIMITS}
-    limits = {k: v for k, v in request.given.items() if k in LIMITS}
-    if request.artifacts is not None:
-        location = request.artifacts
-        if "://" not in location:  # a folder, which is to be found from another one too
-            location = str(Path(location).absolute())
-        given["artifacts"] = location
-    settings = read_settings({**file.settings, **stored.settings, **given})
-    artifacts = open_artifacts(str(settings.pop("artifacts", place.folder / "artifacts")))
-    of_search = ("n_candidates", "rule", "seed", "refine")
-    searching = {name: settings.pop(name) for name in of_search if name in settings}
-
-    console.print(
-        f"[bold]{tables.plain(place.name)}[/]  {tables.plain(file.doc)}",
-        highlight=False,
-        soft_wrap=True,
+    typed = dict(request.given)
+    if request.run.artifacts is not None:
+        typed["artifacts"] = _found_from_anywhere(request.run.artifacts)
+    kept = {name: value for name, value in stored.settings.items() if name not in typed}
+    location = typed.get("artifacts", kept.get("artifacts"))
+    settings = SearchSettings().replace(
+        **{
+            name: value
+            for name, value in {**file.settings, **kept, **typed}.items()
+            if name != "artifacts"
+        }
     )
-    _say_what_the_study_says(console, stored, given_options, given)
-    with console.status("loading PyTorch and the study's network and data"):
-        import torch
+    assert place.folder is not None
+    artifacts = open_artifacts(str(location or place.folder / "artifacts"))
 
-        from hq_optuna.bit_search import BitSearch
-        from hq_optuna.network.devices import move_to
-        from hq_optuna.training.plan import SETTINGS, plan_of
-
-        torch.set_num_threads(request.threads or n_cores())
-        # Failed trials show as errors of ours; Optuna would add its traceback to each.
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        parts = file.build(place.folder, options)
-        if request.device is not None:
-            move_to(parts.network, request.device)
-        if parts.loss is not None:
-            settings["loss_fn"] = parts.loss
-        if parts.output_rise is not None:
-            settings["output_rise"] = parts.output_rise
-        asked = {name: settings.pop(name) for name in SETTINGS if name in settings}
-        search = BitSearch(
-            parts.network,
-            parts.calibration,
-            validation=parts.validation,
-            evaluate=parts.evaluate,
-            training=plan_of(asked, parts.train, parts.augment, typed=request.given),
-            **settings,
-        )
-        threads = request.threads or sensible_threads(macs(search.space.layers))
-        torch.set_num_threads(threads)
-    tables.opening(console, search, place)
-    for warning in search.objective.warnings:
-        console.print(
-            f"[yellow]Warning:[/] {tables.plain(warning)}", highlight=False, soft_wrap=True
-        )
-    return Session(
-        file.path,
-        place,
-        parts,
-        search,
-        searching,
-        artifacts,
-        Limits(**limits) if limits else None,
-        StartOptions.of(given, given_options, request.command),
-        request.retry_for_s,
-        threads,
-    )
-
-
-def _say_what_the_study_says(
-    console: Console,
-    stored: StartOptions,
-    given_options: Mapping[str, Any],
-    given: Mapping[str, Any],
-) -> None:
-    taken = {k: v for k, v in stored.settings.items() if k not in given}
-    taken |= {k: v for k, v in stored.options.items() if k not in given_options}
+    name = tables.plain(str(place.name))
+    _say(console, f"[bold]{name}[/]  {tables.plain(file.doc)}")
+    taken = kept | {k: v for k, v in stored.options.items() if k not in given_options}
     if taken:
         words = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in taken.items())
-        console.print(f"as the study says: {tables.plain(words)}", highlight=False, soft_wrap=True)
+        _say(console, f"as the study says: {tables.plain(words)}")
+    with console.status("loading PyTorch and the study's network and data"):
+        parts, search, threads = _load(file, place, options, settings, request.given)
+    tables.opening(console, search, place)
+    for warning in search.objective.warnings:
+        _say(console, f"[yellow]Warning:[/] {tables.plain(warning)}")
+    start = StartOptions.of(typed, given_options, request.command)
+    return Session(file.path, place, parts, search, artifacts, start, threads)
 
 
-def wait_for_study(place: Place, seconds: float) -> None:
+def _load(
+    file: StudyFile,
+    place: RunSettings,
+    options: Mapping[str, Any],
+    settings: SearchSettings,
+    given: Mapping[str, Any],
+) -> tuple[StudyParts, Any, int]:
+    """Return the study file's parts, the search of them, and how many threads are of use."""
+    import torch  # here, so that wrong options are told before it is loaded
+
+    from hq_optuna.bit_search import BitSearch
+    from hq_optuna.network.devices import move_to
+    from hq_optuna.training.plan import plan_of
+
+    torch.set_num_threads(place.threads or n_cores())
+    # Failed trials show as errors of ours; Optuna would add its traceback to each.
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    assert place.folder is not None
+    parts = file.build(place.folder, options)
+    if place.device is not None:
+        move_to(parts.network, place.device)
+    plan = plan_of(settings, parts.train, parts.augment, typed=given)
+    search = BitSearch(
+        parts.network,
+        parts.calibration,
+        *(() if parts.loss is None else (parts.loss,)),
+        settings=settings,
+        output_rise=parts.output_rise,
+        validation=parts.validation,
+        evaluate=parts.evaluate,
+        training=plan,
+    )
+    threads = place.threads or sensible_threads(macs(search.space.layers))
+    torch.set_num_threads(threads)
+    return parts, search, threads
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+def _found_from_anywhere(location: str) -> str:
+    """Return a URL as it is, and a folder so that it is found from another one too."""
+    return location if "://" in location else str(Path(location).absolute())
+
+
+def n_cores() -> int:
+    """Return the processor cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def sensible_threads(macs_per_sample: int) -> int:
+    """Return how many threads a network's forward pass can keep busy.
+
+    Below some ten million MACs a sample threads wait for each other more than they compute, and on
+    a busy machine many times more. Depends on the network and the number of cores alone.
+
+    Example:
+        >>> sensible_threads(500_000)
+        1
+    """
+    return max(1, min(n_cores(), macs_per_sample // 5_000_000))
+
+
+def wait_for_study(place: RunSettings, seconds: float) -> None:
     """Wait until the study exists and its sensitivities are measured.
 
     A study that exists is joined when the time is over, measured or not: whoever measures may have
@@ -255,14 +272,15 @@ def wait_for_study(place: Place, seconds: float) -> None:
     Raises:
         StorageError: The study does not exist by then, or its storage cannot be opened.
     """
+    assert place.storage is not None
     until, pause_s = time.monotonic() + seconds, 0.1
     found: optuna.Study | None = None  # opened once, as servers have few connections
     while True:
         last = time.monotonic() >= until
         try:
             with explain_storage_errors(redact_url(place.storage)):
-                if found is None and study_exists(place.storage, place.name):
-                    found = load_study(place.storage, place.name)
+                if found is None and exists(place):
+                    found = load(place)
                 if found is not None and attributes.INFO in found.user_attrs:
                     return
         except KeyError:  # deleted meanwhile

@@ -16,33 +16,29 @@ from rich.text import Text
 
 from hq_optuna import attributes
 from hq_optuna.cli import tables
-from hq_optuna.cli.bits_strip import strips
-from hq_optuna.cli.common import Folder, Json, Name, Storage, StudyOrNone, errors, reading
-from hq_optuna.cli.options import RETRY_FOR, RetryFor
+from hq_optuna.cli.options import Json, StudyOrNone, errors, reading, takes
 from hq_optuna.cli.progress import LINE_EVERY_S, format_rate, format_seconds
+from hq_optuna.protocol.history import read_history
 from hq_optuna.protocol.status import SearchStatus, Watch, WorkerStatus
+from hq_optuna.report.report import report_data
+from hq_optuna.settings import RunSettings
+from hq_optuna.storages import RetryingStorage
 
 LOOK_EVERY_S = 2.0
 
 
+@takes("storage", "name", "folder", "retry_for")
 def status(
+    run: RunSettings,
     study: StudyOrNone = None,
-    storage: Storage = None,
-    name: Name = None,
-    folder: Folder = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="Go on looking until the search is over.")
     ] = False,
-    retry_for: RetryFor = RETRY_FOR,
     as_json: Json = False,
 ) -> None:
     """Show where a search stands: steps, workers, rate, time left. Works while others run."""
-    from hq_optuna.protocol.history import read_history
-    from hq_optuna.report.report import report_data
-    from hq_optuna.storages import RetryingStorage
-
-    with errors(as_json), reading(study, storage, name, folder) as loaded:
-        kept = RetryingStorage(loaded._storage, retry_for_s=retry_for)
+    with errors(as_json), reading(study, run) as loaded:
+        kept = RetryingStorage(loaded._storage, retry_for_s=run.retry_for)
         loaded = optuna.load_study(study_name=loaded.study_name, storage=kept)
         if watch:
             _watch(Watch(loaded), as_json)
@@ -95,7 +91,7 @@ def _watch(watch: Watch, as_json: bool) -> None:
 
 
 def line(current: SearchStatus) -> str:
-    """Return a current in one line."""
+    """Return where a search stands, in one line."""
     if current.state == "preparing":
         return "preparing: sensitivities are not measured yet"
     says = current.state + (f": {current.reason}" if current.reason else "")
@@ -116,7 +112,7 @@ def line(current: SearchStatus) -> str:
 
 
 def panel(current: SearchStatus, width: int) -> RenderableType:
-    """Return a current as a bar, its line, the incumbent's bits and a table of workers.
+    """Return where a search stands as a bar, its line, the incumbent's bits and a table of workers.
 
     Args:
         current: What to show.
@@ -128,7 +124,7 @@ def panel(current: SearchStatus, width: int) -> RenderableType:
         row = Table.grid()  # a bar by itself ends no line
         row.add_row(bar)
         parts.insert(0, row)
-        parts += strips(current.bits, current.levels, width) if current.bits else []
+        parts += tables.strips(current.bits, current.levels, width) if current.bits else []
     return Group(*parts, *([_workers(current.workers)] if current.workers else []))
 
 

@@ -9,10 +9,11 @@ from optuna.study import Study
 from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
+from rich.style import Style
 from rich.table import Table
+from rich.text import Text
 
 from hq_optuna.attributes import COMPARED, UNIFORM, quantizers_text
-from hq_optuna.cli.bits_strip import digit_styles, strips
 from hq_optuna.protocol.history import History, read_history
 from hq_optuna.protocol.status import SearchStatus, read_status
 from hq_optuna.report.compared import warnings
@@ -21,6 +22,7 @@ from hq_optuna.report.report import layer_table
 from hq_optuna.space.cost import CostModel, format_cost, macs
 from hq_optuna.space.layers import FLOAT_BITS
 from hq_optuna.storages import redact_url
+from hq_optuna.visualization._figure import bit_colours, rgb, text_on
 
 plain = escape
 
@@ -204,3 +206,72 @@ def status(console: Console, study: Study, current: SearchStatus) -> None:
         "or given back",
         highlight=False,
     )
+
+
+# The bits of all layers as a strip of digits, one digit a layer, in network order. Digits stand on
+# the colours of the pictures; without colours the digits say everything.
+
+LABEL = 12
+"""Columns in front of the digits."""
+
+LINES = 3
+"""Lines of digits a strip may have; longer ones are cut in the middle."""
+
+
+def digit(bits: int) -> str:
+    """Return one character for a number of bits: 10 to 16 are letters, float is a dot.
+
+    Example:
+        >>> "".join(digit(bits) for bits in (2, 8, 10, 16, 32))
+        '28ag·'
+    """
+    return "·" if bits == FLOAT_BITS else "0123456789abcdefg"[bits]
+
+
+def digit_styles(levels: Sequence[int]) -> dict[int, Style]:
+    """Return the style of each number of bits."""
+    return {
+        bits: Style(color=text_on(colour), bgcolor="#{:02x}{:02x}{:02x}".format(*rgb(colour)))
+        for bits, colour in zip(levels, bit_colours(levels), strict=True)
+    }
+
+
+def strips(
+    bits: Sequence[tuple[int, int]], levels: Sequence[int], width: int | None = None
+) -> list[Text]:
+    """Return the lines that show an assignment: weights, and activations where they differ.
+
+    Args:
+        bits: ``(weight_bits, activation_bits)`` of each layer, in network order.
+        levels: All bits that a layer may have, fewest first; they set the colours.
+        width: Columns of the terminal; ``None``: one line each, however long.
+    """
+    styles = digit_styles(levels)
+    weights, activations = ([pair[part] for pair in bits] for part in (0, 1))
+    if weights == activations:
+        return _lines("bits", weights, styles, width)
+    if set(activations) == {FLOAT_BITS}:
+        return _lines("weights", weights, styles, width)
+    return _lines("weights", weights, styles, width) + _lines(
+        "activations", activations, styles, width
+    )
+
+
+def _lines(
+    label: str, row: Sequence[int], styles: dict[int, Style], width: int | None
+) -> list[Text]:
+    room = len(row) if width is None else max(width - LABEL - 1, 8)
+    shown: list[int | None] = list(row)
+    if len(row) > LINES * room:
+        half = (LINES * room - 1) // 2
+        shown = [*row[:half], None, *row[len(row) - half :]]
+    lines = []
+    for start in range(0, len(shown), max(room, 1)):
+        line = Text(f"{label if not start else '':<{LABEL}}", no_wrap=True)
+        for bits in shown[start : start + room]:
+            if bits is None:
+                line.append("…")
+            else:
+                line.append(digit(bits), styles.get(bits, Style.null()))
+        lines.append(line)
+    return lines

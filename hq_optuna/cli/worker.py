@@ -10,13 +10,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 
+from hq_optuna.cli.options import Given, Study, command_line, errors, takes
 from hq_optuna.cli.progress import SearchProgress
 from hq_optuna.cli.session import Request, begin, wait_for_study
 from hq_optuna.protocol import worker_identity
+from hq_optuna.settings import RunSettings
 from hq_optuna.workers.loop import Doing
 from hq_optuna.workers.process import ENDS_WITH_STDIN, SERVES
 from hq_optuna.workers.serving import Orders, serve
@@ -25,54 +28,70 @@ GRACE_S = 20.0
 """How long a worker whose launcher is gone may take to give its candidate back."""
 
 
-def work(
-    request: Request, *, create: bool, wait_for_s: float, as_json: bool, console: Console
+@takes(search=True)
+def worker(
+    context: typer.Context,
+    study: Study,
+    run: RunSettings,
+    given: Given,
+    create: Annotated[
+        bool, typer.Option("--create", help="Start the study if it does not exist yet.")
+    ] = False,
+    wait_for: Annotated[
+        float, typer.Option(min=0, help="Seconds to wait for a study that does not exist yet.")
+    ] = 0.0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON objects, one a line, as things happen.")
+    ] = False,
 ) -> None:
-    """Join a search and work until it is over.
+    """Join a search from any host that has the study file and reaches the storage.
 
-    Args:
-        request: What the user asked for.
-        create: Whether to start the study if it does not exist.
-        wait_for_s: How long to wait for a study that does not exist.
-        as_json: Whether to print events as JSON, one a line.
-        console: Where to show progress otherwise.
-
-    Raises:
-        StorageError: The study does not exist.
+    What the search was started with comes from the study and need not be repeated.
     """
-    orders: Orders | None = None
+    if create and wait_for:
+        raise typer.BadParameter("--create starts the study and does not wait for it (--wait-for).")
+    with errors(as_json):
+        console = Console(stderr=as_json, quiet=as_json)
+        request = Request(study, context.args, run, given, command_line())
+        orders = _orders_of_a_launcher()
+        tell = _Events(as_json)
+        if not create:
+            tell("waiting for the study")
+            wait_for_study(request.find()[1], wait_for)
+        tell("loading")
+        session = begin(request, console)
+        with SearchProgress(console, session.search.space, session.search.budget) as progress:
+            tell("preparing")
+            found = session.open(progress=progress.phase)
+            if orders is not None:
+                found._storage.remove_session()  # the launcher has it from here on
+                serve(orders, functools.partial(session.search.objective.obey, found), tell)
+            else:
+                session.search.work(
+                    found,
+                    on_progress=progress.search,
+                    on_doing=tell.doing,
+                    pages=ENDS_WITH_STDIN not in os.environ,  # else its launcher writes them
+                )
+        tell("done")
+        console.print(
+            f"The search is over. This worker, {worker_identity.my_short_name()}, scored "
+            f"{tell.n_scored} candidates.",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _orders_of_a_launcher() -> Orders | None:
+    """Return where the orders of this process's launcher arrive; ``None`` where it claims itself.
+
+    Either way it ends with its launcher, if it has one.
+    """
     if os.environ.get(SERVES):
-        orders = Orders(sys.stdin.fileno(), _launcher_is_gone)
-    elif os.environ.get(ENDS_WITH_STDIN):
+        return Orders(sys.stdin.fileno(), _launcher_is_gone)
+    if os.environ.get(ENDS_WITH_STDIN):
         threading.Thread(target=_end_with, args=(sys.stdin.fileno(),), daemon=True).start()
-    tell = _Events(as_json)
-    if not create:
-        tell("waiting for the study")
-        wait_for_study(request.find()[1], wait_for_s)
-    tell("loading")
-    session = begin(request, console)
-    with SearchProgress(console, session.search.space, session.search.budget) as progress:
-        tell("preparing")
-        study = session.open(progress=progress.phase)
-        if orders is not None:
-            study._storage.remove_session()  # the launcher has it from here on
-            objective = session.search.objective
-            objective.prepare()
-            serve(orders, functools.partial(objective.obey, study), tell)
-        else:
-            session.search.work(
-                study,
-                on_progress=progress.search,
-                on_doing=tell.doing,
-                pages=ENDS_WITH_STDIN not in os.environ,  # else its launcher writes them
-            )
-    tell("done")
-    console.print(
-        f"The search is over. This worker, {worker_identity.my_short_name()}, scored "
-        f"{tell.n_scored} candidates.",
-        highlight=False,
-        soft_wrap=True,
-    )
+    return None
 
 
 class _Events:

@@ -48,6 +48,7 @@ def study_note(
         written: When, in words.
     """
     info, record = history.info, history.incumbent
+    settings = info.settings
     n_searched = len({layer for v in history.space.variables for layer in v.layers})
     parts = [
         f"## {_plain(history.study_name)}: "
@@ -73,8 +74,9 @@ def study_note(
     if record is not None:
         parts += ["### Latest steps", _steps(history, study_id), "### Bits", _layers(history)]
     parts.append(
-        f"*Score {info.scorer}, rule {info.rule}, {info.n_candidates} candidates a step, seed "
-        f"{info.seed}, weights {_plain(quantizers_text(info.quantizers))}. Written {written} by "
+        f"*Score {settings['scorer']}, rule {settings['rule']}, {settings['n_candidates']} "
+        f"candidates a step, seed {settings['seed']}, weights "
+        f"{_plain(quantizers_text(info.quantizers))}. Written {written} by "
         "hq_optuna. The card “Best Trial” of a plain optuna-dashboard does not look at the budget; "
         "this note does.*"
     )

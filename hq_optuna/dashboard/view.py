@@ -144,13 +144,13 @@ def for_people(user_attrs: Mapping[str, Any]) -> dict[str, Any]:
     shown: dict[str, Any] = {
         "budget": f"{info.budget} ({format_cost(info.limit, info.metric)})",
         "all-8-bit cost": format_cost(info.int8, info.metric),
-        "scorer": info.scorer,
-        "rule": info.rule,
-        "candidates a step": info.n_candidates,
-        "seed": info.seed,
-        "rounding": info.rounding,
+        "scorer": info.settings["scorer"],
+        "rule": info.settings["rule"],
+        "candidates a step": info.settings["n_candidates"],
+        "seed": info.settings["seed"],
+        "rounding": info.settings["rounding"],
         "quantizers": quantizers_text(info.quantizers),
-        "statistics corrected": "yes" if info.correction else "no",
+        "statistics corrected": "yes" if info.settings["correction"] else "no",
     }
     for key, value in user_attrs.items():
         name = key.removeprefix(f"{attributes.REPORT}:")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 import optuna
 import torch
@@ -15,6 +17,7 @@ from hq_optuna import attributes
 from hq_optuna._version import __version__
 from hq_optuna.errors import ResumeError
 from hq_optuna.quantization.quantizer_choice import in_words
+from hq_optuna.settings import Group, SearchSettings, settings_of
 
 QUANTIZERS = "weights: symmetric per channel, squared error; activations: affine per tensor"
 
@@ -23,22 +26,45 @@ _WORDS = {
     "data": "the calibration data",
     "space": "the search space (layers, allowed bits, pins or ties)",
     "quantizers": "the quantizers",
-    "scorer": "the scorer",
-    "rounding": "how weights are rounded",
-    "correction": "whether statistics are corrected",
-    "precision": "the precision of candidates' forward passes",
-    "observer": "the observer of activation ranges",
     "loss": "the loss function",
     "output_rise": "the function output_rise",
-    "budget": "the budget",
-    "rule": "the winner rule",
-    "n_candidates": "the number of candidates a step",
-    "seed": "the seed",
-    "refine": "whether swaps refine the answer",
-    "encoding": "the encoding of candidates",
     "training": "the training (its data or settings)",
-    "train_every": "how often winners are trained",
 }
+"""What differs, in words, beside settings, which say it themselves."""
+
+
+def of_settings(owner: Any, group: Group) -> dict[str, Any]:
+    """Return the settings of a group that tell searches apart, by name.
+
+    Args:
+        owner: Who has them as attributes: settings, or a sampler.
+        group: ``"scoring"`` or ``"steps"``.
+    """
+    found = {
+        name: getattr(owner, name)
+        for name, one in settings_of(SearchSettings).items()
+        if one.group == group and one.differs and name != "budget"  # which may be the pruner's
+    }
+    if not found.get("train_every"):  # a search that never trains does not say so
+        found.pop("train_every", None)
+    return found
+
+
+def name_of(function: object) -> str:
+    """Return a function's name; of a module and of `functools.partial` also what it was made with.
+
+    What a function closes over, or reads from elsewhere, cannot be told.
+    """
+    if isinstance(function, partial):
+        given = ", ".join(f"{name}={value!r:.80}" for name, value in function.keywords.items())
+        return f"{name_of(function.func)}({given})"
+    name = str(getattr(function, "__qualname__", type(function).__name__))
+    if not isinstance(function, nn.Module):
+        return name
+    own = ((k, v) for k, v in vars(function).items() if not k.startswith("_"))
+    plain = {k: v for k, v in own if isinstance(v, (str, int, float)) and k != "training"}
+    held = network_digest(function) if function.state_dict() else ""
+    return f"{name}({', '.join(f'{k}={plain[k]}' for k in sorted(plain))}){held}"
 
 
 def quantizers(chosen: Mapping[str, str]) -> str:
@@ -74,9 +100,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def check_or_write(
-    study: Study, mine: Mapping[str, str | int], *, is_mine: bool | None = None
-) -> bool:
+def check_or_write(study: Study, mine: Mapping[str, Any], *, is_mine: bool | None = None) -> bool:
     """Write the fingerprint into a new study, or refuse a study with another one.
 
     Args:
@@ -103,8 +127,10 @@ def check_or_write(
     if stored is None or is_mine:
         study.set_user_attr(attributes.FINGERPRINT, {**mine, "versions": versions()})
         return bool(changed)
+    said = settings_of(SearchSettings).items()
+    words = {name: one.differs for name, one in said if one.differs} | _WORDS
     described = "; ".join(
-        f"{_WORDS.get(name, name)} (study: {stored.get(name, 'none')}, "
+        f"{words.get(name, name)} (study: {stored.get(name, 'none')}, "
         f"now: {mine.get(name, 'none')})"
         for name in changed
     )

@@ -17,26 +17,28 @@ from torch import nn
 from torch.nn import functional
 
 from hq_optuna import attributes
-from hq_optuna.attributes import Ticket
+from hq_optuna.artifacts.store import Artifacts
+from hq_optuna.attributes import StudyInfo, Ticket
 from hq_optuna.errors import ResumeError, SpaceError
-from hq_optuna.network.batches import Precision, read_batches
+from hq_optuna.network.batches import Batches, read_batches
 from hq_optuna.network.checks import check_forward, check_rise
 from hq_optuna.network.copies import copied
+from hq_optuna.network.evaluation import Evaluate
 from hq_optuna.network.losses import LossFunction
-from hq_optuna.objective import description, fingerprint
+from hq_optuna.objective import fingerprint
 from hq_optuna.objective.publish import publish, publish_facts, stored_sensitivity
-from hq_optuna.objective.recording import record, shown
-from hq_optuna.objective.scorer_setup import Progress, ScoringSetup
+from hq_optuna.objective.recording import budget_of, record, shown
+from hq_optuna.objective.scorer_setup import Progress, ScorerSetup
 from hq_optuna.objective.training_steps import TrainedSteps
 from hq_optuna.protocol.claims import ClaimedTrial, NotNeeded, write_facts
 from hq_optuna.protocol.history import read_history
 from hq_optuna.protocol.step_record import KEPT, closing, winner_of
-from hq_optuna.quantization import Observer, set_bits
-from hq_optuna.quantization.compensation import Rounding
-from hq_optuna.quantization.quantizer_choice import choose_quantizers
+from hq_optuna.quantization import set_bits
 from hq_optuna.samplers import ProgressiveBitSampler
-from hq_optuna.scoring import UNKNOWN_LOSS, OutputRise, Score, Scorer, ScorerName
+from hq_optuna.scoring import UNKNOWN_LOSS, OutputRise, Score, Scorer, output_rise_of
+from hq_optuna.settings import SearchSettings
 from hq_optuna.space.assignment import BitConfig
+from hq_optuna.space.cost import CostModel
 from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.training.plan import TrainingPlan
 
@@ -48,8 +50,9 @@ class HessianObjective:
     """An Optuna objective: the predicted loss rise of a trial's bits, in nats.
 
     One candidate costs one forward pass over the calibration set. What all candidates share
-    (ranges, curvature, sensitivities) is computed once, at the first trial; a worker that joins an
-    existing study takes the sensitivities from there, so all workers rank by the same numbers.
+    (ranges, curvature, sensitivities) is computed once, when it is first needed; a worker that
+    joins an existing study takes the sensitivities from there, so all workers rank by the same
+    numbers.
 
     With `ProgressiveBitSampler` the trial's ticket says what to do. With any other sampler the
     objective asks for the bits of each variable of the space, so TPE or NSGA-II can be compared.
@@ -59,30 +62,28 @@ class HessianObjective:
         calibration: Labelled data, see `read_batches`.
         space: Search space of this network.
         loss_fn: Mean loss of a batch from (outputs, labels); cross-entropy by default.
-        scorer: ``"gauss_newton"``: the rise that a candidate's own outputs tell. ``"loss"``: its
-            measured loss. Else a sum over layers, see `hq_optuna.scoring.layer_sums`.
-            ``None``: Gauss-Newton where the loss is cross-entropy or squared error or
-            ``output_rise`` is given, else ``"diagonal"``.
-        rounding: ``"compensated"``: the rounding error of a weight is made up for by others of its
-            channel, see `hq_optuna.quantization.compensation`. ``"nearest"``: each by itself.
-        correction: Whether each candidate's statistics are corrected in its forward pass.
+        settings: How candidates are scored (``scorer``, ``rounding``, ``correction``, ``observer``,
+            ``precision``, ``quantizers``); the others are not read here.
         output_rise: For Gauss-Newton with another loss: the loss rise, summed over samples, from
             the outputs of the float network and of a candidate.
-        observer: How activation ranges are found: ``"squared_error"``, ``"min_max"`` or
-            ``"percentile"``.
-        quantizers: Glob over layer names to the quantizer of their weights, see
-            `hq_optuna.quantization.quantizers`; ``"uniform"`` where none matches.
         batch_size: Samples a batch, where ``calibration`` has no batches of its own.
-        precision: ``"float32"``: candidates run in the network's own precision. ``"bfloat16"``:
-            in bfloat16 where PyTorch's autocast allows it, which is quick on GPUs and coarse: it
-            has 8 significant bits.
-        training: When winners are trained, and how; the sampler must be told the same. Then
-            `training.artifacts` must be set before the first trial. ``None``: never.
+        training: When winners are trained, and how; the sampler must be told the same. ``None``:
+            never.
+        artifacts: Where a search that trains keeps weights.
+        validation: Batches on which a training is measured before and after.
+        evaluate: What is measured there beside the loss.
+        skipped: ``(name, kind, reason)`` of modules that are not quantized, for the study.
+        **changes: Settings by name, in place of those in ``settings``.
 
     Raises:
         SpaceError: An unknown quantizer, or one that cannot do the bits of its layers.
-        DataError: Unusable calibration data or loss.
+        SettingError: A setting has a value of another kind.
+        DataError: Unusable calibration data or loss, or training data.
         NetworkError: Random or non-finite forward pass.
+
+    Attributes:
+        settings: As given, with the scorer that was chosen.
+        warnings: Sentences that a reader of the results must know.
     """
 
     def __init__(
@@ -92,36 +93,31 @@ class HessianObjective:
         space: SearchSpace,
         *,
         loss_fn: LossFunction = functional.cross_entropy,
-        scorer: ScorerName | None = None,
-        rounding: Rounding = "compensated",
-        correction: bool = True,
+        settings: SearchSettings | None = None,
         output_rise: OutputRise | None = None,
-        observer: Observer = "squared_error",
-        quantizers: Mapping[str, str] | None = None,
         batch_size: int = 32,
-        precision: Precision = "float32",
         training: TrainingPlan | None = None,
+        artifacts: Artifacts | None = None,
+        validation: Batches | None = None,
+        evaluate: Evaluate | None = None,
+        skipped: tuple[tuple[str, str, str], ...] = (),
+        **changes: Any,
     ) -> None:
+        given = (settings or SearchSettings()).replace(**changes)
         self.model = model
         self.space = space
         self.loss_fn = loss_fn
-        self.setup = ScoringSetup.checked(
-            loss_fn,
-            scorer=scorer,
-            rounding=rounding,
-            correction=correction,
-            output_rise=output_rise,
-            observer=observer,
-            precision=precision,
-            quantizers=choose_quantizers(quantizers, space),
-        )
+        self.setup = ScorerSetup.checked(loss_fn, given, space, output_rise)
+        self.settings = self.setup.settings
         self.device = next(model.parameters()).device
         self.data = read_batches(calibration, batch_size=batch_size).to(self.device)
         self.warnings = check_forward(model, self.data, loss_fn)
         if output_rise is not None:
             check_rise(model, self.data, output_rise)
-        if scorer is None and self.setup.scorer == "diagonal":
+        if given.scorer is None and self.settings.scorer == "diagonal":
             self.warnings.append(UNKNOWN_LOSS)
+        self.skipped = skipped
+        self._progress: Progress = lambda what, done, of: None
         self.training: TrainedSteps | None = None
         if training is not None:
             self.training = TrainedSteps(
@@ -131,10 +127,11 @@ class HessianObjective:
                 self.setup,
                 self.data,
                 loss_fn,
-                lambda what, done, of: self.progress(what, done, of),
+                lambda what, done, of: self._progress(what, done, of),
+                artifacts=artifacts,
+                validation=validation,
+                evaluate=evaluate,
             )
-        self.skipped: tuple[tuple[str, str, str], ...] = ()
-        self.progress: Progress = lambda what, done, of: None
         self._scorer: Scorer | None = None
         self._lock = threading.RLock()  # threads of one process share one network
         self._facts: dict[str, float] = {}
@@ -144,14 +141,14 @@ class HessianObjective:
     def quantized(self, config: BitConfig, scorer: Scorer | None = None) -> nn.Module:
         """Return a network of its own with these bits, its statistics corrected if they shall be.
 
-        Call `prepare` first.
-
         Args:
-            config: The bits.
-            scorer: Whose network: that of `prepare` by default, which was not trained.
+            config: The bits of all layers.
+            scorer: Whose network; by default that of `prepare`, which was not trained.
+
+        Raises:
+            SpaceError: A layer has no bits.
         """
-        scorer = self._scorer if scorer is None else scorer
-        assert scorer is not None, "call prepare() first"
+        scorer = self.prepare() if scorer is None else scorer
         missing = [layer.name for layer in self.space.layers if layer.name not in config]
         if missing:
             raise SpaceError(f"The assignment has no bits of {missing[0]!r}; it needs all layers'.")
@@ -192,16 +189,30 @@ class HessianObjective:
             )
         return self.training.scorer(study, base).scorer
 
-    def prepare(self, study: Study | None = None) -> Scorer:
-        """Compute what all candidates share; called by the first trial if not before.
+    def prepare(
+        self,
+        study: Study | None = None,
+        *,
+        artifacts: Artifacts | None = None,
+        progress: Progress | None = None,
+    ) -> Scorer:
+        """Compute what all candidates share, unless that was done; return the scorer.
+
+        The first trial does it otherwise.
 
         Args:
             study: Where sensitivities are taken from if another worker measured them, and where
                 they are written otherwise.
+            artifacts: Where a search that trains keeps weights.
+            progress: Called with (what, done, of) from here on.
 
         Raises:
             ResumeError: The study belongs to another search.
         """
+        if progress is not None:
+            self._progress = progress
+        if artifacts is not None and self.training is not None:
+            self.training.keep_in(artifacts)
         settled = {} if study is None else self._settled.setdefault(study._storage, {})
         write_over: bool | None = None  # None: nothing to write
         if study is not None:
@@ -211,9 +222,9 @@ class HessianObjective:
         if self._scorer is None:
             self._scorer = self._prepare(study)
         if study is not None and write_over is not None:
-            info = description.info_of(self, study)
             publish_facts(study, self._facts)
-            publish(study, self.space, info, self._scorer.sensitivity, again=write_over)
+            table = self._scorer.sensitivity
+            publish(study, self.space, self._info(study), table, again=write_over)
             settled[study._study_id] = another
         return self._scorer
 
@@ -238,15 +249,60 @@ class HessianObjective:
             self.data,
             self.loss_fn,
             None if study is None else stored_sensitivity(study),
-            lambda what, done, of: self.progress(what, done, of),
+            lambda what, done, of: self._progress(what, done, of),
         )
         self.warnings += built.warnings
         self._facts = built.facts
         return built.scorer
 
-    def fingerprint(self, study: Study) -> dict[str, str | int]:
+    def fingerprint(self, study: Study) -> dict[str, Any]:
         """Return what this search depends on, by name."""
-        return description.fingerprint_of(self, study)
+        mine: dict[str, Any] = {
+            "network": fingerprint.network_digest(self.model),
+            "data": self.data.digest(),
+            "space": self.space.digest,
+            "quantizers": fingerprint.quantizers(self.setup.quantizers),
+            "loss": fingerprint.name_of(self.loss_fn),
+            **fingerprint.of_settings(self.settings, "scoring"),
+        }
+        rise = self.setup.output_rise
+        if rise is not None:
+            known = output_rise_of(self.loss_fn)
+            if fingerprint.name_of(rise) != fingerprint.name_of(known):
+                mine["output_rise"] = fingerprint.name_of(rise)
+        if self.training is not None:
+            mine["training"] = self.training.plan.digest()
+        budget = budget_of(study)
+        if budget is not None:
+            mine["budget"] = str(budget)
+        if isinstance(study.sampler, ProgressiveBitSampler):
+            mine |= fingerprint.of_settings(study.sampler, "steps")
+        return mine
+
+    def _info(self, study: Study) -> StudyInfo:
+        """Return what a study says of its search."""
+        budget, sampler = budget_of(study), study.sampler
+        metric = "bops" if budget is None else budget.metric
+        model = CostModel(self.space.layers, metric)
+        settings = self.settings.to_json()
+        if budget is not None:
+            settings["budget"] = budget.text
+        if isinstance(sampler, ProgressiveBitSampler):
+            settings |= fingerprint.of_settings(sampler, "steps")
+        else:
+            settings |= {"rule": type(sampler).__name__, "n_candidates": 1}
+        return StudyInfo(
+            metric=metric,
+            limit=model.float32 if budget is None else budget.limit(self.space.layers),
+            budget="none" if budget is None else str(budget),
+            int8=model.int8,
+            float32=model.float32,
+            settings=settings,
+            quantizers=dict(self.setup.quantizers),
+            training=None if self.training is None else self.training.plan.to_json(),
+            skipped=self.skipped,
+            warnings=tuple(self.warnings),
+        )
 
     def __call__(self, trial: Trial) -> float:
         """Score one trial.
@@ -287,7 +343,7 @@ class HessianObjective:
     def obey(
         self, study: Study, order: Mapping[str, Any], needed: Callable[[], bool]
     ) -> tuple[float, dict[str, Any]]:
-        """Do what a foreman orders for a trial of its own; call `prepare` first.
+        """Do what a foreman orders for a trial of its own.
 
         Args:
             study: The study. It is read only for a network that was trained meanwhile, and written
@@ -301,7 +357,6 @@ class HessianObjective:
         Raises:
             NotNeeded: Nobody needs it any more.
         """
-        assert self._scorer is not None, "call prepare() first"
         started, base = time.perf_counter(), order.get("base")
         if "train" in order:
             trial = Trial(study, order["train"])

@@ -5,16 +5,19 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from optuna.study import Study
 from optuna.trial import Trial
 
 from hq_optuna import attributes
 from hq_optuna.attributes import Ticket
-from hq_optuna.objective import description
 from hq_optuna.protocol import worker_identity
 from hq_optuna.protocol.claims import write_facts
 from hq_optuna.protocol.tickets import excess, facts
+from hq_optuna.pruners import CostBudgetPruner
+from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.scoring import Score
 from hq_optuna.space.assignment import BitConfig
+from hq_optuna.space.budget import Budget
 from hq_optuna.space.cost import CostModel
 from hq_optuna.space.search_space import SearchSpace
 
@@ -37,7 +40,7 @@ def record(
         ticket: Its ticket, if it has one.
         started: When it began, by `time.perf_counter`.
     """
-    budget = description.budget_of(trial.study)
+    budget = budget_of(trial.study)
     cost = CostModel(space.layers, "bops" if budget is None else budget.metric).cost(config)
     known: dict[str, Any] = {} if ticket is None else facts(ticket, space, cost)
     write_facts(trial, known | {attributes.COST: cost} | shown(score, started))
@@ -61,3 +64,10 @@ def shown(score: Score, started: float) -> dict[str, Any]:
         attributes.SECONDS: round(time.perf_counter() - started, 6),
         attributes.WORKER: worker_identity.my_short_name(),
     }
+
+
+def budget_of(study: Study) -> Budget | None:
+    """Return the budget of a study: its sampler's, or its pruner's."""
+    if isinstance(study.sampler, ProgressiveBitSampler) and study.sampler.budget is not None:
+        return study.sampler.budget
+    return study.pruner.budget if isinstance(study.pruner, CostBudgetPruner) else None

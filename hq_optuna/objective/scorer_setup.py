@@ -5,30 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from hq_optuna.curvature import probe_of
-from hq_optuna.network.batches import Batches, Precision, check_precision, merge_first
+from hq_optuna.network.batches import Batches, merge_first
 from hq_optuna.network.losses import LossFunction
-from hq_optuna.quantization import Observer, observe_inputs, prepare
-from hq_optuna.quantization.compensation import ROUNDINGS, Rounding, compensate_weights
+from hq_optuna.quantization import observe_inputs, prepare
+from hq_optuna.quantization.compensation import compensate_weights
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.quantization.observers import InputHistogram
-from hq_optuna.quantization.quantizer_choice import not_compensated
+from hq_optuna.quantization.quantizer_choice import choose_quantizers, not_compensated
 from hq_optuna.scoring import (
     LAYER_SUMS,
-    SCORERS,
     LayerSumName,
     OutputRise,
     Scorer,
-    ScorerName,
     Sensitivity,
     measure_layer_sums,
     output_rise_of,
 )
 from hq_optuna.scoring.sensitivity import unknown_layers
+from hq_optuna.settings import SearchSettings
 from hq_optuna.space.layers import LayerSpec
 from hq_optuna.space.search_space import SearchSpace, bits_needed
 from hq_optuna.training.base import TrainedBase
@@ -52,41 +51,38 @@ class BuiltScorer(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ScoringSetup:
-    """How assignments are scored; `HessianObjective` says what each setting means."""
+class ScorerSetup:
+    """How assignments are scored; see `hq_optuna.settings`.
 
-    scorer: ScorerName
-    rounding: Rounding = "compensated"
-    correction: bool = True
-    output_rise: OutputRise | None = field(default=None)
-    observer: Observer = "squared_error"
-    precision: Precision = "float32"
+    Attributes:
+        settings: With the scorer that was chosen.
+        output_rise: What Gauss-Newton ranks by; ``None`` for other scorers.
+        quantizers: Layer → name of the quantizer of its weights, where it is not uniform.
+    """
+
+    settings: SearchSettings
+    output_rise: OutputRise | None = None
     quantizers: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def checked(
         cls,
         loss_fn: LossFunction,
-        *,
-        scorer: ScorerName | None,
-        rounding: Rounding,
-        correction: bool,
+        settings: SearchSettings,
+        space: SearchSpace,
         output_rise: OutputRise | None,
-        observer: Observer,
-        precision: Precision,
-        quantizers: Mapping[str, str],
-    ) -> ScoringSetup:
+    ) -> ScorerSetup:
         """Return the set-up for a loss; the scorer is chosen where it is ``None``.
 
         Raises:
-            ValueError: A value that is not allowed, or a scorer that does not know the loss.
+            ValueError: A scorer that does not know the loss.
+            SpaceError: An unknown quantizer, or one that cannot do the bits of its layers.
         """
         if output_rise is None:
             output_rise = output_rise_of(loss_fn)
+        scorer = settings.scorer
         if scorer is None:
             scorer = "diagonal" if output_rise is None else "gauss_newton"
-        if scorer not in SCORERS:
-            raise ValueError(f"scorer is one of {', '.join(SCORERS)}; got {scorer!r}.")
         if scorer == "gauss_newton" and output_rise is None:
             raise ValueError(
                 "The scorer 'gauss_newton' knows cross-entropy and squared error: give "
@@ -100,15 +96,11 @@ class ScoringSetup:
                 "The scorer 'fisher' knows cross-entropy and squared error. For another loss use "
                 "scorer='diagonal' or 'hutchinson'."
             )
-        if rounding not in ROUNDINGS:
-            raise ValueError(f"rounding is one of {', '.join(ROUNDINGS)}; got {rounding!r}.")
-        check_precision(precision)
-        if observer not in get_args(Observer):
-            raise ValueError(
-                f"observer is one of {', '.join(get_args(Observer))}; got {observer!r}."
-            )
-        rise = output_rise if scorer == "gauss_newton" else None
-        return cls(scorer, rounding, correction, rise, observer, precision, dict(quantizers))
+        return cls(
+            settings.replace(scorer=scorer),
+            output_rise if scorer == "gauss_newton" else None,
+            choose_quantizers(settings.quantizers, space),
+        )
 
     def build(
         self,
@@ -142,7 +134,7 @@ class ScoringSetup:
         if base is not None:
             for name, weights in wanted.items():
                 weights.discard(base.config[name].weight_bits)
-        if self.rounding == "compensated":
+        if self.settings.rounding == "compensated":
             compensate_weights(
                 prepared,
                 space.layers,
@@ -183,7 +175,7 @@ class ScoringSetup:
         Digit for digit what that scorer says. ``None``: the score is a sum over layers, for which
         there is no way around their curvature.
         """
-        if self.output_rise is None and self.scorer != "loss":
+        if self.output_rise is None and self.settings.scorer != "loss":
             return None
         prepared = self._settled(base.network, space, data, base)
         nothing = Sensitivity(
@@ -215,18 +207,18 @@ class ScoringSetup:
     ) -> Scorer:
         merged = merge_first(data, statistics_samples(space.layers))
         correct = None
-        if self.correction:
+        if self.settings.correction:
             config = None if base is None else base.config
-            correct = StatisticsCorrection(prepared, merged, self.precision, config)
+            correct = StatisticsCorrection(prepared, merged, self.settings.precision, config)
         return Scorer(
             prepared,
             known,
             merged,
             loss_fn,
             output_rise=self.output_rise,
-            by_loss=self.scorer == "loss",
+            by_loss=self.settings.scorer == "loss",
             correction=correct,
-            precision=self.precision,
+            precision=self.settings.precision,
             teacher=teacher,
         )
 
@@ -238,13 +230,17 @@ class ScoringSetup:
     ) -> nn.Module:
         """Return a prepared copy of a network, without ranges for its inputs unless observed."""
         return prepare(
-            network, space.layers, inputs, observer=self.observer, quantizers=self.quantizers
+            network,
+            space.layers,
+            inputs,
+            observer=self.settings.observer,
+            quantizers=self.quantizers,
         )
 
     def _layer_sum(self, loss_fn: LossFunction) -> LayerSumName:
         """Return the sum over layers that is recorded of each candidate."""
-        if self.scorer in LAYER_SUMS:
-            return self.scorer
+        if self.settings.scorer in LAYER_SUMS:
+            return self.settings.scorer
         return "diagonal" if probe_of(loss_fn) is None else "fisher"
 
 

@@ -38,7 +38,7 @@ from hq_optuna.network.batches import Batches, merge_first
 from hq_optuna.network.copies import copied
 from hq_optuna.network.evaluation import Evaluate, figures, mean_loss
 from hq_optuna.network.losses import LossFunction
-from hq_optuna.objective.scorer_setup import BuiltScorer, Progress, ScoringSetup, statistics_samples
+from hq_optuna.objective.scorer_setup import BuiltScorer, Progress, ScorerSetup, statistics_samples
 from hq_optuna.objective.tensors import get_tensors, put_tensors
 from hq_optuna.protocol.step_log import StepLog
 from hq_optuna.protocol.step_record import KEPT, closing, winner_of
@@ -78,14 +78,12 @@ class TrainedSteps:
         data: Calibration batches.
         loss_fn: Mean loss of a batch.
         progress: Told what is done.
+        artifacts: Where weights are kept; `keep_in` may name another place later.
+        validation: Data on which a network is measured before and after, or ``None``.
+        evaluate: What is measured there beside the loss.
 
     Raises:
         DataError: The network cannot be trained as the plan says.
-
-    Attributes:
-        artifacts: Where weights are kept; set before anything is trained or loaded.
-        validation: Data on which a network is measured before and after, or ``None``.
-        evaluate: What is measured there beside the loss.
     """
 
     def __init__(
@@ -93,19 +91,25 @@ class TrainedSteps:
         plan: TrainingPlan,
         model: nn.Module,
         space: SearchSpace,
-        setup: ScoringSetup,
+        setup: ScorerSetup,
         data: Batches,
         loss_fn: LossFunction,
         progress: Progress,
+        *,
+        artifacts: Artifacts | None = None,
+        validation: Batches | None = None,
+        evaluate: Evaluate | None = None,
     ) -> None:
         self.plan, self.model, self.space, self.setup = plan, model, space, setup
         self.data, self.loss_fn, self.progress = data, loss_fn, progress
-        self.artifacts: Artifacts | None = None
-        self.validation: Batches | None = None
-        self.evaluate: Evaluate | None = None
+        self.artifacts, self.validation, self.evaluate = artifacts, validation, evaluate
         self._built: tuple[tuple[BaseStorage, int, int], BuiltScorer] | None = None
         for settings in plan.used:
             rehearse(model, plan.data, settings, loss_fn, plan.augment)
+
+    def keep_in(self, artifacts: Artifacts) -> None:
+        """Keep weights in this store from here on."""
+        self.artifacts = artifacts
 
     # Going on from a trained record
 
@@ -316,11 +320,11 @@ class TrainedSteps:
         alone lead to other statistics, and nothing is corrected.
         """
         fold_shifts_(network)
-        if not self.setup.correction or settings.label_weight == 1:
+        if not self.setup.settings.correction or settings.label_weight == 1:
             return
         data = merge_first(self.data, statistics_samples(self.space.layers))
         of = copied(self.model)
-        correction = StatisticsCorrection(network, data, self.setup.precision, of=of)
+        correction = StatisticsCorrection(network, data, self.setup.settings.precision, of=of)
         correction.apply(only=set(correction.modules) - without_bias(network))
         fold_shifts_(network)
 

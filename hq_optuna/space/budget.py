@@ -72,6 +72,11 @@ class Budget:
         nearest = round(8 * limit) / 8
         return nearest if math.isclose(limit, nearest, rel_tol=1e-12) else limit
 
+    @property
+    def text(self) -> str:
+        """The budget as it is typed: ``"0.25 bops"``, ``"64000.0 size_bytes absolute"``."""
+        return f"{self.value!r} {self.metric}{'' if self.relative else ' absolute'}"
+
     def __str__(self) -> str:
         if self.relative:
             what = "BOPs" if self.metric == "bops" else "size"

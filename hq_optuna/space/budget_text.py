@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from hq_optuna.errors import StudyFileError
+from hq_optuna.errors import SettingError
 from hq_optuna.space.budget import Budget
 from hq_optuna.space.cost import METRICS
 
@@ -26,7 +26,7 @@ def parse_budget(text: str | float | Budget) -> Budget:
     word ``absolute`` is absolute.
 
     Raises:
-        StudyFileError: The text is no budget, or could mean either.
+        SettingError: The text is no budget, or could mean either.
 
     Example:
         >>> parse_budget("25% size_bytes")
@@ -43,19 +43,19 @@ def parse_budget(text: str | float | Budget) -> Budget:
     )
     match = _BUDGET.fullmatch(str(text))
     if match is None:
-        raise StudyFileError(f"{str(text)!r} is no budget. {how}")
+        raise SettingError(f"{str(text)!r} is no budget. {how}")
     value, percent, unit = float(match[1]), bool(match[2]), match[3].lower()
     if not math.isfinite(value) or value <= 0:
-        raise StudyFileError(f"A budget is a positive number; got {str(text)!r}. {how}")
+        raise SettingError(f"A budget is a positive number; got {str(text)!r}. {how}")
     scales = {name.lower(): scale for name, scale in _ABSOLUTE_UNITS.items()}
     if unit in scales or match[4]:
         metric, scale = scales.get(unit, (unit or "bops", 1.0))
         if percent or metric not in METRICS:
-            raise StudyFileError(f"{str(text)!r} is no absolute budget. {how}")
+            raise SettingError(f"{str(text)!r} is no absolute budget. {how}")
         return Budget.absolute(**{metric: value * scale})
     metric = unit or "bops"
     if metric not in METRICS:
-        raise StudyFileError(f"{match[3]!r} in {str(text)!r} is neither metric nor unit. {how}")
+        raise SettingError(f"{match[3]!r} in {str(text)!r} is neither metric nor unit. {how}")
     if value > 1 and not percent:
-        raise StudyFileError(f"{str(text)!r} is more than all of the all-8-bit cost. {how}")
+        raise SettingError(f"{str(text)!r} is more than all of the all-8-bit cost. {how}")
     return Budget.fraction(**{metric: value / 100 if percent else value})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import inspect
 import re
@@ -9,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, NoReturn, Union, get_args, get_origin
 
 from hq_optuna.errors import StudyFileError
 
@@ -52,7 +53,7 @@ class Option:
         """Read a value as typed.
 
         Raises:
-            StudyFileError: The text is no such value.
+            argparse.ArgumentTypeError: The text is no such value.
         """
         try:
             if self.type is Path:
@@ -61,8 +62,8 @@ class Option:
                 return Path(text).expanduser()
             return self.type(text)
         except (ValueError, RuntimeError):
-            raise StudyFileError(
-                f"{self.flag} takes a value of type {self.type.__name__}; got {text!r}."
+            raise argparse.ArgumentTypeError(
+                f"takes a value of type {self.type.__name__}; got {text!r}"
             ) from None
 
 
@@ -104,30 +105,37 @@ def parse(
     Raises:
         StudyFileError: Unknown option, or a bad or missing value.
     """
-    flags = {option.flag: (option, True) for option in options.values()}
+    parser = _Parser(study, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for option in options.values():
         if option.type is bool:
-            flags.setdefault(f"--no-{option.flag[2:]}", (option, False))
-    values: dict[str, Any] = {}
+            action = argparse.BooleanOptionalAction
+            parser.add_argument(option.flag, dest=option.name, action=action)
+        else:
+            parser.add_argument(option.flag, dest=option.name, type=option.parse)
+    values, unknown = parser.parse_known_args(list(_negative_joined(arguments)))
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        flags = [option.flag for option in options.values()]
+        meant = difflib.get_close_matches(flag, [*flags, *beside], n=1)
+        guess = f"Did you mean {meant[0]}? " if meant else ""
+        raise StudyFileError(f"{study} has no option {flag!r}. {guess}{_listed(options)}")
+    return vars(values)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Raise what `argparse` would print."""
+        raise StudyFileError(f"{self.prog}: {message.removeprefix('argument ')}.")
+
+
+def _negative_joined(arguments: Sequence[str]) -> Iterator[str]:
+    """Yield arguments, negative numbers such as -1e-3 joined to their option by =."""
     rest = list(arguments)
     while rest:
-        flag, equals, text = rest.pop(0).partition("=")
-        if flag not in flags:
-            meant = difflib.get_close_matches(flag, [*flags, *beside], n=1)
-            guess = f"Did you mean {meant[0]}? " if meant else ""
-            raise StudyFileError(f"{study} has no option {flag!r}. {guess}{_listed(options)}")
-        option, positive = flags[flag]
-        if option.type is bool:
-            if equals:
-                raise StudyFileError(f"{flag} takes no value: write {option}; got {text!r}.")
-            values[option.name] = positive
-            continue
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise StudyFileError(f"{flag} needs a value: {option}.")
-            text = rest.pop(0)
-        values[option.name] = option.parse(text)
-    return values
+        flag = rest.pop(0)
+        if flag.startswith("--") and rest and re.fullmatch(r"-[\d.]+(e[+-]?\d+)?", rest[0], re.I):
+            flag = f"{flag}={rest.pop(0)}"
+        yield flag
 
 
 def complete(options: Mapping[str, Option], given: Mapping[str, Any], study: str) -> dict[str, Any]:

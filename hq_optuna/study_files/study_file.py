@@ -23,11 +23,8 @@ from types import ModuleType
 from typing import Any
 
 from hq_optuna.errors import HqOptunaError, StudyFileError
-from hq_optuna.space.budget_text import parse_budget
 from hq_optuna.study_files.options import FOLDER, Option, complete, parse, read_options
-from hq_optuna.study_files.settings import SETTINGS_KEYS, check_settings
-
-__all__ = ["SETTINGS_KEYS", "Option", "StudyFile", "StudyParts", "find_study", "parse_budget"]
+from hq_optuna.study_files.settings import check_settings
 
 _REQUIRED = ("network", "calibration")
 _WITH_OPTIONS = (*_REQUIRED, "validation", "test", "train")

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from hq_optuna.errors import StudyFileError
+from hq_optuna.settings import SearchSettings
 from hq_optuna.training.data import Augment
 from hq_optuna.training.settings import TrainingSettings
-
-SETTINGS = ("train_every", "train_epochs", "final_epochs", "training", "final_training")
-"""What a study file's SETTINGS and the command line say of training; ``training`` holds further
-`TrainingSettings` by name, ``final_training`` those that are others for the answer."""
 
 STEP_EPOCHS, FINAL_EPOCHS = 2, 20
 """Epochs unless told otherwise, of a step's winner and of the answer."""
@@ -78,7 +75,7 @@ class TrainingPlan:
 
 
 def plan_of(
-    given: Mapping[str, Any],
+    given: SearchSettings,
     train: Callable[[], Any] | None,
     augment: Augment | None,
     typed: Collection[str] = (),
@@ -86,7 +83,7 @@ def plan_of(
     """Return the plan that settings ask for, or ``None`` where they ask for no training.
 
     Args:
-        given: Of `SETTINGS`, those that were given.
+        given: Settings of the search.
         train: Returns the training data; called only where they are needed.
         augment: Changes a batch's inputs.
         typed: Names of settings from the command line. Whoever typed how long winners are trained
@@ -97,8 +94,9 @@ def plan_of(
             to train; or a setting that is not understood.
         DataError: Unusable training data.
     """
-    every = given.get("train_every", 0)
-    final = given.get("final_epochs", FINAL_EPOCHS if every else 0)
+    every, final = given.train_every, given.final_epochs
+    if final is None:
+        final = FINAL_EPOCHS if every else 0
     if not every and "train_epochs" in typed:
         raise StudyFileError(
             "--train-epochs is of winners, and without --train-every none is trained. Say after "
@@ -117,7 +115,7 @@ def plan_of(
         # A short training has no epoch to spare for warming up.
         found: dict[str, Any] = {"warmup_epochs": 0.0} if epochs == 1 else {}
         for name in names:
-            further = given.get(name, {})
+            further = getattr(given, name)
             if "epochs" in further:
                 raise StudyFileError(
                     f"Give train_epochs and final_epochs instead of {name}['epochs']."
@@ -126,13 +124,13 @@ def plan_of(
         try:
             return TrainingSettings.from_json({**found, "epochs": epochs})
         except (TypeError, ValueError) as error:
-            said = " and ".join(f"SETTINGS[{name!r}]" for name in names if name in given)
+            said = " and ".join(f"SETTINGS[{name!r}]" for name in names if getattr(given, name))
             raise StudyFileError(f"{said or 'Training'}: {error}") from None
 
     return TrainingPlan(
         data=train(),
         every=every,
-        settings=settings(given.get("train_epochs", STEP_EPOCHS), "training"),
+        settings=settings(given.train_epochs or STEP_EPOCHS, "training"),
         final=settings(final, "training", "final_training") if final else None,
         augment=augment,
     )

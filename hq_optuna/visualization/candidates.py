@@ -68,13 +68,13 @@ def candidates_info(history: History, step: int | None = None) -> CandidatesInfo
     info = history.info
     steps = sorted({c.step for c in history.candidates if c.counted})
     if not steps:
-        return CandidatesInfo(None, False, None, info.rule, info.metric, ())
+        return CandidatesInfo(None, False, None, info.settings["rule"], info.metric, ())
     if step is None:
         step = steps[-1]
     if step not in steps:
         raise ValueError(f"Step {step} has no scored candidate; there are steps 0 to {steps[-1]}.")
     parent = history.records[step - 1].winner if 0 < step <= len(history.records) else None
-    rule = "swaps" if parent is not None and parent.cost <= info.limit else info.rule
+    rule = "swaps" if parent is not None and parent.cost <= info.limit else info.settings["rule"]
     winner = history.records[step].winner if step < len(history.records) else None
     found = []
     for c in history.step(step):

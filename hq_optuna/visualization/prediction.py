@@ -77,7 +77,7 @@ def prediction_info(history: History) -> PredictionInfo:
     That is the network that was trained last, as it is at its own bits. Before any training it is
     the start, step 0, which stands in for the float network: the storage does not hold its loss.
     """
-    scorer = history.info.scorer
+    scorer = history.info.settings["scorer"]
     references = {step: history.reference(step) for step in {c.step for c in history.candidates}}
     won = {record.winner.number for record in history.records}
     points = []

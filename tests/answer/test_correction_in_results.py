@@ -110,7 +110,7 @@ def test_the_score_of_the_answer_is_what_its_network_gives_on_the_calibration_se
     ],
 )
 def test_the_scorer_follows_the_loss(loss: Any, scorer: str) -> None:
-    assert search(network(), loss_fn=loss).objective.setup.scorer == scorer
+    assert search(network(), loss_fn=loss).objective.settings.scorer == scorer
 
 
 def test_gauss_newton_for_an_unknown_loss_is_refused_in_words() -> None:

@@ -10,7 +10,7 @@ import torch
 import hq_optuna as hq
 from hq_optuna import attributes
 from hq_optuna.answer.resolve import load_assignment, pareto, resolve
-from hq_optuna.errors import BudgetError, RecipeError, ResumeError, StudyFileError
+from hq_optuna.errors import BudgetError, RecipeError, ResumeError, SettingError
 from hq_optuna.space.budget import Budget
 from hq_optuna.space.cost import CostModel
 from tests.fake_search import fake_score, fake_space, fake_study, fake_table
@@ -38,9 +38,9 @@ def test_a_budget_may_be_text_as_on_the_command_line():
     study = fake_study(5)
     assert resolve(study, "30 % bops") == resolve(study, Budget.fraction(bops=0.3))
     assert search(budget="0.3 bops").budget == Budget.fraction(bops=0.3)
-    with pytest.raises(StudyFileError, match=r"'much' is no budget\. Write a fraction"):
+    with pytest.raises(SettingError, match=r"'much' is no budget\. Write a fraction"):
         resolve(study, "much")
-    with pytest.raises(StudyFileError, match=r"'much' is no budget\. Write a fraction"):
+    with pytest.raises(SettingError, match=r"'much' is no budget\. Write a fraction"):
         search(budget="much")
 
 

@@ -13,10 +13,11 @@ import torch
 from typer.testing import Result
 
 import hq_optuna
-from hq_optuna.cli.place import Place
+from hq_optuna.cli.options import place_of
 from hq_optuna.cli.progress import SearchProgress
-from hq_optuna.cli.settings import parse_bits, read_settings, sensible_threads
-from hq_optuna.errors import SpaceError, StudyFileError
+from hq_optuna.cli.session import sensible_threads
+from hq_optuna.errors import StudyFileError
+from hq_optuna.settings import RunSettings
 from hq_optuna.space.budget import Budget
 
 Command = Callable[..., Result]
@@ -259,48 +260,16 @@ def test_version_and_help(command: Command) -> None:
     assert all(option in shown for option in ("--storage", "--budget", "--rule", "--json"))
 
 
-@pytest.mark.parametrize(
-    ("text", "bits"),
-    [("2-8", (2, 3, 4, 5, 6, 7, 8)), ("8,4,2", (8, 4, 2)), ("4", (4,)), ("2-3, 8", (2, 3, 8))],
-)
-def test_bits_are_read_as_typed(text: str, bits: tuple[int, ...]) -> None:
-    assert parse_bits(text) == bits
-
-
-@pytest.mark.parametrize("text", ["", "a", "2-", "-2", "8-2", "2--4", "8,6-4"])
-def test_bits_that_cannot_be_read_are_refused(text: str) -> None:
-    with pytest.raises(SpaceError, match="are no bits"):
-        parse_bits(text)
-
-
-def test_settings_that_were_typed_become_values() -> None:
-    read = read_settings(
-        {"budget": "0.5 bops", "bits": "4,8", "activation_bits": "float", "pin_first_last": "none"}
-    )
-    assert read == {
-        "budget": Budget.fraction(bops=0.5),
-        "bits": (4, 8),
-        "activation_bits": None,
-        "pin_first_last": None,
-    }
-    assert read_settings({"activation_bits": "8"}) == {"activation_bits": 8}
-    assert read_settings({"activation_bits": "4,8"}) == {"activation_bits": (4, 8)}
-    assert read_settings({"activation_bits": "same"}) == {"activation_bits": "same"}
-    assert read_settings({"pin_first_last": "8"}) == {"pin_first_last": 8}
-    with pytest.raises(SpaceError, match="one number of bits, or none; got '2-4'"):
-        read_settings({"pin_first_last": "2-4"})
-
-
 def test_a_run_keeps_its_files_in_a_folder_of_its_name() -> None:
-    place = Place.of("studies/digits.py", None, None, None)
+    place = place_of("studies/digits.py", RunSettings())
     assert (place.name, place.folder) == ("digits", Path("hq-optuna-runs/digits"))
     assert place.storage == "sqlite:///hq-optuna-runs/digits/study.db"
     with pytest.raises(StudyFileError, match="is no name"):
-        Place.of("x", None, "../up", None)
+        place_of("x", RunSettings(name="../up"))
 
 
 def test_small_networks_get_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hq_optuna.cli.settings.n_cores", lambda: 4)
+    monkeypatch.setattr("hq_optuna.cli.session.n_cores", lambda: 4)
     assert [sensible_threads(m) for m in (0, 9_000_000, 10_000_000, 10**9)] == [1, 1, 2, 4]
 
 

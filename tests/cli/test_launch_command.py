@@ -18,12 +18,12 @@ import pytest
 import torch
 
 from hq_optuna.cli import launch
-from hq_optuna.cli.place import Place
 from hq_optuna.cli.session import Request
 from hq_optuna.dashboard import write_pages
 from hq_optuna.dashboard.pages import NOTE, PLOT, STAMP, note_in
 from hq_optuna.protocol.history import History, read_history
 from hq_optuna.protocol.status import read_status
+from hq_optuna.settings import RunSettings
 from hq_optuna.workers.process import WorkerCommand
 
 ROOT = Path(__file__).parents[2]
@@ -128,11 +128,11 @@ def test_workers_have_gpus_of_their_own_where_the_network_is_on_one(device, seen
     monkeypatch.setattr(launch, "n_cores", lambda: 3)
     monkeypatch.setattr(launch, "Foreman", lambda *_, **__: SimpleNamespace(hear=None))
     monkeypatch.setattr(WorkerCommand, "start", lambda _, *of: started.append(of[1]))
-    request = Request("tiny", [], None, None, None, None, {}, None, 300.0)
+    request = Request("tiny", [], RunSettings(), {})
     objective = SimpleNamespace(device=torch.device(device))
     session = SimpleNamespace(
         file=Path("tiny.py"),
-        place=Place("tiny", Path("runs"), "sqlite:///study.db"),
+        place=RunSettings(name="tiny", folder=Path("runs"), storage="sqlite:///study.db"),
         search=SimpleNamespace(objective=objective),
         threads=1,
     )

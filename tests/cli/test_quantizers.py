@@ -9,9 +9,6 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
-from hq_optuna.cli.settings import parse_quantizers, read_settings
-from hq_optuna.errors import SpaceError
-
 Command = Callable[..., Result]
 RUN = Path("hq-optuna-runs/tiny")
 
@@ -89,11 +86,3 @@ def test_what_cannot_be_is_refused_in_words(
     assert result.exit_code == 1
     assert says in " ".join(result.output.split())
     assert not (RUN / "study.db").exists()
-
-
-def test_quantizers_as_typed_become_a_mapping() -> None:
-    assert read_settings({"quantizers": ["a=b = dorefa"]})["quantizers"] == {"a=b": "dorefa"}
-    assert read_settings({"quantizers": {"a": "dorefa"}})["quantizers"] == {"a": "dorefa"}
-    for text in ("=dorefa", "a=", "=", ""):
-        with pytest.raises(SpaceError, match="names no quantizer of a layer"):
-            parse_quantizers([text])

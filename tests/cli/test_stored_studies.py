@@ -15,8 +15,9 @@ from typer.testing import Result
 
 from hq_optuna import attributes
 from hq_optuna.cli import dashboard
-from hq_optuna.cli.place import Place
+from hq_optuna.cli.options import place_of
 from hq_optuna.errors import StudyFileError
+from hq_optuna.settings import RunSettings
 from hq_optuna.storages import open_storage
 from tests.fake_search import fake_study
 
@@ -86,17 +87,20 @@ def test_a_study_from_python_may_have_a_slash_in_its_name(command: Command) -> N
     result = command("status", *stored("team/resnet"))
     assert result.exit_code == 0, result.output
     assert result.output.startswith("team/resnet  finished")
-    _, found, files, _ = dashboard._open(None, URL, "team/resnet", None, None)
+    _, found, files, _ = dashboard._open(None, RunSettings(storage=URL, name="team/resnet"))
     assert found is not None
     assert (found.study_name, files) == ("team/resnet", "hq-optuna-runs/team/resnet/artifacts")
 
 
 def test_a_run_whose_folder_is_given_may_have_any_name() -> None:
-    assert Place.of("tiny.py", None, "a/b", Path("here")).storage == "sqlite:///here/study.db"
+    assert (
+        place_of("tiny.py", RunSettings(name="a/b", folder=Path("here"))).storage
+        == "sqlite:///here/study.db"
+    )
     with pytest.raises(StudyFileError, match=r"is no name for a study.*--folder"):
-        Place.of("tiny.py", URL, "a/b", None)
+        place_of("tiny.py", RunSettings(storage=URL, name="a/b"))
     with pytest.raises(StudyFileError, match="'' is no name"):
-        Place.of("tiny.py", URL, "", Path("here"), reads=True)
+        place_of("tiny.py", RunSettings(storage=URL, name="", folder=Path("here")), reads=True)
 
 
 def test_a_search_that_is_being_prepared_says_so(command: Command) -> None:

@@ -14,9 +14,9 @@ from click.testing import Result
 from rich.console import Console
 
 from hq_optuna.cli import tables
-from hq_optuna.cli.bits_strip import LABEL, LINES, strips
 from hq_optuna.cli.progress import SearchProgress
 from hq_optuna.cli.status import line, panel
+from hq_optuna.cli.tables import LABEL, LINES, strips
 from hq_optuna.protocol.status import read_status
 from hq_optuna.protocol.step_log import StepLog
 from hq_optuna.space.budget import Budget

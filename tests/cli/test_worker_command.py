@@ -17,10 +17,11 @@ from typer.testing import Result
 
 from hq_optuna import attributes
 from hq_optuna.cli import session, worker
-from hq_optuna.cli.place import Place
+from hq_optuna.cli.options import place_of
 from hq_optuna.errors import StorageError
 from hq_optuna.protocol.history import History, read_history
 from hq_optuna.scoring import Scorer
+from hq_optuna.settings import RunSettings
 
 Command = Callable[..., Result]
 STARTED = ("--seed", 5, "--candidates", 3, "--n", 12, "--budget", "0.4 bops")
@@ -108,7 +109,7 @@ def test_options_of_a_search_that_never_began_bind_nobody(study, command):
     found = optuna.load_study(study_name="tiny", storage=url)
     started = found.user_attrs[attributes.STARTED]
     assert (started["settings"], started["options"]) == ({}, {})
-    assert read_history(found).info.seed == 0
+    assert read_history(found).info.settings["seed"] == 0
 
 
 def test_a_study_that_does_not_exist_is_refused_and_not_made(study, command):
@@ -136,7 +137,7 @@ def test_what_would_be_without_effect_is_refused(study, command, options, words)
 def test_a_worker_may_create_the_study(study, command):
     result = command("worker", study, "--create", "--seed", 2)
     assert result.exit_code == 0, result.output
-    assert history("tiny").info.seed == 2
+    assert history("tiny").info.settings["seed"] == 2
     assert history("tiny").met
 
 
@@ -166,8 +167,8 @@ def test_an_error_is_the_last_of_the_events(study, command):
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place.of("tiny", f"sqlite:///{tmp_path / 'study.db'}", None, None)
+def place(tmp_path: Path) -> RunSettings:
+    return place_of("tiny", RunSettings(storage=f"sqlite:///{tmp_path / 'study.db'}"))
 
 
 def during_waits(monkeypatch: pytest.MonkeyPatch, *happens: Callable[[], object]) -> list[float]:

@@ -23,8 +23,8 @@ from tests.searches import LAYERS, facts, search
 
 def info(**changes: object) -> StudyInfo:
     values = {"metric": "bops", "limit": 1.0, "budget": "b", "int8": 4.0, "float32": 64.0}
-    values |= {"scorer": "trace", "rule": "min", "n_candidates": 3, "seed": 0, **changes}
-    return StudyInfo(**values)
+    settings = {"scorer": "trace", "rule": "min", "n_candidates": 3, "seed": 0, **changes}
+    return StudyInfo(**values, settings=settings)
 
 
 def sensitivity(space: SearchSpace) -> Sensitivity:

@@ -7,7 +7,7 @@ import torch
 
 import hq_optuna as hq
 from hq_optuna import attributes
-from hq_optuna.errors import ResumeError, SpaceError
+from hq_optuna.errors import ResumeError, SettingError, SpaceError
 from hq_optuna.protocol.history import read_history
 from hq_optuna.quantization.prepare import prepared_layers, weight_quantizer
 from hq_optuna.quantization.quantizer_choice import choose_quantizers
@@ -42,7 +42,7 @@ def test_a_glob_without_a_match_is_refused_with_the_layers():
 
 
 def test_anything_but_a_mapping_is_refused():
-    with pytest.raises(SpaceError, match=r"quantizers is a mapping from layer names.*got 'dorefa'"):
+    with pytest.raises(SettingError, match=r"quantizers is a dict from layer names.*got 'dorefa'"):
         search(quantizers="dorefa")
 
 

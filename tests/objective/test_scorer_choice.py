@@ -20,7 +20,7 @@ def around(outputs: Tensor, labels: Tensor) -> Tensor:
 
 def test_an_unknown_loss_is_warned_of_with_the_ways_to_the_better_scorer() -> None:
     made = search(loss_fn=around)
-    assert made.objective.setup.scorer == "diagonal"
+    assert made.objective.settings.scorer == "diagonal"
     (warning,) = made.objective.warnings
     for words in ("'diagonal'", "loss = torch.nn.functional.cross_entropy", "give output_rise"):
         assert words in warning
@@ -38,7 +38,7 @@ def test_a_scorer_that_was_chosen_is_not_warned_of() -> None:
 
 def test_the_rise_of_a_loss_may_be_given_and_ranks_as_if_the_loss_were_known() -> None:
     made = search(loss_fn=around, output_rise=CrossEntropyRise())
-    assert (made.objective.setup.scorer, made.objective.warnings) == ("gauss_newton", [])
+    assert (made.objective.settings.scorer, made.objective.warnings) == ("gauss_newton", [])
     scores, others = ([c[3] for c in facts(s.optimize(seed=0))[0]] for s in (made, search()))
     assert scores == others
 

@@ -14,7 +14,7 @@ def test_every_scorer_ends_within_the_budget(scorer):
     made = search(scorer=scorer)
     history = read_history(made.optimize(n_candidates=2))
     assert history.met
-    assert history.info.scorer == scorer
+    assert history.info.settings["scorer"] == scorer
     facts = history.facts
     assert 1 <= facts["curvature_samples"] <= 24
     probed_again = scorer == "hutchinson"  # one batch, once, has no standard error

@@ -224,8 +224,7 @@ def test_who_was_taken_for_dead_while_it_trained_goes_on(tmp_path, alone):
             for trial in running:
                 study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
-    found.objective.progress = end
-    study = found.optimize(url, "s", artifacts=tmp_path / "artifacts")
+    study = found.optimize(url, "s", artifacts=tmp_path / "artifacts", progress=end)
     assert len(ended) == 1 and log_of(study).finished
     assert study.trials[ended[0]].state == TrialState.FAIL
     ours, theirs = (read_history(s).records for s in (study, alone[1]))

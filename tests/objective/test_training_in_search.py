@@ -13,7 +13,7 @@ import hq_optuna as hq
 from hq_optuna import attributes
 from hq_optuna.artifacts.store import Reference, open_artifacts
 from hq_optuna.errors import ArtifactError, DataError, ResumeError
-from hq_optuna.objective.scorer_setup import ScoringSetup
+from hq_optuna.objective.scorer_setup import ScorerSetup
 from hq_optuna.objective.tensors import get_tensors
 from hq_optuna.protocol.history import read_history
 from hq_optuna.scoring.outputs import CrossEntropyRise
@@ -130,7 +130,7 @@ def test_a_training_that_does_not_lower_the_score_changes_nothing(alone):
 @pytest.mark.parametrize("options", [{}, {"scorer": "loss"}, {"correction": False}])
 def test_what_is_not_kept_is_known_before_a_scorer_is_built(options, tmp_path, monkeypatch):
     built, told = [], []
-    build, tell = ScoringSetup.build, ScoringSetup.score_of_trained
+    build, tell = ScorerSetup.build, ScorerSetup.score_of_trained
 
     def counted(setup, *given, base=None, **named):
         if base is not None:
@@ -141,8 +141,8 @@ def test_what_is_not_kept_is_known_before_a_scorer_is_built(options, tmp_path, m
         told.append(tell(setup, *given))
         return told[-1]
 
-    monkeypatch.setattr(ScoringSetup, "build", counted)
-    monkeypatch.setattr(ScoringSetup, "score_of_trained", noted)
+    monkeypatch.setattr(ScorerSetup, "build", counted)
+    monkeypatch.setattr(ScorerSetup, "score_of_trained", noted)
     study = search(training=plan(), **options).optimize(artifacts=tmp_path)
     trained = [r.training for r in read_history(study).records if r.training is not None]
     kept = [training["kept"] for training in trained]

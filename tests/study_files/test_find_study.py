@@ -53,7 +53,8 @@ def test_a_study_that_is_not_found_lists_what_was_tried_and_what_there_is(tmp_pa
 
 def test_reading_study_files_loads_no_torch():
     code = (
-        "import sys; from hq_optuna.study_files.study_file import find_study, parse_budget; "
-        "find_study('digits'); parse_budget('0.5'); assert 'torch' not in sys.modules"
+        "import sys; from hq_optuna.settings import SearchSettings; "
+        "from hq_optuna.study_files.study_file import find_study; "
+        "find_study('digits'); SearchSettings(budget='0.5'); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=CHECKOUT)

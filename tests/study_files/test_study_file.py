@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from hq_optuna.errors import DataError, HqOptunaError, StudyFileError
 from hq_optuna.network.batches import read_batches
 from hq_optuna.scoring.outputs import output_rise_of, squared_error_rise
+from hq_optuna.settings import SearchSettings, settings_of
 from hq_optuna.space.budget import Budget
 from hq_optuna.space.search_space import SearchSpace
-from hq_optuna.study_files.options import parse
-from hq_optuna.study_files.study_file import SETTINGS_KEYS, Option, StudyFile, find_study
+from hq_optuna.study_files.options import Option, parse
+from hq_optuna.study_files.study_file import StudyFile, find_study
 
 MINIMAL = """
 import torch
@@ -155,13 +156,13 @@ def test_whatever_can_be_written_down_comes_back_from_the_command_line(n, rate, 
             r".*  --checkpoint PATH \(required\)  Where the weights are kept\.\n",
         ),
         (["stray"], r"(?s)no option 'stray'\. Its options:.*--flip/--no-flip"),
-        (["--checkpoint"], "--checkpoint needs a value"),
-        (["--checkpoint", "--flip"], "--checkpoint needs a value"),
-        (["--checkpoint="], "--checkpoint takes a value of type Path; got ''"),
-        (["--n", "many"], "--n takes a value of type int; got 'many'"),
-        (["--n", "1.5"], "--n takes a value of type int; got '1.5'"),
-        (["--rate=fast"], "--rate takes a value of type float; got 'fast'"),
-        (["--flip=yes"], "--flip takes no value: write --flip/--no-flip; got 'yes'"),
+        (["--checkpoint"], "mine.py: --checkpoint: expected one argument"),
+        (["--checkpoint", "--flip"], "mine.py: --checkpoint: expected one argument"),
+        (["--checkpoint="], "--checkpoint: takes a value of type Path; got ''"),
+        (["--n", "many"], "--n: takes a value of type int; got 'many'"),
+        (["--n", "1.5"], "--n: takes a value of type int; got '1.5'"),
+        (["--rate=fast"], "--rate: takes a value of type float; got 'fast'"),
+        (["--flip=yes"], "--flip/--no-flip: ignored explicit argument 'yes'"),
         (["--no-n=1"], "no option '--no-n'"),
         (["--n=1"], r"(?s)mine\.py needs --checkpoint\. Its options:.*--width INT"),
     ],
@@ -267,10 +268,10 @@ def test_a_study_edited_at_once_is_read_anew_and_leaves_no_cache(study, tmp_path
 def test_two_studies_of_one_name_are_two_modules(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "s.py").write_text(MINIMAL + f"SETTINGS = {{'scorer': '{folder}'}}")
+        (tmp_path / folder / "s.py").write_text(MINIMAL + f"SETTINGS = {{'seed': {ord(folder)}}}")
     a, b = (StudyFile.load(tmp_path / folder / "s.py") for folder in ("a", "b"))
     assert a._module.__name__ != b._module.__name__
-    assert (a.settings["scorer"], b.settings["scorer"]) == ("a", "b")
+    assert (a.settings["seed"], b.settings["seed"]) == (97, 98)
 
 
 def test_a_study_may_define_dataclasses(study, tmp_path):
@@ -323,7 +324,7 @@ def test_a_folder_that_cannot_be_made_is_reported(study, tmp_path):
     ("settings", "words"),
     [
         ("[1]", "SETTINGS must be a dict; got list"),
-        ("{'bit': 4}", r"unknown key 'bit'\. It may set: bits, activation_bits.*seed"),
+        ("{'bit': 4}", r"unknown key 'bit'\. It may set: budget, bits, activation_bits.*seed"),
         ("{'budget': 'lots'}", r"SETTINGS\['budget'\]: 'lots' is no budget"),
         ("{'budget': None}", r"SETTINGS\['budget'\] is text, '0\.25 bops', .*; got None"),
         ("{'n_candidates': '4'}", r"SETTINGS\['n_candidates'\] is a whole number; got '4'"),
@@ -353,7 +354,7 @@ def test_settings_name_the_space_by_its_own_words():
     import inspect
 
     arguments = set(inspect.signature(SearchSpace.build).parameters) - {"layers"}
-    assert arguments <= set(SETTINGS_KEYS)
+    assert arguments <= set(settings_of(SearchSettings))
 
 
 def test_a_study_file_error_can_be_caught_as_either_kind():

@@ -45,9 +45,9 @@ def test_killed_in_training_it_goes_on_from_its_last_epoch(alone, tmp_path, monk
 
     def start() -> optuna.Study:
         again = search(training=plan(), validation=data(30, 2))
-        if not epochs:
-            again.objective.training.progress = stop
-        return again.optimize(sqlite_url(folder / "s.db"), "s", artifacts=folder / "artifacts")
+        options = {} if epochs else {"progress": stop}
+        url = sqlite_url(folder / "s.db")
+        return again.optimize(url, "s", artifacts=folder / "artifacts", **options)
 
     def stop(what: str, done: int, of: int) -> None:
         if what == "training" and len(epochs) >= 2:  # in the second epoch's wake
@@ -180,8 +180,7 @@ def test_a_limit_ends_a_training_after_its_epoch_and_a_raised_one_goes_on(alone,
             study.set_user_attr(attributes.LIMITS, spent.to_json())
             log_of(study).limit(spent)
 
-    study = limited.open(url, "s", artifacts=store)
-    limited.objective.progress = progress
+    study = limited.open(url, "s", artifacts=store, progress=progress)
     limited.work(study)
     assert "--max-seconds" in log_of(study).stopped_by
     (ended,) = [t for t in study.get_trials() if t.state == TrialState.PRUNED]
