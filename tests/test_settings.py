@@ -197,7 +197,7 @@ def test_quantizers_are_read_as_typed():
     [
         ({"seed": "1"}, "seed is a whole number; got '1'"),
         ({"seed": True}, "seed is a whole number; got True"),
-        ({"rule": "best"}, "rule is one of ratio, min; got 'best'"),
+        ({"rule": "best"}, "rule is one of min, ratio; got 'best'"),
         ({"scorer": "fit"}, "scorer is one of gauss_newton, loss, .*; got 'fit'"),
         ({"refine": 1}, "refine is True or False; got 1"),
         ({"bits": None}, "bits is a sequence of whole numbers"),
@@ -232,7 +232,7 @@ def test_settings_may_be_given_as_one_object_and_by_name():
 def test_settings_come_back_from_json():
     settings = SearchSettings(budget="64 KiB", activation_bits="4,8", pins={"a": (8, 4)})
     assert SearchSettings(**json.loads(json.dumps(settings.to_json()))).budget == settings.budget
-    assert RunSettings(folder="a").folder == "a"
+    assert RunSettings(folder="a").folder == Path("a")
     assert RunSettings().to_json()["retry_for"] == 300.0
 
 

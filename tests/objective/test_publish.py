@@ -67,7 +67,7 @@ def test_what_is_published_is_not_written_again():
     study = optuna.create_study()
     publish(study, space, info(), sensitivity(space))
     publish(study, fake_space(6), info(seed=9), sensitivity(fake_space(6)))
-    assert study.user_attrs[attributes.INFO]["seed"] == 0
+    assert study.user_attrs[attributes.INFO]["settings"]["seed"] == 0
     assert stored_sensitivity(study) == sensitivity(space)
 
 

@@ -17,6 +17,7 @@ from hq_optuna.objective.scorer_setup import ScorerSetup
 from hq_optuna.objective.tensors import get_tensors
 from hq_optuna.protocol.history import read_history
 from hq_optuna.scoring.outputs import CrossEntropyRise
+from hq_optuna.settings import SearchSettings
 from hq_optuna.storages import sqlite_url
 from hq_optuna.storages.trials import database_of
 from hq_optuna.training import TrainingSettings
@@ -242,26 +243,40 @@ def test_bad_plans_are_refused_before_any_work(tmp_path):
 
 
 def test_settings_of_a_study_file_make_a_plan():
-    assert plan_of({}, lambda: TRAIN, None) is None
-    assert plan_of({"train_every": 0, "final_epochs": 0}, None, None) is None
+    assert plan_of(SearchSettings(**{}), lambda: TRAIN, None) is None
+    assert plan_of(SearchSettings(**{"train_every": 0, "final_epochs": 0}), None, None) is None
     with pytest.raises(ValueError, match=r"define\s+train\(\)"):
-        plan_of({"train_every": 2}, None, None)
+        plan_of(SearchSettings(**{"train_every": 2}), None, None)
     with pytest.raises(ValueError, match="learning_rate"):
-        plan_of({"final_epochs": 2, "training": {"learning_rate": -1}}, lambda: TRAIN, None)
+        plan_of(
+            SearchSettings(**{"final_epochs": 2, "training": {"learning_rate": -1}}),
+            lambda: TRAIN,
+            None,
+        )
     with pytest.raises(ValueError, match="train_epochs and final_epochs"):
-        plan_of({"final_epochs": 2, "training": {"epochs": 1}}, lambda: TRAIN, None)
+        plan_of(
+            SearchSettings(**{"final_epochs": 2, "training": {"epochs": 1}}), lambda: TRAIN, None
+        )
     with pytest.raises(ValueError, match="give augment"):
-        plan_of({"final_epochs": 2, "training": {"teacher_views": 2}}, lambda: TRAIN, None)
+        plan_of(
+            SearchSettings(**{"final_epochs": 2, "training": {"teacher_views": 2}}),
+            lambda: TRAIN,
+            None,
+        )
     with pytest.raises(ValueError, match=r"final_training\['epochs'\]"):
-        plan_of({"final_epochs": 2, "final_training": {"epochs": 1}}, lambda: TRAIN, None)
+        plan_of(
+            SearchSettings(**{"final_epochs": 2, "final_training": {"epochs": 1}}),
+            lambda: TRAIN,
+            None,
+        )
     given = {"train_every": 2, "training": {"blend": 0.5, "temperature": 2.0}}
     given["final_training"] = {"blend": 0.25, "learning_rate": 1e-4}
-    found = plan_of(given, lambda: TRAIN, None)
+    found = plan_of(SearchSettings(**given), lambda: TRAIN, None)
     assert (found.settings.blend, found.settings.learning_rate) == (0.5, 5e-4)
     assert (found.final.blend, found.final.learning_rate) == (0.25, 1e-4)
     assert found.settings.temperature == found.final.temperature == 2.0
     found = plan_of(
-        {"train_every": 2, "train_epochs": 1, "training": {"learning_rate": 0.5}},
+        SearchSettings(train_every=2, train_epochs=1, training={"learning_rate": 0.5}),
         lambda: TRAIN,
         None,
     )
