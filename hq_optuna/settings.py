@@ -118,6 +118,8 @@ class Setting:
         absent = value is None and self.default is None
         if not absent and (wrong_bool or not isinstance(value, kinds)):
             raise SettingError(f"{self.name} is {words}; got {value!r:.80}.")
+        if self.least is not None and value is not None and value < self.least:
+            raise SettingError(f"{self.name} is at least {self.least:g}; got {value!r}.")
         if self.choices and value is not None and value not in self.choices:
             raise SettingError(
                 f"{self.name} is one of {', '.join(self.choices)}; got {value!r:.80}."
@@ -451,6 +453,7 @@ class SearchSettings(_Settings):
         "Candidates a step.",
         WHOLE,
         unit="candidates",
+        least=1,
         option="--candidates",
         differs="the number of candidates a step",
         example="8",
