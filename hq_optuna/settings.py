@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+import functools
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from hq_optuna.errors import SettingError, SpaceError
 from hq_optuna.space.budget import Budget
@@ -47,15 +49,12 @@ SWITCH: Kind = ("True or False", (bool,))
 WORD: Kind = ("a word", (str,))
 PATH: Kind = ("a path", (str, Path))
 BITS: Kind = ("a sequence of whole numbers, (8, 4), or text, '2-8'", (Iterable,))
-OTHER_BITS: Kind = (
+INPUT_BITS = (
     "'same', a whole number, a sequence of these, or None",
     (Integral, Iterable, NoneType),
 )
 PIN: Kind = ("a whole number or None", (Integral, str, tuple, list, NoneType))
-BY_LAYER: Kind = (
-    "a dict from layer names or globs to bits, {'head.*': 8}",
-    (Mapping, NoneType),
-)
+BY_LAYER = ("a dict from layer names or globs to bits, {'head.*': 8}", (Mapping, NoneType))
 QUANTIZERS: Kind = (
     "a dict from layer names or globs to quantizers, {'layer3.*': 'midrise'}",
     (Mapping, list, tuple, NoneType),
@@ -63,6 +62,9 @@ QUANTIZERS: Kind = (
 GROUPS: Kind = ("a sequence of groups of layer names, [('q', 'k')]", (list, tuple, set))
 FURTHER: Kind = ("a dict of settings of training, {'learning_rate': 1e-3}", (Mapping,))
 BUDGET: Kind = ("text, '0.25 bops', a number or a Budget", (str, int, float, Budget))
+
+_KINDS: dict[Any, Kind] = {int: WHOLE, float: NUMBER, bool: SWITCH, str: WORD, Path: PATH}
+"""Kinds of settings that their annotation tells."""
 
 
 @dataclass(frozen=True)
@@ -74,18 +76,18 @@ class Setting:
         type: Its annotation, as text.
         default: Its default value.
         help: The sentence that explains it.
-        unit: Unit of a number, or ``""``.
         kind: What it may be.
+        choices: Words that it may be.
+        group: What it is about.
+        unit: Unit of a number, or ``""``.
         option: The option on the command line, ``--n-candidates``; ``""`` where it has none.
         shown_default: The default in words.
-        choices: Words that it may be.
         least: Smallest number that it may be.
         repeats: Whether the option may be given again, for more of the same.
         metavar: What the option's value is called in ``--help``.
         differs: What a study is told to differ in where this differs; ``""`` where a search may go
             on with another value.
         example: A value as a study file has it.
-        group: What it is about.
         read: From a value, or text, to the value as it is kept.
     """
 
@@ -93,66 +95,53 @@ class Setting:
     type: str
     default: Any
     help: str
-    unit: str
     kind: Kind
-    option: str
-    shown_default: str
-    choices: tuple[str, ...]
-    least: float | None
-    repeats: bool
-    metavar: str
-    differs: str
-    example: str
-    group: Group
-    read: Callable[[Any], Any]
+    choices: tuple[str, ...] = ()
+    group: Group = "run"
+    unit: str = ""
+    option: str = ""
+    shown_default: str = ""
+    least: float | None = None
+    repeats: bool = False
+    metavar: str = ""
+    differs: str = ""
+    example: str = ""
+    read: Callable[[Any], Any] = lambda value: value
 
     def check(self, value: Any) -> None:
-        """Refuse a value of another kind.
+        """Refuse a value of another kind, one that is no choice, or a number that is too small.
 
         Raises:
             SettingError: Says what it may be.
         """
         words, kinds = self.kind
+        if value is None and self.default is None:
+            return
         # A bool is an integer to Python.
         wrong_bool = isinstance(value, bool) and bool not in kinds
-        absent = value is None and self.default is None
-        if not absent and (wrong_bool or not isinstance(value, kinds)):
+        if wrong_bool or not isinstance(value, kinds):
             raise SettingError(f"{self.name} is {words}; got {value!r:.80}.")
-        if self.least is not None and value is not None and value < self.least:
+        if self.least is not None and value < self.least:
             raise SettingError(f"{self.name} is at least {self.least:g}; got {value!r}.")
-        if self.choices and value is not None and value not in self.choices:
+        if self.choices and value not in self.choices:
             raise SettingError(
                 f"{self.name} is one of {', '.join(self.choices)}; got {value!r:.80}."
             )
 
 
-def setting(
-    default: Any,
-    help: str,
-    kind: Kind,
-    *,
-    unit: str = "",
-    choices: Any = (),
-    least: float | None = None,
-    option: str | None = None,
-    shown_default: str = "",
-    repeats: bool = False,
-    metavar: str = "",
-    differs: str = "",
-    example: str = "",
-    group: Group = "run",
-    read: Callable[[Any], Any] = lambda value: value,
-) -> Any:
-    """Return a field of a class of settings; arguments as for `Setting`."""
-    made = {
-        **{"help": help, "kind": kind, "unit": unit, "choices": get_args(choices), "least": least},
-        **{"option": option, "shown_default": shown_default, "repeats": repeats},
-        **{"metavar": metavar, "differs": differs, "example": example},
-        **{"group": group, "read": read},
-    }
-    return field(default=default, metadata=made)
+def setting(default: Any, help: str, **more: Any) -> Any:
+    """Return a field of a class of settings.
+
+    Args:
+        default: Its default, as it may be given.
+        help: The sentence that explains it.
+        **more: Attributes of its `Setting`. Kind and choices follow from the annotation, option,
+            default in words and example from name and default, where they are not given.
+    """
+    return field(default=default, metadata={"help": help, **more})
 
 
+@functools.cache
 def settings_of(owner: type) -> dict[str, Setting]:
     """Return the settings of a class by name, in the order of its fields.
 
@@ -160,18 +149,21 @@ def settings_of(owner: type) -> dict[str, Setting]:
         >>> settings_of(SearchSettings)["seed"].help
         'Seed of the draws.'
     """
-    found = {}
-    for each in fields(owner):
-        made = dict(each.metadata)
-        option = made.pop("option")
-        if option is None:
-            option = "--" + each.name.replace("_", "-")
-        shown = made.pop("shown_default") or str(each.default)
-        text = str(each.type)
-        found[each.name] = Setting(
-            name=each.name, type=text, default=each.default, option=option, shown_default=shown,
-            **made,
-        )  # fmt: skip
+    hints, found = get_type_hints(owner), dict[str, Setting]()
+    for each in dataclasses.fields(owner):
+        name, default = each.name, each.default
+        told = [t for t in (get_args(hints[name]) or (hints[name],)) if t is not NoneType]
+        words = get_args(told[0]) if get_origin(told[0]) is Literal else told
+        choices = tuple(word for word in words if isinstance(word, str))
+        kind = WORD if choices else _KINDS.get(told[0])
+        option = "--" + name.replace("_", "-")
+        made = {
+            **{"kind": kind, "choices": choices if kind is WORD else (), "option": option},
+            "shown_default": option[2:] if kind is SWITCH and default else str(default),
+            "example": json.dumps(default) if isinstance(default, str) else repr(default),
+        }
+        made |= each.metadata
+        found[name] = Setting(name=name, type=str(each.type), default=default, **made)
     return found
 
 
@@ -184,7 +176,7 @@ class _Settings:
             one.check(value)
             object.__setattr__(self, name, one.read(value))
 
-    def replace(self, **changes: Any) -> Any:
+    def replace(self, **changes: Any) -> Self:
         """Return these settings with some changed.
 
         Raises:
@@ -199,19 +191,20 @@ class _Settings:
                 raise TypeError(
                     f"There is no setting {name!r}.{guess} There are {', '.join(known)}."
                 )
-        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+        return type(self)(**{**{name: getattr(self, name) for name in known}, **changes})
 
     @property
     def changed(self) -> dict[str, Any]:
         """The settings that are not at their defaults, by name."""
-        default = type(self)()
-        values = ((each.name, getattr(self, each.name)) for each in fields(self))  # type: ignore[arg-type]
-        return {name: value for name, value in values if value != getattr(default, name)}
+        default, mine = (
+            type(self)(),
+            {name: getattr(self, name) for name in settings_of(type(self))},
+        )
+        return {name: value for name, value in mine.items() if value != getattr(default, name)}
 
     def to_json(self) -> dict[str, Any]:
         """Return all settings as JSON data."""
-        values = ((each.name, getattr(self, each.name)) for each in fields(self))  # type: ignore[arg-type]
-        return {name: _plain(value) for name, value in values}
+        return {name: _plain(getattr(self, name)) for name in settings_of(type(self))}
 
 
 def _plain(value: Any) -> Any:
@@ -305,6 +298,12 @@ def _groups(value: Any) -> tuple[tuple[str, ...], ...]:
     return tuple(group if isinstance(group, str) else tuple(group) for group in value)  # type: ignore[misc]
 
 
+_space = functools.partial(setting, group="space")
+_scoring = functools.partial(setting, group="scoring")
+_steps = functools.partial(setting, group="steps")
+_training = functools.partial(setting, group="training")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SearchSettings(_Settings):
     """What is searched, how candidates are scored and chosen, and when networks are trained.
@@ -316,232 +315,135 @@ class SearchSettings(_Settings):
         SpaceError: Bits that cannot be read.
     """
 
-    budget: Budget = setting(
+    budget: Budget = _steps(
         "0.25 bops",
         "Most that the answer may cost: a share of the all-8-bit cost ('0.25 bops', "
         "'40% size_bytes') or an amount ('24 GBOPs', '64 KiB').",
-        BUDGET,
-        unit="BOPs or bytes",
-        differs="the budget",
-        example='"0.25 bops"',
-        read=parse_budget,
-        group="steps",
+        **{"kind": BUDGET, "unit": "BOPs or bytes", "differs": "the budget", "read": parse_budget},
     )
-    bits: tuple[int, ...] = setting(
+    bits: tuple[int, ...] = _space(
         tuple(range(2, 9)),
         "Bits that a layer may have: '2-8' or '8,4,2', each 1 to 16.",
-        BITS,
-        unit="bits",
-        shown_default="2-8",
-        example="range(2, 9)",
+        **{"kind": BITS, "unit": "bits", "shown_default": "2-8", "example": "range(2, 9)"},
         read=read_bits,
-        group="space",
     )
-    activation_bits: Literal["same"] | int | tuple[int, ...] | None = setting(
+    activation_bits: Literal["same"] | int | tuple[int, ...] | None = _space(
         "same",
         "Bits of a layer's input: 'same' as its weights, 'float', a number, or bits that are "
         "searched apart ('4,8').",
-        OTHER_BITS,
-        unit="bits",
-        example='"same"',
-        read=_activation_bits,
-        group="space",
+        **{"kind": INPUT_BITS, "choices": (), "unit": "bits", "read": _activation_bits},
     )
-    pin_first_last: int | None = setting(
+    pin_first_last: int | None = _space(
         8,
         "Bits of the first and the last layer, or 'none' to search them too.",
-        PIN,
-        unit="bits",
-        example="8",
-        read=_pin,
-        group="space",
+        **{"kind": PIN, "unit": "bits", "read": _pin},
     )
-    pins: Mapping[str, int | tuple[int, int]] = setting(
+    pins: Mapping[str, int | tuple[int, int]] = _space(
         None,
         "Fixed bits of some layers, by name or glob.",
-        BY_LAYER,
-        unit="bits",
-        option="",
-        shown_default="none",
-        example='{"head.*": 8}',
-        read=_mapping,
-        group="space",
+        **{"kind": BY_LAYER, "unit": "bits", "option": "", "shown_default": "none"},
+        **{"example": '{"head.*": 8}', "read": _mapping},
     )
-    allowed: Mapping[str, Iterable[int]] = setting(
+    allowed: Mapping[str, Iterable[int]] = _space(
         None,
         "Bits that some layers may have, by name or glob.",
-        BY_LAYER,
-        unit="bits",
-        option="",
-        shown_default="none",
-        example='{"stem": (8, 6)}',
-        read=_mapping,
-        group="space",
+        **{"kind": BY_LAYER, "unit": "bits", "option": "", "shown_default": "none"},
+        **{"example": '{"stem": (8, 6)}', "read": _mapping},
     )
-    tied: tuple[tuple[str, ...], ...] = setting(
+    tied: tuple[tuple[str, ...], ...] = _space(
         (),
         "Groups of layers that share their bits.",
-        GROUPS,
-        option="",
-        shown_default="none",
-        example='[("q", "k")]',
-        read=_groups,
-        group="space",
+        **{"kind": GROUPS, "option": "", "shown_default": "none"},
+        **{"example": '[("q", "k")]', "read": _groups},
     )
-    scorer: ScorerName | None = setting(
+    scorer: ScorerName | None = _scoring(
         None,
         "What ranks candidates: the rise that their outputs tell (gauss_newton), the measured "
         "loss, or a sum over layers (diagonal, trace, fisher, hutchinson).",
-        WORD,
-        choices=ScorerName,
         shown_default="gauss_newton, for losses it knows",
-        differs="the scorer",
-        example='"gauss_newton"',
-        group="scoring",
+        **{"differs": "the scorer", "example": '"gauss_newton"'},
     )
-    rounding: Rounding = setting(
+    rounding: Rounding = _scoring(
         "compensated",
         "How weights are rounded: compensated (errors make up for each other) or nearest.",
-        WORD,
-        choices=Rounding,
         differs="how weights are rounded",
-        example='"compensated"',
-        group="scoring",
     )
-    correction: bool = setting(
+    correction: bool = _scoring(
         True,
         "Correct batch-norm statistics and biases for the bits.",
-        SWITCH,
-        shown_default="correction",
         differs="whether statistics are corrected",
-        example="True",
-        group="scoring",
     )
-    observer: Observer = setting(
+    observer: Observer = _scoring(
         "squared_error",
         "How the range of a layer's input is found: squared_error, min_max or percentile.",
-        WORD,
-        choices=Observer,
         differs="the observer of activation ranges",
-        example='"squared_error"',
-        group="scoring",
     )
-    quantizers: Mapping[str, str] = setting(
+    quantizers: Mapping[str, str] = _scoring(
         None,
         "How weights of some layers are rounded, by name or glob: uniform, binary (1 bit), "
         "ternary (2 bits), midrise or dorefa.",
-        QUANTIZERS,
-        option="--quantizer",
-        repeats=True,
-        metavar="GLOB=NAME",
-        shown_default="uniform",
-        example='{"layer3.*": "midrise"}',
+        **{"kind": QUANTIZERS, "option": "--quantizer", "repeats": True, "metavar": "GLOB=NAME"},
+        **{"shown_default": "uniform", "example": '{"layer3.*": "midrise"}'},
         read=read_quantizers,
-        group="scoring",
     )
-    precision: Precision = setting(
+    precision: Precision = _scoring(
         "float32",
         "Number format of candidates' forward passes: float32 or bfloat16.",
-        WORD,
-        choices=Precision,
         differs="the precision of candidates' forward passes",
-        example='"float32"',
-        group="scoring",
     )
-    n_candidates: int = setting(
+    n_candidates: int = _steps(
         8,
         "Candidates a step.",
-        WHOLE,
-        unit="candidates",
-        least=1,
-        option="--candidates",
+        **{"unit": "candidates", "least": 1, "option": "--candidates"},
         differs="the number of candidates a step",
-        example="8",
-        group="steps",
     )
-    rule: Rule = setting(
+    rule: Rule = _steps(
         "ratio",
         "Which candidate wins: the smallest rise per cost saved (ratio) or the smallest score "
         "(min, the patent's).",
-        WORD,
-        choices=Rule,
         differs="the winner rule",
-        example='"ratio"',
-        group="steps",
     )
-    seed: int = setting(
-        0, "Seed of the draws.", WHOLE, differs="the seed", example="0", group="steps"
-    )
-    refine: bool = setting(
+    seed: int = _steps(0, "Seed of the draws.", differs="the seed")
+    refine: bool = _steps(
         True,
         "Refine the answer by swaps once the budget is met.",
-        SWITCH,
-        shown_default="refine",
         differs="whether swaps refine the answer",
-        example="True",
-        group="steps",
     )
-    encoding: Encoding | None = setting(
+    encoding: Encoding | None = _steps(
         None,
         "How a candidate's bits are stored: as the parameters of all layers, which dashboards "
         "draw, or compact.",
-        WORD,
-        choices=Encoding,
-        shown_default="layers, up to 30 of them",
+        **{"shown_default": "layers, up to 30 of them", "example": '"layers"'},
         differs="the encoding of candidates",
-        example='"layers"',
-        group="steps",
     )
-    train_every: int = setting(
+    train_every: int = _steps(
         0,
         "Steps after which their winner is trained: 1 as in the patent, 0 for never.",
-        WHOLE,
-        unit="steps",
-        least=0,
-        shown_default="never",
+        **{"unit": "steps", "least": 0, "shown_default": "never", "example": "4"},
         differs="how often winners are trained",
-        example="4",
-        group="steps",
     )
-    train_epochs: int | None = setting(
+    train_epochs: int | None = _training(
         None,
         "Epochs in which a step's winner is trained.",
-        WHOLE,
-        unit="epochs",
-        least=1,
-        shown_default="2",
-        example="2",
-        group="training",
+        **{"unit": "epochs", "least": 1, "shown_default": "2", "example": "2"},
     )
-    final_epochs: int | None = setting(
+    final_epochs: int | None = _training(
         None,
         "Epochs in which the answer is trained; 0 for none.",
-        WHOLE,
-        unit="epochs",
-        least=0,
+        **{"unit": "epochs", "least": 0, "example": "20"},
         shown_default="20 with --train-every, else 0",
-        example="20",
-        group="training",
     )
-    training: Mapping[str, Any] = setting(
+    training: Mapping[str, Any] = _training(
         None,
         "Further settings of training, see TrainingSettings.",
-        FURTHER,
-        option="",
-        shown_default="none",
+        **{"kind": FURTHER, "option": "", "shown_default": "none", "read": _mapping},
         example='{"learning_rate": 1e-3}',
-        read=_mapping,
-        group="training",
     )
-    final_training: Mapping[str, Any] = setting(
+    final_training: Mapping[str, Any] = _training(
         None,
         "Those that are others for the training of the answer.",
-        FURTHER,
-        option="",
-        shown_default="none",
+        **{"kind": FURTHER, "option": "", "shown_default": "none", "read": _mapping},
         example='{"blend": 0.5, "teacher_views": 6}',
-        read=_mapping,
-        group="training",
     )
 
 
@@ -549,74 +451,46 @@ class SearchSettings(_Settings):
 class RunSettings(_Settings):
     """Where a run happens and what it may spend; no part of what a search is."""
 
-    storage: str | None = setting(
-        None,
-        "Storage URL.",
-        WORD,
-        shown_default="SQLite in the run's folder",
-    )
-    name: str | None = setting(None, "Name of the study.", WORD, shown_default="the file's name")
+    storage: str | None = setting(None, "Storage URL.", shown_default="SQLite in the run's folder")
+    name: str | None = setting(None, "Name of the study.", shown_default="the file's name")
     folder: Path | None = setting(
         None,
         "The run's folder.",
-        PATH,
         shown_default="hq-optuna-runs/NAME",
         read=lambda value: None if value is None else Path(value),
     )
     artifacts: str | None = setting(
         None,
         "Folder or s3://bucket/prefix for files of the study.",
-        PATH,
-        shown_default="artifacts in the run's folder",
+        **{"kind": PATH, "shown_default": "artifacts in the run's folder"},
     )
     threads: int | None = setting(
         None,
         "Threads of PyTorch.",
-        WHOLE,
-        unit="threads",
-        least=1,
-        shown_default="what the network keeps busy",
+        **{"unit": "threads", "least": 1, "shown_default": "what the network keeps busy"},
     )
     device: str | None = setting(
         None,
         "Where the network runs: cpu, cuda, cuda:1.",
-        WORD,
         shown_default="where network() puts it",
     )
     retry_for: float = setting(
         300.0,
         "Seconds to try again when the storage does not answer, or its disk is full.",
-        NUMBER,
-        unit="seconds",
-        least=0,
+        **{"unit": "seconds", "least": 0},
     )
     max_trials: int | None = setting(
         None,
         "Trials (candidates and step records) at most.",
-        WHOLE,
-        unit="trials",
-        least=1,
-        shown_default="no limit",
+        **{"unit": "trials", "least": 1, "shown_default": "no limit"},
     )
     max_evaluations: int | None = setting(
         None,
         "Candidates scored at most.",
-        WHOLE,
-        unit="candidates",
-        least=1,
-        shown_default="no limit",
+        **{"unit": "candidates", "least": 1, "shown_default": "no limit"},
     )
     max_seconds: float | None = setting(
         None,
         "Seconds of work of all workers together at most; where that ends depends on the machine.",
-        NUMBER,
-        unit="seconds",
-        least=0.001,
-        shown_default="no limit",
+        **{"unit": "seconds", "least": 0.001, "shown_default": "no limit"},
     )
-
-
-def differing(names: Sequence[str]) -> list[str]:
-    """Return what differs, in words, from the names of settings that differ."""
-    known = settings_of(SearchSettings)
-    return [known[name].differs if name in known else name for name in names]

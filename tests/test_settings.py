@@ -100,10 +100,7 @@ def test_a_setting_that_is_added_to_a_copy_of_the_package_is_everywhere(tmp_path
     field = """    colour: str = setting(
         "red",
         "Colour of the thing.",
-        WORD,
         differs="the colour",
-        example='"blue"',
-        group="scoring",
     )
 """
     before = "    scorer: ScorerName"

@@ -92,7 +92,6 @@ def _parameter(one: Setting) -> inspect.Parameter:
         *names,
         help=escape(f"{one.help} [default: {one.shown_default}]"),
         show_default=False,
-        min=one.least,
         metavar=one.metavar or None,
         envvar=ENVIRONMENT.get(one.name),
     )
