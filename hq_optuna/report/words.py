@@ -13,12 +13,11 @@ NOT_MEASURED = "not measured"
 NOUN = {"bops": "BOPs", "size_bytes": "size"}
 
 
-def number(value: float | None, unit: str = "") -> str:
+def number(value: float | None, unit: str = "", digits: int = 3) -> str:
     """Return three significant digits, or "not measured" for ``None``."""
     if value is None:
         return NOT_MEASURED
-    text = f"{value:.3g}"
-    return f"{text} {unit}" if unit else text
+    return f"{value:.{digits}g} {unit}".rstrip()
 
 
 def percent(fraction: float | None) -> str:
@@ -26,38 +25,9 @@ def percent(fraction: float | None) -> str:
     return NOT_MEASURED if fraction is None else f"{100 * fraction:.1f} %"
 
 
-def seconds(value: float | None) -> str:
-    """Return a duration in whole seconds, short ones with three digits."""
-    return number(value, "s") if value is None or value < 100 else f"{value:,.0f} s"
-
-
-def fact(name: str, value: Any) -> str:
-    """Return the value of a fact; accuracies are percentages."""
-    if value is None:
-        return NOT_MEASURED
-    if isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool)):
-        if "accuracy" in name and 0 <= value <= 1:
-            return percent(value)
-        return f"{value:.6g}" if isinstance(value, float) else f"{value:,}"
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {fact(str(key), item)}" for key, item in value.items())
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def before_and_after(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Return ``{what: "before → after"}`` of the facts that were measured twice.
-
-    Example:
-        >>> before_and_after({"accuracy_before": 0.981, "accuracy_after": 0.975})
-        {'accuracy': '98.1 % → 97.5 %'}
-    """
-    pairs = {}
-    for key in facts:
-        name = key.removesuffix("_before")
-        if name != key and f"{name}_after" in facts:
-            after = fact(name, facts[f"{name}_after"])
-            pairs[name.replace("_", " ")] = f"{fact(name, facts[key])} → {after}"
-    return pairs
+def hundredths(fraction: float) -> str:
+    """Return an accuracy in percent without its sign: ``"99.67"``."""
+    return f"{100 * fraction:.2f}"
 
 
 def points(fraction: float) -> str:
@@ -71,61 +41,85 @@ def points(fraction: float) -> str:
     return "0.0" if text in ("+0.0", "−0.0") else text
 
 
-def interval(found: Mapping[str, float | None], write: Callable[[float], str]) -> str:
+def interval(found: Mapping[str, float | None] | None, write: Callable[[float], str]) -> str:
     """Return ``"value [low, high]"``, or the value alone where there is no interval."""
-    value, low, high = found["value"], found["low"], found["high"]
-    assert value is not None
-    if low is None or high is None:
-        return write(value)
-    return f"{write(value)} [{write(low)}, {write(high)}]"
+    if found is None:
+        return NOT_MEASURED
+    value, *ends = (
+        write(x) for x in (found["value"], found["low"], found["high"]) if x is not None
+    )
+    return f"{value} [{', '.join(ends)}]" if ends else value
 
 
-def hundredths(fraction: float) -> str:
-    """Return an accuracy in percent without its sign: ``"99.67"``."""
-    return f"{100 * fraction:.2f}"
+def seconds(value: float | None) -> str:
+    """Return a duration in whole seconds, short ones with three digits."""
+    return number(value, "s") if value is None or value < 100 else f"{value:,.0f} s"
+
+
+def fact(name: str, value: Any) -> str:
+    """Return the value of a fact; accuracies are percentages."""
+    if value is None:
+        return NOT_MEASURED
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {fact(str(key), item)}" for key, item in value.items())
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return json.dumps(value)
+    if "accuracy" in name and 0 <= value <= 1:
+        return percent(value)
+    return f"{value:.6g}" if isinstance(value, float) else f"{value:,}"
+
+
+def before_and_after(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Return ``{what: "before → after"}`` of the facts that were measured twice.
+
+    Example:
+        >>> before_and_after({"accuracy_before": 0.981, "accuracy_after": 0.975})
+        {'accuracy': '98.1 % → 97.5 %'}
+    """
+    names = [key.removesuffix("_before") for key in facts if key.endswith("_before")]
+    ends = {name: (facts[f"{name}_before"], facts.get(f"{name}_after")) for name in names}
+    return {
+        name.replace("_", " "): f"{fact(name, before)} → {fact(name, after)}"
+        for name, (before, after) in ends.items()
+        if f"{name}_after" in facts
+    }
 
 
 def headline(data: Mapping[str, Any]) -> str:
     """Return the answer in one sentence, or how far the search is."""
-    state, budget, cost = data["state"], data["budget"], data["cost"]
+    state, budget = data["state"], data["budget"]
     eight = f"the all-8-bit {NOUN[budget['metric']]}"
     limit = f"the budget is {percent(budget['of_int8'])}"
-    stopped = f"Stopped by a limit, {state['reason']}" if state["over"] else ""
-    if state["status"] == "not started":
-        return (
-            f"{stopped or 'No step is closed yet'}: "
-            f"{_n(state['scored_in_open_step'], 'candidate')} scored; {limit} of {eight}."
-        )
+    cost = f"{percent(data['cost']['of_int8'])} of {eight}"
     rise = f"predicted loss rise {number(data['score']['total'], 'nats')}"
+    stopped = f"Stopped by a limit, {state['reason']}" if state["over"] else ""
+    scored = _n(state["scored_in_open_step"], "candidate")
+    if state["status"] == "not started":
+        return f"{stopped or 'No step is closed yet'}: {scored} scored; {limit} of {eight}."
     if state["status"] == "unfinished":
-        scored = state["scored_in_open_step"]
         return (
             f"{stopped or 'Unfinished'}, {percent(state['progress'])} of the way to the budget: "
-            f"after step {state['step']} it is at {percent(cost['of_int8'])} of {eight} ({limit}), "
-            f"{rise}" + (f"; {_n(scored, 'candidate')} of the next step scored." if scored else ".")
+            f"after step {state['step']} it is at {cost} ({limit}), {rise}"
+            + (f"; {scored} of the next step scored." if state["scored_in_open_step"] else ".")
         )
     if state["status"] == "exhausted":
         return (
-            f"Every layer is at its fewest bits and the budget is not met: "
-            f"{percent(cost['of_int8'])} of {eight} ({limit}), {rise}."
+            f"Every layer is at its fewest bits and the budget is not met: {cost} ({limit}), "
+            f"{rise}."
         )
     measured = before_and_after(data["facts"])
     name = "accuracy" if "accuracy" in measured or not measured else next(iter(measured))
     text = (
-        f"{_layers_at(data['layers'])}: {percent(cost['of_int8'])} of {eight}, {rise}, "
+        f"{_layers_at(data['layers'])}: {cost}, {rise}, "
         f"validation {name} {measured.get(name, NOT_MEASURED)}"
     )
-    counted = data["accuracies"].get("validation")
-    if name == "accuracy" and counted:
-        text += f" ({_difference(counted['difference'])})"
+    found = data["accuracies"].get("validation")
+    if name == "accuracy" and found:
+        value, low, high = (points(found["difference"][k]) for k in ("value", "low", "high"))
+        text += f" ({value} points, 95 % interval {low} to {high})"
     return f"{text}{'' if state['over'] else '; swaps still refine it'}."
-
-
-def _difference(found: Mapping[str, float]) -> str:
-    return (
-        f"{points(found['value'])} points, 95 % interval {points(found['low'])} to "
-        f"{points(found['high'])}"
-    )
 
 
 def _layers_at(layers: list[Mapping[str, Any]]) -> str:
@@ -148,12 +142,12 @@ def _n(count: int, noun: str) -> str:
 def ended(data: Mapping[str, Any]) -> str:
     """Return why the search ended, in words."""
     state: Mapping[str, Any] = data["state"]
+    met, reason = state["status"] == "met", str(state["reason"])
     if not state["over"]:
-        more = "the budget is met, swaps still refine the answer"
-        return f"not yet: {more}" if state["status"] == "met" else "not yet"
-    met = "; the budget is met" if state["status"] == "met" else "; the budget is not met"
-    reason: str = state["reason"]
-    return reason + ("" if "budget" in reason else met)
+        return "not yet" + (": the budget is met, swaps still refine the answer" if met else "")
+    if "budget" in reason:
+        return reason
+    return f"{reason}; the budget is {'met' if met else 'not met'}"
 
 
 def counted(data: Mapping[str, Any], what: str) -> str:

@@ -12,7 +12,9 @@ from hq_optuna._version import __version__
 from hq_optuna.answer.resolve import resolve
 from hq_optuna.errors import ResumeError
 from hq_optuna.protocol.history import read_history
-from hq_optuna.report.report import layer_table, render_markdown, report_data, write_report
+from hq_optuna.report.data import layer_table, report_data
+from hq_optuna.report.page import write_report
+from hq_optuna.report.text import render_markdown
 from hq_optuna.report.words import before_and_after, fact, number, percent, seconds
 from hq_optuna.space.budget import Budget
 from tests.fake_search import fake_space, fake_study

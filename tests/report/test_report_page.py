@@ -7,8 +7,9 @@ import re
 import pytest
 
 from hq_optuna import attributes
-from hq_optuna.report.html import render_html
-from hq_optuna.report.report import render_markdown, report_data, write_report
+from hq_optuna.report.data import report_data
+from hq_optuna.report.page import render_html, write_report
+from hq_optuna.report.text import render_markdown
 from hq_optuna.space.layers import LayerSpec
 from hq_optuna.space.search_space import SearchSpace
 from tests.fake_search import fake_study
