@@ -42,11 +42,11 @@ def warnings(
     compared: Sequence[Mapping[str, Any]], metric: Metric, n_samples: int | None
 ) -> list[str]:
     """Return a sentence for each uniform assignment that beats the answer within the budget."""
-    answer = next((row for row in compared if row["method"] == ANSWER), {"measured": {}})
+    measured = {row["method"]: row["measured"] for row in compared}
     sentences = []
     for row in beaten_by_uniform(compared):
         name = "accuracy" if "accuracy" in row["measured"] else "loss"
-        ours, theirs, pairs = answer["measured"][name], row["measured"][name], row.get("pairs")
+        ours, theirs, pairs = measured[ANSWER][name], row["measured"][name], row.get("pairs")
         said, advice = _LOST
         if name == "loss":
             figures = f"{theirs:.4g} against {ours:.4g}"

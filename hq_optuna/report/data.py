@@ -312,7 +312,7 @@ def beside(history: History) -> list[dict[str, Any]]:
         name: str, bits: BitConfig | int, found: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
         costs = {
-            metric: m.uniform(bits, bits) if isinstance(bits, int) else m.cost(bits)
+            str(metric): m.uniform(bits, bits) if isinstance(bits, int) else m.cost(bits)
             for metric, m in models.items()
         }
         of = {"of_int8": info.int8, "of_float32": info.float32}
@@ -342,12 +342,11 @@ def beside(history: History) -> list[dict[str, Any]]:
 
 def _measured(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return what was measured of a compared assignment, with intervals where samples counted."""
-    measured, pairs = row["measured"], row.get("pairs") or None
-    n = pairs and pairs["samples"]
-    accuracy = _accuracy(measured.get("accuracy"), n)
-    over = None
-    if accuracy is not None and pairs is not None:
-        over = _difference(pairs["only_answer"], pairs["only_this"], n)
+    measured, pairs = row["measured"], row.get("pairs")
+    accuracy, over = _accuracy(measured.get("accuracy"), None), None
+    if accuracy and pairs:
+        accuracy = _accuracy(measured["accuracy"], pairs["samples"])
+        over = _difference(pairs["only_answer"], pairs["only_this"], pairs["samples"])
     return {"loss": measured.get("loss"), "accuracy": accuracy, "over_answer": over}
 
 

@@ -189,8 +189,8 @@ def prediction_figure(info: PredictionInfo) -> go.Figure:
     f.style(figure, f"{TITLE}<br><sub>axes are linear within {linear} nats</sub>", 420)
     figure.update_layout(legend={"traceorder": "normal", "itemsizing": "constant"})
     over = "the start" + (" or the last training" if any(p.over for p in info.points) else "")
-    title = {"text": f"predicted rise over {over} (nats)"}
-    figure.update_xaxes(title=title, **rise_axis(predicted, unit, room))
+    figure.update_xaxes(**rise_axis(predicted, unit, room))
+    figure.update_xaxes(title={"text": f"predicted rise over {over} (nats)"})
     figure.update_yaxes(**rise_axis(measured, unit, room))
     figure.update_yaxes(title={"text": f"measured rise over {over} (nats)"}, col=1)
     return figure

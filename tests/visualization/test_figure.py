@@ -1,9 +1,12 @@
 """Colours and axes that all pictures share."""
 
 import re
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
+from plotly.colors import sample_colorscale, unlabel_rgb
 
 from hq_optuna.space.cost import format_cost
 from hq_optuna.visualization import _figure as f
@@ -32,6 +35,23 @@ def test_float_has_its_own_colour_and_does_not_shift_the_others():
         *palette.bit_colours((2, 4, 8)),
         palette.FLOAT_COLOUR,
     ]
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 16])
+def test_colours_are_those_of_plotlys_viridis(n):
+    places = [1 - 0.9 * i / max(1, n - 1) for i in range(n)]
+    expected = [unlabel_rgb(colour) for colour in sample_colorscale("Viridis", places)]
+    for colour, parts in zip(palette.bit_colours(range(1, n + 1)), expected, strict=True):
+        assert bytes.fromhex(colour[1:]) == pytest.approx(parts, abs=1)  # rounded otherwise at .5
+
+
+def test_the_terminals_colours_need_no_plotly():
+    code = (
+        "import sys, hq_optuna.cli.bits_strip, hq_optuna.report.text; "
+        "print({'plotly', 'scipy.stats'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_one_number_of_bits_has_a_colour():
