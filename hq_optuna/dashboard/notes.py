@@ -6,6 +6,7 @@ import functools
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from hq_optuna import attributes
@@ -75,10 +76,10 @@ def study_note(
 
 def _template(metric: Metric) -> Any:
     # Imported here: a worker that does not write must not pay for it.
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("hq_optuna.dashboard", ""),
+        loader=FileSystemLoader(Path(__file__).parent),
         autoescape=False,  # Markdown
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -87,7 +88,7 @@ def _template(metric: Metric) -> Any:
     environment.filters |= {
         "plain": _plain,
         "bits": _bits,
-        "change": lambda candidate: change(user_attrs_of(candidate)),
+        "change": change_of,
         "cost": functools.partial(format_cost, metric=metric),
         "quantizers": quantizers_text,
         "trained": lambda said: trained(said).removeprefix(" Trained for ").rstrip("."),
@@ -110,7 +111,7 @@ def trial_note(
     *,
     state: str = "COMPLETE",
     score: float | None = None,
-    winner: Mapping[str, Any] | None = None,
+    took: str = "",
 ) -> str:
     """Return one line that says what a trial of a search was; empty for other trials.
 
@@ -119,7 +120,7 @@ def trial_note(
         info: What the study is about.
         state: Name of its state.
         score: Its value; of a record that trained, what its training says is taken.
-        winner: User attributes of the candidate that a step record took.
+        took: Of a step record: what the candidate that it took changes.
 
     Example:
         >>> info = StudyInfo("bops", 24e9, "", 96e9, 1e12, "trace", "ratio", 8, 0)
@@ -131,8 +132,8 @@ def trial_note(
     if kind == "candidate":
         what = f"Step {step}, candidate {int(trial.get(attributes.SLOT, 0)) + 1}: {change(trial)}."
     elif kind == "incumbent":
-        taken = "" if winner is None else f": {change(winner)}"
-        what = f"Closes step {step}; takes trial {trial.get(attributes.WINNER)}{taken}."
+        taken = f"{trial.get(attributes.WINNER)}{': ' if took else ''}{took}"
+        what = f"Closes step {step}; takes trial {taken}."
     else:
         return ""
     if state == "RUNNING":
@@ -181,26 +182,20 @@ def _figure(name: str, value: float) -> str:
 
 def change(trial: Mapping[str, Any]) -> str:
     """Return what a candidate changes, in words, from its user attributes."""
-    layer = trial.get(attributes.LAYER)
+    return _changed(*map(trial.get, (attributes.LAYER, attributes.FROM_BITS, attributes.TO_BITS)))
+
+
+def change_of(candidate: Candidate) -> str:
+    """Return the same of a candidate of the history."""
+    return _changed(candidate.variable, candidate.from_bits, candidate.to_bits)
+
+
+def _changed(layer: str | None, before: Any, after: Any) -> str:
     if layer is None:
         return "the start, every layer at its widest bits"
-    if trial.get(attributes.TO_BITS) is None:
+    if after is None:
         return f"a swap, `{layer}`"  # in words already
-    before, after = (_bits(trial.get(key)) for key in (attributes.FROM_BITS, attributes.TO_BITS))
-    return f"`{layer}` from {before} to {after} bits"
-
-
-def user_attrs_of(candidate: Candidate) -> dict[str, Any]:
-    """Return what a candidate's trial has among its user attributes, as far as notes say it."""
-    return {
-        attributes.KIND: "candidate",
-        attributes.STEP: candidate.step,
-        attributes.SLOT: candidate.slot,
-        attributes.LAYER: candidate.variable,
-        attributes.FROM_BITS: candidate.from_bits,
-        attributes.TO_BITS: candidate.to_bits,
-        attributes.COST: candidate.cost,
-    }
+    return f"`{layer}` from {_bits(before)} to {_bits(after)} bits"
 
 
 _STATES = {

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import plotly.offline
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from optuna.study import Study
 
 from hq_optuna.atomic_files import write_atomically
@@ -95,7 +94,7 @@ def render_html(data: Mapping[str, Any], pictures: Sequence[tuple[str, str, Any]
     """
     levels = data["levels"]
     environment = Environment(
-        loader=PackageLoader("hq_optuna.report", ""),
+        loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -115,6 +114,6 @@ def render_html(data: Mapping[str, Any], pictures: Sequence[tuple[str, str, Any]
             bits_text(bits): f"background:{colour};color:{text_on(colour)}"
             for bits, colour in zip(levels, bit_colours(levels), strict=True)
         },
-        drawn=Markup(f"{{{drawn}}}"),
-        plotly_js=Markup(plotly.offline.get_plotlyjs()),
+        drawn=f"{{{drawn}}}",
+        plotly_js=plotly.offline.get_plotlyjs(),
     )

@@ -101,7 +101,7 @@ def standard_error(share: float, n_samples: int) -> float:
 
 
 def error_bars(percents: Sequence[float], errors: Sequence[float]) -> dict[str, Any]:
-    """Return bars of so many points around percentages, which end at 0 and at 100."""
+    """Return error bars, in points, around percentages; they end at 0 and at 100."""
     return {
         "array": [min(error, 100 - at) for at, error in zip(percents, errors, strict=True)],
         "arrayminus": [min(error, at) for at, error in zip(percents, errors, strict=True)],

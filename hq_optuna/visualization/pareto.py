@@ -19,7 +19,7 @@ from hq_optuna.visualization.palette import BLUE, GREEN, ORANGE, VERMILION
 TITLE = "Predicted loss rise against cost"
 N_POINTS = 17
 N_COMPARED = 30
-"""So many steps, and uniform assignments, at most are drawn, each above the optimum of its cost."""
+"""Steps, and uniform assignments, drawn at most: the exact curve is solved at the cost of each."""
 
 
 class ParetoPoint(NamedTuple):

@@ -17,11 +17,11 @@ from hq_optuna.visualization.steps import describe_move
 
 TITLE = "Predicted against measured loss rise"
 DECADES = 3
-"""So many decades of the axes are logarithmic; what is nearer to zero is drawn on a linear scale,
-which also knows the rises below zero that measuring gives."""
+"""Decades of the axes that are logarithmic; nearer to zero they are linear, which also shows the
+rises below zero that measuring gives."""
 
 MANY = 200
-"""More points than these of one kind are drawn smaller."""
+"""Points of one kind above which all are drawn smaller."""
 
 AFTER = "candidates after<br>a training"
 """Name of those whose rises are over a trained network."""

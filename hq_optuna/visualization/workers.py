@@ -27,7 +27,7 @@ TICKS_S = (
     *(3600, 7200, 10_800, 21_600, 43_200, 86_400, 172_800, 604_800),
 )
 MOST_LABELLED = 4
-"""So many pauses have their length written above them; more would overlap."""
+"""Pauses up to which each has its length written above it; more would overlap."""
 
 What = Literal["candidate", "surplus", "record", "training", "other", "running", "failed", "lost"]
 
@@ -40,16 +40,16 @@ class WorkerSpan(NamedTuple):
         number: Trial number.
         what: ``"candidate"`` and ``"record"`` (the trial that closes a step): their results count.
             ``"training"``: likewise, of a record that trains its bits.
-            ``"surplus"``: no longer needed, or somebody else's result counts. ``"other"``: a trial
-            that somebody enqueued, or of another loop. ``"failed"``: an error, given back, or
+            ``"surplus"``: no longer needed, or another worker's result counts. ``"other"``: a trial
+            that was enqueued by hand, or of another loop. ``"failed"``: an error, given back, or
             lost by a launcher's worker. ``"lost"``: its worker did nothing afterwards: it died or
             was interrupted.
             ``"running"``: still runs, or its worker died unseen.
         step: Its step, -1 where it has none.
         text: For people.
         start_s: Seconds after the first start.
-        seconds: How long. Of a lost trial, until somebody found out; of a running one, until the
-            last sign of anybody.
+        seconds: How long. Of a lost trial, until that was found out; of a running one, until the
+            last sign of any worker.
     """
 
     worker: int
@@ -68,7 +68,7 @@ class WorkersInfo(NamedTuple):
         workers: ``host:pid``, in the order they came.
         begin: The first start, UTC.
         spans: By trial number.
-        pauses: ``(from, to)`` in seconds after the first start: when nobody worked for long.
+        pauses: ``(from, to)`` in seconds after the first start: in which no worker worked.
     """
 
     workers: tuple[str, ...]
@@ -150,7 +150,7 @@ def _names(ids: Sequence[str]) -> tuple[str, ...]:
 
 
 def _pauses(spans: Sequence[WorkerSpan]) -> tuple[tuple[float, float], ...]:
-    """Return when nobody worked for longer than a fifth of the time that somebody did.
+    """Return in which no worker workeder than a fifth of the time that somebody did.
 
     Nobody knows when in a lost trial its worker died; only its start is work.
     """
