@@ -73,13 +73,10 @@ def write_pages(study: Study, *, current: SearchStatus | None = None) -> bool:
     """
     storage, study_id = unwrapped(study._storage), study._study_id
     stored = storage.get_study_system_attrs(study_id)
-    read = (
-        study
-        if storage is study._storage
-        else optuna.load_study(study_name=study.study_name, storage=storage)
-    )
-    history = read_history(read)
-    current = read_status(read) if current is None else current
+    if storage is not study._storage:
+        study = optuna.load_study(study_name=study.study_name, storage=storage)
+    history = read_history(study)
+    current = read_status(study) if current is None else current
     stamp, files = stored.get(STAMP) or {}, artifacts_in(stored)
 
     def body(written: str) -> str:

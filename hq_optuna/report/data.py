@@ -41,22 +41,21 @@ NOT_COUNTED = (
 )
 
 
-def report_data(study: Study, *, command: str | None = None) -> dict[str, Any]:
+def report_data(
+    study: Study, *, command: str | None = None, history: History | None = None
+) -> dict[str, Any]:
     """Return everything the report says, as JSON data (numbers, no NaN).
 
     Args:
         study: A study of a bit search, finished or not.
         command: How the search was started; by default what the study says. Passwords in URLs are
             masked.
+        history: What `read_history` returns of the study; it is read if not given.
 
     Raises:
         ResumeError: The study is not a bit search.
     """
-    return data_of(study, read_history(study), command)
-
-
-def data_of(study: Study, history: History, command: str | None) -> dict[str, Any]:
-    """Return what `report_data` returns, of a history that is already read."""
+    history = read_history(study) if history is None else history
     info = history.info
     command = command or StartOptions.read(study).command or None
     facts = dict(history.facts)

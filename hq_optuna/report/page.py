@@ -12,7 +12,7 @@ from optuna.study import Study
 
 from hq_optuna.atomic_files import write_atomically
 from hq_optuna.protocol.history import History, read_history
-from hq_optuna.report.data import data_of
+from hq_optuna.report.data import report_data
 from hq_optuna.report.text import BITS_COLUMNS, blocks
 from hq_optuna.visualization.bits import bits_figure, bits_info
 from hq_optuna.visualization.candidates import candidates_figure, candidates_info
@@ -59,7 +59,7 @@ def write_report(study: Study, path: str | Path, *, command: str | None = None) 
         OSError: The file cannot be written; an earlier report stays as it was.
     """
     history = read_history(study)
-    text = render_html(data_of(study, history, command), figures(history))
+    text = render_html(report_data(study, command=command, history=history), figures(history))
     write_atomically(Path(path), text.encode())
 
 

@@ -68,7 +68,8 @@ class WorkersInfo(NamedTuple):
         workers: ``host:pid``, in the order they came.
         begin: The first start, UTC.
         spans: By trial number.
-        pauses: ``(from, to)`` in seconds after the first start: in which no worker worked.
+        pauses: ``(from, to)`` in seconds after the first start: long gaps in which no
+            worker worked.
     """
 
     workers: tuple[str, ...]
@@ -150,9 +151,9 @@ def _names(ids: Sequence[str]) -> tuple[str, ...]:
 
 
 def _pauses(spans: Sequence[WorkerSpan]) -> tuple[tuple[float, float], ...]:
-    """Return in which no worker workeder than a fifth of the time that somebody did.
+    """Return the gaps longer than a fifth of the time in which any worker worked.
 
-    Nobody knows when in a lost trial its worker died; only its start is work.
+    When in a lost trial its worker died is unknown; only its start counts as work.
     """
     busy: list[list[float]] = []
     for span in sorted(spans, key=lambda span: span.start_s):
