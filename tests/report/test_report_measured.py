@@ -267,7 +267,8 @@ def test_trainings_without_counted_samples_have_no_intervals():
 
 def test_a_score_that_is_the_measured_loss_is_not_compared_with_itself():
     history = read_history(fake_study(9))
-    assert agreement(replace(history, info=replace(history.info, scorer="loss"))) is None
+    settings = {**history.info.settings, "scorer": "loss"}
+    assert agreement(replace(history, info=replace(history.info, settings=settings))) is None
 
 
 def test_without_losses_there_is_no_agreement_and_the_report_says_not_measured():

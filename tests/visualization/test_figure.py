@@ -47,7 +47,7 @@ def test_colours_are_those_of_plotlys_viridis(n):
 
 def test_the_terminals_colours_need_no_plotly():
     code = (
-        "import sys, hq_optuna.cli.bits_strip, hq_optuna.report.text; "
+        "import sys, hq_optuna.cli.tables, hq_optuna.report.data; "
         "print({'plotly', 'scipy.stats'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
