@@ -198,21 +198,25 @@ def _add_panel(figure: go.Figure, row: int, name: str, info: TrainingInfo) -> No
             **place,
         )
     if name in info.float_network:
-        value = times * info.float_network[name]
-        line = {"color": GREY, "dash": "dot", "width": 1.5}
-        figure.add_hline(y=value, line=line, **place)
-        figure.add_scatter(  # an annotation would be taken for the title of a panel
-            x=[points[0].step],
-            y=[value],
-            name="float network",
-            legendgroup="float network",
-            showlegend=row == 1,
-            mode="lines",
-            line=line,
-            hoverinfo="skip",
-            **place,
-        )
+        _add_float_network(figure, row, points[0].step, times * info.float_network[name])
     figure.update_yaxes(title={"text": title}, row=row)
+
+
+def _add_float_network(figure: go.Figure, row: int, step: int, value: float) -> None:
+    line = {"color": GREY, "dash": "dot", "width": 1.5}
+    figure.add_hline(y=value, line=line, row=row, col=1)
+    figure.add_scatter(  # an annotation would be taken for the title of a panel
+        x=[step],
+        y=[value],
+        name="float network",
+        legendgroup="float network",
+        showlegend=row == 1,
+        mode="lines",
+        line=line,
+        hoverinfo="skip",
+        row=row,
+        col=1,
+    )
 
 
 def _said(p: TrainingPoint) -> str:
