@@ -25,7 +25,7 @@ from hq_optuna.protocol.history import History, Reference, read_history
 from hq_optuna.protocol.start_options import StartOptions, mask
 from hq_optuna.protocol.status import SearchStatus, read_status
 from hq_optuna.report.comparison import warnings
-from hq_optuna.report.words import headline
+from hq_optuna.report.text import headline
 from hq_optuna.search import uniform_within
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.cost import METRICS, CostModel, shares

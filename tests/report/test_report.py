@@ -14,8 +14,7 @@ from hq_optuna.errors import ResumeError
 from hq_optuna.protocol.history import read_history
 from hq_optuna.report.data import layer_table, report_data
 from hq_optuna.report.page import write_report
-from hq_optuna.report.text import render_markdown
-from hq_optuna.report.words import before_and_after, fact, number, percent, seconds
+from hq_optuna.report.text import before_and_after, fact, number, percent, render_markdown, seconds
 from hq_optuna.space.budget import Budget
 from tests.fake_search import fake_space, fake_study
 from tests.report.reported import known, page_of
@@ -249,6 +248,8 @@ def test_numbers_have_three_digits_and_none_is_not_measured():
         ("note", "as found", "as found"),
         ("list", [1, 2], "[1, 2]"),
         ("versions", {"optuna": "5.0.0", "n": 1000}, "optuna 5.0.0, n 1,000"),
+        ("pins", {}, "none"),
+        ("tied", [], "none"),
     ],
 )
 def test_facts_read_well(name, value, text):

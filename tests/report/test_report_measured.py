@@ -17,8 +17,7 @@ from hq_optuna.attributes import LIMITS
 from hq_optuna.protocol.history import read_history
 from hq_optuna.protocol.start_options import StartOptions
 from hq_optuna.report.data import report_data
-from hq_optuna.report.text import render_markdown
-from hq_optuna.report.words import headline
+from hq_optuna.report.text import headline, render_markdown
 from hq_optuna.space.budget import Budget
 from tests.fake_search import fake_space, fake_study
 from tests.report.reported import known
