@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hq_optuna.objective.hessian import HessianObjective
     from hq_optuna.protocol.history import assignment, read_history
     from hq_optuna.quantization import prepare, set_bits
-    from hq_optuna.report.report import write_report
+    from hq_optuna.report.page import write_report
     from hq_optuna.settings import SearchSettings
     from hq_optuna.space import FLOAT_BITS, BitConfig, Budget, CostModel, LayerBits, LayerSpec
     from hq_optuna.space.search_space import SearchSpace
@@ -50,7 +50,7 @@ _HOME = {
     "read_history": "protocol.history",
     "resolve": "answer.resolve",
     "set_bits": "quantization",
-    "write_report": "report.report",
+    "write_report": "report.page",
 }
 _ROOMS = ("artifacts", "pruners", "samplers", "space", "storages", "visualization")
 

@@ -273,7 +273,7 @@ def test_no_room_holds_more_files_than_one_takes_in_at_a_glance() -> None:
         ("hq_optuna.protocol.step_log", "from hq_optuna.samplers import a", "hq_optuna.samplers"),
         ("hq_optuna.workers.loop", "import hq_optuna.cli", "hq_optuna.cli"),
         ("hq_optuna.attributes", "import hq_optuna", "hq_optuna"),
-        ("hq_optuna.answer.recipe", "from hq_optuna.report import words", "hq_optuna.report"),
+        ("hq_optuna.answer.recipe", "from hq_optuna.report import text", "hq_optuna.report"),
         ("hq_optuna.answer.recipe", "import pickle", "pickle"),
         ("hq_optuna.cli.run", "from torchvision import models", "torchvision"),
         ("hq_optuna.answer.recipe", "import sklearn.datasets", "sklearn"),

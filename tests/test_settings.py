@@ -16,7 +16,8 @@ from hq_optuna.cli.app import load
 from hq_optuna.cli.init import template
 from hq_optuna.errors import HqOptunaError, SettingError, SpaceError
 from hq_optuna.protocol.history import read_history
-from hq_optuna.report.report import render_markdown, report_data
+from hq_optuna.report.data import report_data
+from hq_optuna.report.text import render_markdown
 from hq_optuna.settings import (
     RunSettings,
     SearchSettings,
@@ -114,7 +115,8 @@ from hq_optuna import attributes
 from hq_optuna.cli.app import load
 from hq_optuna.cli.init import template
 from hq_optuna.errors import ResumeError
-from hq_optuna.report.report import render_markdown, report_data
+from hq_optuna.report.data import report_data
+from hq_optuna.report.text import render_markdown
 from hq_optuna.study_files.settings import check_settings
 from tests.searches import search
 made = search(colour="blue")

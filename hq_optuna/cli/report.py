@@ -11,7 +11,9 @@ from rich.console import Console
 
 from hq_optuna.cli import tables
 from hq_optuna.cli.options import StudyOrNone, errors, reading, takes
-from hq_optuna.report.report import render_markdown, report_data, write_report
+from hq_optuna.report.data import report_data
+from hq_optuna.report.page import write_report
+from hq_optuna.report.text import render_markdown
 from hq_optuna.settings import RunSettings
 
 

@@ -20,7 +20,8 @@ from hq_optuna.cli.progress import SearchProgress
 from hq_optuna.cli.session import Request, Session, begin
 from hq_optuna.dashboard import PageWriter
 from hq_optuna.protocol.status import read_status
-from hq_optuna.report.report import report_data, write_report
+from hq_optuna.report.data import report_data
+from hq_optuna.report.page import write_report
 from hq_optuna.settings import RunSettings
 
 

@@ -20,7 +20,7 @@ from hq_optuna.cli.options import Json, StudyOrNone, errors, reading, takes
 from hq_optuna.cli.progress import LINE_EVERY_S, format_rate, format_seconds
 from hq_optuna.protocol.history import read_history
 from hq_optuna.protocol.status import SearchStatus, Watch, WorkerStatus
-from hq_optuna.report.report import report_data
+from hq_optuna.report.data import report_data
 from hq_optuna.settings import RunSettings
 from hq_optuna.storages import RetryingStorage
 

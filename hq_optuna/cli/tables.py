@@ -16,13 +16,12 @@ from rich.text import Text
 from hq_optuna.attributes import COMPARED, UNIFORM, quantizers_text
 from hq_optuna.protocol.history import History, read_history
 from hq_optuna.protocol.status import SearchStatus, read_status
-from hq_optuna.report.compared import warnings
-from hq_optuna.report.measured import accuracies
-from hq_optuna.report.report import layer_table
+from hq_optuna.report.comparison import warnings
+from hq_optuna.report.data import accuracies, layer_table
 from hq_optuna.space.cost import CostModel, format_cost, macs
 from hq_optuna.space.layers import FLOAT_BITS
 from hq_optuna.storages import redact_url
-from hq_optuna.visualization._figure import bit_colours, rgb, text_on
+from hq_optuna.visualization.palette import bit_colours, text_on
 
 plain = escape
 
@@ -231,7 +230,7 @@ def digit(bits: int) -> str:
 def digit_styles(levels: Sequence[int]) -> dict[int, Style]:
     """Return the style of each number of bits."""
     return {
-        bits: Style(color=text_on(colour), bgcolor="#{:02x}{:02x}{:02x}".format(*rgb(colour)))
+        bits: Style(color=text_on(colour), bgcolor=colour)
         for bits, colour in zip(levels, bit_colours(levels), strict=True)
     }
 

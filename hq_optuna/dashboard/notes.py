@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from hq_optuna import attributes
@@ -12,7 +14,8 @@ from hq_optuna.artifacts.store import Reference
 from hq_optuna.attributes import StudyInfo, quantizers_text
 from hq_optuna.protocol.history import Candidate, History
 from hq_optuna.protocol.status import SearchStatus
-from hq_optuna.space.cost import format_cost
+from hq_optuna.space.assignment import LayerBits
+from hq_optuna.space.cost import Metric, format_cost
 from hq_optuna.space.layers import FLOAT_BITS
 
 YOURS = "*What you write below this line is kept.*"
@@ -47,40 +50,50 @@ def study_note(
         files: Artifacts of the study by name.
         written: When, in words.
     """
-    info, record = history.info, history.incumbent
-    settings = info.settings
-    n_searched = len({layer for v in history.space.variables for layer in v.layers})
-    parts = [
-        f"## {_plain(history.study_name)}: "
-        f"{'the answer' if current.state == 'finished' and history.met else _state(current)}",
-        f"**Goal.** Bits for each of {len(history.space.layers)} layers ({n_searched} searched) "
-        "with the smallest predicted rise of the loss, at a cost of at most "
-        f"**{format_cost(info.limit, info.metric)}**, {100 * info.limit / info.int8:.3g} % of "
-        f"all-8-bit ({format_cost(info.int8, info.metric)}).",
-        f"**State.** {_sentence(current)}",
+    over = current.state == "finished" and history.met
+    links = [
+        f"[{shown}](/artifacts/{study_id}/{files[name].id})"
+        for name, shown in _FILES.items()
+        if name in files and SERVED_ID.fullmatch(files[name].id)
     ]
-    if record is None:
-        parts.append("No step is closed yet.")
-    else:
-        parts.append(_incumbent(history, study_id))
-    links = _links(files, study_id)
-    if links:
-        parts.append(f"**Files.** {links}")
-    if "report" not in files:
-        parts.append(
-            "The report is attached when the search ends; `hq-optuna report` writes it any time."
-        )
-    parts += [f"> **Warning.** {_plain(text)}" for text in info.warnings]
-    if record is not None:
-        parts += ["### Latest steps", _steps(history, study_id), "### Bits", _layers(history)]
-    parts.append(
-        f"*Score {settings['scorer']}, rule {settings['rule']}, {settings['n_candidates']} "
-        f"candidates a step, seed {settings['seed']}, weights "
-        f"{_plain(quantizers_text(info.quantizers))}. Written {written} by "
-        "hq_optuna. The card “Best Trial” of a plain optuna-dashboard does not look at the budget; "
-        "this note does.*"
+    text: str = _template(history.info.metric).render(
+        history=history,
+        info=history.info,
+        record=history.incumbent,
+        study_id=study_id,
+        written=written,
+        state="the answer" if over else _STATES[current.state][0],
+        sentence=_sentence(current),
+        n_searched=len({layer for v in history.space.variables for layer in v.layers}),
+        measured=_measured(history.facts),
+        links=", ".join(links),
+        has_report="report" in files,
+        latest=history.records[: -LATEST_STEPS - 1 : -1],
+        rise=functools.partial(_rise, history),
     )
-    return "\n\n".join(parts)
+    return text
+
+
+def _template(metric: Metric) -> Any:
+    # Imported here: a worker that does not write must not pay for it.
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=False,  # Markdown
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "plain": _plain,
+        "bits": _bits,
+        "change": change_of,
+        "cost": functools.partial(format_cost, metric=metric),
+        "quantizers": quantizers_text,
+        "trained": lambda said: trained(said).removeprefix(" Trained for ").rstrip("."),
+    }
+    return environment.get_template("note.md.jinja")
 
 
 def with_readers_part(ours: str, stored: str) -> str:
@@ -98,7 +111,7 @@ def trial_note(
     *,
     state: str = "COMPLETE",
     score: float | None = None,
-    winner: Mapping[str, Any] | None = None,
+    took: str = "",
 ) -> str:
     """Return one line that says what a trial of a search was; empty for other trials.
 
@@ -107,7 +120,7 @@ def trial_note(
         info: What the study is about.
         state: Name of its state.
         score: Its value; of a record that trained, what its training says is taken.
-        winner: User attributes of the candidate that a step record took.
+        took: Of a step record: what the candidate that it took changes.
 
     Example:
         >>> info = StudyInfo("bops", 24e9, "", 96e9, 1e12, "trace", "ratio", 8, 0)
@@ -119,8 +132,8 @@ def trial_note(
     if kind == "candidate":
         what = f"Step {step}, candidate {int(trial.get(attributes.SLOT, 0)) + 1}: {change(trial)}."
     elif kind == "incumbent":
-        taken = "" if winner is None else f": {change(winner)}"
-        what = f"Closes step {step}; takes trial {trial.get(attributes.WINNER)}{taken}."
+        taken = f"{trial.get(attributes.WINNER)}{': ' if took else ''}{took}"
+        what = f"Closes step {step}; takes trial {taken}."
     else:
         return ""
     if state == "RUNNING":
@@ -169,142 +182,61 @@ def _figure(name: str, value: float) -> str:
 
 def change(trial: Mapping[str, Any]) -> str:
     """Return what a candidate changes, in words, from its user attributes."""
-    layer = trial.get(attributes.LAYER)
+    return _changed(*map(trial.get, (attributes.LAYER, attributes.FROM_BITS, attributes.TO_BITS)))
+
+
+def change_of(candidate: Candidate) -> str:
+    """Return the same of a candidate of the history."""
+    return _changed(candidate.variable, candidate.from_bits, candidate.to_bits)
+
+
+def _changed(layer: str | None, before: Any, after: Any) -> str:
     if layer is None:
         return "the start, every layer at its widest bits"
-    if trial.get(attributes.TO_BITS) is None:
+    if after is None:
         return f"a swap, `{layer}`"  # in words already
-    before, after = (_bits(trial.get(key)) for key in (attributes.FROM_BITS, attributes.TO_BITS))
-    return f"`{layer}` from {before} to {after} bits"
+    return f"`{layer}` from {_bits(before)} to {_bits(after)} bits"
 
 
-def user_attrs_of(candidate: Candidate) -> dict[str, Any]:
-    """Return what a candidate's trial has among its user attributes, as far as notes say it."""
-    return {
-        attributes.KIND: "candidate",
-        attributes.STEP: candidate.step,
-        attributes.SLOT: candidate.slot,
-        attributes.LAYER: candidate.variable,
-        attributes.FROM_BITS: candidate.from_bits,
-        attributes.TO_BITS: candidate.to_bits,
-        attributes.COST: candidate.cost,
-    }
-
-
-def _state(current: SearchStatus) -> str:
-    return {
-        "preparing": "about to begin",
-        "running": "running",
-        "idle": "nobody works on it",
-        "finished": "finished, over budget",
-        "stopped": "stopped",
-    }[current.state]
+_STATES = {
+    "preparing": ("about to begin", "Sensitivities are being measured"),
+    "running": ("running", "Running"),
+    "idle": (
+        "nobody works on it",
+        "Not finished, and nobody works on it now; the same command goes on with it",
+    ),
+    "finished": ("finished, over budget", "Finished: {reason}"),
+    "stopped": ("stopped", "Stopped: {reason}"),
+}
+"""States of a search, for a heading and for a sentence."""
 
 
 def _sentence(current: SearchStatus) -> str:
-    text = {
-        "preparing": "Sensitivities are being measured",
-        "running": "Running",
-        "idle": "Not finished, and nobody works on it now; the same command goes on with it",
-        "finished": f"Finished: {current.reason}",
-        "stopped": f"Stopped: {current.reason}",
-    }[current.state]
+    text = _STATES[current.state][1].format(reason=current.reason)
     if current.state in ("running", "idle"):
         text += f". {100 * current.share:.0f} % of the way"
     return f"{text}; {current.steps} steps closed, {current.candidates} candidates scored."
 
 
-def _incumbent(history: History, study_id: int) -> str:
-    record, info, facts = history.incumbent, history.info, history.facts
-    assert record is not None
-    won = record.winner
-    within = "within budget" if history.met else "over budget still"
-    rows = [
-        ("", "incumbent", "all 8 bits", "float"),
-        (":---", "---:", "---:", "---:"),
-        (
-            "cost",
-            f"**{format_cost(won.cost, info.metric)}**, {within}",
-            format_cost(info.int8, info.metric),
-            format_cost(info.float32, info.metric),
-        ),
-        ("predicted loss rise", f"**{record.current.score:.3g} nats**", "", "0"),
-    ]
-    for before in sorted(name for name in facts if name.endswith("_before")):
-        name = before.removesuffix("_before")
-        after = facts.get(f"{name}_after")
-        if after is None:
-            continue
-        test = name.startswith("test_")
-        n = facts.get("test_samples" if test else "validation_samples", "?")
-        shown = f"{name.removeprefix('test_')}, {n} {'test' if test else 'validation'} samples"
-        named = name.removeprefix("test_")
-        rows.append((shown, f"**{_figure(named, after)}**", "", _figure(named, facts[before])))
-    trial = f"[trial {record.number}](/dashboard/studies/{study_id}/trials?numbers={record.number})"
-    return f"**Incumbent.** After step {record.step}: {trial}.\n\n" + _table(rows)
+def _measured(facts: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Return ``(name and samples, before, after)`` of what was measured twice, in words."""
+    found = []
+    for key in sorted(name for name in facts if name.endswith("_before")):
+        data = "test" if key.startswith("test_") else "validation"
+        after = facts.get(f"{key.removesuffix('_before')}_after")
+        name = key.removesuffix("_before").removeprefix("test_")
+        if after is not None:
+            named = f"{name}, {facts.get(f'{data}_samples', '?')} {data} samples"
+            found.append((named, _figure(name, facts[key]), _figure(name, after)))
+    return found
 
 
-def _links(files: Mapping[str, Reference], study_id: int) -> str:
-    return ", ".join(
-        f"[{shown}](/artifacts/{study_id}/{files[name].id})"
-        for name, shown in _FILES.items()
-        if name in files and SERVED_ID.fullmatch(files[name].id)
-    )
-
-
-def _steps(history: History, study_id: int) -> str:
-    trains = history.info.training is not None
-    rows = [("step", "took", "trial", "score, nats", "cost", *(("trained",) if trains else ()))]
-    rows.append(("---:", ":---", "---:", "---:", "---:", *((":---",) if trains else ())))
-    for record in reversed(history.records[-LATEST_STEPS:]):
-        won = record.winner
-        link = f"[{won.number}](/dashboard/studies/{study_id}/trials?numbers={won.number})"
-        cost = format_cost(won.cost, history.info.metric)
-        took = change(user_attrs_of(won))
-        said = trained(record.training).removeprefix(" Trained for ").rstrip(".")
-        row = (str(record.step), took, link, f"{won.score:.3g}", cost)
-        rows.append((*row, *((said,) if trains else ())))
-    return _table(rows)
-
-
-def _layers(history: History) -> str:
-    record = history.incumbent
-    assert record is not None
-    rows = [("layer", "kind", "weights", "weight bits", "activation bits", "rise, nats")]
-    rows.append((":---", ":---", "---:", "---:", "---:", "---:"))
-    for layer in history.space.layers:
-        bits = record.config[layer.name]
-        table = history.sensitivity.get(layer.name, {})
-        rise = sum(
-            table.get(part, {}).get(b, math.nan)
-            for part, b in (("weights", bits.weight_bits), ("activations", bits.activation_bits))
-            if b != FLOAT_BITS
-        )
-        rows.append(
-            (
-                f"`{layer.name}`",
-                layer.kind,
-                f"{layer.n_weights:,}",
-                _bits(bits.weight_bits),
-                _bits(bits.activation_bits),
-                f"{rise:.2g}" if math.isfinite(rise) else "–",
-            )
-        )
-    return _table(rows)
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
-    # A "|" ends a cell even within code. The dashboard leaves no room between columns: an en space
-    # does, and Markdown does not strip it.
-    return "\n".join(
-        "| "
-        + " | ".join(
-            cell if set(cell) <= set(":-") and cell else cell.replace("|", "\\|") + "\u2002"
-            for cell in row
-        )
-        + " |"
-        for row in rows
-    )
+def _rise(history: History, layer: str, bits: LayerBits) -> str:
+    """Return the predicted rise of one layer, nats; a dash where the study does not hold it."""
+    table = history.sensitivity.get(layer, {})
+    parts = zip(("weights", "activations"), bits, strict=True)
+    rise = sum(table.get(part, {}).get(b, math.nan) for part, b in parts if b != FLOAT_BITS)
+    return f"{rise:.2g}" if math.isfinite(rise) else "–"
 
 
 def _bits(bits: Any) -> str:

@@ -2,7 +2,7 @@
 
 optuna-dashboard's own `save_note` and `save_plotly_graph_object` cut texts into parts of 2,045
 characters, and write and commit each alone: fifty commits for the pages of a large search, and
-whoever reads meanwhile gets half of a figure. Here parts are as long as every database allows,
+a reader in between gets half of a figure. Here parts are as long as every database allows,
 only what changed is written, and all at once (`hq_optuna.storages.studies`). What stands in the
 study is the same format, in fewer parts.
 """
@@ -23,7 +23,7 @@ from optuna.study import Study
 
 from hq_optuna import attributes
 from hq_optuna.artifacts.store import Reference
-from hq_optuna.dashboard.notes import study_note, trial_note, user_attrs_of, with_readers_part
+from hq_optuna.dashboard.notes import change_of, study_note, trial_note, with_readers_part
 from hq_optuna.protocol import worker_identity
 from hq_optuna.protocol.history import History, StepRecord, read_history
 from hq_optuna.protocol.status import SearchStatus, read_status
@@ -73,9 +73,10 @@ def write_pages(study: Study, *, current: SearchStatus | None = None) -> bool:
     """
     storage, study_id = unwrapped(study._storage), study._study_id
     stored = storage.get_study_system_attrs(study_id)
-    read = study if storage is study._storage else loaded(storage, study.study_name)
-    history = read_history(read)
-    current = read_status(read) if current is None else current
+    if storage is not study._storage:
+        study = optuna.load_study(study_name=study.study_name, storage=storage)
+    history = read_history(study)
+    current = read_status(study) if current is None else current
     stamp, files = stored.get(STAMP) or {}, artifacts_in(stored)
 
     def body(written: str) -> str:
@@ -109,14 +110,11 @@ def write_pages(study: Study, *, current: SearchStatus | None = None) -> bool:
 
 
 def _record_note(history: History, record: StepRecord) -> str:
-    winner = user_attrs_of(record.winner)
-    closes = {
-        attributes.KIND: "incumbent",
-        attributes.STEP: record.step,
-        attributes.COST: record.winner.cost,
-    }
-    closes |= {attributes.WINNER: record.winner.number, attributes.TRAINING: record.training}
-    return trial_note(closes, history.info, score=record.winner.score, winner=winner)
+    won = record.winner
+    closes = {attributes.KIND: "incumbent", attributes.STEP: record.step}
+    closes |= {attributes.WINNER: won.number, attributes.COST: won.cost}
+    closes |= {attributes.TRAINING: record.training}
+    return trial_note(closes, history.info, score=won.score, took=change_of(won))
 
 
 def figures(history: History) -> dict[str, go.Figure]:
@@ -211,8 +209,3 @@ def artifacts_in(stored: Mapping[str, Any]) -> dict[str, Reference]:
 def unwrapped(storage: BaseStorage) -> BaseStorage:
     """Return the storage without trying again: pages that are late are worth no wait."""
     return storage.wrapped if isinstance(storage, RetryingStorage) else storage
-
-
-def loaded(storage: BaseStorage, name: str) -> Study:
-    """Return a study for reading."""
-    return optuna.load_study(study_name=name, storage=storage)

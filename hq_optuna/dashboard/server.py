@@ -27,8 +27,8 @@ class DashboardServer:
     Args:
         storage: An open storage with any studies; bit searches are shown as `view` says.
         artifacts: Where their files are; ``None`` shows none.
-        host: Address to listen on. The dashboard asks nobody for a password, and lets everybody
-            who reaches it change and delete studies.
+        host: Address to listen on. The dashboard asks for no password, and lets everyone who
+            reaches it change and delete studies.
         port: 0 takes any free one.
 
     Attributes:

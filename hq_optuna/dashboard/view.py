@@ -25,7 +25,7 @@ from optuna.trial import FrozenTrial
 from hq_optuna import attributes
 from hq_optuna.artifacts.store import OPTUNA_PREFIX
 from hq_optuna.attributes import StudyInfo, quantizers_text
-from hq_optuna.dashboard.notes import trial_note
+from hq_optuna.dashboard.notes import change, trial_note
 from hq_optuna.dashboard.pages import FIGURES, artifacts_in
 from hq_optuna.protocol.status import Watch
 from hq_optuna.search import Additive
@@ -38,6 +38,10 @@ IMPORTANCES_VIEW = "get_param_importances"
 
 MOST_IMPORTANT = 20
 """Bars that the card has room to name."""
+
+
+_INTEGERS = {attributes.STEP, attributes.SLOT, attributes.WINNER}
+_INTEGERS |= {attributes.FROM_BITS, attributes.TO_BITS}
 
 
 class ShownStorage(RetryingStorage):
@@ -92,14 +96,8 @@ class ShownStorage(RetryingStorage):
         if total <= 0:
             return None
         most = sorted(spread, key=lambda name: -spread[name])[:MOST_IMPORTANT]
-        return [
-            {
-                "name": name,
-                "importance": spread[name] / total,
-                "distribution": CategoricalDistribution.__name__,
-            }
-            for name in most
-        ]
+        kind = {"distribution": CategoricalDistribution.__name__}
+        return [{"name": name, "importance": spread[name] / total, **kind} for name in most]
 
     def get_best_trial(self, study_id: int) -> FrozenTrial:
         """Return the incumbent, which is the answer in the end; Optuna's best ignores the budget.
@@ -227,7 +225,7 @@ def make_clearer(body: dict[str, Any], info: StudyInfo | None) -> None:
                 info,
                 state=trial["state"].upper(),
                 score=values[0] if isinstance(values[0], float) else None,
-                winner=None if won is None else _typed(won),
+                took="" if won is None else change(_typed(won)),
             )
             trial["note"] = {**trial["note"], "body": text}
 
@@ -239,15 +237,8 @@ def _place(name: str) -> tuple[int, str]:
 def _typed(trial: Mapping[str, Any]) -> dict[str, Any]:
     """Return user attributes that the dashboard turned into texts, with their numbers."""
     found = {item["key"]: item["value"] for item in trial["user_attrs"]}
-    for key in (
-        attributes.STEP,
-        attributes.SLOT,
-        attributes.WINNER,
-        attributes.FROM_BITS,
-        attributes.TO_BITS,
-    ):
-        if key in found:
-            found[key] = int(found[key]) if found[key].lstrip("-").isdigit() else None
+    for key in _INTEGERS & set(found):
+        found[key] = int(found[key]) if found[key].lstrip("-").isdigit() else None
     if attributes.TRAINING in found:
         try:
             found[attributes.TRAINING] = json.loads(found[attributes.TRAINING])

@@ -14,7 +14,7 @@ import optuna
 from optuna.storages import BaseStorage
 from optuna.study import Study
 
-from hq_optuna.dashboard.pages import STAMP, loaded, unwrapped, write_pages
+from hq_optuna.dashboard.pages import STAMP, unwrapped, write_pages
 from hq_optuna.protocol import worker_identity
 from hq_optuna.protocol.status import Watch
 from hq_optuna.protocol.step_log import StepLog
@@ -23,10 +23,10 @@ from hq_optuna.storages.trials import database_of
 logger = logging.getLogger(__name__)
 
 EVERY_S = 10.0
-"""Least time between two writings, whoever writes."""
+"""Least time between two writings, of all processes together."""
 
 REST = 20
-"""Writing rests for so many times what it took, so that it takes a twentieth of a core at most."""
+"""A pause is this many times as long as the writing before it: a twentieth of a core at most."""
 
 LONGEST_WAIT_S = 30.0
 """How long the end of a search waits for a writing that is under way."""
@@ -38,13 +38,13 @@ class PageWriter:
     """Writes a study's pages while this process works on it; hand it to `work` as ``on_progress``.
 
     Of all processes of a search the one that recorded the last step writes, so there is nothing to
-    agree on, and nobody to replace when it dies. It writes in a thread of its own, at most every
+    agree on, and no writer to replace when it dies. It writes in a thread of its own, at most every
     `EVERY_S` seconds; the last state is written when the search ends. Nothing here waits for the
     storage on the worker's path, and no error of it ends a search.
 
     Args:
         study: The study. One that lives in memory has no pages.
-        always: Write whoever recorded the last step, as a launcher does.
+        always: Write even if another process recorded the last step, as a launcher does.
         every_s: Least seconds between two writings.
         then: Also called with the record of the search, first.
         on: Whether to write at all.
@@ -112,7 +112,7 @@ class PageWriter:
     def _write(self, *, last: bool = False) -> None:
         began = time.monotonic()
         try:
-            study = loaded(self._storage, self._name)
+            study = optuna.load_study(study_name=self._name, storage=self._storage)
             if not last:
                 left_s = self._left(self._storage.get_study_system_attrs(study._study_id))
                 if left_s > 0:  # somebody else has just written

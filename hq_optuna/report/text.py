@@ -1,40 +1,28 @@
-"""The words of a report: what `report_data` returns, as sentences and tables of text.
+"""The report in words: numbers, sentences, tables of text, and all of it as Markdown.
 
-`blocks` says everything once; Markdown and HTML only dress it.
+`blocks` says everything once; `render_markdown` and the page only dress it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hq_optuna.attributes import quantizers_text
-from hq_optuna.report.compared import table as compared_table
-from hq_optuna.report.words import (
-    NOT_MEASURED,
-    NOUN,
-    before_and_after,
-    counted,
-    ended,
-    fact,
-    gap_text,
-    hundredths,
-    interval,
-    number,
-    percent,
-    points,
-    ranks_agree,
-    seconds,
-)
-from hq_optuna.space.cost import format_cost
+from hq_optuna.answer.intervals import CONFIDENCE
+from hq_optuna.attributes import EIGHT, UNIFORM, quantizers_text
+from hq_optuna.space.cost import Metric, format_cost
 from hq_optuna.space.layers import FLOAT_BITS
 
+NOT_MEASURED = "not measured"
+
+NOUN = {"bops": "BOPs", "size_bytes": "size"}
+
 BITS_COLUMNS = ("weight bits", "activation bits")
-LAYER_COLUMNS = (
-    *("layer", "kind", "weights", "MACs", *BITS_COLUMNS),
-    *("share of cost, all 8 bits", "share of cost, now", "sensitivity (nats)"),
-)
+
+Column = tuple[str, Sequence[str]]
+"""Title and cells."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,295 +32,282 @@ class Block:
     Attributes:
         key: Short name, for links.
         title: Heading.
+        columns: Of its table; empty for none.
         lines: Sentences, one item each.
-        header: Column titles of a table; empty for none.
-        rows: Its cells.
         n_text_columns: How many columns hold words; the others hold numbers.
         code: A command to copy.
+        last_stands_out: Whether the last row is what the others add up to or are compared with.
     """
 
     key: str
     title: str
-    lines: tuple[str, ...] = ()
-    header: tuple[str, ...] = ()
-    rows: tuple[tuple[str, ...], ...] = ()
+    columns: Sequence[Column] = ()
+    lines: Sequence[str] = ()
     n_text_columns: int = 1
     code: str = ""
+    last_stands_out: bool = False
+
+    @property
+    def header(self) -> list[str]:
+        """Titles of the columns."""
+        return [title for title, _ in self.columns]
+
+    @property
+    def rows(self) -> list[tuple[str, ...]]:
+        """Cells of the table."""
+        return list(zip(*(cells for _, cells in self.columns), strict=True))
 
 
 def blocks(data: Mapping[str, Any]) -> list[Block]:
     """Return the parts of the report in their order; the pictures go after ``"answer"``."""
-    return [
-        _beside(data),
-        _layers(data),
-        _answer(data),
-        *_compared(data),
-        *_trainings(data),
-        *_record(data),
-        *_limits(data),
-    ]
+    found = [_beside(data), _layers(data), _answer(data)]
+    if data["compared"]:
+        found.append(compared(data["compared"], data["budget"]["metric"]))
+    if data["trainings"]:
+        found.append(_trainings(data["trainings"]))
+    return [*found, _settings(data), _reproduce(data), _not_counted(data), _warnings(data)]
 
 
 def _beside(data: Mapping[str, Any]) -> Block:
-    rows = data["beside"]
-    losses = any(row["loss"] is not None for row in rows)
+    rows, noun = data["beside"], NOUN[data["budget"]["metric"]]
+    columns: list[Column] = [
+        ("", [row["name"] for row in rows]),
+        ("BOPs", [format_cost(row["bops"], "bops") for row in rows]),
+        ("size", [format_cost(row["size_bytes"], "size_bytes") for row in rows]),
+        (f"{noun} of all 8 bits", [percent(row["of_int8"]) for row in rows]),
+        (f"{noun} of float", [percent(row["of_float32"]) for row in rows]),
+    ]
+    if any(row["loss"] is not None for row in rows):
+        losses = ["" if row["loss"] is None else f"{row['loss']:.4g}" for row in rows]
+        columns.append(("validation loss", losses))
     accuracy = any(row["accuracy"] is not None for row in rows)
-    noun = NOUN[data["budget"]["metric"]]
-    header = ["", "BOPs", "size", f"{noun} of all 8 bits", f"{noun} of float"]
-    if losses:
-        header.append("validation loss")
     if accuracy:
-        header += ["validation accuracy, %", "over the answer, points"]
-    cells = []
-    for row in rows:
-        line = [
-            row["name"],
-            format_cost(row["bops"], "bops"),
-            format_cost(row["size_bytes"], "size_bytes"),
-            percent(row["of_int8"]),
-            percent(row["of_float32"]),
-        ]
-        if losses:
-            line.append("" if row["loss"] is None else f"{row['loss']:.4g}")
-        if accuracy:
-            line += [
-                NOT_MEASURED if row["accuracy"] is None else interval(row["accuracy"], hundredths),
-                "" if row["over_answer"] is None else interval(row["over_answer"], points),
-            ]
-        cells.append(tuple(line))
+        accuracies = [interval(row["accuracy"], hundredths) for row in rows]
+        over = [row["over_answer"] and interval(row["over_answer"], points) for row in rows]
+        columns.append(("validation accuracy, %", accuracies))
+        columns.append(("over the answer, points", [text or "" for text in over]))
     lines = []
     if data["accuracies"]:
-        lines.append(
-            f"In brackets {100 * data['accuracies']['confidence']:.0f} % intervals; "
-            f"{data['accuracies']['methods']}."
-        )
+        confidence, methods = data["accuracies"]["confidence"], data["accuracies"]["methods"]
+        lines.append(f"In brackets {100 * confidence:.0f} % intervals; {methods}.")
     elif accuracy:
         lines.append("No intervals: how many samples were right is not in the study.")
-    if any(row["name"].startswith("uniform") for row in rows) and not all(
-        row["searched"] for row in data["layers"]
-    ):
+    pinned = not all(row["searched"] for row in data["layers"])
+    if pinned and any(row["name"].startswith("uniform") for row in rows):
         lines.append("Uniform bits are the most within the budget; pinned layers keep theirs.")
     if data["trained"] and accuracy:
         lines.append("The answer was trained at its bits; 8 and uniform bits were not.")
+    return Block("beside", "Cost and accuracy", columns, lines, last_stands_out=True)
+
+
+def _layers(data: Mapping[str, Any]) -> Block:
+    rows = data["layers"]
+
+    def whole(name: str) -> list[str]:
+        return [f"{n:,}" for n in (*(row[name] for row in rows), sum(row[name] for row in rows))]
+
+    def bits(name: str) -> list[str]:
+        return ["float" if row[name] == FLOAT_BITS else str(row[name]) for row in rows]
+
+    kinds = [row["kind"] + ("" if row["searched"] else " (pinned)") for row in rows]
+    named = any(row["quantizer"] != "uniform" for row in rows)
+    quantizers = [("quantizer", [*(row["quantizer"] for row in rows), ""])] if named else []
+    columns: list[Column] = [
+        ("layer", [*(row["name"] for row in rows), "all"]),
+        ("kind", [*kinds, ""]),
+        *quantizers,
+        ("weights", whole("n_weights")),
+        ("MACs", whole("macs")),
+        (BITS_COLUMNS[0], [*bits("weight_bits"), ""]),
+        (BITS_COLUMNS[1], [*bits("activation_bits"), ""]),
+        ("share of cost, all 8 bits", [*(percent(row["share_before"]) for row in rows), "100 %"]),
+        ("share of cost, now", [*(percent(row["share_after"]) for row in rows), "100 %"]),
+        ("sensitivity (nats)", [*(number(row["sensitivity"]) for row in rows), ""]),
+    ]
+    lines = ["Sensitivities are those of the network before any training."]
     return Block(
-        "beside", "Cost and accuracy", lines=tuple(lines), header=tuple(header), rows=tuple(cells)
+        "layers",
+        "Layers",
+        columns,
+        lines if data["trainings"] else (),
+        n_text_columns=3 if named else 2,
+        last_stands_out=True,
     )
+
+
+def _pairs(key: str, title: str, rows: Sequence[tuple[str, str]], **more: Any) -> Block:
+    """Return a table of names and values."""
+    columns = [("", [name for name, _ in rows]), ("value", [value for _, value in rows])]
+    return Block(key, title, columns, n_text_columns=2, **more)
 
 
 def _answer(data: Mapping[str, Any]) -> Block:
     cost, budget, score = data["cost"], data["budget"], data["score"]
-    metric = budget["metric"]
+    facts, exact = data["facts"], data["exact"]
 
     def amount(value: float | None) -> str:
-        return NOT_MEASURED if value is None else format_cost(value, metric)
+        return NOT_MEASURED if value is None else format_cost(value, budget["metric"])
 
-    answer = amount(cost["answer"])
-    if cost["answer"] is not None:
-        answer += (
-            f" = {percent(cost['of_int8'])} of all 8 bits, {percent(cost['of_float32'])} of float"
-        )
-    facts, exact, ranks = data["facts"], data["exact"], data["agreement"]
+    parts = f"{percent(cost['of_int8'])} of all 8 bits, {percent(cost['of_float32'])} of float"
     rise, loss = number(score["total"], "nats"), number(score["calibration_loss"])
     if data["trained"]:
         rise += f"; before its training {number(score['untrained'], 'nats')}"
         loss += f"; before its training {number(score['untrained_calibration_loss'])}"
-    pairs = before_and_after(facts)
-    untrained = "; all of the network before any training" if data["trainings"] else ""
     rows = [
         ("the search ended", ended(data)),
         ("budget", f"{amount(budget['limit'])} ({budget['text']})"),
-        ("cost", answer),
+        ("cost", amount(cost["answer"]) + ("" if cost["answer"] is None else f" = {parts}")),
         ("predicted loss rise", rise),
         ("by layers: weights", number(score["weights"], "nats")),
         ("by layers: activations", number(score["activations"], "nats")),
-        *(
-            ()
-            if exact is None
-            else (("gap to the exact optimum", gap_text(exact, amount) + untrained),)
-        ),
-        ("loss on the calibration set", loss),
-        ("does the score rank as the measured loss?", ranks_agree(ranks)),
-        *(
-            (f"{what.replace('_', ' ')}, before → after", text + counted(data, what))
-            for what, text in pairs.items()
-        ),
     ]
+    if exact is not None:
+        untrained = "; all of the network before any training" if data["trainings"] else ""
+        rows.append(("gap to the exact optimum", gap_text(exact, amount) + untrained))
+    rows.append(("loss on the calibration set", loss))
+    rows.append(("does the score rank as the measured loss?", ranks_agree(data["agreement"])))
+    pairs = before_and_after(facts)
+    rows += [(f"{what}, before → after", f"{t}{counted(data, what)}") for what, t in pairs.items()]
     if not pairs:
         rows.append(("validation accuracy, before → after", NOT_MEASURED))
     said = {f"{what.replace(' ', '_')}{end}" for what in pairs for end in ("_before", "_after")}
     said |= {f"{what}_{end}" for what in data["accuracies"] for end in ("lost", "gained")}
     rows += [(k.replace("_", " "), fact(k, v)) for k, v in facts.items() if k not in said]
-    return Block("answer", "In numbers", rows=tuple(rows), header=("", "value"), n_text_columns=2)
+    return _pairs("answer", "In numbers", rows)
 
 
-def _compared(data: Mapping[str, Any]) -> list[Block]:
-    if not data["compared"]:
-        return []
-    header, rows, lines = compared_table(data["compared"], data["budget"]["metric"])
-    return [Block("compared", "Compared", lines=lines, header=header, rows=rows)]
+def compared(rows: Sequence[Mapping[str, Any]], metric: Metric) -> Block:
+    """Return the comparison of the answer with uniform bits.
+
+    Args:
+        rows: As in the report's data, with ``accuracy`` and ``over_answer``.
+        metric: What the costs count.
+    """
+    methods = {row["method"] for row in rows}
+    pairs = any(row.get("pairs") for row in rows)
+    lines = ["Measured on the validation data; all with the same score and statistics correction."]
+    if any(row.get("trained") for row in rows):
+        lines.append("The answer was trained at its bits, and has its score after that.")
+    if pairs:
+        lines.append(f"In brackets {100 * CONFIDENCE:.0f} % intervals over the validation samples.")
+    if EIGHT in methods:
+        lines.append("Uniform 8 bits are over the budget and stand here for reference.")
+    if UNIFORM not in methods:
+        lines.append("No uniform bits are within the budget.")
+
+    def measured(row: Mapping[str, Any], name: str) -> str:
+        if name not in row["measured"]:
+            return "none"
+        value = row["measured"][name]
+        if value is None:  # NaN or infinity, in JSON
+            return NOT_MEASURED
+        if name != "accuracy":
+            return f"{value:.4g}"
+        low, high = row["accuracy"]["low"], row["accuracy"]["high"]
+        text = f"{hundredths(value)} %"
+        return text if low is None else f"{text} [{hundredths(low)}, {hundredths(high)}]"
+
+    uniform = (UNIFORM, EIGHT)
+    columns: list[Column] = [
+        ("", [f"uniform {r['bits']}" if r["method"] in uniform else r["method"] for r in rows]),
+        ("cost", [format_cost(row["cost"], metric) for row in rows]),
+        ("score (nats)", [f"{row['score']:.3g}" for row in rows]),
+    ]
+    for name in dict.fromkeys(name for row in rows for name in row["measured"]):
+        columns.append((name, [measured(row, name) for row in rows]))
+    if pairs:
+        over = [row["over_answer"] and interval(row["over_answer"], points) for row in rows]
+        columns.append(("over the answer, points", [text or "" for text in over]))
+    times = ["" if row["seconds"] is None else f"{row['seconds']:.3g}" for row in rows]
+    columns.append(("evaluations", [f"{row['evaluations']:,}" for row in rows]))
+    return Block("compared", "Compared", [*columns, ("seconds", times)], lines)
 
 
-def _trainings(data: Mapping[str, Any]) -> list[Block]:
-    rows = data["trainings"]
-    if not rows:
-        return []
+def _trainings(rows: Sequence[Mapping[str, Any]]) -> Block:
+    def measured(row: Mapping[str, Any], when: str, name: str) -> str:
+        value = row[when].get(name)
+        return interval(value, hundredths) if name == "accuracy" else number(value, digits=4)
+
     names = list(dict.fromkeys(name for row in rows for name in row["before"]))
     names.sort(key=lambda name: name != "accuracy")
-
-    def written(name: str, value: Any) -> str:
-        if value is None:
-            return NOT_MEASURED
-        return interval(value, hundredths) if name == "accuracy" else f"{value:.4g}"
-
-    cells = [
-        (
-            ("the answer" if row["kind"] == "final" else f"step {row['step']}")
-            + ("" if row["kept"] else ", not kept"),
-            str(row["trial"]),
-            *(
-                text
-                for name in names
-                for text in (
-                    written(name, row["before"].get(name)),
-                    written(name, row["after"].get(name)),
-                )
-            ),
-            number(row["score"]),
-            NOT_MEASURED if row["epochs"] is None else f"{row['epochs']:,}",
-            seconds(row["seconds"]),
-        )
-        for row in rows
-    ]
     titles = {"accuracy": "validation accuracy, %", "loss": "validation loss"}
-    measured = [
-        f"{titles.get(name, name)}, {when}" for name in names for when in ("before", "after")
+    steps = ["the answer" if row["kind"] == "final" else f"step {row['step']}" for row in rows]
+    kept = ["" if row["kept"] else ", not kept" for row in rows]
+    columns: list[Column] = [
+        ("", [step + text for step, text in zip(steps, kept, strict=True)]),
+        ("trial", [str(row["trial"]) for row in rows]),
+        *(
+            (f"{titles.get(name, name)}, {when}", [measured(row, when, name) for row in rows])
+            for name in names
+            for when in ("before", "after")
+        ),
+        ("score after (nats)", [number(row["score"]) for row in rows]),
+        ("epochs", [fact("epochs", row["epochs"]) for row in rows]),
+        ("seconds", [seconds(row["seconds"]) for row in rows]),
     ]
     lines = [
         "Before: bits of the step, statistics corrected. After: what the next steps are made from."
     ]
-    if not all(row["kept"] for row in rows):
+    if any(kept):
         lines.append("A training that did not lower the score is not kept, and changes nothing.")
     if not names:
         lines.append("Nothing was measured: give the search validation data.")
-    return [
-        Block(
-            "training",
-            "Trained steps",
-            lines=tuple(lines),
-            header=("", "trial", *measured, "score after (nats)", "epochs", "seconds"),
-            rows=tuple(cells),
-        )
-    ]
+    return Block("training", "Trained steps", columns, lines)
 
 
-def _layers(data: Mapping[str, Any]) -> Block:
-    named = any(row["quantizer"] != "uniform" for row in data["layers"])
-    rows: list[tuple[str, ...]] = []
-    for row in data["layers"]:
-        pinned = "" if row["searched"] else " (pinned)"
-        rows.append(
-            (
-                row["name"],
-                row["kind"] + pinned,
-                *((row["quantizer"],) if named else ()),
-                f"{row['n_weights']:,}",
-                f"{row['macs']:,}",
-                *(
-                    "float" if row[part] == FLOAT_BITS else str(row[part])
-                    for part in ("weight_bits", "activation_bits")
-                ),
-                percent(row["share_before"]),
-                percent(row["share_after"]),
-                number(row["sensitivity"]),
-            )
-        )
-    n_weights, macs = (sum(row[k] for row in data["layers"]) for k in ("n_weights", "macs"))
-    words = ("all", *("",) * (2 if named else 1))
-    rows.append((*words, f"{n_weights:,}", f"{macs:,}", "", "", "100 %", "100 %", ""))
-    header: tuple[str, ...] = LAYER_COLUMNS
-    if named:
-        header = (*header[:2], "quantizer", *header[2:])
-    lines = ("Sensitivities are those of the network before any training.",)
-    return Block(
-        "layers",
-        "Layers",
-        lines=lines if data["trainings"] else (),
-        header=header,
-        rows=tuple(rows),
-        n_text_columns=len(words),
-    )
-
-
-def _record(data: Mapping[str, Any]) -> list[Block]:
+def _settings(data: Mapping[str, Any]) -> Block:
     counts = data["counts"]
+    twice = f" (and {counts['duplicates']:,} scored twice)" if counts["duplicates"] else ""
     settings = {
         "study": data["study"],
         **data["settings"],
         "quantizers of weights": quantizers_text(data["quantizers"]),
         "budget": data["budget"]["text"],
-        "candidates scored": _extra(counts["candidates"], counts["duplicates"], "scored twice"),
-        "steps closed": f"{counts['records']:,}",
-        "of these trained": f"{counts['trained']:,}",
+        "candidates scored": f"{counts['candidates']:,}{twice}",
+        "steps closed": counts["records"],
+        "of these trained": counts["trained"],
         "trials running, pruned, failed": ", ".join(
             str(counts[k]) for k in ("running", "pruned", "failed")
         ),
-        "workers": str(counts["workers"]),
+        "workers": counts["workers"],
         "time in evaluations": seconds(counts["seconds"]),
     }
     if counts["trained"]:
         settings["time in trainings"] = seconds(counts["training_seconds"])
+    rows = [(k.replace("_", " "), fact(k, v)) for k, v in settings.items()]
+    return _pairs("settings", "Settings", rows)
+
+
+def _reproduce(data: Mapping[str, Any]) -> Block:
     fingerprint = data["fingerprint"]
     parts = fingerprint if isinstance(fingerprint, dict) else {"fingerprint": fingerprint}
-    reproduce = [("seed", str(data["settings"]["seed"]))]
-    reproduce += [(f"fingerprint: {k}", fact(k, v)) for k, v in parts.items() if v is not None]
-    reproduce += [
-        (f"artifact: {name}", f"SHA-256 {v['sha256']}, {v['bytes']:,} bytes")
-        for name, v in data["artifacts"].items()
+    rows = [
+        ("seed", str(data["settings"]["seed"])),
+        *((f"fingerprint: {k}", fact(k, v)) for k, v in parts.items() if v is not None),
+        *(
+            (f"artifact: {name}", f"SHA-256 {v['sha256']}, {v['bytes']:,} bytes")
+            for name, v in data["artifacts"].items()
+        ),
+        *((f"installed now: {k}", v) for k, v in data["versions"].items()),
     ]
-    reproduce += [(f"installed now: {k}", v) for k, v in data["versions"].items()]
     lines = () if data["command"] else ("The study does not say which command started it.",)
-    return [
-        Block(
-            "settings",
-            "Settings",
-            header=("", "value"),
-            rows=tuple((k.replace("_", " "), fact(k, v)) for k, v in settings.items()),
-            n_text_columns=2,
-        ),
-        Block(
-            "reproduce",
-            "Reproduce",
-            lines=lines,
-            code=data["command"] or "",
-            header=("", "value"),
-            rows=tuple(reproduce),
-            n_text_columns=2,
-        ),
+    return _pairs("reproduce", "Reproduce", rows, lines=lines, code=data["command"] or "")
+
+
+def _not_counted(data: Mapping[str, Any]) -> Block:
+    found = data["skipped"]
+    more = "Modules that are not quantized and in no cost:" if found else "No module was skipped."
+    columns = [
+        (title, [row[key] for row in found])
+        for title, key in (("module", "name"), ("kind", "kind"), ("reason", "reason"))
+        if found
     ]
+    lines = [*data["not_counted"], more]
+    return Block("not-counted", "Not counted", columns, lines, n_text_columns=3)
 
 
-def _extra(count: int, extra: int, what: str) -> str:
-    return f"{count:,} (and {extra:,} {what})" if extra else f"{count:,}"
-
-
-def _limits(data: Mapping[str, Any]) -> list[Block]:
-    skipped = tuple((s["name"], s["kind"], s["reason"]) for s in data["skipped"])
-    return [
-        Block(
-            "not-counted",
-            "Not counted",
-            lines=(
-                *data["not_counted"],
-                "Modules that are not quantized and in no cost:"
-                if skipped
-                else "No module was skipped.",
-            ),
-            header=("module", "kind", "reason") if skipped else (),
-            rows=skipped,
-            n_text_columns=3,
-        ),
-        Block("warnings", "Warnings", lines=tuple(data["warnings"]) or ("None.",)),
-    ]
+def _warnings(data: Mapping[str, Any]) -> Block:
+    return Block("warnings", "Warnings", lines=data["warnings"] or ["None."])
 
 
 def render_markdown(data: Mapping[str, Any]) -> str:
@@ -344,9 +319,9 @@ def render_markdown(data: Mapping[str, Any]) -> str:
             parts.append("\n".join(f"- {_cell(line)}" for line in block.lines))
         if block.code:
             parts.append("\n".join(f"    {line}" for line in block.code.splitlines()))
-        if block.header:
+        if block.columns:
             rules = ["---" if i < block.n_text_columns else "--:" for i in range(len(block.header))]
-            table = [block.header, tuple(rules), *(map(_cell, row) for row in block.rows)]
+            table = [block.header, rules, *([_cell(cell) for cell in row] for row in block.rows)]
             parts.append("\n".join(f"| {' | '.join(row)} |" for row in table))
     return "\n\n".join(parts) + "\n"
 
@@ -356,3 +331,176 @@ def _cell(text: str) -> str:
     for character in "\\|<>*_`":
         text = text.replace(character, "\\" + character)
     return " ".join(text.split())
+
+
+def number(value: float | None, unit: str = "", digits: int = 3) -> str:
+    """Return three significant digits, or "not measured" for ``None``."""
+    if value is None:
+        return NOT_MEASURED
+    return f"{value:.{digits}g} {unit}".rstrip()
+
+
+def percent(fraction: float | None) -> str:
+    """Return the fraction as ``"24.8 %"``, or "not measured" for ``None``."""
+    return NOT_MEASURED if fraction is None else f"{100 * fraction:.1f} %"
+
+
+def hundredths(fraction: float) -> str:
+    """Return an accuracy in percent without its sign: ``"99.67"``."""
+    return f"{100 * fraction:.2f}"
+
+
+def points(fraction: float) -> str:
+    """Return a difference of accuracies in points, with its sign.
+
+    Example:
+        >>> points(-0.0123), points(0.0)
+        ('−1.2', '0.0')
+    """
+    text = f"{100 * fraction:+.1f}".replace("-", "−")
+    return "0.0" if text in ("+0.0", "−0.0") else text
+
+
+def interval(found: Mapping[str, float | None] | None, write: Callable[[float], str]) -> str:
+    """Return ``"value [low, high]"``, or the value alone where there is no interval."""
+    if found is None:
+        return NOT_MEASURED
+    value, *ends = (
+        write(x) for x in (found["value"], found["low"], found["high"]) if x is not None
+    )
+    return f"{value} [{', '.join(ends)}]" if ends else value
+
+
+def seconds(value: float | None) -> str:
+    """Return a duration in whole seconds, short ones with three digits."""
+    return number(value, "s") if value is None or value < 100 else f"{value:,.0f} s"
+
+
+def fact(name: str, value: Any) -> str:
+    """Return the value of a fact; accuracies are percentages."""
+    if value is None:
+        return NOT_MEASURED
+    if isinstance(value, str):
+        return value
+    if value in ([], {}):
+        return "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {fact(str(key), item)}" for key, item in value.items())
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return json.dumps(value)
+    if "accuracy" in name and 0 <= value <= 1:
+        return percent(value)
+    return f"{value:.6g}" if isinstance(value, float) else f"{value:,}"
+
+
+def before_and_after(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Return ``{what: "before → after"}`` of the facts that were measured twice.
+
+    Example:
+        >>> before_and_after({"accuracy_before": 0.981, "accuracy_after": 0.975})
+        {'accuracy': '98.1 % → 97.5 %'}
+    """
+    names = [key.removesuffix("_before") for key in facts if key.endswith("_before")]
+    ends = {name: (facts[f"{name}_before"], facts.get(f"{name}_after")) for name in names}
+    return {
+        name.replace("_", " "): f"{fact(name, before)} → {fact(name, after)}"
+        for name, (before, after) in ends.items()
+        if f"{name}_after" in facts
+    }
+
+
+def headline(data: Mapping[str, Any]) -> str:
+    """Return the answer in one sentence, or how far the search is."""
+    state, budget = data["state"], data["budget"]
+    eight = f"the all-8-bit {NOUN[budget['metric']]}"
+    limit = f"the budget is {percent(budget['of_int8'])}"
+    cost = f"{percent(data['cost']['of_int8'])} of {eight}"
+    rise = f"predicted loss rise {number(data['score']['total'], 'nats')}"
+    stopped = f"Stopped by a limit, {state['reason']}" if state["over"] else ""
+    scored = _n(state["scored_in_open_step"], "candidate")
+    if state["status"] == "not started":
+        return f"{stopped or 'No step is closed yet'}: {scored} scored; {limit} of {eight}."
+    if state["status"] == "unfinished":
+        return (
+            f"{stopped or 'Unfinished'}, {percent(state['progress'])} of the way to the budget: "
+            f"after step {state['step']} it is at {cost} ({limit}), {rise}"
+            + (f"; {scored} of the next step scored." if state["scored_in_open_step"] else ".")
+        )
+    if state["status"] == "exhausted":
+        return (
+            f"Every layer is at its fewest bits and the budget is not met: {cost} ({limit}), "
+            f"{rise}."
+        )
+    measured = before_and_after(data["facts"])
+    name = "accuracy" if "accuracy" in measured or not measured else next(iter(measured))
+    text = (
+        f"{_layers_at(data['layers'])}: {cost}, {rise}, "
+        f"validation {name} {measured.get(name, NOT_MEASURED)}"
+    )
+    found = data["accuracies"].get("validation")
+    if name == "accuracy" and found:
+        value, low, high = (points(found["difference"][k]) for k in ("value", "low", "high"))
+        text += f" ({value} points, 95 % interval {low} to {high})"
+    return f"{text}{'' if state['over'] else '; swaps still refine it'}."
+
+
+def _layers_at(layers: list[Mapping[str, Any]]) -> str:
+    """Return ``"18 layers at 2 to 8 bits"``."""
+    bits = {row[part] for row in layers for part in ("weight_bits", "activation_bits")}
+    integer = bits - {FLOAT_BITS}
+    text = _n(len(layers), "layer")
+    if integer:
+        low, high = min(integer), max(integer)
+        text += f" at {low} to {high} bits" if low < high else f" at {_n(low, 'bit')}"
+    if all(row["activation_bits"] == FLOAT_BITS for row in layers):
+        text += " (activations in float)"
+    return text
+
+
+def _n(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def ended(data: Mapping[str, Any]) -> str:
+    """Return why the search ended, in words."""
+    state: Mapping[str, Any] = data["state"]
+    met, reason = state["status"] == "met", str(state["reason"])
+    if not state["over"]:
+        return "not yet" + (": the budget is met, swaps still refine the answer" if met else "")
+    if "budget" in reason:
+        return reason
+    return f"{reason}; the budget is {'met' if met else 'not met'}"
+
+
+def counted(data: Mapping[str, Any], what: str) -> str:
+    """Return the interval of an accuracy's difference and what was counted for it."""
+    name = {"accuracy": "validation", "test accuracy": "test"}.get(what, "")
+    found = data["accuracies"].get(name)
+    if not found:
+        return ""
+    return (
+        f", difference {interval(found['difference'], points)} points: of {found['samples']:,} "
+        f"samples {found['lost']:,} lost, {found['gained']:,} gained"
+    )
+
+
+def ranks_agree(ranks: Mapping[str, Any] | None) -> str:
+    """Return how well the score ranked what was measured beside it, and what that is worth."""
+    if ranks is None:
+        return NOT_MEASURED
+    text = f"Spearman {ranks['spearman']:.3f} over {ranks['candidates']:,} candidates"
+    if ranks["within_steps"] is not None:
+        text += f", {ranks['within_steps']:.3f} within a step (median of {ranks['steps']})"
+    return f"{text}; on the calibration set, which both read, not on unseen data"
+
+
+def gap_text(exact: Mapping[str, Any], amount: Callable[[float | None], str]) -> str:
+    """Return how far the answer is from the least sum over layers, in words."""
+    gap = NOT_MEASURED if exact["gap"] is None else f"{exact['gap']:.3f}"
+    text = (
+        f"{gap} (sum over layers {number(exact['answer'], 'nats')}; the least within the budget "
+        f"{number(exact['optimum'], 'nats')}, at {amount(exact['cost'])})"
+    )
+    if exact["of_the_score"]:
+        return text
+    return f"{text}; the search ranks by another score, which is no sum over layers"

@@ -89,6 +89,13 @@ def macs(layers: Sequence[LayerSpec]) -> int:
     return sum(layer.macs for layer in layers)
 
 
+def shares(costs: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return each cost as a fraction of their sum, shape ``(L,)``; zeros where the sum is zero."""
+    values = np.asarray(costs, dtype=np.float64)
+    total = float(values.sum())
+    return values / total if total > 0 else values
+
+
 def format_cost(cost: float, metric: Metric) -> str:
     """Return the cost for people: GBOPs, MBOPs, MiB, KiB.
 

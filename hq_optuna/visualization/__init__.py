@@ -9,20 +9,28 @@ Backgrounds are transparent and texts mid-grey, so that figures stand on light a
 (2008) and Viridis, which all kinds of colour vision tell apart; symbols and dashes say the same
 again. Layers stand in the order of the network, the first on top.
 
+Plots are loaded when they are first used, so that the colours alone cost no plotly.
+
 Example:
     >>> from hq_optuna import visualization
     >>> visualization.plot_bits(study).show()  # doctest: +SKIP
 """
 
-from hq_optuna.visualization.bits import plot_bits
-from hq_optuna.visualization.candidates import plot_candidates
-from hq_optuna.visualization.cost_share import plot_cost_share
-from hq_optuna.visualization.pareto import plot_pareto
-from hq_optuna.visualization.prediction import plot_prediction
-from hq_optuna.visualization.sensitivity import plot_sensitivity
-from hq_optuna.visualization.steps import plot_steps
-from hq_optuna.visualization.training import plot_training
-from hq_optuna.visualization.workers import plot_workers
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hq_optuna.visualization.bits import plot_bits
+    from hq_optuna.visualization.candidates import plot_candidates
+    from hq_optuna.visualization.cost_share import plot_cost_share
+    from hq_optuna.visualization.pareto import plot_pareto
+    from hq_optuna.visualization.prediction import plot_prediction
+    from hq_optuna.visualization.sensitivity import plot_sensitivity
+    from hq_optuna.visualization.steps import plot_steps
+    from hq_optuna.visualization.training import plot_training
+    from hq_optuna.visualization.workers import plot_workers
 
 __all__ = [
     "plot_bits",
@@ -35,3 +43,14 @@ __all__ = [
     "plot_training",
     "plot_workers",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{name.removeprefix('plot_')}")
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,4 +1,4 @@
-"""What all pictures share: colours, axes of layers and costs, look."""
+"""What all pictures share: axes of layers and costs, budget lines, notes, look."""
 
 from __future__ import annotations
 
@@ -11,25 +11,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
-from plotly.colors import sample_colorscale
 
 from hq_optuna.space.cost import Metric, format_cost
-from hq_optuna.space.layers import FLOAT_BITS
-from hq_optuna.space.search_space import SearchSpace
+from hq_optuna.visualization.palette import BLUE, GREEN, GREY, GRID, ORANGE, PAGES, VERMILION
 
 logger = logging.getLogger(__name__)
-
-# Okabe & Ito (2008): told apart with any colour vision.
-BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-SKY = "#56B4E9"
-GREY = "#767676"
-"""Text: the one grey with a contrast of 4.5 to 1 on white that also reads on a dark page."""
-
-GRID = "rgba(128,128,128,0.25)"
-PAGES = {False: ("#ffffff", "#1c1f23"), True: ("#14161a", "#e4e6ea")}
-"""Background and text of a figure for a light and for a dark page."""
-
-FLOAT_COLOUR = "#b8b8b8"
 
 TITLE_PX, PANEL_TITLE_PX, BOTTOM_PX = 64, 26, 56
 """Room for the title and the titles of panels above the plot area, and for the axis below."""
@@ -54,57 +40,6 @@ def cost_unit(reference: float, metric: Metric) -> tuple[float, str]:
 def finite(value: float) -> float | None:
     """Return the value, or ``None`` where it was not measured (NaN) or is infinite."""
     return value if math.isfinite(value) else None
-
-
-def bits_text(bits: int) -> str:
-    """Return the bits for people: ``"float"`` for 32."""
-    return "float" if bits == FLOAT_BITS else str(bits)
-
-
-def levels(space: SearchSpace) -> tuple[int, ...]:
-    """Return all bits that a layer of the space may have, fewest first."""
-    return space.levels
-
-
-def bit_colours(bits: Sequence[int]) -> list[str]:
-    """Return one colour per number of bits: fewer bits are brighter, float is grey.
-
-    The colours are equal steps of Viridis, whose lightness falls evenly, so that they keep their
-    order for colour-blind readers and in black and white.
-    """
-    integer = [b for b in bits if b != FLOAT_BITS]
-    places = [1 - i / max(1, len(integer) - 1) for i in range(len(integer))]
-    colours = iter(sample_colorscale("Viridis", [0.1 + 0.9 * place for place in places]))
-    return [FLOAT_COLOUR if b == FLOAT_BITS else next(colours) for b in bits]
-
-
-def text_on(colour: str) -> str:
-    """Return black or white, whichever is easier to read on a colour.
-
-    Args:
-        colour: As `bit_colours` returns them, ``"rgb(68, 1, 84)"`` or ``"#b8b8b8"``.
-    """
-    red, green, blue = rgb(colour)
-    # Relative luminance of sRGB as in WCAG 2, with the exponent rounded to 2.2.
-    light = sum(
-        weight * (part / 255) ** 2.2
-        for weight, part in zip((0.2126, 0.7152, 0.0722), (red, green, blue), strict=True)
-    )
-    return "#000000" if (light + 0.05) / 0.05 > 1.05 / (light + 0.05) else "#ffffff"
-
-
-def rgb(colour: str) -> tuple[int, int, int]:
-    """Return the parts of a colour that `bit_colours` returned, 0 to 255.
-
-    Example:
-        >>> rgb("rgb(68, 1, 84)"), rgb("#b8b8b8")
-        ((68, 1, 84), (184, 184, 184))
-    """
-    if colour.startswith("#"):
-        red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    else:
-        red, green, blue = (round(float(part)) for part in colour[4:-1].split(","))
-    return red, green, blue
 
 
 def layers_height(n_layers: int) -> int:
@@ -212,6 +147,34 @@ def log_axis(values: Iterable[float]) -> dict[str, Any]:
     }
 
 
+def colour_bar(title: str, ticks: Sequence[float], texts: Sequence[str], px: int) -> dict[str, Any]:
+    """Return the settings of a colour bar that begins at the top and is ``px`` pixels long."""
+    return {
+        **{"title": {"text": title}, "tickvals": list(ticks), "ticktext": list(texts)},
+        **{"lenmode": "pixels", "len": px, "thickness": 16, "outlinewidth": 0},
+        **{"y": 1, "yanchor": "top"},
+    }
+
+
+def power_text(exponent: int) -> str:
+    """Return a power of ten as plotly text."""
+    return f"10<sup>{exponent}</sup>".replace("-", "−")
+
+
+def note(figure: go.Figure, text: str, **place: Any) -> None:
+    """Add a text to the figure; after `style`, which takes earlier ones for titles of panels."""
+    figure.add_annotation(text=text, showarrow=False, **place)
+
+
+def budget_line(
+    figure: go.Figure, limit: float, metric: Metric, factor: float, **place: Any
+) -> None:
+    """Draw the budget across an x axis of costs, in the unit of ``factor``, with its name."""
+    figure.add_vline(x=limit / factor, line={"color": VERMILION, "dash": "dash"})
+    text = f"budget {format_cost(limit, metric)}"
+    note(figure, text, x=limit / factor, xref="x", yref="paper", **place)
+
+
 def style(figure: go.Figure, title: str, height: int) -> go.Figure:
     """Give the figure its title, height (of the plot area, pixels) and the look of all figures.
 
@@ -257,7 +220,5 @@ def empty(title: str, reason: str) -> go.Figure:
     """Return a figure that says why it shows nothing, and log it."""
     logger.warning("%s: %s", title, reason)
     figure = style(go.Figure(), title, 120)
-    figure.add_annotation(
-        text=label(reason), showarrow=False, x=0.5, y=0.5, xref="paper", yref="paper"
-    )
+    note(figure, label(reason), x=0.5, y=0.5, xref="paper", yref="paper")
     return figure.update_xaxes(visible=False).update_yaxes(visible=False)

@@ -12,6 +12,7 @@ from plotly.subplots import make_subplots
 from hq_optuna.protocol.history import History, read_history
 from hq_optuna.space.layers import FLOAT_BITS
 from hq_optuna.visualization import _figure as f
+from hq_optuna.visualization.palette import bit_colours, bits_text
 
 TITLE = "Bits of each layer over the steps"
 
@@ -43,7 +44,7 @@ def bits_info(history: History) -> BitsInfo:
         steps=tuple(record.step for record in history.records),
         weight_bits=tuple(tuple(c[name].weight_bits for c in configs) for name in names),
         activation_bits=tuple(tuple(c[name].activation_bits for c in configs) for name in names),
-        levels=f.levels(history.space),
+        levels=history.space.levels,
     )
 
 
@@ -55,12 +56,12 @@ def bits_figure(info: BitsInfo) -> go.Figure:
     """
     if not info.steps:
         return f.empty(TITLE, "No step is closed yet.")
-    panels = [("weights", info.weight_bits)]
+    panels = {"weights": info.weight_bits}
     title = TITLE
     if info.activation_bits != info.weight_bits:
         constant = {bits for row in info.activation_bits for bits in row}
         if len(constant) > 1:
-            panels.append(("activations", info.activation_bits))
+            panels["activations"] = info.activation_bits
         else:
             (bits,) = constant
             kept = "in float" if bits == FLOAT_BITS else f"at {bits} bits"
@@ -69,17 +70,11 @@ def bits_figure(info: BitsInfo) -> go.Figure:
         cols=len(panels),
         shared_yaxes=True,
         horizontal_spacing=0.03,
-        subplot_titles=[name for name, _ in panels] if len(panels) > 1 else None,
+        subplot_titles=list(panels) if len(panels) > 1 else None,
     )
     place = {bits: i for i, bits in enumerate(info.levels)}
     n = len(info.levels)
-    # Two stops of the same colour per level make steps of the scale.
-    scale = [
-        (edge / n, colour)
-        for i, colour in enumerate(f.bit_colours(info.levels))
-        for edge in (i, i + 1)
-    ]
-    for column, (name, rows) in enumerate(panels, start=1):
+    for column, (name, rows) in enumerate(panels.items(), start=1):
         part = f" ({name})" if len(panels) > 1 else ""
         figure.add_heatmap(
             x=list(info.steps),
@@ -93,24 +88,13 @@ def bits_figure(info: BitsInfo) -> go.Figure:
         )
     height = f.layers_height(len(info.layers))
     f.style(figure, title, height)
-    figure.update_layout(
-        coloraxis={
-            "colorscale": scale,
-            "cmin": -0.5,
-            "cmax": n - 0.5,
-            "colorbar": {
-                "title": {"text": "bits"},
-                "tickvals": list(range(n)),
-                "ticktext": [f.bits_text(bits) for bits in info.levels],
-                "lenmode": "pixels",
-                "len": min(height, 60 + 24 * n),
-                "y": 1,
-                "yanchor": "top",
-                "thickness": 16,
-                "outlinewidth": 0,
-            },
-        }
-    )
+    # Two stops of the same colour per level make steps of the scale.
+    colours = enumerate(bit_colours(info.levels))
+    scale = [(edge / n, colour) for i, colour in colours for edge in (i, i + 1)]
+    texts = [bits_text(bits) for bits in info.levels]
+    bar = f.colour_bar("bits", range(n), texts, min(height, 60 + 24 * n))
+    axis = {"colorscale": scale, "cmin": -0.5, "cmax": n - 0.5, "colorbar": bar}
+    figure.update_layout(coloraxis=axis)
     figure.update_xaxes(showgrid=False, zeroline=False, **f.step_axis(info.steps))
     figure.update_yaxes(**f.layers_axis(info.layers))
     return figure

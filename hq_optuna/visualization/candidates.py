@@ -12,6 +12,7 @@ from plotly.subplots import make_subplots
 from hq_optuna.protocol.history import History, read_history
 from hq_optuna.space.cost import Metric
 from hq_optuna.visualization import _figure as f
+from hq_optuna.visualization.palette import BLUE, VERMILION
 from hq_optuna.visualization.steps import describe_move, shorten_moves
 
 TITLE = "Candidates of a step"
@@ -106,22 +107,8 @@ def candidates_figure(info: CandidatesInfo) -> go.Figure:
     if info.step is None:
         return f.empty(TITLE, "No candidate is scored yet.")
     rows = info.candidates
-    savings = [c.saved for c in rows if c.saved is not None]
-    factor, unit = f.cost_unit(max(map(abs, savings), default=0.0), info.metric)
-    first = "predicted loss rise (nats)" if info.step == 0 else "rise (nats)"
-    panels: list[tuple[str, list[float | None], str]] = [
-        (first, [c.rise for c in rows], "%{x:.4g} nats")
-    ]
-    if savings:
-        saved = [None if c.saved is None else c.saved / factor for c in rows]
-        panels.append((f"cost saved ({unit})", saved, f"%{{x:.4g}} {unit} saved"))
-        if info.rule == "ratio":
-            keys = [None if c.key is None else c.key * factor for c in rows]
-            panels.append(
-                (f"rise per saving (nats/{unit})", keys, f"%{{x:.4g}} nats per {unit} saved")
-            )
+    panels = _panels(info)
     labels = [f"{c.move} (trial {c.number})" for c in rows]
-    winner = [c.won for c in rows]
     figure = make_subplots(cols=len(panels), shared_yaxes=True, horizontal_spacing=0.04)
     for column, (title, values, hover) in enumerate(panels, start=1):
         figure.add_scatter(
@@ -132,11 +119,11 @@ def candidates_figure(info: CandidatesInfo) -> go.Figure:
             marker={
                 "opacity": 1,
                 "line": {"width": 0},
-                "size": [15 if won else 10 for won in winner],
-                "symbol": ["star" if won else "circle" for won in winner],
-                "color": [f.VERMILION if won else f.BLUE for won in winner],
+                "size": [15 if c.won else 10 for c in rows],
+                "symbol": ["star" if c.won else "circle" for c in rows],
+                "color": [VERMILION if c.won else BLUE for c in rows],
             },
-            hovertemplate=f"%{{y}}<br>{hover}<extra></extra>",
+            hovertemplate=f"%{{y}}<br>%{{x:.4g}} {hover}<extra></extra>",
             showlegend=False,
             row=1,
             col=column,
@@ -148,7 +135,7 @@ def candidates_figure(info: CandidatesInfo) -> go.Figure:
             if max(known) > 1000 * min(known):
                 axis["dtick"] = 1  # whole decades only
         figure.update_xaxes(title={"text": title}, tickangle=0, **axis, row=1, col=column)
-    took = "★ taken" if any(winner) else "still open"
+    took = "★ taken" if any(c.won for c in rows) else "still open"
     if info.elsewhere is not None:
         took = f"took trial {info.elsewhere} of an earlier step"
     title = f"Candidates of step {info.step}{' (swaps)' if info.rule == 'swaps' else ''} ({took})"
@@ -160,6 +147,22 @@ def candidates_figure(info: CandidatesInfo) -> go.Figure:
     shown = [f"{move} (trial {c.number})" for move, c in zip(moves, rows, strict=True)]
     figure.update_yaxes(**{**f.layers_axis(labels, shown), "showgrid": True})
     return figure
+
+
+def _panels(info: CandidatesInfo) -> list[tuple[str, list[float | None], str]]:
+    """Return the title, the values and the unit in hover texts of each panel."""
+    rows = info.candidates
+    rise = "predicted loss rise (nats)" if info.step == 0 else "rise (nats)"
+    panels: list[tuple[str, list[float | None], str]] = [(rise, [c.rise for c in rows], "nats")]
+    savings = [c.saved for c in rows if c.saved is not None]
+    if savings:
+        factor, unit = f.cost_unit(max(map(abs, savings)), info.metric)
+        saved = [None if c.saved is None else c.saved / factor for c in rows]
+        panels.append((f"cost saved ({unit})", saved, f"{unit} saved"))
+        if info.rule == "ratio":
+            keys = [None if c.key is None else c.key * factor for c in rows]
+            panels.append((f"rise per saving (nats/{unit})", keys, f"nats per {unit} saved"))
+    return panels
 
 
 def plot_candidates(

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import plotly.graph_objects as go
-from numpy.typing import NDArray
 from optuna.study import Study
 
 from hq_optuna.protocol.history import History, read_history
 from hq_optuna.space.assignment import BitConfig
-from hq_optuna.space.cost import CostModel, Metric, format_cost
+from hq_optuna.space.cost import CostModel, Metric, format_cost, shares
 from hq_optuna.visualization import _figure as f
+from hq_optuna.visualization.palette import BLUE, GREY
 
 TITLE = "Share of each layer in the cost"
 
@@ -46,17 +44,10 @@ def cost_share_info(history: History) -> CostShareInfo:
     return CostShareInfo(names, int8, incumbent, metric)
 
 
-def shares(costs: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return each cost as a fraction of their sum, shape ``(L,)``; zeros where the sum is zero."""
-    values = np.asarray(costs, dtype=np.float64)
-    total = float(values.sum())
-    return values / total if total > 0 else values
-
-
 def cost_share_figure(info: CostShareInfo) -> go.Figure:
     """Draw two bars a layer: its share in the all-8-bit cost, and in the incumbent's."""
     figure = go.Figure()
-    bars = [("all 8 bits", info.int8, f.GREY), ("incumbent", info.incumbent, f.BLUE)]
+    bars = [("all 8 bits", info.int8, GREY), ("incumbent", info.incumbent, BLUE)]
     for name, costs, colour in bars:
         if costs is None:
             continue

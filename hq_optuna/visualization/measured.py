@@ -10,13 +10,14 @@ import plotly.graph_objects as go
 
 from hq_optuna import attributes
 from hq_optuna.protocol.history import History
-from hq_optuna.space.cost import CostModel, Metric, format_cost
+from hq_optuna.space.cost import CostModel, Metric
 from hq_optuna.visualization import _figure as f
+from hq_optuna.visualization.palette import GREY, ORANGE, SKY, VERMILION
 
 ACCURACY = "accuracy"
 _LOOK = {
-    attributes.ANSWER: ("answer", f.VERMILION, "star", 15),
-    attributes.UNIFORM: ("uniform bits", f.ORANGE, "diamond", 10),
+    attributes.ANSWER: ("answer", VERMILION, "star", 15),
+    attributes.UNIFORM: ("uniform bits", ORANGE, "diamond", 10),
 }
 
 
@@ -70,10 +71,9 @@ def measured_info(history: History, name: str = ACCURACY) -> MeasuredInfo:
         raise ValueError(f"Nothing called {name!r} was measured; there are {', '.join(names)}.")
     points = []
     for row in rows:
-        method, said = row["method"], row["method"]
-        if row["bits"] is not None:
-            said = row["bits"]
+        method, said = row["method"], row["bits"]
         if name in row["measured"]:
+            said = method if said is None else said
             points.append(MeasuredPoint(method, said, row["cost"], row["measured"][name]))
     info = history.info
     return MeasuredInfo(
@@ -101,7 +101,7 @@ def standard_error(share: float, n_samples: int) -> float:
 
 
 def error_bars(percents: Sequence[float], errors: Sequence[float]) -> dict[str, Any]:
-    """Return bars of so many points around percentages, which end at 0 and at 100."""
+    """Return error bars, in points, around percentages; they end at 0 and at 100."""
     return {
         "array": [min(error, 100 - at) for at, error in zip(percents, errors, strict=True)],
         "arrayminus": [min(error, at) for at, error in zip(percents, errors, strict=True)],
@@ -124,47 +124,37 @@ def measured_figure(info: MeasuredInfo) -> go.Figure:
     figure = go.Figure()
     for method in dict.fromkeys(p.method for p in info.points):
         points = [p for p in info.points if p.method == method]
-        said, colour, symbol, size = _LOOK.get(method, (method, f.SKY, "x", 8))
-        errors = None
+        said, colour, symbol, size = _LOOK.get(method, (method, SKY, "x", 8))
+        labelled = method == attributes.UNIFORM and len(points) <= 12
+        values = [times * p.value for p in points]
+        errors, spread = [0.0] * len(points), ""
         if is_accuracy and info.n_samples:
-            errors = [times * standard_error(p.value, info.n_samples) for p in points]
-        spread = "" if errors is None else " ± %{customdata[1]:.1f}"
+            errors = [100 * standard_error(p.value, info.n_samples) for p in points]
+            spread = " ± %{customdata[1]:.1f}"
         figure.add_scatter(
             x=[p.cost / factor for p in points],
-            y=[times * p.value for p in points],
-            error_y=None if errors is None else error_bars([100 * p.value for p in points], errors),
+            y=values,
+            error_y=error_bars(values, errors) if spread else None,
             name=said,
-            mode="markers+text"
-            if method == attributes.UNIFORM and len(points) <= 12
-            else "markers",
+            mode="markers+text" if labelled else "markers",
             marker={"color": colour, "symbol": symbol, "size": size},
             text=[f.label(p.name) for p in points],
             textposition="top right",
-            customdata=[
-                [p.cost / info.int8, error]
-                for p, error in zip(points, errors or [0.0] * len(points), strict=True)
-            ],
+            customdata=[[p.cost / info.int8, e] for p, e in zip(points, errors, strict=True)],
             hovertemplate=f"%{{text}}: %{{y:.4g}}{spread}{suffix}<br>"
             f"%{{x:.4g}} {unit}, %{{customdata[0]:.1%}} of all-8-bit<extra></extra>",
         )
     f.style(figure, title, 320)
     figure.update_layout(showlegend=True)
     if info.before is not None:
-        figure.add_hline(y=times * info.before, line={"color": f.GREY, "dash": "dot", "width": 1.5})
-        figure.add_annotation(
-            text=f"float {times * info.before:.4g}{suffix}",
-            **{"x": 1, "xref": "x domain", "xanchor": "right", "showarrow": False},
-            **{"y": times * info.before, "yref": "y", "yanchor": "bottom"},
-        )
+        before = times * info.before
+        figure.add_hline(y=before, line={"color": GREY, "dash": "dot", "width": 1.5})
+        place = {"x": 1, "xref": "x domain", "xanchor": "right", "y": before, "yref": "y"}
+        f.note(figure, f"float {before:.4g}{suffix}", yanchor="bottom", **place)
     values = [p.value for p in info.points]
-    above = 2 * values[0] > min(values) + max(values)  # where the answer is not
-    figure.add_vline(x=info.limit / factor, line={"color": f.VERMILION, "dash": "dash"})
-    figure.add_annotation(
-        text=f"budget {format_cost(info.limit, info.metric)}",
-        **{"x": info.limit / factor, "xref": "x", "xanchor": "right", "xshift": -4},
-        **{"y": 0 if above else 1, "yref": "paper", "showarrow": False},
-        yanchor="bottom" if above else "top",
-    )
+    above = 2 * values[0] > min(values) + max(values)  # the budget's name stands where it is not
+    place = {"y": 0, "yanchor": "bottom"} if above else {"y": 1, "yanchor": "top"}
+    f.budget_line(figure, info.limit, info.metric, factor, xanchor="right", xshift=-4, **place)
     highest = max(info.limit, *(p.cost for p in info.points)) / factor
     figure.update_xaxes(title={"text": f"cost ({unit})"}, range=[0, 1.15 * highest])
     figure.update_yaxes(title={"text": f"{f.label(info.name)}{' (%)' if is_accuracy else ''}"})

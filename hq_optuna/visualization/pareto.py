@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 from optuna.study import Study
@@ -11,14 +11,15 @@ from optuna.study import Study
 from hq_optuna.protocol.history import History, read_history
 from hq_optuna.search import uniform_states
 from hq_optuna.space.assignment import BitConfig
-from hq_optuna.space.cost import CostModel, Metric, format_cost
+from hq_optuna.space.cost import CostModel, Metric
 from hq_optuna.visualization import _figure as f
 from hq_optuna.visualization.measured import measured_figure, measured_info
+from hq_optuna.visualization.palette import BLUE, GREEN, ORANGE, VERMILION
 
 TITLE = "Predicted loss rise against cost"
 N_POINTS = 17
 N_COMPARED = 30
-"""So many steps, and uniform assignments, at most are drawn, each above the optimum of its cost."""
+"""Steps, and uniform assignments, drawn at most: the exact curve is solved at the cost of each."""
 
 
 class ParetoPoint(NamedTuple):
@@ -99,64 +100,46 @@ def pareto_figure(info: ParetoInfo) -> go.Figure:
     if not info.exact:
         return f.empty(TITLE, "The study holds no whole table of sensitivities.")
     factor, unit = f.cost_unit(info.int8, info.metric)
-    figure = go.Figure()
-    labelled = len(info.uniform) <= 12
     met = info.limit is None or info.answer is None or info.answer.cost <= info.limit
-    drawn = (
-        (
-            "exact optimum",
-            info.exact,
-            "lines",
-            {"line": {"color": f.GREEN, "width": 2.5, "shape": "hv"}},
-        ),
-        (
-            "steps of the search",
-            info.incumbents,
-            "markers",  # a line between them would run below the stairs
-            {"marker": {"color": f.BLUE, "size": 7}},
-        ),
-        (
-            "uniform bits",
-            info.uniform,
-            "markers+text" if labelled else "markers",
-            {
-                "marker": {"color": f.ORANGE, "symbol": "diamond", "size": 9},
-                "textposition": "top right",
-            },
-        ),
-        (
-            "answer" if met else "incumbent,<br>over the budget",
-            () if info.answer is None else (info.answer,),
-            "markers",
-            {"marker": {"color": f.VERMILION, "symbol": "star", "size": 15}},
-        ),
+    answer = "answer" if met else "incumbent,<br>over the budget"
+    drawn = {
+        "exact optimum": info.exact,
+        "steps of the search": info.incumbents,
+        "uniform bits": info.uniform,
+        answer: () if info.answer is None else (info.answer,),
+    }
+    looks: tuple[dict[str, Any], ...] = (
+        {"mode": "lines", "line": {"color": GREEN, "width": 2.5, "shape": "hv"}},
+        # A line between the steps would run below the stairs.
+        {"mode": "markers", "marker": {"color": BLUE, "size": 7}},
+        {
+            "mode": "markers+text" if len(info.uniform) <= 12 else "markers",
+            "marker": {"color": ORANGE, "symbol": "diamond", "size": 9},
+            "textposition": "top right",
+        },
+        {"mode": "markers", "marker": {"color": VERMILION, "symbol": "star", "size": 15}},
     )
+    figure = go.Figure()
     shown: list[float] = []
-    for name, points, mode, look in drawn:
+    for (name, points), look in zip(drawn.items(), looks, strict=True):
         # A log axis has no zero, as of assignments that leave everything in float.
         positive = [p for p in points if p.score > 0]
-        if not positive:
-            continue
         shown += [p.score for p in positive]
-        figure.add_scatter(
-            x=[p.cost / factor for p in positive],
-            y=[p.score for p in positive],
-            name=name,
-            mode=mode,
-            text=[f.label(p.name) for p in positive],
-            customdata=[p.cost / info.int8 for p in positive],
-            hovertemplate="%{text}: %{y:.4g} nats<br>"
-            f"%{{x:.4g}} {unit}, %{{customdata:.1%}} of all-8-bit<extra></extra>",
-            **look,
-        )
+        if positive:
+            figure.add_scatter(
+                x=[p.cost / factor for p in positive],
+                y=[p.score for p in positive],
+                name=name,
+                text=[f.label(p.name) for p in positive],
+                customdata=[p.cost / info.int8 for p in positive],
+                hovertemplate="%{text}: %{y:.4g} nats<br>"
+                f"%{{x:.4g}} {unit}, %{{customdata:.1%}} of all-8-bit<extra></extra>",
+                **look,
+            )
     f.style(figure, TITLE, 380)
     if info.limit is not None:
-        figure.add_vline(x=info.limit / factor, line={"color": f.VERMILION, "dash": "dash"})
-        figure.add_annotation(
-            text=f"budget {format_cost(info.limit, info.metric)}",
-            **{"x": info.limit / factor, "xref": "x", "xanchor": "left"},
-            **{"y": 1, "yref": "paper", "yanchor": "top", "showarrow": False, "xshift": 4},
-        )
+        place = {"xanchor": "left", "y": 1, "yanchor": "top", "xshift": 4}
+        f.budget_line(figure, info.limit, info.metric, factor, **place)
     figure.update_yaxes(title={"text": "sum over layers (nats)"}, **f.log_axis(shown))
     costs = [p.cost / factor for p in (*info.exact, *info.uniform, *info.incumbents)]
     figure.update_xaxes(title={"text": f"cost ({unit})"}, range=[0, 1.09 * max(costs)])

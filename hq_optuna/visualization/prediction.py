@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 from optuna.study import Study
 from plotly.subplots import make_subplots
-from scipy.stats import spearmanr
 
 from hq_optuna.protocol.history import History, read_history
 from hq_optuna.visualization import _figure as f
+from hq_optuna.visualization.palette import BLUE, GREEN, GREY, VERMILION
 from hq_optuna.visualization.steps import describe_move
 
 TITLE = "Predicted against measured loss rise"
 DECADES = 3
-"""So many decades of the axes are logarithmic; what is nearer to zero is drawn on a linear scale,
-which also knows the rises below zero that measuring gives."""
+"""Decades of the axes that are logarithmic; nearer to zero they are linear, which also shows the
+rises below zero that measuring gives."""
 
 MANY = 200
-"""More points than these of one kind are drawn smaller."""
+"""Points of one kind above which all are drawn smaller."""
 
 AFTER = "candidates after<br>a training"
 """Name of those whose rises are over a trained network."""
+
+TAKEN = "taken by a step"
 
 MEASURED = "loss"
 """The scorer that ranks by measured losses: its score predicts nothing."""
@@ -88,9 +90,7 @@ def prediction_info(history: History) -> PredictionInfo:
         measured = c.calibration_loss - start.calibration_loss
         if not math.isfinite(measured):
             continue
-        sums = (c.score_weights + c.score_activations) - (
-            start.score_weights + start.score_activations
-        )
+        before, after = (x.score_weights + x.score_activations for x in (start, c))
         points.append(
             PredictionPoint(
                 number=c.number,
@@ -98,7 +98,7 @@ def prediction_info(history: History) -> PredictionInfo:
                 over=start.step,
                 move=describe_move(c),
                 by_score=None if scorer == MEASURED else c.score - start.score,
-                by_layers=f.finite(sums),
+                by_layers=f.finite(after - before),
                 measured=measured,
                 won=c.number in won,
             )
@@ -131,102 +131,98 @@ def rank_correlation(pairs: Iterable[tuple[float | None, float]]) -> float | Non
     whole = [(predicted, measured) for predicted, measured in pairs if predicted is not None]
     if len(whole) < 3 or any(len(set(side)) < 2 for side in zip(*whole, strict=True)):
         return None
-    predicted, measured = zip(*whole, strict=True)
-    return round(float(spearmanr(predicted, measured).statistic), 12)
+    from scipy.stats import spearmanr  # takes longer to import than the figure to draw
+
+    return round(float(spearmanr(*zip(*whole, strict=True)).statistic), 12)
 
 
-_KINDS: tuple[tuple[str, Callable[[PredictionPoint], bool], dict[str, Any]], ...] = (
-    (
-        "candidates",
-        lambda p: not p.won and not p.over,
-        {"color": f.BLUE, "size": 6, "opacity": 0.85},
-    ),
-    (
-        AFTER,
-        lambda p: not p.won and p.over > 0,
-        {"color": f.GREEN, "size": 6, "opacity": 0.85, "symbol": "diamond"},
-    ),
-    ("taken by a step", lambda p: p.won, {"color": f.VERMILION, "size": 9, "symbol": "star"}),
-)
+_LOOKS: dict[str, dict[str, Any]] = {
+    "candidates": {"color": BLUE, "size": 6, "opacity": 0.85},
+    AFTER: {"color": GREEN, "size": 6, "opacity": 0.85, "symbol": "diamond"},
+    TAKEN: {"color": VERMILION, "size": 9, "symbol": "star"},
+}
 
 
-def _over(point: PredictionPoint) -> str:
-    return f"over the network trained at step {point.over}" if point.over else "over the start"
+def _kind(point: PredictionPoint) -> str:
+    return TAKEN if point.won else AFTER if point.over else "candidates"
 
 
 def prediction_figure(info: PredictionInfo) -> go.Figure:
     """Draw a point per candidate, a panel per way to predict; on the line both rises are equal."""
-    panels = [
-        (name, [(getattr(p, part), p) for p in info.points if getattr(p, part) is not None], rank)
-        for name, part, rank in (
-            (f"score ({info.scorer})", "by_score", info.rank_by_score),
-            ("sum over layers", "by_layers", info.rank_by_layers),
-        )
-    ]
-    panels = [panel for panel in panels if panel[1]]
+    panels = []
+    for title, part, rank in (
+        (f"score ({info.scorer})", "by_score", info.rank_by_score),
+        ("sum over layers", "by_layers", info.rank_by_layers),
+    ):
+        pairs = [(getattr(p, part), p) for p in info.points if getattr(p, part) is not None]
+        correlation = "" if rank is None else f": rank correlation {rank:.2f}"
+        if pairs:
+            panels.append((f.label(title) + correlation, pairs))
     if not panels:
         return f.empty(TITLE, "No candidate has both a predicted and a measured loss rise yet.")
-    predicted = [x for _, points, _ in panels for x, _ in points]
-    measured = [p.measured for _, points, _ in panels for _, p in points]
+    predicted = [x for _, pairs in panels for x, _ in pairs]
+    measured = [p.measured for _, pairs in panels for _, p in pairs]
     unit = linear_unit([*predicted, *measured])
+    places = [squeeze(x, unit) for x in (*predicted, *measured)]
+    room = 0.05 * (max(places) - min(places)) or 0.1
     figure = make_subplots(
         cols=len(panels),
         shared_yaxes=True,
         horizontal_spacing=0.04,
-        subplot_titles=[
-            f.label(name) + ("" if rank is None else f": rank correlation {rank:.2f}")
-            for name, _, rank in panels
-        ],
+        subplot_titles=[title for title, _ in panels],
     )
-    places = [squeeze(x, unit) for x in (*predicted, *measured)]
-    room = 0.05 * (max(places) - min(places)) or 0.1
-    for column, (_, points, _) in enumerate(panels, start=1):
-        ends = [squeeze(min(predicted), unit) - room, squeeze(max(predicted), unit) + room]
+    ends = [squeeze(min(predicted), unit) - room, squeeze(max(predicted), unit) + room]
+    for column, (_, pairs) in enumerate(panels, start=1):
         figure.add_scatter(
             x=ends,
             y=ends,
             mode="lines",
-            line={"color": f.GREY, "width": 1.5, "dash": "dot"},
+            line={"color": GREY, "width": 1.5, "dash": "dot"},
             name="as predicted",
             hoverinfo="skip",
             showlegend=column == 1,
             row=1,
             col=column,
         )
-        for name, chosen, look in _KINDS:
-            shown = [(x, p) for x, p in points if chosen(p)]
-            if not shown and name == AFTER:
-                continue
-            if len(shown) > MANY:
-                look = {**look, "size": 5}
-            figure.add_scatter(
-                x=[squeeze(x, unit) for x, _ in shown],
-                y=[squeeze(p.measured, unit) for _, p in shown],
-                mode="markers",
-                marker=look,
-                name=name,
-                legendgroup=name,
-                customdata=[
-                    [p.step, f.label(p.move), p.number, x, p.measured, _over(p)] for x, p in shown
-                ],
-                hovertemplate="step %{customdata[0]}: %{customdata[1]} (trial %{customdata[2]})"
-                "<br>predicted %{customdata[3]:.4g} nats"
-                "<br>measured %{customdata[4]:.4g} nats<br>%{customdata[5]}<extra></extra>",
-                showlegend=column == 1,
-                row=1,
-                col=column,
-            )
-    power = f"±10<sup>{round(math.log10(unit))}</sup>".replace("-", "−")
-    f.style(figure, f"{TITLE}<br><sub>axes are linear within {power} nats</sub>", 420)
+        _add_points(figure, column, pairs, unit)
+    linear = f"±{f.power_text(round(math.log10(unit)))}"
+    f.style(figure, f"{TITLE}<br><sub>axes are linear within {linear} nats</sub>", 420)
     figure.update_layout(legend={"traceorder": "normal", "itemsizing": "constant"})
     over = "the start" + (" or the last training" if any(p.over for p in info.points) else "")
-    figure.update_xaxes(
-        title={"text": f"predicted rise over {over} (nats)"}, **rise_axis(predicted, unit, room)
-    )
-    axis = rise_axis(measured, unit, room)
-    figure.update_yaxes(**axis)
+    figure.update_xaxes(**rise_axis(predicted, unit, room))
+    figure.update_xaxes(title={"text": f"predicted rise over {over} (nats)"})
+    figure.update_yaxes(**rise_axis(measured, unit, room))
     figure.update_yaxes(title={"text": f"measured rise over {over} (nats)"}, col=1)
     return figure
+
+
+def _add_points(
+    figure: go.Figure, column: int, pairs: list[tuple[float, PredictionPoint]], unit: float
+) -> None:
+    """Draw candidates in one panel, each ``(predicted, point)``, where `squeeze` puts them."""
+    for name, look in _LOOKS.items():
+        shown = [(x, p) for x, p in pairs if _kind(p) == name]
+        if not shown and name == AFTER:
+            continue
+        over = {p.over: f"over the network trained at step {p.over}" for _, p in shown}
+        over[0] = "over the start"
+        figure.add_scatter(
+            x=[squeeze(x, unit) for x, _ in shown],
+            y=[squeeze(p.measured, unit) for _, p in shown],
+            mode="markers",
+            marker={**look, "size": 5} if len(shown) > MANY else look,
+            name=name,
+            legendgroup=name,
+            customdata=[
+                [p.step, f.label(p.move), p.number, x, p.measured, over[p.over]] for x, p in shown
+            ],
+            hovertemplate="step %{customdata[0]}: %{customdata[1]} (trial %{customdata[2]})"
+            "<br>predicted %{customdata[3]:.4g} nats"
+            "<br>measured %{customdata[4]:.4g} nats<br>%{customdata[5]}<extra></extra>",
+            showlegend=column == 1,
+            row=1,
+            col=column,
+        )
 
 
 def linear_unit(values: Sequence[float]) -> float:
@@ -272,8 +268,8 @@ def _power_text(place: int, power: int) -> str:
     if place == 0:
         return "0"
     exponent = power + abs(place) - 1
-    text = {0: "1", 1: "10"}.get(exponent, f"10<sup>{exponent}</sup>")
-    return ("-" * (place < 0) + text).replace("-", "−")
+    text = {0: "1", 1: "10"}.get(exponent, f.power_text(exponent))
+    return f"−{text}" if place < 0 else text
 
 
 def plot_prediction(study: Study, *, dark: bool | None = None) -> go.Figure:

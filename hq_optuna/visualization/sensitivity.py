@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 from optuna.study import Study
@@ -67,27 +68,22 @@ def sensitivity_figure(info: SensitivityInfo) -> go.Figure:
 
     A cell that was not computed, or whose rise is zero, stays empty.
     """
-    panels = [
-        (name, rows, chosen)
-        for name, rows, chosen in (
-            ("weights", info.weights, info.weight_bits),
-            ("activations", info.activations, info.activation_bits),
-        )
-        if any(value is not None for row in rows for value in row)
-    ]
+    parts = {
+        "weights": (info.weights, info.weight_bits),
+        "activations": (info.activations, info.activation_bits),
+    }
+    panels = {
+        name: part for name, part in parts.items() if any(v is not None for r in part[0] for v in r)
+    }
     if not panels:
         return f.empty(TITLE, "The study holds no sensitivities.")
     columns = [str(bits) for bits in info.bits]
     labels = [f.label(layer) for layer in info.layers]
     figure = make_subplots(
-        cols=len(panels),
-        shared_yaxes=True,
-        horizontal_spacing=0.03,
-        subplot_titles=[name for name, _, _ in panels],
+        cols=len(panels), shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=list(panels)
     )
-    positive: list[float] = []
-    for column, (name, rows, chosen) in enumerate(panels, start=1):
-        positive += [value for row in rows for value in row if value is not None and value > 0]
+    for column, (name, (rows, chosen)) in enumerate(panels.items(), start=1):
+        place = {"row": 1, "col": column}
         figure.add_heatmap(
             x=columns,
             y=labels,
@@ -96,66 +92,45 @@ def sensitivity_figure(info: SensitivityInfo) -> go.Figure:
             hovertemplate=f"%{{y}}<br>{name} at %{{x}} bits<br>"
             "predicted loss rise %{customdata:.3g} nats<extra></extra>",
             coloraxis="coloraxis",
-            row=1,
-            col=column,
+            **place,
         )
-        marked = [
-            (str(bits), layer)
-            for bits, layer in zip(chosen or (), labels, strict=False)
-            if bits in info.bits
-        ]
+        marked = [pair for pair in zip(chosen or (), labels, strict=False) if pair[0] in info.bits]
         if marked:
+            line = {"color": "black", "width": 1}
             figure.add_scatter(
-                x=[bits for bits, _ in marked],
+                x=[str(bits) for bits, _ in marked],
                 y=[layer for _, layer in marked],
                 mode="markers",
-                marker={
-                    "symbol": "circle",
-                    "size": 7,
-                    "color": "white",
-                    "line": {"color": "black", "width": 1},
-                },
+                marker={"symbol": "circle", "size": 7, "color": "white", "line": line},
                 hoverinfo="skip",
                 showlegend=False,
-                row=1,
-                col=column,
+                **place,
             )
     height = f.layers_height(len(info.layers))
     circles = "" if info.weight_bits is None else " (○ bits of the incumbent)"
     f.style(figure, TITLE + circles, height)
-    low, high = (math.log10(min(positive)), math.log10(max(positive))) if positive else (0.0, 0.0)
-    decades = range(math.ceil(low), math.floor(high) + 1)
-    ticks = list(decades) if len(decades) > 1 else [low, high]
-    figure.update_layout(
-        coloraxis={
-            "colorscale": "Viridis",
-            "cmin": low,
-            "cmax": high if high > low else low + 1,
-            "colorbar": {
-                "title": {"text": "nats"},
-                "tickvals": ticks,
-                "ticktext": [
-                    f"10<sup>{t}</sup>".replace("-", "−") if isinstance(t, int) else f"{10**t:.2g}"
-                    for t in ticks
-                ],
-                "lenmode": "pixels",
-                "len": min(height, 320),
-                "y": 1,
-                "yanchor": "top",
-                "thickness": 16,
-                "outlinewidth": 0,
-            },
-        }
-    )
-    figure.update_xaxes(
-        type="category",
-        categoryorder="array",
-        categoryarray=columns,
-        title={"text": "bits"},
-        showgrid=False,
-    )
+    figure.update_layout(coloraxis=_colours(panels.values(), min(height, 320)))
+    axis = {"type": "category", "categoryorder": "array", "categoryarray": columns}
+    figure.update_xaxes(**axis, title={"text": "bits"}, showgrid=False)
     figure.update_yaxes(**f.layers_axis(info.layers))
     return figure
+
+
+def _colours(panels: Iterable[tuple[Rows, Any]], px: int) -> dict[str, Any]:
+    """Return a log colour axis of all rises above zero; its bar has whole decades if several."""
+    positive = [v for rows, _ in panels for row in rows for v in row if v is not None and v > 0]
+    low, high = (math.log10(min(positive)), math.log10(max(positive))) if positive else (0.0, 0.0)
+    decades = range(math.ceil(low), math.floor(high) + 1)
+    ticks: Sequence[float] = [low, high]
+    texts = [f"{10**tick:.2g}" for tick in ticks]
+    if len(decades) > 1:
+        ticks, texts = decades, [f.power_text(tick) for tick in decades]
+    return {
+        "colorscale": "Viridis",
+        "cmin": low,
+        "cmax": high if high > low else low + 1,
+        "colorbar": f.colour_bar("nats", ticks, texts, px),
+    }
 
 
 def plot_sensitivity(study: Study, *, dark: bool | None = None) -> go.Figure:

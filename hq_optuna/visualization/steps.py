@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 from optuna.study import Study
@@ -12,6 +12,7 @@ from plotly.subplots import make_subplots
 from hq_optuna.protocol.history import Candidate, History, Reference, StepRecord, read_history
 from hq_optuna.space.cost import Metric, format_cost
 from hq_optuna.visualization import _figure as f
+from hq_optuna.visualization.palette import BLUE, GREEN, GREY, ORANGE, VERMILION, bits_text
 
 TITLE = "Score and cost over the steps"
 
@@ -54,7 +55,7 @@ def describe_move(candidate: Candidate) -> str:
         return "start"
     if candidate.from_bits is None or candidate.to_bits is None:
         return candidate.variable  # a swap, in words already
-    bits = f"{f.bits_text(candidate.from_bits)} → {f.bits_text(candidate.to_bits)}"
+    bits = f"{bits_text(candidate.from_bits)} → {bits_text(candidate.to_bits)}"
     return f"{candidate.variable} {bits}"
 
 
@@ -86,14 +87,17 @@ def steps_info(history: History) -> StepsInfo:
             epochs = (record.training or {}).get("epochs")
             said = TRAINED if epochs is None else f"{TRAINED}, {epochs} epochs"
             entries.append((record, record.trained, said))
-    networks = [network for _, network, _ in entries]
+
+    def values(name: str) -> tuple[float | None, ...]:
+        return tuple(f.finite(getattr(network, name)) for _, network, _ in entries)
+
     return StepsInfo(
         steps=tuple(record.step for record, _, _ in entries),
         taken=tuple(said for _, _, said in entries),
-        score=tuple(f.finite(network.score) for network in networks),
-        score_weights=tuple(f.finite(network.score_weights) for network in networks),
-        score_activations=tuple(f.finite(network.score_activations) for network in networks),
-        calibration_loss=tuple(f.finite(network.calibration_loss) for network in networks),
+        score=values("score"),
+        score_weights=values("score_weights"),
+        score_activations=values("score_activations"),
+        calibration_loss=values("calibration_loss"),
         cost=tuple(f.finite(record.winner.cost) for record, _, _ in entries),
         limit=history.info.limit,
         int8=history.info.int8,
@@ -108,59 +112,14 @@ def steps_figure(info: StepsInfo) -> go.Figure:
     figure = make_subplots(rows=2, shared_xaxes=True, vertical_spacing=0.08)
     mode = "lines+markers" if len(info.steps) <= 60 else "lines"
     taken = [f.label(text) for text in info.taken]
-    parts = [
-        ("score", info.score, {"color": f.BLUE, "width": 2.5}, True),
-        ("weights, by layers", info.score_weights, {"color": f.ORANGE, "dash": "dash"}, True),
-        ("activations, by layers", info.score_activations, {"color": f.GREEN, "dash": "dot"}, True),
-        (
-            "calibration loss<br>(click to show)",
-            info.calibration_loss,
-            {"color": f.VERMILION, "dash": "dashdot"},
-            "legendonly",
-        ),
-    ]
-    shown: list[float] = []
-    for name, values, line, visible in parts:
-        # A log axis has no zero; a part that is zero throughout is left out.
-        positive = [value if value is not None and value > 0 else None for value in values]
-        if not any(positive):
-            continue
-        if visible is True:
-            shown += [value for value in positive if value is not None]
-        figure.add_scatter(
-            x=list(info.steps),
-            y=positive,
-            name=name,
-            mode=mode,
-            line=line,
-            visible=visible,
-            customdata=taken,
-            hovertemplate=f"step %{{x}}: %{{customdata}}<br>{name.partition('<br>')[0]} "
-            "%{y:.4g} nats<extra></extra>",
-            row=1,
-            col=1,
-        )
-    after = [i for i, text in enumerate(info.taken) if text.startswith(TRAINED)]
-    after = [i for i in after if (info.score[i] or 0.0) > 0]
-    if after:
-        figure.add_scatter(
-            x=[info.steps[i] for i in after],
-            y=[info.score[i] for i in after],
-            name="score after<br>a training",
-            mode="markers",
-            marker={"color": f.BLUE, "symbol": "diamond", "size": 10},
-            customdata=[taken[i] for i in after],
-            hovertemplate="step %{x}: %{customdata}<br>score %{y:.4g} nats<extra></extra>",
-            row=1,
-            col=1,
-        )
+    shown = _add_scores(figure, info, taken, mode)
     factor, unit = f.cost_unit(info.int8, info.metric)
     figure.add_scatter(
         x=list(info.steps),
         y=[None if cost is None else cost / factor for cost in info.cost],
         name="cost",
         mode=mode,
-        line={"color": f.GREY, "width": 2.5},
+        line={"color": GREY, "width": 2.5},
         customdata=[
             [what, None if cost is None else cost / info.int8]
             for what, cost in zip(taken, info.cost, strict=True)
@@ -170,26 +129,62 @@ def steps_figure(info: StepsInfo) -> go.Figure:
         row=2,
         col=1,
     )
-    figure.add_hline(
-        y=info.limit / factor, line={"color": f.VERMILION, "dash": "dash"}, row=2, col=1
-    )
+    limit = info.limit / factor
+    figure.add_hline(y=limit, line={"color": VERMILION, "dash": "dash"}, row=2, col=1)
     f.style(figure, TITLE, 460)
-    figure.add_annotation(
-        text=f"budget {format_cost(info.limit, info.metric)} "
-        f"({info.limit / info.int8:.1%} of all-8-bit)",
-        x=0,
-        xref="x2 domain",
-        xanchor="left",
-        y=info.limit / factor,
-        yref="y2",
-        yanchor="bottom",
-        showarrow=False,
-    )
+    text = f"budget {format_cost(info.limit, info.metric)} ({info.limit / info.int8:.1%} of "
+    place = {"x": 0, "xref": "x2 domain", "xanchor": "left", "y": limit, "yref": "y2"}
+    f.note(figure, f"{text}all-8-bit)", yanchor="bottom", **place)
     figure.update_yaxes(title={"text": "predicted loss rise (nats)"}, **f.log_axis(shown), row=1)
     figure.update_yaxes(title={"text": f"cost ({unit})"}, rangemode="tozero", row=2)
     figure.update_xaxes(zeroline=False, **f.step_axis(info.steps))
     figure.update_xaxes(title=None, row=1)
     return figure
+
+
+def _add_scores(figure: go.Figure, info: StepsInfo, taken: list[str], mode: str) -> list[float]:
+    """Draw the score, its parts and the loss; return what is visible, for the range of the axis."""
+    parts: tuple[tuple[str, tuple[float | None, ...], dict[str, Any]], ...] = (
+        ("score", info.score, {"color": BLUE, "width": 2.5}),
+        ("weights, by layers", info.score_weights, {"color": ORANGE, "dash": "dash"}),
+        ("activations, by layers", info.score_activations, {"color": GREEN, "dash": "dot"}),
+        ("calibration loss", info.calibration_loss, {"color": VERMILION, "dash": "dashdot"}),
+    )
+    place = {"row": 1, "col": 1}
+    shown: list[float] = []
+    for name, values, line in parts:
+        hidden = name == "calibration loss"
+        # A log axis has no zero; a part that is zero throughout is left out.
+        positive = [value if value is not None and value > 0 else None for value in values]
+        if not any(positive):
+            continue
+        if not hidden:
+            shown += [value for value in positive if value is not None]
+        figure.add_scatter(
+            x=list(info.steps),
+            y=positive,
+            name=f"{name}<br>(click to show)" if hidden else name,
+            mode=mode,
+            line=line,
+            visible="legendonly" if hidden else True,
+            customdata=taken,
+            hovertemplate=f"step %{{x}}: %{{customdata}}<br>{name} %{{y:.4g}} nats<extra></extra>",
+            **place,
+        )
+    after = [i for i, text in enumerate(info.taken) if text.startswith(TRAINED)]
+    after = [i for i in after if (info.score[i] or 0.0) > 0]
+    if after:
+        figure.add_scatter(
+            x=[info.steps[i] for i in after],
+            y=[info.score[i] for i in after],
+            name="score after<br>a training",
+            mode="markers",
+            marker={"color": BLUE, "symbol": "diamond", "size": 10},
+            customdata=[taken[i] for i in after],
+            hovertemplate="step %{x}: %{customdata}<br>score %{y:.4g} nats<extra></extra>",
+            **place,
+        )
+    return shown
 
 
 def plot_steps(study: Study, *, dark: bool | None = None) -> go.Figure:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
@@ -12,6 +12,7 @@ from plotly.subplots import make_subplots
 from hq_optuna.protocol.history import History, read_history
 from hq_optuna.visualization import _figure as f
 from hq_optuna.visualization.measured import ACCURACY, error_bars, standard_error
+from hq_optuna.visualization.palette import BLUE, GREY, ORANGE, VERMILION
 
 TITLE = "Before and after each training"
 PANEL_PX = 190
@@ -20,6 +21,14 @@ BEFORE, AFTER = "_before", "_after"
 
 TRAINING_LOSS = "training loss"
 """What is drawn where nothing was measured on validation data: of the first and last epoch."""
+
+
+_WORDS = {
+    ACCURACY: (100.0, " %", "validation accuracy (%)"),
+    LOSS: (1.0, " nats", "validation loss (nats)"),
+    TRAINING_LOSS: (1.0, " nats", "training loss (nats)"),
+}
+"""Factor, unit in hover texts, and title of the axis."""
 
 
 class TrainingPoint(NamedTuple):
@@ -120,11 +129,7 @@ def training_figure(info: TrainingInfo) -> go.Figure:
         return f.empty(TITLE, "This search trains nothing; hq-optuna run … --train-every 4 does.")
     figure = make_subplots(rows=len(info.names), shared_xaxes=True, vertical_spacing=0.06)
     for row, name in enumerate(info.names, start=1):
-        points = [p for p in info.points if name in p.values]
-        times, unit = {ACCURACY: (100.0, " %"), LOSS: (1.0, " nats")}.get(name, (1.0, ""))
-        if name == TRAINING_LOSS:
-            unit = " nats"
-        _panel(figure, row, name, points, times, unit, info)
+        _add_panel(figure, row, name, info)
     epochs, seconds = (sum(getattr(p, what) for p in info.points) for what in ("epochs", "seconds"))
     n = len(info.points)
     said = f"{n} training{'' if n == 1 else 's'}, {epochs} epochs, {seconds:.3g} s in all"
@@ -136,87 +141,49 @@ def training_figure(info: TrainingInfo) -> go.Figure:
     margin = max(0.5, 0.03 * (steps[-1] - steps[0]))
     axis = f.step_axis(range(steps[0], steps[-1] + 1))
     figure.update_xaxes(zeroline=False, range=[steps[0] - margin, steps[-1] + margin], **axis)
-    if len(info.names) > 1:
-        for row in range(1, len(info.names)):
-            figure.update_xaxes(title=None, row=row)
+    for row in range(1, len(info.names)):
+        figure.update_xaxes(title=None, row=row)
     return figure
 
 
-def _panel(
-    figure: go.Figure,
-    row: int,
-    name: str,
-    points: list[TrainingPoint],
-    times: float,
-    unit: str,
-    info: TrainingInfo,
-) -> None:
+def _add_panel(figure: go.Figure, row: int, name: str, info: TrainingInfo) -> None:
     """Draw one figure of all trained steps: lines from before to after, and the float network."""
+    points = [p for p in info.points if name in p.values]
+    times, unit, title = _WORDS.get(name, (1.0, "", f.label(name)))
     before, after = ([times * p.values[name][i] for p in points] for i in (0, 1))
-    lines: list[Any] = [[], []]
-    for p, low, high in zip(points, before, after, strict=True):
-        lines[0] += [p.step, p.step, None]
-        lines[1] += [low, high, None]
+    errors, spread = [0.0] * len(points), ""
+    if name == ACCURACY and info.n_samples:
+        errors = [times * standard_error(p.values[name][1], info.n_samples) for p in points]
+        spread = " ± %{customdata[3]:.2g}"
     place = {"row": row, "col": 1}
     figure.add_scatter(
-        x=lines[0],
-        y=lines[1],
+        x=[step for p in points for step in (p.step, p.step, None)],
+        y=[end for pair in zip(before, after, strict=True) for end in (*pair, None)],
         mode="lines",
-        line={"color": f.GREY, "width": 1.5},
+        line={"color": GREY, "width": 1.5},
         hoverinfo="skip",
         showlegend=False,
         **place,
     )
-    said = [
-        f"{'the answer, step' if p.final else 'step'} {p.step} (trial {p.number}): {p.epochs} "
-        f"epochs of {p.samples:,} samples in {p.seconds:.3g} s{'' if p.kept else '; not kept'}"
-        for p in points
-    ]
-    errors = None
-    if name == ACCURACY and info.n_samples:
-        errors = [times * standard_error(p.values[name][1], info.n_samples) for p in points]
-    spread = "" if errors is None else " ± %{customdata[3]:.2g}"
-    custom = [
-        [text, low, high, error]
-        for text, low, high, error in zip(
-            said, before, after, errors or [0.0] * len(points), strict=True
-        )
-    ]
-    shown = f.label(name)
+    custom = list(zip(map(_said, points), before, after, errors, strict=True))
     hover = (
-        f"%{{customdata[0]}}<br>{shown} %{{customdata[1]:.4g}}{unit} → %{{customdata[2]:.4g}}"
-        f"{spread}{unit}<extra></extra>"
+        f"%{{customdata[0]}}<br>{f.label(name)} %{{customdata[1]:.4g}}{unit} → "
+        f"%{{customdata[2]:.4g}}{spread}{unit}<extra></extra>"
     )
-    first, last = ("before", "after")
-    if name == TRAINING_LOSS:
-        first, last = ("first epoch", "last epoch")
-    kinds = (
-        (first, range(len(points)), before, {"color": f.ORANGE, "symbol": "circle-open"}, 8),
-        (
-            last,
-            [i for i, p in enumerate(points) if p.kept and not p.final],
-            after,
-            {"color": f.BLUE},
-            8,
-        ),
-        (
-            f"{last}, not kept",
-            [i for i, p in enumerate(points) if not p.kept],
-            after,
-            {"color": f.GREY, "symbol": "x"},
-            8,
-        ),
-        (
-            f"{last}, answer",
-            [i for i, p in enumerate(points) if p.final],
-            after,
-            {"color": f.VERMILION, "symbol": "star"},
-            13,
-        ),
+    first, last = ("first epoch", "last epoch") if name == TRAINING_LOSS else ("before", "after")
+    kept = [i for i, p in enumerate(points) if p.kept and not p.final]
+    answer = [i for i, p in enumerate(points) if p.final]
+    lost = [i for i, p in enumerate(points) if not p.kept]
+    kinds: tuple[tuple[str, Sequence[int], list[float], dict[str, Any]], ...] = (
+        (first, range(len(points)), before, {"color": ORANGE, "symbol": "circle-open", "size": 8}),
+        (last, kept, after, {"color": BLUE, "size": 8}),
+        (f"{last}, not kept", lost, after, {"color": GREY, "symbol": "x", "size": 8}),
+        (f"{last}, answer", answer, after, {"color": VERMILION, "symbol": "star", "size": 13}),
     )
-    for kind, chosen, values, look, size in kinds:
+    for kind, chosen, values, look in kinds:
         if not chosen:
             continue
+        bars = error_bars([values[i] for i in chosen], [errors[i] for i in chosen])
         figure.add_scatter(
             x=[points[i].step for i in chosen],
             y=[values[i] for i in chosen],
@@ -224,31 +191,39 @@ def _panel(
             legendgroup=kind,
             showlegend=row == 1,
             mode="markers",
-            marker={"size": size, "line": {"width": 2 if kind == first else 0}, **look},
-            error_y=None
-            if errors is None or kind == first
-            else error_bars([values[i] for i in chosen], [errors[i] for i in chosen]),
+            marker={"line": {"width": 2 if kind == first else 0}, **look},
+            error_y=bars if spread and kind != first else None,
             customdata=[custom[i] for i in chosen],
             hovertemplate=hover,
             **place,
         )
     if name in info.float_network:
-        value = times * info.float_network[name]
-        figure.add_hline(y=value, line={"color": f.GREY, "dash": "dot", "width": 1.5}, **place)
-        figure.add_scatter(  # an annotation would be taken for the title of a panel
-            x=[points[0].step],
-            y=[value],
-            name="float network",
-            legendgroup="float network",
-            showlegend=row == 1,
-            mode="lines",
-            line={"color": f.GREY, "dash": "dot", "width": 1.5},
-            hoverinfo="skip",
-            **place,
-        )
-    words = {ACCURACY: "validation accuracy (%)", LOSS: "validation loss (nats)"}
-    title = words.get(name, f"{shown}{' (nats)' if unit else ''}")
+        _add_float_network(figure, row, points[0].step, times * info.float_network[name])
     figure.update_yaxes(title={"text": title}, row=row)
+
+
+def _add_float_network(figure: go.Figure, row: int, step: int, value: float) -> None:
+    line = {"color": GREY, "dash": "dot", "width": 1.5}
+    figure.add_hline(y=value, line=line, row=row, col=1)
+    figure.add_scatter(  # an annotation would be taken for the title of a panel
+        x=[step],
+        y=[value],
+        name="float network",
+        legendgroup="float network",
+        showlegend=row == 1,
+        mode="lines",
+        line=line,
+        hoverinfo="skip",
+        row=row,
+        col=1,
+    )
+
+
+def _said(p: TrainingPoint) -> str:
+    return (
+        f"{'the answer, step' if p.final else 'step'} {p.step} (trial {p.number}): {p.epochs} "
+        f"epochs of {p.samples:,} samples in {p.seconds:.3g} s{'' if p.kept else '; not kept'}"
+    )
 
 
 def plot_training(study: Study, *, dark: bool | None = None) -> go.Figure:

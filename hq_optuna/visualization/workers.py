@@ -16,6 +16,7 @@ from hq_optuna.protocol import worker_identity
 from hq_optuna.protocol.history import History, read_history
 from hq_optuna.protocol.runs import Run
 from hq_optuna.visualization import _figure as f
+from hq_optuna.visualization.palette import BLUE, GREEN, GREY, ORANGE, SKY, VERMILION
 from hq_optuna.visualization.steps import describe_move
 
 TITLE = "Who did what when"
@@ -26,7 +27,7 @@ TICKS_S = (
     *(3600, 7200, 10_800, 21_600, 43_200, 86_400, 172_800, 604_800),
 )
 MOST_LABELLED = 4
-"""So many pauses have their length written above them; more would overlap."""
+"""Pauses up to which each has its length written above it; more would overlap."""
 
 What = Literal["candidate", "surplus", "record", "training", "other", "running", "failed", "lost"]
 
@@ -39,16 +40,16 @@ class WorkerSpan(NamedTuple):
         number: Trial number.
         what: ``"candidate"`` and ``"record"`` (the trial that closes a step): their results count.
             ``"training"``: likewise, of a record that trains its bits.
-            ``"surplus"``: no longer needed, or somebody else's result counts. ``"other"``: a trial
-            that somebody enqueued, or of another loop. ``"failed"``: an error, given back, or
+            ``"surplus"``: no longer needed, or another worker's result counts. ``"other"``: a trial
+            that was enqueued by hand, or of another loop. ``"failed"``: an error, given back, or
             lost by a launcher's worker. ``"lost"``: its worker did nothing afterwards: it died or
             was interrupted.
             ``"running"``: still runs, or its worker died unseen.
         step: Its step, -1 where it has none.
         text: For people.
         start_s: Seconds after the first start.
-        seconds: How long. Of a lost trial, until somebody found out; of a running one, until the
-            last sign of anybody.
+        seconds: How long. Of a lost trial, until that was found out; of a running one, until the
+            last sign of any worker.
     """
 
     worker: int
@@ -67,7 +68,8 @@ class WorkersInfo(NamedTuple):
         workers: ``host:pid``, in the order they came.
         begin: The first start, UTC.
         spans: By trial number.
-        pauses: ``(from, to)`` in seconds after the first start: when nobody worked for long.
+        pauses: ``(from, to)`` in seconds after the first start: long gaps in which no
+            worker worked.
     """
 
     workers: tuple[str, ...]
@@ -114,11 +116,9 @@ def _what(run: Run, *, is_last: bool) -> What:
         return "lost" if worker_identity.is_dead(run.worker) else "running"
     if run.state == TrialState.FAIL:
         return "lost" if is_last else "failed"
-    if run.state == TrialState.PRUNED or run.kind == "surplus":
-        return "surplus"
-    if run.kind == "free":
+    if run.kind == "free" and run.state != TrialState.PRUNED:
         return "other"
-    if not run.counted:
+    if run.state == TrialState.PRUNED or run.kind == "surplus" or not run.counted:
         return "surplus"
     if run.kind == "incumbent":
         return "training" if run.trains else "record"
@@ -126,37 +126,34 @@ def _what(run: Run, *, is_last: bool) -> What:
 
 
 def _text(run: Run, what: What, move: str | None) -> str:
-    if run.kind == "candidate":
-        doing = f"candidate {run.slot + 1} of step {run.step}"
-        doing += "" if move is None else f", {move}"
-    elif run.kind == "incumbent":
-        doing = f"{'training and ' if run.trains else ''}record of step {run.step}"
-    else:
-        doing = "nothing to do" if run.kind == "surplus" else "enqueued or of another loop"
-    said = {
+    doing = {
+        "candidate": f"candidate {run.slot + 1} of step {run.step}",
+        "incumbent": f"{'training and ' if run.trains else ''}record of step {run.step}",
+        "surplus": "nothing to do",
+        "free": "enqueued or of another loop",
+    }[run.kind]
+    if run.kind == "candidate" and move is not None:
+        doing += f", {move}"
+    ended = {
         "surplus": "; not needed",
         "failed": "; an error, given back, or its worker was lost",
         "lost": "; its worker died or was interrupted",
         "running": "; still runs, or its worker died unseen",
-    }
-    return f"trial {run.number}: {doing}{said.get(what, '')}"
+    }.get(what, "")
+    return f"trial {run.number}: {doing}{ended}"
 
 
 def _names(ids: Sequence[str]) -> tuple[str, ...]:
     """Return ``host:pid`` of each; the second process with the same gets ``(2)``."""
-    times: dict[str, int] = {}
-    names = []
-    for worker in ids:
-        name = worker_identity.short_name(worker) or "unknown"
-        times[name] = times.get(name, 0) + 1
-        names.append(name if times[name] == 1 else f"{name} ({times[name]})")
-    return tuple(names)
+    names = [worker_identity.short_name(worker) or "unknown" for worker in ids]
+    places = [names[: i + 1].count(name) for i, name in enumerate(names)]
+    return tuple(name if n == 1 else f"{name} ({n})" for name, n in zip(names, places, strict=True))
 
 
 def _pauses(spans: Sequence[WorkerSpan]) -> tuple[tuple[float, float], ...]:
-    """Return when nobody worked for longer than a fifth of the time that somebody did.
+    """Return the gaps longer than a fifth of the time in which any worker worked.
 
-    Nobody knows when in a lost trial its worker died; only its start is work.
+    When in a lost trial its worker died is unknown; only its start counts as work.
     """
     busy: list[list[float]] = []
     for span in sorted(spans, key=lambda span: span.start_s):
@@ -178,59 +175,16 @@ def workers_figure(info: WorkersInfo) -> go.Figure:
     if not info.spans:
         return f.empty(TITLE, "Nobody has begun a trial yet.")
     figure = go.Figure()
-    bars: list[tuple[str, list[WorkerSpan], dict[str, Any], float]] = [
-        (name, [s for s in info.spans if s.what in what and chosen(s)], marker, width)
-        for name, what, chosen, marker, width in (
-            ("even steps", ("candidate",), _even, {"color": f.BLUE}, 0.7),
-            ("odd steps", ("candidate",), _odd, {"color": f.SKY}, 0.7),
-            ("not needed", ("surplus",), _any, {"color": f.GREY}, 0.7),
-            ("training", ("training",), _any, {"color": f.ORANGE}, 0.7),
-            ("other trials", ("other",), _any, {"color": f.GREEN}, 0.7),
-            ("running", ("running",), _any, _hatched(f.BLUE), 0.4),
-            ("no result", ("failed", "lost"), _any, _hatched(f.VERMILION), 0.2),
-        )
-    ]
-    for name, spans, marker, width in bars:
-        if spans:
-            figure.add_bar(
-                **_where(info, spans),
-                base=[_time(info, s.start_s) for s in spans],
-                x=[1000 * s.seconds for s in spans],  # milliseconds, as of a date axis
-                name=name,
-                orientation="h",
-                width=width,
-                marker={"line": {"width": 0}, **marker},
-            )
-    marks: list[tuple[str, list[WorkerSpan], dict[str, Any]]] = [
-        (name, [s for s in info.spans if s.what == what], marker)
-        for name, what, marker in (
-            ("step closed", "record", {"symbol": "line-ns", "line": {"width": 1.5}, "size": 9}),
-            ("trial failed", "failed", {"symbol": "x-thin", "line": {"width": 2}, "size": 8}),
-            ("died or stopped", "lost", {"symbol": "x", "size": 10}),
-        )
-    ]
-    for name, spans, marker in marks:
-        if spans:
-            colour = f.ORANGE if spans[0].what == "record" else f.VERMILION
-            line = {"color": colour, **marker.get("line", {})}
-            figure.add_scatter(
-                **_where(info, spans),
-                x=[_time(info, s.start_s) for s in spans],
-                name=name,
-                mode="markers",
-                marker={**marker, "color": colour, "line": line},
-            )
+    _add_bars(figure, info)
+    _add_marks(figure, info)
     end_s = max(s.start_s + s.seconds for s in info.spans)
     margin_s = _margin(info)
     for start_s, stop_s in info.pauses:
         cut = _time(info, start_s + margin_s)
-        figure.add_vline(x=cut, line={"color": f.GREY, "dash": "dot", "width": 1.5})
+        figure.add_vline(x=cut, line={"color": GREY, "dash": "dot", "width": 1.5})
         if len(info.pauses) <= MOST_LABELLED:
-            figure.add_annotation(
-                text=_duration(stop_s - start_s),
-                **{"x": cut, "xref": "x", "xanchor": "center", "showarrow": False},
-                **{"y": 1, "yref": "paper", "yanchor": "bottom"},
-            )
+            place = {"x": cut, "xref": "x", "xanchor": "center", "y": 1, "yref": "paper"}
+            f.note(figure, _duration(stop_s - start_s), yanchor="bottom", **place)
     n = len(info.workers)
     title = f"{TITLE} ({n} worker{'' if n == 1 else 's'})"
     if info.pauses:
@@ -252,36 +206,57 @@ def workers_figure(info: WorkersInfo) -> go.Figure:
     return figure
 
 
-def _even(span: WorkerSpan) -> bool:
-    return span.step % 2 == 0
+def _add_bars(figure: go.Figure, info: WorkersInfo) -> None:
+    kinds: tuple[tuple[str, tuple[What, ...], tuple[int, ...], dict[str, Any], float], ...] = (
+        ("even steps", ("candidate",), (0,), {"color": BLUE}, 0.7),
+        ("odd steps", ("candidate",), (1,), {"color": SKY}, 0.7),
+        ("not needed", ("surplus",), (0, 1), {"color": GREY}, 0.7),
+        ("training", ("training",), (0, 1), {"color": ORANGE}, 0.7),
+        ("other trials", ("other",), (0, 1), {"color": GREEN}, 0.7),
+        ("running", ("running",), (0, 1), _hatched(BLUE), 0.4),
+        ("no result", ("failed", "lost"), (0, 1), _hatched(VERMILION), 0.2),
+    )
+    for name, what, parities, marker, width in kinds:
+        spans = [s for s in info.spans if s.what in what and s.step % 2 in parities]
+        if spans:
+            figure.add_bar(
+                **_rows(info, spans),
+                base=[_time(info, s.start_s) for s in spans],
+                x=[1000 * s.seconds for s in spans],  # milliseconds, as of a date axis
+                name=name,
+                orientation="h",
+                width=width,
+                marker={"line": {"width": 0}, **marker},
+            )
 
 
-def _odd(span: WorkerSpan) -> bool:
-    return span.step % 2 == 1
-
-
-def _any(span: WorkerSpan) -> bool:
-    return True
+def _add_marks(figure: go.Figure, info: WorkersInfo) -> None:
+    kinds: tuple[tuple[str, What, str, dict[str, Any]], ...] = (
+        ("step closed", "record", ORANGE, {"symbol": "line-ns", "line_width": 1.5, "size": 9}),
+        ("trial failed", "failed", VERMILION, {"symbol": "x-thin", "line_width": 2, "size": 8}),
+        ("died or stopped", "lost", VERMILION, {"symbol": "x", "size": 10}),
+    )
+    for name, what, colour, marker in kinds:
+        spans = [s for s in info.spans if s.what == what]
+        if spans:
+            figure.add_scatter(
+                **_rows(info, spans),
+                x=[_time(info, s.start_s) for s in spans],
+                name=name,
+                mode="markers",
+                marker={**marker, "color": colour, "line_color": colour},
+            )
 
 
 def _hatched(colour: str) -> dict[str, Any]:
-    return {
-        "color": colour,
-        "pattern": {
-            "shape": "/",
-            "fgcolor": colour,
-            "fgopacity": 1,
-            "bgcolor": "rgba(0,0,0,0)",
-            "size": 5,
-        },
-    }
+    look = {"shape": "/", "fgcolor": colour, "fgopacity": 1, "bgcolor": "rgba(0,0,0,0)", "size": 5}
+    return {"color": colour, "pattern": look}
 
 
-def _where(info: WorkersInfo, spans: Sequence[WorkerSpan]) -> dict[str, Any]:
+def _rows(info: WorkersInfo, spans: Sequence[WorkerSpan]) -> dict[str, Any]:
     """Return rows and hover texts."""
-    names = [f.label(name) for name in info.workers]
     return {
-        "y": [names[s.worker] for s in spans],
+        "y": [f.label(info.workers[s.worker]) for s in spans],
         "customdata": [
             [f.label(s.text), _time(info, s.start_s), _duration(s.seconds)] for s in spans
         ],

@@ -9,8 +9,11 @@ from torch.nn import functional
 from hq_optuna.answer import comparison
 from hq_optuna.answer.intervals import paired, wilson
 from hq_optuna.protocol.history import read_history
-from hq_optuna.report.compared import beaten_by_uniform, table, warnings
-from hq_optuna.report.report import render_markdown, report_data, write_report
+from hq_optuna.report.comparison import beaten_by_uniform, warnings
+from hq_optuna.report.data import report_data, with_intervals
+from hq_optuna.report.page import write_report
+from hq_optuna.report.text import compared as table
+from hq_optuna.report.text import render_markdown
 from tests.fake_search import fake_study
 from tests.searches import data, search
 
@@ -150,9 +153,10 @@ def pairs(only_this, only_answer):
 
 def test_every_row_has_the_interval_of_its_accuracy_and_of_what_it_is_over_the_answer():
     compared = [row(accuracy=0.9, pairs=pairs(0, 0)), uniform(accuracy=0.8, pairs=pairs(5, 45))]
-    header, rows, lines = table(compared, "bops")
-    assert header[4:6] == ("accuracy", "over the answer, points")
-    assert any("95 % intervals" in line for line in lines)
+    found = table(with_intervals(compared), "bops")
+    rows = found.rows
+    assert found.header[4:6] == ["accuracy", "over the answer, points"]
+    assert any("95 % intervals" in line for line in found.lines)
 
     def percents(right):
         low, high = wilson(right, 400)
@@ -184,5 +188,5 @@ def test_the_intervals_are_in_the_reports_data_too():
 
 
 def test_where_no_uniform_bits_fit_the_report_says_so():
-    _, _, lines = table([row()], "bops")
-    assert "No uniform bits are within the budget." in lines
+    found = table(with_intervals([row()]), "bops")
+    assert "No uniform bits are within the budget." in found.lines

@@ -157,7 +157,7 @@ def test_the_report_opens_from_the_note_with_its_figures(browser, finished):
 
 
 def test_the_report_of_a_running_search_is_drawn(browser, running, tmp_path):
-    from hq_optuna.report.report import write_report
+    from hq_optuna.report.page import write_report
     from hq_optuna.storages import load_study, sqlite_url
 
     study = load_study(sqlite_url(running.folder / "study.db"), "running")

@@ -21,7 +21,7 @@ from hq_optuna.protocol.status import read_status
 from hq_optuna.protocol.step_log import StepLog
 from hq_optuna.space.budget import Budget
 from hq_optuna.space.search_space import SearchSpace
-from hq_optuna.visualization._figure import bit_colours, rgb
+from hq_optuna.visualization.palette import bit_colours
 from tests.fake_search import fake_space, fake_study
 from tests.samplers.tables import ours
 
@@ -76,7 +76,7 @@ def test_more_than_nine_bits_are_letters_and_float_is_a_dot() -> None:
 def test_digits_stand_on_the_colours_of_the_pictures() -> None:
     (found,) = strips(same(2, 8), LEVELS, 80)
     shown = [span.style.bgcolor.triplet for span in found.spans]  # type: ignore[union-attr]
-    wanted = [rgb(colour) for colour in bit_colours(LEVELS)]
+    wanted = [tuple(bytes.fromhex(colour[1:])) for colour in bit_colours(LEVELS)]
     assert shown == [wanted[0], wanted[-1]]
 
 

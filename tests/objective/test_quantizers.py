@@ -11,7 +11,8 @@ from hq_optuna.errors import ResumeError, SettingError, SpaceError
 from hq_optuna.protocol.history import read_history
 from hq_optuna.quantization.prepare import prepared_layers, weight_quantizer
 from hq_optuna.quantization.quantizer_choice import choose_quantizers
-from hq_optuna.report.report import render_markdown, report_data
+from hq_optuna.report.data import report_data
+from hq_optuna.report.text import render_markdown
 from hq_optuna.space.search_space import SearchSpace
 from tests.reference import quantizers as slow
 from tests.searches import LAYERS, Network, data, facts, search

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hq_optuna.protocol.history import read_history
-from hq_optuna.report.report import write_report
+from hq_optuna.report.page import write_report
 from hq_optuna.scoring import LAYER_SUMS, SCORERS
 from tests.searches import data, search
 

@@ -19,7 +19,8 @@ from hq_optuna.dashboard.notes import trained as told
 from hq_optuna.errors import TrainingError
 from hq_optuna.objective import training_steps
 from hq_optuna.protocol.history import read_history
-from hq_optuna.report.report import render_markdown, report_data
+from hq_optuna.report.data import report_data
+from hq_optuna.report.text import render_markdown
 from hq_optuna.storages import sqlite_url
 from hq_optuna.training.plan import TrainingPlan
 from tests.samplers.tables import new_study, ours, sampler, total

@@ -2,7 +2,7 @@
 
 from html.parser import HTMLParser
 
-from hq_optuna.report.report import write_report
+from hq_optuna.report.page import write_report
 from hq_optuna.space.budget import Budget
 from tests.fake_search import fake_space, fake_study
 

@@ -16,8 +16,8 @@ from hq_optuna.artifacts.store import Reference
 from hq_optuna.attributes import LIMITS
 from hq_optuna.protocol.history import read_history
 from hq_optuna.protocol.start_options import StartOptions
-from hq_optuna.report.report import render_markdown, report_data
-from hq_optuna.report.words import headline
+from hq_optuna.report.data import report_data
+from hq_optuna.report.text import headline, render_markdown
 from hq_optuna.space.budget import Budget
 from tests.fake_search import fake_space, fake_study
 from tests.report.reported import known
@@ -266,7 +266,8 @@ def test_trainings_without_counted_samples_have_no_intervals():
 
 def test_a_score_that_is_the_measured_loss_is_not_compared_with_itself():
     history = read_history(fake_study(9))
-    assert agreement(replace(history, info=replace(history.info, scorer="loss"))) is None
+    settings = {**history.info.settings, "scorer": "loss"}
+    assert agreement(replace(history, info=replace(history.info, settings=settings))) is None
 
 
 def test_without_losses_there_is_no_agreement_and_the_report_says_not_measured():

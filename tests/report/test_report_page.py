@@ -4,11 +4,15 @@ import json
 import os
 import re
 
+import optuna
 import pytest
 
-from hq_optuna import attributes
-from hq_optuna.report.html import render_html
-from hq_optuna.report.report import render_markdown, report_data, write_report
+from hq_optuna import attributes, visualization
+from hq_optuna.dashboard.view import ShownStorage
+from hq_optuna.protocol.status import read_status
+from hq_optuna.report.data import report_data
+from hq_optuna.report.page import render_html, write_report
+from hq_optuna.report.text import render_markdown
 from hq_optuna.space.layers import LayerSpec
 from hq_optuna.space.search_space import SearchSpace
 from tests.fake_search import fake_study
@@ -200,6 +204,29 @@ def test_the_report_changes_nothing_in_the_study(tmp_path):
     before = everything()
     write_report(study, tmp_path / "report.html")
     assert everything() == before
+
+
+def test_reports_status_plots_and_the_dashboards_view_only_read(tmp_path, monkeypatch):
+    study = known(train_every=1, facts=ACCURACY)
+    storage = study._storage
+
+    def refused(*_arguments, **_named):
+        raise AssertionError("a reader writes")
+
+    writers = [name for name in dir(storage) if name.startswith(("set_", "create_", "delete_"))]
+    assert {"set_study_system_attr", "create_new_trial"} <= set(writers)
+    for name in writers:
+        monkeypatch.setattr(storage, name, refused)
+    found = optuna.load_study(study_name=study.study_name, storage=storage)
+    write_report(found, tmp_path / "report.html")
+    assert render_markdown(report_data(found))
+    assert read_status(found).steps > 0
+    for name in visualization.__all__:
+        getattr(visualization, name)(found)
+    shown = ShownStorage(storage)
+    assert shown.importances(study._study_id)
+    assert shown.get_best_trial(study._study_id)
+    assert shown.get_all_studies()
 
 
 def test_the_page_can_be_made_from_the_json_alone():

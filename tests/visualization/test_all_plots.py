@@ -13,7 +13,7 @@ import pytest
 from hq_optuna import visualization
 from hq_optuna.errors import ResumeError
 from hq_optuna.space.budget import Budget
-from hq_optuna.visualization._figure import PAGES
+from hq_optuna.visualization.palette import PAGES
 from tests.fake_search import fake_space, fake_study
 
 PLOTS = [getattr(visualization, name) for name in visualization.__all__]

@@ -5,11 +5,11 @@ import pytest
 
 from hq_optuna.protocol.history import read_history
 from hq_optuna.space.budget import Budget
+from hq_optuna.space.cost import shares
 from hq_optuna.visualization.cost_share import (
     CostShareInfo,
     cost_share_figure,
     cost_share_info,
-    shares,
 )
 from tests.fake_search import fake_space, fake_study
 

@@ -1,12 +1,16 @@
 """Colours and axes that all pictures share."""
 
 import re
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
+from plotly.colors import sample_colorscale, unlabel_rgb
 
 from hq_optuna.space.cost import format_cost
 from hq_optuna.visualization import _figure as f
+from hq_optuna.visualization import palette
 from tests.fake_search import fake_space
 
 
@@ -22,20 +26,40 @@ def _luminance(colour):
 
 @pytest.mark.parametrize("bits", [(2, 8), (2, 4, 8), tuple(range(2, 9)), tuple(range(1, 17))])
 def test_fewer_bits_have_a_visibly_brighter_colour(bits):
-    light = [_luminance(colour) for colour in f.bit_colours(bits)]
+    light = [_luminance(colour) for colour in palette.bit_colours(bits)]
     assert all(fewer > more for fewer, more in pairwise(light))
 
 
 def test_float_has_its_own_colour_and_does_not_shift_the_others():
-    assert f.bit_colours((2, 4, 8, 32)) == [*f.bit_colours((2, 4, 8)), f.FLOAT_COLOUR]
+    assert palette.bit_colours((2, 4, 8, 32)) == [
+        *palette.bit_colours((2, 4, 8)),
+        palette.FLOAT_COLOUR,
+    ]
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 16])
+def test_colours_are_those_of_plotlys_viridis(n):
+    places = [1 - 0.9 * i / max(1, n - 1) for i in range(n)]
+    expected = [unlabel_rgb(colour) for colour in sample_colorscale("Viridis", places)]
+    for colour, parts in zip(palette.bit_colours(range(1, n + 1)), expected, strict=True):
+        assert bytes.fromhex(colour[1:]) == pytest.approx(parts, abs=1)  # rounded otherwise at .5
+
+
+def test_the_terminals_colours_need_no_plotly():
+    code = (
+        "import sys, hq_optuna.cli.tables, hq_optuna.report.data; "
+        "print({'plotly', 'scipy.stats'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_one_number_of_bits_has_a_colour():
-    assert len(f.bit_colours((8,))) == 1
+    assert len(palette.bit_colours((8,))) == 1
 
 
 def test_the_grey_of_texts_has_the_contrast_of_wcag_on_white_and_reads_on_black():
-    grey = _luminance(f.GREY)
+    grey = _luminance(palette.GREY)
     assert 1.05 / (grey + 0.05) >= 4.5  # WCAG 2.1, 1.4.3 level AA
     assert (grey + 0.05) / 0.05 >= 4.5
 
@@ -93,16 +117,16 @@ def test_names_that_fit_stay_whole():
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_texts_of_both_pages_have_the_contrast_of_wcag(dark):
-    page, text = (_luminance(colour) for colour in f.PAGES[dark])
+    page, text = (_luminance(colour) for colour in palette.PAGES[dark])
     assert (page < text) == dark
     light, dim = max(page, text), min(page, text)
     assert (light + 0.05) / (dim + 0.05) >= 7  # WCAG 2.1, 1.4.6 level AAA
 
 
-@pytest.mark.parametrize("colour", [f.BLUE, f.GREEN, f.VERMILION, f.GREY])
+@pytest.mark.parametrize("colour", [palette.BLUE, palette.GREEN, palette.VERMILION, palette.GREY])
 @pytest.mark.parametrize("dark", [False, True])
 def test_lines_have_the_contrast_of_wcag_on_both_pages(colour, dark):
-    page, line = _luminance(f.PAGES[dark][0]), _luminance(colour)
+    page, line = _luminance(palette.PAGES[dark][0]), _luminance(colour)
     assert (max(page, line) + 0.05) / (min(page, line) + 0.05) >= 3  # WCAG 2.1, 1.4.11
 
 
@@ -115,7 +139,7 @@ def test_the_unit_of_an_axis_is_the_one_costs_are_written_in(cost, metric):
 
 def test_the_levels_are_all_bits_that_any_layer_may_have():
     space = fake_space(5, bits=(6, 3), pin_first_last=8, activation_bits=None)
-    assert f.levels(space) == (3, 6, 8, 32)
+    assert space.levels == (3, 6, 8, 32)
 
 
 def test_a_log_axis_holds_all_positive_values_and_ignores_the_rest():

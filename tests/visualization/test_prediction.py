@@ -74,9 +74,9 @@ def test_a_score_that_is_no_sum_over_layers_gets_a_panel_for_each():
 
 def test_a_measured_score_predicts_nothing():
     history = _history()
-    info = prediction_info(
-        dataclasses.replace(history, info=dataclasses.replace(history.info, scorer="loss"))
-    )
+    settings = {**history.info.settings, "scorer": "loss"}
+    measured = dataclasses.replace(history.info, settings=settings)
+    info = prediction_info(dataclasses.replace(history, info=measured))
     assert {p.by_score for p in info.points} == {None}
     assert all(p.by_layers > 0 for p in info.points)
     assert len(prediction_figure(info).layout.annotations) == 1

@@ -1,0 +1,71 @@
+"""Warnings where uniform bits are measured to be better than the answer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from hq_optuna.answer.intervals import paired
+from hq_optuna.attributes import ANSWER, UNIFORM
+from hq_optuna.space.cost import Metric, format_cost
+
+_LOST = (
+    "Mixed bits lose to uniform ones here",
+    "Take the uniform ones, or judge both on more data.",
+)
+_UNCLEAR = (
+    "Mixed bits are not shown to be better than uniform ones here",
+    "These samples do not tell the two apart; judge both on more data, or take the simpler.",
+)
+
+
+def beaten_by_uniform(compared: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the rows of uniform bits that are measured to be better than the answer.
+
+    By accuracy where it was measured, else by the loss; where these are equal, by the cost.
+    """
+    compared = list(compared)
+    answer = next((row for row in compared if row["method"] == ANSWER), None)
+    if answer is None:
+        return []
+    return [r for r in compared if r["method"] == UNIFORM and _worth(r) > _worth(answer)]
+
+
+def _worth(row: Mapping[str, Any]) -> tuple[float, float]:
+    measured = row["measured"]
+    worth = float(measured["accuracy"]) if "accuracy" in measured else -float(measured["loss"])
+    return worth, -row["cost"]
+
+
+def warnings(
+    compared: Sequence[Mapping[str, Any]], metric: Metric, n_samples: int | None
+) -> list[str]:
+    """Return a sentence for each uniform assignment that beats the answer within the budget."""
+    measured = {row["method"]: row["measured"] for row in compared}
+    sentences = []
+    for row in beaten_by_uniform(compared):
+        name = "accuracy" if "accuracy" in row["measured"] else "loss"
+        ours, theirs, pairs = measured[ANSWER][name], row["measured"][name], row.get("pairs")
+        said, advice = _LOST
+        if name == "loss":
+            figures = f"{theirs:.4g} against {ours:.4g}"
+        else:
+            figures = f"{100 * theirs:.2f} % against {100 * ours:.2f} %"
+        if pairs:
+            low, high = paired(pairs["only_answer"], pairs["only_this"], pairs["samples"])
+            if low <= 0:
+                said, advice = _UNCLEAR
+            if name == "accuracy":
+                figures += (
+                    f" ({pairs['samples']:,} samples, 95 % interval of the difference "
+                    f"{100 * low:+.1f} to {100 * high:+.1f} points)"
+                )
+        elif n_samples and name == "accuracy":
+            error = 100 * math.sqrt(theirs * (1 - theirs) / n_samples)
+            figures += f" ({n_samples:,} samples, standard error {error:.1f} points)"
+        sentences.append(
+            f"{said}: {row['bits']} everywhere cost {format_cost(row['cost'], metric)}, within "
+            f"the budget, and have validation {name} {figures}. {advice}"
+        )
+    return sentences
