@@ -121,7 +121,8 @@ class Setting:
         wrong_bool = isinstance(value, bool) and bool not in kinds
         if wrong_bool or not isinstance(value, kinds):
             raise SettingError(f"{self.name} is {words}; got {value!r:.80}.")
-        if self.least is not None and value < self.least:
+        number: Any = value
+        if self.least is not None and number < self.least:
             raise SettingError(f"{self.name} is at least {self.least:g}; got {value!r}.")
         if self.choices and value not in self.choices:
             raise SettingError(
@@ -141,7 +142,6 @@ def setting(default: Any, help: str, **more: Any) -> Any:
     return field(default=default, metadata={"help": help, **more})
 
 
-@functools.cache
 def settings_of(owner: type) -> dict[str, Setting]:
     """Return the settings of a class by name, in the order of its fields.
 
@@ -157,12 +157,12 @@ def settings_of(owner: type) -> dict[str, Setting]:
         choices = tuple(word for word in words if isinstance(word, str))
         kind = WORD if choices else _KINDS.get(told[0])
         option = "--" + name.replace("_", "-")
-        made = {
+        made: dict[str, Any] = {
             **{"kind": kind, "choices": choices if kind is WORD else (), "option": option},
             "shown_default": option[2:] if kind is SWITCH and default else str(default),
             "example": json.dumps(default) if isinstance(default, str) else repr(default),
         }
-        made |= each.metadata
+        made |= dict(each.metadata)
         found[name] = Setting(name=name, type=str(each.type), default=default, **made)
     return found
 

@@ -98,11 +98,7 @@ def test_a_setting_that_is_added_to_a_copy_of_the_package_is_everywhere(tmp_path
     """Nothing but its field in settings.py has to be written."""
     shutil.copytree(ROOT / "hq_optuna", tmp_path / "hq_optuna")
     file = tmp_path / "hq_optuna" / "settings.py"
-    field = """    colour: str = setting(
-        "red",
-        "Colour of the thing.",
-        differs="the colour",
-    )
+    field = """    colour: str = _scoring("red", "Colour of the thing.", differs="the colour")
 """
     before = "    scorer: ScorerName"
     text = file.read_text("utf-8")
