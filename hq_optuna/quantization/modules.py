@@ -42,7 +42,7 @@ class WeightFakeQuantize(nn.Module):
         self.scales: dict[int, Tensor] = {}
         # What `keep` was given, and the float weight it is for.
         self._kept: dict[int, Tensor] = {}
-        self._felt: dict[int, Tensor] = {}
+        self._output_errors: dict[int, Tensor] = {}
         self._begins: dict[int, Tensor] = {}
         self._kept_for: Tensor | None = None
         self._seen: tuple[Tensor, int] | None = None
@@ -68,7 +68,7 @@ class WeightFakeQuantize(nn.Module):
         bits: int,
         rounded: Tensor,
         scale: Tensor,
-        felt: Tensor | None = None,
+        output_error: Tensor | None = None,
         begins: Tensor | None = None,
     ) -> None:
         """Take ``rounded`` for ``weight`` at ``bits`` from now on, as long as the weight is this.
@@ -78,16 +78,16 @@ class WeightFakeQuantize(nn.Module):
             bits: Number of bits.
             rounded: The weight's shape, values of the grid with ``scale``.
             scale: Shape ``(channels,)``.
-            felt: The squared error of each channel as its output feels it, ``(channels,)``.
+            output_error: The squared error of each channel as its output feels it, ``(channels,)``.
             begins: The float weight that training at ``bits`` begins from, where it was trained at
                 these bits before and this is what lay behind the rounded one.
         """
         if self._kept_for is None or not torch.equal(self._kept_for, weight):
-            self._kept, self._felt, self._begins = {}, {}, {}
+            self._kept, self._output_errors, self._begins = {}, {}, {}
             self._kept_for = weight.detach().clone()
         self._kept[bits], self.scales[bits] = rounded, scale
-        if felt is not None:
-            self._felt[bits] = felt
+        if output_error is not None:
+            self._output_errors[bits] = output_error
         if begins is not None:
             self._begins[bits] = begins
         self._rounded.pop(bits, None)
@@ -95,7 +95,7 @@ class WeightFakeQuantize(nn.Module):
     def retrained(self, scales: Mapping[int, Tensor]) -> None:
         """Take the scales of a trained weight, by bits, and forget all that was found before."""
         self.scales = dict(scales)
-        self._kept, self._felt, self._begins, self._kept_for = {}, {}, {}, None
+        self._kept, self._output_errors, self._begins, self._kept_for = {}, {}, {}, None
         self._seen = None
 
     def kept(self, weight: Tensor, bits: int) -> Tensor | None:
@@ -117,7 +117,7 @@ class WeightFakeQuantize(nn.Module):
         return self._begins[bits].to(weight.device)
 
     @torch.no_grad()
-    def felt_error(self, weight: Tensor, bits: int) -> Tensor:
+    def output_error(self, weight: Tensor, bits: int) -> Tensor:
         """Return the squared error of each channel as the layer's output feels it.
 
         Where errors make up for each other, that is ΔW E[x xᵀ] ΔWᵀ over the mean of E[x²]: the
@@ -128,8 +128,8 @@ class WeightFakeQuantize(nn.Module):
             Shape ``(channels,)``, float64, weight².
         """
         rounded = self.quantized(weight, bits)
-        if bits in self._felt and self.kept(weight, bits) is not None:
-            return self._felt[bits].to(weight.device)
+        if bits in self._output_errors and self.kept(weight, bits) is not None:
+            return self._output_errors[bits].to(weight.device)
         change = (rounded.double() - weight.double()).movedim(self.channel_axis, 0)
         return change.flatten(1).square().sum(1)
 

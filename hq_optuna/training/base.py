@@ -58,9 +58,9 @@ class TrainedBase:
             if name in self.scales:
                 weight, quantizer = float_weight(module).detach(), weight_quantizer(module)
                 scale = self.scales[name].to(weight.device)
-                felt = torch.zeros(len(scale), dtype=torch.float64, device=weight.device)
+                error = torch.zeros(len(scale), dtype=torch.float64, device=weight.device)
                 quantizer.keep(
-                    *(weight, bits.weight_bits, weight.clone(), scale, felt),
+                    *(weight, bits.weight_bits, weight.clone(), scale, error),
                     begins=self.behind[name].to(weight.device),
                 )
             if name in self.ranges:
