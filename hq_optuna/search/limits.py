@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from hq_optuna.space.layers import is_whole
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -34,6 +36,8 @@ class Limits:
         for name, value in asdict(self).items():
             if value is not None and not value > 0:
                 raise ValueError(f"{name} is a positive number; got {value}.")
+            if value is not None:  # plain numbers, so that JSON can hold them
+                object.__setattr__(self, name, int(value) if is_whole(value) else float(value))
 
     def forbid_step(self, n_candidates: int, n_evaluations: int, n_steps: int) -> str | None:
         """Return the limit that a step would exceed, in words, or ``None``.
