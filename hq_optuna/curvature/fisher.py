@@ -32,8 +32,7 @@ from torch import Tensor, nn
 from hq_optuna.curvature.estimate import TOLERANCE, Curvature
 from hq_optuna.curvature.sweep import SquaredGradients, check_differentiable, differentiable, signs
 from hq_optuna.network.batches import Batch, Batches, forward
-from hq_optuna.network.losses import LossFunction, is_cross_entropy, is_squared_error
-from hq_optuna.network.places import Places
+from hq_optuna.network.losses import LossFunction, Places, is_cross_entropy, is_squared_error
 from hq_optuna.quantization.quantizers.base import in_single
 from hq_optuna.space.layers import LayerSpec
 

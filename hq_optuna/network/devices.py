@@ -1,4 +1,4 @@
-"""What is asked of a device by name: its random state, its double precision, and to be done."""
+"""Devices: their random states, moving to one, waiting for one, and whether it has float64."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hq_optuna.errors import NetworkError
 
 
 @contextmanager
-def random_state_kept(devices: Iterable[torch.device]) -> Iterator[None]:
+def preserve_rng_state(devices: Iterable[torch.device]) -> Iterator[None]:
     """Put PyTorch's random states back after the body: the CPU's, and those of these devices."""
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from hq_optuna.curvature import probe_of
-from hq_optuna.network.batches import Batches, merge_first
+from hq_optuna.network.batches import Batches, enlarge_first_batch
 from hq_optuna.network.losses import LossFunction
 from hq_optuna.quantization import observe_inputs, prepare
 from hq_optuna.quantization.compensation import compensate_weights
@@ -205,7 +205,7 @@ class ScorerSetup:
         base: TrainedBase | None,
         teacher: nn.Module | None,
     ) -> Scorer:
-        merged = merge_first(data, statistics_samples(space.layers))
+        merged = enlarge_first_batch(data, statistics_samples(space.layers))
         correct = None
         if self.settings.correction:
             config = None if base is None else base.config

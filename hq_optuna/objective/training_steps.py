@@ -34,7 +34,7 @@ from hq_optuna.errors import (
     ScoreError,
     TrainingError,
 )
-from hq_optuna.network.batches import Batches, merge_first
+from hq_optuna.network.batches import Batches, enlarge_first_batch
 from hq_optuna.network.copies import copied
 from hq_optuna.network.evaluation import Evaluate, figures, mean_loss
 from hq_optuna.network.losses import LossFunction
@@ -322,7 +322,7 @@ class TrainedSteps:
         fold_shifts_(network)
         if not self.setup.settings.correction or settings.label_weight == 1:
             return
-        data = merge_first(self.data, statistics_samples(self.space.layers))
+        data = enlarge_first_batch(self.data, statistics_samples(self.space.layers))
         of = copied(self.model)
         correction = StatisticsCorrection(network, data, self.setup.settings.precision, of=of)
         correction.apply(only=set(correction.modules) - without_bias(network))

@@ -56,7 +56,7 @@ class StatisticsCorrection:
     Args:
         prepared: A prepared network; its statistics in float are measured now.
         data: Calibration batches. The first one is what statistics are measured on, so it should
-            be large (see `hq_optuna.network.batches.merge_first`).
+            be large (see `hq_optuna.network.batches.enlarge_first_batch`).
         precision: Of the passes that statistics are read from.
         reference: Bits at which the stored statistics are right: those a network was trained at.
             ``None``: in float.

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hq_optuna.errors import DataError, HqOptunaError
-from hq_optuna.network.batches import autocast, forward, in_single, move
+from hq_optuna.network.batches import autocast, forward, move, outputs_in_single
 from hq_optuna.network.copies import copied
 from hq_optuna.network.losses import LossFunction
 from hq_optuna.training.data import Augment, epoch_seed, seeded
@@ -60,7 +60,7 @@ def rehearse(
                 with _explained("The network fails on the first training batch", _INPUTS):
                     targets = mean_of_views([forward(teacher, view) for view in (inputs, *others)])
             with _explained(f"{_FAILS} on the first training batch", _MODE):
-                outputs = in_single(forward(network, inputs), settings.precision)
+                outputs = outputs_in_single(forward(network, inputs), settings.precision)
         with _explained("The loss fails on the first training batch", _LOSS):
             training_loss(
                 outputs, labels, targets, loss_fn, settings.label_weight, settings.temperature

@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hq_optuna.atomic_files import write_atomically
 from hq_optuna.errors import CheckpointError, TrainingError
-from hq_optuna.network.batches import Batch, autocast, forward, in_single, move
+from hq_optuna.network.batches import Batch, autocast, forward, move, outputs_in_single
 from hq_optuna.network.copies import copied
 from hq_optuna.network.losses import LossFunction
 from hq_optuna.quantization.prepare import get_bits, prepared_layers, weight_quantizer
@@ -269,7 +269,7 @@ class Trainer:
                 batches = (inputs, *(move(view, self.device) for view in views))
                 with torch.no_grad():
                     targets = mean_of_views([forward(self.teacher, x) for x in batches])
-            outputs = in_single(self._outputs(inputs), settings.precision)
+            outputs = outputs_in_single(self._outputs(inputs), settings.precision)
         loss = training_loss(
             outputs, labels, targets, self.loss_fn, settings.label_weight, settings.temperature
         )
