@@ -1,4 +1,4 @@
-"""Devices: their random states, moving to one, waiting for one, and whether it has float64."""
+"""Devices: their random states, moving to one, and whether it has float64."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hq_optuna.errors import NetworkError
 
@@ -21,13 +21,6 @@ def preserve_rng_state(devices: Iterable[torch.device]) -> Iterator[None]:
                 states = torch.random.fork_rng([device.index or 0], device_type=device.type)
                 stack.enter_context(states)
         yield
-
-
-def wait_for(values: Iterable[Tensor]) -> None:
-    """Wait until what computes these tensors is done: a GPU goes on behind the program's back."""
-    for device in {value.device for value in values}:
-        if device.type not in ("cpu", "meta"):
-            torch.get_device_module(device).synchronize(device)
 
 
 def move_to(network: nn.Module, device: str) -> None:

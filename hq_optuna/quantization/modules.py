@@ -43,7 +43,7 @@ class WeightFakeQuantize(nn.Module):
         # What `keep` was given, and the float weight it is for.
         self._kept: dict[int, Tensor] = {}
         self._output_errors: dict[int, Tensor] = {}
-        self._begins: dict[int, Tensor] = {}
+        self._training_starts: dict[int, Tensor] = {}
         self._kept_for: Tensor | None = None
         self._seen: tuple[Tensor, int] | None = None
         self._rounded: dict[int, Tensor] = {}
@@ -55,7 +55,7 @@ class WeightFakeQuantize(nn.Module):
     def scale(self, weight: Tensor, bits: int) -> Tensor:
         """Return the scale for ``bits``, shape ``(channels,)``; found once, then kept."""
         if bits not in self.scales:
-            exact = torch.autocast(weight.device.type, enabled=False)  # whoever asks first
+            exact = torch.autocast(weight.device.type, enabled=False)
             with torch.inference_mode(False), torch.no_grad(), exact:
                 self.scales[bits] = self.quantizer.scale(weight, bits, self.channel_axis)
         if self.scales[bits].device != weight.device:
@@ -69,33 +69,33 @@ class WeightFakeQuantize(nn.Module):
         rounded: Tensor,
         scale: Tensor,
         output_error: Tensor | None = None,
-        begins: Tensor | None = None,
+        training_start: Tensor | None = None,
     ) -> None:
-        """Take ``rounded`` for ``weight`` at ``bits`` from now on, as long as the weight is this.
+        """Use ``rounded`` for ``weight`` at ``bits`` as long as the weight stays the same.
 
         Args:
             weight: The float weight.
             bits: Number of bits.
             rounded: The weight's shape, values of the grid with ``scale``.
             scale: Shape ``(channels,)``.
-            output_error: The squared error of each channel as its output feels it, ``(channels,)``.
-            begins: The float weight that training at ``bits`` begins from, where it was trained at
-                these bits before and this is what lay behind the rounded one.
+            output_error: What `output_error` is to return, ``(channels,)``.
+            training_start: The float weight that training at ``bits`` starts from, where the layer
+                was trained at these bits before: what lay behind the rounded one.
         """
         if self._kept_for is None or not torch.equal(self._kept_for, weight):
-            self._kept, self._output_errors, self._begins = {}, {}, {}
+            self._kept, self._output_errors, self._training_starts = {}, {}, {}
             self._kept_for = weight.detach().clone()
         self._kept[bits], self.scales[bits] = rounded, scale
         if output_error is not None:
             self._output_errors[bits] = output_error
-        if begins is not None:
-            self._begins[bits] = begins
+        if training_start is not None:
+            self._training_starts[bits] = training_start
         self._rounded.pop(bits, None)
 
     def retrained(self, scales: Mapping[int, Tensor]) -> None:
-        """Take the scales of a trained weight, by bits, and forget all that was found before."""
+        """Use the scales of a trained weight, by bits, and forget all that was found before."""
         self.scales = dict(scales)
-        self._kept, self._output_errors, self._begins, self._kept_for = {}, {}, {}, None
+        self._kept, self._output_errors, self._training_starts, self._kept_for = {}, {}, {}, None
         self._seen = None
 
     def kept(self, weight: Tensor, bits: int) -> Tensor | None:
@@ -110,19 +110,19 @@ class WeightFakeQuantize(nn.Module):
             self._kept = {b: rounded.to(weight) for b, rounded in self._kept.items()}
         return self._kept[bits]
 
-    def begins(self, weight: Tensor, bits: int) -> Tensor | None:
-        """Return where training of this weight begins, if `keep` was told."""
-        if bits not in self._begins or self.kept(weight, bits) is None:
+    def training_start(self, weight: Tensor, bits: int) -> Tensor | None:
+        """Return where training of this weight starts, if `keep` was told."""
+        if bits not in self._training_starts or self.kept(weight, bits) is None:
             return None
-        return self._begins[bits].to(weight.device)
+        return self._training_starts[bits].to(weight.device)
 
     @torch.no_grad()
     def output_error(self, weight: Tensor, bits: int) -> Tensor:
-        """Return the squared error of each channel as the layer's output feels it.
+        """Return each channel's squared error, weighted by what it does to the layer's output.
 
-        Where errors make up for each other, that is ΔW E[x xᵀ] ΔWᵀ over the mean of E[x²]: the
-        squared error that would change the output as much if inputs were not correlated. Elsewhere
-        it is the squared error itself.
+        For a compensated weight that is ΔW E[x xᵀ] ΔWᵀ over the mean of E[x²]: the squared error
+        that would change the output as much if inputs were not correlated. Otherwise it is the
+        squared error itself.
 
         Returns:
             Shape ``(channels,)``, float64, weight².
@@ -148,7 +148,7 @@ class WeightFakeQuantize(nn.Module):
         return self._rounded[bits]
 
     def _changed(self, weight: Tensor) -> bool:
-        """Say whether the weight is another than last time, and remember it."""
+        """Return whether the weight has changed since the last call."""
         if weight.is_inference():  # keeps no count of its changes
             self._seen = None
             return True
@@ -162,7 +162,7 @@ class WeightFakeQuantize(nn.Module):
         )
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return the weight as the layer shall use it."""
+        """Return the weight as the layer uses it."""
         if self.bits == FLOAT_BITS:
             return weight
         if torch.is_grad_enabled() and weight.requires_grad:
@@ -182,10 +182,6 @@ class InputFakeQuantize(nn.Module):
             be used (a loaded result).
         observer: How a range is found from the histogram.
         ranges: Ranges already known, by bits.
-
-    Attributes:
-        overwrites: Whether `forward` may round its argument in place, without gradient. Whoever
-            sets it knows that nobody else reads the argument.
     """
 
     def __init__(
@@ -198,7 +194,6 @@ class InputFakeQuantize(nn.Module):
         self.histogram = histogram
         self.observer: Observer = observer
         self.bits = FLOAT_BITS
-        self.overwrites = False
         self.ranges: dict[int, AffineRange] = dict(ranges or {})
 
     def range(self, bits: int) -> AffineRange:
@@ -216,13 +211,10 @@ class InputFakeQuantize(nn.Module):
             self.ranges[bits] = self.histogram.range(bits, self.observer)
         return self.ranges[bits]
 
-    def quantized(self, x: Tensor, bits: int, *, out: Tensor | None = None) -> Tensor:
-        """Return ``x`` rounded to ``bits``, written into ``out`` where that saves time."""
-        scale, zero_point = self.range(bits)
-        return quantize_activation(x, scale, zero_point, bits, out=out)
+    def quantized(self, x: Tensor, bits: int) -> Tensor:
+        """Return ``x`` rounded to ``bits``."""
+        return quantize_activation(x, *self.range(bits), bits)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the input as the layer shall see it."""
-        if self.bits == FLOAT_BITS:
-            return x
-        return self.quantized(x, self.bits, out=x if self.overwrites else None)
+        """Return the input as the layer sees it."""
+        return x if self.bits == FLOAT_BITS else self.quantized(x, self.bits)

@@ -61,7 +61,7 @@ class TrainedBase:
                 error = torch.zeros(len(scale), dtype=torch.float64, device=weight.device)
                 quantizer.keep(
                     *(weight, bits.weight_bits, weight.clone(), scale, error),
-                    begins=self.behind[name].to(weight.device),
+                    training_start=self.behind[name].to(weight.device),
                 )
             if name in self.ranges:
                 input_quantizer(module).ranges[bits.activation_bits] = self.ranges[name]

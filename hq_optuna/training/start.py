@@ -42,7 +42,7 @@ def start_weights_(network: nn.Module, start: Start) -> None:
         scale = quantizer.scale(weight, quantizer.bits)
         along = [1] * weight.dim()
         along[quantizer.channel_axis] = -1
-        begin = quantizer.begins(weight, quantizer.bits)
+        begin = quantizer.training_start(weight, quantizer.bits)
         if start != "moved":
             begin = kept
         elif begin is None:

@@ -70,26 +70,6 @@ class WeightQuantizer(ABC):
         }
 
 
-def along(scale: Tensor, weight: Tensor, channel_axis: int) -> Tensor:
-    """Return the scale in the weight's precision, shaped to multiply it."""
-    shape = [1] * weight.dim()
-    shape[channel_axis] = -1
-    return scale.to(weight.dtype).reshape(shape)
-
-
 def in_single(weight: Tensor) -> Tensor:
     """Return the weight in single precision or better: half precision would pick other codes."""
     return weight if weight.dtype.itemsize >= 4 else weight.float()
-
-
-def straight_through(rounded: Tensor, smooth: Tensor) -> Tensor:
-    """Return ``rounded``, with the gradient of ``smooth``; the sum is exact because it adds zero.
-
-    Example:
-        >>> import torch
-        >>> w = torch.tensor([0.3, -2.0], requires_grad=True)
-        >>> straight_through(w.round(), 3 * w).sum().backward()
-        >>> w.grad
-        tensor([3., 3.])
-    """
-    return rounded.detach() + (smooth - smooth.detach())

@@ -29,13 +29,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hq_optuna.quantization.functional import quantize_weight
-from hq_optuna.quantization.quantizers.base import (
-    WeightQuantizer,
-    along,
-    in_single,
-    straight_through,
-)
+from hq_optuna.quantization.functional import along, quantize_weight, straight_through
+from hq_optuna.quantization.quantizers.base import WeightQuantizer, in_single
 from hq_optuna.quantization.quantizers.midrise import odd_codes
 from hq_optuna.quantization.ranges import TINY, weight_scale
 

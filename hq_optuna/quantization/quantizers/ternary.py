@@ -20,8 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hq_optuna.quantization.functional import quantize_weight
-from hq_optuna.quantization.quantizers.base import WeightQuantizer, straight_through
+from hq_optuna.quantization.functional import quantize_weight, straight_through
+from hq_optuna.quantization.quantizers.base import WeightQuantizer
 from hq_optuna.quantization.ranges import scale_by_channel
 
 
