@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -60,13 +58,10 @@ def preserve_network(network: nn.Module) -> Iterator[None]:
     # `.data` keeps the storage, should the network assign another one (max-norm constraints do).
     held = [(t, t.data, t.detach().clone()) for t in (*network.parameters(), *network.buffers())]
     gradients = [(p, p.requires_grad, p.grad) for p in network.parameters()]
-    random_states = random.getstate(), np.random.get_state()
     try:
         with preserve_rng_state(t.device for t, _, _ in held):
             yield
     finally:
-        random.setstate(random_states[0])
-        np.random.set_state(random_states[1])
         for container, saved in containers:
             container.clear()
             in_order = isinstance(container, (list, deque))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -13,8 +15,10 @@ from hq_optuna.errors import NetworkError
 
 @contextmanager
 def preserve_rng_state(devices: Iterable[torch.device]) -> Iterator[None]:
-    """Put PyTorch's random states back after the body: the CPU's, and those of these devices."""
+    """Put random states back after the body: PyTorch's on these devices, NumPy's and Python's."""
     with ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
         stack.enter_context(torch.random.fork_rng(devices=[]))
         for device in set(devices):
             if device.type not in ("cpu", "meta"):

@@ -30,7 +30,7 @@ from hq_optuna.scoring.sensitivity import unknown_layers
 from hq_optuna.settings import SearchSettings
 from hq_optuna.space.layers import LayerSpec
 from hq_optuna.space.search_space import SearchSpace, bits_needed
-from hq_optuna.training.base import TrainedBase
+from hq_optuna.training.trained import TrainedNetwork
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, of)."""
@@ -111,7 +111,7 @@ class ScorerSetup:
         known: Sensitivity | None,
         progress: Progress,
         *,
-        base: TrainedBase | None = None,
+        base: TrainedNetwork | None = None,
         teacher: nn.Module | None = None,
         moments: Mapping[str, Tensor] | None = None,
     ) -> BuiltScorer:
@@ -164,7 +164,7 @@ class ScorerSetup:
 
     def score_of_trained(
         self,
-        base: TrainedBase,
+        base: TrainedNetwork,
         space: SearchSpace,
         data: Batches,
         loss_fn: LossFunction,
@@ -186,13 +186,13 @@ class ScorerSetup:
         return scorer.score(base.config).total
 
     def _settled(
-        self, network: nn.Module, space: SearchSpace, data: Batches, base: TrainedBase | None
+        self, network: nn.Module, space: SearchSpace, data: Batches, base: TrainedNetwork | None
     ) -> nn.Module:
         """Return a prepared copy with observed ranges and what a training learned."""
         names = [layer.name for layer in space.layers]
         prepared = self.prepared(network, space, observe_inputs(network, names, data))
         if base is not None:
-            base.settle_(prepared)
+            base.restore_learned_(prepared)
         return prepared
 
     def _scorer(
@@ -202,7 +202,7 @@ class ScorerSetup:
         space: SearchSpace,
         data: Batches,
         loss_fn: LossFunction,
-        base: TrainedBase | None,
+        base: TrainedNetwork | None,
         teacher: nn.Module | None,
     ) -> Scorer:
         merged = enlarge_first_batch(data, statistics_samples(space.layers))

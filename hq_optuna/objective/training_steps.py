@@ -48,9 +48,9 @@ from hq_optuna.search.rules import keeps
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.training import Trainer, TrainingSettings, load_trained_, trained_tensors
-from hq_optuna.training.base import TrainedBase, fold_shifts_, trained_base, without_bias
 from hq_optuna.training.plan import TrainingPlan
-from hq_optuna.training.rehearsal import rehearse
+from hq_optuna.training.trained import TrainedNetwork, fold_shifts_, without_bias
+from hq_optuna.training.trainer import check_trainable
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class TrainedSteps:
         self.artifacts, self.validation, self.evaluate = artifacts, validation, evaluate
         self._built: tuple[tuple[BaseStorage, int, int], BuiltScorer] | None = None
         for settings in plan.used:
-            rehearse(model, plan.data, settings, loss_fn, plan.augment)
+            check_trainable(model, plan.data, settings, loss_fn, plan.augment)
 
     def keep_in(self, artifacts: Artifacts) -> None:
         """Keep weights in this store from here on."""
@@ -146,8 +146,8 @@ class TrainedSteps:
             base=base, teacher=self.model, moments=moments,
         )  # fmt: skip
 
-    def _base(self, tensors: Mapping[str, Any]) -> TrainedBase:
-        return trained_base(self.model, self.space.layers, tensors, self.setup.quantizers)
+    def _base(self, tensors: Mapping[str, Any]) -> TrainedNetwork:
+        return TrainedNetwork.rebuild(self.model, self.space.layers, tensors, self.setup.quantizers)
 
     def _said(self, study: Study, number: int) -> Mapping[str, Any]:
         storage = study._storage

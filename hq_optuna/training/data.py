@@ -179,16 +179,11 @@ def blended(views: list[Any], share: float, generator: torch.Generator) -> list[
 @contextmanager
 def seeded(seed: int, *devices: torch.device) -> Iterator[None]:
     """Seed PyTorch, NumPy and Python in the body, and put their random states back after it."""
-    kept = random.getstate(), np.random.get_state()
     with preserve_rng_state(devices):
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(kept[0])
-            np.random.set_state(kept[1])
+        yield
 
 
 @contextmanager

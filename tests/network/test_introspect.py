@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from hq_optuna.network.layer_types import QUANTIZABLE
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from hq_optuna.network.introspection import introspect
+from hq_optuna.network.layer_types import QUANTIZABLE
 from tests.introspected import Net, one
 
 # --- counts ---------------------------------------------------------------------------------------
