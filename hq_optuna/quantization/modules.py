@@ -7,7 +7,7 @@ back and forth between assignments costs a dictionary look-up.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,14 @@ from hq_optuna.quantization.observers import InputHistogram, Observer
 from hq_optuna.quantization.quantizers import UNIFORM, WeightQuantizer
 from hq_optuna.quantization.ranges import AffineRange
 from hq_optuna.space.layers import FLOAT_BITS
+
+
+class _Kept(NamedTuple):
+    """What `WeightFakeQuantize.keep` was given for a number of bits."""
+
+    rounded: Tensor
+    output_error: Tensor | None
+    training_start: Tensor | None
 
 
 class WeightFakeQuantize(nn.Module):
@@ -41,9 +49,7 @@ class WeightFakeQuantize(nn.Module):
         self.bits = FLOAT_BITS
         self.scales: dict[int, Tensor] = {}
         # What `keep` was given, and the float weight it is for.
-        self._kept: dict[int, Tensor] = {}
-        self._output_errors: dict[int, Tensor] = {}
-        self._training_starts: dict[int, Tensor] = {}
+        self._kept: dict[int, _Kept] = {}
         self._kept_for: Tensor | None = None
         self._seen: tuple[Tensor, int] | None = None
         self._rounded: dict[int, Tensor] = {}
@@ -83,20 +89,16 @@ class WeightFakeQuantize(nn.Module):
                 was trained at these bits before: what lay behind the rounded one.
         """
         if self._kept_for is None or not torch.equal(self._kept_for, weight):
-            self._kept, self._output_errors, self._training_starts = {}, {}, {}
+            self._kept = {}
             self._kept_for = weight.detach().clone()
-        self._kept[bits], self.scales[bits] = rounded, scale
-        if output_error is not None:
-            self._output_errors[bits] = output_error
-        if training_start is not None:
-            self._training_starts[bits] = training_start
+        self._kept[bits] = _Kept(rounded, output_error, training_start)
+        self.scales[bits] = scale
         self._rounded.pop(bits, None)
 
     def retrained(self, scales: Mapping[int, Tensor]) -> None:
         """Use the scales of a trained weight, by bits, and forget all that was found before."""
         self.scales = dict(scales)
-        self._kept, self._output_errors, self._training_starts, self._kept_for = {}, {}, {}, None
-        self._seen = None
+        self._kept, self._kept_for, self._seen = {}, None, None
 
     def kept(self, weight: Tensor, bits: int) -> Tensor | None:
         """Return what `keep` was given for this weight, if anything."""
@@ -107,14 +109,17 @@ class WeightFakeQuantize(nn.Module):
             return None
         if same is not self._kept_for:
             self._kept_for = same
-            self._kept = {b: rounded.to(weight) for b, rounded in self._kept.items()}
-        return self._kept[bits]
+            self._kept = {
+                b: k._replace(rounded=k.rounded.to(weight)) for b, k in self._kept.items()
+            }
+        return self._kept[bits].rounded
 
     def training_start(self, weight: Tensor, bits: int) -> Tensor | None:
         """Return where training of this weight starts, if `keep` was told."""
-        if bits not in self._training_starts or self.kept(weight, bits) is None:
+        if self.kept(weight, bits) is None:
             return None
-        return self._training_starts[bits].to(weight.device)
+        start = self._kept[bits].training_start
+        return None if start is None else start.to(weight.device)
 
     @torch.no_grad()
     def output_error(self, weight: Tensor, bits: int) -> Tensor:
@@ -128,8 +133,10 @@ class WeightFakeQuantize(nn.Module):
             Shape ``(channels,)``, float64, weight².
         """
         rounded = self.quantized(weight, bits)
-        if bits in self._output_errors and self.kept(weight, bits) is not None:
-            return self._output_errors[bits].to(weight.device)
+        if self.kept(weight, bits) is not None:
+            known = self._kept[bits].output_error
+            if known is not None:
+                return known.to(weight.device)
         change = (rounded.double() - weight.double()).movedim(self.channel_axis, 0)
         return change.flatten(1).square().sum(1)
 
