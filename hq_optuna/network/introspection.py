@@ -8,7 +8,7 @@ the reason. The network is handed back as it came.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +120,13 @@ def introspect(
     tallies = _count(network, example, check_batch=n_samples is None)
     layers = _quantized_layers(names, tallies, n)
     skipped = _skipped_modules(network, names, tallies, layers)
+    _check_found(layers, skipped)
+    n_parameters = sum(p.numel() for p in network.parameters())
+    return Introspection(tuple(layers.values()), tuple(skipped), n_parameters, n)
+
+
+def _check_found(layers: Mapping[nn.Module, LayerSpec], skipped: Sequence[SkippedModule]) -> None:
+    """Refuse a network without quantizable layers, and one that is a layer without a name."""
     if not layers:
         seen = "".join(f"\n  {s.name} ({s.kind}): {s.reason}" for s in skipped[:8])
         raise NetworkError(
@@ -127,13 +134,12 @@ def introspect(
             "a Conv1d/2d/3d, ConvTranspose1d/2d/3d or Linear layer with floating-point weights."
             + (f" Modules with weights that were passed over:{seen}" if seen else "")
         )
-    if any(not layer.name for layer in layers.values()):
-        raise NetworkError(
-            f"The network is itself one {type(network).__name__} layer, which leaves it no name. "
-            "Wrap it: nn.Sequential(layer)."
-        )
-    n_parameters = sum(p.numel() for p in network.parameters())
-    return Introspection(tuple(layers.values()), tuple(skipped), n_parameters, n)
+    for layer in layers.values():
+        if not layer.name:
+            raise NetworkError(
+                f"The network is itself one {layer.kind} layer, which leaves it no name. "
+                "Wrap it: nn.Sequential(layer)."
+            )
 
 
 def _quantized_layers(

@@ -39,6 +39,13 @@ class Variable:
     part: Part
     bits: tuple[int, ...]
 
+    def applied(self, to: LayerBits, bits: int) -> LayerBits:
+        """Return a layer's bits after this variable takes ``bits``."""
+        return LayerBits(
+            to.weight_bits if self.part == "activations" else bits,
+            to.activation_bits if self.part == "weights" else bits,
+        )
+
 
 @dataclass(frozen=True)
 class SearchSpace:
@@ -134,11 +141,7 @@ class SearchSpace:
         bits = dict(self.start.items())
         for variable, value in zip(self.variables, state, strict=True):
             for name in variable.layers:
-                old = bits[name]
-                bits[name] = LayerBits(
-                    old.weight_bits if variable.part == "activations" else value,
-                    old.activation_bits if variable.part == "weights" else value,
-                )
+                bits[name] = variable.applied(bits[name], value)
         return BitConfig(bits)
 
     def parameters(self, state: Sequence[int]) -> dict[str, tuple[int, tuple[int, ...]]]:
