@@ -7,6 +7,7 @@ checked: the score of an assignment must be the same number every time it is ask
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -208,11 +209,8 @@ def enlarge_first_batch(data: Batches, max_samples: int) -> Batches:
     Statistics are measured on the first batch and want many samples; the others stay as small as
     caches like them.
     """
-    n, taken = 0, 0
-    for batch in data:
-        if taken and n + batch.n > max_samples:
-            break
-        n, taken = n + batch.n, taken + 1
+    totals = itertools.accumulate(batch.n for batch in data)
+    taken = max(1, sum(total <= max_samples for total in totals))
     return Batches([*merge(Batches(data[:taken]), max_samples), *data[taken:]])
 
 

@@ -48,7 +48,7 @@ def check_forward(network: nn.Module, data: Batches, loss_fn: LossFunction) -> l
         loss_fn: Mean loss of a batch from outputs and labels.
 
     Returns:
-        Warnings: sentences about what is doubtful but possible.
+        Warnings, a sentence each, about what is possible but doubtful.
 
     Raises:
         NetworkError: Two passes differ (dropout left on), outputs are NaN or infinite, or the

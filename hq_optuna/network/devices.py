@@ -35,7 +35,7 @@ def move_to(network: nn.Module, device: str) -> None:
     """
     try:
         network.to(device)
-    except Exception as error:  # of many kinds, by device and by what is wrong
+    except Exception as error:  # its type depends on the device
         n = torch.cuda.device_count()
         here = "CUDA finds no GPU" if n == 0 else f"CUDA finds {n}, cuda:0 to cuda:{n - 1}"
         if n == 1:

@@ -31,12 +31,11 @@ def _right_classes(outputs: Any, labels: Any) -> Tensor | None:
 
 
 @torch.no_grad()
-def right(network: nn.Module, data: Batches) -> Tensor | None:
+def correct_predictions(network: nn.Module, data: Batches) -> Tensor | None:
     """Return for each sample whether its class is right, shape ``(N,)``.
 
     Returns:
-        ``None`` where there is not one class a sample: other outputs, or a class for each pixel,
-        which are not independent of each other.
+        ``None`` unless there is one class a sample (classes of pixels are not independent).
     """
     found = []
     for batch in data:
@@ -48,12 +47,12 @@ def right(network: nn.Module, data: Batches) -> Tensor | None:
 
 
 @torch.no_grad()
-def figures(evaluate: Evaluate, network: nn.Module, data: Batches) -> dict[str, float]:
+def measured_figures(evaluate: Evaluate, network: nn.Module, data: Batches) -> dict[str, float]:
     """Return what ``evaluate`` measures, without gradients."""
     return {name: float(value) for name, value in evaluate(network, data).items()}
 
 
-def of_validation(fact: str) -> bool:
+def is_validation_fact(fact: str) -> bool:
     """Return whether a study's fact of this name was measured on validation data."""
     own = fact in ("validation_samples", "validation_lost", "validation_gained")
     return own or (fact.endswith(("_before", "_after")) and not fact.startswith("test_"))
@@ -67,7 +66,7 @@ def _explained_on(what: str) -> AbstractContextManager[None]:
     )
 
 
-def check_measured(
+def check_validation(
     evaluate: Evaluate, model: nn.Module, data: Batches, loss_fn: LossFunction
 ) -> None:
     """Compute loss and figures of the validation data before a search, and check all labels.
@@ -146,38 +145,38 @@ def mean_loss(network: nn.Module, data: Batches, loss_fn: LossFunction) -> dict[
 def before_and_after(
     evaluate: Evaluate, model: nn.Module, network: nn.Module, data: Batches, what: str
 ) -> dict[str, float]:
-    """Measure the float and the quantized network.
+    """Measure the float and the quantized network on the same data.
 
     Args:
         evaluate: What is measured.
         model: The float network; left as it is.
         network: The quantized network.
         data: On their device.
-        what: Name of the data; figures of other than validation data have it before their names.
+        what: Name of the data, a prefix of the figures unless it is ``"validation"``.
 
     Returns:
-        ``{"<what>_samples": …, "accuracy_before": …, "accuracy_after": …}``, and where `accuracy`
-        is what is measured and there is one class a sample, ``<what>_lost`` and ``<what>_gained``:
-        samples that only the float network, or only the quantized one, gets right.
+        ``{"<what>_samples": …, "accuracy_before": …, "accuracy_after": …}``. With `accuracy` and
+        one class a sample also ``<what>_lost`` and ``<what>_gained``: samples that only the float
+        network, or only the quantized one, gets right.
     """
     facts: dict[str, float] = {f"{what}_samples": data.n_samples}
     prefix = "" if what == "validation" else f"{what}_"
     original = copied(model)
     with _explained_on(what):
         if evaluate is accuracy:
-            before, after = right(original, data), right(network, data)
+            before, after = correct_predictions(original, data), correct_predictions(network, data)
             if before is not None and after is not None:
-                facts[f"{prefix}accuracy_before"] = share(before)
-                facts[f"{prefix}accuracy_after"] = share(after)
+                facts[f"{prefix}accuracy_before"] = share_correct(before)
+                facts[f"{prefix}accuracy_after"] = share_correct(after)
                 facts[f"{what}_lost"] = int((before & ~after).sum())
                 facts[f"{what}_gained"] = int((after & ~before).sum())
                 return facts
         for when, measured in (("before", original), ("after", network)):
-            for name, value in figures(evaluate, measured, data).items():
+            for name, value in measured_figures(evaluate, measured, data).items():
                 facts[f"{prefix}{name}_{when}"] = value
     return facts
 
 
-def share(right: Tensor) -> float:
-    """Return the accuracy from what `right` returned."""
-    return int(right.sum()) / len(right)
+def share_correct(correct: Tensor) -> float:
+    """Return the accuracy from `correct_predictions`."""
+    return int(correct.sum()) / len(correct)

@@ -16,7 +16,7 @@ from hq_optuna.quantization import observe_inputs, prepare
 from hq_optuna.quantization.compensation import compensate_weights
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.quantization.observers import InputHistogram
-from hq_optuna.quantization.quantizer_choice import choose_quantizers, not_compensated
+from hq_optuna.quantization.quantizer_choice import choose_quantizers, uncompensated_warnings
 from hq_optuna.scoring import (
     LAYER_SUMS,
     LayerSumName,
@@ -26,7 +26,7 @@ from hq_optuna.scoring import (
     measure_layer_sums,
     output_rise_of,
 )
-from hq_optuna.scoring.sensitivity import unknown_layers
+from hq_optuna.scoring.sensitivity import unknown_curvature_warnings
 from hq_optuna.settings import SearchSettings
 from hq_optuna.space.layers import LayerSpec
 from hq_optuna.space.search_space import SearchSpace, bits_needed
@@ -142,7 +142,7 @@ class ScorerSetup:
                 wanted,
                 progress=lambda done, of: progress("rounding", done, of),
             )
-            warnings += not_compensated(self.quantizers)
+            warnings += uncompensated_warnings(self.quantizers)
         facts: dict[str, float] = {}
         if known is None:
             known, curvature = measure_layer_sums(
@@ -155,7 +155,7 @@ class ScorerSetup:
                 progress=progress,
                 moments=moments,
             )
-            warnings += unknown_layers(curvature, space.layers)
+            warnings += unknown_curvature_warnings(curvature, space.layers)
             facts["curvature_samples"] = curvature.n_samples
             if math.isfinite(curvature.largest_error):  # one batch alone has none
                 facts["curvature_standard_error"] = round(curvature.largest_error, 4)

@@ -36,7 +36,7 @@ from hq_optuna.errors import (
 )
 from hq_optuna.network.batches import Batches, enlarge_first_batch
 from hq_optuna.network.copies import copied
-from hq_optuna.network.evaluation import Evaluate, figures, mean_loss
+from hq_optuna.network.evaluation import Evaluate, mean_loss, measured_figures
 from hq_optuna.network.losses import LossFunction
 from hq_optuna.objective.scorer_setup import BuiltScorer, Progress, ScorerSetup, statistics_samples
 from hq_optuna.objective.tensors import get_tensors, put_tensors
@@ -49,7 +49,7 @@ from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.training import Trainer, TrainingSettings, load_trained_, trained_tensors
 from hq_optuna.training.plan import TrainingPlan
-from hq_optuna.training.trained import TrainedNetwork, fold_shifts_, without_bias
+from hq_optuna.training.trained import TrainedNetwork, fold_shifts_, layers_without_bias
 from hq_optuna.training.trainer import check_trainable
 
 logger = logging.getLogger(__name__)
@@ -325,7 +325,7 @@ class TrainedSteps:
         data = enlarge_first_batch(self.data, statistics_samples(self.space.layers))
         of = copied(self.model)
         correction = StatisticsCorrection(network, data, self.setup.settings.precision, of=of)
-        correction.apply(only=set(correction.modules) - without_bias(network))
+        correction.apply(only=set(correction.modules) - layers_without_bias(network))
         fold_shifts_(network)
 
     def _last_epoch(self, trial: Trial, attempts: list[int], trainer: Trainer) -> Reference | None:
@@ -357,7 +357,7 @@ class TrainedSteps:
             return {}
         found = mean_loss(network, self.validation, self.loss_fn)
         if self.evaluate is not None:
-            found |= figures(self.evaluate, network, self.validation)
+            found |= measured_figures(self.evaluate, network, self.validation)
         return found
 
 

@@ -59,8 +59,8 @@ def compensate_weights(
     does not allow it stay rounded to nearest.
 
     Args:
-        prepared: A prepared network in float. Its layers keep the rounded weights as long as their
-            float weights stay the same.
+        prepared: A prepared network in float; its layers keep the rounded weights until their float
+            weights change.
         layers: Its layers.
         data: Calibration batches on the network's device; labels are not read.
         bits: Layer → bits of weights that will be asked for.
@@ -73,8 +73,8 @@ def compensate_weights(
             module = prepared.get_submodule(layer.name)
             quantizer = weight_quantizer(module)
             weight: Tensor = float_weight(module).detach()
-            wanted = [b for b in sorted(bits.get(layer.name, ())) if b <= MOST_BITS]
-            if layer.name in moments and wanted and quantizer.quantizer.compensates:
+            compensable = [b for b in sorted(bits.get(layer.name, ())) if b <= MOST_BITS]
+            if layer.name in moments and compensable and quantizer.quantizer.compensates:
                 factored = _factored(moments.pop(layer.name))
                 if factored.n_singular:
                     logger.warning(
@@ -82,7 +82,7 @@ def compensate_weights(
                         "weights are rounded to nearest instead of compensated.",
                         *(layer.name, factored.n_singular, len(factored.usable)),
                     )
-                for b in wanted:
+                for b in compensable:
                     start = quantizer.scale(weight, b)
                     found = _round_groups(weight, factored, start, b, quantizer.quantizer)
                     quantizer.keep(weight, b, *found)
@@ -141,7 +141,7 @@ def compensated(
         moment: E[x xᵀ], ``(groups, d, d)`` with d weights per channel.
         scale: Scales to start from, ``(channels,)``.
         bits: 1 to 16.
-        quantizer: Whose grid the rounded weight lies on.
+        quantizer: Its grid holds the rounded weight.
 
     Example:
         The second weight makes up for the first, because both meet the same input.

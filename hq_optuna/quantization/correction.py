@@ -55,13 +55,13 @@ class StatisticsCorrection:
 
     Args:
         prepared: A prepared network; its statistics in float are measured now.
-        data: Calibration batches. The first one is what statistics are measured on, so it should
-            be large (see `hq_optuna.network.batches.enlarge_first_batch`).
+        data: Calibration batches. Statistics are measured on the first one, so it should be large
+            (see `hq_optuna.network.batches.enlarge_first_batch`).
         precision: Of the passes that statistics are read from.
-        reference: Bits at which the stored statistics are right: those a network was trained at.
-            ``None``: in float.
-        of: The network whose stored statistics are right, in eval mode, where it is not the
-            prepared one: the float network that a trained one shall come near to.
+        reference: Bits at which the stored statistics are right: those the network was trained at;
+            ``None``: float.
+        of: Network in eval mode whose stored statistics are right, if not the prepared one: the
+            float network that a trained one imitates.
 
     The network keeps what `apply` set until `reset`, which restores the stored values bit for bit.
     """

@@ -134,10 +134,10 @@ def measure_sensitivity(
     activations = _activation_rises(
         prepared, {n: bits for n, (_, bits) in needed.items()}, curvature, data, form, progress
     )
-    return checked(Sensitivity(weights, activations))
+    return check_finite(Sensitivity(weights, activations))
 
 
-def checked(sensitivity: Sensitivity) -> Sensitivity:
+def check_finite(sensitivity: Sensitivity) -> Sensitivity:
     """Return the table as it is.
 
     Raises:
@@ -238,7 +238,7 @@ def _entry(known: Sequence[InputCurvature], call: int) -> InputCurvature:
     return InputCurvature(sum(entry.total for entry in known), sum(entry.count for entry in known))
 
 
-def unknown_layers(curvature: Curvature, layers: Sequence[LayerSpec]) -> list[str]:
+def unknown_curvature_warnings(curvature: Curvature, layers: Sequence[LayerSpec]) -> list[str]:
     """Return a sentence for each layer whose curvature is unknown."""
     return [
         f"Layer {layer.name!r} received no gradient on the calibration set, so its sensitivity is "

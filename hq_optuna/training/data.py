@@ -26,7 +26,7 @@ from hq_optuna.network.batches import (
 from hq_optuna.network.devices import preserve_rng_state
 
 Augment = Callable[[Any, torch.Generator], Any]
-"""Returns changed inputs of one batch; all its chance comes from the generator."""
+"""Returns changed inputs of one batch; draws all random numbers from the generator."""
 
 
 class TrainingData:
@@ -36,9 +36,8 @@ class TrainingData:
         data: ``(inputs, labels)`` tensors of equal length and a map-style ``Dataset`` are shuffled
             anew each epoch and cut into batches; the incomplete last one is left out, because
             batch-norm and the second moments want equal batches. Any other iterable of
-            ``(inputs, labels)`` batches, such as a ``DataLoader``, is read once an epoch as it is;
-            if it shuffles by PyTorch's, NumPy's or Python's global random state, or by a generator
-            of its own, it does so repeatably.
+            ``(inputs, labels)`` batches, such as a ``DataLoader``, is read once an epoch as it is,
+            with PyTorch's, NumPy's, Python's and its own random generators seeded.
         batch_size: Samples a batch, for tensors and datasets.
         augment: Changes the inputs of each batch, which it may not write into.
         views: How often each batch is augmented.

@@ -67,9 +67,9 @@ class MatchedNorms:
 
     @contextmanager
     def in_training(self) -> Iterator[None]:
-        """Let the network's layers follow the teacher's, which sees each batch first.
+        """Let the network's layers follow the teacher's; run the teacher first on each batch.
 
-        Layers in eval mode use their running statistics, as ever.
+        Layers in eval mode use their running statistics.
         """
         with ExitStack() as stack:
             for name, (module, theirs) in self.pairs.items():

@@ -113,8 +113,7 @@ class SecondMoments:
 
         Args:
             measured: Curvature of the trained network (`calibration_adam` of its `rounded_copy`).
-                The part of the inputs is taken from it, which no optimizer knows, and that of
-                layers that have no moments.
+                It provides the inputs' part, which no optimizer has, and layers without moments.
         """
         known = {
             name: v * self.batch_size

@@ -82,7 +82,7 @@ def plan_of(
     augment: Augment | None,
     typed: Collection[str] = (),
 ) -> TrainingPlan | None:
-    """Return the plan that settings ask for, or ``None`` where they ask for no training.
+    """Return the training plan from settings, or ``None`` where they ask for no training.
 
     Args:
         given: Settings of the search.

@@ -119,12 +119,12 @@ def rounded_copy(network: nn.Module) -> nn.Module:
     """
     plain = copied(network)
     for module in prepared_layers(plain).values():
-        _harden_(module)
+        _make_plain_(module)
     return plain
 
 
 @torch.no_grad()
-def _harden_(module: nn.Module) -> None:
+def _make_plain_(module: nn.Module) -> None:
     """Make the rounded weight a plain parameter of a prepared layer.
 
     `parametrize.remove_parametrizations` takes the property off the layer's class, which copies of
@@ -227,7 +227,7 @@ def _untie_(module: nn.Module, weight: Tensor) -> None:
         module.register_parameter("weight", nn.Parameter(weight.clone(), own.requires_grad))
 
 
-def without_bias(network: nn.Module) -> set[str]:
+def layers_without_bias(network: nn.Module) -> set[str]:
     """Return the names of a prepared network's layers that have no bias."""
     layers = prepared_layers(network).items()
     return {name for name, module in layers if getattr(module, "bias", None) is None}

@@ -1,13 +1,11 @@
 """Quantization-aware training of one assignment, epoch by epoch.
 
-The trainer knows a prepared network with its bits set, training data and settings; nothing of
-trials, steps or searches, and it never sees validation or test data. It starts from the network as
-it stands: statistics that were corrected for these bits before (`StatisticsCorrection`) are a
-better start than those of the float network.
+The trainer takes a prepared network with its bits set, training data and settings. It has nothing
+to do with trials, steps or searches, and never sees validation or test data. Statistics corrected
+for these bits (`StatisticsCorrection`) are a better start than those of the float network.
 
-Chance is drawn from the seed and the number of the epoch, so training that is interrupted and goes
-on from its checkpoint after any epoch gives the same weights as training that ran through, on a CPU
-bit for bit.
+Random numbers depend on the seed and the epoch alone, so training that resumes from a checkpoint
+gives the same weights as uninterrupted training, on a CPU bit for bit.
 """
 
 from __future__ import annotations
@@ -98,10 +96,10 @@ class Trainer:
         teacher: The float network; needed unless ``settings.label_weight`` is 1. Left as it is.
         loss_fn: Mean loss of a batch from outputs and labels; needed unless
             ``settings.label_weight`` is 0.
-        augment: Changes a batch's inputs, with all its chance from the generator it is given. The
-            teacher sees the same changed inputs, and with ``settings.teacher_views`` others too.
-        checkpoint: Written after each epoch. Where it exists already, training goes on from it:
-            give the network as it was when that training began.
+        augment: Changes a batch's inputs, drawing random numbers from the generator it is given.
+            The teacher sees the same inputs, and with ``settings.teacher_views`` others too.
+        checkpoint: Written after each epoch. If it exists, training resumes from it: give the
+            network as it was when that training began.
 
     Attributes:
         history: The epochs that are done, also those before a checkpoint.
@@ -448,8 +446,8 @@ def check_trainable(
 def start_weights_(network: nn.Module, start: Start) -> None:
     """Set the float weights of a prepared network to where training begins.
 
-    Weights without compensated ones stay, as do those that other parametrizations compute, and
-    those that another module uses too: an embedding that is the last layer's weight stays right.
+    Weights that are not compensated, that other parametrizations compute, or that another module
+    shares (an embedding tied to the last layer) stay.
 
     Args:
         network: A prepared network with its bits set.

@@ -19,7 +19,7 @@ from hq_optuna.quantization.observers import watch_inputs
 from hq_optuna.quantization.prepare import input_quantizer
 from hq_optuna.quantization.ranges import weight_scale
 from hq_optuna.scoring import Sensitivity, measure_sensitivity
-from hq_optuna.scoring.sensitivity import unknown_layers
+from hq_optuna.scoring.sensitivity import unknown_curvature_warnings
 from hq_optuna.space.assignment import BitConfig, LayerBits
 from hq_optuna.space.layers import FLOAT_BITS
 from hq_optuna.space.search_space import SearchSpace, bits_needed
@@ -213,7 +213,7 @@ def test_a_layer_without_gradient_is_scored_as_the_most_curved_one(scorer):
         expected = 0.5 * steepest_input * float(e.square().sum()) / 9
         assert found.activations["frozen"][bits] == pytest.approx(expected, rel=1e-10)
         assert found.weights["frozen"][bits] > 0 and found.activations["frozen"][bits] > 0
-    sentences = unknown_layers(curvature, space.layers)
+    sentences = unknown_curvature_warnings(curvature, space.layers)
     assert len(sentences) == 1
     assert "'frozen' received no gradient" in sentences[0]
 
