@@ -25,7 +25,7 @@ from hq_optuna.network.losses import LossFunction
 from hq_optuna.quantization.observers import watch_inputs
 from hq_optuna.quantization.prepare import float_weight, get_bits, set_bits
 from hq_optuna.scoring.layer_sums import LAYER_SUMS, LayerSums, measure_layer_sums
-from hq_optuna.scoring.sensitivity import Sensitivity, Table, checked, measure_sensitivity
+from hq_optuna.scoring.sensitivity import Sensitivity, Table, check_finite, measure_sensitivity
 from hq_optuna.space.layers import FLOAT_BITS
 from hq_optuna.space.search_space import SearchSpace, bits_needed
 
@@ -84,7 +84,7 @@ def fit(
         name: {b: traces[name] * _noise(ranges[name], b) for b in needed[name][1]}
         for name in needed
     }
-    return checked(Sensitivity(weights, activations))
+    return check_finite(Sensitivity(weights, activations))
 
 
 def _noise(value_range: float, bits: int) -> float:

@@ -180,7 +180,7 @@ class Bench:
             change += float((holder.quantized(weight, bits) - weight).double().square().sum())
             size += float(weight.double().square().sum())
             mean = float(self.curvature.weights[layer.name].double().mean())
-            predicted += 0.5 * mean * float(holder.felt_error(weight, bits).sum())
+            predicted += 0.5 * mean * float(holder.output_error(weight, bits).sum())
         correction.apply()
         outputs = torch.cat([forward(prepared, batch.inputs) for batch in self.test])
         labels = torch.cat([batch.labels for batch in self.test])

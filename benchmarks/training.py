@@ -51,7 +51,7 @@ from torch.nn import functional
 
 from benchmarks.outcome import Outcome
 from hq_optuna.curvature import Curvature, calibration_adam
-from hq_optuna.network.batches import Batches, forward, merge, merge_first, read_batches
+from hq_optuna.network.batches import Batches, enlarge_first_batch, forward, merge, read_batches
 from hq_optuna.network.introspection import introspect
 from hq_optuna.quantization import observe_inputs, prepare, set_bits
 from hq_optuna.quantization.compensation import compensate_weights
@@ -197,7 +197,8 @@ def start_of(parts: Parts, config: BitConfig) -> nn.Module:
     """Return the prepared network at these bits, with compensated weights, corrected."""
     prepared = prepared_for(parts, {name: [b.weight_bits] for name, b in config.items()})
     set_bits(prepared, config)
-    StatisticsCorrection(prepared, merge_first(parts.calibration, STATISTICS_SAMPLES)).apply()
+    data = enlarge_first_batch(parts.calibration, STATISTICS_SAMPLES)
+    StatisticsCorrection(prepared, data).apply()
     return prepared
 
 
@@ -235,7 +236,7 @@ def train_(
             f"{100 * (epoch.training_accuracy or 0):.2f} {epoch.seconds:.1f} s",
             flush=True,
         )
-    calibration = merge_first(parts.calibration, STATISTICS_SAMPLES)
+    calibration = enlarge_first_batch(parts.calibration, STATISTICS_SAMPLES)
     StatisticsCorrection(prepared, calibration, of=parts.network).apply()
     return trainer
 

@@ -126,7 +126,7 @@ class BitSearch:
             skipped=tuple((s.name, s.kind, s.reason) for s in seen.skipped),
         )
         if self.validation is not None:
-            evaluation.check_measured(self.evaluate, model, self.validation, loss_fn)
+            evaluation.check_validation(self.evaluate, model, self.validation, loss_fn)
 
     def optimize(
         self,
@@ -305,7 +305,7 @@ class BitSearch:
         network = self.objective.answer(study, record.config)
         facts = {name: fact for name, fact in history.facts.items() if name != COMPARED}
         if self.validation is not None:
-            facts = {n: f for n, f in facts.items() if not evaluation.of_validation(n)}
+            facts = {n: f for n, f in facts.items() if not evaluation.is_validation_fact(n)}
             facts |= self.before_and_after(network, self.validation, "validation")
             compared = rows(
                 *(self.objective, history, self.validation, self.evaluate),

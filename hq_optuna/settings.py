@@ -27,8 +27,7 @@ from types import NoneType
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from hq_optuna.errors import SettingError, SpaceError
-from hq_optuna.space.budget import Budget
-from hq_optuna.space.budget_text import parse_budget
+from hq_optuna.space.budget import Budget, parse_budget
 from hq_optuna.space.layers import FLOAT_BITS
 
 ScorerName = Literal["gauss_newton", "loss", "diagonal", "trace", "fisher", "hutchinson"]

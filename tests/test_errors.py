@@ -23,6 +23,7 @@ def make(kind: type[HqOptunaError]) -> HqOptunaError:
 
 def test_the_module_defines_the_errors_the_package_promises() -> None:
     assert {kind.__name__ for kind in ALL} >= {
+        "SettingError",
         "SpaceError",
         "BudgetError",
         "NetworkError",

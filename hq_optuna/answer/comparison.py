@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from hq_optuna.attributes import ANSWER, EIGHT, UNIFORM
 from hq_optuna.network.batches import Batches
-from hq_optuna.network.evaluation import Evaluate, accuracy, figures, mean_loss, right, share
+from hq_optuna.network.evaluation import (
+    Evaluate,
+    accuracy,
+    correct_predictions,
+    mean_loss,
+    measured_figures,
+    share_correct,
+)
 from hq_optuna.objective.hessian import HessianObjective
 from hq_optuna.protocol.history import History, Reference
 from hq_optuna.search import uniform_states, uniform_within
@@ -61,11 +68,11 @@ def rows(
         if method == ANSWER and answer is not None:
             network = answer
         measured = mean_loss(network, data, objective.loss_fn)
-        mine = right(network, data) if evaluate is accuracy else None
+        mine = correct_predictions(network, data) if evaluate is accuracy else None
         if mine is None:
-            measured |= figures(evaluate, network, data)
+            measured |= measured_figures(evaluate, network, data)
         else:
-            measured["accuracy"] = share(mine)
+            measured["accuracy"] = share_correct(mine)
             of_answer = mine if method == ANSWER else of_answer
             assert of_answer is not None
             found["pairs"] = {

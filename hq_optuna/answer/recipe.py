@@ -23,7 +23,7 @@ from hq_optuna.answer.resolve import layers_digest
 from hq_optuna.errors import RecipeError, SpaceError
 from hq_optuna.network.copies import copied
 from hq_optuna.quantization.correction import SHIFT, add_shift
-from hq_optuna.quantization.functional import activation_grid
+from hq_optuna.quantization.functional import activation_grid, along
 from hq_optuna.quantization.modules import InputFakeQuantize
 from hq_optuna.quantization.prepare import (
     float_weight,
@@ -34,7 +34,6 @@ from hq_optuna.quantization.prepare import (
     set_bits,
     weight_quantizer,
 )
-from hq_optuna.quantization.quantizers.base import along
 from hq_optuna.quantization.ranges import AffineRange
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.layers import FLOAT_BITS, LayerSpec

@@ -21,8 +21,7 @@ from hq_optuna.errors import RecipeError, ResumeError
 from hq_optuna.protocol.history import History, read_history
 from hq_optuna.search import Additive, Point
 from hq_optuna.space.assignment import BitConfig
-from hq_optuna.space.budget import Budget, check_reachable
-from hq_optuna.space.budget_text import parse_budget
+from hq_optuna.space.budget import Budget, check_reachable, parse_budget
 from hq_optuna.space.cost import CostModel, Metric
 
 FORMAT = "hq_optuna assignment"
@@ -106,7 +105,7 @@ def resolve(study: Study, budget: Budget | str) -> Resolved:
             command line, ``"0.2 bops"``.
 
     Raises:
-        StudyFileError: Text that is no budget.
+        SettingError: Text that is no budget.
         ResumeError: The study is not a bit search, or holds no table.
         BudgetError: The budget is below the cheapest assignment.
     """

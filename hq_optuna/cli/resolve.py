@@ -16,7 +16,7 @@ from hq_optuna.cli.options import Json, StudyOrNone, errors, reading, takes
 from hq_optuna.protocol.history import History, read_history
 from hq_optuna.settings import RunSettings
 from hq_optuna.space.assignment import BitConfig
-from hq_optuna.space.budget_text import parse_budget
+from hq_optuna.space.budget import parse_budget
 from hq_optuna.space.cost import format_cost
 from hq_optuna.space.layers import FLOAT_BITS
 

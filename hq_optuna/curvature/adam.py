@@ -25,8 +25,8 @@ import torch
 from torch import nn
 
 from hq_optuna.curvature.estimate import Curvature
-from hq_optuna.curvature.sweep import SquaredGradients, check_differentiable, differentiable
-from hq_optuna.network.batches import Batches, forward
+from hq_optuna.curvature.sweep import SquaredGradients, differentiable
+from hq_optuna.network.batches import Batches
 from hq_optuna.network.losses import LossFunction
 from hq_optuna.quantization.quantizers.base import in_single
 from hq_optuna.space.layers import LayerSpec
@@ -63,13 +63,7 @@ def calibration_adam(
     with differentiable(network, layers, sweep.see) as (copied, weights):
         moments = {name: torch.zeros_like(in_single(w.detach())) for name, w in weights.items()}
         for index, batch in enumerate(data):
-            sweep.begin(batch.n)
-            copied.zero_grad(set_to_none=True)
-            with torch.enable_grad():
-                loss = loss_fn(forward(copied, batch.inputs), batch.labels)
-                check_differentiable(loss)
-                loss.backward()  # type: ignore[no-untyped-call]
-            sweep.end(weights)
+            sweep.run(copied, weights, batch, lambda outputs, b: loss_fn(outputs, b.labels))
             scale = math.sqrt(batch.n / data[0].n)
             for name, weight in weights.items():
                 moment = moments[name].mul_(beta2)  # v ← β₂ v + (1 − β₂) g²

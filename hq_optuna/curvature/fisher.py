@@ -30,10 +30,9 @@ import torch
 from torch import Tensor, nn
 
 from hq_optuna.curvature.estimate import TOLERANCE, Curvature
-from hq_optuna.curvature.sweep import SquaredGradients, check_differentiable, differentiable, signs
-from hq_optuna.network.batches import Batch, Batches, forward
-from hq_optuna.network.losses import LossFunction, is_cross_entropy, is_squared_error
-from hq_optuna.network.places import Places
+from hq_optuna.curvature.sweep import SquaredGradients, differentiable, signs
+from hq_optuna.network.batches import Batch, Batches
+from hq_optuna.network.losses import LossFunction, Places, is_cross_entropy, is_squared_error
 from hq_optuna.quantization.quantizers.base import in_single
 from hq_optuna.space.layers import LayerSpec
 
@@ -183,11 +182,9 @@ def empirical_fisher(
     Raises:
         ScoreError: The loss does not depend on the network through any gradient.
     """
-
-    def objective(outputs: Any, batch: Batch) -> Tensor:
-        return loss_fn(outputs, batch.labels)
-
-    return _squared(network, layers, data, objective, 0.0, progress)
+    return _squared(
+        network, layers, data, lambda outputs, b: loss_fn(outputs, b.labels), 0.0, progress
+    )
 
 
 def _squared(
@@ -202,13 +199,7 @@ def _squared(
     with differentiable(network, layers, sweep.see) as (copied, weights):
         sums = {name: torch.zeros_like(in_single(weight)) for name, weight in weights.items()}
         for index, batch in enumerate(data):
-            sweep.begin(batch.n)
-            copied.zero_grad(set_to_none=True)
-            with torch.enable_grad():
-                loss = objective(forward(copied, batch.inputs), batch)
-                check_differentiable(loss)
-                loss.backward()  # type: ignore[no-untyped-call]
-            sweep.end(weights)
+            sweep.run(copied, weights, batch, objective)
             seen += batch.n
             for name, weight in weights.items():
                 if weight.grad is not None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hq_optuna.curvature.estimate import Curvature, InputCurvature, MeanCurvatures
 from hq_optuna.errors import ScoreError
+from hq_optuna.network.batches import Batch, forward
 from hq_optuna.network.copies import copied
 from hq_optuna.quantization.observers import first_input, with_first_input
 from hq_optuna.space.layers import LayerSpec
@@ -40,24 +41,19 @@ def differentiable(
         net.get_submodule(layer.name).register_parameter("weight", own)
         weights[layer.name] = own
 
-    def watch(
-        name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        x = first_input(args, kwargs)
-        # A copy also lets the network go on to change its own tensor in place.
-        if x.requires_grad and torch.is_grad_enabled():
-            x = x.clone()
-        else:  # the network's own input, or behind something without gradient
-            x = x.detach().clone().requires_grad_(True)
-        on_input(name, x)
-        return with_first_input(args, kwargs, x)
-
     for layer in layers:
 
         def hook(
             _module: nn.Module, args: Any, kwargs: Any, name: str = layer.name
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            return watch(name, args, kwargs)
+            x = first_input(args, kwargs)
+            # A copy also lets the network go on to change its own tensor in place.
+            if x.requires_grad and torch.is_grad_enabled():
+                x = x.clone()
+            else:  # the network's own input, or behind something without gradient
+                x = x.detach().clone().requires_grad_(True)
+            on_input(name, x)
+            return with_first_input(args, kwargs, x)
 
         net.get_submodule(layer.name).register_forward_pre_hook(hook, with_kwargs=True)
     recurrent = any(isinstance(module, nn.RNNBase) for module in net.modules())
@@ -90,7 +86,7 @@ def signs(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class SquaredGradients:
-    """Gathers squared gradients of one backward pass a batch: of inputs by hooks, of weights after.
+    """Gathers squared gradients of inputs and weights from one backward pass a batch.
 
     Args:
         layers: Layers to look at.
@@ -103,11 +99,28 @@ class SquaredGradients:
         self._seen: dict[str, float] = {}
         self._n = 0
 
-    def begin(self, n: int) -> None:
-        """Start a batch of ``n`` samples."""
-        self._n = n
+    def run(
+        self,
+        network: nn.Module,
+        weights: dict[str, Tensor],
+        batch: Batch,
+        objective: Callable[[Any, Batch], Tensor],
+    ) -> None:
+        """Differentiate a batch's objective; leave the gradients in ``weights``."""
+        self._n = batch.n
         self._calls.clear()
         self._seen = dict.fromkeys(self.inputs, 0.0)
+        network.zero_grad(set_to_none=True)
+        with torch.enable_grad():
+            loss = objective(forward(network, batch.inputs), batch)
+            check_differentiable(loss)
+            loss.backward()  # type: ignore[no-untyped-call]
+        row = {}
+        for name, weight in weights.items():
+            g = weight.grad
+            mean = 0.0 if g is None else self._n * float(g.double().square().mean())
+            row[name] = (mean, self._seen[name])
+        self.means.add(row)
 
     def see(self, name: str, x: Tensor) -> None:
         """Square the gradient of a layer's input when it comes."""
@@ -121,15 +134,6 @@ class SquaredGradients:
             self._seen[name] += entry.add(gradient * self._n, self._n)
 
         x.register_hook(square)  # type: ignore[no-untyped-call]
-
-    def end(self, weights: dict[str, Tensor]) -> None:
-        """Close a batch, with the weights' gradients of its mean loss still there."""
-        row = {}
-        for name, weight in weights.items():
-            g = weight.grad
-            mean = 0.0 if g is None else self._n * float(g.double().square().mean())
-            row[name] = (mean, self._seen[name])
-        self.means.add(row)
 
     def curvature(self, weights: dict[str, Tensor], batch_size: int, n_samples: int) -> Curvature:
         """Return what was gathered, with the weights' curvature."""

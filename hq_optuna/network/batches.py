@@ -7,6 +7,7 @@ checked: the score of an assignment must be the same number every time it is ask
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,22 +28,18 @@ def forward(network: nn.Module, inputs: Inputs) -> Any:
 
     A detector that takes a list of images as its one argument is given ``([image, …],)``.
     """
-    with plain_attention():
+    with fused_attention_off():
         if isinstance(inputs, Mapping):
             return network(**inputs)
         return network(inputs) if isinstance(inputs, Tensor) else network(*inputs)
 
 
 Precision = Literal["float32", "bfloat16"]
-"""Of forward passes: the network's own, or bfloat16 where PyTorch's autocast allows it."""
+"""Precision of forward passes: the network's own, or bfloat16 where autocast allows it."""
 
 
 def check_precision(precision: str) -> None:
-    """Refuse an unknown precision.
-
-    Raises:
-        ValueError: It is no `Precision`.
-    """
+    """Raise ``ValueError`` for an unknown precision."""
     if precision not in get_args(Precision):
         raise ValueError(
             f"precision is one of {', '.join(get_args(Precision))}; got {precision!r}."
@@ -56,8 +53,8 @@ def autocast(network: nn.Module, precision: Precision) -> torch.autocast:
 
 
 @contextmanager
-def plain_attention() -> Iterator[None]:
-    """Turn off the fused transformer layer, which uses weights of layers that it never calls."""
+def fused_attention_off() -> Iterator[None]:
+    """Turn off PyTorch's fused transformer layer, which uses weights of layers it never calls."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -80,32 +77,42 @@ def tensors(tree: Any) -> Iterator[Tensor]:
 
 def move(tree: Any, device: torch.device) -> Any:
     """Return the tree with its tensors on ``device``."""
-    return _mapped(tree, lambda tensor: tensor.to(device))
+    return map_tensors(tree, lambda tensor: tensor.to(device))
 
 
-def in_single(tree: Any, precision: Precision) -> Any:
+def outputs_in_single(tree: Any, precision: Precision) -> Any:
     """Return outputs in single precision where `autocast` made them bfloat16, for any loss."""
     if precision == "float32":
         return tree
-    return _mapped(tree, lambda x: x.float() if x.dtype == torch.bfloat16 else x)
+    return map_tensors(tree, lambda x: x.float() if x.dtype == torch.bfloat16 else x)
 
 
 def cloned(tree: Any) -> Any:
     """Return the tree with copies of its tensors, for a function that may write into them."""
-    return _mapped(tree, Tensor.clone)
+    return map_tensors(tree, Tensor.clone)
 
 
-def _mapped(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return the tree with its tensors changed."""
+def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return the tree with ``change`` applied to each of its tensors."""
     if isinstance(tree, Tensor):
         return change(tree)
     if isinstance(tree, Mapping):
-        return {key: _mapped(value, change) for key, value in tree.items()}
+        return {key: map_tensors(value, change) for key, value in tree.items()}
     if isinstance(tree, list):  # some networks tell lists from tuples, detectors for example
-        return [_mapped(value, change) for value in tree]
+        return [map_tensors(value, change) for value in tree]
     if isinstance(tree, tuple):
-        return _like(tree, (_mapped(value, change) for value in tree))
+        return _like(tree, (map_tensors(value, change) for value in tree))
     return tree
+
+
+def digest_of(named: Iterable[tuple[str, Tensor]]) -> str:
+    """Return twelve hexadecimal digits that name these tensors, with their names, in this order."""
+    sha = hashlib.sha256()
+    for name, tensor in named:
+        sha.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        sha.update(flat.view(torch.uint8).numpy().data)
+    return sha.hexdigest()[:12]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,13 +143,8 @@ class Batches(Sequence[Batch]):
 
     def digest(self) -> str:
         """Return twelve hexadecimal digits that name the data, labels and batch sizes."""
-        sha = hashlib.sha256()
-        for batch in self._batches:
-            for tensor in (*tensors(batch.inputs), *tensors(batch.labels)):
-                sha.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-                flat = tensor.detach().cpu().contiguous().reshape(-1)
-                sha.update(flat.view(torch.uint8).numpy().tobytes())
-        return sha.hexdigest()[:12]
+        both = ((batch.inputs, batch.labels) for batch in self._batches)
+        return digest_of(("", tensor) for pair in both for tensor in tensors(pair))
 
     def to(self, device: torch.device) -> Batches:
         """Return the same batches on ``device``."""
@@ -201,17 +203,14 @@ def merge(data: Batches, max_samples: int) -> Batches:
     return Batches(merged)
 
 
-def merge_first(data: Batches, max_samples: int) -> Batches:
-    """Return the same samples with the first batches merged up to ``max_samples``, and no others.
+def enlarge_first_batch(data: Batches, max_samples: int) -> Batches:
+    """Return the same samples with the first batches merged up to ``max_samples``.
 
-    For what wants many samples at once, but only once: the first batch serves statistics, and the
-    others stay as small as caches like them.
+    Statistics are measured on the first batch and want many samples; the others stay as small as
+    caches like them.
     """
-    n, taken = 0, 0
-    for batch in data:
-        if taken and n + batch.n > max_samples:
-            break
-        n, taken = n + batch.n, taken + 1
+    totals = itertools.accumulate(batch.n for batch in data)
+    taken = max(1, sum(total <= max_samples for total in totals))
     return Batches([*merge(Batches(data[:taken]), max_samples), *data[taken:]])
 
 
@@ -248,8 +247,11 @@ def _read(data: Any, batch_size: int, what: str, limit: int | None = None) -> Ba
                 f"The {what} data hold {len(next(tensors(inputs)))} inputs and {n} labels; "
                 "give one label per input."
             )
-        slices = [slice(start, start + batch_size) for start in range(0, n, batch_size)]
-        return Batches([_batch((_slice(inputs, s), labels[s]), what) for s in slices])
+
+        def part(at: int) -> Any:
+            return map_tensors(data, lambda x: x[at : at + batch_size])
+
+        return Batches([_batch(part(at), what) for at in range(0, n, batch_size)])
     if isinstance(data, Tensor):
         raise DataError(f"The {what} data have no labels; give (inputs, labels).")
     if isinstance(data, Dataset) and not isinstance(data, torch.utils.data.IterableDataset):
@@ -284,29 +286,8 @@ def _items(data: Iterable[Any], what: str) -> Iterator[Any]:
         ) from error
 
 
-def _slice(tree: Any, part: slice) -> Any:
-    if isinstance(tree, Tensor):
-        return tree[part]
-    if isinstance(tree, Mapping):
-        return {key: _slice(value, part) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_slice(value, part) for value in tree]
-    return _like(tree, (_slice(value, part) for value in tree))
-
-
 def _batch(item: Any, what: str) -> Batch:
-    if not isinstance(item, (tuple, list)) or len(item) != 2:
-        raise DataError(
-            f"A {what} batch is a pair (inputs, labels); got {type(item).__name__}"
-            f"{f' of {len(item)}' if isinstance(item, (tuple, list)) else ''}. "
-            "Unlabelled data cannot give a loss."
-        )
-    inputs, labels = item
-    if isinstance(inputs, list):  # what collating makes of samples with several inputs
-        inputs = tuple(inputs)
-    first = next(tensors(inputs), None)
-    if first is None:
-        raise DataError(f"A {what} batch holds no tensor as input.")
+    inputs, labels = pair_of(item, what, " Unlabelled data cannot give a loss.")
     n = n_samples(inputs)
     if next(tensors(labels), None) is None:
         raise DataError(
@@ -320,6 +301,23 @@ def _batch(item: Any, what: str) -> Batch:
             "give one label per input."
         )
     return Batch(inputs, labels, n)
+
+
+def pair_of(item: Any, what: str, hint: str = "") -> tuple[Inputs, Any]:
+    """Return the inputs and labels of a batch; several inputs that were collated as a tuple.
+
+    Raises:
+        DataError: It is no pair, or has no tensor as input.
+    """
+    if not isinstance(item, (tuple, list)) or len(item) != 2:
+        size = f" of {len(item)}" if isinstance(item, (tuple, list)) else ""
+        raise DataError(
+            f"A {what} batch is a pair (inputs, labels); got {type(item).__name__}{size}.{hint}"
+        )
+    inputs, labels = item
+    if next(tensors(inputs), None) is None:
+        raise DataError(f"A {what} batch holds no tensor as input.")
+    return tuple(inputs) if isinstance(inputs, list) else inputs, labels
 
 
 def n_samples(inputs: Inputs) -> int:

@@ -1,22 +1,41 @@
-"""Checks at the door: a network, data and loss that cannot be searched are refused before work."""
+"""Checks before a search: a network, data or loss that cannot be searched is refused."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hq_optuna.errors import DataError, NetworkError
+from hq_optuna.errors import DataError, HqOptunaError, NetworkError
 from hq_optuna.network.batches import Batches, cloned, forward, tensors
 from hq_optuna.network.copies import copied
-from hq_optuna.network.losses import LossFunction, is_cross_entropy
-from hq_optuna.network.places import IGNORED_LABEL
+from hq_optuna.network.losses import IGNORED_LABEL, LossFunction, ignored_label, is_cross_entropy
 
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def explain_errors(what: str, hint: str) -> Iterator[None]:
+    """Say what was being tried when the user's own code failed.
+
+    Args:
+        what: What failed, as the beginning of a sentence.
+        hint: What is expected.
+
+    Raises:
+        DataError: With both and the error; this package's own errors pass unchanged.
+    """
+    try:
+        yield
+    except HqOptunaError:
+        raise
+    except Exception as error:
+        raise DataError(f"{what}: {type(error).__name__}: {error}. {hint}") from error
 
 
 @torch.no_grad()
@@ -29,7 +48,7 @@ def check_forward(network: nn.Module, data: Batches, loss_fn: LossFunction) -> l
         loss_fn: Mean loss of a batch from outputs and labels.
 
     Returns:
-        Warnings: sentences about what is doubtful but possible.
+        Warnings, a sentence each, about what is possible but doubtful.
 
     Raises:
         NetworkError: Two passes differ (dropout left on), outputs are NaN or infinite, or the
@@ -44,53 +63,59 @@ def check_forward(network: nn.Module, data: Batches, loss_fn: LossFunction) -> l
                 f"The network's state holds {name!r}, a {type(value).__name__} and no tensor "
                 "(get_extra_state), which neither a result nor a checkpoint can hold."
             )
-    batch = data[0]
-    kept = [(t, t.clone(), _version(t)) for t in tensors(batch.inputs)]
-    first = forward(called, batch.inputs)
-    _check_inputs_kept(kept)
-    if len(data) > 1:  # which may leave something behind
-        try:
-            forward(called, cloned(data[-1].inputs))
-        except Exception as error:
-            raise DataError(
-                f"The network fails on the last calibration batch, and not on the first: "
-                f"{type(error).__name__}: {error}. Batches are to be alike in types and shapes."
-            ) from error
-    second = forward(called, batch.inputs)
-    if len(list(tensors(first))) != len(list(tensors(second))):
-        raise NetworkError(
-            "Two forward passes of the same images in eval mode return different numbers of "
-            "tensors. Scores must be repeatable; make eval mode deterministic."
-        )
-    for a, b in zip(tensors(first), tensors(second), strict=True):
-        if not torch.equal(a, b):
-            if bool(torch.isnan(a).any()):
-                break
-            raise NetworkError(
-                "Two forward passes of the same images in eval mode differ: the network is random "
-                "(dropout with training=True, random augmentation inside forward?), or remembers "
-                "what it saw (a buffer that forward updates and uses?). "
-                "Scores must be repeatable; make eval mode deterministic."
-            )
-    for output in tensors(first):
+    outputs = _repeatable_outputs(called, data)
+    for output in tensors(outputs):
         if output.is_floating_point() and not bool(torch.isfinite(output).all()):
             raise NetworkError(
                 "The network's outputs on the calibration data hold NaN or infinity. "
                 "Check the checkpoint and the normalization of the inputs."
             )
     if is_cross_entropy(loss_fn):
-        check_class_scores(first)
-        ignored = getattr(loss_fn, "ignore_index", IGNORED_LABEL)
-        for labels in (each.labels for each in data):
-            check_labels(first, labels, ignored)
-            check_probabilities(first, labels)
-    try:
-        loss = loss_fn(first, batch.labels)
-    except Exception as error:
-        raise DataError(
-            f"The loss function failed on the first calibration batch: {error}. It is called with "
-            "(outputs, labels)."
-        ) from error
+        check_class_scores(outputs)
+        for batch in data:
+            check_labels(outputs, batch.labels, ignored_label(loss_fn))
+            check_probabilities(outputs, batch.labels)
+    return _check_mean(called, data, loss_fn, _finite_loss(loss_fn, outputs, data[0].labels))
+
+
+def _repeatable_outputs(network: nn.Module, data: Batches) -> Any:
+    """Return the outputs on the first batch, which a second pass must repeat."""
+    inputs = data[0].inputs
+    before = [(t, t.clone(), _version(t)) for t in tensors(inputs)]
+    first = forward(network, inputs)
+    _check_inputs_kept(before)
+    if len(data) > 1:  # another batch may leave something behind
+        with explain_errors(
+            "The network fails on the last calibration batch, and not on the first",
+            "Batches are to be alike in types and shapes.",
+        ):
+            forward(network, cloned(data[-1].inputs))
+    pair = list(tensors(first)), list(tensors(forward(network, inputs)))
+    if len(pair[0]) != len(pair[1]):
+        raise NetworkError(
+            "Two forward passes of the same images in eval mode return different numbers of "
+            "tensors. Scores must be repeatable; make eval mode deterministic."
+        )
+    for a, b in zip(*pair, strict=True):
+        if bool(torch.isnan(a).any()):  # never equal to itself, and refused later
+            break
+        if not torch.equal(a, b):
+            raise NetworkError(
+                "Two forward passes of the same images in eval mode differ: the network is random "
+                "(dropout with training=True, random augmentation inside forward?), or remembers "
+                "what it saw (a buffer that forward updates and uses?). "
+                "Scores must be repeatable; make eval mode deterministic."
+            )
+    return first
+
+
+def _finite_loss(loss_fn: LossFunction, outputs: Any, labels: Any) -> float:
+    """Return the loss of the first batch, refused where it is not one finite number."""
+    with explain_errors(
+        "The loss function failed on the first calibration batch",
+        "It is called with (outputs, labels).",
+    ):
+        loss = loss_fn(outputs, labels)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise DataError(f"The loss function returns one number, the mean of a batch; got {shape}.")
@@ -98,7 +123,7 @@ def check_forward(network: nn.Module, data: Batches, loss_fn: LossFunction) -> l
         raise DataError(
             f"The loss on the first calibration batch is {float(loss)}. Check labels and outputs."
         )
-    return _check_mean(called, data, loss_fn, float(loss))
+    return float(loss)
 
 
 def _version(tensor: Tensor) -> int:
@@ -106,18 +131,20 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _check_inputs_kept(kept: list[tuple[Tensor, Tensor, int]]) -> None:
+def _check_inputs_kept(before: list[tuple[Tensor, Tensor, int]]) -> None:
     """Refuse a network that writes into its input, and put the input back.
 
-    Also where this batch's values stay the same by it, as those that are clamped already.
+    Writing counts even where it leaves this batch's values the same (clamping what is clamped).
+
+    Args:
+        before: Of each input tensor itself, a copy, and its version before the pass.
     """
-    changed = False
-    for tensor, before, version in kept:
-        if not torch.equal(tensor, before):
-            tensor.copy_(before)
-            changed = True
-        changed |= _version(tensor) > version
-    if changed:
+    written = [tensor for tensor, _, version in before if _version(tensor) > version]
+    for tensor, values, _ in before:
+        if not torch.equal(tensor, values):
+            tensor.copy_(values)
+            written.append(tensor)
+    if written:
         raise NetworkError(
             "The network writes into its input (an in-place operation such as `x.sub_(mean)` or "
             "ReLU(inplace=True) on it), so a second pass would see other data. Make its first "
@@ -132,7 +159,7 @@ _ANOTHER_LOSS = (
 
 
 def check_class_scores(outputs: Any) -> None:
-    """Refuse outputs of which cross-entropy makes nothing, or 0 whatever they are."""
+    """Refuse outputs that are no class scores, of which cross-entropy fails or is always 0."""
     if isinstance(outputs, Tensor) and (outputs.dim() < 2 or outputs.shape[1] == 1):
         raise DataError(
             f"The network's outputs have shape {tuple(outputs.shape)}, one number a sample, and "
@@ -141,7 +168,7 @@ def check_class_scores(outputs: Any) -> None:
 
 
 def check_probabilities(outputs: Any, labels: Any) -> None:
-    """Refuse floating labels that are no probabilities of classes; cross-entropy takes any."""
+    """Refuse floating-point labels that are no class probabilities; cross-entropy takes any."""
     if not (isinstance(outputs, Tensor) and isinstance(labels, Tensor)):
         return
     if not labels.is_floating_point():
@@ -158,19 +185,17 @@ def check_probabilities(outputs: Any, labels: Any) -> None:
 
 @torch.no_grad()
 def check_rise(network: nn.Module, data: Batches, output_rise: Callable[..., Any]) -> None:
-    """Ask the user's own function for the rise of outputs that did not move.
+    """Refuse an ``output_rise`` that fails on outputs that did not move.
 
     Raises:
         DataError: It fails, or returns no single finite number.
     """
     outputs = forward(copied(network), data[0].inputs)
-    try:
+    with explain_errors(
+        "output_rise failed on the first calibration batch",
+        "It is called with (outputs, moved) and returns one number, summed over the samples.",
+    ):
         found = float(output_rise(outputs, cloned(outputs)))
-    except Exception as error:
-        raise DataError(
-            f"output_rise failed on the first calibration batch: {type(error).__name__}: {error}. "
-            "It is called with (outputs, moved) and returns one number, summed over the samples."
-        ) from error
     if not math.isfinite(found):
         raise DataError(f"output_rise of outputs that did not move is {found}; it should be 0.")
 

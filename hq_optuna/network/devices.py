@@ -1,33 +1,30 @@
-"""What is asked of a device by name: its random state, its double precision, and to be done."""
+"""Devices: their random states, moving to one, and whether it has float64."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hq_optuna.errors import NetworkError
 
 
 @contextmanager
-def random_state_kept(devices: Iterable[torch.device]) -> Iterator[None]:
-    """Put PyTorch's random states back after the body: the CPU's, and those of these devices."""
+def preserve_rng_state(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Put random states back after the body: PyTorch's on these devices, NumPy's and Python's."""
     with ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
         stack.enter_context(torch.random.fork_rng(devices=[]))
         for device in set(devices):
             if device.type not in ("cpu", "meta"):
                 states = torch.random.fork_rng([device.index or 0], device_type=device.type)
                 stack.enter_context(states)
         yield
-
-
-def wait_for(values: Iterable[Tensor]) -> None:
-    """Wait until what computes these tensors is done: a GPU goes on behind the program's back."""
-    for device in {value.device for value in values}:
-        if device.type not in ("cpu", "meta"):
-            torch.get_device_module(device).synchronize(device)
 
 
 def move_to(network: nn.Module, device: str) -> None:
@@ -38,7 +35,7 @@ def move_to(network: nn.Module, device: str) -> None:
     """
     try:
         network.to(device)
-    except Exception as error:  # of many kinds, by device and by what is wrong
+    except Exception as error:  # its type depends on the device
         n = torch.cuda.device_count()
         here = "CUDA finds no GPU" if n == 0 else f"CUDA finds {n}, cuda:0 to cuda:{n - 1}"
         if n == 1:

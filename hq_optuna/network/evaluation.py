@@ -1,90 +1,84 @@
-"""How good a network is on data the search did not read."""
+"""Measure a network on data the search did not read."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hq_optuna.errors import DataError, HqOptunaError
+from hq_optuna.errors import DataError
 from hq_optuna.network.batches import Batches, cloned, forward
-from hq_optuna.network.checks import check_labels
+from hq_optuna.network.checks import check_labels, explain_errors
 from hq_optuna.network.copies import copied
-from hq_optuna.network.losses import LossFunction, is_cross_entropy
-from hq_optuna.network.places import IGNORED_LABEL
+from hq_optuna.network.losses import LossFunction, ignored_label, is_cross_entropy
 
 Evaluate = Callable[[nn.Module, Batches], Mapping[str, float]]
 
 
+def _right_classes(outputs: Any, labels: Any) -> Tensor | None:
+    """Return which classes are right, of the labels' shape; ``None`` where there are no classes."""
+    if not (isinstance(outputs, Tensor) and isinstance(labels, Tensor)):
+        return None
+    if labels.is_floating_point() or labels.dim() != outputs.dim() - 1:
+        return None
+    if outputs.shape[1] == 1:  # one logit: its argmax is always 0
+        return None
+    return outputs.argmax(1) == labels
+
+
 @torch.no_grad()
-def right(network: nn.Module, data: Batches) -> Tensor | None:
+def correct_predictions(network: nn.Module, data: Batches) -> Tensor | None:
     """Return for each sample whether its class is right, shape ``(N,)``.
 
     Returns:
-        ``None`` where there is not one class a sample: other outputs, or a class for each pixel,
-        which are not independent of each other.
+        ``None`` unless there is one class a sample (classes of pixels are not independent).
     """
     found = []
     for batch in data:
-        outputs, labels = forward(network, batch.inputs), batch.labels
-        if not (isinstance(outputs, Tensor) and isinstance(labels, Tensor)):
+        classes = _right_classes(forward(network, batch.inputs), batch.labels)
+        if classes is None or classes.dim() != 1:
             return None
-        if labels.is_floating_point() or labels.dim() != 1 or outputs.dim() != 2:
-            return None
-        if outputs.shape[1] == 1:
-            return None
-        found.append((outputs.argmax(1) == labels).cpu())
+        found.append(classes.cpu())
     return torch.cat(found) if found else None
 
 
 @torch.no_grad()
-def figures(evaluate: Evaluate, network: nn.Module, data: Batches) -> dict[str, float]:
-    """Return what ``evaluate`` measures; its passes keep nothing for gradients."""
+def measured_figures(evaluate: Evaluate, network: nn.Module, data: Batches) -> dict[str, float]:
+    """Return what ``evaluate`` measures, without gradients."""
     return {name: float(value) for name, value in evaluate(network, data).items()}
 
 
-def of_validation(fact: str) -> bool:
-    """Say whether a fact of a study, by name, was measured on validation data."""
+def is_validation_fact(fact: str) -> bool:
+    """Return whether a study's fact of this name was measured on validation data."""
     own = fact in ("validation_samples", "validation_lost", "validation_gained")
     return own or (fact.endswith(("_before", "_after")) and not fact.startswith("test_"))
 
 
-@contextmanager
-def explained_on(what: str) -> Iterator[None]:
-    """Say of whatever goes wrong that it did so on these data.
-
-    Raises:
-        DataError: Network, loss or figures fail on them.
-    """
-    try:
-        yield
-    except HqOptunaError:
-        raise
-    except Exception as error:  # of the user's network, loss or figures
-        raise DataError(
-            f"The network cannot be measured on the {what} data: {type(error).__name__}: {error}. "
-            "They are to be as the calibration data: types, shapes, and labels."
-        ) from error
+def _explained_on(what: str) -> AbstractContextManager[None]:
+    """Say of whatever the user's code raises that it failed on these data."""
+    return explain_errors(
+        f"The network cannot be measured on the {what} data",
+        "They are to be as the calibration data: types, shapes, and labels.",
+    )
 
 
-def check_measured(
+def check_validation(
     evaluate: Evaluate, model: nn.Module, data: Batches, loss_fn: LossFunction
 ) -> None:
-    """Compute loss and figures of validation data before a search, and look at all labels.
+    """Compute loss and figures of the validation data before a search, and check all labels.
 
     Raises:
         DataError: They cannot be measured, or labels are no classes of the network.
     """
-    with explained_on("validation"), torch.no_grad():
+    with _explained_on("validation"), torch.no_grad():
         outputs = forward(copied(model), data[0].inputs)
         if is_cross_entropy(loss_fn):
-            ignored = getattr(loss_fn, "ignore_index", IGNORED_LABEL)
             for batch in data:
-                check_labels(outputs, batch.labels, ignored, "validation")
+                check_labels(outputs, batch.labels, ignored_label(loss_fn), "validation")
         float(loss_fn(cloned(outputs), data[0].labels))
     if evaluate is not accuracy:
         check_evaluate(evaluate, model, data)
@@ -92,7 +86,7 @@ def check_measured(
 
 @torch.no_grad()
 def check_evaluate(evaluate: Evaluate, model: nn.Module, data: Batches) -> None:
-    """Measure the float network once before a search, which is over when it is measured again.
+    """Call ``evaluate`` once before a search, so that it does not fail only when that is over.
 
     On the first batch, and on all of them only where that one alone cannot be measured.
 
@@ -131,25 +125,18 @@ def accuracy(network: nn.Module, data: Batches) -> dict[str, float]:
 
     Understands class scores ``(N, C, …)`` with integer labels ``(N, …)``.
     """
-    right = total = 0
+    n_right = total = 0
     for batch in data:
-        outputs = forward(network, batch.inputs)
-        labels = batch.labels
-        if not (isinstance(outputs, Tensor) and isinstance(labels, Tensor)):
+        classes = _right_classes(forward(network, batch.inputs), batch.labels)
+        if classes is None:
             return {}
-        if labels.is_floating_point() or labels.dim() != outputs.dim() - 1:
-            return {}
-        if outputs.shape[1] == 1:  # one logit: its argmax is always 0
-            return {}
-        right += int((outputs.argmax(1) == labels).sum())
-        total += labels.numel()
-    return {"accuracy": right / total} if total else {}
+        n_right += int(classes.sum())
+        total += classes.numel()
+    return {"accuracy": n_right / total} if total else {}
 
 
 @torch.no_grad()
-def mean_loss(
-    network: nn.Module, data: Batches, loss_fn: Callable[[Any, Any], Tensor]
-) -> dict[str, float]:
+def mean_loss(network: nn.Module, data: Batches, loss_fn: LossFunction) -> dict[str, float]:
     """Return ``{"loss": mean over the samples}``."""
     losses = [float(loss_fn(forward(network, b.inputs), b.labels)) * b.n for b in data]
     return {"loss": math.fsum(losses) / data.n_samples}
@@ -158,38 +145,38 @@ def mean_loss(
 def before_and_after(
     evaluate: Evaluate, model: nn.Module, network: nn.Module, data: Batches, what: str
 ) -> dict[str, float]:
-    """Measure the float and the quantized network.
+    """Measure the float and the quantized network on the same data.
 
     Args:
         evaluate: What is measured.
         model: The float network; left as it is.
         network: The quantized network.
         data: On their device.
-        what: Name of the data; figures of other than validation data have it before their names.
+        what: Name of the data, a prefix of the figures unless it is ``"validation"``.
 
     Returns:
-        ``{"<what>_samples": …, "accuracy_before": …, "accuracy_after": …}``, and where `accuracy`
-        is what is measured and there is one class a sample, ``<what>_lost`` and ``<what>_gained``:
-        samples that only the float network, or only the quantized one, gets right.
+        ``{"<what>_samples": …, "accuracy_before": …, "accuracy_after": …}``. With `accuracy` and
+        one class a sample also ``<what>_lost`` and ``<what>_gained``: samples that only the float
+        network, or only the quantized one, gets right.
     """
     facts: dict[str, float] = {f"{what}_samples": data.n_samples}
     prefix = "" if what == "validation" else f"{what}_"
     original = copied(model)
-    with explained_on(what):
+    with _explained_on(what):
         if evaluate is accuracy:
-            before, after = right(original, data), right(network, data)
+            before, after = correct_predictions(original, data), correct_predictions(network, data)
             if before is not None and after is not None:
-                facts[f"{prefix}accuracy_before"] = share(before)
-                facts[f"{prefix}accuracy_after"] = share(after)
+                facts[f"{prefix}accuracy_before"] = share_correct(before)
+                facts[f"{prefix}accuracy_after"] = share_correct(after)
                 facts[f"{what}_lost"] = int((before & ~after).sum())
                 facts[f"{what}_gained"] = int((after & ~before).sum())
                 return facts
         for when, measured in (("before", original), ("after", network)):
-            for name, value in figures(evaluate, measured, data).items():
+            for name, value in measured_figures(evaluate, measured, data).items():
                 facts[f"{prefix}{name}_{when}"] = value
     return facts
 
 
-def share(right: Tensor) -> float:
-    """Return the accuracy that `right` tells."""
-    return int(right.sum()) / len(right)
+def share_correct(correct: Tensor) -> float:
+    """Return the accuracy from `correct_predictions`."""
+    return int(correct.sum()) / len(correct)

@@ -8,7 +8,7 @@ the reason. The network is handed back as it came.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,25 +18,17 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.parameter import is_lazy
 
 from hq_optuna.errors import NetworkError
-from hq_optuna.network.batches import Inputs, forward, tensors
+from hq_optuna.network.batches import Inputs, forward, map_tensors, tensors
+from hq_optuna.network.copies import preserve_network
 from hq_optuna.network.devices import check_double_precision
-from hq_optuna.network.restore import fresh, restored
-from hq_optuna.space.layers import LayerSpec, SkippedModule
-
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
-
-QUANTIZABLE: tuple[type[nn.Module], ...] = (*_CONVOLUTIONS, nn.Linear)
-"""Classes of layers that can be quantized; their subclasses count, as long as they are called."""
-
-# Modules with weights that are no layer of their own, and why.
-_UNSUPPORTED: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], str], ...] = (
-    ((nn.Embedding, nn.EmbeddingBag), "a table that is looked up, nothing is multiplied"),
-    (nn.MultiheadAttention, "attention projects with these weights inside one function"),
-    ((nn.RNNBase, nn.RNNCellBase), "recurrent layers are not supported"),
-    (nn.Bilinear, "bilinear layers are not supported"),
-    (nn.Module, "not a Conv, ConvTranspose or Linear layer"),
+from hq_optuna.network.layer_types import (
+    CONVOLUTIONS,
+    OTHER_NORMS,
+    QUANTIZABLE,
+    TRANSPOSED,
+    UNSUPPORTED,
 )
+from hq_optuna.space.layers import LayerSpec, SkippedModule
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,29 +112,64 @@ def introspect(
     _check(network)
 
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
-    example = fresh(example_input, device)
+    # A copy: networks may write into their input.
+    example = map_tensors(example_input, lambda x: x.detach().to(device, copy=True))
     n = _n_samples(example) if n_samples is None else n_samples
     if n < 1:
         raise NetworkError(f"The example input holds {n} samples. Give at least one.")
     tallies = _count(network, example, check_batch=n_samples is None)
+    layers = _quantized_layers(names, tallies, n)
+    skipped = _skipped_modules(network, names, tallies, layers)
+    _check_found(layers, skipped)
+    n_parameters = sum(p.numel() for p in network.parameters())
+    return Introspection(tuple(layers.values()), tuple(skipped), n_parameters, n)
 
-    quantized: dict[nn.Module, str] = {}  # module → its name
-    owner: dict[int, nn.Module] = {}  # weight tensor → the module it is quantized in
-    layers: list[LayerSpec] = []
+
+def _check_found(layers: Mapping[nn.Module, LayerSpec], skipped: Sequence[SkippedModule]) -> None:
+    """Refuse a network without quantizable layers, and one that is a layer without a name."""
+    if not layers:
+        seen = "".join(f"\n  {s.name} ({s.kind}): {s.reason}" for s in skipped[:8])
+        raise NetworkError(
+            "Nothing in the network can be quantized: a forward pass in evaluation mode must call "
+            "a Conv1d/2d/3d, ConvTranspose1d/2d/3d or Linear layer with floating-point weights."
+            + (f" Modules with weights that were passed over:{seen}" if seen else "")
+        )
+    for layer in layers.values():
+        if not layer.name:
+            raise NetworkError(
+                f"The network is itself one {layer.kind} layer, which leaves it no name. "
+                "Wrap it: nn.Sequential(layer)."
+            )
+
+
+def _quantized_layers(
+    names: Mapping[nn.Module, list[str]], tallies: Mapping[nn.Module, _Tally], n: int
+) -> dict[nn.Module, LayerSpec]:
+    """Return the called layers that can be quantized; of several with one weight, the first."""
+    layers: dict[nn.Module, LayerSpec] = {}
+    weights: set[int] = set()
     for module, tally in tallies.items():
-        if module not in names or _unfit(module) or id(module.weight) in owner:
-            continue
-        owner[id(module.weight)] = module
-        quantized[module] = names[module][0]
-        layers.append(_spec(module, names[module], tally, n))
+        if module in names and not _unfit(module) and id(module.weight) not in weights:
+            weights.add(id(module.weight))
+            layers[module] = _spec(module, names[module], tally, n)
+    return layers
 
+
+def _skipped_modules(
+    network: nn.Module,
+    names: Mapping[nn.Module, list[str]],
+    tallies: Mapping[nn.Module, _Tally],
+    layers: Mapping[nn.Module, LayerSpec],
+) -> list[SkippedModule]:
+    """Return the modules with weights of their own that are not quantized."""
+    owners = {id(module.weight): layer.name for module, layer in layers.items()}
     computed = tuple(f"{name}.parametrizations" for m in names if _computed(m) for name in names[m])
     skipped: list[SkippedModule] = []
     for module, (name, *_) in names.items():
-        if module in quantized or name.startswith(computed):
+        if module in layers or name.startswith(computed):
             continue
         reason = _reason(network, module, name, called=module in tallies)
-        shared = [quantized[owner[id(p)]] for p in _own(module).values() if id(p) in owner]
+        shared = [owners[id(p)] for p in _own(module).values() if id(p) in owners]
         if reason and shared:
             reason = f"shares its weight with {shared[0]!r} and is quantized there only; {reason}"
         if reason:
@@ -154,21 +181,7 @@ def introspect(
                 "keep layers in attributes or nn.ModuleList"
             )
             skipped.append(SkippedModule("(unregistered)", type(module).__name__, reason))
-
-    if not layers:
-        seen = "".join(f"\n  {s.name} ({s.kind}): {s.reason}" for s in skipped[:8])
-        raise NetworkError(
-            "Nothing in the network can be quantized: a forward pass in evaluation mode must call "
-            "a Conv1d/2d/3d, ConvTranspose1d/2d/3d or Linear layer with floating-point weights."
-            + (f" Modules with weights that were passed over:{seen}" if seen else "")
-        )
-    if "" in quantized.values():
-        raise NetworkError(
-            f"The network is itself one {type(network).__name__} layer, which leaves it no name. "
-            "Wrap it: nn.Sequential(layer)."
-        )
-    n_parameters = sum(p.numel() for p in network.parameters())
-    return Introspection(tuple(layers), tuple(skipped), n_parameters, n)
+    return skipped
 
 
 def _check(network: nn.Module) -> None:
@@ -219,9 +232,9 @@ def _count(network: nn.Module, example: Inputs, *, check_batch: bool) -> dict[nn
         if isinstance(module, nn.Linear):
             tally.macs += given.numel() * module.in_features
             n_batched = 2
-        elif isinstance(module, _CONVOLUTIONS):
+        elif isinstance(module, CONVOLUTIONS):
             kernel = math.prod(module.kernel_size)
-            if isinstance(module, _TRANSPOSED):
+            if isinstance(module, TRANSPOSED):
                 tally.macs += taken.numel() * (module.out_channels // module.groups) * kernel
             else:
                 tally.macs += given.numel() * (module.in_channels // module.groups) * kernel
@@ -230,7 +243,7 @@ def _count(network: nn.Module, example: Inputs, *, check_batch: bool) -> dict[nn
             alone.append(module)
 
     try:
-        with restored(network), torch.no_grad():
+        with preserve_network(network), torch.no_grad():
             network.eval()
             # A hook on all modules touches none of them, and comes before the user's own hooks,
             # which may replace the output.
@@ -261,7 +274,7 @@ def _spec(module: nn.Module, names: list[str], tally: _Tally, n: int) -> LayerSp
         name=names[0],
         kind=type(module).__name__,
         weight_shape=tuple(module.weight.shape),
-        channel_axis=1 if isinstance(module, _TRANSPOSED) else 0,
+        channel_axis=1 if isinstance(module, TRANSPOSED) else 0,
         macs=-(-tally.macs // n),
         n_calls=tally.n_calls,
         n_inputs=-(-tally.n_inputs // n),
@@ -306,7 +319,7 @@ def _reason(network: nn.Module, module: nn.Module, name: str, *, called: bool) -
         )
     if hasattr(module, "_packed_params") and hasattr(module, "weight"):
         return "already quantized (packed weights)"
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+    if isinstance(module, OTHER_NORMS):
         return ""
     # Vectors shaped for broadcasting, such as a layer scale (C, 1, 1), are no filters.
     held = [
@@ -316,7 +329,7 @@ def _reason(network: nn.Module, module: nn.Module, name: str, *, called: bool) -
     ]
     if not held:
         return ""
-    why = next(why for kind, why in _UNSUPPORTED if isinstance(module, kind))
+    why = next(why for kind, why in UNSUPPORTED if isinstance(module, kind))
     return f"{why}; holds {', '.join(held[:3])}{', …' if len(held) > 3 else ''}"
 
 

@@ -1,13 +1,15 @@
-"""Which losses are known by what they are: cross-entropy and squared error, as PyTorch has them.
+"""The losses this package knows: PyTorch's cross-entropy and mean squared error themselves.
 
-A function around one of them may do anything beside, so it is not known.
+A function that wraps one of them may do anything else too, so it is not known.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -28,3 +30,54 @@ def is_cross_entropy(loss_fn: Any) -> bool:
 def is_squared_error(loss_fn: Any) -> bool:
     """Return whether a loss is PyTorch's mean squared error, function or module."""
     return loss_fn is functional.mse_loss or isinstance(loss_fn, nn.MSELoss)
+
+
+IGNORED_LABEL = -100
+"""`torch.nn.functional.cross_entropy` ignores this label."""
+
+
+def ignored_label(loss_fn: Any) -> int:
+    """Return the label that a cross-entropy ignores."""
+    return int(getattr(loss_fn, "ignore_index", IGNORED_LABEL))
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """The places ``(N, …)`` of class scores ``(N, C, …)`` that a cross-entropy is the mean over.
+
+    Args:
+        ignored: Places with this label do not count.
+        weight: Weight of a place by its label, ``(C,)``; ``None``: all alike.
+    """
+
+    ignored: int = IGNORED_LABEL
+    weight: Tensor | None = None
+
+    @classmethod
+    def of(cls, loss_fn: Any) -> Places:
+        """Return those of PyTorch's cross-entropy, function or module."""
+        return cls(ignored_label(loss_fn), getattr(loss_fn, "weight", None))
+
+    def counted(self, outputs: Tensor, labels: Any) -> Tensor | None:
+        """Return the weight of each place, 1 on average, or ``None`` where all count alike.
+
+        Args:
+            outputs: Class scores ``(N, C, …)``.
+            labels: Classes ``(N, …)``; of other labels, such as probabilities, all count alike.
+
+        Example:
+            >>> Places().counted(torch.zeros(4, 3), torch.tensor([0, 1, -100, -100]))
+            tensor([2., 2., 0., 0.], dtype=torch.float64)
+        """
+        if not isinstance(labels, Tensor) or labels.is_floating_point():
+            return None
+        if labels.shape != outputs.shape[:1] + outputs.shape[2:]:
+            return None
+        counts = labels != self.ignored
+        if self.weight is None and bool(counts.all()):
+            return None
+        values = counts.double()
+        if self.weight is not None:
+            values = values * self.weight.to(values)[torch.where(counts, labels, 0)]
+        total = values.sum()
+        return values * (values.numel() / total) if float(total) > 0 else values

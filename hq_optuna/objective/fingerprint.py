@@ -16,7 +16,7 @@ from torch import nn
 from hq_optuna import attributes
 from hq_optuna._version import __version__
 from hq_optuna.errors import ResumeError
-from hq_optuna.quantization.quantizer_choice import in_words
+from hq_optuna.quantization.quantizer_choice import describe_quantizers
 from hq_optuna.settings import Group, SearchSettings, settings_of
 
 QUANTIZERS = "weights: symmetric per channel, squared error; activations: affine per tensor"
@@ -77,7 +77,7 @@ def quantizers(chosen: Mapping[str, str]) -> str:
     if not chosen:
         return QUANTIZERS
     weights, activations = QUANTIZERS.split("; ")
-    return f"{weights}; {in_words(chosen)}; {activations}"
+    return f"{weights}; {describe_quantizers(chosen)}; {activations}"
 
 
 def network_digest(network: nn.Module) -> str:

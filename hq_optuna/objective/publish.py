@@ -15,7 +15,7 @@ from optuna.study import Study
 from hq_optuna import attributes
 from hq_optuna.artifacts.store import Artifacts, attach, attached
 from hq_optuna.errors import ResumeError
-from hq_optuna.network.evaluation import of_validation
+from hq_optuna.network.evaluation import is_validation_fact
 from hq_optuna.scoring import Sensitivity
 from hq_optuna.space.search_space import SearchSpace
 
@@ -127,7 +127,7 @@ def publish_facts(study: Study, facts: dict[str, Any]) -> None:
     stored = study.user_attrs
     if "validation_samples" in facts:
         known = (key.removeprefix(f"{attributes.REPORT}:") for key in stored)
-        facts = {**dict.fromkeys(filter(of_validation, known)), **facts}
+        facts = {**dict.fromkeys(filter(is_validation_fact, known)), **facts}
     for name, value in facts.items():
         key = f"{attributes.REPORT}:{name}"
         if stored.get(key) != value:

@@ -10,13 +10,13 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from hq_optuna.curvature import probe_of
-from hq_optuna.network.batches import Batches, merge_first
+from hq_optuna.network.batches import Batches, enlarge_first_batch
 from hq_optuna.network.losses import LossFunction
 from hq_optuna.quantization import observe_inputs, prepare
 from hq_optuna.quantization.compensation import compensate_weights
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.quantization.observers import InputHistogram
-from hq_optuna.quantization.quantizer_choice import choose_quantizers, not_compensated
+from hq_optuna.quantization.quantizer_choice import choose_quantizers, uncompensated_warnings
 from hq_optuna.scoring import (
     LAYER_SUMS,
     LayerSumName,
@@ -26,11 +26,11 @@ from hq_optuna.scoring import (
     measure_layer_sums,
     output_rise_of,
 )
-from hq_optuna.scoring.sensitivity import unknown_layers
+from hq_optuna.scoring.sensitivity import unknown_curvature_warnings
 from hq_optuna.settings import SearchSettings
 from hq_optuna.space.layers import LayerSpec
 from hq_optuna.space.search_space import SearchSpace, bits_needed
-from hq_optuna.training.base import TrainedBase
+from hq_optuna.training.trained import TrainedNetwork
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, of)."""
@@ -111,7 +111,7 @@ class ScorerSetup:
         known: Sensitivity | None,
         progress: Progress,
         *,
-        base: TrainedBase | None = None,
+        base: TrainedNetwork | None = None,
         teacher: nn.Module | None = None,
         moments: Mapping[str, Tensor] | None = None,
     ) -> BuiltScorer:
@@ -142,7 +142,7 @@ class ScorerSetup:
                 wanted,
                 progress=lambda done, of: progress("rounding", done, of),
             )
-            warnings += not_compensated(self.quantizers)
+            warnings += uncompensated_warnings(self.quantizers)
         facts: dict[str, float] = {}
         if known is None:
             known, curvature = measure_layer_sums(
@@ -155,7 +155,7 @@ class ScorerSetup:
                 progress=progress,
                 moments=moments,
             )
-            warnings += unknown_layers(curvature, space.layers)
+            warnings += unknown_curvature_warnings(curvature, space.layers)
             facts["curvature_samples"] = curvature.n_samples
             if math.isfinite(curvature.largest_error):  # one batch alone has none
                 facts["curvature_standard_error"] = round(curvature.largest_error, 4)
@@ -164,7 +164,7 @@ class ScorerSetup:
 
     def score_of_trained(
         self,
-        base: TrainedBase,
+        base: TrainedNetwork,
         space: SearchSpace,
         data: Batches,
         loss_fn: LossFunction,
@@ -186,13 +186,13 @@ class ScorerSetup:
         return scorer.score(base.config).total
 
     def _settled(
-        self, network: nn.Module, space: SearchSpace, data: Batches, base: TrainedBase | None
+        self, network: nn.Module, space: SearchSpace, data: Batches, base: TrainedNetwork | None
     ) -> nn.Module:
         """Return a prepared copy with observed ranges and what a training learned."""
         names = [layer.name for layer in space.layers]
         prepared = self.prepared(network, space, observe_inputs(network, names, data))
         if base is not None:
-            base.settle_(prepared)
+            base.restore_learned_(prepared)
         return prepared
 
     def _scorer(
@@ -202,10 +202,10 @@ class ScorerSetup:
         space: SearchSpace,
         data: Batches,
         loss_fn: LossFunction,
-        base: TrainedBase | None,
+        base: TrainedNetwork | None,
         teacher: nn.Module | None,
     ) -> Scorer:
-        merged = merge_first(data, statistics_samples(space.layers))
+        merged = enlarge_first_batch(data, statistics_samples(space.layers))
         correct = None
         if self.settings.correction:
             config = None if base is None else base.config

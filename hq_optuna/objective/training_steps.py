@@ -34,9 +34,9 @@ from hq_optuna.errors import (
     ScoreError,
     TrainingError,
 )
-from hq_optuna.network.batches import Batches, merge_first
+from hq_optuna.network.batches import Batches, enlarge_first_batch
 from hq_optuna.network.copies import copied
-from hq_optuna.network.evaluation import Evaluate, figures, mean_loss
+from hq_optuna.network.evaluation import Evaluate, mean_loss, measured_figures
 from hq_optuna.network.losses import LossFunction
 from hq_optuna.objective.scorer_setup import BuiltScorer, Progress, ScorerSetup, statistics_samples
 from hq_optuna.objective.tensors import get_tensors, put_tensors
@@ -48,9 +48,9 @@ from hq_optuna.search.rules import keeps
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.training import Trainer, TrainingSettings, load_trained_, trained_tensors
-from hq_optuna.training.base import TrainedBase, fold_shifts_, trained_base, without_bias
 from hq_optuna.training.plan import TrainingPlan
-from hq_optuna.training.rehearsal import rehearse
+from hq_optuna.training.trained import TrainedNetwork, fold_shifts_, layers_without_bias
+from hq_optuna.training.trainer import check_trainable
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class TrainedSteps:
         self.artifacts, self.validation, self.evaluate = artifacts, validation, evaluate
         self._built: tuple[tuple[BaseStorage, int, int], BuiltScorer] | None = None
         for settings in plan.used:
-            rehearse(model, plan.data, settings, loss_fn, plan.augment)
+            check_trainable(model, plan.data, settings, loss_fn, plan.augment)
 
     def keep_in(self, artifacts: Artifacts) -> None:
         """Keep weights in this store from here on."""
@@ -146,8 +146,8 @@ class TrainedSteps:
             base=base, teacher=self.model, moments=moments,
         )  # fmt: skip
 
-    def _base(self, tensors: Mapping[str, Any]) -> TrainedBase:
-        return trained_base(self.model, self.space.layers, tensors, self.setup.quantizers)
+    def _base(self, tensors: Mapping[str, Any]) -> TrainedNetwork:
+        return TrainedNetwork.rebuild(self.model, self.space.layers, tensors, self.setup.quantizers)
 
     def _said(self, study: Study, number: int) -> Mapping[str, Any]:
         storage = study._storage
@@ -322,10 +322,10 @@ class TrainedSteps:
         fold_shifts_(network)
         if not self.setup.settings.correction or settings.label_weight == 1:
             return
-        data = merge_first(self.data, statistics_samples(self.space.layers))
+        data = enlarge_first_batch(self.data, statistics_samples(self.space.layers))
         of = copied(self.model)
         correction = StatisticsCorrection(network, data, self.setup.settings.precision, of=of)
-        correction.apply(only=set(correction.modules) - without_bias(network))
+        correction.apply(only=set(correction.modules) - layers_without_bias(network))
         fold_shifts_(network)
 
     def _last_epoch(self, trial: Trial, attempts: list[int], trainer: Trainer) -> Reference | None:
@@ -357,7 +357,7 @@ class TrainedSteps:
             return {}
         found = mean_loss(network, self.validation, self.loss_fn)
         if self.evaluate is not None:
-            found |= figures(self.evaluate, network, self.validation)
+            found |= measured_figures(self.evaluate, network, self.validation)
         return found
 
 

@@ -12,6 +12,7 @@ to nearest is among what is tried, so a channel never gets worse by it.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
@@ -25,11 +26,13 @@ from hq_optuna.quantization.prepare import float_weight, weight_quantizer
 from hq_optuna.quantization.quantizers import UNIFORM, WeightQuantizer
 from hq_optuna.space.layers import LayerSpec
 
+logger = logging.getLogger(__name__)
+
 Rounding = Literal["compensated", "nearest"]
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 
-DAMPING = 0.01
-"""Share of the mean of E[x²] added to the diagonal, GPTQ's own."""
+DAMPINGS = (0.01, 0.1, 1.0)
+"""Shares of the mean of E[x²] added to the diagonal: GPTQ's, and more where that is singular."""
 BLOCK = 128
 FEW_BITS = 4
 SCALES = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
@@ -56,8 +59,8 @@ def compensate_weights(
     does not allow it stay rounded to nearest.
 
     Args:
-        prepared: A prepared network in float. Its layers keep the rounded weights as long as their
-            float weights stay the same.
+        prepared: A prepared network in float; its layers keep the rounded weights until their float
+            weights change.
         layers: Its layers.
         data: Calibration batches on the network's device; labels are not read.
         bits: Layer → bits of weights that will be asked for.
@@ -70,11 +73,18 @@ def compensate_weights(
             module = prepared.get_submodule(layer.name)
             quantizer = weight_quantizer(module)
             weight: Tensor = float_weight(module).detach()
-            moment = moments.pop(layer.name, None)
-            for b in sorted(bits.get(layer.name, ())):
-                if moment is not None and b <= MOST_BITS and quantizer.quantizer.compensates:
+            compensable = [b for b in sorted(bits.get(layer.name, ())) if b <= MOST_BITS]
+            if layer.name in moments and compensable and quantizer.quantizer.compensates:
+                factored = _factored(moments.pop(layer.name))
+                if factored.n_singular:
+                    logger.warning(
+                        "The input moments of layer %r are singular in %d of %d groups, whose "
+                        "weights are rounded to nearest instead of compensated.",
+                        *(layer.name, factored.n_singular, len(factored.usable)),
+                    )
+                for b in compensable:
                     start = quantizer.scale(weight, b)
-                    found = compensated(weight, moment, start, b, quantizer.quantizer)
+                    found = _round_groups(weight, factored, start, b, quantizer.quantizer)
                     quantizer.keep(weight, b, *found)
             done += 1
             if progress is not None:
@@ -104,12 +114,13 @@ class Compensated(NamedTuple):
     Attributes:
         weight: Each value a whole multiple of its channel's scale.
         scale: Shape ``(channels,)``, float32.
-        felt: ΔW E[x xᵀ] ΔWᵀ over the mean of E[x²], ``(channels,)`` float64, weight².
+        output_error: ΔW E[x xᵀ] ΔWᵀ over the mean of E[x²], ``(channels,)`` float64, weight²;
+            0 where a group is rounded to nearest, ``None`` where all groups are.
     """
 
     weight: Tensor
     scale: Tensor
-    felt: Tensor | None
+    output_error: Tensor | None
 
 
 @torch.no_grad()
@@ -122,16 +133,15 @@ def compensated(
 ) -> Compensated:
     """Return the rounded weight.
 
-    Groups whose input is always zero, or whose moments are none (not positive), are rounded to
-    nearest, with a felt error of 0, and make no difference to the others; where all are, no felt
-    error is known.
+    Groups whose input is always zero, or whose moments stay singular whatever the damping, are
+    rounded to nearest and make no difference to the others.
 
     Args:
         weight: ``(channels, …)``.
         moment: E[x xᵀ], ``(groups, d, d)`` with d weights per channel.
         scale: Scales to start from, ``(channels,)``.
         bits: 1 to 16.
-        quantizer: Whose grid the rounded weight lies on.
+        quantizer: Its grid holds the rounded weight.
 
     Example:
         The second weight makes up for the first, because both meet the same input.
@@ -140,40 +150,96 @@ def compensated(
         >>> compensated(w, torch.ones(1, 2, 2).double(), scale, bits=3).weight.sum(1)
         tensor([1.2000])
     """
-    groups, d = moment.shape[:2]
-    diagonal = moment.diagonal(dim1=1, dim2=2)
-    nearest = quantizer.quantize(weight, scale, bits, 0)
-    live = diagonal.sum(1) > 0  # an input that is always zero tells nothing
-    if not bool(live.any()):
-        return Compensated(nearest, scale, None)
-    if not bool(live.all()):
-        fed = live.repeat_interleave(len(weight) // groups)
-        part = compensated(weight[fed], moment[live], scale[fed], bits, quantizer)
-        felt = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
-        return Compensated(
-            nearest.index_put((fed,), part.weight),
-            scale.index_put((fed,), part.scale),
-            felt if part.felt is None else felt.index_put((fed,), part.felt),
-        )
-    damping = DAMPING * diagonal.mean(1)
-    damped = moment + torch.diag_embed(damping[:, None].expand(groups, d))
-    order = torch.argsort(diagonal, dim=1, descending=True, stable=True)
-    damped = damped.gather(1, order[:, :, None].expand_as(damped))
-    damped = damped.gather(2, order[:, None, :].expand_as(damped))
-    # Row j of the upper Cholesky factor of the inverse says how later columns make up for column j.
-    root, failed = torch.linalg.cholesky_ex(damped)
-    if bool(failed.any()):  # no moments of anything: as if there were none
-        usable = moment.where((failed == 0)[:, None, None], 0.0)
-        return compensated(weight, usable, scale, bits, quantizer)
-    inverse = torch.cholesky_inverse(root)
-    factor = torch.linalg.cholesky(inverse, upper=True)
+    return _round_groups(weight, _factored(moment), scale, bits, quantizer)
 
-    rows = weight.flatten(1).double().reshape(groups, -1, d).mT  # (groups, d, channels)
-    rows = rows.gather(1, order[:, :, None].expand_as(rows)).contiguous()
+
+class _Moments(NamedTuple):
+    """Input moments of the groups that can be compensated, and their factors.
+
+    Attributes:
+        usable: Which groups these are, ``(groups,)``; the others are rounded to nearest.
+        moment: E[x xᵀ], ``(usable, d, d)``.
+        order: Columns in falling order of E[x²], ``(usable, d)``.
+        damped: The damped moments in this order.
+        factor: Upper Cholesky factor of the inverse of ``damped``. Its row j says how later columns
+            make up for column j.
+        n_singular: Groups with input whose moments have no such factor at any damping.
+    """
+
+    usable: Tensor
+    moment: Tensor
+    order: Tensor
+    damped: Tensor
+    factor: Tensor
+    n_singular: int
+
+
+@torch.no_grad()
+def _factored(moment: Tensor) -> _Moments:
+    """Factor the moments ``(groups, d, d)``; raise the damping of those that are singular."""
+    fed = moment.diagonal(dim1=1, dim2=2).sum(1) > 0  # an input that is always zero tells nothing
+    found = moment[fed]
+    diagonal = found.diagonal(dim1=1, dim2=2)
+    order = torch.argsort(diagonal, dim=1, descending=True, stable=True)
+    damped, factor = torch.empty_like(found), torch.empty_like(found)
+    left = torch.ones(len(found), dtype=torch.bool, device=found.device)
+    for damping in DAMPINGS:
+        if not bool(left.any()):
+            break
+        added = (damping * diagonal[left].mean(1))[:, None].expand_as(diagonal[left])
+        tried, places = found[left] + torch.diag_embed(added), order[left]
+        tried = tried.gather(1, places[:, :, None].expand_as(tried))
+        damped[left] = tried = tried.gather(2, places[:, None, :].expand_as(tried))
+        root, failed = torch.linalg.cholesky_ex(tried)
+        inverse = torch.cholesky_inverse(root)
+        factor[left], failed_again = torch.linalg.cholesky_ex(inverse, upper=True)
+        done = (failed == 0) & (failed_again == 0) & factor[left].isfinite().all(2).all(1)
+        left = left.index_put((left,), ~done)
+    usable = fed.index_put((fed,), ~left)
+    done = ~left
+    return _Moments(usable, found[done], order[done], damped[done], factor[done], int(left.sum()))
+
+
+def _round_groups(
+    weight: Tensor, moments: _Moments, scale: Tensor, bits: int, quantizer: WeightQuantizer
+) -> Compensated:
+    """Round the usable groups with compensation, the others to nearest."""
+    nearest = quantizer.quantize(weight, scale, bits, 0)
+    usable = moments.usable
+    if not bool(usable.any()):
+        return Compensated(nearest, scale, None)
+    if bool(usable.all()):
+        return _best_of_scales(weight, moments, nearest, scale, bits, quantizer)
+    rows = usable.repeat_interleave(len(weight) // len(usable))
+    part = _best_of_scales(weight[rows], moments, nearest[rows], scale[rows], bits, quantizer)
+    assert part.output_error is not None
+    error = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
+    return Compensated(
+        nearest.index_put((rows,), part.weight),
+        scale.index_put((rows,), part.scale),
+        error.index_put((rows,), part.output_error),
+    )
+
+
+def _best_of_scales(
+    weight: Tensor,
+    moments: _Moments,
+    nearest: Tensor,
+    scale: Tensor,
+    bits: int,
+    quantizer: WeightQuantizer,
+) -> Compensated:
+    """Return for each channel the rounding with the least output error, over `SCALES`."""
+    _, moment, order, damped, factor, _ = moments
+    groups, d = order.shape
+
+    def columns_first(values: Tensor) -> Tensor:  # (groups, d, channels), the largest input first
+        rows = values.flatten(1).double().reshape(groups, -1, d).mT
+        return rows.gather(1, order[:, :, None].expand_as(rows))
+
+    rows, best = columns_first(weight).contiguous(), columns_first(nearest)
     channels = rows.shape[2]
     first = scale.double().reshape(groups, channels)
-    tried = nearest.flatten(1).double().reshape(groups, -1, d).mT
-    best = tried.gather(1, order[:, :, None].expand_as(tried))
     best_scale = scale.reshape(groups, channels)
     best_error = _output_error(best - rows, damped)
     for factors in _together(SCALES if bits <= FEW_BITS else (1.0,), rows.numel()):
@@ -192,8 +258,8 @@ def compensated(
     codes = (back.mT.reshape(weight.shape[0], d) / found.double()[:, None]).round()
     result = codes.to(weight.dtype) * found[:, None].to(weight.dtype)
     change = (result.double() - weight.flatten(1).double()).reshape(groups, -1, d).mT
-    felt = _output_error(change, moment) / diagonal.mean(1)[:, None]
-    return Compensated(result.reshape(weight.shape).contiguous(), found, felt.flatten())
+    error = _output_error(change, moment) / moment.diagonal(dim1=1, dim2=2).mean(1)[:, None]
+    return Compensated(result.reshape(weight.shape).contiguous(), found, error.flatten())
 
 
 def _round(

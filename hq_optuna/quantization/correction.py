@@ -19,18 +19,18 @@ which is bias correction (Nagel et al., 2019) with measured means.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from hq_optuna.network.batches import Batches, Precision, autocast, forward
-from hq_optuna.quantization.moments import has_known_axes
-from hq_optuna.quantization.observers import first_input
+from hq_optuna.network.layer_types import has_known_axes, has_statistics
+from hq_optuna.quantization.observers import watch_inputs
 from hq_optuna.quantization.prepare import get_bits, prepared_layers, set_bits
 from hq_optuna.quantization.statistics import channel_statistics
 from hq_optuna.space.assignment import LayerBits
@@ -55,13 +55,13 @@ class StatisticsCorrection:
 
     Args:
         prepared: A prepared network; its statistics in float are measured now.
-        data: Calibration batches. The first one is what statistics are measured on, so it should
-            be large (see `hq_optuna.network.batches.merge_first`).
+        data: Calibration batches. Statistics are measured on the first one, so it should be large
+            (see `hq_optuna.network.batches.enlarge_first_batch`).
         precision: Of the passes that statistics are read from.
-        reference: Bits at which the stored statistics are right: those a network was trained at.
-            ``None``: in float.
-        of: The network whose stored statistics are right, in eval mode, where it is not the
-            prepared one: the float network that a trained one shall come near to.
+        reference: Bits at which the stored statistics are right: those the network was trained at;
+            ``None``: float.
+        of: Network in eval mode whose stored statistics are right, if not the prepared one: the
+            float network that a trained one imitates.
 
     The network keeps what `apply` set until `reset`, which restores the stored values bit for bit.
     """
@@ -78,7 +78,7 @@ class StatisticsCorrection:
         self.precision: Precision = precision
         self.data = data
         self._norms: dict[str, _Norm] = {}
-        self._shifted: dict[str, Tensor] = {}  # float output means of layers without batch-norm
+        self._means: dict[str, Tensor] = {}  # float output means of layers without batch-norm
         for layer in prepared_layers(prepared).values():
             add_shift(layer)
         before = get_bits(prepared)
@@ -90,156 +90,114 @@ class StatisticsCorrection:
             set_bits(prepared, before)
 
     @property
-    def n_corrected(self) -> tuple[int, int]:
-        """Batch-norm layers, and layers whose output is shifted instead."""
-        return len(self._norms), len(self._shifted)
-
-    @property
     def modules(self) -> tuple[str, ...]:
         """Names of the modules that are corrected."""
-        return (*self._norms, *self._shifted)
+        return (*self._norms, *self._means)
 
     @torch.no_grad()
     def _measure(self, network: nn.Module) -> None:
         """Read the statistics that are right; find the layers with batch-norm behind them."""
-        norms = {n: m for n, m in network.named_modules() if _tracks(m)}
+        norms = {name: m for name, m in network.named_modules() if has_statistics(m)}
         outputs: dict[int, str] = {}
         alive: list[Tensor] = []  # an id names a tensor only as long as it lives
         normed: set[str] = set()
-        means: dict[str, Tensor] = {}
-        calls: dict[str, int] = {}
+        calls = Counter[str]()
         without: set[str] = set()
 
-        def norm(name: str, module: Any, x: Tensor) -> None:
-            calls[name] = calls.get(name, 0) + 1
+        def norm(name: str, x: Tensor) -> None:
+            calls[name] += 1
             if not x.numel():
                 without.add(name)
                 return
-            mean, var = channel_statistics(x, 1)
-            self._norms[name] = _Norm(
-                module.running_mean.clone(), module.running_var.clone(), mean, var
-            )
+            module: Any = norms[name]
+            stored = module.running_mean.clone(), module.running_var.clone()
+            self._norms[name] = _Norm(*stored, *channel_statistics(x, 1))
             if id(x) in outputs:
                 normed.add(outputs[id(x)])
 
-        def layer(name: str, module: nn.Module, output: Tensor) -> None:
-            calls[name] = calls.get(name, 0) + 1
-            if not _has_places(output) or not has_known_axes(module):
+        def layer(name: str, module: nn.Module, output: Any) -> None:
+            calls[name] += 1
+            # Some layers return several tensors, and some outputs are empty.
+            if isinstance(output, Tensor) and output.numel() and has_known_axes(module):
+                outputs[id(output)] = name
+                alive.append(output)
+                axis = channel_axis(module, output)
+                self._means[name] = channel_statistics(output, axis)[0]
+            else:
                 without.add(name)
-                return
-            outputs[id(output)] = name
-            alive.append(output)
-            means[name] = channel_statistics(output, channel_axis(module, output))[0]
 
+        watched = watch_inputs(network, list(norms), norm)
         layers = {name: network.get_submodule(name) for name in prepared_layers(self.prepared)}
-        with autocast(network, self.precision), _before(norms, norm), _after(layers, layer):
+        with autocast(network, self.precision), watched, _watch_outputs(layers, layer):
             forward(network, self.data[0].inputs)
         # A module called twice has one set of statistics for two inputs, and one that no sample
         # reached (an expert, regions of which there are none) has none: leave them alone.
         left = without | {name for name, n in calls.items() if n > 1}
         self._norms = {n: s for n, s in self._norms.items() if n not in left}
-        self._shifted = {n: m for n, m in means.items() if n not in normed | left}
+        self._means = {n: m for n, m in self._means.items() if n not in normed | left}
 
     @torch.no_grad()
-    def apply(
-        self,
-        run: Callable[[], Any] | None = None,
-        *,
-        only: Container[str] | None = None,
-        begun: Container[str] = (),
-    ) -> Any:
+    def apply(self, *, only: Container[str] | None = None) -> Any:
         """Correct the network for its present bits; return its outputs on the first batch.
 
         Args:
-            run: Runs the network on the first batch; by default all of it.
             only: Names of the modules that are corrected; the others stay as they are now. By
                 default all.
-            begun: Names of those that begin with what they hold now, not with what is stored.
         """
-        norms = self._chosen(self._norms, only)
-        layers = self._chosen(self._shifted, only)
-        self._reset(name for name in (*norms, *layers) if name not in begun)
+        chosen = [name for name in self.modules if only is None or name in only]
+        self._reset(chosen)
 
-        def norm(name: str, _module: nn.Module, x: Tensor) -> None:
-            self.restore({name: self.corrected(name, x)})
+        def norm(name: str, x: Tensor) -> None:
+            self._set(name, self._corrected(name, x))
 
         def shift(name: str, module: nn.Module, output: Tensor) -> Tensor:
-            (change,) = self.corrected(name, output)
-            self.restore({name: (change,)})
-            return _shifted(output, change, channel_axis(module, output))
+            self._set(name, self._corrected(name, output))
+            return _shifted(module, output)
 
-        with autocast(self.prepared, self.precision), _before(norms, norm), _after(layers, shift):
-            return forward(self.prepared, self.data[0].inputs) if run is None else run()
+        norms = [name for name in chosen if name in self._norms]
+        layers = {n: self.prepared.get_submodule(n) for n in chosen if n in self._means}
+        watched = watch_inputs(self.prepared, norms, norm)
+        with autocast(self.prepared, self.precision), watched, _watch_outputs(layers, shift):
+            return forward(self.prepared, self.data[0].inputs)
 
-    @torch.no_grad()
-    def corrected(self, name: str, x: Tensor) -> tuple[Tensor, ...]:
-        """Return what a module is to hold, in the precision in which it holds it.
+    def _corrected(self, name: str, x: Tensor) -> tuple[Tensor, ...]:
+        """Return what a module is to hold.
 
         Args:
             name: The module.
-            x: What enters it if it is a batch-norm layer, else what leaves it without a shift.
+            x: The input of a batch-norm layer, the output without shift of any other.
         """
-        new: tuple[Tensor, ...]
         if not x.numel():  # at these bits no sample comes here: as stored, not shifted
-            new = self._stored(name)
-        elif name in self._norms:
-            seen, found = self._norms[name], channel_statistics(x, 1)
-            new = corrected_statistics(
-                (seen.stored_mean, seen.stored_var), (seen.mean, seen.var), found
+            return self._stored(name)
+        if name in self._norms:
+            seen = self._norms[name]
+            return corrected_statistics(
+                (seen.stored_mean, seen.stored_var), (seen.mean, seen.var), channel_statistics(x, 1)
             )
-        else:
-            axis = channel_axis(self.prepared.get_submodule(name), x)
-            new = (self._shifted[name] - channel_statistics(x, axis)[0],)
-        held = self._buffers(name)
-        return tuple(value.to(buffer.dtype) for value, buffer in zip(new, held, strict=True))
-
-    @contextmanager
-    def unshifted(self, name: str) -> Iterator[None]:
-        """Take a layer's shift away for a while."""
-        (shift,) = before = self.state([name])[name]
-        self.restore({name: (torch.zeros_like(shift),)})
-        try:
-            yield
-        finally:
-            self.restore({name: before})
+        axis = channel_axis(self.prepared.get_submodule(name), x)
+        return (self._means[name] - channel_statistics(x, axis)[0],)
 
     def reset(self) -> None:
         """Restore the stored statistics and take shifts away."""
         self._reset(self.modules)
 
-    def state(self, names: Iterable[str]) -> dict[str, tuple[Tensor, ...]]:
-        """Return a copy of what corrected modules hold now, by name."""
-        return {name: tuple(buffer.clone() for buffer in self._buffers(name)) for name in names}
-
-    @torch.no_grad()
-    def restore(self, state: Mapping[str, tuple[Tensor, ...]]) -> None:
-        """Set what `state` returned."""
-        for name, values in state.items():
-            for buffer, value in zip(self._buffers(name), values, strict=True):
-                buffer.copy_(value)
-
-    def _chosen(
-        self, names: Mapping[str, Any], only: Container[str] | None
-    ) -> dict[str, nn.Module]:
-        return {
-            name: self.prepared.get_submodule(name)
-            for name in names
-            if only is None or name in only
-        }
-
-    def _buffers(self, name: str) -> tuple[Tensor, ...]:
-        module: Any = self.prepared.get_submodule(name)
-        if name in self._norms:
-            return module.running_mean, module.running_var
-        return (module.get_buffer(SHIFT),)
+    def _reset(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._set(name, self._stored(name))
 
     def _stored(self, name: str) -> tuple[Tensor, ...]:
         if name in self._norms:
             return self._norms[name].stored_mean, self._norms[name].stored_var
-        return (torch.zeros_like(self._shifted[name]),)
+        return (torch.zeros_like(self._means[name]),)
 
-    def _reset(self, names: Iterable[str]) -> None:
-        self.restore({name: self._stored(name) for name in names})
+    @torch.no_grad()
+    def _set(self, name: str, values: tuple[Tensor, ...]) -> None:
+        """Write a module's statistics or shift, in the precision in which it holds them."""
+        module: Any = self.prepared.get_submodule(name)
+        shift = name in self._means
+        held = (module.get_buffer(SHIFT),) if shift else (module.running_mean, module.running_var)
+        for buffer, value in zip(held, values, strict=True):
+            buffer.copy_(value)
 
 
 def corrected_statistics(
@@ -258,11 +216,6 @@ def corrected_statistics(
     return found[0] - (right[0] - stored[0]) * ratio.sqrt(), stored[1] * ratio
 
 
-def _has_places(output: Any) -> bool:
-    """Say whether an output has values to take a mean of; some layers return several tensors."""
-    return isinstance(output, Tensor) and output.numel() > 0
-
-
 def add_shift(layer: nn.Module) -> None:
     """Give a prepared layer an output shift, zero for each channel."""
     if SHIFT in dict(layer.named_buffers(recurse=False)):
@@ -274,56 +227,30 @@ def add_shift(layer: nn.Module) -> None:
 
 
 def _add_shift(module: nn.Module, _args: Any, output: Any) -> Tensor | None:
-    shift = module.get_buffer(SHIFT)
-    if not bool(shift.any()):
+    if not bool(module.get_buffer(SHIFT).any()):
         return None  # the output itself: float stays float bit for bit
-    return _shifted(output, shift, channel_axis(module, output))
+    return _shifted(module, output)
+
+
+def _shifted(module: nn.Module, output: Tensor) -> Tensor:
+    """Return a layer's output with its channels shifted, in the output's own precision."""
+    shape = [1] * output.dim()
+    shape[channel_axis(module, output)] = -1
+    return (output + module.get_buffer(SHIFT).reshape(shape)).to(output.dtype)
 
 
 def channel_axis(module: nn.Module, output: Tensor) -> int:
     """Return the axis of a layer's output that holds its channels, from the end where it can be."""
-    return output.dim() - 1 if isinstance(module, nn.Linear) else output.dim() - _spatial(module)
-
-
-def _spatial(module: nn.Module) -> int:
-    return len(getattr(module, "kernel_size", ())) + 1
-
-
-def _tracks(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm) and module.running_mean is not None
-
-
-def _shifted(output: Tensor, shift: Tensor, axis: int) -> Tensor:
-    """Return an output with each channel shifted, in the output's own precision."""
-    shape = [1] * output.dim()
-    shape[axis] = -1
-    return (output + shift.reshape(shape)).to(output.dtype)
+    return output.dim() - 1 - len(getattr(module, "kernel_size", ()))
 
 
 @contextmanager
-def _before(modules: Mapping[str, nn.Module], see: Any) -> Iterator[None]:
-    handles = [
-        module.register_forward_pre_hook(
-            lambda m, args, kwargs, name=name: see(name, m, first_input(args, kwargs)),
-            with_kwargs=True,
-        )
-        for name, module in modules.items()
-    ]
-    try:
+def _watch_outputs(modules: Mapping[str, nn.Module], see: Any) -> Iterator[None]:
+    """Call ``see(name, module, output)`` after each call; what it returns replaces the output."""
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            hook = module.register_forward_hook(
+                lambda m, args, output, name=name: see(name, m, output)
+            )
+            stack.callback(hook.remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _after(modules: Mapping[str, nn.Module], see: Any) -> Iterator[None]:
-    handles = [
-        module.register_forward_hook(lambda m, args, output, name=name: see(name, m, output))
-        for name, module in modules.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

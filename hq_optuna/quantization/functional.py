@@ -60,12 +60,8 @@ def quantize_weight(weight: Tensor, scale: Tensor, bits: int, channel_axis: int)
                 [ 2.0000,  0.0000]])
     """
     if bits == 1:
-        shape = [1] * weight.dim()
-        shape[channel_axis] = -1
         signs = torch.where(weight >= 0, 1.0, -1.0).to(weight.dtype)
-        binary = signs * scale.to(weight.dtype).reshape(shape)
-        # Forward value binary, gradient that of the weight; the sum is exact because it is w − w.
-        return binary.detach() + (weight - weight.detach())
+        return straight_through(signs * along(scale, weight, channel_axis), weight)
     quant_min, quant_max = weight_grid(bits)
     zero = torch.zeros(scale.shape, dtype=torch.int32, device=weight.device)
     return torch.fake_quantize_per_channel_affine(
@@ -73,9 +69,7 @@ def quantize_weight(weight: Tensor, scale: Tensor, bits: int, channel_axis: int)
     )
 
 
-def quantize_activation(
-    x: Tensor, scale: float, zero_point: int, bits: int, *, out: Tensor | None = None
-) -> Tensor:
+def quantize_activation(x: Tensor, scale: float, zero_point: int, bits: int) -> Tensor:
     """Round activations to a per-tensor affine grid.
 
     Without gradient, single precision on a CPU takes four plain passes, which are ten times faster
@@ -87,8 +81,6 @@ def quantize_activation(
         scale: Positive.
         zero_point: The integer that stands for 0.0.
         bits: 1 to 16.
-        out: Where the result may be written without gradient, of the shape and type of ``x``;
-            ``x`` itself overwrites it. Not used where PyTorch's own operation serves.
 
     Example:
         >>> quantize_activation(torch.tensor([-0.2, 0.6, 9.0]), scale=0.5, zero_point=1, bits=2)
@@ -100,10 +92,29 @@ def quantize_activation(
         rounded = torch.fake_quantize_per_tensor_affine(x, scale, zero_point, quant_min, quant_max)
         return torch.where(x.isnan(), x, rounded)
     scale_32 = np.float32(scale)  # and single precision in the division, as PyTorch has it
-    rounded = torch.mul(x, float(np.float32(1) / scale_32), out=out)
+    rounded = x * float(np.float32(1) / scale_32)
     rounded.round_().clamp_(quant_min - zero_point, quant_max - zero_point)
     # 0 + scale · q instead of q · scale turns −0.0 into 0.0, as PyTorch's integers do.
     return torch.add(_ZERO, rounded, alpha=float(scale_32), out=rounded)
 
 
 _ZERO = torch.tensor(0.0, device="cpu")
+
+
+def along(scale: Tensor, weight: Tensor, channel_axis: int) -> Tensor:
+    """Return the scale in the weight's precision, shaped to multiply it along an axis."""
+    shape = [1] * weight.dim()
+    shape[channel_axis] = -1
+    return scale.to(weight.dtype).reshape(shape)
+
+
+def straight_through(rounded: Tensor, smooth: Tensor) -> Tensor:
+    """Return ``rounded``, with the gradient of ``smooth``; the sum is exact because it adds zero.
+
+    Example:
+        >>> w = torch.tensor([0.3, -2.0], requires_grad=True)
+        >>> straight_through(w.round(), 3 * w).sum().backward()
+        >>> w.grad
+        tensor([3., 3.])
+    """
+    return rounded.detach() + (smooth - smooth.detach())

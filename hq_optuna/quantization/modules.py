@@ -7,7 +7,7 @@ back and forth between assignments costs a dictionary look-up.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,14 @@ from hq_optuna.quantization.observers import InputHistogram, Observer
 from hq_optuna.quantization.quantizers import UNIFORM, WeightQuantizer
 from hq_optuna.quantization.ranges import AffineRange
 from hq_optuna.space.layers import FLOAT_BITS
+
+
+class _Kept(NamedTuple):
+    """What `WeightFakeQuantize.keep` was given for a number of bits."""
+
+    rounded: Tensor
+    output_error: Tensor | None
+    training_start: Tensor | None
 
 
 class WeightFakeQuantize(nn.Module):
@@ -41,9 +49,7 @@ class WeightFakeQuantize(nn.Module):
         self.bits = FLOAT_BITS
         self.scales: dict[int, Tensor] = {}
         # What `keep` was given, and the float weight it is for.
-        self._kept: dict[int, Tensor] = {}
-        self._felt: dict[int, Tensor] = {}
-        self._begins: dict[int, Tensor] = {}
+        self._kept: dict[int, _Kept] = {}
         self._kept_for: Tensor | None = None
         self._seen: tuple[Tensor, int] | None = None
         self._rounded: dict[int, Tensor] = {}
@@ -55,7 +61,7 @@ class WeightFakeQuantize(nn.Module):
     def scale(self, weight: Tensor, bits: int) -> Tensor:
         """Return the scale for ``bits``, shape ``(channels,)``; found once, then kept."""
         if bits not in self.scales:
-            exact = torch.autocast(weight.device.type, enabled=False)  # whoever asks first
+            exact = torch.autocast(weight.device.type, enabled=False)
             with torch.inference_mode(False), torch.no_grad(), exact:
                 self.scales[bits] = self.quantizer.scale(weight, bits, self.channel_axis)
         if self.scales[bits].device != weight.device:
@@ -68,35 +74,31 @@ class WeightFakeQuantize(nn.Module):
         bits: int,
         rounded: Tensor,
         scale: Tensor,
-        felt: Tensor | None = None,
-        begins: Tensor | None = None,
+        output_error: Tensor | None = None,
+        training_start: Tensor | None = None,
     ) -> None:
-        """Take ``rounded`` for ``weight`` at ``bits`` from now on, as long as the weight is this.
+        """Use ``rounded`` for ``weight`` at ``bits`` as long as the weight stays the same.
 
         Args:
             weight: The float weight.
             bits: Number of bits.
             rounded: The weight's shape, values of the grid with ``scale``.
             scale: Shape ``(channels,)``.
-            felt: The squared error of each channel as its output feels it, ``(channels,)``.
-            begins: The float weight that training at ``bits`` begins from, where it was trained at
-                these bits before and this is what lay behind the rounded one.
+            output_error: What `output_error` is to return, ``(channels,)``.
+            training_start: The float weight that training at ``bits`` starts from, where the layer
+                was trained at these bits before: what lay behind the rounded one.
         """
         if self._kept_for is None or not torch.equal(self._kept_for, weight):
-            self._kept, self._felt, self._begins = {}, {}, {}
+            self._kept = {}
             self._kept_for = weight.detach().clone()
-        self._kept[bits], self.scales[bits] = rounded, scale
-        if felt is not None:
-            self._felt[bits] = felt
-        if begins is not None:
-            self._begins[bits] = begins
+        self._kept[bits] = _Kept(rounded, output_error, training_start)
+        self.scales[bits] = scale
         self._rounded.pop(bits, None)
 
     def retrained(self, scales: Mapping[int, Tensor]) -> None:
-        """Take the scales of a trained weight, by bits, and forget all that was found before."""
+        """Use the scales of a trained weight, by bits, and forget all that was found before."""
         self.scales = dict(scales)
-        self._kept, self._felt, self._begins, self._kept_for = {}, {}, {}, None
-        self._seen = None
+        self._kept, self._kept_for, self._seen = {}, None, None
 
     def kept(self, weight: Tensor, bits: int) -> Tensor | None:
         """Return what `keep` was given for this weight, if anything."""
@@ -107,29 +109,34 @@ class WeightFakeQuantize(nn.Module):
             return None
         if same is not self._kept_for:
             self._kept_for = same
-            self._kept = {b: rounded.to(weight) for b, rounded in self._kept.items()}
-        return self._kept[bits]
+            self._kept = {
+                b: k._replace(rounded=k.rounded.to(weight)) for b, k in self._kept.items()
+            }
+        return self._kept[bits].rounded
 
-    def begins(self, weight: Tensor, bits: int) -> Tensor | None:
-        """Return where training of this weight begins, if `keep` was told."""
-        if bits not in self._begins or self.kept(weight, bits) is None:
+    def training_start(self, weight: Tensor, bits: int) -> Tensor | None:
+        """Return where training of this weight starts, if `keep` was told."""
+        if self.kept(weight, bits) is None:
             return None
-        return self._begins[bits].to(weight.device)
+        start = self._kept[bits].training_start
+        return None if start is None else start.to(weight.device)
 
     @torch.no_grad()
-    def felt_error(self, weight: Tensor, bits: int) -> Tensor:
-        """Return the squared error of each channel as the layer's output feels it.
+    def output_error(self, weight: Tensor, bits: int) -> Tensor:
+        """Return each channel's squared error, weighted by what it does to the layer's output.
 
-        Where errors make up for each other, that is ΔW E[x xᵀ] ΔWᵀ over the mean of E[x²]: the
-        squared error that would change the output as much if inputs were not correlated. Elsewhere
-        it is the squared error itself.
+        For a compensated weight that is ΔW E[x xᵀ] ΔWᵀ over the mean of E[x²]: the squared error
+        that would change the output as much if inputs were not correlated. Otherwise it is the
+        squared error itself.
 
         Returns:
             Shape ``(channels,)``, float64, weight².
         """
         rounded = self.quantized(weight, bits)
-        if bits in self._felt and self.kept(weight, bits) is not None:
-            return self._felt[bits].to(weight.device)
+        if self.kept(weight, bits) is not None:
+            known = self._kept[bits].output_error
+            if known is not None:
+                return known.to(weight.device)
         change = (rounded.double() - weight.double()).movedim(self.channel_axis, 0)
         return change.flatten(1).square().sum(1)
 
@@ -148,7 +155,7 @@ class WeightFakeQuantize(nn.Module):
         return self._rounded[bits]
 
     def _changed(self, weight: Tensor) -> bool:
-        """Say whether the weight is another than last time, and remember it."""
+        """Return whether the weight has changed since the last call."""
         if weight.is_inference():  # keeps no count of its changes
             self._seen = None
             return True
@@ -162,7 +169,7 @@ class WeightFakeQuantize(nn.Module):
         )
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return the weight as the layer shall use it."""
+        """Return the weight as the layer uses it."""
         if self.bits == FLOAT_BITS:
             return weight
         if torch.is_grad_enabled() and weight.requires_grad:
@@ -182,10 +189,6 @@ class InputFakeQuantize(nn.Module):
             be used (a loaded result).
         observer: How a range is found from the histogram.
         ranges: Ranges already known, by bits.
-
-    Attributes:
-        overwrites: Whether `forward` may round its argument in place, without gradient. Whoever
-            sets it knows that nobody else reads the argument.
     """
 
     def __init__(
@@ -198,7 +201,6 @@ class InputFakeQuantize(nn.Module):
         self.histogram = histogram
         self.observer: Observer = observer
         self.bits = FLOAT_BITS
-        self.overwrites = False
         self.ranges: dict[int, AffineRange] = dict(ranges or {})
 
     def range(self, bits: int) -> AffineRange:
@@ -216,13 +218,10 @@ class InputFakeQuantize(nn.Module):
             self.ranges[bits] = self.histogram.range(bits, self.observer)
         return self.ranges[bits]
 
-    def quantized(self, x: Tensor, bits: int, *, out: Tensor | None = None) -> Tensor:
-        """Return ``x`` rounded to ``bits``, written into ``out`` where that saves time."""
-        scale, zero_point = self.range(bits)
-        return quantize_activation(x, scale, zero_point, bits, out=out)
+    def quantized(self, x: Tensor, bits: int) -> Tensor:
+        """Return ``x`` rounded to ``bits``."""
+        return quantize_activation(x, *self.range(bits), bits)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the input as the layer shall see it."""
-        if self.bits == FLOAT_BITS:
-            return x
-        return self.quantized(x, self.bits, out=x if self.overwrites else None)
+        """Return the input as the layer sees it."""
+        return x if self.bits == FLOAT_BITS else self.quantized(x, self.bits)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from hq_optuna.network.batches import Batches, forward
+from hq_optuna.network.layer_types import TRANSPOSED, has_known_axes
 from hq_optuna.quantization.observers import watch_inputs
 from hq_optuna.space.layers import LayerSpec
 
@@ -98,17 +98,9 @@ def _products(rows: Tensor) -> Tensor:
 
 def can_have_moments(module: nn.Module) -> bool:
     """Return whether `input_moments` knows how this module meets its input."""
-    if isinstance(module, _ConvTransposeNd) or not has_known_axes(module):
+    if isinstance(module, TRANSPOSED) or not has_known_axes(module):
         return False
     return columns(module) <= MOST_COLUMNS
-
-
-def has_known_axes(module: nn.Module) -> bool:
-    """Say whether inputs and outputs are laid out as PyTorch's own layers have them.
-
-    A linear layer with a forward pass of its own may have its features along any axis.
-    """
-    return not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward
 
 
 def columns(module: nn.Module) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 from typing import Any
 
 from torch import nn
@@ -15,7 +14,7 @@ from hq_optuna.quantization.modules import InputFakeQuantize, WeightFakeQuantize
 from hq_optuna.quantization.observers import InputHistogram, Observer, first_input, with_first_input
 from hq_optuna.quantization.quantizers import UNIFORM, quantizer_named
 from hq_optuna.space.assignment import BitConfig
-from hq_optuna.space.layers import FLOAT_BITS, MAX_BITS, MIN_BITS, LayerSpec
+from hq_optuna.space.layers import FLOAT_BITS, MAX_BITS, MIN_BITS, LayerSpec, is_whole
 
 _INPUT = "input_fake_quantize"
 
@@ -130,8 +129,7 @@ def set_bits(network: nn.Module, bits: Mapping[str, tuple[int, int]]) -> None:
                 f"{', '.join(layers) or 'none; call prepare() first'}."
             )
         for value in pair:
-            integral = isinstance(value, Integral)
-            if not integral or (value != FLOAT_BITS and not MIN_BITS <= value <= MAX_BITS):
+            if not is_whole(value) or (value != FLOAT_BITS and not MIN_BITS <= value <= MAX_BITS):
                 raise SpaceError(
                     f"Layer {name!r}: bits are {MIN_BITS} to {MAX_BITS}, or {FLOAT_BITS} for "
                     f"float; got {value!r}."

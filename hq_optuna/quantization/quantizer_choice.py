@@ -47,11 +47,11 @@ def choose_quantizers(globs: Mapping[str, str] | None, space: SearchSpace) -> di
     return {n: chosen[n][0] for n in names if n in chosen and chosen[n][0] != UNIFORM.name}
 
 
-def in_words(chosen: Mapping[str, str]) -> str:
-    """Return what was chosen, by quantizer.
+def describe_quantizers(chosen: Mapping[str, str]) -> str:
+    """Return a choice of quantizers in words.
 
     Example:
-        >>> in_words({"conv2": "dorefa", "conv3": "ternary", "conv4": "dorefa"})
+        >>> describe_quantizers({"conv2": "dorefa", "conv3": "ternary", "conv4": "dorefa"})
         'dorefa for conv2, conv4; ternary for conv3'
     """
     layers: dict[str, list[str]] = {}
@@ -60,8 +60,8 @@ def in_words(chosen: Mapping[str, str]) -> str:
     return "; ".join(f"{quantizer} for {', '.join(names)}" for quantizer, names in layers.items())
 
 
-def not_compensated(chosen: Mapping[str, str]) -> list[str]:
-    """Return a sentence for each quantizer whose rounding errors are not made up for."""
+def uncompensated_warnings(chosen: Mapping[str, str]) -> list[str]:
+    """Return a sentence for each quantizer whose weights are not compensated."""
     sentences = []
     for quantizer in dict.fromkeys(chosen.values()):
         if not QUANTIZERS[quantizer].compensates:

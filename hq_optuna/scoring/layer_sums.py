@@ -67,7 +67,7 @@ def measure_layer_sums(
         known = {n: moments[n].to(h) if n in moments else h for n, h in curvature.weights.items()}
         gone = tuple(n for n in curvature.no_gradient if n not in moments)
         curvature = dataclasses.replace(curvature, weights=known, no_gradient=gone)
-    forms: dict[str, Form] = {"diagonal": "diagonal", "fisher": "felt"}
+    forms: dict[str, Form] = {"diagonal": "diagonal", "fisher": "output"}
     form = forms.get(name, "trace")
     sensitivity = measure_sensitivity(
         prepared,

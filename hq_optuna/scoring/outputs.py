@@ -21,8 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hq_optuna.network.losses import is_cross_entropy, is_squared_error
-from hq_optuna.network.places import Places
+from hq_optuna.network.losses import Places, is_cross_entropy, is_squared_error
 
 TEMPERATURE = 3.0
 """Of 1, 1.5, 2, 3, 4, 6 and 8 the one whose scores rank unseen images best (docs/scores.md)."""

@@ -36,8 +36,8 @@ class Score(NamedTuple):
     """What is recorded of a candidate.
 
     Attributes:
-        total: What candidates are ranked by, nats: weights' and activations' part together, or
-            what was measured of its outputs or its loss.
+        total: Candidates are ranked by it, nats: the sum of both parts, or the rise of the outputs
+            or of the measured loss.
         weights: The weights' part of the sum of sensitivities, nats.
         activations: The activations' part, nats.
         calibration_loss: Measured mean loss on the calibration set.
@@ -57,14 +57,14 @@ class Scorer:
         sensitivity: Predicted loss rises of the space's layers and bits.
         data: Calibration batches on the network's device.
         loss_fn: Mean loss of a batch from outputs and labels.
-        output_rise: Ranks by the loss rise that a candidate's own outputs tell, instead of by the
-            sum of its layers' sensitivities.
+        output_rise: Ranks by the loss rise computed from a candidate's own outputs, instead of by
+            the sum of its layers' sensitivities.
         by_loss: Ranks by the measured rise of the loss on the calibration set over that of the
             float network. A network may be better by chance with fewer bits: rises can be negative.
         correction: Corrects the statistics of each candidate in its forward pass.
         precision: Of candidates' forward passes, see `hq_optuna.network.batches.Precision`.
-        teacher: Whose outputs a rise is measured against, where that is not the prepared network
-            in float: the network as it was before it was trained at fewer bits.
+        teacher: Network whose outputs a rise is measured against, if not the prepared one in float:
+            the network before it was trained at fewer bits.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Scorer:
         config: Mapping[str, LayerBits],
         between_batches: Callable[[], None] = lambda: None,
     ) -> tuple[float, float | None]:
-        """Return the mean loss with these bits, and the rise its outputs tell, nats.
+        """Return the mean loss with these bits, and the rise computed from its outputs, nats.
 
         The rise is rounded to nine significant digits, so that what another processor adds up in
         another order ranks the same.
@@ -143,14 +143,14 @@ class Scorer:
         return math.fsum(losses) / n, rise
 
     def _rise(self, expected: Any, outputs: Any, batch: Batch) -> float:
-        """Return what a batch's outputs tell of the rise, summed over its samples."""
+        """Return the rise computed from a batch's outputs, summed over its samples."""
         assert self.output_rise is not None
         if isinstance(self.output_rise, CrossEntropyRise):
             rise = float(self.output_rise(expected, outputs, batch.labels))
         else:
             rise = float(self.output_rise(cloned(expected), cloned(outputs)))
             if self.output_rise is not squared_error_rise:
-                return rise  # the user's own, who knows what a sample is
+                return rise  # the user's own is summed over samples already
         # A sample may have several rows of outputs, such as its tokens.
         return rise if len(outputs) == batch.n else rise * batch.n / len(outputs)
 

@@ -5,8 +5,8 @@
 
 ``diagonal`` takes these sums as they stand, so curvature and error meet element by element;
 ``trace`` takes the mean curvature of a layer times its squared error (HAWQ-V2's form, Dong et al.,
-2020). ``felt`` is ``trace`` with the weights' error as the layer's output feels it, which is less
-where errors make up for each other (`WeightFakeQuantize.felt_error`). The curvature may come from
+2020). ``output`` is ``trace`` with the weights' error as the layer's output feels it, which is less
+where errors make up for each other (`WeightFakeQuantize.output_error`). The curvature may come from
 any estimator of `hq_optuna.curvature`. The errors of the activations come from one pass of the
 float network over the calibration set. All sums are in float64 and in a fixed order. The score of
 an assignment is the sum over its layers, so lowering one layer changes one term of it.
@@ -38,7 +38,7 @@ from hq_optuna.space.assignment import LayerBits
 from hq_optuna.space.layers import FLOAT_BITS, LayerSpec
 from hq_optuna.space.search_space import SearchSpace, bits_needed
 
-Form = Literal["trace", "diagonal", "felt"]
+Form = Literal["trace", "diagonal", "output"]
 """How curvature and squared error of weights are brought together; inputs know the first two."""
 FORMS: tuple[Form, ...] = get_args(Form)
 
@@ -111,7 +111,7 @@ def measure_sensitivity(
         space: Which bits to look at.
         curvature: Of the float network, see `hq_optuna.curvature`.
         data: Calibration batches on the network's device.
-        form: ``"diagonal"``, ``"trace"`` or ``"felt"``.
+        form: ``"diagonal"``, ``"trace"`` or ``"output"``.
         progress: Called with (batches done, batches).
 
     Raises:
@@ -134,10 +134,10 @@ def measure_sensitivity(
     activations = _activation_rises(
         prepared, {n: bits for n, (_, bits) in needed.items()}, curvature, data, form, progress
     )
-    return checked(Sensitivity(weights, activations))
+    return check_finite(Sensitivity(weights, activations))
 
 
-def checked(sensitivity: Sensitivity) -> Sensitivity:
+def check_finite(sensitivity: Sensitivity) -> Sensitivity:
     """Return the table as it is.
 
     Raises:
@@ -169,11 +169,11 @@ def _weight_rises(
     rises = {}
     for b in sorted(bits):
         error = (quantizer.quantized(weight, b).double() - weight.double()).square()
-        if form == "felt":
-            error = quantizer.felt_error(weight, b)
+        if form == "output":
+            error = quantizer.output_error(weight, b)
         if unknown:
             rises[b] = 0.5 * mean * float(error.sum())
-        elif form in ("trace", "felt"):
+        elif form in ("trace", "output"):
             rises[b] = 0.5 * float(h.mean()) * float(error.sum())
         else:
             rises[b] = 0.5 * float((h * error).sum())
@@ -238,7 +238,7 @@ def _entry(known: Sequence[InputCurvature], call: int) -> InputCurvature:
     return InputCurvature(sum(entry.total for entry in known), sum(entry.count for entry in known))
 
 
-def unknown_layers(curvature: Curvature, layers: Sequence[LayerSpec]) -> list[str]:
+def unknown_curvature_warnings(curvature: Curvature, layers: Sequence[LayerSpec]) -> list[str]:
     """Return a sentence for each layer whose curvature is unknown."""
     return [
         f"Layer {layer.name!r} received no gradient on the calibration set, so its sensitivity is "

@@ -255,9 +255,5 @@ def _cost(
     for v, b in zip(block, bits, strict=True):
         variable = space.variables[v]
         for name in variable.layers:
-            old = pairs.get(name, space.start[name])
-            pairs[name] = LayerBits(
-                old.weight_bits if variable.part == "activations" else b,
-                old.activation_bits if variable.part == "weights" else b,
-            )
+            pairs[name] = variable.applied(pairs.get(name, space.start[name]), b)
     return sum(layer_cost(name, pair) for name, pair in pairs.items())

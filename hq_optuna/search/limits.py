@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from hq_optuna.space.layers import is_whole
+
 
 @dataclass(frozen=True)
 class Limits:
     """How much a search may do before it ends without having met its budget.
 
-    A step is begun only if all of it is allowed, counted over what the record holds (what failed,
-    was repeated or was not needed does not count). So with ``max_trials`` and ``max_evaluations``
-    the history is the beginning of that of the search without limits, whoever works on it, and goes
-    on from there when they are raised. Not so with ``max_seconds``: what a second buys depends on
-    the machine.
+    A step begins only if all of it is allowed, counted over what the record holds (failed, repeated
+    and unneeded trials do not count). So with ``max_trials`` and ``max_evaluations`` the history is
+    the beginning of the unlimited search's, for any workers, and continues from there when they are
+    raised. With ``max_seconds`` it depends on the machine.
 
     Attributes:
         max_trials: Candidates and step records.
@@ -34,6 +35,8 @@ class Limits:
         for name, value in asdict(self).items():
             if value is not None and not value > 0:
                 raise ValueError(f"{name} is a positive number; got {value}.")
+            if value is not None:  # plain numbers, so that JSON can hold them
+                object.__setattr__(self, name, int(value) if is_whole(value) else float(value))
 
     def forbid_step(self, n_candidates: int, n_evaluations: int, n_steps: int) -> str | None:
         """Return the limit that a step would exceed, in words, or ``None``.

@@ -53,7 +53,7 @@ def propose(
 
     Every variable gets a random key from a hash of (seed, step, name); those with the smallest
     keys are drawn, which is sampling without replacement. A hash, rather than a random generator,
-    gives the same draw on every machine and with every version of NumPy, whoever asks and whenever.
+    gives the same draw on every machine, with every version of NumPy, in every worker.
 
     Args:
         space: The search space.

@@ -16,6 +16,7 @@ from hq_optuna.search.moves import lowerable, propose
 from hq_optuna.search.rules import RULES, Rule, choose
 from hq_optuna.search.swaps import Notch, learn_rises, propose_swaps
 from hq_optuna.space.assignment import BitConfig
+from hq_optuna.space.layers import is_whole
 from hq_optuna.space.search_space import SearchSpace
 
 
@@ -76,8 +77,9 @@ class ProgressiveSearch:
     def __post_init__(self) -> None:
         for name in ("n_candidates", "seed"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
+            if not is_whole(value):
                 raise ValueError(f"{name} is a whole number (int); got {value!r}.")
+            object.__setattr__(self, name, int(value))  # NumPy's would be written differently
         if self.n_candidates < 1:
             raise ValueError(f"n_candidates is at least 1; got {self.n_candidates}.")
         if self.rule not in RULES:

@@ -85,8 +85,7 @@ def propose_swaps(
 ) -> tuple[tuple[int, ...], ...]:
     """Return the ``n`` states, at most, that promise the largest fall of the score.
 
-    Looks at raising one variable, raising one and lowering one or two, and raising two and lowering
-    one, each by one notch.
+    Tries one up, one up and one or two down, and two up and one down, each by one notch.
 
     Args:
         space: The search space.
@@ -98,8 +97,7 @@ def propose_swaps(
         n: How many.
 
     Returns:
-        States in the order of their promise, ties by the state; empty where nothing promises
-        anything.
+        States, the most promising first, ties by the state; empty where no swap helps.
     """
     now = cost(state)
     ups: list[_Part] = []
@@ -111,8 +109,7 @@ def propose_swaps(
             if not 0 <= place + step < len(choices):
                 continue
             other = choices[place + step]
-            sign = 1 if step == 1 else -1
-            rise = sign * expected_rise(space, rises, (v, min(bits, other)))
+            rise = step * expected_rise(space, rises, (v, min(bits, other)))
             change = cost([other if u == v else b for u, b in enumerate(state)]) - now
             parts.append(_Part(rise, change, v, other))
     ups = sorted(ups)[:MAX_PARTS]
@@ -126,9 +123,9 @@ def propose_swaps(
     for group in groups:
         rise = math.fsum(part.rise for part in group)
         # Costs of single changes add up unless they meet in a layer; the sum is only a sieve.
-        if rise < -1e-9 * abs(score) and now + sum(part.cost for part in group) <= limit * 1.05:
-            if len({part.variable for part in group}) < len(group):
-                continue
+        apart = len({part.variable for part in group}) == len(group)
+        fits = now + sum(part.cost for part in group) <= limit * 1.05
+        if rise < -1e-9 * abs(score) and fits and apart:
             after = list(state)
             for part in group:
                 after[part.variable] = part.bits

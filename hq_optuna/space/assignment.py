@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ class LayerBits(NamedTuple):
 class BitConfig(Mapping[str, LayerBits]):
     """Immutable mapping from layer name to `LayerBits`, in the order of the network.
 
-    Two configurations are equal when they give every layer the same bits, whatever the order.
+    Two assignments are equal when they give every layer the same bits, whatever the order.
 
     Example:
         >>> config = BitConfig({"conv": (8, 8), "fc": (4, 8)})
@@ -37,7 +38,8 @@ class BitConfig(Mapping[str, LayerBits]):
     __slots__ = ("_bits", "_digest")
 
     def __init__(self, bits: Mapping[str, tuple[int, int]]) -> None:
-        self._bits = {name: LayerBits(*pair) for name, pair in bits.items()}
+        # Plain integers, also where NumPy's are given, so that JSON can hold them.
+        self._bits = {name: LayerBits(*map(operator.index, pair)) for name, pair in bits.items()}
         self._digest: str | None = None
 
     def __getitem__(self, name: str) -> LayerBits:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from typing import Any
 
 FLOAT_BITS = 32
@@ -12,6 +13,11 @@ FLOAT_BITS = 32
 MIN_BITS = 1
 MAX_BITS = 16
 """Narrowest and widest integer grid a user may ask for."""
+
+
+def is_whole(value: Any) -> bool:
+    """Return whether a value is an integer of any kind, such as NumPy's, and no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, slots=True)

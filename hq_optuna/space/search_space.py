@@ -13,12 +13,11 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from numbers import Integral
 from typing import Any, Literal
 
 from hq_optuna.errors import SpaceError
 from hq_optuna.space.assignment import BitConfig, LayerBits
-from hq_optuna.space.layers import FLOAT_BITS, MAX_BITS, MIN_BITS, LayerSpec
+from hq_optuna.space.layers import FLOAT_BITS, MAX_BITS, MIN_BITS, LayerSpec, is_whole
 
 Part = Literal["both", "weights", "activations"]
 ActivationBits = Literal["same"] | int | Sequence[int] | None
@@ -39,6 +38,13 @@ class Variable:
     layers: tuple[str, ...]
     part: Part
     bits: tuple[int, ...]
+
+    def applied(self, to: LayerBits, bits: int) -> LayerBits:
+        """Return a layer's bits after this variable takes ``bits``."""
+        return LayerBits(
+            to.weight_bits if self.part == "activations" else bits,
+            to.activation_bits if self.part == "weights" else bits,
+        )
 
 
 @dataclass(frozen=True)
@@ -89,61 +95,24 @@ class SearchSpace:
                 "There are no layers to search. Give a network with quantizable layers."
             )
         names = [layer.name for layer in layers]
-        default = _notches(bits, "bits")
-        own: tuple[int, ...] | None = None  # notches of activations that are searched apart
-        fixed_activation = FLOAT_BITS  # their bits where they are neither searched nor tied
-        if isinstance(activation_bits, str):
-            if activation_bits != "same":
-                raise SpaceError(
-                    f"activation_bits is 'same', a number, a sequence or None; "
-                    f"got {activation_bits!r}."
-                )
-        elif isinstance(activation_bits, int):
-            if activation_bits != FLOAT_BITS:
-                fixed_activation = _notches([activation_bits], "activation_bits")[0]
-        elif activation_bits is not None:
-            own = _notches(activation_bits, "activation_bits")
-
+        choices = dict.fromkeys(names, _notches(bits, "bits"))
+        activations = _Activations.of(activation_bits)
         fixed: dict[str, LayerBits] = {}
         if pin_first_last is not None:
-            for name in (names[0], names[-1]):
-                fixed[name] = _pin(pin_first_last, "pin_first_last", activation_bits)
+            pin = _pin(pin_first_last, "pin_first_last", activations)
+            fixed |= {names[0]: pin, names[-1]: pin}
         for glob, pair in _globs(pins, "pins").items():
             for name in match_layers(glob, names, "pins"):
-                fixed[name] = _pin(pair, f"pins[{glob!r}]", activation_bits)
-        choices = dict.fromkeys(names, default)
+                fixed[name] = _pin(pair, f"pins[{glob!r}]", activations)
         for glob, values in _globs(allowed, "allowed").items():
             for name in match_layers(glob, names, "allowed"):
                 choices[name] = _notches(values, f"allowed[{glob!r}]")
-
-        start: dict[str, LayerBits] = {}
-        for name in names:
-            top = choices[name][0]
-            if activation_bits == "same":
-                start[name] = LayerBits(top, top)
-            else:
-                start[name] = LayerBits(top, fixed_activation if own is None else own[0])
-        start |= fixed
-
-        variables: list[Variable] = []
-        for group in _groups(names, tied, fixed):
-            notches = choices[group[0]]
-            different = [name for name in group if choices[name] != notches]
-            if different:
-                raise SpaceError(
-                    f"Tied layers must allow the same bits: {group[0]!r} allows {notches}, "
-                    f"{different[0]!r} allows {choices[different[0]]}."
-                )
-            name = "=".join(group)
-            if activation_bits == "same":
-                variables.append(Variable(name, group, "both", notches))
-                continue
-            weight_name = name if own is None else f"{name}:weights"
-            variables.append(Variable(weight_name, group, "weights", notches))
-            if own is not None:
-                variables.append(Variable(f"{name}:activations", group, "activations", own))
-        # What has one notch is fixed already.
-        variables = [variable for variable in variables if len(variable.bits) > 1]
+        start = {name: activations.widest(choices[name]) for name in names} | fixed
+        variables = [
+            variable
+            for group in _groups(names, tied, fixed)
+            for variable in _variables(group, choices, activations)
+        ]
         if not variables:
             raise SpaceError(
                 f"Nothing is left to search: each of the {len(names)} layers is pinned or has one "
@@ -172,11 +141,7 @@ class SearchSpace:
         bits = dict(self.start.items())
         for variable, value in zip(self.variables, state, strict=True):
             for name in variable.layers:
-                old = bits[name]
-                bits[name] = LayerBits(
-                    old.weight_bits if variable.part == "activations" else value,
-                    old.activation_bits if variable.part == "weights" else value,
-                )
+                bits[name] = variable.applied(bits[name], value)
         return BitConfig(bits)
 
     def parameters(self, state: Sequence[int]) -> dict[str, tuple[int, tuple[int, ...]]]:
@@ -241,15 +206,78 @@ def _notches(values: Iterable[int], where: str) -> tuple[int, ...]:
     if not values:
         raise SpaceError(f"{where} is empty. Give at least one number of bits, for example (8, 4).")
     for value in values:
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, Integral)
-            or not MIN_BITS <= value <= MAX_BITS
-        ):
+        if not is_whole(value) or not MIN_BITS <= value <= MAX_BITS:
             raise SpaceError(
                 f"{where} holds {value!r}; bits are whole numbers from {MIN_BITS} to {MAX_BITS}."
             )
     return tuple(sorted({int(value) for value in values}, reverse=True))
+
+
+@dataclass(frozen=True)
+class _Activations:
+    """How the bits of activations are chosen.
+
+    Attributes:
+        same: They are those of the weights.
+        notches: Their own choices, where they are searched apart from the weights.
+        fixed: Their bits otherwise.
+    """
+
+    same: bool = False
+    notches: tuple[int, ...] | None = None
+    fixed: int = FLOAT_BITS
+
+    @classmethod
+    def of(cls, activation_bits: Any) -> _Activations:
+        """Read the argument of `SearchSpace.build`."""
+        if isinstance(activation_bits, str):
+            if activation_bits != "same":
+                raise SpaceError(
+                    f"activation_bits is 'same', a number, a sequence or None; "
+                    f"got {activation_bits!r}."
+                )
+            return cls(same=True)
+        if activation_bits is None or (is_whole(activation_bits) and activation_bits == FLOAT_BITS):
+            return cls()
+        if is_whole(activation_bits):
+            return cls(fixed=_notches([activation_bits], "activation_bits")[0])
+        return cls(notches=_notches(activation_bits, "activation_bits"))
+
+    @property
+    def in_float(self) -> bool:
+        """Whether they are not quantized."""
+        return not self.same and self.notches is None and self.fixed == FLOAT_BITS
+
+    def widest(self, weights: tuple[int, ...]) -> LayerBits:
+        """Return the widest bits of a layer whose weights have these choices."""
+        top = weights[0]
+        if self.same:
+            return LayerBits(top, top)
+        return LayerBits(top, self.fixed if self.notches is None else self.notches[0])
+
+
+def _variables(
+    group: tuple[str, ...], choices: Mapping[str, tuple[int, ...]], activations: _Activations
+) -> list[Variable]:
+    """Return what can be searched in a group of tied layers; a single choice is no variable."""
+    notches = choices[group[0]]
+    for name in group:
+        if choices[name] != notches:
+            raise SpaceError(
+                f"Tied layers must allow the same bits: {group[0]!r} allows {notches}, "
+                f"{name!r} allows {choices[name]}."
+            )
+    name = "=".join(group)
+    if activations.same:
+        found = [Variable(name, group, "both", notches)]
+    elif activations.notches is None:
+        found = [Variable(name, group, "weights", notches)]
+    else:
+        found = [
+            Variable(f"{name}:weights", group, "weights", notches),
+            Variable(f"{name}:activations", group, "activations", activations.notches),
+        ]
+    return [variable for variable in found if len(variable.bits) > 1]
 
 
 def _globs(value: Any, where: str) -> Mapping[str, Any]:
@@ -261,17 +289,13 @@ def _globs(value: Any, where: str) -> Mapping[str, Any]:
     return value or {}
 
 
-def _pin(value: int | tuple[int, int], where: str, activation_bits: ActivationBits) -> LayerBits:
-    pair = (value, value) if isinstance(value, int) else value
+def _pin(value: Any, where: str, activations: _Activations) -> LayerBits:
+    pair = (value, value) if is_whole(value) else value
     if not isinstance(pair, Sequence) or len(pair) != 2:
         raise SpaceError(f"{where} is one number or (weight bits, activation bits); got {value!r}.")
-    for bits in pair:
-        if bits != FLOAT_BITS:
-            _notches([bits], where)
+    weights, inputs = (b if b == FLOAT_BITS else _notches([b], where)[0] for b in pair)
     # Where activations stay in float, one number pins the weights alone.
-    if activation_bits in (None, FLOAT_BITS) and isinstance(value, int):
-        pair = (value, FLOAT_BITS)
-    return LayerBits(*pair)
+    return LayerBits(weights, FLOAT_BITS if is_whole(value) and activations.in_float else inputs)
 
 
 def match_layers(glob: str, names: Sequence[str], where: str) -> list[str]:

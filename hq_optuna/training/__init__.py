@@ -1,7 +1,7 @@
 """Quantization-aware training of one assignment: a network, data and settings, no search."""
 
 from hq_optuna.training.data import Augment, TrainingData
-from hq_optuna.training.moments import SecondMoments
+from hq_optuna.training.optimizer import SecondMoments
 from hq_optuna.training.settings import TrainingSettings
 from hq_optuna.training.trained import load_trained_, rounded_copy, trained_tensors
 from hq_optuna.training.trainer import Epoch, Trainer

@@ -14,11 +14,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from hq_optuna.errors import DataError
-from hq_optuna.network.batches import Batch, Inputs, n_samples, read_batches, tensors
-from hq_optuna.network.devices import random_state_kept
+from hq_optuna.network.batches import (
+    Batch,
+    Inputs,
+    digest_of,
+    n_samples,
+    pair_of,
+    read_batches,
+    tensors,
+)
+from hq_optuna.network.devices import preserve_rng_state
 
 Augment = Callable[[Any, torch.Generator], Any]
-"""Returns changed inputs of one batch; all its chance comes from the generator."""
+"""Returns changed inputs of one batch; draws all random numbers from the generator."""
 
 
 class TrainingData:
@@ -28,9 +36,8 @@ class TrainingData:
         data: ``(inputs, labels)`` tensors of equal length and a map-style ``Dataset`` are shuffled
             anew each epoch and cut into batches; the incomplete last one is left out, because
             batch-norm and the second moments want equal batches. Any other iterable of
-            ``(inputs, labels)`` batches, such as a ``DataLoader``, is read once an epoch as it is;
-            if it shuffles by PyTorch's, NumPy's or Python's global random state, or by a generator
-            of its own, it does so repeatably.
+            ``(inputs, labels)`` batches, such as a ``DataLoader``, is read once an epoch as it is,
+            with PyTorch's, NumPy's, Python's and its own random generators seeded.
         batch_size: Samples a batch, for tensors and datasets.
         augment: Changes the inputs of each batch, which it may not write into.
         views: How often each batch is augmented.
@@ -108,12 +115,7 @@ class TrainingData:
         """Return what tells these data from others: all of tensors, the size of anything else."""
         if self._tensors is None:
             return f"{self._n if self._n > 0 else self.steps} of {self.batch_size}"
-        sha = hashlib.sha256()
-        for tensor in tensors(self._tensors):
-            sha.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            sha.update(flat.view(torch.uint8).numpy().data)
-        return sha.hexdigest()[:12]
+        return digest_of(("", tensor) for tensor in tensors(self._tensors))
 
     def epoch(self, generator: torch.Generator) -> Iterator[tuple[Batch, list[Any]]]:
         """Yield the batches of one epoch, and beside each the further views of its inputs.
@@ -146,7 +148,7 @@ class TrainingData:
             loader = DataLoader(self._dataset, self.batch_size, sampler=shuffled, drop_last=True)
         with _own_chance(loader, generator.initial_seed()):
             for item in loader:
-                yield item if isinstance(item, Batch) else _labelled(item)
+                yield _labelled(item)
 
 
 def blended(views: list[Any], share: float, generator: torch.Generator) -> list[Tensor]:
@@ -176,16 +178,11 @@ def blended(views: list[Any], share: float, generator: torch.Generator) -> list[
 @contextmanager
 def seeded(seed: int, *devices: torch.device) -> Iterator[None]:
     """Seed PyTorch, NumPy and Python in the body, and put their random states back after it."""
-    kept = random.getstate(), np.random.get_state()
-    with random_state_kept(devices):
+    with preserve_rng_state(devices):
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(kept[0])
-            np.random.set_state(kept[1])
+        yield
 
 
 @contextmanager
@@ -212,16 +209,7 @@ def epoch_seed(seed: int, epoch: int) -> int:
 def _labelled(item: Any) -> Batch:
     if isinstance(item, Batch):
         return item
-    if not isinstance(item, (tuple, list)) or len(item) != 2:
-        raise DataError(
-            f"A training batch is a pair (inputs, labels); got {type(item).__name__}"
-            f"{f' of {len(item)}' if isinstance(item, (tuple, list)) else ''}."
-        )
-    inputs, labels = item
-    if isinstance(inputs, list):  # what collating makes of samples with several inputs
-        inputs = tuple(inputs)
-    if next(tensors(inputs), None) is None:
-        raise DataError("A training batch holds no tensor as input.")
+    inputs, labels = pair_of(item, "training")
     if isinstance(labels, (bool, int, float)) or (isinstance(labels, Tensor) and not labels.dim()):
         raise DataError(
             "A training batch has one number as its label: these look like samples. Give them as a "

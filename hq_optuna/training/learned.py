@@ -43,7 +43,7 @@ from hq_optuna.space.layers import FLOAT_BITS
 
 
 class _Rounding(torch.autograd.Function):
-    """s · clamp(round(x / s), low, high) with gradients of x and log s."""
+    """s · clamp(round(x / s), low, high) with gradients of x and log s; or s · odd numbers."""
 
     @staticmethod
     def forward(
@@ -54,11 +54,13 @@ class _Rounding(torch.autograd.Function):
         high: int,
         factor: Tensor | float,
         passes: bool,
+        odd: bool,
     ) -> Tensor:
         scale = log_scale.exp()
-        rounded = (x * (1 / scale)).round_().clamp_(low, high).mul_(scale)
+        codes = odd_codes(x, scale, high) if odd else (x * (1 / scale)).round_().clamp_(low, high)
+        rounded = codes.mul_(scale)
         ctx.save_for_backward(x, rounded, scale)
-        ctx.grid = low, high
+        ctx.grid = low, high, odd
         ctx.factor, ctx.passes = factor, passes
         return rounded
 
@@ -66,11 +68,11 @@ class _Rounding(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         (g,) = gradients
         x, rounded, scale = ctx.saved_tensors
-        low, high = ctx.grid
+        low, high, odd = ctx.grid
         learns = ctx.needs_input_grad[1]
         inside = g
         if learns or not ctx.passes:
-            if scale.numel() == 1:
+            if scale.numel() == 1 and not odd:
                 s = float(scale)
                 inside = torch.ops.aten.hardtanh_backward(g, x, low * s, high * s)
             else:
@@ -79,7 +81,7 @@ class _Rounding(torch.autograd.Function):
         if learns:
             by_scale = _log_scale_gradient(g, rounded, inside, x, scale) * ctx.factor
         by_x = (g if ctx.passes else inside) if ctx.needs_input_grad[0] else None
-        return by_x, by_scale, None, None, None, None
+        return by_x, by_scale, None, None, None, None, None
 
 
 def _log_scale_gradient(
@@ -101,30 +103,6 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
         a, b = a.movedim(1, -1), b.movedim(1, -1)
     # One pass over memory where the layout is the same; a product would write a tensor first.
     return torch.dot(a.reshape(-1), b.reshape(-1))
-
-
-class _Midrise(torch.autograd.Function):
-    """s · the nearest odd number up to ±largest, with gradients of x and log s."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, log_scale: Tensor, largest: int, factor: Tensor, passes: bool
-    ) -> Tensor:
-        scale = log_scale.exp()
-        rounded = odd_codes(x, scale, largest).mul_(scale)
-        ctx.save_for_backward(x, rounded, scale)
-        ctx.largest, ctx.factor, ctx.passes = largest, factor, passes
-        return rounded
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        (g,) = gradients
-        x, rounded, scale = ctx.saved_tensors
-        inside = g * (x.abs() <= ctx.largest * scale)
-        by_scale = None
-        if ctx.needs_input_grad[1]:
-            by_scale = _log_scale_gradient(g, rounded, inside, x, scale) * ctx.factor
-        return g if ctx.passes else inside, by_scale, None, None, None
 
 
 class _Scaled(torch.autograd.Function):
@@ -204,14 +182,8 @@ class LearnedWeight(nn.Module):
             rounded = self.quantizer.quantize(weight, self.scale, self.bits, self.channel_axis)
             scaled: Tensor = _Scaled.apply(rounded, log_scale, self.factor)
             return scaled
-        if self.quantizer.name == "midrise":
-            learned: Tensor = _Midrise.apply(
-                weight, log_scale, self.largest, self.factor, self.passes
-            )
-        else:
-            learned = _Rounding.apply(
-                weight, log_scale, -self.largest, self.largest, self.factor, self.passes
-            )
+        grid, odd = (-self.largest, self.largest), self.quantizer.name == "midrise"
+        learned: Tensor = _Rounding.apply(weight, log_scale, *grid, self.factor, self.passes, odd)
         return learned
 
     def n_clipped(self, weight: Tensor) -> int:
@@ -253,7 +225,7 @@ class LearnedInput(InputFakeQuantize):
         n = max(x.numel() // max(len(x), 1), 1)  # an expert may get no sample
         factor = 1 / (math.sqrt(n * quant_max) * self.start**2)
         low, high = quant_min - self.zero_point, quant_max - self.zero_point
-        rounded: Tensor = _Rounding.apply(x, self.log_scale, low, high, factor, False)
+        rounded: Tensor = _Rounding.apply(x, self.log_scale, low, high, factor, False, False)
         return rounded
 
 
@@ -299,8 +271,8 @@ class LearnedSteps:
             yield f"input_step.{name}", entering.log_scale
 
     @contextmanager
-    def in_place_of_ranges(self, network: nn.Module) -> Iterator[None]:
-        """Let the network round with these; afterwards its own quantizers have their scales."""
+    def used_in(self, network: nn.Module) -> Iterator[None]:
+        """Let the network round with these; afterwards its own quantizers get their scales."""
         layers = prepared_layers(network)
         weights = {name: weight_quantizer(layers[name]) for name in self.weights}
         inputs = {name: input_quantizer(layers[name]) for name in self.inputs}

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hq_optuna.errors import DataError
-from hq_optuna.network.losses import LossFunction, is_cross_entropy
-from hq_optuna.network.places import IGNORED_LABEL
+from hq_optuna.network.losses import LossFunction, ignored_label, is_cross_entropy
 
 
 def class_axis(outputs: Any, labels: Any, loss_fn: LossFunction | None) -> int | None:
@@ -111,6 +110,6 @@ def right_and_counted(outputs: Any, labels: Any, loss_fn: LossFunction | None) -
     told = is_cross_entropy(loss_fn) or outputs.dim() == 2 or outputs.shape[1] != outputs.shape[-1]
     if not told or list(labels.shape) != places or outputs.shape[axis] < 2:
         return 0, 0
-    counted = labels != getattr(loss_fn, "ignore_index", IGNORED_LABEL)
+    counted = labels != ignored_label(loss_fn)
     right = (outputs.detach().argmax(axis) == labels) & counted
     return int(right.sum()), int(counted.sum())

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from hq_optuna.network.layer_types import BatchNorm, has_statistics
 from hq_optuna.quantization.correction import corrected_statistics
 from hq_optuna.quantization.observers import first_input
 
@@ -47,7 +47,7 @@ class MatchedNorms:
         pairs: Name → the network's layer, the teacher's.
     """
 
-    pairs: dict[str, tuple[_BatchNorm, _BatchNorm]]
+    pairs: dict[str, tuple[BatchNorm, BatchNorm]]
     _seen: dict[str, list[_Seen | None]] = field(
         default_factory=lambda: defaultdict(list), repr=False
     )
@@ -67,9 +67,9 @@ class MatchedNorms:
 
     @contextmanager
     def in_training(self) -> Iterator[None]:
-        """Let the network's layers follow the teacher's, which sees each batch first.
+        """Let the network's layers follow the teacher's; run the teacher first on each batch.
 
-        Layers in eval mode use their running statistics, as ever.
+        Layers in eval mode use their running statistics.
         """
         with ExitStack() as stack:
             for name, (module, theirs) in self.pairs.items():
@@ -86,7 +86,7 @@ class MatchedNorms:
         self._seen.clear()
         self._calls.clear()
 
-    def _reads(self, name: str, module: _BatchNorm) -> Callable[[nn.Module, Any, Any], None]:
+    def _reads(self, name: str, module: BatchNorm) -> Callable[[nn.Module, Any, Any], None]:
         def read(theirs: nn.Module, args: Any, kwargs: Any) -> None:
             if module.training:
                 x = first_input(args, kwargs).detach()
@@ -96,7 +96,7 @@ class MatchedNorms:
         return read
 
     def _follows(
-        self, name: str, module: _BatchNorm, theirs: _BatchNorm
+        self, name: str, module: BatchNorm, theirs: BatchNorm
     ) -> Callable[[Tensor], Tensor]:
         def forward(input: Tensor) -> Tensor:
             if not module.training or not self._seen[name]:
@@ -118,18 +118,19 @@ class MatchedNorms:
                 weight, bias = module.weight * gain, module.weight * shift + module.bias
             out, found = _normalized(module, input, weight, bias)
             with torch.no_grad():
-                _note(module, *corrected_statistics((stored_mean, stored_var), seen, found))
+                _update_running_(
+                    module, *corrected_statistics((stored_mean, stored_var), seen, found)
+                )
             return out
 
         return forward
 
 
-def _is_plain(module: nn.Module | None) -> bool:
+def _is_plain(module: Any) -> bool:
     """Say whether a module normalizes as `_normalized` does; a single process synchronizes none."""
-    return (
-        isinstance(module, _BatchNorm)
-        and type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-        and module.running_mean is not None
+    return has_statistics(module) and type(module).forward in (
+        BatchNorm.forward,
+        nn.SyncBatchNorm.forward,
     )
 
 
@@ -148,8 +149,8 @@ def _normalized(
     return out, _Seen(mean, var * ((n - 1) / n))
 
 
-def _note(module: Any, mean: Tensor, var: Tensor) -> None:
-    """Take a batch's statistics into the running ones."""
+def _update_running_(module: Any, mean: Tensor, var: Tensor) -> None:
+    """Update the running statistics with those of a batch."""
     module.num_batches_tracked.add_(1)
     share = module.momentum
     if share is None:  # a mean of all batches

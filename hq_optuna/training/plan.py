@@ -10,6 +10,7 @@ from typing import Any
 
 from hq_optuna.errors import StudyFileError
 from hq_optuna.settings import SearchSettings
+from hq_optuna.space.layers import is_whole
 from hq_optuna.training.data import Augment
 from hq_optuna.training.settings import TrainingSettings
 
@@ -43,8 +44,9 @@ class TrainingPlan:
     augment: Augment | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 0:
+        if not is_whole(self.every) or self.every < 0:
             raise ValueError(f"every is a whole number of 0 or more; got {self.every!r}.")
+        object.__setattr__(self, "every", int(self.every))
         if not self.every and self.final is None:
             raise ValueError(
                 "This plan trains nothing: give every (steps) or final (settings), or no plan."
@@ -80,18 +82,18 @@ def plan_of(
     augment: Augment | None,
     typed: Collection[str] = (),
 ) -> TrainingPlan | None:
-    """Return the plan that settings ask for, or ``None`` where they ask for no training.
+    """Return the training plan from settings, or ``None`` where they ask for no training.
 
     Args:
         given: Settings of the search.
         train: Returns the training data; called only where they are needed.
         augment: Changes a batch's inputs.
-        typed: Names of settings from the command line. Whoever typed how long winners are trained
-            wants training; a study file may say it for runs that train.
+        typed: Names of settings from the command line. ``train_epochs`` alone is refused there; a
+            study file may give it for runs that do train.
 
     Raises:
-        StudyFileError: Training is asked for, and there are no training data, or nobody said when
-            to train; or a setting that is not understood.
+        StudyFileError: Training is asked for without training data or without saying when to
+            train, or a setting is not understood.
         DataError: Unusable training data.
     """
     every, final = given.train_every, given.final_epochs

@@ -1,4 +1,4 @@
-"""How one assignment is trained: what is written down beside a result, and checked at the door."""
+"""`TrainingSettings`: how one assignment is trained."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from typing import Any, Literal, get_args
 
 from hq_optuna.network.batches import Precision, check_precision
+from hq_optuna.space.layers import is_whole
 from hq_optuna.training.data import Augment, TrainingData
 
 OptimizerName = Literal["adamw", "sgd"]
@@ -113,8 +115,8 @@ class TrainingSettings:
             raise ValueError(
                 f"warmup_epochs is less than epochs, {self.epochs}; got {self.warmup_epochs}."
             )
-        for name, kind in (("optimizer", OptimizerName), ("start", Start)):
-            self._check_one_of(name, get_args(kind))
+        self._check_one_of("optimizer", get_args(OptimizerName))
+        self._check_one_of("start", get_args(Start))
         self._check_one_of("out_of_range", get_args(OutOfRange))
         self._check_one_of("batch_norm", get_args(BatchNorm))
         check_precision(self.precision)
@@ -123,22 +125,20 @@ class TrainingSettings:
 
     def _check_whole(self, name: str, least: int) -> None:
         value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        if not is_whole(value) or value < least:
             raise ValueError(f"{name} is a whole number of {least} or more; got {value!r}.")
+        object.__setattr__(self, name, int(value))  # NumPy's numbers are not JSON's
 
     def _check(self, name: str, low: float, high: float, without_ends: bool = False) -> None:
         value = getattr(self, name)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or not low <= value <= high:
-            inside = False
-        else:
-            inside = not (without_ends and value in (low, high))
-        if not inside:
+        number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or not low <= value <= high or (without_ends and value in (low, high)):
             if math.isinf(high):
                 allowed = f"a number above {low}" if without_ends else f"a number of {low} or more"
             else:
                 allowed = f"between {low} and {high}" + (", without these" if without_ends else "")
             raise ValueError(f"{name} is {allowed}; got {value!r}.")
+        object.__setattr__(self, name, int(value) if is_whole(value) else float(value))
 
     def _check_one_of(self, name: str, allowed: tuple[str, ...]) -> None:
         if getattr(self, name) not in allowed:

@@ -1,8 +1,9 @@
-"""A trained network as flat tensors, and back: what an artifact holds of it."""
+"""A trained network: as flat tensors in an artifact, and as what the next steps start from."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from hq_optuna.quantization.prepare import (
     float_weight,
     get_bits,
     input_quantizer,
+    prepare,
     prepared_layers,
     prepared_names,
     set_bits,
@@ -21,8 +23,9 @@ from hq_optuna.quantization.prepare import (
 )
 from hq_optuna.quantization.ranges import AffineRange
 from hq_optuna.space.assignment import BitConfig
-from hq_optuna.space.layers import FLOAT_BITS
+from hq_optuna.space.layers import FLOAT_BITS, LayerSpec
 
+_ORIGINAL = "parametrizations.weight.original"
 _STATE, _BITS, _SCALE, _RANGE = "network.", "bits.", "weight_scale.", "input_range."
 
 
@@ -105,23 +108,23 @@ def load_trained_(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def rounded_copy(network: nn.Module) -> nn.Module:
-    """Return a copy in eval mode whose weights *are* the rounded ones; inputs are rounded as ever.
+    """Return a copy in eval mode whose weights *are* the rounded ones; inputs are still rounded.
 
     It computes what the prepared network computes, and ``layer.weight`` is a plain parameter, so
-    curvature can be measured where the trained network is: rounding of inputs passes gradients
-    straight through.
+    curvature can be measured at the trained network: rounding of inputs passes gradients straight
+    through.
 
     Args:
         network: A prepared network with its bits set; left as it is.
     """
     plain = copied(network)
     for module in prepared_layers(plain).values():
-        _harden_(module)
+        _make_plain_(module)
     return plain
 
 
 @torch.no_grad()
-def _harden_(module: nn.Module) -> None:
+def _make_plain_(module: nn.Module) -> None:
     """Make the rounded weight a plain parameter of a prepared layer.
 
     `parametrize.remove_parametrizations` takes the property off the layer's class, which copies of
@@ -131,6 +134,118 @@ def _harden_(module: nn.Module) -> None:
     del module.parametrizations
     module.__class__ = type(module).__bases__[0]
     module.register_parameter("weight", nn.Parameter(rounded))
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """A trained network as the next steps of a search start from it.
+
+    Its weights *are* the rounded ones, so at its own bits it is exact, and every other number of
+    bits is judged by what it changes against that. Learned scales and ranges stay for its own bits,
+    and a layer that keeps its bits is trained on from the float weights behind its rounded ones.
+
+    Attributes:
+        network: Without quantizers; its weights are the rounded ones.
+        config: Bits it was trained at.
+        scales: Layer → scale of its weights at these bits, ``(channels,)``.
+        ranges: Layer → range of its input at these bits.
+        float_weights: Layer → the float weights that round to those of the network.
+    """
+
+    network: nn.Module
+    config: BitConfig
+    scales: Mapping[str, Tensor]
+    ranges: Mapping[str, AffineRange]
+    float_weights: Mapping[str, Tensor]
+
+    @classmethod
+    @torch.no_grad()
+    def rebuild(
+        cls,
+        model: nn.Module,
+        layers: Sequence[LayerSpec],
+        tensors: Mapping[str, Tensor],
+        quantizers: Mapping[str, str] | None = None,
+    ) -> TrainedNetwork:
+        """Rebuild a trained network from its `trained_tensors`.
+
+        Args:
+            model: The network as the search was given it; left as it is.
+            layers: Its layers.
+            tensors: On any device.
+            quantizers: Layer → quantizer of its weights, where that is not the uniform one.
+
+        Raises:
+            CheckpointError: The tensors belong to a network of another structure.
+        """
+        prepared = prepare(model, layers, quantizers=quantizers)
+        load_trained_(prepared, tensors)
+        config = get_bits(prepared)
+        state = prepared.state_dict()
+        plain = copied(model)
+        scales, ranges, float_weights = {}, {}, {}
+        for name, module in prepared_layers(prepared).items():
+            bits, quantizer = config[name], weight_quantizer(module)
+            weight = state.pop(f"{name}.{_ORIGINAL}")
+            if bits.weight_bits != FLOAT_BITS:
+                float_weights[name] = weight
+                weight = quantizer.quantized(float_weight(module), bits.weight_bits)
+                scales[name] = quantizer.scale(float_weight(module), bits.weight_bits).clone()
+            if bits.activation_bits != FLOAT_BITS:
+                ranges[name] = input_quantizer(module).range(bits.activation_bits)
+            state[f"{name}.weight"] = weight
+            state.pop(f"{name}.{SHIFT}", None)  # zero: see `fold_shifts_`
+            _untie_(plain.get_submodule(name), weight)
+        for name, first in prepared_names(prepared).items():
+            if name != first:
+                del state[f"{name}.{_ORIGINAL}"]
+                state.pop(f"{name}.{SHIFT}", None)
+                state[f"{name}.weight"] = state[f"{first}.weight"]
+        plain.load_state_dict(state)
+        return cls(plain, config, scales, ranges, float_weights)
+
+    def restore_learned_(self, prepared: nn.Module) -> None:
+        """Give a freshly prepared copy of `network` what was learned for these bits."""
+        for name, module in prepared_layers(prepared).items():
+            bits = self.config[name]
+            if name in self.scales:
+                weight, quantizer = float_weight(module).detach(), weight_quantizer(module)
+                scale = self.scales[name].to(weight.device)
+                error = torch.zeros(len(scale), dtype=torch.float64, device=weight.device)
+                quantizer.keep(
+                    *(weight, bits.weight_bits, weight.clone(), scale, error),
+                    training_start=self.float_weights[name].to(weight.device),
+                )
+            if name in self.ranges:
+                input_quantizer(module).ranges[bits.activation_bits] = self.ranges[name]
+
+
+def _untie_(module: nn.Module, weight: Tensor) -> None:
+    """Give a layer a weight of its own: one that it shares is rounded in this layer alone."""
+    own = module._parameters.get("weight")
+    if own is not None:
+        module.register_parameter("weight", nn.Parameter(weight.clone(), own.requires_grad))
+
+
+def layers_without_bias(network: nn.Module) -> set[str]:
+    """Return the names of a prepared network's layers that have no bias."""
+    layers = prepared_layers(network).items()
+    return {name for name, module in layers if getattr(module, "bias", None) is None}
+
+
+@torch.no_grad()
+def fold_shifts_(network: nn.Module) -> None:
+    """Put the output shifts of statistics correction into biases, where training finds them.
+
+    A layer without bias loses its shift: behind it training has other means.
+    """
+    for module in prepared_layers(network).values():
+        shift = dict(module.named_buffers(recurse=False)).get(SHIFT)
+        if shift is None:
+            continue
+        if getattr(module, "bias", None) is not None:
+            module.bias.add_(shift)  # type: ignore[operator]
+        shift.zero_()
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,19 +1,19 @@
 """Quantization-aware training of one assignment, epoch by epoch.
 
-The trainer knows a prepared network with its bits set, training data and settings; nothing of
-trials, steps or searches, and it never sees validation or test data. It starts from the network as
-it stands: statistics that were corrected for these bits before (`StatisticsCorrection`) are a
-better start than those of the float network.
+The trainer takes a prepared network with its bits set, training data and settings. It has nothing
+to do with trials, steps or searches, and never sees validation or test data. Statistics corrected
+for these bits (`StatisticsCorrection`) are a better start than those of the float network.
 
-Chance is drawn from the seed and the number of the epoch, so training that is interrupted and goes
-on from its checkpoint after any epoch gives the same weights as training that ran through, on a CPU
-bit for bit.
+Random numbers depend on the seed and the epoch alone, so training that resumes from a checkpoint
+gives the same weights as uninterrupted training, on a CPU bit for bit.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,27 +21,45 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors import torch as safetensors
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from hq_optuna.atomic_files import write_atomically
-from hq_optuna.errors import CheckpointError, TrainingError
-from hq_optuna.network.batches import Batch, autocast, forward, in_single, move
+from hq_optuna.errors import CheckpointError, DataError, TrainingError
+from hq_optuna.network.batches import Batch, autocast, digest_of, forward, move, outputs_in_single
+from hq_optuna.network.checks import explain_errors
 from hq_optuna.network.copies import copied
+from hq_optuna.network.layer_types import BatchNorm
 from hq_optuna.network.losses import LossFunction
-from hq_optuna.quantization.prepare import get_bits, prepared_layers, weight_quantizer
-from hq_optuna.training import checkpoint as files
+from hq_optuna.quantization.prepare import (
+    float_weight,
+    get_bits,
+    prepared_layers,
+    weight_quantizer,
+)
+from hq_optuna.quantization.quantizers import UNIFORM, WeightQuantizer
+from hq_optuna.space.layers import FLOAT_BITS
 from hq_optuna.training.data import Augment, epoch_seed, seeded
 from hq_optuna.training.learned import LearnedSteps
 from hq_optuna.training.losses import mean_of_views, right_and_counted, training_loss
 from hq_optuna.training.matching import MatchedNorms
-from hq_optuna.training.moments import SecondMoments, second_moments
-from hq_optuna.training.optimizer import build_optimizer, set_learning_rate
-from hq_optuna.training.settings import TrainingSettings
-from hq_optuna.training.start import start_weights_
+from hq_optuna.training.optimizer import (
+    SecondMoments,
+    build_optimizer,
+    second_moments,
+    set_learning_rate,
+)
+from hq_optuna.training.settings import Start, TrainingSettings
 from hq_optuna.training.trained import load_trained_, trained_tensors
 
+_FORMAT = "hq_optuna training checkpoint"
+_VERSION = 1
+_ABOUT = "hq_optuna"
 _STEP, _OPTIMIZER = "step.", "optimizer."
+
+MARGIN = 0.1
+"""How far inside its cell a moved weight lies, in steps of the grid."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +96,10 @@ class Trainer:
         teacher: The float network; needed unless ``settings.label_weight`` is 1. Left as it is.
         loss_fn: Mean loss of a batch from outputs and labels; needed unless
             ``settings.label_weight`` is 0.
-        augment: Changes a batch's inputs, with all its chance from the generator it is given. The
-            teacher sees the same changed inputs, and with ``settings.teacher_views`` others too.
-        checkpoint: Written after each epoch. Where it exists already, training goes on from it:
-            give the network as it was when that training began.
+        augment: Changes a batch's inputs, drawing random numbers from the generator it is given.
+            The teacher sees the same inputs, and with ``settings.teacher_views`` others too.
+        checkpoint: Written after each epoch. If it exists, training resumes from it: give the
+            network as it was when that training began.
 
     Attributes:
         history: The epochs that are done, also those before a checkpoint.
@@ -166,16 +184,16 @@ class Trainer:
             raise CheckpointError(f"Checkpoint {checkpoint}: {error}") from None
 
     def _checked(self, content: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors, about = files.parse(content)
+        tensors, about = _parse(content)
         self._check_belongs(about["belongs"])
         return tensors, about
 
     def _identity(self) -> dict[str, Any]:
         """Return what a checkpoint must agree with, by name."""
-        teacher = "none" if self.teacher is None else files.digest_of(self.teacher.state_dict())
+        teacher = "none" if self.teacher is None else _digest(self.teacher.state_dict())
         return {
             "settings": self.settings.to_json(),
-            "network": files.digest_of(trained_tensors(self.network)),
+            "network": _digest(trained_tensors(self.network)),
             "quantizers": {
                 name: weight_quantizer(module).quantizer.name
                 for name, module in prepared_layers(self.network).items()
@@ -245,11 +263,11 @@ class Trainer:
         self.network.train()
         try:
             for module in self.network.modules():
-                if frozen_statistics and isinstance(module, _BatchNorm):
+                if frozen_statistics and isinstance(module, BatchNorm):
                     module.eval()
             for log_scale in self._log_scales.values():
                 log_scale.requires_grad_(not frozen_ranges)
-            learned = self.steps.in_place_of_ranges(self.network)
+            learned = self.steps.used_in(self.network)
             with learned, self._norms.in_training(), torch.enable_grad():
                 yield
         finally:
@@ -269,7 +287,7 @@ class Trainer:
                 batches = (inputs, *(move(view, self.device) for view in views))
                 with torch.no_grad():
                     targets = mean_of_views([forward(self.teacher, x) for x in batches])
-            outputs = in_single(self._outputs(inputs), settings.precision)
+            outputs = outputs_in_single(self._outputs(inputs), settings.precision)
         loss = training_loss(
             outputs, labels, targets, self.loss_fn, settings.label_weight, settings.temperature
         )
@@ -314,7 +332,7 @@ class Trainer:
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"{_OPTIMIZER}{key}:{name}"] = torch.as_tensor(value)
         epochs = [asdict(epoch) for epoch in self.history]
-        return files.dump(tensors, {"belongs": self._belongs, "epochs": epochs})
+        return _dump(tensors, {"belongs": self._belongs, "epochs": epochs})
 
     def restore(self, content: bytes) -> None:
         """Go on from what `dump` returned. On an error nothing changes.
@@ -361,3 +379,165 @@ class Trainer:
             f"It belongs to another training: {', '.join(differ)} differ. Give what that training "
             "began with, or another file."
         )
+
+
+def check_trainable(
+    model: nn.Module,
+    data: Any,
+    settings: TrainingSettings,
+    loss_fn: LossFunction,
+    augment: Augment | None,
+) -> None:
+    """Refuse what cannot be trained, before a search works for hours: try the first batch.
+
+    The float network runs on it in training mode, and the loss is computed.
+
+    Args:
+        model: The float network; left as it is.
+        data: Training data.
+        settings: How it will be trained.
+        loss_fn: Mean loss of a batch from outputs and labels.
+        augment: Changes a batch's inputs.
+
+    Raises:
+        DataError: The data, the augmentation, the network in training mode, or the loss fail.
+        ValueError: The settings need an augmentation.
+    """
+    if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+        raise DataError(
+            "Steps of the optimizer vanish in half precision (float16), so this network cannot be "
+            "trained. Give network.float(), and precision='bfloat16' for speed."
+        )
+    reader = settings.data(data, augment)
+    device = next(model.parameters()).device
+    network, teacher = copied(model, training=True), copied(model)
+    seed = epoch_seed(settings.seed, 0)
+    with seeded(seed, device), torch.no_grad():
+        with explain_errors(
+            "The first training batch cannot be read or augmented",
+            "Training data are (inputs, labels), and augment is called with (inputs, generator).",
+        ):
+            batch, views = next(reader.epoch(torch.Generator().manual_seed(seed)))
+        inputs, labels = move(batch.inputs, device), move(batch.labels, device)
+        targets = None
+        with autocast(network, settings.precision):
+            if settings.label_weight < 1:
+                others = [move(view, device) for view in views]
+                with explain_errors(
+                    "The network fails on the first training batch",
+                    "Give training inputs that are prepared as the calibration data are.",
+                ):
+                    targets = mean_of_views([forward(teacher, view) for view in (inputs, *others)])
+            with explain_errors(
+                "The network fails in training mode on the first training batch",
+                "What wants more than its inputs to be trained cannot be trained here.",
+            ):
+                outputs = outputs_in_single(forward(network, inputs), settings.precision)
+        hint = "It is called with (outputs, labels); in training mode outputs may be others."
+        with explain_errors("The loss fails on the first training batch", hint):
+            training_loss(
+                outputs, labels, targets, loss_fn, settings.label_weight, settings.temperature
+            )
+        with explain_errors("The classes of the first training batch cannot be counted", hint):
+            right_and_counted(outputs, labels, loss_fn)
+
+
+@torch.no_grad()
+def start_weights_(network: nn.Module, start: Start) -> None:
+    """Set the float weights of a prepared network to where training begins.
+
+    Weights that are not compensated, that other parametrizations compute, or that another module
+    shares (an embedding tied to the last layer) stay.
+
+    Args:
+        network: A prepared network with its bits set.
+        start: See `Start`.
+    """
+    owners = Counter(id(p) for m in network.modules() for p in m._parameters.values())
+    for module in prepared_layers(network).values():
+        quantizer = weight_quantizer(module)
+        parametrizations = module.parametrizations.weight  # type: ignore[union-attr]
+        if start == "float" or quantizer.bits == FLOAT_BITS or len(parametrizations) > 1:  # type: ignore[arg-type]
+            continue
+        weight: Tensor = float_weight(module)
+        if owners[id(weight)] > 1:
+            continue
+        kept = quantizer.kept(weight, quantizer.bits)
+        if kept is None:
+            continue
+        scale = quantizer.scale(weight, quantizer.bits)
+        begin = quantizer.training_start(weight, quantizer.bits)
+        if start != "moved":
+            begin = kept
+        elif begin is None:
+            shape = [1] * weight.dim()
+            shape[quantizer.channel_axis] = -1
+            begin = moved(weight, kept, scale.reshape(shape), quantizer.bits, quantizer.quantizer)
+        weight.copy_(begin)
+
+
+def moved(
+    weight: Tensor, rounded: Tensor, scale: Tensor, bits: int, quantizer: WeightQuantizer = UNIFORM
+) -> Tensor:
+    """Return each weight at the nearest value that rounds to what ``rounded`` holds.
+
+    Args:
+        weight: The float weight.
+        rounded: Codes times the scale, of the same shape.
+        scale: Broadcasts over the weight.
+        bits: A number of bits that the quantizer can do.
+        quantizer: One whose codes are evenly spaced.
+
+    Example:
+        >>> w, rounded = torch.tensor([0.2, 0.9, 3.0]), torch.tensor([1.0, 1.0, 1.0])
+        >>> moved(w, rounded, torch.tensor(1.0), bits=2)
+        tensor([0.6000, 0.9000, 3.0000])
+    """
+    largest = quantizer.largest_code(bits)
+    # Codes are 1 apart where one of them is 0, and 2 apart where they are odd.
+    step = 2.0 if bits == 1 or quantizer.name == "midrise" else 1.0
+    codes = (rounded / scale).round()
+    reach = step / 2 - MARGIN * step
+    low = torch.where(codes == -largest, -torch.inf, (codes - reach) * scale)
+    high = torch.where(codes == largest, torch.inf, (codes + reach) * scale)
+    return weight.maximum(low).minimum(high)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    return digest_of(sorted(tensors.items()))
+
+
+def _dump(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> bytes:
+    """Return tensors and JSON data as the content of a safetensors file."""
+    plain = {n: t.detach().cpu().clone().contiguous() for n, t in sorted(tensors.items())}
+    checked = {**about, "format": _FORMAT, "version": _VERSION, "tensors": _digest(plain)}
+    return safetensors.save(plain, {_ABOUT: json.dumps(checked, sort_keys=True)})
+
+
+def _parse(content: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the JSON data of a file's content.
+
+    Raises:
+        CheckpointError: Cut off, altered, or no checkpoint of a training.
+    """
+    try:
+        tensors = safetensors.load(content)
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length])
+        about: dict[str, Any] = json.loads(header["__metadata__"][_ABOUT])
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"It is no training checkpoint, or damaged ({type(error).__name__}: {error!s:.120}). "
+            "Remove it to train from the start."
+        ) from None
+    if about.get("format") != _FORMAT or about.get("version") != _VERSION:
+        raise CheckpointError(
+            f"It is a {about.get('format')!r} of version {about.get('version')!r}; expected "
+            f"{_FORMAT!r} of version {_VERSION}. Remove it to train from the start."
+        )
+    if _digest(tensors) != about.get("tensors"):
+        raise CheckpointError(
+            "Its tensors are not those that were written: the file is damaged. Remove it to train "
+            "from the start."
+        )
+    return tensors, about

@@ -24,8 +24,8 @@ from torch import nn
 import hq_optuna as hq
 from hq_optuna.errors import NetworkError
 from hq_optuna.network.batches import read_batches, tensors
+from hq_optuna.network.copies import preserve_network
 from hq_optuna.network.introspection import introspect
-from hq_optuna.network.restore import restored
 from hq_optuna.protocol.history import read_history
 from hq_optuna.quantization.quantizers import QUANTIZERS
 from hq_optuna.scoring import SCORERS
@@ -155,7 +155,7 @@ def random_states_are_left_as_found(device: str) -> None:
     network = Network().to(device).train()  # with dropout
     before = module.get_rng_state()
     n_restored = getattr(module, "restored", 0)
-    with restored(network):
+    with preserve_network(network):
         network(data()[0].to(device))
     assert torch.equal(module.get_rng_state(), before)
     if device == "simulated":

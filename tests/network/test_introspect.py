@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from hq_optuna.network.introspection import QUANTIZABLE, introspect
+from hq_optuna.network.introspection import introspect
+from hq_optuna.network.layer_types import QUANTIZABLE
 from tests.introspected import Net, one
 
 # --- counts ---------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def inputs_of(network: nn.Module, name: str, data: Batches) -> Tensor:
 def test_batch_norm_and_bare_layers_are_told_apart() -> None:
     network, data = make()
     correction = StatisticsCorrection(prepared_of(network, data), data)
-    assert correction.n_corrected == (2, 2)  # bn1, bn2; plain and head
+    assert correction.modules == ("bn1", "bn2", "plain", "head")
 
 
 def test_float_stays_float_bit_for_bit() -> None:
@@ -227,7 +227,7 @@ def test_a_norm_that_is_called_twice_is_left_alone() -> None:
     network = Twice().double().eval()
     data = make()[1]
     correction = StatisticsCorrection(prepared_of(network, data), data)
-    assert correction.n_corrected[0] == 0
+    assert "bn" not in correction.modules
 
 
 def test_merging_keeps_samples_order_and_odd_sizes() -> None:

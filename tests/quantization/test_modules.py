@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from hq_optuna.quantization.modules import InputFakeQuantize, WeightFakeQuantize
 from hq_optuna.quantization.observers import InputHistogram
-from hq_optuna.quantization.quantizers import uniform
+from hq_optuna.quantization.quantizers import base
 from hq_optuna.quantization.ranges import AffineRange, weight_scale
 from hq_optuna.space.layers import FLOAT_BITS
 from tests.small_networks import seeded
@@ -20,13 +20,13 @@ from tests.small_networks import seeded
 def rounds(monkeypatch) -> list[int]:
     """The bits of every rounding of a weight, in order."""
     seen: list[int] = []
-    original = uniform.quantize_weight
+    original = base.quantize_weight
 
     def counted(weight: Tensor, scale: Tensor, bits: int, axis: int) -> Tensor:
         seen.append(bits)
         return original(weight, scale, bits, axis)
 
-    monkeypatch.setattr(uniform, "quantize_weight", counted)
+    monkeypatch.setattr(base, "quantize_weight", counted)
     return seen
 
 

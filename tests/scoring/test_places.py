@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from hq_optuna.curvature import calibration_adam, output_curvature, probe_of
 from hq_optuna.network.batches import read_batches
 from hq_optuna.network.introspection import introspect
-from hq_optuna.network.places import Places
+from hq_optuna.network.losses import Places
 from hq_optuna.scoring.outputs import CrossEntropyRise, output_rise_of
 from tests.searches import search
 from tests.small_networks import seeded

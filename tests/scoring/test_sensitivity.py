@@ -19,7 +19,7 @@ from hq_optuna.quantization.observers import watch_inputs
 from hq_optuna.quantization.prepare import input_quantizer
 from hq_optuna.quantization.ranges import weight_scale
 from hq_optuna.scoring import Sensitivity, measure_sensitivity
-from hq_optuna.scoring.sensitivity import unknown_layers
+from hq_optuna.scoring.sensitivity import unknown_curvature_warnings
 from hq_optuna.space.assignment import BitConfig, LayerBits
 from hq_optuna.space.layers import FLOAT_BITS
 from hq_optuna.space.search_space import SearchSpace, bits_needed
@@ -213,7 +213,7 @@ def test_a_layer_without_gradient_is_scored_as_the_most_curved_one(scorer):
         expected = 0.5 * steepest_input * float(e.square().sum()) / 9
         assert found.activations["frozen"][bits] == pytest.approx(expected, rel=1e-10)
         assert found.weights["frozen"][bits] > 0 and found.activations["frozen"][bits] > 0
-    sentences = unknown_layers(curvature, space.layers)
+    sentences = unknown_curvature_warnings(curvature, space.layers)
     assert len(sentences) == 1
     assert "'frozen' received no gradient" in sentences[0]
 
@@ -232,7 +232,7 @@ class Steps(nn.Module):
         return self.head(self.rare(h) if x.shape[1] > 2 else h)
 
 
-@pytest.mark.parametrize("form", ["trace", "felt"])
+@pytest.mark.parametrize("form", ["trace", "output"])
 def test_calls_that_curvature_never_saw_count_by_those_it_did(form):
     network, labels = make(Steps), torch.arange(6) % 3
     data = read_batches([(rows(6, n, 3, seed=n), labels) for n in (2, 5)])
@@ -284,7 +284,7 @@ def test_values_that_are_no_numbers_are_refused_with_the_layers_name(quadratic, 
 def test_an_unknown_scorer_is_refused_by_name(quadratic):
     network, h, data, _ = quadratic
     prepared, space = ready(network, data)
-    with pytest.raises(ValueError, match="form is one of trace, diagonal, felt; got 'hutchinson'"):
+    with pytest.raises(ValueError, match="one of trace, diagonal, output; got 'hutchinson'"):
         measure_sensitivity(prepared, space, known(h, h[0], 6), data, "hutchinson")
 
 
@@ -364,7 +364,7 @@ def test_a_table_survives_json_to_the_last_bit():
     assert Sensitivity.from_json(json.loads(text)) == TABLE
 
 
-def test_felt_errors_count_less_where_they_make_up_for_each_other():
+def test_output_errors_count_less_where_they_make_up_for_each_other():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(2, 24), nn.Linear(24, 3)).eval()
     data = read_batches((torch.randn(64, 2), torch.randint(0, 3, (64,))))
@@ -377,7 +377,7 @@ def test_felt_errors_count_less_where_they_make_up_for_each_other():
     def rises(prepared, form):
         return measure_sensitivity(prepared, only_weights, curvature, data, form).weights["1"]
 
-    assert rises(nearest, "felt") == pytest.approx(rises(nearest, "trace"))
-    felt, squared = rises(compensated, "felt"), rises(compensated, "trace")
-    assert all(felt[bits] < 0.5 * squared[bits] for bits in range(2, 7))
-    assert felt[3] < 0.5 * rises(nearest, "felt")[3]
+    assert rises(nearest, "output") == pytest.approx(rises(nearest, "trace"))
+    output, squared = rises(compensated, "output"), rises(compensated, "trace")
+    assert all(output[bits] < 0.5 * squared[bits] for bits in range(2, 7))
+    assert output[3] < 0.5 * rises(nearest, "output")[3]

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+
+import numpy as np
 import pytest
 
 from hq_optuna.search import Limits
@@ -40,3 +43,9 @@ def test_limits_come_back_from_json(limits: Limits) -> None:
 def test_limits_are_positive(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="positive number; got"):
         Limits(**bad)  # type: ignore[arg-type]
+
+
+def test_limits_are_numbers_of_any_kind_and_kept_as_plain_ones() -> None:
+    limits = Limits(np.int64(3), np.int32(2), np.float32(0.5))  # type: ignore[arg-type]
+    assert limits == Limits(3, 2, 0.5)
+    assert json.dumps(limits.to_json()) == json.dumps(Limits(3, 2, 0.5).to_json())

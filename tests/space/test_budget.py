@@ -1,14 +1,16 @@
 """Budgets: what they allow, what they refuse, and that the refusal says the minimum."""
 
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hq_optuna.errors import BudgetError, HqOptunaError
-from hq_optuna.space.budget import Budget, check_reachable
-from hq_optuna.space.cost import CostModel
+from hq_optuna.errors import BudgetError, HqOptunaError, SettingError
+from hq_optuna.space.budget import Budget, check_reachable, parse_budget
+from hq_optuna.space.cost import CostModel, format_cost
 from hq_optuna.space.layers import LayerSpec
 from hq_optuna.space.search_space import SearchSpace
 
@@ -51,6 +53,8 @@ def test_budgets_read_as_people_write_them() -> None:
         ({"bops": -0.5}, "positive number; got bops=-0.5"),
         ({"bops": float("nan")}, "positive number; got bops=nan"),
         ({"size_bytes": float("inf")}, "positive number; got size_bytes=inf"),
+        ({"bops": "a lot"}, "positive number; got bops='a lot'"),
+        ({"bops": True}, "positive number; got bops=True"),
     ],
 )
 @pytest.mark.parametrize("make", [Budget.fraction, Budget.absolute])
@@ -59,6 +63,13 @@ def test_a_budget_that_means_nothing_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make(**limit)
+
+
+@pytest.mark.parametrize("value", [np.int64(2), np.float32(2), Fraction(4, 2), 2])
+@pytest.mark.parametrize("make", [Budget.fraction, Budget.absolute])
+def test_a_budget_is_a_real_number_of_any_kind_and_kept_as_a_float(make: Any, value: Any) -> None:
+    found = make(bops=value).value
+    assert (found, type(found)) == (2.0, float)
 
 
 def test_a_budget_below_the_cheapest_assignment_is_refused_with_the_minimum() -> None:
@@ -118,3 +129,70 @@ def test_percent_given_as_a_fraction_are_refused() -> None:
     with pytest.raises(ValueError, match=r"bops=25 would be 2500 % .* write 0.25"):
         Budget.fraction(bops=25)
     assert Budget.fraction(bops=16).value == 16  # all in float
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [
+        ("0.25", Budget.fraction(bops=0.25)),
+        (" .25 bops ", Budget.fraction(bops=0.25)),
+        ("1", Budget.fraction(bops=1)),
+        ("0.25 size_bytes", Budget.fraction(size_bytes=0.25)),
+        ("25% size_bytes", Budget.fraction(size_bytes=0.25)),
+        ("25 %", Budget.fraction(bops=0.25)),
+        ("150% bops", Budget.fraction(bops=1.5)),
+        ("24e9 bops absolute", Budget.absolute(bops=24e9)),
+        ("24e9 absolute", Budget.absolute(bops=24e9)),
+        ("64000 size_bytes absolute", Budget.absolute(size_bytes=64_000)),
+        ("0.5 bops absolute", Budget.absolute(bops=0.5)),
+        ("24 GBOPs", Budget.absolute(bops=24e9)),
+        ("0.5 gbops", Budget.absolute(bops=0.5e9)),
+        ("24gbops absolute", Budget.absolute(bops=24e9)),
+        ("3 kBOPs", Budget.absolute(bops=3e3)),
+        ("3 MBOPs", Budget.absolute(bops=3e6)),
+        ("3 TBOPs", Budget.absolute(bops=3e12)),
+        ("64000 bytes", Budget.absolute(size_bytes=64_000)),
+        ("64 KiB", Budget.absolute(size_bytes=64 * 1024)),
+        ("5.5MiB", Budget.absolute(size_bytes=5.5 * 1024**2)),
+        ("1 GiB", Budget.absolute(size_bytes=1024**3)),
+        (0.25, Budget.fraction(bops=0.25)),
+        (Budget.absolute(bops=7), Budget.absolute(bops=7)),
+    ],
+)
+def test_budgets_are_read_as_people_write_them(text: Any, budget: Budget) -> None:
+    assert parse_budget(text) == budget
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "'' is no budget"),
+        ("a quarter", "'a quarter' is no budget"),
+        ("nan", "is no budget"),
+        ("1e999", "is a positive number; got '1e999'"),
+        ("0", "is a positive number; got '0'"),
+        ("-0.5 bops", "is a positive number; got '-0.5 bops'"),
+        ("2 bops", r"'2 bops' is more than all of the all-8-bit cost.*'24e9 bops absolute'"),
+        ("24e9", "'24e9' is more than all"),
+        ("5.8 MB", r"'MB' in '5\.8 MB' is neither metric nor unit.*GiB, MiB, KiB, bytes"),
+        ("0.25 macs", r"'macs' in .* is neither metric nor unit.*metrics: bops, size_bytes"),
+        ("25% GBOPs", "'25% GBOPs' is no absolute budget"),
+        ("25% bops absolute", "is no absolute budget"),
+        ("9 macs absolute", "is no absolute budget"),
+        ("0.25 bops bops", "is no budget"),
+        ("0.25, bops", "is no budget"),
+    ],
+)
+def test_a_budget_that_means_nothing_or_two_things_is_refused(text: str, words: str) -> None:
+    with pytest.raises(SettingError, match=words):
+        parse_budget(text)
+
+
+@given(st.integers(1_000, 9_999), st.integers(0, 12), st.sampled_from(["bops", "size_bytes"]))
+def test_a_printed_absolute_budget_can_be_typed_again(
+    digits: int, exponent: int, metric: Any
+) -> None:
+    # Printed with four digits, so what is printed must read back to what prints the same.
+    printed = format_cost(digits * 10.0**exponent, metric)
+    assert format_cost(parse_budget(printed).value, metric) == printed
+    assert parse_budget(printed).metric == metric

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -289,3 +290,48 @@ def test_a_network_without_layers_is_refused() -> None:
 def test_a_long_list_of_layers_is_cut_short_in_the_message() -> None:
     with pytest.raises(SpaceError, match=r"l7, …\.$"):
         SearchSpace.build(specs(*[f"l{k}" for k in range(20)]), pins={"x": 4})
+
+
+INT = np.int64
+
+
+@pytest.mark.parametrize(
+    ("numpy", "plain"),
+    [
+        ({"bits": np.arange(2, 9)}, {"bits": range(2, 9)}),
+        ({"activation_bits": INT(8)}, {"activation_bits": 8}),
+        ({"activation_bits": INT(32)}, {"activation_bits": 32}),
+        ({"activation_bits": np.array([8, 4])}, {"activation_bits": (8, 4)}),
+        ({"pin_first_last": INT(8)}, {"pin_first_last": 8}),
+        (
+            {"pin_first_last": INT(6), "activation_bits": None},
+            {"pin_first_last": 6, "activation_bits": None},
+        ),
+        ({"pins": {"head": INT(4)}}, {"pins": {"head": 4}}),
+        ({"pins": {"head": (INT(4), INT(32))}}, {"pins": {"head": (4, 32)}}),
+        ({"allowed": {"block.*": np.array([8, 4])}}, {"allowed": {"block.*": (8, 4)}}),
+    ],
+)
+def test_numpys_integers_are_bits_too_and_kept_as_plain_ones(
+    numpy: dict[str, Any], plain: dict[str, Any]
+) -> None:
+    space = SearchSpace.build(FOUR, **numpy)
+    expected = SearchSpace.build(FOUR, **plain)
+    assert space == expected
+    assert json.dumps(space.to_json()) == json.dumps(expected.to_json())
+    assert space.digest == expected.digest
+
+
+@pytest.mark.parametrize("name", ["bits", "activation_bits", "pin_first_last"])
+@pytest.mark.parametrize("value", [True, np.bool_(True), 4.0, np.float64(4)])
+def test_what_is_no_integer_is_no_number_of_bits(name: str, value: Any) -> None:
+    with pytest.raises(SpaceError, match=name):
+        SearchSpace.build(FOUR, **{name: (value,) if name == "bits" else value})
+
+
+def test_an_assignment_of_numpys_integers_is_that_of_plain_ones() -> None:
+    config = BitConfig({"a": (INT(4), INT(8))}).replace("a", activation_bits=np.uint8(6))
+    assert json.dumps(config.to_json()) == '{"a": [4, 6]}'
+    assert config.digest == BitConfig({"a": (4, 6)}).digest
+    with pytest.raises(TypeError, match="float"):
+        BitConfig({"a": (4.0, 8)})  # type: ignore[dict-item]

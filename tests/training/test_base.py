@@ -13,9 +13,8 @@ from hq_optuna.quantization import observe_inputs, prepare, set_bits
 from hq_optuna.quantization.compensation import compensate_weights
 from hq_optuna.quantization.prepare import float_weight
 from hq_optuna.training import Trainer, TrainingSettings
-from hq_optuna.training.base import trained_base
-from hq_optuna.training.start import start_weights_
-from hq_optuna.training.trained import trained_tensors
+from hq_optuna.training.trained import TrainedNetwork, trained_tensors
+from hq_optuna.training.trainer import start_weights_
 from tests.training.examples import BITS, float_net, images, labelled, prepared_net
 
 SETTINGS = TrainingSettings(epochs=2, learning_rate=0.02, warmup_epochs=0, batch_size=16)
@@ -32,7 +31,7 @@ def trained():
 @pytest.fixture
 def base(trained):
     layers = introspect(float_net(), images()).layers
-    return trained_base(float_net(), layers, trained_tensors(trained))
+    return TrainedNetwork.rebuild(float_net(), layers, trained_tensors(trained))
 
 
 def prepared_again(base):
@@ -41,7 +40,7 @@ def prepared_again(base):
     data = read_batches(labelled())
     net = prepare(base.network, layers, observe_inputs(base.network, list(BITS), data))
     compensate_weights(net, layers, data, {name: range(2, 9) for name in BITS})
-    base.settle_(net)
+    base.restore_learned_(net)
     set_bits(net, BITS)
     return net
 

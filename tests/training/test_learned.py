@@ -211,7 +211,7 @@ def test_learned_steps_take_the_place_of_ranges_and_leave_their_values_behind():
     steps = LearnedSteps.of(net, passes=True)
     conv = net.get_submodule("conv")
     before = weight_quantizer(conv), input_quantizer(conv)
-    with pytest.raises(RuntimeError, match="stop"), steps.in_place_of_ranges(net):
+    with pytest.raises(RuntimeError, match="stop"), steps.used_in(net):
         assert conv.parametrizations.weight[-1] is steps.weights["conv"]
         steps.weights["conv"].log_scale.data += 0.5
         steps.inputs["conv"].log_scale.data -= 0.5
@@ -243,7 +243,7 @@ def test_every_kind_of_layer_learns():
     set_bits(prepared, dict.fromkeys(names, (3, 3)))
     steps = LearnedSteps.of(prepared, passes=True)
     expected = prepared(x)
-    with steps.in_place_of_ranges(prepared):
+    with steps.used_in(prepared):
         out = prepared(x)
         nn.functional.cross_entropy(out, torch.zeros(8, dtype=torch.int64)).backward()
     torch.testing.assert_close(out, expected)

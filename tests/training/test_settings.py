@@ -3,9 +3,12 @@
 import json
 from dataclasses import FrozenInstanceError, fields, replace
 
+import numpy as np
 import pytest
+import torch
 
 from hq_optuna.training import TrainingSettings
+from hq_optuna.training.plan import TrainingPlan
 
 OTHER = {
     "epochs": 3,
@@ -118,3 +121,13 @@ def test_blended_samples_have_no_labels():
     assert TrainingSettings(blend=1.0).blend == 1.0
     with pytest.raises(ValueError, match="Labels do not hold for blended samples"):
         TrainingSettings(blend=0.5, label_weight=0.1)
+
+
+def test_numpys_numbers_are_settings_too_and_kept_as_plain_ones():
+    given = TrainingSettings(
+        epochs=np.int64(3), learning_rate=np.float32(0.5), blend=np.float64(0.25), seed=np.uint8(7)
+    )
+    plain = TrainingSettings(epochs=3, learning_rate=0.5, blend=0.25, seed=7)
+    assert given == plain
+    assert json.dumps(given.to_json()) == json.dumps(plain.to_json())
+    assert TrainingPlan(data=(torch.zeros(4, 1), torch.zeros(4)), every=np.int64(2)).every == 2

@@ -11,7 +11,7 @@ from hq_optuna.quantization.compensation import compensate_weights
 from hq_optuna.quantization.functional import quantize_weight
 from hq_optuna.quantization.prepare import float_weight, weight_quantizer
 from hq_optuna.quantization.quantizers import QUANTIZERS
-from hq_optuna.training.start import moved, start_weights_
+from hq_optuna.training.trainer import moved, start_weights_
 from tests.small_networks import seeded
 from tests.training.examples import BITS, float_net, images, labelled, prepared_net
 

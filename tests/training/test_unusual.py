@@ -13,7 +13,7 @@ from hq_optuna.network.introspection import introspect
 from hq_optuna.quantization import observe_inputs, prepare, set_bits
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.quantization.prepare import float_weight
-from hq_optuna.training.rehearsal import rehearse
+from hq_optuna.training.trainer import check_trainable
 from tests.small_networks import seeded
 from tests.training.examples import float_net, labelled, prepared_net
 from tests.training.short import SHORT, trainer
@@ -38,7 +38,7 @@ def test_any_loss_takes_outputs_of_bfloat16_passes(loss_fn):
         return loss_fn(outputs, labels)
 
     settings = replace(SHORT, epochs=1, label_weight=0.5, precision="bfloat16")
-    rehearse(float_net(), data, settings, loss, None)
+    check_trainable(float_net(), data, settings, loss, None)
     next(trainer(settings=settings, data=data, loss_fn=loss, augment=None).epochs())
     assert set(seen) == {torch.float32}
 

@@ -1,18 +1,22 @@
-"""What every quantizer of weights can do."""
+"""What every quantizer of weights does; by default it rounds to the uniform grid."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
+from hq_optuna.quantization.functional import quantize_weight, weight_grid
+from hq_optuna.quantization.ranges import weight_scale
 
-class WeightQuantizer(ABC):
+
+class WeightQuantizer:
     """A way to round weights: whole multiples of one scale per output channel.
 
-    The multiples are its codes, so codes times scale are the rounded weight bit for bit, whatever
-    the way to the codes. It has no state: scales are kept by who uses it.
+    The multiples are its codes: codes times scale are the rounded weight bit for bit. A quantizer
+    has no state; its user keeps the scales. Subclasses override what differs from the uniform grid,
+    which at 1 bit is sign(w) times the scale.
 
     Attributes:
         name: What users call it.
@@ -36,15 +40,14 @@ class WeightQuantizer(ABC):
             return f"{low} to {high} bits"
         return f"{low} bit{'' if low == 1 else 's'}"
 
-    @abstractmethod
     def largest_code(self, bits: int) -> int:
         """Return the largest code; the smallest is its negative."""
+        return 1 if bits == 1 else weight_grid(bits)[1]
 
-    @abstractmethod
     def scale(self, weight: Tensor, bits: int, channel_axis: int) -> Tensor:
-        """Return the scale of each channel, shape ``(channels,)``, float32, positive."""
+        """Return the scale of least squared error, ``(channels,)``, float32, positive."""
+        return weight_scale(weight, bits, channel_axis)
 
-    @abstractmethod
     def quantize(self, weight: Tensor, scale: Tensor, bits: int, channel_axis: int) -> Tensor:
         """Return the rounded weight, differentiable as the quantizer was published.
 
@@ -54,10 +57,13 @@ class WeightQuantizer(ABC):
             bits: One of `all_bits`.
             channel_axis: Axis of the output channels.
         """
+        return quantize_weight(weight, scale, bits, channel_axis)
 
-    @abstractmethod
     def nearest(self, values: Tensor, scale: Tensor, bits: int) -> Tensor:
         """Return the values of the grid next to ``values``; scale is broadcast, no gradient."""
+        if bits == 1:
+            return torch.where(values >= 0, scale, -scale)
+        return (values / scale).round_().clamp_(*weight_grid(bits)).mul_(scale)
 
     def describe(self, bits: int) -> dict[str, Any]:
         """Return what a reader of a saved result needs to know of the grid, as JSON data."""
@@ -70,26 +76,6 @@ class WeightQuantizer(ABC):
         }
 
 
-def along(scale: Tensor, weight: Tensor, channel_axis: int) -> Tensor:
-    """Return the scale in the weight's precision, shaped to multiply it."""
-    shape = [1] * weight.dim()
-    shape[channel_axis] = -1
-    return scale.to(weight.dtype).reshape(shape)
-
-
 def in_single(weight: Tensor) -> Tensor:
     """Return the weight in single precision or better: half precision would pick other codes."""
     return weight if weight.dtype.itemsize >= 4 else weight.float()
-
-
-def straight_through(rounded: Tensor, smooth: Tensor) -> Tensor:
-    """Return ``rounded``, with the gradient of ``smooth``; the sum is exact because it adds zero.
-
-    Example:
-        >>> import torch
-        >>> w = torch.tensor([0.3, -2.0], requires_grad=True)
-        >>> straight_through(w.round(), 3 * w).sum().backward()
-        >>> w.grad
-        tensor([3., 3.])
-    """
-    return rounded.detach() + (smooth - smooth.detach())

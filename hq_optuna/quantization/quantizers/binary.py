@@ -12,12 +12,7 @@ layers of more bits, whose gradient has no such factor.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
-from hq_optuna.quantization.functional import quantize_weight
 from hq_optuna.quantization.quantizers.base import WeightQuantizer
-from hq_optuna.quantization.ranges import weight_scale
 
 
 class Binary(WeightQuantizer):
@@ -25,19 +20,3 @@ class Binary(WeightQuantizer):
 
     name = "binary"
     all_bits = range(1, 2)
-
-    def largest_code(self, bits: int) -> int:
-        """Return the largest code."""
-        return 1
-
-    def scale(self, weight: Tensor, bits: int, channel_axis: int) -> Tensor:
-        """Return the scale of least squared error, ``(channels,)``."""
-        return weight_scale(weight, 1, channel_axis)
-
-    def quantize(self, weight: Tensor, scale: Tensor, bits: int, channel_axis: int) -> Tensor:
-        """Return the rounded weight, with its gradient."""
-        return quantize_weight(weight, scale, 1, channel_axis)
-
-    def nearest(self, values: Tensor, scale: Tensor, bits: int) -> Tensor:
-        """Return the values of the grid next to ``values``."""
-        return torch.where(values >= 0, scale, -scale)

@@ -29,15 +29,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hq_optuna.quantization.functional import quantize_weight
-from hq_optuna.quantization.quantizers.base import (
-    WeightQuantizer,
-    along,
-    in_single,
-    straight_through,
-)
+from hq_optuna.quantization.functional import along, straight_through
+from hq_optuna.quantization.quantizers.base import WeightQuantizer, in_single
 from hq_optuna.quantization.quantizers.midrise import odd_codes
-from hq_optuna.quantization.ranges import TINY, weight_scale
+from hq_optuna.quantization.ranges import TINY
 
 
 class Dorefa(WeightQuantizer):
@@ -55,7 +50,7 @@ class Dorefa(WeightQuantizer):
     def scale(self, weight: Tensor, bits: int, channel_axis: int) -> Tensor:
         """Return the scale of least squared error, ``(channels,)``."""
         if bits == 1:
-            return weight_scale(weight, 1, channel_axis)
+            return super().scale(weight, bits, channel_axis)
         rows = weight.detach().movedim(channel_axis, 0).flatten(1)
         codes = _codes(_squeezed(rows, 0), bits).double()
         best = (rows.double() * codes).sum(1) / codes.square().sum(1)
@@ -64,7 +59,7 @@ class Dorefa(WeightQuantizer):
     def quantize(self, weight: Tensor, scale: Tensor, bits: int, channel_axis: int) -> Tensor:
         """Return the rounded weight, with its gradient."""
         if bits == 1:
-            return quantize_weight(weight, scale, 1, channel_axis)
+            return super().quantize(weight, scale, bits, channel_axis)
         y = _squeezed(weight, channel_axis)
         rounded = _codes(y.detach(), bits).to(weight.dtype) * along(scale, weight, channel_axis)
         smooth = self.largest_code(bits) * along(scale, y, channel_axis) * (2 * y - 1)

@@ -18,14 +18,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hq_optuna.quantization.functional import quantize_weight
-from hq_optuna.quantization.quantizers.base import (
-    WeightQuantizer,
-    along,
-    in_single,
-    straight_through,
-)
-from hq_optuna.quantization.ranges import EXACT, scale_by_channel, searched_scale, weight_scale
+from hq_optuna.quantization.functional import along, straight_through
+from hq_optuna.quantization.quantizers.base import WeightQuantizer, in_single
+from hq_optuna.quantization.ranges import EXACT, scale_by_channel, searched_scale
 
 
 class Midrise(WeightQuantizer):
@@ -41,7 +36,7 @@ class Midrise(WeightQuantizer):
     def scale(self, weight: Tensor, bits: int, channel_axis: int) -> Tensor:
         """Return the scale of least squared error, ``(channels,)``."""
         if bits == 1:
-            return weight_scale(weight, 1, channel_axis)
+            return super().scale(weight, bits, channel_axis)
         n = weight.numel() // max(weight.shape[channel_axis], 1)
         exact = n * 2 ** (bits - 1) <= EXACT
 
@@ -58,7 +53,7 @@ class Midrise(WeightQuantizer):
     def quantize(self, weight: Tensor, scale: Tensor, bits: int, channel_axis: int) -> Tensor:
         """Return the rounded weight, with its gradient."""
         if bits == 1:
-            return quantize_weight(weight, scale, 1, channel_axis)
+            return super().quantize(weight, scale, bits, channel_axis)
         step, largest = along(scale, weight, channel_axis), self.largest_code(bits)
         values = in_single(weight.detach())
         codes = odd_codes(values, along(scale, values, channel_axis), largest)

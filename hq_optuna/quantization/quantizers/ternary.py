@@ -20,8 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hq_optuna.quantization.functional import quantize_weight
-from hq_optuna.quantization.quantizers.base import WeightQuantizer, straight_through
+from hq_optuna.quantization.functional import quantize_weight, straight_through
+from hq_optuna.quantization.quantizers.base import WeightQuantizer
 from hq_optuna.quantization.ranges import scale_by_channel
 
 
@@ -31,10 +31,6 @@ class Ternary(WeightQuantizer):
     name = "ternary"
     all_bits = range(2, 3)
 
-    def largest_code(self, bits: int) -> int:
-        """Return the largest code."""
-        return 1
-
     def scale(self, weight: Tensor, bits: int, channel_axis: int) -> Tensor:
         """Return the scale of least squared error, ``(channels,)``."""
         return scale_by_channel(weight, channel_axis, _best_scale)
@@ -42,10 +38,6 @@ class Ternary(WeightQuantizer):
     def quantize(self, weight: Tensor, scale: Tensor, bits: int, channel_axis: int) -> Tensor:
         """Return the rounded weight, with its gradient."""
         return straight_through(quantize_weight(weight, scale, 2, channel_axis), weight)
-
-    def nearest(self, values: Tensor, scale: Tensor, bits: int) -> Tensor:
-        """Return the values of the grid next to ``values``."""
-        return (values / scale).round_().clamp_(-1, 1).mul_(scale)
 
 
 def _best_scale(rows: Tensor) -> Tensor:

@@ -11,12 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from hq_optuna.quantization.functional import quantize_weight, weight_grid
+from hq_optuna.quantization.functional import weight_grid
 from hq_optuna.quantization.quantizers.base import WeightQuantizer
-from hq_optuna.quantization.ranges import weight_scale
 from hq_optuna.space.layers import MAX_BITS, MIN_BITS
 
 
@@ -25,24 +21,6 @@ class Uniform(WeightQuantizer):
 
     name = "uniform"
     all_bits = range(MIN_BITS, MAX_BITS + 1)
-
-    def largest_code(self, bits: int) -> int:
-        """Return the largest code."""
-        return 1 if bits == 1 else weight_grid(bits)[1]
-
-    def scale(self, weight: Tensor, bits: int, channel_axis: int) -> Tensor:
-        """Return the scale of least squared error, ``(channels,)``."""
-        return weight_scale(weight, bits, channel_axis)
-
-    def quantize(self, weight: Tensor, scale: Tensor, bits: int, channel_axis: int) -> Tensor:
-        """Return the rounded weight, with its gradient."""
-        return quantize_weight(weight, scale, bits, channel_axis)
-
-    def nearest(self, values: Tensor, scale: Tensor, bits: int) -> Tensor:
-        """Return the values of the grid next to ``values``."""
-        if bits == 1:
-            return torch.where(values >= 0, scale, -scale)
-        return (values / scale).round_().clamp_(*weight_grid(bits)).mul_(scale)
 
     def describe(self, bits: int) -> dict[str, Any]:
         """Return what a reader of a saved result needs to know of the grid."""

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset
 import hq_optuna as hq
 from hq_optuna.errors import DataError
 from hq_optuna.training import TrainingData, TrainingSettings
-from hq_optuna.training.rehearsal import rehearse
+from hq_optuna.training.trainer import check_trainable
 from tests.searches import Network
 from tests.searches import data as small_data
 from tests.small_networks import assert_unchanged, seeded, snapshot
@@ -40,11 +40,11 @@ def fails(x, generator):
     raise RuntimeError("no such crop")
 
 
-def test_a_training_that_is_possible_is_rehearsed_without_a_trace():
+def test_a_training_that_is_possible_is_tried_without_a_trace():
     net = float_net().train()
     kept, state = snapshot(net), torch.random.get_rng_state()
     for settings in (SHORT, TrainingSettings(teacher_views=3, blend=0.5, label_weight=0.0)):
-        rehearse(net, labelled(), settings, F.cross_entropy, flipped)
+        check_trainable(net, labelled(), settings, F.cross_entropy, flipped)
     assert_unchanged(net, kept)
     assert net.training and torch.equal(torch.random.get_rng_state(), state)
 
@@ -72,11 +72,12 @@ def test_a_training_that_is_possible_is_rehearsed_without_a_trace():
 )
 def test_what_cannot_be_trained_is_refused(model, options, says):
     given = {"settings": SHORT, "augment": flipped, **options}
+    trained = labelled(), given["settings"], F.cross_entropy, given["augment"]
     with pytest.raises(DataError, match=says):
-        rehearse(model().eval(), labelled(), given["settings"], F.cross_entropy, given["augment"])
+        check_trainable(model().eval(), *trained)
 
 
-def test_a_search_rehearses_its_trainings_before_it_begins():
+def test_a_search_tries_its_trainings_before_it_begins():
     class Aux(Network):
         def forward(self, x):
             z = super().forward(x)
