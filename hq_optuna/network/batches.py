@@ -11,13 +11,14 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from hq_optuna.errors import DataError
+from hq_optuna.settings import Precision
 
 Inputs = Tensor | list[Any] | tuple[Any, ...] | Mapping[str, Any]
 """What a network is called with: one tensor, positional arguments, or keyword arguments."""
@@ -32,10 +33,6 @@ def forward(network: nn.Module, inputs: Inputs) -> Any:
         if isinstance(inputs, Mapping):
             return network(**inputs)
         return network(inputs) if isinstance(inputs, Tensor) else network(*inputs)
-
-
-Precision = Literal["float32", "bfloat16"]
-"""Precision of forward passes: the network's own, or bfloat16 where autocast allows it."""
 
 
 def check_precision(precision: str) -> None:

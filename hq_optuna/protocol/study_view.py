@@ -20,7 +20,7 @@ from hq_optuna.errors import ResumeError
 from hq_optuna.protocol.limits import limits_of, stored_limits, write_limits
 from hq_optuna.protocol.step_log import StepLog
 from hq_optuna.protocol.stopping import Failures
-from hq_optuna.protocol.tickets import Encoding
+from hq_optuna.settings import Encoding
 from hq_optuna.space.budget import Budget
 from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.storages.trials import read_rows

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 from hq_optuna import attributes
 from hq_optuna.attributes import Kind, Ticket
 from hq_optuna.protocol import worker_identity
 from hq_optuna.protocol.step_log import OpenStep, StepLog
 from hq_optuna.search import changes
+from hq_optuna.settings import Encoding
 from hq_optuna.space.search_space import SearchSpace
-
-Encoding = Literal["layers", "compact"]
 
 LAYER, BITS = "layer", "bits"
 """Parameters of a candidate in the compact encoding."""

@@ -1,6 +1,6 @@
 """Fake quantization: pure functions, ranges, modules with state, and `prepare` / `set_bits`."""
 
-from hq_optuna.quantization.observers import InputHistogram, Observer, observe_inputs
+from hq_optuna.quantization.observers import InputHistogram, observe_inputs
 from hq_optuna.quantization.prepare import get_bits, prepare, set_bits
 from hq_optuna.quantization.quantizers import QUANTIZERS, QuantizerName, WeightQuantizer
 from hq_optuna.quantization.ranges import AffineRange, weight_scale
@@ -9,7 +9,6 @@ __all__ = [
     "QUANTIZERS",
     "AffineRange",
     "InputHistogram",
-    "Observer",
     "QuantizerName",
     "WeightQuantizer",
     "get_bits",

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,11 @@ from hq_optuna.network.batches import Batches
 from hq_optuna.quantization.moments import can_have_moments, columns, input_moments
 from hq_optuna.quantization.prepare import float_weight, weight_quantizer
 from hq_optuna.quantization.quantizers import UNIFORM, WeightQuantizer
+from hq_optuna.settings import Rounding
 from hq_optuna.space.layers import LayerSpec
 
 logger = logging.getLogger(__name__)
 
-Rounding = Literal["compensated", "nearest"]
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 
 DAMPINGS = (0.01, 0.1, 1.0)

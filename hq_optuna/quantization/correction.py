@@ -28,11 +28,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hq_optuna.network.batches import Batches, Precision, autocast, forward
+from hq_optuna.network.batches import Batches, autocast, forward
 from hq_optuna.network.layer_types import has_known_axes, has_statistics
 from hq_optuna.quantization.observers import watch_inputs
 from hq_optuna.quantization.prepare import get_bits, prepared_layers, set_bits
 from hq_optuna.quantization.statistics import channel_statistics
+from hq_optuna.settings import Precision
 from hq_optuna.space.assignment import LayerBits
 from hq_optuna.space.layers import FLOAT_BITS
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from hq_optuna.quantization.functional import quantize_activation
-from hq_optuna.quantization.observers import InputHistogram, Observer
+from hq_optuna.quantization.observers import InputHistogram
 from hq_optuna.quantization.quantizers import UNIFORM, WeightQuantizer
 from hq_optuna.quantization.ranges import AffineRange
+from hq_optuna.settings import Observer
 from hq_optuna.space.layers import FLOAT_BITS
 
 

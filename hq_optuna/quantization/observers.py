@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from hq_optuna.errors import DataError
 from hq_optuna.network.batches import Batches, forward
 from hq_optuna.quantization.ranges import AffineRange, affine_range, histogram_range
+from hq_optuna.settings import Observer
 
 N_BINS = 2048
-Observer = Literal["squared_error", "min_max", "percentile"]
 PERCENTILE = 99.99
 
 

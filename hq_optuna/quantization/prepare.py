@@ -11,8 +11,9 @@ from torch.nn.utils import parametrize
 from hq_optuna.errors import SpaceError
 from hq_optuna.network.copies import copied
 from hq_optuna.quantization.modules import InputFakeQuantize, WeightFakeQuantize
-from hq_optuna.quantization.observers import InputHistogram, Observer, first_input, with_first_input
+from hq_optuna.quantization.observers import InputHistogram, first_input, with_first_input
 from hq_optuna.quantization.quantizers import UNIFORM, quantizer_named
+from hq_optuna.settings import Observer
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.layers import FLOAT_BITS, MAX_BITS, MIN_BITS, LayerSpec, is_whole
 

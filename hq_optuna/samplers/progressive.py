@@ -36,7 +36,6 @@ from hq_optuna.protocol.study_view import StudyView
 from hq_optuna.protocol.tickets import (
     BITS,
     LAYER,
-    Encoding,
     candidate_ticket,
     idle_ticket,
     parameters,
@@ -44,7 +43,8 @@ from hq_optuna.protocol.tickets import (
     slot_for,
 )
 from hq_optuna.pruners import CostBudgetPruner
-from hq_optuna.search import ProgressiveSearch, Rule
+from hq_optuna.search import ProgressiveSearch
+from hq_optuna.settings import Encoding, Rule
 from hq_optuna.space.budget import Budget, check_reachable
 from hq_optuna.space.cost import CostModel
 from hq_optuna.space.search_space import SearchSpace

@@ -2,7 +2,7 @@
 
 from hq_optuna.scoring.layer_sums import LAYER_SUMS, LayerSumName, measure_layer_sums
 from hq_optuna.scoring.outputs import UNKNOWN_LOSS, OutputRise, output_rise_of
-from hq_optuna.scoring.scorer import SCORERS, Score, Scorer, ScorerName
+from hq_optuna.scoring.scorer import SCORERS, Score, Scorer
 from hq_optuna.scoring.sensitivity import Sensitivity, measure_sensitivity
 
 __all__ = [
@@ -13,7 +13,6 @@ __all__ = [
     "OutputRise",
     "Score",
     "Scorer",
-    "ScorerName",
     "Sensitivity",
     "measure_layer_sums",
     "measure_sensitivity",

@@ -4,31 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import nn
 
 from hq_optuna.errors import ScoreError
-from hq_optuna.network.batches import (
-    Batch,
-    Batches,
-    Precision,
-    autocast,
-    check_precision,
-    cloned,
-    forward,
-)
+from hq_optuna.network.batches import Batch, Batches, autocast, check_precision, cloned, forward
 from hq_optuna.network.copies import copied
 from hq_optuna.network.losses import LossFunction
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.quantization.prepare import get_bits, set_bits
 from hq_optuna.scoring.outputs import CrossEntropyRise, OutputRise, squared_error_rise
 from hq_optuna.scoring.sensitivity import Sensitivity
+from hq_optuna.settings import Precision, ScorerName
 from hq_optuna.space.assignment import LayerBits
 from hq_optuna.space.layers import FLOAT_BITS
 
-ScorerName = Literal["gauss_newton", "loss", "diagonal", "trace", "fisher", "hutchinson"]
 SCORERS: tuple[ScorerName, ...] = get_args(ScorerName)
 
 

@@ -5,7 +5,7 @@ from hq_optuna.search.exact import exact_allocation
 from hq_optuna.search.limits import Limits
 from hq_optuna.search.moves import Move, changes, propose
 from hq_optuna.search.progressive import Incumbent, Past, ProgressiveSearch, Result
-from hq_optuna.search.rules import RULES, Rule, choose
+from hq_optuna.search.rules import RULES, choose
 from hq_optuna.search.uniform import uniform_states, uniform_within
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "Point",
     "ProgressiveSearch",
     "Result",
-    "Rule",
     "changes",
     "choose",
     "exact_allocation",

@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hq_optuna.search.moves import lowerable, propose
-from hq_optuna.search.rules import RULES, Rule, choose
+from hq_optuna.search.rules import RULES, choose
 from hq_optuna.search.swaps import Notch, learn_rises, propose_swaps
+from hq_optuna.settings import Rule
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.layers import is_whole
 from hq_optuna.space.search_space import SearchSpace

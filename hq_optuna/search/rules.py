@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import get_args
 
-Rule = Literal["min", "ratio"]
+from hq_optuna.settings import Rule
+
 RULES: tuple[Rule, ...] = get_args(Rule)
 
 LEAST_GAIN = 1e-6

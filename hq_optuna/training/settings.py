@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, fields
 from numbers import Real
 from typing import Any, Literal, get_args
 
-from hq_optuna.network.batches import Precision, check_precision
+from hq_optuna.network.batches import check_precision
+from hq_optuna.settings import Precision
 from hq_optuna.space.layers import is_whole
 from hq_optuna.training.data import Augment, TrainingData
 

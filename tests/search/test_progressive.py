@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hq_optuna.search import RULES, Incumbent, ProgressiveSearch, Result, Rule, propose
+from hq_optuna.search import RULES, Incumbent, ProgressiveSearch, Result, propose
+from hq_optuna.settings import Rule
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.budget import Budget
 from hq_optuna.space.cost import CostModel
