@@ -213,8 +213,8 @@ def holds(value: Any, sentinel: int, depth: int = 2) -> bool:
     if isinstance(value, dict):
         return any(holds(item, sentinel, depth - 1) for item in value.values())
     if type(value).__module__.startswith(f"{PACKAGE.name}."):
-        inside = getattr(value, "__dict__", {})
-        return any(holds(item, sentinel, depth - 1) for item in list(inside.values()))
+        names = [*getattr(value, "__dict__", ()), *getattr(type(value), "__slots__", ())]
+        return any(holds(getattr(value, name, None), sentinel, depth - 1) for name in names)
     return False
 
 

@@ -99,12 +99,11 @@ def test_a_function_is_annotated_when_each_parameter_and_the_result_are(
 
 
 def test_a_value_is_found_two_levels_down_in_objects_of_the_package() -> None:
-    from hq_optuna.space import LayerSpec
-    from hq_optuna.space.assignment import LayerBits
+    from hq_optuna.training import TrainingSettings
 
-    bits = LayerBits(house.SEED, 8)
+    settings = TrainingSettings(epochs=house.SEED)
     assert house.holds(house.SEED, house.SEED)
-    assert house.holds({"a": bits}, house.SEED)
-    assert not house.holds({"a": {"b": bits}}, house.SEED)
+    assert house.holds({"a": settings}, house.SEED)
+    assert not house.holds({"a": {"b": settings}}, house.SEED)
     assert not house.holds([house.SEED], house.SEED)
-    assert not house.holds(LayerSpec, house.SEED)
+    assert not house.holds(TrainingSettings, house.SEED)
