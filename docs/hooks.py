@@ -68,12 +68,10 @@ def settings_table() -> str:
         rows = []
         for one in settings_of(owner).values():
             option = f"`{one.option}`" if one.option else "–"
-            words = (_text(word, cell=True) for word in (one.type, one.shown_default, one.help))
-            kind, default, said = words
-            rows.append(
-                f"| `{one.name}` | {option} | `{kind}` | {default} | {one.unit or '–'} | {said} |"
-            )
-        head = "| name | option | type | default | unit | |\n|---|---|---|---|---|---|"
+            kind, unit = one.type.replace(" | ", " or "), one.unit or "–"
+            default, said = (_text(word, cell=True) for word in (one.shown_default, one.help))
+            rows.append(f"| `{one.name}` | {option} | `{kind}` | {default} | {unit} | {said} |")
+        head = "| name | option | type | default | unit | meaning |\n|---|---|---|---|---|---|"
         parts.append("\n".join([f"## {title}\n", head, *rows]))
     return "\n\n".join(parts)
 

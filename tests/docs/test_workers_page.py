@@ -1,4 +1,4 @@
-"""Every command in docs/workers.md is one the command line understands."""
+"""Every command in docs/guides/workers.md is one the command line understands."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 
 from hq_optuna.cli.app import app
 
-TEXT = (Path(__file__).parents[2] / "docs" / "workers.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).parents[2] / "docs" / "guides" / "workers.md").read_text(encoding="utf-8")
 OF_STUDY = ["--data", "/other/path"]
 """What the page names as an option of a study file."""
 
@@ -77,6 +77,6 @@ def test_the_job_is_yaml_that_kubernetes_would_read() -> None:
 
 
 def test_every_file_the_page_names_exists() -> None:
-    folder = Path(__file__).parents[2] / "docs"
+    folder = Path(__file__).parents[2] / "docs" / "guides"
     for target in re.findall(r"\]\((?!http)([^)#]+)", TEXT):
         assert (folder / target).exists(), target
