@@ -111,10 +111,13 @@ def defines(source: str, setting: str) -> bool:
     """Return whether a module names a setting as a definition, rather than use it.
 
     Definitions are parameters with a default, fields of classes, keys written as strings and
-    options of the command line.
+    options of the command line. A key that a value is read by, ``settings["correction"]``, is a
+    use.
     """
     options = (f"--{setting}", f"--no-{setting}")
-    for node in ast.walk(ast.parse(source)):
+    nodes = list(ast.walk(ast.parse(source)))
+    read_by = {id(node.slice) for node in nodes if isinstance(node, ast.Subscript)}
+    for node in nodes:
         if isinstance(node, Function):
             plain = [*node.args.posonlyargs, *node.args.args]
             with_default = plain[len(plain) - len(node.args.defaults) :]
@@ -127,6 +130,8 @@ def defines(source: str, setting: str) -> bool:
             if any(isinstance(target, ast.Name) and target.id == setting for target in fields):
                 return True
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if id(node) in read_by:
+                continue
             words = node.value.replace("/", " ").split()
             if node.value == setting or (len(words) <= 2 and set(words) & set(options)):
                 return True

@@ -7,7 +7,6 @@ A page says where by a comment, such as ``<!-- cli reference -->``. MkDocs loads
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,13 +14,11 @@ from typing import Any
 
 def cli_reference() -> str:
     """Return all commands of ``hq-optuna`` with their arguments and options, as Markdown."""
-    import typer
-
-    from hq_optuna.cli.app import app
+    from hq_optuna.cli.app import COMMANDS, load
 
     parts = []
-    root: Any = typer.main.get_command(app)
-    for name, command in root.commands.items():
+    for name in COMMANDS:
+        command = load(name)
         usage = " ".join(
             f"[{p.name.upper()}]" if not p.required else p.name.upper() for p in _arguments(command)
         )
@@ -55,11 +52,7 @@ def _text(text: str, *, cell: bool = False) -> str:
 
 
 def settings_table() -> str:
-    """Return a table of every setting of a search, of a run, and of training, as Markdown.
-
-    Raises:
-        ImportError: The package has no module of settings.
-    """
+    """Return a table of every setting of a search and of a run, as Markdown."""
     from hq_optuna.settings import RunSettings, SearchSettings, settings_of
 
     parts = []
@@ -85,7 +78,6 @@ def names_of(room: str) -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "cli reference": cli_reference,
     "settings table": settings_table,
-    "settings class": lambda: "::: hq_optuna.SearchSettings",
     "names of storages": lambda: names_of("storages"),
     "names of artifacts": lambda: names_of("artifacts"),
     "names of visualization": lambda: names_of("visualization"),
@@ -98,8 +90,6 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
     def made(match: re.Match[str]) -> str:
         make = PARTS.get(match[1])
-        if match[1].startswith("settings") and not importlib.util.find_spec("hq_optuna.settings"):
-            return match[0]
         return match[0] if make is None else make()
 
     return re.sub(r"<!-- ([a-z ]+) -->", made, markdown)

@@ -92,7 +92,7 @@ class StudyFile:
             if not hasattr(module, name):
                 raise StudyFileError(
                     f"{path} does not define {name}(). A study file defines at least "
-                    f"{' and '.join(f'{n}()' for n in _REQUIRED)}; see docs/study-files.md."
+                    f"{' and '.join(f'{n}()' for n in _REQUIRED)}; see docs/guides/study-files.md."
                 )
         for name in (*_WITH_OPTIONS, *_CALLED_LATER):
             if not callable(getattr(module, name, len)):

@@ -56,6 +56,7 @@ def test_the_benchmark_prints_its_figures_last_and_writes_what_they_count(tmp_pa
         ("def f(correction: StatisticsCorrection | None = None): ...", False),
         ("f(correction=settings.correction)", False),
         ("print(info.correction)", False),
+        ("print(settings['correction'])", False),
         ("'''Explains --no-correction, which turns the correction off.'''", False),
         ("correction = 1 - beta2 ** n", False),
     ],

@@ -6,11 +6,9 @@ import re
 import shlex
 from pathlib import Path
 
-import click
 import pytest
-import typer
 
-from hq_optuna.cli.app import app
+from hq_optuna.cli.app import load
 
 TEXT = (Path(__file__).parents[2] / "docs" / "guides" / "workers.md").read_text(encoding="utf-8")
 OF_STUDY = ["--data", "/other/path"]
@@ -45,19 +43,16 @@ def test_the_page_has_commands_of_every_kind() -> None:
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_a_command_of_the_page_is_understood(words: list[str]) -> None:
-    command = typer.main.get_command(app)
-    assert isinstance(command, click.Group) or hasattr(command, "commands")
-    context = command.commands[words[0]].make_context(words[0], list(words[1:]))
+    context = load(words[0]).make_context(words[0], list(words[1:]))
     assert context.params["study"]
     assert context.args in ([], OF_STUDY)
 
 
 def test_options_that_the_page_names_are_options() -> None:
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     known = {
         option
         for name in ("run", "worker", "launch", "status")
-        for parameter in commands[name].params
+        for parameter in load(name).params
         for option in parameter.opts
     }
     named = set(re.findall(r"`(--[a-z-]+)", TEXT)) - {"--data"}
