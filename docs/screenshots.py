@@ -1,6 +1,6 @@
-"""Takes the pictures in this folder: a search of the digits study, its dashboard and its report.
+"""Takes the pictures in docs/images: a search of the digits study, its dashboard and its report.
 
-    python -m docs.screenshots [--run FOLDER] [--out docs]
+    python -m docs.screenshots [--run FOLDER] [--out docs/images]
 
 Needs what ``.[dev]`` installs, and Debian's packages chromium and chromium-driver. ``--run`` takes
 a finished run (``hq-optuna-runs/digits``) instead of making one.
@@ -46,7 +46,7 @@ def main() -> None:
     """Take the pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, help="folder of a finished run of digits")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "images")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.run or Path(temporary) / "digits"

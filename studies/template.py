@@ -65,7 +65,7 @@ loss = nn.functional.cross_entropy
 # Three more functions that may be left out:
 #
 #   def output_rise(outputs, moved):  for a loss of your own, its rise, summed over samples, when
-#                                     the network's outputs move; see docs/study-files.md
+#                                     the network's outputs move; see docs/guides/study-files.md
 #   def test(...):                    data read once, when the search is over
 #   def evaluate(network, batches):   your own figures on the validation data, for example
 #                                     {"dice": 0.91}; the default is {"accuracy": ...}

@@ -248,7 +248,7 @@ def statistics_samples(layers: Sequence[LayerSpec]) -> int:
     """Return how many samples statistics are measured on at once.
 
     Statistics want many, memory and caches do not: about 64 MiB a tensor. More than 128 made no
-    difference (docs/scores.md).
+    difference.
     """
     largest = max(layer.n_inputs // layer.n_calls for layer in layers)
     return max(1, min(128, 2**24 // largest))

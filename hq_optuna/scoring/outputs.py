@@ -24,7 +24,7 @@ from torch import Tensor
 from hq_optuna.network.losses import Places, is_cross_entropy, is_squared_error
 
 TEMPERATURE = 3.0
-"""Of 1, 1.5, 2, 3, 4, 6 and 8 the one whose scores rank unseen images best (docs/scores.md)."""
+"""The one of 1, 2, 3 and 4 whose scores rank unseen images best (docs/results/scores.md)."""
 
 UNKNOWN_LOSS = (
     "The scorer is 'diagonal', a sum over layers, because nothing is known of this loss; "

@@ -92,7 +92,7 @@ class StudyFile:
             if not hasattr(module, name):
                 raise StudyFileError(
                     f"{path} does not define {name}(). A study file defines at least "
-                    f"{' and '.join(f'{n}()' for n in _REQUIRED)}; see docs/study-files.md."
+                    f"{' and '.join(f'{n}()' for n in _REQUIRED)}; see docs/guides/study-files.md."
                 )
         for name in (*_WITH_OPTIONS, *_CALLED_LATER):
             if not callable(getattr(module, name, len)):
@@ -218,19 +218,21 @@ def find_study(name: str) -> Path:
     """Return the study file that a user means.
 
     Args:
-        name: Path to a ``.py`` file, or a bare name: ``studies/NAME.py`` under the current folder,
-            then under the checkout that holds this package.
+        name: Path to a ``.py`` file, or a bare name: ``studies/NAME.py`` in the current folder,
+            then one of the studies that come with this package.
 
     Raises:
         StudyFileError: There is none; lists what was tried and which studies there are.
     """
-    rooms = [Path.cwd() / "studies", Path(__file__).resolve().parents[2] / "studies"]
+    package = Path(__file__).resolve().parents[1]
+    shipped = package / "studies"  # as the wheel installs them; a checkout has them beside it
+    folders = [Path.cwd() / "studies", shipped if shipped.is_dir() else package.parent / "studies"]
     is_path = name.endswith(".py") or Path(name).name != name
-    tried = [Path(name).expanduser()] if is_path else [room / f"{name}.py" for room in rooms]
+    tried = [Path(name).expanduser()] if is_path else [folder / f"{name}.py" for folder in folders]
     for path in tried:
         if path.suffix == ".py" and path.is_file():
             return path.resolve()
-    names = sorted({path.stem for room in rooms for path in room.glob("[!_]*.py")})
+    names = sorted({path.stem for folder in folders for path in folder.glob("[!_]*.py")})
     raise StudyFileError(
         f"There is no study {name!r} (tried {', '.join(map(str, dict.fromkeys(tried)))}). Give the "
         f"path of a .py file or the name of a study: {', '.join(names) or 'none found'}."

@@ -28,7 +28,7 @@ teacher on that batch (`hq_optuna.training.matching`), or PyTorch's normalizatio
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """Settings of a training; the defaults are what docs/training.md found best.
+    """Settings of a training; the defaults are those of docs/results/training.md.
 
     Attributes:
         epochs: Passes over the training data.

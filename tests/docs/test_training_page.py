@@ -1,4 +1,4 @@
-"""The code of docs/training.md, as it stands there."""
+"""The code of docs/guides/training.md, as it stands there."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from hq_optuna.curvature import Curvature
 from tests.training.examples import BITS, float_net, labelled
 from tests.training.short import flipped
 
-PAGE = Path(__file__).parents[2] / "docs" / "training.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guides" / "training.md"
 
 
 def test_one_assignment_is_trained_and_its_curvature_read_as_the_page_says(

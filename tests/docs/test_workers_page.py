@@ -1,4 +1,4 @@
-"""Every command in docs/workers.md is one the command line understands."""
+"""Every command in docs/guides/workers.md is one the command line understands."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import re
 import shlex
 from pathlib import Path
 
-import click
 import pytest
-import typer
 
-from hq_optuna.cli.app import app
+from hq_optuna.cli.app import load
 
-TEXT = (Path(__file__).parents[2] / "docs" / "workers.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).parents[2] / "docs" / "guides" / "workers.md").read_text(encoding="utf-8")
 OF_STUDY = ["--data", "/other/path"]
 """What the page names as an option of a study file."""
 
@@ -45,19 +43,16 @@ def test_the_page_has_commands_of_every_kind() -> None:
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_a_command_of_the_page_is_understood(words: list[str]) -> None:
-    command = typer.main.get_command(app)
-    assert isinstance(command, click.Group) or hasattr(command, "commands")
-    context = command.commands[words[0]].make_context(words[0], list(words[1:]))
+    context = load(words[0]).make_context(words[0], list(words[1:]))
     assert context.params["study"]
     assert context.args in ([], OF_STUDY)
 
 
 def test_options_that_the_page_names_are_options() -> None:
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     known = {
         option
         for name in ("run", "worker", "launch", "status")
-        for parameter in commands[name].params
+        for parameter in load(name).params
         for option in parameter.opts
     }
     named = set(re.findall(r"`(--[a-z-]+)", TEXT)) - {"--data"}
@@ -77,6 +72,6 @@ def test_the_job_is_yaml_that_kubernetes_would_read() -> None:
 
 
 def test_every_file_the_page_names_exists() -> None:
-    folder = Path(__file__).parents[2] / "docs"
+    folder = Path(__file__).parents[2] / "docs" / "guides"
     for target in re.findall(r"\]\((?!http)([^)#]+)", TEXT):
         assert (folder / target).exists(), target

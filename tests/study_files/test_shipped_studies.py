@@ -50,7 +50,7 @@ def test_shipped_studies_have_a_doc_and_every_required_option_has_help(name):
 
 
 def test_the_page_on_study_files_shows_a_study_that_works(tmp_path):
-    page = (CHECKOUT / "docs" / "study-files.md").read_text()
+    page = (CHECKOUT / "docs" / "guides" / "study-files.md").read_text()
     path = tmp_path / "my_study.py"
     path.write_text(re.search(r"```python\n(.*?)```", page, re.S)[1])
     mine = StudyFile.load(path)
@@ -69,7 +69,7 @@ def test_the_page_on_study_files_shows_a_study_that_works(tmp_path):
 
 def test_the_page_on_study_files_searches_a_detector(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    page = (CHECKOUT / "docs" / "study-files.md").read_text()
+    page = (CHECKOUT / "docs" / "guides" / "study-files.md").read_text()
     file, after = (
         re.search(rf"<!-- {name} -->\n```python\n(.*?)```", page, re.S)[1]
         for name in (r"detector\.py", r"after detector\.py")

@@ -154,7 +154,7 @@ def test_layer_names_are_shown_as_text_and_not_as_html():
 
 
 def test_the_page_of_plots_names_them_all():
-    page = (Path(__file__).parents[2] / "docs" / "plots.md").read_text("utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "plots.md").read_text("utf-8")
     assert set(re.findall(r"`(plot_\w+)", page)) == set(visualization.__all__)
 
 

@@ -8,7 +8,7 @@ with it from the start, and batch-norm learns what size the outputs have. A netw
 without it knows other sizes, so two things differ here: each channel has its own max|tanh(w)|, and
 D is multiplied by the α of least squared error, Q(w) = α · D(w). On ResNet-20 the maximum of each
 channel is worth 20 points of accuracy at 2 bits and 4 at 3 bits over one maximum for a layer
-(docs/quantizers.md).
+(docs/results/quantizers.md).
 
 The gradient is that of D as written, with quantize_k passed straight through: it goes through tanh
 and the maximum too. At 1 bit DoReFa's weights are sign(w) · mean|w|, here per channel too, so they

@@ -6,7 +6,7 @@ For a threshold Δ the best α is the mean magnitude above it, and the error is 
 sum of the k magnitudes above Δ. The paper takes Δ ≈ 0.7 · Σ|w| / n, about the optimum for weights
 that are distributed uniformly or normally. But whatever the weights, those above Δ are the k
 largest, k = 1 … n, so one sort finds the exact optimum, and Δ = α / 2 separates them. On ResNet-20
-it has 10 points of accuracy more than the paper's (docs/quantizers.md).
+it has 10 points of accuracy more than the paper's (docs/results/quantizers.md).
 
 The paper has one α for a layer, here each channel has its own. The gradient passes straight
 through, as in the paper. ``uniform`` at 2 bits has the same values; its search is exact in channels
