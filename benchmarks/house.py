@@ -16,8 +16,8 @@ Figures:
     setting_places: Files that define the setting `correction`: as a parameter with a default, as a
         field, as a key in a string, or as an option. Files that pass it on or read it don't count.
     stations, station_files: Functions, and files, that receive the value of `--seed` before the
-        first score: as an argument, or in an argument (`self` too) that holds it, in a dict or in
-        an attribute of an object, at most two levels deep.
+        first score: as an argument, or in an argument (other than `self`) that holds it, in a dict
+        or in an attribute of an object, at most two levels deep.
     help_cpu_ratio: Median processor time of `hq-optuna --help` over that of `import optuna`.
     documented_share: Share of public classes, functions and methods with a docstring.
     annotated_share: Share of public functions and methods with all parameters and the result
@@ -238,7 +238,11 @@ def follow_seed() -> list[str]:
             raise _FirstScore
         n = code.co_argcount + code.co_kwonlyargcount
         n += bool(code.co_flags & 0x04) + bool(code.co_flags & 0x08)  # *args, **kwargs
-        if any(holds(frame.f_locals.get(name), SEED) for name in code.co_varnames[:n]):
+        if any(
+            holds(frame.f_locals.get(name), SEED)
+            for name in code.co_varnames[:n]
+            if name not in ("self", "cls")
+        ):
             file = Path(code.co_filename).relative_to(ROOT)
             found[f"{file}:{code.co_firstlineno} {code.co_qualname}"] = None
 

@@ -105,7 +105,7 @@ class Setting:
     metavar: str = ""
     differs: str = ""
     example: str = ""
-    read: Callable[[Any], Any] = lambda value: value
+    read: Callable[[Any], Any] | None = None
 
     def check(self, value: Any) -> None:
         """Refuse a value of another kind, one that is no choice, or a number that is too small.
@@ -173,7 +173,8 @@ class _Settings:
         for name, one in settings_of(type(self)).items():
             value = getattr(self, name)
             one.check(value)
-            object.__setattr__(self, name, one.read(value))
+            if one.read is not None:
+                object.__setattr__(self, name, one.read(value))
 
     def replace(self, **changes: Any) -> Self:
         """Return these settings with some changed.

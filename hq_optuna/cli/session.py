@@ -186,7 +186,7 @@ def begin(request: Request, console: Console) -> Session:
         _say(console, f"as the study says: {tables.plain(words)}")
     with console.status("loading PyTorch and the study's network and data"):
         parts, search, threads = _load(file, place, options, settings, request.given)
-    tables.opening(console, search, place)
+    tables.opening(console, search.space, search.budget, search.objective.skipped, place)
     for warning in search.objective.warnings:
         _say(console, f"[yellow]Warning:[/] {tables.plain(warning)}")
     start = StartOptions.of(typed, given_options, request.command)

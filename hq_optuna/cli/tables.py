@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from optuna.study import Study
 from rich.console import Console
@@ -18,17 +17,25 @@ from hq_optuna.protocol.history import History, read_history
 from hq_optuna.protocol.status import SearchStatus, read_status
 from hq_optuna.report.comparison import warnings
 from hq_optuna.report.data import accuracies, layer_table
+from hq_optuna.settings import RunSettings
+from hq_optuna.space.budget import Budget
 from hq_optuna.space.cost import CostModel, format_cost, macs
 from hq_optuna.space.layers import FLOAT_BITS
+from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.storages import redact_url
 from hq_optuna.visualization.palette import bit_colours, text_on
 
 plain = escape
 
 
-def opening(console: Console, search: Any, place: Any) -> None:
+def opening(
+    console: Console,
+    space: SearchSpace,
+    budget: Budget,
+    skipped: Sequence[tuple[str, str, str]],
+    place: RunSettings,
+) -> None:
     """Say what is searched, before the work."""
-    space, budget = search.space, search.budget
     model = CostModel(space.layers, budget.metric)
     lines = [
         f"{len(space.layers)} layers, {macs(space.layers):,} MACs, "
@@ -37,9 +44,9 @@ def opening(console: Console, search: Any, place: Any) -> None:
         f"budget {format_cost(budget.limit(space.layers), budget.metric)} "
         f"({100 * budget.limit(space.layers) / model.int8:.4g} % of all-8-bit "
         f"{format_cost(model.int8, budget.metric)})",
-        f"storage {redact_url(place.storage)}, study {place.name}",
+        f"storage {redact_url(str(place.storage))}, study {place.name}",
     ]
-    for name, kind, reason in search.objective.skipped:
+    for name, kind, reason in skipped:
         lines.append(f"not quantized: {name} ({kind}): {reason}")
     console.print("\n".join(plain(line) for line in lines), highlight=False, soft_wrap=True)
 

@@ -29,8 +29,7 @@ def check_settings(settings: Any, path: Path) -> None:
                 f"{path}: SETTINGS has the unknown key {key!r}. It may set: {', '.join(known)}."
             )
         try:
-            known[key].check(value)
-            known[key].read(value)
+            SearchSettings(**{key: value})
         except SettingError as error:
             said = str(error).removeprefix(key).lstrip()
             colon = "" if said.startswith("is ") else ":"
