@@ -35,7 +35,7 @@ from hq_optuna.quantization.prepare import (
     weight_quantizer,
 )
 from hq_optuna.quantization.ranges import AffineRange
-from hq_optuna.space.assignment import BitConfig
+from hq_optuna.space.assignment import BitConfig, LayerBits
 from hq_optuna.space.layers import FLOAT_BITS, LayerSpec
 
 FORMAT = "hq_optuna recipe"
@@ -44,6 +44,7 @@ RECIPE, WEIGHTS = "recipe.json", "weights.safetensors"
 _SCALE = "hq_optuna.weight_scale."
 _CODES = "hq_optuna.weight_codes."
 _SHIFT = "hq_optuna.output_shift."
+_OURS = (_SCALE, _CODES, _SHIFT)
 _PARAMETRIZED = ".parametrizations.weight.original"
 
 
@@ -62,42 +63,13 @@ def save(
         about: Further JSON data for the recipe: cost, score, fingerprint, versions.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config = get_bits(network)
-    tensors = plain_state_dict(network)
-    described = {}
-    for layer in layers:
-        module = network.get_submodule(layer.name)
-        bits = config[layer.name]
-        entry: dict[str, Any] = {**layer.to_json(), **bits._asdict()}
-        if bits.weight_bits != FLOAT_BITS:
-            weight, holder = float_weight(module), weight_quantizer(module)
-            scale = holder.scale(weight, bits.weight_bits)
-            tensors[f"{_SCALE}{layer.name}"] = scale.detach().cpu().clone()
-            kept = holder.kept(weight, bits.weight_bits)
-            if kept is None and holder.quantizer.stores_codes:
-                kept = holder.quantized(weight, bits.weight_bits)
-            if kept is not None:
-                step = along(scale, kept, layer.channel_axis)
-                # In half precision the quotient could miss its code.
-                codes = (kept.double() / step.double()).round()
-                small = holder.quantizer.largest_code(bits.weight_bits) <= 127
-                codes = codes.to(torch.int8 if small else torch.int16)
-                tensors[f"{_CODES}{layer.name}"] = codes.detach().cpu().contiguous()
-            entry["weight_quantizer"] = holder.quantizer.describe(bits.weight_bits)
-        if bits.activation_bits != FLOAT_BITS:
-            scale_a, zero_point = input_quantizer(module).range(bits.activation_bits)
-            quant_min, quant_max = activation_grid(bits.activation_bits)
-            entry["activation_quantizer"] = {
-                "scheme": "per-tensor affine",
-                "scale": scale_a,
-                "zero_point": zero_point,
-                "quant_min": quant_min,
-                "quant_max": quant_max,
-            }
-        shift = dict(module.named_buffers(recurse=False)).get(SHIFT)
-        if shift is not None and bool(shift.any()):
-            tensors[f"{_SHIFT}{layer.name}"] = shift.detach().cpu().clone()
-        described[layer.name] = entry
+    config, tensors = get_bits(network), plain_state_dict(network)
+    described = {
+        layer.name: _described(
+            network.get_submodule(layer.name), layer, config[layer.name], tensors
+        )
+        for layer in layers
+    }
     _replace(folder / WEIGHTS, lambda path: save_file(tensors, path))
     recipe = {
         "format": FORMAT,
@@ -109,6 +81,39 @@ def save(
     }
     text = json.dumps(recipe, indent=1, ensure_ascii=False) + "\n"
     _replace(folder / RECIPE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _described(
+    module: nn.Module, layer: LayerSpec, bits: LayerBits, tensors: dict[str, Tensor]
+) -> dict[str, Any]:
+    """Return what the recipe says of a layer; put its scale, codes and shift among the tensors."""
+    entry: dict[str, Any] = {**layer.to_json(), **bits._asdict()}
+    if bits.weight_bits != FLOAT_BITS:
+        weight, holder = float_weight(module), weight_quantizer(module)
+        scale = holder.scale(weight, bits.weight_bits)
+        tensors[f"{_SCALE}{layer.name}"] = scale.detach().cpu().clone()
+        kept = holder.kept(weight, bits.weight_bits)
+        if kept is None and holder.quantizer.stores_codes:
+            kept = holder.quantized(weight, bits.weight_bits)
+        if kept is not None:
+            step = along(scale, kept, layer.channel_axis)
+            # In half precision the quotient could miss its code.
+            codes = (kept.double() / step.double()).round()
+            small = holder.quantizer.largest_code(bits.weight_bits) <= 127
+            codes = codes.to(torch.int8 if small else torch.int16)
+            tensors[f"{_CODES}{layer.name}"] = codes.detach().cpu().contiguous()
+        entry["weight_quantizer"] = holder.quantizer.describe(bits.weight_bits)
+    if bits.activation_bits != FLOAT_BITS:
+        scale_a, zero_point = input_quantizer(module).range(bits.activation_bits)
+        quant_min, quant_max = activation_grid(bits.activation_bits)
+        entry["activation_quantizer"] = {
+            **{"scheme": "per-tensor affine", "scale": scale_a, "zero_point": zero_point},
+            **{"quant_min": quant_min, "quant_max": quant_max},
+        }
+    shift = dict(module.named_buffers(recurse=False)).get(SHIFT)
+    if shift is not None and bool(shift.any()):
+        tensors[f"{_SHIFT}{layer.name}"] = shift.detach().cpu().clone()
+    return entry
 
 
 def load(folder: str | Path, network: nn.Module) -> nn.Module:
@@ -125,50 +130,60 @@ def load(folder: str | Path, network: nn.Module) -> nn.Module:
     folder = Path(folder)
     recipe = _read_recipe(folder)
     tensors = _read_weights(folder, recipe)
-    scales = {k.removeprefix(_SCALE): v for k, v in tensors.items() if k.startswith(_SCALE)}
-    codes = {k.removeprefix(_CODES): v for k, v in tensors.items() if k.startswith(_CODES)}
-    shifts = {k.removeprefix(_SHIFT): v for k, v in tensors.items() if k.startswith(_SHIFT)}
-    state = {k: v for k, v in tensors.items() if not k.startswith((_SCALE, _CODES, _SHIFT))}
-    layers = [LayerSpec.from_json(_spec(entry)) for entry in recipe["layers"].values()]
+    prepared = _prepared(folder, network, recipe["layers"], tensors)
+    for name, entry in recipe["layers"].items():
+        _restore_(prepared.get_submodule(name), name, entry, tensors)
+    bits = {n: (e["weight_bits"], e["activation_bits"]) for n, e in recipe["layers"].items()}
+    set_bits(prepared, BitConfig(bits))
+    return prepared
+
+
+def _prepared(
+    folder: Path, network: nn.Module, layers: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> nn.Module:
+    """Return a prepared copy of a network with a recipe's float weights."""
     own = copied(network)
     try:
-        own.load_state_dict(state)
+        own.load_state_dict({k: v for k, v in tensors.items() if not k.startswith(_OURS)})
     except RuntimeError as error:
         raise RecipeError(
             f"The result in {folder} belongs to a network of another structure: {error}"
         ) from None
     named = {
         name: entry["weight_quantizer"]["name"]
-        for name, entry in recipe["layers"].items()
+        for name, entry in layers.items()
         if "name" in entry.get("weight_quantizer", {})
     }
     try:
-        prepared = prepare(own, layers, quantizers=named)
+        specs = [LayerSpec.from_json(_spec(entry)) for entry in layers.values()]
+        return prepare(own, specs, quantizers=named)
     except SpaceError as error:
         raise RecipeError(
             f"The result in {folder} needs a quantizer of another version: {error} "
             "Update hq_optuna."
         ) from None
-    for layer in layers:
-        entry = recipe["layers"][layer.name]
-        module = prepared.get_submodule(layer.name)
-        if layer.name in scales:
-            weight = float_weight(module)
-            scale = scales[layer.name].to(weight.device)
-            weight_quantizer(module).scales[entry["weight_bits"]] = scale
-            if layer.name in codes:
-                rounded = codes[layer.name].to(weight) * along(scale, weight, layer.channel_axis)
-                weight_quantizer(module).keep(weight.detach(), entry["weight_bits"], rounded, scale)
-        if layer.name in shifts:
-            add_shift(module)
-            module.get_buffer(SHIFT).copy_(shifts[layer.name])
-        if "activation_quantizer" in entry:
-            grid = entry["activation_quantizer"]
-            known = {entry["activation_bits"]: AffineRange(grid["scale"], grid["zero_point"])}
-            module.input_fake_quantize = InputFakeQuantize(None, ranges=known)
-    bits = {n: (e["weight_bits"], e["activation_bits"]) for n, e in recipe["layers"].items()}
-    set_bits(prepared, BitConfig(bits))
-    return prepared
+
+
+def _restore_(
+    module: nn.Module, name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Give a prepared layer its scale, codes, shift and input range."""
+    bits, axis = entry["weight_bits"], entry["channel_axis"]
+    if f"{_SCALE}{name}" in tensors:
+        weight, holder = float_weight(module), weight_quantizer(module)
+        scale = tensors[f"{_SCALE}{name}"].to(weight.device)
+        holder.scales[bits] = scale
+        codes = tensors.get(f"{_CODES}{name}")
+        if codes is not None:
+            rounded = codes.to(weight) * along(scale, weight, axis)
+            holder.keep(weight.detach(), bits, rounded, scale)
+    if f"{_SHIFT}{name}" in tensors:
+        add_shift(module)
+        module.get_buffer(SHIFT).copy_(tensors[f"{_SHIFT}{name}"])
+    if "activation_quantizer" in entry:
+        grid = entry["activation_quantizer"]
+        known = {entry["activation_bits"]: AffineRange(grid["scale"], grid["zero_point"])}
+        module.input_fake_quantize = InputFakeQuantize(None, ranges=known)
 
 
 def plain_state_dict(network: nn.Module) -> dict[str, Tensor]:

@@ -17,13 +17,14 @@ from rich.console import Console
 from hq_optuna.artifacts.store import open_artifacts
 from hq_optuna.cli import tables
 from hq_optuna.cli.options import errors, place_of, takes
+from hq_optuna.cli.session import load
 from hq_optuna.dashboard import write_pages
 from hq_optuna.dashboard.server import DashboardServer
 from hq_optuna.errors import StorageError
 from hq_optuna.protocol.start_options import StartOptions
 from hq_optuna.protocol.status import Watch
 from hq_optuna.settings import RunSettings
-from hq_optuna.storages import load_study, open_storage, redact_url, storage_exists
+from hq_optuna.storages import open_storage, redact_url, storage_exists
 
 logger = logging.getLogger(__name__)
 
@@ -80,20 +81,14 @@ def _open(study: str | None, run: RunSettings) -> tuple[BaseStorage, Study | Non
     if study is None and run.storage is None:
         raise typer.BadParameter("Give a study or a storage URL.")
     if study is None and run.name is None:
-        assert run.storage is not None
-        if not storage_exists(run.storage):
-            raise StorageError(
-                f"There is no database at {redact_url(run.storage)}. Was a search started?"
-            )
-        files = run.artifacts or _beside(run.storage)
-        return open_storage(run.storage), None, files, run.storage
+        url = str(run.storage)
+        if not storage_exists(url):
+            raise StorageError(f"There is no database at {redact_url(url)}. Was a search started?")
+        return open_storage(url), None, run.artifacts or _beside(url), url
     place = place_of(study or str(run.name), run, reads=True)
-    assert place.storage is not None
-    assert place.name is not None
-    assert place.folder is not None
-    found = load_study(place.storage, place.name)
+    found = load(place)
     files = run.artifacts or StartOptions.read(found).settings.get("artifacts")
-    return found._storage, found, str(files or place.folder / "artifacts"), place.storage
+    return found._storage, found, str(files or f"{place.folder}/artifacts"), str(place.storage)
 
 
 def _beside(storage: str) -> str | None:

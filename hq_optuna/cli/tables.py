@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from optuna.study import Study
 from rich.console import Console
@@ -141,41 +142,44 @@ def _summary(history: History, reason: str = "") -> str:
     ]
     if quantizers:
         lines.append(quantizers)
-    facts = history.facts
+    lines += [*_measured(history.facts), *_uniform(history)]
+    counted = history.facts.get("validation_samples")
+    compared = warnings(history.facts.get(COMPARED, ()), info.metric, counted)
+    lines += [f"[yellow]Warning:[/] {plain(text)}" for text in compared]
+    if not history.met:
+        lines.append("[bold red]The budget is not met.[/]")
+    return "\n".join(lines)
+
+
+def _measured(facts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for each figure that was measured before and after."""
     intervals = accuracies(facts)
-    measured = sorted(name.removesuffix("_before") for name in facts if name.endswith("_before"))
-    for name in measured:
+    for name in sorted(n.removesuffix("_before") for n in facts if n.endswith("_before")):
         before, after = facts[f"{name}_before"], facts.get(f"{name}_after", float("nan"))
         what = "test" if name.startswith("test_") else "validation"
-        named = name.removeprefix("test_")
+        named, unit, points = name.removeprefix("test_"), "", ""
         if named == "accuracy":
             before, after, unit = 100 * before, 100 * after, " %"
-        else:
-            unit = ""
-        counted = intervals.get(what) if named == "accuracy" else None
-        lines.append(
+            if what in intervals:
+                points = f", {_points(intervals[what]['difference'])}"
+        yield (
             f"{plain(named):<9} {before:.2f}{unit} float -> [bold]{after:.2f}{unit}[/] quantized"
-            f"{'' if counted is None else ', ' + _points(counted['difference'])} "
-            f"({facts.get(f'{what}_samples', '?')} {what} samples)"
+            f"{points} ({facts.get(f'{what}_samples', '?')} {what} samples)"
         )
-    for row in facts.get(COMPARED, ()):
+
+
+def _uniform(history: History) -> Iterator[str]:
+    """Yield a line for each uniform assignment that was measured."""
+    n = history.facts.get("validation_samples", "?")
+    for row in history.facts.get(COMPARED, ()):
         if row["method"] == UNIFORM:
             values = row["measured"]
             shown = {plain(name): f"{value:.4g}" for name, value in values.items()}
             if "accuracy" in values:
                 shown = {"accuracy": f"{100 * values['accuracy']:.2f} %"}
             figures = ", ".join(f"{name} {value}" for name, value in shown.items())
-            lines.append(
-                f"uniform   {row['bits']} cost {format_cost(row['cost'], info.metric)}: {figures} "
-                f"({facts.get('validation_samples', '?')} validation samples)"
-            )
-    lines += [
-        f"[yellow]Warning:[/] {plain(text)}"
-        for text in warnings(facts.get(COMPARED, ()), info.metric, facts.get("validation_samples"))
-    ]
-    if not history.met:
-        lines.append("[bold red]The budget is not met.[/]")
-    return "\n".join(lines)
+            cost = format_cost(row["cost"], history.info.metric)
+            yield f"uniform   {row['bits']} cost {cost}: {figures} ({n} validation samples)"
 
 
 def show_bits(console: Console, bits: Sequence[tuple[int, int]], levels: Sequence[int]) -> None:

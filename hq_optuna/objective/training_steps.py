@@ -199,9 +199,8 @@ class TrainedSteps:
         Raises:
             TrainingError: The answer's training failed.
         """
-        store, final = self._store, log.open is not None and log.open.final
-        settings = self.plan.final if final and self.plan.final is not None else self.plan.settings
-        settings = dataclasses.replace(settings, seed=settings.seed + 1000 * ticket.step)
+        final = log.open is not None and log.open.final
+        settings = self._settings_of(ticket.step, final)
         facts: dict[str, Any] = {"kind": "final" if final else "step", "epochs": settings.epochs}
         facts |= {f"{name}_before": value for name, value in self._measured(network).items()}
         self._correct_(network, settings)
@@ -240,20 +239,25 @@ class TrainedSteps:
             facts |= {f"{name}_after": value for name, value in self._measured(network).items()}
         if trained is None:
             self._discard(last, None)
-            assert ticket.origin is not None
-            _, found = winner_of(trial.study, ticket.origin)
-            winner = log.score_of(ticket.origin)
-            score = Score(winner, *(found[name] for name in KEPT))
-            return closing(winner, found)[0], score, facts
-        self._built = _at(trial.study, trial.number), trained.built
-        weights = put_tensors(store, trained.tensors)
-        table = store.put_json(trained.built.scorer.sensitivity.to_json())
-        facts |= {"weights": weights.to_json(), "sensitivity": table.to_json()}
-        self._discard(last, weights)
+            return *_untrained(trial.study, ticket, log), facts
+        facts |= self._keep(trial, trained, last)
         value = trained.score.total
         if final:
             value = min(value, math.nextafter(log.best_within_budget(), -math.inf))
         return value, trained.score, facts
+
+    def _settings_of(self, step: int, final: bool) -> TrainingSettings:
+        """Return how the winner of a step is trained, or the answer; each step has its own seed."""
+        settings = self.plan.final if final and self.plan.final is not None else self.plan.settings
+        return dataclasses.replace(settings, seed=settings.seed + 1000 * step)
+
+    def _keep(self, trial: Trial, trained: _Trained, last: Reference | None) -> dict[str, Any]:
+        """Store what a training gave; return where it is, for the record."""
+        self._built = _at(trial.study, trial.number), trained.built
+        weights = put_tensors(self._store, trained.tensors)
+        table = self._store.put_json(trained.built.scorer.sensitivity.to_json())
+        self._discard(last, weights)
+        return {"weights": weights.to_json(), "sensitivity": table.to_json()}
 
     def _judged(
         self,
@@ -359,6 +363,14 @@ class TrainedSteps:
         if self.evaluate is not None:
             found |= measured_figures(self.evaluate, network, self.validation)
         return found
+
+
+def _untrained(study: Study, ticket: Ticket, log: StepLog) -> tuple[float, Score]:
+    """Return value and score of a record whose winner stays as it was."""
+    assert ticket.origin is not None
+    _, found = winner_of(study, ticket.origin)
+    winner = log.score_of(ticket.origin)
+    return closing(winner, found)[0], Score(winner, *(found[name] for name in KEPT))
 
 
 def _at(study: Study, number: int) -> tuple[BaseStorage, int, int]:
