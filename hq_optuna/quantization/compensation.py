@@ -158,46 +158,49 @@ class _Moments(NamedTuple):
 
     Attributes:
         usable: Which groups these are, ``(groups,)``; the others are rounded to nearest.
+        n_singular: Groups with input whose moments have no factor at any damping.
         moment: E[x xᵀ], ``(usable, d, d)``.
         order: Columns in falling order of E[x²], ``(usable, d)``.
         damped: The damped moments in this order.
         factor: Upper Cholesky factor of the inverse of ``damped``. Its row j says how later columns
             make up for column j.
-        n_singular: Groups with input whose moments have no such factor at any damping.
     """
 
     usable: Tensor
+    n_singular: int
     moment: Tensor
     order: Tensor
     damped: Tensor
     factor: Tensor
-    n_singular: int
 
 
 @torch.no_grad()
 def _factored(moment: Tensor) -> _Moments:
     """Factor the moments ``(groups, d, d)``; raise the damping of those that are singular."""
     fed = moment.diagonal(dim1=1, dim2=2).sum(1) > 0  # an input that is always zero tells nothing
-    found = moment[fed]
-    diagonal = found.diagonal(dim1=1, dim2=2)
-    order = torch.argsort(diagonal, dim=1, descending=True, stable=True)
-    damped, factor = torch.empty_like(found), torch.empty_like(found)
-    left = torch.ones(len(found), dtype=torch.bool, device=found.device)
-    for damping in DAMPINGS:
-        if not bool(left.any()):
-            break
-        added = (damping * diagonal[left].mean(1))[:, None].expand_as(diagonal[left])
-        tried, places = found[left] + torch.diag_embed(added), order[left]
-        tried = tried.gather(1, places[:, :, None].expand_as(tried))
-        damped[left] = tried = tried.gather(2, places[:, None, :].expand_as(tried))
-        root, failed = torch.linalg.cholesky_ex(tried)
-        inverse = torch.cholesky_inverse(root)
-        factor[left], failed_again = torch.linalg.cholesky_ex(inverse, upper=True)
-        done = (failed == 0) & (failed_again == 0) & factor[left].isfinite().all(2).all(1)
-        left = left.index_put((left,), ~done)
-    usable = fed.index_put((fed,), ~left)
-    done = ~left
-    return _Moments(usable, found[done], order[done], damped[done], factor[done], int(left.sum()))
+    found = moment if bool(fed.all()) else moment[fed]  # a copy may be large
+    order = torch.argsort(found.diagonal(dim1=1, dim2=2), dim=1, descending=True, stable=True)
+    damped, factor, done = _factored_with(found, order, DAMPINGS[0])
+    for damping in DAMPINGS[1:]:
+        left = ~done
+        if bool(left.any()):
+            damped[left], factor[left], now = _factored_with(found[left], order[left], damping)
+            done = done.index_put((left,), now)
+    kept = [found, order, damped, factor]
+    if not bool(done.all()):
+        kept = [values[done] for values in kept]
+    return _Moments(fed.index_put((fed,), done), int((~done).sum()), *kept)
+
+
+def _factored_with(moment: Tensor, order: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return damped moments, the factors of their inverses, and which groups have a factor."""
+    added = damping * moment.diagonal(dim1=1, dim2=2).mean(1)
+    damped = moment + torch.diag_embed(added[:, None].expand(order.shape))
+    damped = damped.gather(1, order[:, :, None].expand_as(damped))
+    damped = damped.gather(2, order[:, None, :].expand_as(damped))
+    root, failed = torch.linalg.cholesky_ex(damped)
+    factor, again = torch.linalg.cholesky_ex(torch.cholesky_inverse(root), upper=True)
+    return damped, factor, (failed == 0) & (again == 0) & factor.isfinite().all(2).all(1)
 
 
 def _round_groups(
@@ -230,7 +233,7 @@ def _best_of_scales(
     quantizer: WeightQuantizer,
 ) -> Compensated:
     """Return for each channel the rounding with the least output error, over `SCALES`."""
-    _, moment, order, damped, factor, _ = moments
+    _, _, moment, order, damped, factor = moments
     groups, d = order.shape
 
     def columns_first(values: Tensor) -> Tensor:  # (groups, d, channels), the largest input first

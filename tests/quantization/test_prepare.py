@@ -11,7 +11,7 @@ from hq_optuna.network.batches import read_batches
 from hq_optuna.network.introspection import introspect
 from hq_optuna.quantization import get_bits, modules, observe_inputs, prepare, set_bits
 from hq_optuna.quantization.prepare import float_weight, prepared_layers
-from hq_optuna.quantization.quantizers import uniform as rounding
+from hq_optuna.quantization.quantizers import base as rounding
 from hq_optuna.quantization.ranges import weight_scale
 from hq_optuna.space.assignment import BitConfig, LayerBits
 from hq_optuna.space.layers import FLOAT_BITS
