@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import logging
 import threading
 import time
 from pathlib import Path
@@ -18,15 +17,13 @@ from hq_optuna.artifacts.store import open_artifacts
 from hq_optuna.cli import tables
 from hq_optuna.cli.options import errors, place_of, takes
 from hq_optuna.cli.session import load
-from hq_optuna.dashboard import write_pages
+from hq_optuna.dashboard.pages import changed_pages
 from hq_optuna.dashboard.server import DashboardServer
 from hq_optuna.errors import StorageError
 from hq_optuna.protocol.start_options import StartOptions
 from hq_optuna.protocol.status import Watch
 from hq_optuna.settings import RunSettings
 from hq_optuna.storages import open_storage, redact_url, storage_exists
-
-logger = logging.getLogger(__name__)
 
 LOOKS, LOOK_EVERY_S = 4, 0.5
 """How often is looked before a search counts as one that nobody works on."""
@@ -53,7 +50,7 @@ def dashboard(
             page = "" if found is None else f"/dashboard/studies/{found._study_id}"
             if found is not None:
                 server.read_ahead(found._study_id)
-                threading.Thread(target=_refresh, args=(found,), daemon=True).start()
+                threading.Thread(target=_refresh, args=(found, server), daemon=True).start()
             console = Console()
             try:
                 console.print(
@@ -97,19 +94,16 @@ def _beside(storage: str) -> str | None:
     return str(path) if storage.startswith("sqlite:///") and path.is_dir() else None
 
 
-def _refresh(study: Study) -> None:
-    """Write the pages of a search that nobody writes any more, as after a killed run."""
-    try:
-        watch = Watch(study)
-        for _ in range(LOOKS):
-            current = watch.look()
-            if current.state != "idle":  # else perhaps just between two trials
-                break
-            time.sleep(LOOK_EVERY_S)
-        if current.state != "preparing":
-            write_pages(study, current=current)
-    except Exception as error:  # a storage that may only be read can be browsed all the same
-        logger.info("The pages of study %r were not written: %s", study.study_name, error)
+def _refresh(study: Study, server: DashboardServer) -> None:
+    """Show pages of a search that nobody writes any more, as after a killed run. Writes nothing."""
+    watch = Watch(study)
+    for _ in range(LOOKS):
+        current = watch.look()
+        if current.state != "idle":  # else perhaps just between two trials
+            break
+        time.sleep(LOOK_EVERY_S)
+    if current.state != "preparing":
+        server.show_pages(study._study_id, changed_pages(study, current=current))
 
 
 def _is_loopback(host: str) -> bool:

@@ -61,8 +61,25 @@ made from the trial's attributes when it is read."""
 def write_pages(study: Study, *, current: SearchStatus | None = None) -> bool:
     """Bring the study's note, figures and trial notes up to date; return whether any was not.
 
-    What readers added to the study's note is kept, and notes that trials have are left alone. Two
-    processes that do this at the same moment leave what one of them wrote.
+    Two processes that do this at the same moment leave what one of them wrote.
+
+    Args:
+        study: A study of a bit search.
+        current: Where the search stands; it is read if not given.
+
+    Raises:
+        ResumeError: The study is not a bit search.
+    """
+    changed = changed_pages(study, current=current)
+    if changed:
+        set_study_system_attrs(unwrapped(study._storage), study._study_id, changed)
+    return bool(changed)
+
+
+def changed_pages(study: Study, *, current: SearchStatus | None = None) -> dict[str, Any]:
+    """Return the attributes of a study that would bring its pages up to date; empty if they are.
+
+    What readers added to the study's note is kept, and notes that trials have are left alone.
 
     Args:
         study: A study of a bit search.
@@ -95,7 +112,7 @@ def write_pages(study: Study, *, current: SearchStatus | None = None) -> bool:
             wanted |= {f"{NOTE}{trial_id}:note_ver": 1, f"{NOTE}{trial_id}:note_str:0": text}
     changed = {key: value for key, value in wanted.items() if stored.get(key) != value}
     if not changed and body(stamp.get("written", "")) == note_in(stored):
-        return False
+        return {}
     written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     changed |= parts(f"{NOTE}note_str:", body(written), stored)
     changed[f"{NOTE}note_ver"] = int(stored.get(f"{NOTE}note_ver", 0)) + 1
@@ -105,8 +122,7 @@ def write_pages(study: Study, *, current: SearchStatus | None = None) -> bool:
         "by": worker_identity.worker_id(),
         "noted": noted,
     }
-    set_study_system_attrs(storage, study_id, changed)
-    return True
+    return changed
 
 
 def _record_note(history: History, record: StepRecord) -> str:

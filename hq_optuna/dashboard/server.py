@@ -8,6 +8,7 @@ import logging
 import socket
 import socketserver
 import threading
+from collections.abc import Mapping
 from typing import Any, Self
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from wsgiref.util import setup_testing_defaults
@@ -52,7 +53,7 @@ class DashboardServer:
             )
         import optuna_dashboard
 
-        shown = ShownStorage(storage)
+        shown = self._shown = ShownStorage(storage)
         app: Any = optuna_dashboard.wsgi(
             shown, artifact_store=None if artifacts is None else artifacts.store
         )
@@ -75,6 +76,10 @@ class DashboardServer:
     def __exit__(self, *error: object) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+    def show_pages(self, study_id: int, pages: Mapping[str, Any]) -> None:
+        """Show pages of a study that are newer than its own, see `changed_pages`."""
+        self._shown.show_pages(study_id, pages)
 
     def read_ahead(self, study_id: int) -> threading.Thread:
         """Prepare the answers of a study, in a thread, so that its first page need not wait.

@@ -26,7 +26,7 @@ from hq_optuna import attributes
 from hq_optuna.artifacts.store import OPTUNA_PREFIX
 from hq_optuna.attributes import StudyInfo, quantizers_text
 from hq_optuna.dashboard.notes import change, trial_note
-from hq_optuna.dashboard.pages import FIGURES, artifacts_in
+from hq_optuna.dashboard.pages import FIGURES, NOTE, artifacts_in
 from hq_optuna.protocol.status import Watch
 from hq_optuna.search import Additive
 from hq_optuna.space.cost import CostModel, format_cost
@@ -35,6 +35,9 @@ from hq_optuna.storages import RetryingStorage
 
 IMPORTANCES_VIEW = "get_param_importances"
 """Name of the function of optuna-dashboard that answers for the card of importances."""
+
+NOTE_VERSION = f"{NOTE}note_ver"
+"""Study system attribute that counts the changes of a study's note."""
 
 MOST_IMPORTANT = 20
 """Bars that the card has room to name."""
@@ -54,7 +57,26 @@ class ShownStorage(RetryingStorage):
     def __init__(self, storage: BaseStorage) -> None:
         super().__init__(storage, retry_for_s=0.0)
         self._watches: dict[int, Watch] = {}
+        self._pages: dict[int, tuple[Any, Mapping[str, Any]]] = {}
         self._lock = threading.Lock()
+
+    def show_pages(self, study_id: int, pages: Mapping[str, Any]) -> None:
+        """Show these attributes of a study in place of its own, until its note is changed.
+
+        Args:
+            study_id: The study.
+            pages: What `hq_optuna.dashboard.pages.changed_pages` returned.
+        """
+        version = super().get_study_system_attrs(study_id).get(NOTE_VERSION)
+        self._pages[study_id] = version, pages
+
+    def _with_pages(self, study_id: int, stored: dict[str, Any]) -> dict[str, Any]:
+        version, pages = self._pages.get(study_id, (None, {}))
+        return {**stored, **pages} if stored.get(NOTE_VERSION) == version else stored
+
+    def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
+        """Return the system attributes of a study, its pages up to date."""
+        return self._with_pages(study_id, super().get_study_system_attrs(study_id))
 
     def info(self, study_id: int) -> StudyInfo | None:
         """Return what a search is about; ``None`` for studies of other kinds."""
@@ -130,6 +152,7 @@ class ShownStorage(RetryingStorage):
         found = sorted(super().get_all_studies(), key=lambda study: study._study_id)
         studies = [copy.copy(study) for study in found]
         for study in studies:
+            study.system_attrs = self._with_pages(study._study_id, study.system_attrs)
             if attributes.INFO in study.user_attrs:
                 study.system_attrs = without_superseded(study.system_attrs)
                 study.user_attrs = for_people(study.user_attrs)

@@ -19,6 +19,7 @@ from hq_optuna.storages import open_storage
 from tests.dashboard.answers import dashboard
 from tests.fake_search import fake_space, fake_study
 from tests.fake_search import score as go_on
+from tests.searches import dump
 from tests.servers import database, place, server
 
 SPACE = fake_space(5)
@@ -93,22 +94,19 @@ def test_a_journal_by_its_url_shows_all_its_studies(study, tmp_path):
             process.communicate(timeout=120)
 
 
-def test_pages_that_nobody_wrote_are_written_when_it_starts(study):
-    from hq_optuna.dashboard.pages import note_in
-    from hq_optuna.storages import load_study
-
-    url = "sqlite:///hq-optuna-runs/fake/study.db"
+def test_pages_that_nobody_wrote_are_shown_and_the_study_is_only_read(study):
+    url, file = "sqlite:///hq-optuna-runs/fake/study.db", Path("hq-optuna-runs/fake/study.db")
     make_search(url)
+    before = dump(file)
     process, said = serve("fake")
-    loaded = load_study(url, "fake")
+    page = said.replace("/dashboard/studies/1\n", "/api/studies/1\n", 1)
     deadline = time.monotonic() + 120
-    while not (text := note_in(loaded._storage.get_study_system_attrs(loaded._study_id))):
+    while b"Finished: the budget is met" not in answers(page):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    answers(said)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=120)
-    assert "Finished: the budget is met" in text
+    assert dump(file) == before
 
 
 def test_a_study_that_is_not_there_is_said_in_a_sentence(study, command):
