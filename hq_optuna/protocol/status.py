@@ -15,9 +15,7 @@ from hq_optuna import attributes
 from hq_optuna.attributes import StudyInfo
 from hq_optuna.protocol import worker_identity
 from hq_optuna.protocol.limits import stored_limits
-from hq_optuna.protocol.step_log import StepLog
-from hq_optuna.search import ProgressiveSearch
-from hq_optuna.space.cost import CostModel
+from hq_optuna.protocol.step_log import StepLog, search_of
 from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.storages.trials import TrialRow, read_rows
 
@@ -131,19 +129,7 @@ class Watch:
                 return None
             self._info = StudyInfo.from_json(info)
             space = SearchSpace.from_json(space_data)
-            limit = made["limit"]
-            search = ProgressiveSearch(
-                space=space,
-                cost=CostModel(space.layers, self._info.metric).cost,
-                limit=-math.inf if limit is None else limit,
-                n_candidates=made["n_candidates"],
-                rule=made["rule"],
-                seed=made["seed"],
-                refine=made["refine"],
-                train_every=made.get("train_every", 0),
-                final=made.get("final", False),
-            )
-            self._log = StepLog(search)
+            self._log = StepLog(search_of(made, space, self._info.metric))
         return self._log
 
     def _count(self, rows: Sequence[TrialRow]) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -23,6 +23,8 @@ from hq_optuna.attributes import Ticket
 from hq_optuna.protocol.owners import Owners
 from hq_optuna.search import Incumbent, Limits, Past, ProgressiveSearch, Result
 from hq_optuna.search.rules import keeps
+from hq_optuna.space.cost import CostModel, Metric
+from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.storages.trials import Cursor, TrialRow
 
 
@@ -75,6 +77,10 @@ class OpenStep:
     recording: list[int] = field(default_factory=list)
     final: bool = False
     seen: dict[int, int] = field(default_factory=dict, repr=False)  # slot → results looked at
+
+    def bits(self, slot: int) -> tuple[int, ...] | None:
+        """Return the bits that a slot's candidate must have; ``None`` where there is no such."""
+        return self.states[slot] if 0 <= slot < len(self.states) else None
 
     @property
     def complete(self) -> bool:
@@ -156,6 +162,15 @@ class StepLog:
         if last < 0:
             return self.results
         return {place: result for place, result in self.results.items() if place[0] > last}
+
+    @property
+    def counted(self) -> dict[tuple[int, int], int]:
+        """The number of the trial that gave each of those, the first complete one of its slot."""
+        found: dict[tuple[int, int], int] = {}
+        for number in sorted(self._by_number, reverse=True):
+            step, slot, _ = self._by_number[number]
+            found[step, slot] = number
+        return found
 
     @property
     def finished(self) -> bool:
@@ -304,7 +319,7 @@ class StepLog:
                 continue
             if ticket.kind == "incumbent":
                 step.recording.append(number)
-            elif ticket.kind == "candidate":
+            elif ticket.kind == "candidate" and ticket.bits == step.bits(ticket.slot):
                 step.running.setdefault(ticket.slot, []).append(number)
 
     def _open_step(self, incumbent: Incumbent | None) -> OpenStep | None:
@@ -365,13 +380,7 @@ class StepLog:
             incumbent = replace(self.incumbent, step=step)
         else:
             incumbent = self.search.close(self.incumbent, results, self.comparable)
-        from_step, slot = incumbent.origin
-        winner = (
-            self.open.done[slot]
-            if from_step == step
-            else min(n for n, (s, k, _) in self._by_number.items() if (s, k) == incumbent.origin)
-        )
-        return incumbent, winner
+        return incumbent, self.counted[incumbent.origin]
 
 
 def settings(search: ProgressiveSearch) -> dict[str, Any]:
@@ -387,6 +396,28 @@ def settings(search: ProgressiveSearch) -> dict[str, Any]:
         **({"train_every": search.train_every} if search.train_every else {}),
         **({"final": True} if search.final else {}),
     }
+
+
+def search_of(settings: Mapping[str, Any], space: SearchSpace, metric: Metric) -> ProgressiveSearch:
+    """Return the search that a study's settings describe.
+
+    Args:
+        settings: What `settings` returned when the study was made.
+        space: The study's search space.
+        metric: What its budget counts.
+    """
+    limit = settings["limit"]
+    return ProgressiveSearch(
+        space=space,
+        cost=CostModel(space.layers, metric).cost,
+        limit=-math.inf if limit is None else limit,
+        n_candidates=settings["n_candidates"],
+        rule=settings["rule"],
+        seed=settings["seed"],
+        refine=settings["refine"],
+        train_every=settings.get("train_every", 0),
+        final=settings.get("final", False),
+    )
 
 
 def parent_digest(search: ProgressiveSearch, incumbent: Incumbent | None) -> str:

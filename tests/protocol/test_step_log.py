@@ -314,8 +314,8 @@ def test_settings_name_everything_the_history_depends_on():
         "limit": 1.0,
         "refine": not search.refine,
     }.items():
-        changed = type(search)(**{**vars(search), name: value})
+        changed = replace(search, **{name: value})
         assert [k for k in base if log_module.settings(changed)[k] != base[k]] == [name]
         assert log_module.parent_digest(changed, None) != log_module.parent_digest(search, None)
-    unlimited = type(search)(**{**vars(search), "limit": -math.inf})
+    unlimited = replace(search, limit=-math.inf)
     assert log_module.settings(unlimited)["limit"] is None  # JSON has no infinity
