@@ -202,7 +202,6 @@ class Foreman:
             ticket = candidate_ticket(log, slot, search)
             order.ticket = dataclasses.replace(ticket, claim=order.claim)
             orders.append(order)
-        expected = -1 if log.owners.dead else log.cursor.n
         self._claimed |= {order.claim: order for order in orders}
         new = [order for order in orders if order.hand is None]
         if alone:
@@ -211,7 +210,9 @@ class Foreman:
         created = create_together(self._view, self._study, tickets)
         for order, place in zip(orders, created, strict=True):
             order.number, order.trial_id = place
-        if created[0][0] != expected:  # others claimed something meanwhile: of two the lower has it
+        undisturbed = range(log.cursor.n, log.cursor.n + len(created))
+        if log.owners.dead or [number for number, _ in created] != [*undisturbed]:
+            # Others claimed something meanwhile: of two the lower number has it.
             log = self._view.read(self._study)
             self._drop(
                 order

@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import optuna
@@ -13,7 +14,9 @@ import pytest
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
+from hq_optuna.attributes import Ticket
 from hq_optuna.protocol import worker_identity
+from hq_optuna.protocol.owners import Owners
 from hq_optuna.search import Limits
 from hq_optuna.storages import open_storage
 from hq_optuna.storages.writing import writes_together
@@ -21,7 +24,17 @@ from hq_optuna.workers.dispatcher import Dispatcher, Order
 from hq_optuna.workers.foreman import Foreman
 from hq_optuna.workers.loop import work
 from tests.fake_search import fake_score, fake_table
-from tests.samplers.tables import assigned, expected, history, new_study, ours, sampler, states
+from tests.samplers.tables import (
+    add,
+    assigned,
+    expected,
+    history,
+    new_study,
+    ours,
+    sampler,
+    states,
+    tickets,
+)
 from tests.servers import KINDS, place
 
 
@@ -172,6 +185,44 @@ def test_others_on_the_same_study_change_nothing(url, storage, direct, monkeypat
     assert errors == []
     assert history(mine) == expected(mine)
     assert TrialState.RUNNING not in states(mine)
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "two at work"])
+def test_a_claim_between_two_of_its_own_is_noticed(monkeypatch, alone):
+    """Storages that create trials one by one let somebody else's number come in between."""
+    study = new_study(sampler(6))
+    foreman = Foreman(study)
+    told = [Told() for _ in range(3)]
+    for worker in told:
+        foreman.hear(worker, {"event": "ready"})
+    foreman.look(0.01)  # claims step 0
+    if not alone:
+        seen = ours(study).log(study).owners.at_work
+        monkeypatch.setattr(
+            Owners, "at_work", lambda _, worker, last: [*seen(worker, last), "zz/1/2/3"]
+        )
+    create, created = study._storage.create_new_trial, [0]
+
+    def create_new_trial(study_id: int, template_trial: Any = None) -> int:
+        ticket = Ticket.read(template_trial.system_attrs)
+        created[0] += ticket.kind == "candidate"
+        if created == [2]:  # the other claims what the foreman is about to
+            add(study, replace(ticket, worker="elsewhere/1/2/3", claim=1))
+        return create(study_id, template_trial)
+
+    order = next(worker for worker in told if worker.orders).orders[0]
+    said = {"event": "scored", "claim": order["claim"], "value": 1.0, "facts": {}}
+    monkeypatch.setattr(study._storage, "create_new_trial", create_new_trial)
+    foreman.hear(next(worker for worker in told if worker.orders), said)
+    for _ in range(3):
+        foreman.look(0.01)
+    theirs = next(t for t in tickets(study) if t.worker == "elsewhere/1/2/3")
+    same = [
+        trial.state
+        for trial, t in zip(study.get_trials(), tickets(study), strict=True)
+        if (t.step, t.slot) == (theirs.step, theirs.slot)
+    ]
+    assert same == [TrialState.RUNNING, TrialState.PRUNED]  # of two the lower number has it
 
 
 def test_the_next_step_is_handed_out_before_the_last_result_is_stored(monkeypatch):
