@@ -3,7 +3,7 @@
 optuna-dashboard's own `save_note` and `save_plotly_graph_object` cut texts into parts of 2,045
 characters, and write and commit each alone: fifty commits for the pages of a large search, and
 a reader in between gets half of a figure. Here parts are as long as every database allows,
-only what changed is written, and all at once (`hq_optuna.storages.studies`). What stands in the
+only what changed is written, and all at once (`hq_optuna.storages.writing`). What stands in the
 study is the same format, in fewer parts.
 """
 
@@ -28,7 +28,7 @@ from hq_optuna.protocol import worker_identity
 from hq_optuna.protocol.history import History, StepRecord, read_history
 from hq_optuna.protocol.status import SearchStatus, read_status
 from hq_optuna.storages import RetryingStorage
-from hq_optuna.storages.studies import set_study_system_attrs
+from hq_optuna.storages.writing import set_study_system_attrs
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

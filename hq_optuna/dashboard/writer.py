@@ -18,7 +18,6 @@ from hq_optuna.dashboard.pages import STAMP, unwrapped, write_pages
 from hq_optuna.protocol import worker_identity
 from hq_optuna.protocol.status import Watch
 from hq_optuna.protocol.step_log import StepLog
-from hq_optuna.storages.trials import database_of
 
 logger = logging.getLogger(__name__)
 

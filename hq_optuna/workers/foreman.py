@@ -36,7 +36,7 @@ from hq_optuna.protocol.step_record import closing, winner_of
 from hq_optuna.protocol.tickets import candidate_ticket, record_ticket
 from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.search import Past, Result
-from hq_optuna.storages import RetryingStorage
+from hq_optuna.storages import pausing
 from hq_optuna.storages.database import Ended
 from hq_optuna.storages.writing import beat, finish_trials, writes_together
 from hq_optuna.workers.dispatcher import Dispatcher, Order, RemoteWorker
@@ -98,10 +98,8 @@ class Foreman:
         """
         self.dispatcher.news.wait(wait_s)
         self.dispatcher.news.clear()
-        storage = self._study._storage
-        with held_interrupts() as held:
-            if isinstance(storage, RetryingStorage):
-                storage.pause = held.sleep  # so that Ctrl-C ends a wait for the database
+        # Ctrl-C ends a wait for the database too.
+        with held_interrupts() as held, pausing(self._study._storage, held.sleep):
             while not self.over and self._turn() and not held.pending:
                 pass
             self._show_life()

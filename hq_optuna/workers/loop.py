@@ -18,7 +18,7 @@ from hq_optuna.errors import StorageError
 from hq_optuna.protocol.claims import ClaimedTrial
 from hq_optuna.protocol.step_log import StepLog
 from hq_optuna.samplers import ProgressiveBitSampler
-from hq_optuna.storages import RetryingStorage
+from hq_optuna.storages import pausing
 from hq_optuna.workers.heartbeat import heartbeat
 from hq_optuna.workers.interrupts import held_interrupts
 
@@ -117,9 +117,8 @@ def _run_one(
 ) -> bool:
     """Run one trial and return whether there was one to run."""
     storage = study._storage
-    with held_interrupts() as held:
-        if isinstance(storage, RetryingStorage):
-            storage.pause = held.sleep  # so that Ctrl-C ends a wait for the database
+    # Ctrl-C ends a wait for the database too.
+    with held_interrupts() as held, pausing(storage, held.sleep):
         trial = sampler.ask(study, waited_s)
         if trial is None:
             return False
