@@ -213,7 +213,7 @@ class TrainedSteps:
             augment=self.plan.augment,
         )
         facts["samples"] = trainer.data.steps * trainer.data.batch_size
-        last = self._last_epoch(trial, log.attempts(ticket.step, ticket.parent), trainer)
+        last = self._last_epoch(trial, log.attempts(ticket), trainer)
         trained: _Trained | None = None
         try:
             for epoch in trainer.epochs():
