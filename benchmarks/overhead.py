@@ -68,7 +68,7 @@ def ours(url: str | None, name: str, layers: int) -> tuple[optuna.Study, Callabl
         trial = sampler.ask(study)
         if trial is None:
             raise RuntimeError("the search is over: give it more candidates")
-        ticket = sampler.ticket(study, trial._trial_id)
+        ticket = sampler.ticket(study, trial)
         assert ticket is not None
         weights, activations = fake_score(table, space.config(ticket.bits))
         facts = {"score_weights": weights, "score_activations": activations}

@@ -62,7 +62,7 @@ def sleeper(
     table = fake_table(sampler.space)
 
     def objective(trial: optuna.Trial) -> float:
-        ticket = sampler.ticket(study, trial._trial_id)
+        ticket = sampler.ticket(study, trial)
         assert ticket is not None
         if ticket.kind == "candidate":
             time.sleep(seconds)

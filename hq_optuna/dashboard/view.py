@@ -19,14 +19,13 @@ from typing import Any
 import optuna
 from optuna.distributions import CategoricalDistribution
 from optuna.storages import BaseStorage
-from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial
 
 from hq_optuna import attributes
-from hq_optuna.artifacts.store import OPTUNA_PREFIX
 from hq_optuna.attributes import StudyInfo, quantizers_text
 from hq_optuna.dashboard.notes import change, trial_note
 from hq_optuna.dashboard.pages import FIGURES, artifacts_in
+from hq_optuna.optuna_internals import ARTIFACTS_ATTR_PREFIX, FrozenStudy, id_of
 from hq_optuna.protocol.status import Watch
 from hq_optuna.search import Additive
 from hq_optuna.space.cost import CostModel, format_cost
@@ -127,7 +126,7 @@ class ShownStorage(RetryingStorage):
 
     def get_all_studies(self) -> list[FrozenStudy]:
         """Return all studies by age, with attributes for people."""
-        found = sorted(super().get_all_studies(), key=lambda study: study._study_id)
+        found = sorted(super().get_all_studies(), key=lambda study: id_of(study))
         studies = [copy.copy(study) for study in found]
         for study in studies:
             if attributes.INFO in study.user_attrs:
@@ -165,13 +164,13 @@ def without_superseded(system_attrs: Mapping[str, Any]) -> dict[str, Any]:
     named = {
         json.loads(value)["filename"]
         for key, value in system_attrs.items()
-        if key.removeprefix(OPTUNA_PREFIX) in current and value != "null"
+        if key.removeprefix(ARTIFACTS_ATTR_PREFIX) in current and value != "null"
     }
     return {
         key: value
         for key, value in system_attrs.items()
-        if not key.startswith(OPTUNA_PREFIX)
-        or key.removeprefix(OPTUNA_PREFIX) in current
+        if not key.startswith(ARTIFACTS_ATTR_PREFIX)
+        or key.removeprefix(ARTIFACTS_ATTR_PREFIX) in current
         or (json.loads(value) or {}).get("filename") not in named
     }
 

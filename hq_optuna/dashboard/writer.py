@@ -15,6 +15,7 @@ from optuna.storages import BaseStorage
 from optuna.study import Study
 
 from hq_optuna.dashboard.pages import STAMP, unwrapped, write_pages
+from hq_optuna.optuna_internals import database_of
 from hq_optuna.protocol import worker_identity
 from hq_optuna.protocol.status import Watch
 from hq_optuna.protocol.step_log import StepLog

@@ -32,7 +32,7 @@ from hq_optuna.objective.scorer_setup import Progress, ScorerSetup
 from hq_optuna.objective.training_steps import TrainedSteps
 from hq_optuna.protocol.claims import ClaimedTrial, NotNeeded, write_facts
 from hq_optuna.protocol.history import read_history
-from hq_optuna.protocol.step_record import KEPT, closing, winner_of
+from hq_optuna.protocol.tickets import KEPT, closing, winner_of
 from hq_optuna.quantization import set_bits
 from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.scoring import UNKNOWN_LOSS, OutputRise, Score, Scorer, output_rise_of
@@ -319,7 +319,7 @@ class HessianObjective:
         scorer = self.prepare(study)
         sampler, ticket = study.sampler, None
         if isinstance(sampler, ProgressiveBitSampler):
-            ticket = sampler.ticket(study, trial._trial_id)
+            ticket = sampler.ticket(study, trial)
         if ticket is None or ticket.kind == "free":
             bits = [trial.suggest_categorical(v.name, v.bits) for v in self.space.variables]
             config = self.space.config(bits)
@@ -363,7 +363,7 @@ class HessianObjective:
             sampler = study.sampler
             assert isinstance(sampler, ProgressiveBitSampler)
             sampler.log(study)
-            ticket = sampler.ticket(study, trial._trial_id)
+            ticket = sampler.ticket(study, trial)
             assert ticket is not None
             value, score, said = self.trained(trial, ticket, needed, NotNeeded())
             return value, {**shown(score, started), attributes.TRAINING: said}

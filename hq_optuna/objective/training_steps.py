@@ -41,7 +41,7 @@ from hq_optuna.network.losses import LossFunction
 from hq_optuna.objective.scorer_setup import BuiltScorer, Progress, ScorerSetup, statistics_samples
 from hq_optuna.objective.tensors import get_tensors, put_tensors
 from hq_optuna.protocol.step_log import StepLog
-from hq_optuna.protocol.step_record import KEPT, closing, winner_of
+from hq_optuna.protocol.tickets import KEPT, closing, winner_of
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.scoring import Score, Sensitivity
 from hq_optuna.search.rules import keeps

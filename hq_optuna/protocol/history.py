@@ -6,9 +6,10 @@ Needs the storage alone: no network, no data, no sampler.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
+from datetime import datetime
+from typing import Any, Literal
 
 import optuna
 from optuna.study import Study
@@ -17,8 +18,8 @@ from optuna.trial import FrozenTrial, TrialState
 from hq_optuna import attributes
 from hq_optuna.attributes import StudyInfo, Ticket
 from hq_optuna.errors import ResumeError
+from hq_optuna.optuna_internals import id_of, storage_of, trial_id_of
 from hq_optuna.protocol import worker_identity
-from hq_optuna.protocol.runs import Run, read_runs
 from hq_optuna.protocol.step_log import StepLog, search_of
 from hq_optuna.search import Additive
 from hq_optuna.space.assignment import BitConfig
@@ -129,6 +130,45 @@ class StepRecord:
         return f"{self.config.digest} {self.current.score!r}"
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one trial was as work.
+
+    Times are those of the storage: the start by the clock of the host that created the trial, the
+    end by the clock of the host that ended it. Another worker ends the trial of one that died, when
+    it finds out. MySQL keeps whole seconds.
+
+    Attributes:
+        number: Trial number.
+        worker: Who ran it, see `worker_identity.worker_id`; ``host:pid`` or empty where its ticket
+            does not say. Until it ended well, who claimed it.
+        kind: What its ticket was for, see `Ticket`; ``"free"`` also for trials without one.
+        step: Its step, -1 where it has none.
+        slot: Its place among the candidates of the step, -1 where it has none.
+        state: Where it stands.
+        started: UTC.
+        ended: UTC; ``None`` while it runs.
+        seconds: What its objective took, where that was recorded.
+        counted: Whether the search took its result.
+        handed: Whether somebody else claimed it and handed it out, as a launcher does, so that it
+            may have waited for its worker after its start.
+        trains: Whether it records a step whose winner it trains.
+    """
+
+    number: int
+    worker: str
+    kind: Literal["candidate", "incumbent", "surplus", "free"]
+    step: int
+    slot: int
+    state: TrialState
+    started: datetime
+    ended: datetime | None
+    seconds: float | None
+    counted: bool
+    handed: bool = False
+    trains: bool = False
+
+
 @dataclass(frozen=True)
 class History:
     """A search as its study tells it.
@@ -213,9 +253,9 @@ def read_history(study: Study) -> History:
     Raises:
         ResumeError: The study is not one of this package.
     """
-    storage = study._storage
-    system = storage.get_study_system_attrs(study._study_id)
-    user = storage.get_study_user_attrs(study._study_id)
+    storage = storage_of(study)
+    system = storage.get_study_system_attrs(id_of(study))
+    user = storage.get_study_user_attrs(id_of(study))
     space_data = attributes.join(attributes.SPACE, system)
     if space_data is None or attributes.INFO not in user:
         if attributes.FINGERPRINT in user:
@@ -230,7 +270,7 @@ def read_history(study: Study) -> History:
             changed=("kind of study",),
         )
     space = SearchSpace.from_json(space_data)
-    trials = read_facts(storage, study._study_id, _FACTS)
+    trials = read_facts(storage, id_of(study), _FACTS)
     info = StudyInfo.from_json(user[attributes.INFO])
     made = system.get(attributes.SETTINGS)
     log = None if made is None else StepLog(search_of(made, space, info.metric))
@@ -341,6 +381,39 @@ def _reference(step: int, score: float, user: Mapping[str, Any]) -> Reference:
     return Reference(step, score, *(user.get(name, math.nan) for name in parts))
 
 
+def read_runs(trials: Sequence[TrialFacts], counted: Set[int]) -> tuple[Run, ...]:
+    """Return the trials that somebody ran, by number.
+
+    Args:
+        trials: With the user attributes `SECONDS` and `WORKER`.
+        counted: Numbers of those whose results the search took.
+    """
+    found = []
+    for trial in trials:
+        row, ticket, user = trial.row, trial.row.ticket, trial.user_attrs
+        if trial.started is None or row.state == TrialState.WAITING:
+            continue
+        claimed, scored = ticket.worker if ticket else "", user.get(attributes.WORKER, "")
+        handed = bool(claimed and scored) and scored != worker_identity.short_name(claimed)
+        found.append(
+            Run(
+                number=row.number,
+                worker=scored if handed else claimed or scored,
+                kind="free" if ticket is None else ticket.kind,
+                step=-1 if ticket is None else ticket.step,
+                slot=-1 if ticket is None else ticket.slot,
+                state=row.state,
+                started=trial.started,
+                ended=trial.ended,
+                seconds=user.get(attributes.SECONDS),
+                counted=row.number in counted,
+                handed=handed,
+                trains=ticket is not None and ticket.trains,
+            )
+        )
+    return tuple(found)
+
+
 def assignment(trial: FrozenTrial | optuna.Trial, study: Study | None = None) -> BitConfig:
     """Return the bits of all layers of any trial of a search.
 
@@ -354,14 +427,14 @@ def assignment(trial: FrozenTrial | optuna.Trial, study: Study | None = None) ->
     """
     if isinstance(trial, optuna.Trial):
         study = trial.study
-        trial = study._storage.get_trial(trial._trial_id)
+        trial = storage_of(study).get_trial(trial_id_of(trial))
     ticket = Ticket.read(trial.system_attrs)
     by_params = ticket is None and bool(trial.params)  # another sampler's, or an enqueued one
     if not by_params and (ticket is None or not ticket.bits):
         raise ValueError(f"Trial {trial.number} is not a candidate or step record of a bit search.")
     if study is None:
         raise ValueError("A frozen trial does not know its layers: call assignment(trial, study).")
-    data = attributes.join(attributes.SPACE, study._storage.get_study_system_attrs(study._study_id))
+    data = attributes.join(attributes.SPACE, storage_of(study).get_study_system_attrs(id_of(study)))
     if data is None:
         raise ValueError(f"Study {study.study_name!r} does not hold a search space.")
     space = SearchSpace.from_json(data)

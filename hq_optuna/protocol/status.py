@@ -13,9 +13,10 @@ from optuna.trial import TrialState
 
 from hq_optuna import attributes
 from hq_optuna.attributes import StudyInfo
+from hq_optuna.optuna_internals import place_of
 from hq_optuna.protocol import worker_identity
-from hq_optuna.protocol.limits import stored_limits
 from hq_optuna.protocol.step_log import StepLog, search_of
+from hq_optuna.protocol.study_view import stored_limits
 from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.storages.trials import TrialRow, read_rows
 
@@ -105,7 +106,7 @@ class Watch:
         log = self._open()
         if log is None or self._info is None:
             return SearchStatus("preparing")
-        rows = read_rows(self._study._storage, self._study._study_id, log.cursor)
+        rows = read_rows(*place_of(self._study), log.cursor)
         log.limit(stored_limits(self._study))
         log.update(rows)
         self._count(rows)
@@ -118,7 +119,7 @@ class Watch:
 
     def _open(self) -> StepLog | None:
         if self._log is None:
-            storage, study_id = self._study._storage, self._study._study_id
+            storage, study_id = place_of(self._study)
             system = storage.get_study_system_attrs(study_id)
             info = storage.get_study_user_attrs(study_id).get(attributes.INFO)
             space_data, made = (

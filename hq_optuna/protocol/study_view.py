@@ -17,9 +17,10 @@ from optuna.study import Study, StudyDirection
 from hq_optuna import attributes
 from hq_optuna.attributes import Ticket
 from hq_optuna.errors import ResumeError
-from hq_optuna.protocol.limits import limits_of, stored_limits, write_limits
+from hq_optuna.optuna_internals import id_of, place_of, storage_of
 from hq_optuna.protocol.step_log import StepLog
 from hq_optuna.protocol.stopping import Failures
+from hq_optuna.search import Limits
 from hq_optuna.settings import Encoding
 from hq_optuna.space.budget import Budget
 from hq_optuna.space.search_space import SearchSpace
@@ -79,7 +80,7 @@ class StudyView:
     def read(self, study: Study) -> StepLog:
         """Return the log as it stands in the storage now."""
         with self.lock:
-            self.log.update(read_rows(study._storage, study._study_id, self.log.cursor))
+            self.log.update(read_rows(*place_of(study), self.log.cursor))
             self._look_again(study)
             return self.log
 
@@ -95,7 +96,7 @@ class StudyView:
             write_settings(study, self.space, log.settings)
             if stored_limits(study) != log.limits:
                 limits = log.limits.to_json()
-                study._storage.set_study_user_attr(study._study_id, attributes.LIMITS, limits)
+                storage_of(study).set_study_user_attr(id_of(study), attributes.LIMITS, limits)
         self.looked_at = seen
         log.limit(limits_of(study))  # somebody may have raised them, or set the first
 
@@ -147,7 +148,7 @@ def compare_settings(study: Study, space: SearchSpace, mine: dict[str, Any]) -> 
 
     The first worker finds none there, and writes its own and the space.
     """
-    storage, study_id = study._storage, study._study_id
+    storage, study_id = place_of(study)
     stored = storage.get_study_system_attrs(study_id).get(attributes.SETTINGS)
     if stored is None:
         write_settings(study, space, mine)
@@ -161,8 +162,49 @@ def compare_settings(study: Study, space: SearchSpace, mine: dict[str, Any]) -> 
 
 def write_settings(study: Study, space: SearchSpace, mine: dict[str, Any]) -> None:
     """Write settings and space into the study."""
-    storage, study_id = study._storage, study._study_id
+    storage, study_id = place_of(study)
     # `hq_optuna.assignment` reads the space; the settings come last and say it is complete.
     for key, value in attributes.split(attributes.SPACE, space.to_json()).items():
         storage.set_study_system_attr(study_id, key, value)
     storage.set_study_system_attr(study_id, attributes.SETTINGS, mine)
+
+
+def stored_limits(study: Study) -> Limits:
+    """Return the limits that the study holds."""
+    return Limits.from_json(
+        storage_of(study).get_study_user_attrs(id_of(study)).get(attributes.LIMITS)
+    )
+
+
+def limits_of(study: Study) -> Limits:
+    """Return the limits of the study, raised by those of its pruner."""
+    stored = stored_limits(study)
+    given = getattr(study.pruner, "limits", None)  # a `CostBudgetPruner` has some
+    return stored.raised_to(given) if isinstance(given, Limits) else stored
+
+
+def write_limits(study: Study) -> None:
+    """Write the limits of the study's pruner into the study, where they raise its own."""
+    limits = limits_of(study)
+    if limits != stored_limits(study):
+        study.set_user_attr(attributes.LIMITS, limits.to_json())
+
+
+def refuse_lower_limits(study: Study, given: Limits) -> None:
+    """Refuse limits that are lower than the study's.
+
+    Raises:
+        ResumeError: Naming them.
+    """
+    stored = stored_limits(study)
+    lowered = stored.lowered_by(given)
+    if lowered:
+        before, now = stored.to_json(), given.to_json()
+        words = ", ".join(
+            f"{name} (study: {before[name]:g}, now: {now[name]:g})" for name in lowered
+        )
+        raise ResumeError(
+            f"Study {study.study_name!r} has higher limits already: {words}. A search that goes on "
+            "may raise them, or leave them out.",
+            changed=lowered,
+        )

@@ -28,12 +28,12 @@ from optuna.trial import TrialState
 from hq_optuna import attributes
 from hq_optuna.attributes import Ticket
 from hq_optuna.errors import StorageError
+from hq_optuna.optuna_internals import storage_of
 from hq_optuna.protocol import worker_identity
 from hq_optuna.protocol.claims import create_record, create_together, new_claim, own_slots
 from hq_optuna.protocol.owners import BEAT_S
 from hq_optuna.protocol.step_log import StepLog
-from hq_optuna.protocol.step_record import closing, winner_of
-from hq_optuna.protocol.tickets import candidate_ticket, record_ticket
+from hq_optuna.protocol.tickets import candidate_ticket, closing, record_ticket, winner_of
 from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.search import Past, Result
 from hq_optuna.storages import pausing
@@ -73,7 +73,7 @@ class Foreman:
         assert isinstance(sampler, ProgressiveBitSampler)
         self._study, self._view = study, sampler.view(study)
         self._on_progress, self._clock = on_progress, clock
-        self._at_once = 2 if writes_together(study._storage) else 1
+        self._at_once = 2 if writes_together(storage_of(study)) else 1
         self.dispatcher = Dispatcher()
         self.over = False
         self._log: StepLog | None = None  # as it was last read
@@ -99,7 +99,7 @@ class Foreman:
         self.dispatcher.news.wait(wait_s)
         self.dispatcher.news.clear()
         # Ctrl-C ends a wait for the database too.
-        with held_interrupts() as held, pausing(self._study._storage, held.sleep):
+        with held_interrupts() as held, pausing(storage_of(self._study), held.sleep):
             while not self.over and self._turn() and not held.pending:
                 pass
             self._show_life()
@@ -163,7 +163,7 @@ class Foreman:
             ended.append(Ended(order.trial_id, TrialState.COMPLETE, value, facts, seconds))
         self._early = [(order, said) for order, said in early if not order.void]
         if ended:
-            finish_trials(self._study._storage, ended)
+            finish_trials(storage_of(self._study), ended)
 
     def _end(self, orders: Sequence[Order], state: TrialState) -> None:
         for order in orders:
@@ -171,7 +171,7 @@ class Foreman:
             order.void = True
         ended = [Ended(o.trial_id, state) for o in orders if o.trial_id is not None]
         if ended:
-            finish_trials(self._study._storage, ended)
+            finish_trials(storage_of(self._study), ended)
 
     def _drop(self, unneeded: Iterable[Order]) -> None:
         orders = list(unneeded)
@@ -295,10 +295,10 @@ class Foreman:
             expected = -1 if log.owners.dead else log.cursor.n
             [(number, trial_id)] = create_together(self._view, self._study, [ticket])
             if number != expected and self._view.read(self._study).taken(ticket, number):
-                finish_trials(self._study._storage, [Ended(trial_id, TrialState.PRUNED)])
+                finish_trials(storage_of(self._study), [Ended(trial_id, TrialState.PRUNED)])
                 return False
             ended = Ended(trial_id, TrialState.COMPLETE, value, facts)
-            finish_trials(self._study._storage, [ended])
+            finish_trials(storage_of(self._study), [ended])
         self._facts.clear()
         return True
 
@@ -306,7 +306,7 @@ class Foreman:
         """Claim a record that trains its bits, and hand it to a worker."""
         [(number, trial_id)] = create_together(self._view, self._study, [ticket])
         if self._view.read(self._study).taken(ticket, number):
-            finish_trials(self._study._storage, [Ended(trial_id, TrialState.PRUNED)])
+            finish_trials(storage_of(self._study), [Ended(trial_id, TrialState.PRUNED)])
             return False
         order = self._order(ticket.bits, log)
         order = dataclasses.replace(
@@ -328,7 +328,7 @@ class Foreman:
         ]
         if old:
             try:
-                beat(self._study._storage, old, self._beats)
+                beat(storage_of(self._study), old, self._beats)
             except Exception as error:  # costs a beat and nothing else
                 logger.debug("No beat for %d trials: %s", len(old), error)
 

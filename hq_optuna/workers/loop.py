@@ -15,6 +15,7 @@ from optuna.study import Study
 from optuna.trial import Trial, TrialState
 
 from hq_optuna.errors import StorageError
+from hq_optuna.optuna_internals import storage_of, trial_id_of
 from hq_optuna.protocol.claims import ClaimedTrial
 from hq_optuna.protocol.step_log import StepLog
 from hq_optuna.samplers import ProgressiveBitSampler
@@ -39,11 +40,11 @@ def fail_dead_trials(study: Study) -> int:
     sampler = study.sampler
     assert isinstance(sampler, ProgressiveBitSampler)
     failed = 0
-    storage = study._storage
+    storage = storage_of(study)
     for number, trial_id in sampler.log(study).owners.dead.items():
         trial = storage.get_trial(trial_id)
         bare = not (trial.params or trial.user_attrs or trial.system_attrs)
-        if not bare and sampler.ticket(study, trial_id) is None:
+        if not bare and sampler.ticket(study, trial) is None:
             continue
         try:
             storage.set_trial_state_values(trial_id, state=TrialState.FAIL)
@@ -116,16 +117,16 @@ def _run_one(
     waited_s: float,
 ) -> bool:
     """Run one trial and return whether there was one to run."""
-    storage = study._storage
+    storage = storage_of(study)
     # Ctrl-C ends a wait for the database too.
     with held_interrupts() as held, pausing(storage, held.sleep):
         trial = sampler.ask(study, waited_s)
         if trial is None:
             return False
-        ticket = sampler.ticket(study, trial._trial_id)
+        ticket = sampler.ticket(study, trial)
         recording = ticket is not None and ticket.kind == "incumbent"
         try:
-            with heartbeat(storage, trial._trial_id):
+            with heartbeat(storage, trial_id_of(trial)):
                 held.release()
                 trains = ticket is not None and ticket.trains
                 on_doing("training" if trains else "recording" if recording else "scoring")
@@ -159,7 +160,7 @@ def _finish(
     state: TrialState,
     value: float | None = None,
 ) -> None:
-    sampler.view(study).tickets.pop(trial._trial_id, None)
+    sampler.view(study).tickets.pop(trial_id_of(trial), None)
     try:
         trial.finish(state, value)
     except UpdateFinishedTrialError:

@@ -81,7 +81,7 @@ def test_three_threads_with_connections_of_their_own_score_every_candidate_once(
             mine = optuna.load_study(study_name="table", storage=open_storage(url), sampler=by)
 
             def objective(trial: optuna.Trial) -> float:
-                ticket = ours(mine).ticket(mine, trial._trial_id)
+                ticket = ours(mine).ticket(mine, trial)
                 scored.append((ticket.kind, ticket.step, ticket.slot))
                 return assigned(trial)
 
