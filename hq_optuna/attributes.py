@@ -28,7 +28,7 @@ from typing import Any, Literal
 TICKET = "hq:ticket"
 """Trial system attribute: the ticket."""
 
-BEAT = "hq:beat"
+HEARTBEAT = "hq:heartbeat"
 """Trial system attribute that the owner of a long trial keeps changing: a count."""
 
 SPACE = "hq:space"

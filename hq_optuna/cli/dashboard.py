@@ -22,7 +22,7 @@ from hq_optuna.dashboard import write_pages
 from hq_optuna.dashboard.server import DashboardServer
 from hq_optuna.errors import StorageError
 from hq_optuna.protocol.start_options import StartOptions
-from hq_optuna.protocol.status import Watch
+from hq_optuna.protocol.status import StatusReader
 from hq_optuna.settings import RunSettings
 from hq_optuna.storages import open_storage, redact_url, storage_exists
 
@@ -100,9 +100,9 @@ def _beside(storage: str) -> str | None:
 def _refresh(study: Study) -> None:
     """Write the pages of a search that nobody writes any more, as after a killed run."""
     try:
-        watch = Watch(study)
+        watch = StatusReader(study)
         for _ in range(LOOKS):
-            current = watch.look()
+            current = watch.read()
             if current.state != "idle":  # else perhaps just between two trials
                 break
             time.sleep(LOOK_EVERY_S)

@@ -26,7 +26,7 @@ from hq_optuna.attributes import StudyInfo, quantizers_text
 from hq_optuna.dashboard.notes import change, trial_note
 from hq_optuna.dashboard.pages import FIGURES, artifacts_in
 from hq_optuna.optuna_internals import ARTIFACTS_ATTR_PREFIX, FrozenStudy, id_of
-from hq_optuna.protocol.status import Watch
+from hq_optuna.protocol.status import StatusReader
 from hq_optuna.search import Additive
 from hq_optuna.space.cost import CostModel, format_cost
 from hq_optuna.space.search_space import SearchSpace
@@ -52,7 +52,7 @@ class ShownStorage(RetryingStorage):
 
     def __init__(self, storage: BaseStorage) -> None:
         super().__init__(storage, retry_for_s=0.0)
-        self._watches: dict[int, Watch] = {}
+        self._watches: dict[int, StatusReader] = {}
         self._lock = threading.Lock()
 
     def info(self, study_id: int) -> StudyInfo | None:
@@ -109,8 +109,8 @@ class ShownStorage(RetryingStorage):
                 if study_id not in self._watches:
                     name = self.get_study_name_from_id(study_id)
                     study = optuna.load_study(study_name=name, storage=self)
-                    self._watches[study_id] = Watch(study)
-                self._watches[study_id].look()
+                    self._watches[study_id] = StatusReader(study)
+                self._watches[study_id].read()
                 number = self._watches[study_id].record
             if number is not None:
                 return self.get_trial(

@@ -17,7 +17,7 @@ from optuna.study import Study
 from hq_optuna.dashboard.pages import STAMP, unwrapped, write_pages
 from hq_optuna.optuna_internals import database_of
 from hq_optuna.protocol import worker_identity
-from hq_optuna.protocol.status import Watch
+from hq_optuna.protocol.status import StatusReader
 from hq_optuna.protocol.step_log import StepLog
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class PageWriter:
         self._not_before = -float("inf")
         self._mine = always
         self._last: tuple[int, bool] | None = None  # what the last writing saw
-        self._watch: Watch | None = None
+        self._watch: StatusReader | None = None
         self._warned = False
         if self._on:
             say_how_to_look()
@@ -120,8 +120,8 @@ class PageWriter:
                     self._not_before = began + left_s
                     return
             if self._watch is None:
-                self._watch = Watch(study)
-            current = self._watch.look()
+                self._watch = StatusReader(study)
+            current = self._watch.read()
             if not last and current.state == "idle":  # a moment between two trials
                 current = dataclasses.replace(current, state="running")
             write_pages(study, current=current)

@@ -343,7 +343,7 @@ class HessianObjective:
     def obey(
         self, study: Study, order: Mapping[str, Any], needed: Callable[[], bool]
     ) -> tuple[float, dict[str, Any]]:
-        """Do what a foreman orders for a trial of its own.
+        """Do what a coordinator orders for a trial of its own.
 
         Args:
             study: The study. It is read only for a network that was trained meanwhile, and written

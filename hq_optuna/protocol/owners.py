@@ -3,7 +3,7 @@
 Three signs, none of which compares the clocks of two machines:
 
 - A worker of this host whose process is gone is dead at once (`worker_identity`).
-- The owner of a trial that runs long keeps changing one attribute (`attributes.BEAT`). Who is
+- The owner of a trial that runs long keeps changing one attribute (`attributes.HEARTBEAT`). Who is
   seen not to have changed it for `Owners.grace_s` of the observer's time is taken for dead.
 - A trial without a ticket, `UNTAGGED_GRACE_S` after it was first seen, lost its worker. (Workers of
   `hq_optuna.workers.loop` create trials with their ticket; these come from other loops.)
@@ -26,7 +26,7 @@ from hq_optuna.storages.trials import TrialRow
 UNTAGGED_GRACE_S = 3.0
 """A trial that has not got its ticket after this long lost its worker."""
 
-BEAT_S = 5.0
+HEARTBEAT_S = 5.0
 """How often the owner of a running trial changes its attribute."""
 
 GRACE_S = 30.0
@@ -58,10 +58,10 @@ class Owners:
         self.dead: dict[int, int] = {}
         self.died: list[Ticket] = []
         self.waiting = False
-        self._signs: dict[int, tuple[Any, float]] = {}  # number → (beat, when it was first seen)
+        self._signs: dict[int, tuple[Any, float]] = {}  # number → (sign, first seen)
         self._last_number: dict[str, int] = {}  # worker → its latest trial
 
-    def look(self, rows: Sequence[TrialRow]) -> None:
+    def update(self, rows: Sequence[TrialRow]) -> None:
         """Judge the running trials among rows, which are all unfinished ones and the new ones."""
         now = time.monotonic()
         self.running, self.untagged, self.dead, self.waiting = {}, [], {}, False
@@ -74,7 +74,7 @@ class Owners:
             if row.state != TrialState.RUNNING:
                 self._signs.pop(row.number, None)
                 continue
-            sign = (row.ticket is not None, row.beat)
+            sign = (row.ticket is not None, row.heartbeat)
             if self._signs.get(row.number, (None, 0.0))[0] != sign:
                 self._signs[row.number] = (sign, now)
             quiet_s = now - self._signs[row.number][1]
@@ -97,7 +97,7 @@ class Owners:
         if worker_identity.is_dead(worker):
             return True
         # A process seen to live is trusted unless it was beating and stopped.
-        hangs = row.beat is not None or not worker_identity.is_alive(worker)
+        hangs = row.heartbeat is not None or not worker_identity.is_alive(worker)
         return hangs and quiet_s >= self.grace_s
 
     def at_work(self, worker: str, last: int) -> list[str]:

@@ -87,7 +87,7 @@ class SearchStatus:
         return asdict(self)
 
 
-class Watch:
+class StatusReader:
     """Looks at one study again and again; each look reads what is new.
 
     Args:
@@ -101,7 +101,7 @@ class Watch:
         self._scored: Counter[str] = Counter()
         self._latest: list[float] = []
 
-    def look(self) -> SearchStatus:
+    def read(self) -> SearchStatus:
         """Return where the search stands now."""
         log = self._open()
         if log is None or self._info is None:
@@ -225,4 +225,4 @@ def end_reason(log: StepLog) -> str:
 
 def read_status(study: Study) -> SearchStatus:
     """Return where a search stands."""
-    return Watch(study).look()
+    return StatusReader(study).read()

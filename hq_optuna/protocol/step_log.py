@@ -175,7 +175,7 @@ class StepLog:
     def update(self, rows: Sequence[TrialRow]) -> None:
         """Take in trials that are new or were unfinished, ordered by number."""
         self.cursor.move(rows)
-        self.owners.look(rows)
+        self.owners.update(rows)
         for row in rows:
             self._note_search(row.ticket)
             self._note_time(row)

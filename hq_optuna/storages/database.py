@@ -144,11 +144,11 @@ class Database(HookedRDBStorage):
                     connection.execute(sqlalchemy.insert(table), rows)
         return [one.trial_id for one in done]
 
-    def beat(self, trial_ids: Sequence[int], count: int) -> None:
+    def write_heartbeats(self, trial_ids: Sequence[int], count: int) -> None:
         """Set the sign of life of the trials that still run, in one transaction."""
         with self._transaction() as connection:
             running = _running(connection, trial_ids)
-            rows = [row for i in running for row in _attributes(i, {attributes.BEAT: count})]
+            rows = [row for i in running for row in _attributes(i, {attributes.HEARTBEAT: count})]
             self._upsert(connection, _SYSTEM_ATTRS, rows)
 
     def set_study_system_attrs(self, study_id: int, system_attrs: Mapping[str, Any]) -> None:

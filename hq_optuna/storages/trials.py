@@ -34,7 +34,7 @@ class TrialRow:
         state: Its state.
         value: Its value, where it has exactly one.
         ticket: Its ticket, if it has one of this protocol.
-        beat: What its owner keeps changing while it runs long.
+        heartbeat: What its owner keeps changing while it runs long.
         seconds: From its creation to its end; ``None`` while it runs.
     """
 
@@ -43,7 +43,7 @@ class TrialRow:
     state: TrialState
     value: float | None
     ticket: Ticket | None
-    beat: Any = None
+    heartbeat: Any = None
     seconds: float | None = None
 
 
@@ -92,7 +92,7 @@ def row_of(trial: FrozenTrial) -> TrialRow:
         trial.state,
         values[0] if values is not None and len(values) == 1 else None,
         Ticket.read(trial.system_attrs),
-        trial.system_attrs.get(attributes.BEAT),
+        trial.system_attrs.get(attributes.HEARTBEAT),
         None if trial.duration is None else trial.duration.total_seconds(),
     )
 
@@ -153,11 +153,10 @@ def read_facts(storage: BaseStorage, study_id: int, keys: Sequence[str]) -> list
 
 def _row_query(study_id: int, cursor: Cursor) -> sqlalchemy.Select[Any]:
     trials, values = models.TrialModel.__table__, models.TrialValueModel.__table__
-    ticket, beat = (models.TrialSystemAttributeModel.__table__.alias(n) for n in ("t", "b"))
+    ticket, heartbeat = (models.TrialSystemAttributeModel.__table__.alias(n) for n in ("t", "h"))
     new = trials.c.trial_id > cursor.last_id
     if cursor.unfinished:
         new = new | trials.c.trial_id.in_(cursor.unfinished.values())
-    running = trials.c.state == TrialState.RUNNING
     return (
         sqlalchemy.select(
             trials.c.number,
@@ -168,7 +167,7 @@ def _row_query(study_id: int, cursor: Cursor) -> sqlalchemy.Select[Any]:
             values.c.value,
             values.c.value_type,
             ticket.c.value_json.label("ticket"),
-            beat.c.value_json.label("beat"),
+            heartbeat.c.value_json.label("heartbeat"),
         )
         .select_from(
             trials.outerjoin(
@@ -179,8 +178,10 @@ def _row_query(study_id: int, cursor: Cursor) -> sqlalchemy.Select[Any]:
                 (ticket.c.trial_id == trials.c.trial_id) & (ticket.c.key == attributes.TICKET),
             )
             .outerjoin(
-                beat,
-                (beat.c.trial_id == trials.c.trial_id) & (beat.c.key == attributes.BEAT) & running,
+                heartbeat,
+                (heartbeat.c.trial_id == trials.c.trial_id)
+                & (heartbeat.c.key == attributes.HEARTBEAT)
+                & (trials.c.state == TrialState.RUNNING),
             )
         )
         .where(trials.c.study_id == study_id, new)
@@ -197,7 +198,7 @@ def _row(columns: sqlalchemy.Row[Any]) -> TrialRow:
     if begin is not None and end is not None:
         seconds = float((end - begin).total_seconds())
     return TrialRow(
-        columns.number, columns.trial_id, columns.state, value, ticket, columns.beat, seconds
+        columns.number, columns.trial_id, columns.state, value, ticket, columns.heartbeat, seconds
     )
 
 

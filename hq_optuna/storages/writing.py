@@ -116,13 +116,13 @@ def finish_trials(storage: BaseStorage, ended: Sequence[Ended]) -> None:
             finish_trial(storage, one.trial_id, one.state, one.value, one.user_attrs)
 
 
-def beat(storage: BaseStorage, trial_ids: Sequence[int], count: int) -> None:
+def write_heartbeats(storage: BaseStorage, trial_ids: Sequence[int], count: int) -> None:
     """Show that the owner of running trials lives: set their sign of life to ``count``."""
     if isinstance(storage, RetryingStorage):
-        storage = storage.wrapped  # a late beat is worth nothing
+        storage = storage.wrapped  # a late heartbeat is worth nothing
     if (database := _bulk(storage)) is not None:
-        database.beat(trial_ids, count)
+        database.write_heartbeats(trial_ids, count)
         return
     for trial_id in trial_ids:
         with contextlib.suppress(UpdateFinishedTrialError):
-            storage.set_trial_system_attr(trial_id, attributes.BEAT, count)
+            storage.set_trial_system_attr(trial_id, attributes.HEARTBEAT, count)

@@ -1,9 +1,9 @@
 """`Supervisor`: keeps a number of workers at work until the search is over.
 
-It knows nothing of processes or clusters: a *life* of a worker is whatever can be polled and ended.
-A worker that dies is started again after a pause; one that dies again and again without having
-scored anything is given up. What a worker says itself is wrong (a study file, a network, a storage
-that stays away) would be wrong for the next one too, and ends the crew.
+It knows nothing of processes or clusters: a `WorkerHandle` is whatever can be polled and ended. A
+worker that dies is started again after a pause; one that dies again and again without having scored
+anything is given up. An error that a worker reports itself (its study file, a network, a storage
+that stays away) would meet the next one too, and ends them all.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class WorkerHandle(Protocol):
 
     def poll(self) -> int | None: ...  # noqa: D102
     def events(self) -> list[dict[str, Any]]: ...  # noqa: D102
-    def last_words(self) -> Sequence[str]: ...  # noqa: D102
+    def last_lines(self) -> Sequence[str]: ...  # noqa: D102
     def terminate(self) -> None: ...  # noqa: D102
     def kill(self) -> None: ...  # noqa: D102
     def close(self) -> None: ...  # noqa: D102
@@ -33,15 +33,15 @@ class WorkerHandle(Protocol):
 
 @dataclass
 class Member:
-    """One worker over all its lives.
+    """One worker, however often it is started again.
 
     Attributes:
-        index: Its place in the crew.
+        index: Its place among the workers.
         doing: What it told last, ``"starting"``, ``"died"``, ``"given up"`` or ``"done"``.
-        name: ``host:pid`` of its present life, once it told.
-        scored: Candidates it scored in all its lives.
+        name: ``host:pid`` of its present process, once it told.
+        scored: Candidates it scored, over all starts.
         restarts: How often it was started again.
-        last_words: The end of the standard error of the life that ended last.
+        last_lines: The end of the standard error of the process that ended last.
     """
 
     index: int
@@ -49,8 +49,8 @@ class Member:
     name: str = ""
     scored: int = 0
     restarts: int = 0
-    last_words: tuple[str, ...] = ()
-    _life: WorkerHandle | None = None
+    last_lines: tuple[str, ...] = ()
+    _handle: WorkerHandle | None = None
     _scored_before: int = 0
     _deaths: int = 0
     _next_start: float = 0.0
@@ -66,7 +66,7 @@ class Supervisor:
     """Keeps workers at work.
 
     Args:
-        start: Starts a life of the worker with this index.
+        start: Starts the worker with this index.
         n_workers: How many.
         on_news: Called with a sentence when a worker dies, is started again or is given up.
         clock: Seconds that never go back.
@@ -85,58 +85,58 @@ class Supervisor:
         self._clock = clock
         self.members = [Member(index) for index in range(n_workers)]
 
-    def look(self) -> bool:
-        """See to every worker once; return whether the crew has work to do.
+    def poll(self) -> bool:
+        """See to every worker once; return whether there is work to do.
 
         Raises:
             WorkerError: A worker says what is wrong, or all died again and again.
         """
         for member in self.members:
-            if member._life is not None:
-                self._listen(member, member._life)
+            if member._handle is not None:
+                self._read(member, member._handle)
             elif not member.over and self._clock() >= member._next_start:
                 self._begin(member)
         if any(member.doing == "done" for member in self.members):
             for member in self.members:  # the search is over: nobody need come back
-                if member._life is None and not member.over:
+                if member._handle is None and not member.over:
                     member.doing = "done"
         if all(member.doing == "given up" for member in self.members):
             worst = self.members[-1]
             raise WorkerError(
                 f"{'Every worker' if len(self.members) > 1 else 'The worker'} died "
                 f"{DEATHS_UNTIL_GIVEN_UP} times without scoring a candidate. The last one said:\n"
-                + "\n".join(worst.last_words or ("(nothing)",))
+                + "\n".join(worst.last_lines or ("(nothing)",))
             )
         return not all(member.over for member in self.members)
 
     def end(self, grace_s: float = 20.0) -> None:
         """End every worker: ask first, so that candidates are given back, and then insist."""
-        lives = [m._life for m in self.members if m._life is not None]
+        handles = [m._handle for m in self.members if m._handle is not None]
         try:
-            for life in lives:
-                if life.poll() is None:
-                    life.terminate()
+            for handle in handles:
+                if handle.poll() is None:
+                    handle.terminate()
             until = self._clock() + grace_s
-            while any(life.poll() is None for life in lives) and self._clock() < until:
+            while any(handle.poll() is None for handle in handles) and self._clock() < until:
                 time.sleep(0.05)
         finally:  # also when Ctrl-C comes again
-            for life in lives:
-                if life.poll() is None:
-                    life.kill()
+            for handle in handles:
+                if handle.poll() is None:
+                    handle.kill()
             for member in self.members:
-                if member._life is not None:
-                    member._life.close()
-                    member._life = None
+                if member._handle is not None:
+                    member._handle.close()
+                    member._handle = None
 
     def _begin(self, member: Member) -> None:
-        member._life = self._start(member.index)
+        member._handle = self._start(member.index)
         member._scored_before = member.scored
         member._error = None
         member.doing, member.name = "starting", ""
 
-    def _listen(self, member: Member, life: WorkerHandle) -> None:
-        code = life.poll()  # before the events, so that none that came first is missed
-        for event in life.events():
+    def _read(self, member: Member, handle: WorkerHandle) -> None:
+        code = handle.poll()  # before the events, so that none that came first is missed
+        for event in handle.events():
             if "error" in event and "message" in event:
                 interrupted = event["error"] == "Interrupted"
                 member._error = None if interrupted else str(event["message"])
@@ -146,23 +146,23 @@ class Supervisor:
                 member.scored = member._scored_before + event.get("scored", 0)
         if code is None:
             return
-        member.last_words = tuple(life.last_words())
-        life.close()
-        member._life = None
+        member.last_lines = tuple(handle.last_lines())
+        handle.close()
+        member._handle = None
         if code == 0:
             member.doing = "done"
         elif member._error is not None:
             raise WorkerError(member._error)
         else:
-            self._mourn(member, code)
+            self._note_death(member, code)
 
-    def _mourn(self, member: Member, code: int) -> None:
+    def _note_death(self, member: Member, code: int) -> None:
         who = f"Worker {member.index + 1}" + (f" ({member.name})" if member.name else "")
         scored_nothing = member.scored == member._scored_before
         member._deaths = member._deaths + 1 if scored_nothing else 1
         if member._deaths >= DEATHS_UNTIL_GIVEN_UP:
             member.doing = "given up"
-            said = f": {member.last_words[-1]}" if member.last_words else ""
+            said = f": {member.last_lines[-1]}" if member.last_lines else ""
             self._on_news(
                 f"{who} died {member._deaths} times without scoring a candidate, and is given up"
                 f"{said}"
@@ -172,10 +172,10 @@ class Supervisor:
         member._next_start = self._clock() + pause_s
         member.doing = "died"
         member.restarts += 1
-        self._on_news(f"{who} died ({_how(code)}) and is started again in {pause_s:g} s")
+        self._on_news(f"{who} died ({_exit_text(code)}) and is started again in {pause_s:g} s")
 
 
-def _how(code: int) -> str:
+def _exit_text(code: int) -> str:
     if code < 0:
         try:
             return signal.Signals(-code).name

@@ -83,8 +83,8 @@ def test_a_beat_is_read_while_the_trial_runs(storage):
     seen = [
         beat
         for beat in (1, 2)
-        if study._storage.set_trial_system_attr(trial._trial_id, attributes.BEAT, beat) is None
-        and str(read_rows(study._storage, study._study_id, Cursor())[0].beat) == str(beat)
+        if study._storage.set_trial_system_attr(trial._trial_id, attributes.HEARTBEAT, beat) is None
+        and str(read_rows(study._storage, study._study_id, Cursor())[0].heartbeat) == str(beat)
     ]
     assert seen == [1, 2]
 

@@ -34,7 +34,7 @@ class FakeLife:
         told, self.told = self.told, []
         return told
 
-    def last_words(self) -> list[str]:
+    def last_lines(self) -> list[str]:
         return self.words
 
     def terminate(self) -> None:
@@ -60,7 +60,7 @@ class World:
         self.crew = Supervisor(
             self.start, n_workers, on_news=self.news.append, clock=lambda: self.now
         )
-        self.crew.look()
+        self.crew.poll()
 
     def start(self, index: int) -> FakeLife:
         self.lives[index].append(FakeLife())
@@ -75,10 +75,10 @@ def test_all_are_started_and_the_crew_is_done_when_all_are():
     world = World(3)
     assert [len(lives) for lives in world.lives] == [1, 1, 1]
     for lives in world.lives:
-        assert world.crew.look()
+        assert world.crew.poll()
         lives[0].tell("done", scored=4)
         lives[0].code = 0
-    assert not world.crew.look()
+    assert not world.crew.poll()
     assert [(m.doing, m.scored, m.name) for m in world.crew.members] == [("done", 4, "box:7")] * 3
     assert all(lives[0].asked == ["close"] for lives in world.lives)
     assert world.news == []
@@ -88,18 +88,18 @@ def test_who_dies_is_started_again_after_a_pause():
     world = World(2)
     world.lives[1][0].tell("scored", scored=3)
     world.die(1)
-    world.crew.look()
+    world.crew.poll()
     assert world.news == [
         f"Worker 2 (box:7) died (SIGKILL) and is started again in {FIRST_PAUSE_S:g} s"
     ]
     assert world.crew.members[1].doing == "died"
-    world.crew.look()
+    world.crew.poll()
     assert len(world.lives[1]) == 1
     world.now += FIRST_PAUSE_S
-    world.crew.look()
+    world.crew.poll()
     assert len(world.lives[1]) == 2
     world.lives[1][1].tell("scored", scored=2)
-    world.crew.look()
+    world.crew.poll()
     member = world.crew.members[1]
     assert (member.scored, member.restarts, member.doing) == (5, 1, "scored")
 
@@ -111,10 +111,10 @@ def test_pauses_grow_while_nothing_is_scored_and_shrink_once_something_is():
         if death == 3:
             world.lives[0][-1].tell("scored", scored=1)
         world.die(0)
-        world.crew.look()
+        world.crew.poll()
         pauses.append(float(world.news[-1].split()[-2]))
         world.now += pauses[-1]
-        world.crew.look()
+        world.crew.poll()
         if world.crew.members[0].doing == "given up":
             break
     assert pauses[:5] == [0.5, 1.0, 2.0, 0.5, 1.0]
@@ -125,14 +125,14 @@ def test_who_dies_at_once_again_and_again_is_given_up_while_others_go_on():
     world = World(2)
     for _ in range(DEATHS_UNTIL_GIVEN_UP):
         world.die(0, code=1, words=("first", "CUDA error: out of memory"))
-        world.crew.look()
+        world.crew.poll()
         world.now += LONGEST_PAUSE_S
-        world.crew.look()
+        world.crew.poll()
     assert len(world.lives[0]) == DEATHS_UNTIL_GIVEN_UP
     assert world.crew.members[0].doing == "given up"
     assert "is given up: CUDA error: out of memory" in world.news[-1]
     world.lives[1][0].code = 0
-    assert not world.crew.look()
+    assert not world.crew.poll()
 
 
 def test_when_all_are_given_up_the_error_has_their_last_words():
@@ -141,9 +141,9 @@ def test_when_all_are_given_up_the_error_has_their_last_words():
         for _ in range(DEATHS_UNTIL_GIVEN_UP):
             for index in (0, 1):
                 world.die(index, words=("Traceback", "ImportError: libfoo.so.1"))
-            world.crew.look()
+            world.crew.poll()
             world.now += LONGEST_PAUSE_S
-            world.crew.look()
+            world.crew.poll()
     assert "Every worker died 5 times without scoring a candidate" in str(raised.value)
     assert str(raised.value).endswith("Traceback\nImportError: libfoo.so.1")
 
@@ -154,7 +154,7 @@ def test_what_a_worker_says_is_wrong_ends_the_crew():
     life.told.append({"error": "ResumeError", "message": "Changed: the calibration data."})
     life.code = 1
     with pytest.raises(WorkerError, match="Changed: the calibration data"):
-        world.crew.look()
+        world.crew.poll()
 
 
 def test_json_that_a_study_file_prints_says_nothing_of_its_worker():
@@ -163,7 +163,7 @@ def test_json_that_a_study_file_prints_says_nothing_of_its_worker():
     life.tell("scored", scored=3)
     life.told += [{"epoch": 1, "error": 0.25}, {"epoch": 2, "loss": 0.1}]
     life.code = -9
-    world.crew.look()
+    world.crew.poll()
     assert "died (SIGKILL) and is started again" in world.news[0]
     assert world.crew.members[0].scored == 3
 
@@ -173,7 +173,7 @@ def test_a_worker_that_somebody_interrupted_is_started_again():
     life = world.lives[0][0]
     life.told.append({"error": "Interrupted", "message": "Interrupted."})
     life.code = 130
-    world.crew.look()
+    world.crew.poll()
     assert "exit status 130" in world.news[0]
     assert world.crew.members[0].doing == "died"
 
@@ -181,9 +181,9 @@ def test_a_worker_that_somebody_interrupted_is_started_again():
 def test_nobody_is_started_again_once_one_says_the_search_is_over():
     world = World(2)
     world.die(0)
-    world.crew.look()
+    world.crew.poll()
     world.lives[1][0].code = 0
-    assert not world.crew.look()
+    assert not world.crew.poll()
     assert [m.doing for m in world.crew.members] == ["done", "done"]
 
 

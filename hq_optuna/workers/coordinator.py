@@ -1,15 +1,15 @@
-"""A foreman: claims work for all workers of a launcher, hands it out, and stores what comes back.
+"""`Coordinator`: claims work for all workers of a launcher, hands it out, and stores the answers.
 
 A worker that talks to the database itself spends more of its processor's time there than a quick
-candidate takes, and 32 of them reach for the same work at the same moment. A foreman claims for all
-of its workers in one transaction, stores their results in another, and knows what it has handed
+candidate takes, and 32 of them reach for the same work at the same moment. A coordinator claims for
+all of its workers in one transaction, stores their results in another, and knows what it has handed
 out. While nobody else works on the study, candidates are handed out first and claimed while they
 are scored, and those of the next step as soon as the last result of a step is known.
 
-For the storage a foreman is one worker that runs several trials: the step protocol, what is
+For the storage a coordinator is one worker that runs several trials: the step protocol, what is
 recorded, and the history are the same. Its workers may die at any moment; their candidates are then
-marked failed and handed out again. When the foreman itself dies its workers end, and others find
-its process gone.
+marked failed and handed out again. When the coordinator itself dies its workers end, and others
+find its process gone.
 """
 
 from __future__ import annotations
@@ -30,27 +30,26 @@ from hq_optuna.attributes import Ticket
 from hq_optuna.errors import StorageError
 from hq_optuna.optuna_internals import storage_of
 from hq_optuna.protocol import worker_identity
-from hq_optuna.protocol.claims import create_record, create_together, new_claim, own_slots
-from hq_optuna.protocol.owners import BEAT_S
-from hq_optuna.protocol.step_log import StepLog
+from hq_optuna.protocol.claims import create_record, create_together, new_claim, numbered, own_slots
+from hq_optuna.protocol.owners import HEARTBEAT_S
+from hq_optuna.protocol.step_log import OpenStep, StepLog
 from hq_optuna.protocol.tickets import candidate_ticket, closing, record_ticket, winner_of
 from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.search import Past, Result
 from hq_optuna.storages import pausing
 from hq_optuna.storages.database import Ended
-from hq_optuna.storages.writing import beat, finish_trials, writes_together
-from hq_optuna.workers.dispatcher import Dispatcher, Order, RemoteWorker
-from hq_optuna.workers.dispatcher import Result as Said
+from hq_optuna.storages.writing import finish_trials, write_heartbeats, writes_together
+from hq_optuna.workers.dispatcher import Answer, Dispatcher, Order, RemoteWorker
 from hq_optuna.workers.interrupts import held_interrupts
 from hq_optuna.workers.loop import fail_dead_trials
 
 logger = logging.getLogger(__name__)
 
 
-class Foreman:
+class Coordinator:
     """Runs a search with workers that never touch its storage.
 
-    `hear` may be called from any thread; everything else from one, the launcher's main thread.
+    `receive` may be called from any thread; everything else from one, the launcher's main thread.
 
     Args:
         study: With a `ProgressiveBitSampler`, as `BitSearch.open` returns it.
@@ -58,7 +57,7 @@ class Foreman:
         clock: Seconds that never go back.
 
     Attributes:
-        hands: Its workers.
+        dispatcher: Speaks to its workers.
         over: Whether the search is over.
     """
 
@@ -71,24 +70,24 @@ class Foreman:
     ) -> None:
         sampler = study.sampler
         assert isinstance(sampler, ProgressiveBitSampler)
-        self._study, self._view = study, sampler.view(study)
+        self._study, self._view, self._storage = study, sampler.view(study), storage_of(study)
         self._on_progress, self._clock = on_progress, clock
-        self._at_once = 2 if writes_together(storage_of(study)) else 1
+        self._at_once = 2 if writes_together(self._storage) else 1
         self.dispatcher = Dispatcher()
         self.over = False
         self._log: StepLog | None = None  # as it was last read
         self._claimed: dict[int, Order] = {}  # by claim: those with a trial that is not ended
         self._ahead: dict[tuple[int, ...], Order] = {}  # by bits: of the step that opens next
-        self._early: list[Said] = []  # results of those
+        self._early: list[Answer] = []  # to those
         self._facts: dict[int, tuple[float, Mapping[str, Any]]] = {}  # by number, of this step
         self._failed: set[int] = set()
-        self._beaten, self._beats = clock(), 0
+        self._last_heartbeat, self._n_heartbeats = clock(), 0
 
-    def hear(self, hand: RemoteWorker, event: Mapping[str, Any] | None) -> None:
+    def receive(self, worker: RemoteWorker, event: Mapping[str, Any] | None) -> None:
         """Take in what a worker says, from any thread; ``None``: it is gone."""
-        self.dispatcher.hear(hand, event)
+        self.dispatcher.receive(worker, event)
 
-    def look(self, wait_s: float) -> bool:
+    def poll(self, wait_s: float) -> bool:
         """Wait for news, do what is to do, and return whether the search goes on.
 
         Raises:
@@ -99,10 +98,10 @@ class Foreman:
         self.dispatcher.news.wait(wait_s)
         self.dispatcher.news.clear()
         # Ctrl-C ends a wait for the database too.
-        with held_interrupts() as held, pausing(storage_of(self._study), held.sleep):
+        with held_interrupts() as held, pausing(self._storage, held.sleep):
             while not self.over and self._turn() and not held.pending:
                 pass
-            self._show_life()
+            self._send_heartbeats()
         return not self.over
 
     def give_back(self) -> None:
@@ -113,11 +112,11 @@ class Foreman:
 
     def _turn(self) -> bool:
         """Store, read, record, claim; return whether to do so again at once."""
-        results, lost = self.dispatcher.collect()
-        self._look_ahead(results)
-        self._store(results)
+        answers, lost = self.dispatcher.collect()
+        self._prefetch(answers)
+        self._store(answers)
         self._end([order for order in lost if order.ticket is not None], TrialState.FAIL)
-        self.dispatcher.hand_out([order for order in lost if order.ticket is None])
+        self.dispatcher.submit([order for order in lost if order.ticket is None])
         self._view.check_settings(self._study)
         log = self._log = self._view.read(self._study)
         self._view.refuse_another_search(self._study)
@@ -128,11 +127,11 @@ class Foreman:
         step = log.open
         if step is None:
             self.over = True
-            self._drop([*self._claimed.values(), *self._ahead.values()])
-            self.dispatcher.dismiss()
+            self._cancel([*self._claimed.values(), *self._ahead.values()])
+            self.dispatcher.shutdown()
             return False
         # Candidates of closed steps, and those that others have done.
-        self._drop(
+        self._cancel(
             order
             for order in list(self._claimed.values())
             if order.ticket is not None
@@ -143,67 +142,62 @@ class Foreman:
         )
         if step.complete:
             return log.anything_left() and self._record(log)
-        self._claim(log)
+        self._claim(log, step)
         return bool(self._early)
 
-    def _store(self, results: Sequence[Said]) -> None:
-        """Store results as far as their trials are there."""
-        ended, self._early = [], [*self._early, *results]
-        early: list[Said] = []
-        for order, said in self._early:
+    def _store(self, answers: Sequence[Answer]) -> None:
+        """Store answers as far as their trials are there."""
+        ended, early = list[Ended](), list[Answer]()
+        for order, said in [*self._early, *answers]:
             if order.trial_id is None:
                 early.append((order, said))
                 continue
             self._claimed.pop(order.claim, None)
-            if order.void:
+            if order.cancelled:
                 continue
             value, facts = _value(said), dict(said["facts"])
             self._facts[order.number] = (value, facts)
             seconds = facts.get(attributes.SECONDS)
             ended.append(Ended(order.trial_id, TrialState.COMPLETE, value, facts, seconds))
-        self._early = [(order, said) for order, said in early if not order.void]
+        self._early = [(order, said) for order, said in early if not order.cancelled]
+        self._finish(ended)
+
+    def _finish(self, ended: Sequence[Ended]) -> None:
         if ended:
-            finish_trials(storage_of(self._study), ended)
+            finish_trials(self._storage, ended)
 
     def _end(self, orders: Sequence[Order], state: TrialState) -> None:
         for order in orders:
             self._claimed.pop(order.claim, None)
-            order.void = True
-        ended = [Ended(o.trial_id, state) for o in orders if o.trial_id is not None]
-        if ended:
-            finish_trials(storage_of(self._study), ended)
+            order.cancelled = True
+        self._finish([Ended(o.trial_id, state) for o in orders if o.trial_id is not None])
 
-    def _drop(self, unneeded: Iterable[Order]) -> None:
+    def _cancel(self, unneeded: Iterable[Order]) -> None:
         orders = list(unneeded)
         self._end(orders, TrialState.PRUNED)
         for order in orders:
-            order.drop()
+            order.cancel()
 
     # Claiming
 
-    def _claim(self, log: StepLog) -> None:
-        step = log.open
-        assert step is not None
-        chosen, alone = self._choose(log)
-        known = self._ahead.keys() & {step.states[slot] for slot in chosen}
-        if self._ahead.keys() - known:  # the step is not the one that was expected, or is shared
-            for bits in self._ahead.keys() - known:
-                self._ahead.pop(bits).drop()
+    def _claim(self, log: StepLog, step: OpenStep) -> None:
+        chosen = self._choose(log, step)
+        expected = {step.states[slot] for slot in chosen}
+        for bits in self._ahead.keys() - expected:  # the step is another one, or is shared
+            self._ahead.pop(bits).cancel()
         if not chosen:
             return
-        search = self._view.search
         orders = []
         for slot in chosen:
-            order = self._ahead.pop(step.states[slot], None)
-            if order is None:
-                order = self._order(step.states[slot], log)
-            ticket = candidate_ticket(log, slot, search)
+            state = step.states[slot]
+            order = self._ahead.pop(state, None) or self._order(new_claim(), state, log)
+            ticket = candidate_ticket(log, slot, self._view.search)
             order.ticket = dataclasses.replace(ticket, claim=order.claim)
             orders.append(order)
         self._claimed |= {order.claim: order for order in orders}
-        new = [order for order in orders if order.hand is None]
+        new, alone = [order for order in orders if order.worker is None], self._is_alone(log)
         if alone:
-            self.dispatcher.hand_out([order for order in new if not order.early])
+            self.dispatcher.submit([order for order in new if not order.early])
         tickets = [order.ticket for order in orders if order.ticket is not None]
         created = create_together(self._view, self._study, tickets)
         for order, place in zip(orders, created, strict=True):
@@ -212,55 +206,53 @@ class Foreman:
         if log.owners.dead or [number for number, _ in created] != [*undisturbed]:
             # Others claimed something meanwhile: of two the lower number has it.
             log = self._view.read(self._study)
-            self._drop(
+            self._cancel(
                 order
                 for order in orders
                 if order.ticket is not None and log.taken(order.ticket, order.number)
             )
         if not alone:
-            self.dispatcher.hand_out([order for order in new if not order.void])
+            self.dispatcher.submit([order for order in new if not order.cancelled])
 
-    def _order(self, bits: tuple[int, ...], log: StepLog) -> Order:
-        return Order(new_claim(), bits, self._clock(), base=log.base)
+    def _order(self, claim: int, bits: tuple[int, ...], log: StepLog) -> Order:
+        return Order(claim, bits, self._clock(), base=log.base)
 
-    def _choose(self, log: StepLog) -> tuple[list[int], bool]:
-        """Return the slots to claim now, and whether nobody else is at work.
+    def _choose(self, log: StepLog, step: OpenStep) -> list[int]:
+        """Return the slots to claim now.
 
         Alone, one more candidate is claimed for each worker than it can do now, if the storage lets
         trials say when they really began: so it need not wait for the storage. Where others work,
         each begins with slots of its own, as single workers do.
         """
-        step = log.open
-        assert step is not None
-        crew = self._crew(log)
-        each = self._at_once if len(crew) == 1 else 1
+        at_work = self._at_work(log)
+        each = self._at_once if len(at_work) == 1 else 1
         free = list(step.free[len(log.owners.untagged) :])
-        if len(crew) > 1:
-            own = own_slots(free, crew, worker_identity.worker_id())
+        if len(at_work) > 1:
+            own = own_slots(free, at_work, worker_identity.worker_id())
             free.sort(key=lambda slot: slot not in own)
         ahead = [slot for slot in free if step.states[slot] in self._ahead]
         lacking = max(each * len(self.dispatcher) - len(self._claimed) - len(ahead), 0)
-        rest = [slot for slot in free if slot not in ahead]
-        return [*ahead, *rest[:lacking]], len(crew) == 1
+        return [*ahead, *[slot for slot in free if slot not in ahead][:lacking]]
 
     @staticmethod
-    def _crew(log: StepLog) -> list[str]:
+    def _at_work(log: StepLog) -> list[str]:
         """Return who works on the study, this process among them."""
         n = 1 if log.open is None else len(log.open.states)
         return log.owners.at_work(worker_identity.worker_id(), last=2 * n)
 
-    def _look_ahead(self, results: Sequence[Said]) -> None:
-        """Hand out what the next step begins with, if these results complete the open one."""
+    def _is_alone(self, log: StepLog) -> bool:
+        return len(self._at_work(log)) == 1
+
+    def _prefetch(self, answers: Sequence[Answer]) -> None:
+        """Submit what the next step begins with, if these answers complete the open one."""
         log = self._log
-        if log is None or log.open is None or not results or self._ahead:
-            return
-        if len(self._crew(log)) > 1:
+        if log is None or log.open is None or not answers or self._ahead or not self._is_alone(log):
             return
         step, search = log.open, log.search
         if step.final or search.trains(step.step):
             return  # it is the last one, or the next one begins from what training gives
         found = {slot: log.results[step.step, slot] for slot in step.done}
-        for order, said in [*self._early, *results]:
+        for order, said in [*self._early, *answers]:
             if order.ticket is not None and order.ticket.parent == step.parent:
                 cost = search.cost_of(order.bits)
                 found[order.ticket.slot] = Result(order.bits, _value(said), cost)
@@ -270,67 +262,66 @@ class Foreman:
         incumbent = search.close(log.incumbent, closed, log.results)
         places = {(step.step, slot): result for slot, result in found.items()}
         past = Past([*log.past.incumbents, incumbent], log.past.results | places)
-        now = self._clock()
-        states = search.states(incumbent, past)
-        for state in states[: self._at_once * len(self.dispatcher)]:
-            self._ahead[state] = Order(new_claim(), state, now, early=True, base=log.base)
-        self.dispatcher.hand_out(list(self._ahead.values()))
+        states = search.states(incumbent, past)[: self._at_once * len(self.dispatcher)]
+        now, base = self._clock(), log.base
+        self._ahead = {s: Order(new_claim(), s, now, early=True, base=base) for s in states}
+        self.dispatcher.submit(list(self._ahead.values()))
 
-    # The step's record, and signs of life
+    # The step's record, and heartbeats
 
     def _record(self, log: StepLog) -> bool:
-        """Close the complete open step, unless somebody else does."""
+        """Close the complete open step, unless somebody else does; return whether it is closed."""
         began = time.perf_counter()
-        search, claim = self._view.search, new_claim()
-        ticket = dataclasses.replace(record_ticket(log, search), claim=claim)
+        ticket = numbered(record_ticket(log, self._view.search))
         assert ticket.origin is not None
         if ticket.trains:
-            return self._have_trained(log, ticket)
+            if (created := self._create_record(log, ticket)) is not None:
+                order = dataclasses.replace(
+                    self._order(ticket.claim, ticket.bits, log),
+                    ticket=ticket,
+                    number=created[0],
+                    trial_id=created[1],
+                    trains=True,
+                )
+                self._claimed[order.claim] = order
+                self.dispatcher.submit([order])
+            return False
         winner = self._facts.get(ticket.origin) or winner_of(self._study, ticket.origin)
         value, facts = closing(*winner)
         facts[attributes.SECONDS] = round(time.perf_counter() - began, 6)
-        if len(self._crew(log)) == 1:
+        if self._is_alone(log):
             create_record(self._view, self._study, ticket, value, facts)
+        elif (created := self._create_record(log, ticket)) is not None:
+            self._finish([Ended(created[1], TrialState.COMPLETE, value, facts)])
         else:
-            expected = -1 if log.owners.dead else log.cursor.n
-            [(number, trial_id)] = create_together(self._view, self._study, [ticket])
-            if number != expected and self._view.read(self._study).taken(ticket, number):
-                finish_trials(storage_of(self._study), [Ended(trial_id, TrialState.PRUNED)])
-                return False
-            ended = Ended(trial_id, TrialState.COMPLETE, value, facts)
-            finish_trials(storage_of(self._study), [ended])
+            return False
         self._facts.clear()
         return True
 
-    def _have_trained(self, log: StepLog, ticket: Ticket) -> bool:
-        """Claim a record that trains its bits, and hand it to a worker."""
+    def _create_record(self, log: StepLog, ticket: Ticket) -> tuple[int, int] | None:
+        """Claim a record; return number and id, or ``None`` where a lower number has it."""
+        undisturbed = -1 if log.owners.dead else log.cursor.n
         [(number, trial_id)] = create_together(self._view, self._study, [ticket])
-        if self._view.read(self._study).taken(ticket, number):
-            finish_trials(storage_of(self._study), [Ended(trial_id, TrialState.PRUNED)])
-            return False
-        order = self._order(ticket.bits, log)
-        order = dataclasses.replace(
-            order, claim=ticket.claim, ticket=ticket, number=number, trial_id=trial_id, trains=True
-        )
-        self._claimed[order.claim] = order
-        self.dispatcher.hand_out([order])
-        return False
+        if number != undisturbed and self._view.read(self._study).taken(ticket, number):
+            self._finish([Ended(trial_id, TrialState.PRUNED)])
+            return None
+        return number, trial_id
 
-    def _show_life(self) -> None:
+    def _send_heartbeats(self) -> None:
         now = self._clock()
-        if now - self._beaten < BEAT_S:
+        if now - self._last_heartbeat < HEARTBEAT_S:
             return
-        self._beaten, self._beats = now, self._beats + 1
+        self._last_heartbeat, self._n_heartbeats = now, self._n_heartbeats + 1
         old = [
             order.trial_id
             for order in self._claimed.values()
-            if order.trial_id is not None and now - order.since >= BEAT_S
+            if order.trial_id is not None and now - order.since >= HEARTBEAT_S
         ]
         if old:
             try:
-                beat(storage_of(self._study), old, self._beats)
-            except Exception as error:  # costs a beat and nothing else
-                logger.debug("No beat for %d trials: %s", len(old), error)
+                write_heartbeats(self._storage, old, self._n_heartbeats)
+            except Exception as error:  # costs a heartbeat and nothing else
+                logger.debug("No heartbeat for %d trials: %s", len(old), error)
 
 
 def _value(said: Mapping[str, Any]) -> float:
