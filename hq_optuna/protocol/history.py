@@ -258,17 +258,13 @@ def read_history(study: Study) -> History:
     user = storage.get_study_user_attrs(id_of(study))
     space_data = attributes.join(attributes.SPACE, system)
     if space_data is None or attributes.INFO not in user:
+        said = "is not a bit search of hq_optuna. Give the name of another study."
         if attributes.FINGERPRINT in user:
-            raise ResumeError(
-                f"Study {study.study_name!r} is being prepared: its sensitivities are not measured "
-                "yet. Look again later; if whoever measures them died, start the search again.",
-                changed=("kind of study",),
+            said = (
+                "is being prepared: its sensitivities are not measured yet. Look again later; if "
+                "the worker that measures them died, start the search again."
             )
-        raise ResumeError(
-            f"Study {study.study_name!r} is not a bit search of hq_optuna. "
-            "Give the name of another study.",
-            changed=("kind of study",),
-        )
+        raise ResumeError(f"Study {study.study_name!r} {said}", changed=("kind of study",))
     space = SearchSpace.from_json(space_data)
     trials = read_facts(storage, id_of(study), _FACTS)
     info = StudyInfo.from_json(user[attributes.INFO])

@@ -110,7 +110,7 @@ class StatusReader:
         log.limit(stored_limits(self._study))
         log.update(rows)
         self._count(rows)
-        return self._standing(log, self._info)
+        return self._status(log, self._info)
 
     @property
     def record(self) -> int | None:
@@ -122,10 +122,8 @@ class StatusReader:
             storage, study_id = place_of(self._study)
             system = storage.get_study_system_attrs(study_id)
             info = storage.get_study_user_attrs(study_id).get(attributes.INFO)
-            space_data, made = (
-                attributes.join(attributes.SPACE, system),
-                system.get(attributes.SETTINGS),
-            )
+            space_data = attributes.join(attributes.SPACE, system)
+            made = system.get(attributes.SETTINGS)
             if info is None or space_data is None or made is None:
                 return None
             self._info = StudyInfo.from_json(info)
@@ -143,7 +141,7 @@ class StatusReader:
             if scored and row.seconds is not None:
                 self._latest = [*self._latest, row.seconds][-LATEST:]
 
-    def _standing(self, log: StepLog, info: StudyInfo) -> SearchStatus:
+    def _status(self, log: StepLog, info: StudyInfo) -> SearchStatus:
         found, gone = self._workers(log)
         n_busy = sum(1 for worker in found if worker.doing and worker.alive is not False)
         step, incumbent = log.open, log.incumbent
@@ -193,23 +191,16 @@ class StatusReader:
             what = "training" if ticket.trains else what
             doing[ticket.worker] = f"step {ticket.step}, {what}"
         died = {ticket.worker for ticket in log.owners.died}
+        known = sorted(self._scored.keys() | doing.keys() | died)
         found = []
-        for name in sorted(self._scored.keys() | doing.keys() | died):
-            alive: bool | None = None
+        for name in known:
+            alive: bool | None = worker_identity.is_alive(name) or None
             if name in died or worker_identity.is_dead(name):
                 alive = False
-            elif worker_identity.is_alive(name):
-                alive = True
             if name in died or name in doing or alive:
-                found.append(
-                    WorkerStatus(
-                        worker_identity.short_name(name),
-                        alive,
-                        doing.get(name, ""),
-                        self._scored[name],
-                    )
-                )
-        return tuple(found), len(self._scored.keys() | doing.keys() | died) - len(found)
+                short = worker_identity.short_name(name)
+                found.append(WorkerStatus(short, alive, doing.get(name, ""), self._scored[name]))
+        return tuple(found), len(known) - len(found)
 
 
 def end_reason(log: StepLog) -> str:
