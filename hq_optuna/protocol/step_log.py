@@ -71,6 +71,17 @@ class OpenStep:
         """Return the bits that a slot's candidate must have; ``None`` where there is no such."""
         return self.states[slot] if 0 <= slot < len(self.states) else None
 
+    def note_running(self, running: Mapping[int, Ticket]) -> None:
+        """Take in what runs now: trial number → ticket."""
+        self.running, self.recording = {}, []
+        for number, ticket in running.items():
+            if (ticket.step, ticket.parent) != self.key:
+                continue
+            if ticket.kind == "incumbent":
+                self.recording.append(number)
+            elif ticket.kind == "candidate" and ticket.bits == self.bits(ticket.slot):
+                self.running.setdefault(ticket.slot, []).append(number)
+
     @property
     def key(self) -> tuple[int, str]:
         """What tickets say of this step and no others."""
@@ -262,7 +273,7 @@ class StepLog:
                 break
             self._close(step, *record)
         if self._step is not None:
-            self._note_running(self._step)
+            self._step.note_running(self.owners.running)
         self._check_limits()
 
     def _count(self, step: OpenStep) -> None:
@@ -309,16 +320,6 @@ class StepLog:
             if found is not None and found[2].state == ticket.bits:
                 return number, value, ticket
         return None
-
-    def _note_running(self, step: OpenStep) -> None:
-        step.running, step.recording = {}, []
-        for number, ticket in self.owners.running.items():
-            if (ticket.step, ticket.parent) != step.key:
-                continue
-            if ticket.kind == "incumbent":
-                step.recording.append(number)
-            elif ticket.kind == "candidate" and ticket.bits == step.bits(ticket.slot):
-                step.running.setdefault(ticket.slot, []).append(number)
 
     def _open_step(self, incumbent: Incumbent | None) -> OpenStep | None:
         """Return the step after an incumbent, or ``None`` where the search ends with it."""

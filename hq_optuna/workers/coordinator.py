@@ -169,7 +169,7 @@ class Coordinator:
     def _end(self, orders: Sequence[Order], state: TrialState) -> None:
         for order in orders:
             self._claimed.pop(order.claim, None)
-            order.cancelled = True
+            order.void()
         self._finish([Ended(o.trial_id, state) for o in orders if o.trial_id is not None])
 
     def _cancel(self, unneeded: Iterable[Order]) -> None:
@@ -187,21 +187,19 @@ class Coordinator:
             self._ahead.pop(bits).cancel()
         if not chosen:
             return
-        orders = []
+        orders, tickets = list[Order](), list[Ticket]()
         for slot in chosen:
             state = step.states[slot]
             order = self._ahead.pop(state, None) or self._order(new_claim(), state, log)
-            ticket = candidate_ticket(log, slot, self._view.search)
-            order.ticket = dataclasses.replace(ticket, claim=order.claim)
+            tickets.append(order.claimed_as(candidate_ticket(log, slot, self._view.search)))
             orders.append(order)
         self._claimed |= {order.claim: order for order in orders}
         new, alone = [order for order in orders if order.worker is None], self._is_alone(log)
         if alone:
             self.dispatcher.submit([order for order in new if not order.early])
-        tickets = [order.ticket for order in orders if order.ticket is not None]
         created = create_together(self._view, self._study, tickets)
-        for order, place in zip(orders, created, strict=True):
-            order.number, order.trial_id = place
+        for order, (number, trial_id) in zip(orders, created, strict=True):
+            order.created_as(number, trial_id)
         undisturbed = range(log.cursor.n, log.cursor.n + len(created))
         if log.owners.dead or [number for number, _ in created] != [*undisturbed]:
             # Others claimed something meanwhile: of two the lower number has it.

@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from hq_optuna.attributes import Ticket
@@ -49,6 +49,23 @@ class Order:
     base: int | None = None
     trains: bool = False
 
+    def claimed_as(self, ticket: Ticket) -> Ticket:
+        """Take a ticket; return it with this order's claim."""
+        self.ticket = replace(ticket, claim=self.claim)
+        return self.ticket
+
+    def created_as(self, number: int, trial_id: int) -> None:
+        """Take the trial that was created for it."""
+        self.number, self.trial_id = number, trial_id
+
+    def assigned_to(self, worker: RemoteWorker) -> None:
+        """Take the worker that has it."""
+        self.worker = worker
+
+    def void(self) -> None:
+        """Give up its result."""
+        self.cancelled = True
+
     def message(self) -> dict[str, Any]:
         """Return what a worker is sent."""
         said: dict[str, Any] = {"claim": self.claim, "bits": list(self.bits)}
@@ -60,7 +77,7 @@ class Order:
 
     def cancel(self) -> None:
         """Give up its result, and tell its worker."""
-        self.cancelled = True
+        self.void()
         if self.worker is not None:
             with contextlib.suppress(OSError):
                 self.worker.send({"cancel": self.claim})
@@ -147,7 +164,7 @@ class Dispatcher:
             worker, order = self._idle.popleft(), self._queue[0]
             if self._send(worker, order.message()):  # else an event will say that it is gone
                 del self._queue[0]
-                order.worker = worker
+                order.assigned_to(worker)
                 self._running[worker] = order
 
     @staticmethod

@@ -8,6 +8,7 @@ that stays away) would meet the next one too, and ends them all.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -42,6 +43,7 @@ class Member:
         scored: Candidates it scored, over all starts.
         restarts: How often it was started again.
         last_lines: The end of the standard error of the process that ended last.
+        handle: Its present process.
     """
 
     index: int
@@ -50,7 +52,7 @@ class Member:
     scored: int = 0
     restarts: int = 0
     last_lines: tuple[str, ...] = ()
-    _handle: WorkerHandle | None = None
+    handle: WorkerHandle | None = None
     _scored_before: int = 0
     _deaths: int = 0
     _next_start: float = 0.0
@@ -60,6 +62,65 @@ class Member:
     def over(self) -> bool:
         """Whether it will not be started again."""
         return self.doing in ("done", "given up")
+
+    def poll(self, start: Callable[[int], WorkerHandle], now: float) -> str | None:
+        """Read what the worker told, or start it if it is time; return news of its death.
+
+        Raises:
+            WorkerError: It reports an error itself.
+        """
+        if self.handle is not None:
+            return self._read(self.handle, now)
+        if not self.over and now >= self._next_start:
+            self.handle = start(self.index)
+            self.doing, self.name = "starting", ""
+            self._scored_before, self._error = self.scored, None
+        return None
+
+    def retire(self) -> None:
+        """Start it no more: the search is over."""
+        if self.handle is None and not self.over:
+            self.doing = "done"
+
+    def close(self) -> None:
+        """Let go of its process."""
+        if self.handle is not None:
+            self.handle.close()
+            self.handle = None
+
+    def _read(self, handle: WorkerHandle, now: float) -> str | None:
+        code = handle.poll()  # before the events, so that none that came first is missed
+        for event in handle.events():
+            if "error" in event and "message" in event:
+                interrupted = event["error"] == "Interrupted"
+                self._error = None if interrupted else str(event["message"])
+            elif "event" in event:  # else JSON that the study file prints
+                self.doing = event["event"]
+                self.name = event.get("worker", self.name)
+                self.scored = self._scored_before + event.get("scored", 0)
+        if code is None:
+            return None
+        self.last_lines = tuple(handle.last_lines())
+        self.close()
+        if code == 0:
+            self.doing = "done"
+            return None
+        if self._error is not None:
+            raise WorkerError(self._error)
+        return self._note_death(code, now)
+
+    def _note_death(self, code: int, now: float) -> str:
+        who = f"Worker {self.index + 1}" + (f" ({self.name})" if self.name else "")
+        self._deaths = self._deaths + 1 if self.scored == self._scored_before else 1
+        if self._deaths >= DEATHS_UNTIL_GIVEN_UP:
+            self.doing = "given up"
+            news = f"{who} died {self._deaths} times without scoring a candidate, and is given up"
+            return f"{news}: {self.last_lines[-1]}" if self.last_lines else news
+        pause_s = min(FIRST_PAUSE_S * 2 ** (self._deaths - 1), LONGEST_PAUSE_S)
+        self._next_start = now + pause_s
+        self.doing = "died"
+        self.restarts += 1
+        return f"{who} died ({_exit_text(code)}) and is started again in {pause_s:g} s"
 
 
 class Supervisor:
@@ -92,14 +153,11 @@ class Supervisor:
             WorkerError: A worker says what is wrong, or all died again and again.
         """
         for member in self.members:
-            if member._handle is not None:
-                self._read(member, member._handle)
-            elif not member.over and self._clock() >= member._next_start:
-                self._begin(member)
+            if (news := member.poll(self._start, self._clock())) is not None:
+                self._on_news(news)
         if any(member.doing == "done" for member in self.members):
-            for member in self.members:  # the search is over: nobody need come back
-                if member._handle is None and not member.over:
-                    member.doing = "done"
+            for member in self.members:
+                member.retire()
         if all(member.doing == "given up" for member in self.members):
             worst = self.members[-1]
             raise WorkerError(
@@ -111,7 +169,7 @@ class Supervisor:
 
     def end(self, grace_s: float = 20.0) -> None:
         """End every worker: ask first, so that candidates are given back, and then insist."""
-        handles = [m._handle for m in self.members if m._handle is not None]
+        handles = [member.handle for member in self.members if member.handle is not None]
         try:
             for handle in handles:
                 if handle.poll() is None:
@@ -124,61 +182,12 @@ class Supervisor:
                 if handle.poll() is None:
                     handle.kill()
             for member in self.members:
-                if member._handle is not None:
-                    member._handle.close()
-                    member._handle = None
-
-    def _begin(self, member: Member) -> None:
-        member._handle = self._start(member.index)
-        member._scored_before = member.scored
-        member._error = None
-        member.doing, member.name = "starting", ""
-
-    def _read(self, member: Member, handle: WorkerHandle) -> None:
-        code = handle.poll()  # before the events, so that none that came first is missed
-        for event in handle.events():
-            if "error" in event and "message" in event:
-                interrupted = event["error"] == "Interrupted"
-                member._error = None if interrupted else str(event["message"])
-            elif "event" in event:  # else JSON that the study file prints
-                member.doing = event["event"]
-                member.name = event.get("worker", member.name)
-                member.scored = member._scored_before + event.get("scored", 0)
-        if code is None:
-            return
-        member.last_lines = tuple(handle.last_lines())
-        handle.close()
-        member._handle = None
-        if code == 0:
-            member.doing = "done"
-        elif member._error is not None:
-            raise WorkerError(member._error)
-        else:
-            self._note_death(member, code)
-
-    def _note_death(self, member: Member, code: int) -> None:
-        who = f"Worker {member.index + 1}" + (f" ({member.name})" if member.name else "")
-        scored_nothing = member.scored == member._scored_before
-        member._deaths = member._deaths + 1 if scored_nothing else 1
-        if member._deaths >= DEATHS_UNTIL_GIVEN_UP:
-            member.doing = "given up"
-            said = f": {member.last_lines[-1]}" if member.last_lines else ""
-            self._on_news(
-                f"{who} died {member._deaths} times without scoring a candidate, and is given up"
-                f"{said}"
-            )
-            return
-        pause_s = min(FIRST_PAUSE_S * 2 ** (member._deaths - 1), LONGEST_PAUSE_S)
-        member._next_start = self._clock() + pause_s
-        member.doing = "died"
-        member.restarts += 1
-        self._on_news(f"{who} died ({_exit_text(code)}) and is started again in {pause_s:g} s")
+                member.close()
 
 
 def _exit_text(code: int) -> str:
     if code < 0:
-        try:
+        with contextlib.suppress(ValueError):
             return signal.Signals(-code).name
-        except ValueError:
-            return f"signal {-code}"
+        return f"signal {-code}"
     return f"exit status {code}"

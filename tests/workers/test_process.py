@@ -55,7 +55,8 @@ def test_the_commands_arguments_are_the_workers_own():
 
     from hq_optuna.cli.app import app
 
-    worker = typer.main.get_command(app).commands["worker"]  # type: ignore[attr-defined]
+    group = typer.main.get_command(app)
+    worker = group.get_command(typer.Context(group), "worker")  # type: ignore[attr-defined]
     arguments = COMMAND.arguments(2)
     own = arguments[arguments.index("worker") + 1 :]
     context = worker.make_context("worker", own)
