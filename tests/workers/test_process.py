@@ -51,12 +51,9 @@ def test_the_command_holds_no_password_and_its_environment_the_storage():
 
 
 def test_the_commands_arguments_are_the_workers_own():
-    import typer
+    from hq_optuna.cli.app import load
 
-    from hq_optuna.cli.app import app
-
-    group = typer.main.get_command(app)
-    worker = group.get_command(typer.Context(group), "worker")  # type: ignore[attr-defined]
+    worker = load("worker")
     arguments = COMMAND.arguments(2)
     own = arguments[arguments.index("worker") + 1 :]
     context = worker.make_context("worker", own)
