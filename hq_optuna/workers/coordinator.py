@@ -19,7 +19,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from optuna.study import Study
@@ -127,19 +127,20 @@ class Coordinator:
         step = log.open
         if step is None:
             self.over = True
-            self._cancel([*self._claimed.values(), *self._ahead.values()])
+            self._end([*self._claimed.values(), *self._ahead.values()], TrialState.PRUNED)
             self.dispatcher.shutdown()
             return False
         # Candidates of closed steps, and those that others have done.
-        self._cancel(
+        unneeded = [
             order
-            for order in list(self._claimed.values())
-            if order.ticket is not None
+            for order in self._claimed.values()
+            if (ticket := order.ticket) is not None
             and (
-                order.ticket.parent != step.parent
-                or (order.ticket.kind == "candidate" and order.ticket.slot in step.done)
+                ticket.parent != step.parent
+                or (ticket.kind == "candidate" and ticket.slot in step.done)
             )
-        )
+        ]
+        self._end(unneeded, TrialState.PRUNED)
         if step.complete:
             return log.anything_left() and self._record(log)
         self._claim(log, step)
@@ -167,53 +168,45 @@ class Coordinator:
             finish_trials(self._storage, ended)
 
     def _end(self, orders: Sequence[Order], state: TrialState) -> None:
+        """Give up orders, and end their trials."""
+        self.dispatcher.cancel(orders)
         for order in orders:
             self._claimed.pop(order.claim, None)
-            order.void()
         self._finish([Ended(o.trial_id, state) for o in orders if o.trial_id is not None])
-
-    def _cancel(self, unneeded: Iterable[Order]) -> None:
-        orders = list(unneeded)
-        self._end(orders, TrialState.PRUNED)
-        for order in orders:
-            order.cancel()
 
     # Claiming
 
     def _claim(self, log: StepLog, step: OpenStep) -> None:
         chosen = self._choose(log, step)
-        expected = {step.states[slot] for slot in chosen}
-        for bits in self._ahead.keys() - expected:  # the step is another one, or is shared
-            self._ahead.pop(bits).cancel()
+        states = [step.states[slot] for slot in chosen]
+        # What was submitted early is of another step than was expected, or is shared with others.
+        self.dispatcher.cancel([self._ahead.pop(bits) for bits in self._ahead.keys() - {*states}])
         if not chosen:
             return
-        orders, tickets = list[Order](), list[Ticket]()
-        for slot in chosen:
-            state = step.states[slot]
-            order = self._ahead.pop(state, None) or self._order(new_claim(), state, log)
-            tickets.append(order.claimed_as(candidate_ticket(log, slot, self._view.search)))
-            orders.append(order)
+        early, self._ahead = self._ahead, {}
+        orders = [
+            early.get(s) or Order(new_claim(), s, self._clock(), base=log.base) for s in states
+        ]
+        tickets = [
+            dataclasses.replace(candidate_ticket(log, slot, self._view.search), claim=order.claim)
+            for slot, order in zip(chosen, orders, strict=True)
+        ]
         self._claimed |= {order.claim: order for order in orders}
-        new, alone = [order for order in orders if order.worker is None], self._is_alone(log)
+        new, alone = [order for order in orders if not order.early], self._is_alone(log)
         if alone:
-            self.dispatcher.submit([order for order in new if not order.early])
+            self.dispatcher.submit(new)
         created = create_together(self._view, self._study, tickets)
-        for order, (number, trial_id) in zip(orders, created, strict=True):
-            order.created_as(number, trial_id)
+        for order, ticket, place in zip(orders, tickets, created, strict=True):
+            order.created_as(ticket, *place)
         undisturbed = range(log.cursor.n, log.cursor.n + len(created))
         if log.owners.dead or [number for number, _ in created] != [*undisturbed]:
             # Others claimed something meanwhile: of two the lower number has it.
             log = self._view.read(self._study)
-            self._cancel(
-                order
-                for order in orders
-                if order.ticket is not None and log.taken(order.ticket, order.number)
-            )
+            pairs = zip(orders, tickets, strict=True)
+            lost = [order for order, ticket in pairs if log.taken(ticket, order.number)]
+            self._end(lost, TrialState.PRUNED)
         if not alone:
             self.dispatcher.submit([order for order in new if not order.cancelled])
-
-    def _order(self, claim: int, bits: tuple[int, ...], log: StepLog) -> Order:
-        return Order(claim, bits, self._clock(), base=log.base)
 
     def _choose(self, log: StepLog, step: OpenStep) -> list[int]:
         """Return the slots to claim now.
@@ -274,13 +267,8 @@ class Coordinator:
         assert ticket.origin is not None
         if ticket.trains:
             if (created := self._create_record(log, ticket)) is not None:
-                order = dataclasses.replace(
-                    self._order(ticket.claim, ticket.bits, log),
-                    ticket=ticket,
-                    number=created[0],
-                    trial_id=created[1],
-                    trains=True,
-                )
+                order = Order(ticket.claim, ticket.bits, self._clock(), base=log.base, trains=True)
+                order.created_as(ticket, *created)
                 self._claimed[order.claim] = order
                 self.dispatcher.submit([order])
             return False

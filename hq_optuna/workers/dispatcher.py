@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from hq_optuna.attributes import Ticket
@@ -30,7 +30,6 @@ class Order:
         ticket: Of its trial; ``None`` before its step is open.
         number: Of its trial, once that is created.
         trial_id: Likewise its id.
-        worker: Who has it, or had it.
         cancelled: Whether nobody wants its result any more.
         early: Whether it was submitted before its step was open.
         base: The record whose trained network it is made from, if there is one.
@@ -43,26 +42,16 @@ class Order:
     ticket: Ticket | None = None
     number: int = -1
     trial_id: int | None = None
-    worker: RemoteWorker | None = None
     cancelled: bool = False
     early: bool = False
     base: int | None = None
     trains: bool = False
 
-    def claimed_as(self, ticket: Ticket) -> Ticket:
-        """Take a ticket; return it with this order's claim."""
-        self.ticket = replace(ticket, claim=self.claim)
-        return self.ticket
-
-    def created_as(self, number: int, trial_id: int) -> None:
+    def created_as(self, ticket: Ticket, number: int, trial_id: int) -> None:
         """Take the trial that was created for it."""
-        self.number, self.trial_id = number, trial_id
+        self.ticket, self.number, self.trial_id = ticket, number, trial_id
 
-    def assigned_to(self, worker: RemoteWorker) -> None:
-        """Take the worker that has it."""
-        self.worker = worker
-
-    def void(self) -> None:
+    def cancel(self) -> None:
         """Give up its result."""
         self.cancelled = True
 
@@ -74,13 +63,6 @@ class Order:
         if self.trains:
             said["train"] = self.trial_id
         return said
-
-    def cancel(self) -> None:
-        """Give up its result, and tell its worker."""
-        self.void()
-        if self.worker is not None:
-            with contextlib.suppress(OSError):
-                self.worker.send({"cancel": self.claim})
 
 
 Answer = tuple[Order, Mapping[str, Any]]
@@ -143,6 +125,15 @@ class Dispatcher:
             self._queue.extend(orders)
             self._assign()
 
+    def cancel(self, orders: Sequence[Order]) -> None:
+        """Give up the results of orders, and tell those who are at them."""
+        with self._lock:
+            for order in orders:
+                order.cancel()
+            for worker, order in self._running.items():
+                if order in orders:
+                    self._send(worker, {"cancel": order.claim})
+
     def collect(self) -> tuple[list[Answer], list[Order]]:
         """Return answers since the last call, and orders whose worker was lost."""
         with self._lock:
@@ -164,7 +155,6 @@ class Dispatcher:
             worker, order = self._idle.popleft(), self._queue[0]
             if self._send(worker, order.message()):  # else an event will say that it is gone
                 del self._queue[0]
-                order.assigned_to(worker)
                 self._running[worker] = order
 
     @staticmethod
