@@ -72,7 +72,7 @@ ROOMS: dict[str, set[str]] = {
         *("storages", "protocol", "artifacts", "visualization"),
     },
     "objective": {
-        *("errors", "attributes", "settings", "_version", "space", "search", *TORCH),
+        *("errors", "attributes", INTERNALS, "settings", "_version", "space", "search", *TORCH),
         *("protocol", "pruners", "samplers", "artifacts"),
     },
     "answer": {
@@ -82,11 +82,11 @@ ROOMS: dict[str, set[str]] = {
     "workers": {"errors", "attributes", INTERNALS, "search", "storages", "protocol", "samplers"},
     "study_files": {"errors", "settings"},
     "report": {
-        *("atomic_files", "_version", "attributes", "space", "search"),
+        *("atomic_files", "_version", "attributes", INTERNALS, "space", "search"),
         *("protocol", "visualization", "answer"),
     },
     "bit_search": {
-        *("errors", "attributes", "settings", "space", "search"),
+        *("errors", "attributes", INTERNALS, "settings", "space", "search"),
         *("network", "scoring", "training", "storages", "protocol"),
         *("pruners", "samplers", "artifacts", "dashboard"),
         *("objective", "answer", "workers"),

@@ -21,6 +21,7 @@ from hq_optuna.cli.session import load
 from hq_optuna.dashboard import write_pages
 from hq_optuna.dashboard.server import DashboardServer
 from hq_optuna.errors import StorageError
+from hq_optuna.optuna_internals import id_of, storage_of
 from hq_optuna.protocol.start_options import StartOptions
 from hq_optuna.protocol.status import StatusReader
 from hq_optuna.settings import RunSettings
@@ -50,9 +51,9 @@ def dashboard(
         # Opening creates nothing: a folder that is not there has no files.
         kept = None if files is None else open_artifacts(files)
         with DashboardServer(opened, kept, host=host, port=port) as server:
-            page = "" if found is None else f"/dashboard/studies/{found._study_id}"
+            page = "" if found is None else f"/dashboard/studies/{id_of(found)}"
             if found is not None:
-                server.read_ahead(found._study_id)
+                server.read_ahead(id_of(found))
                 threading.Thread(target=_refresh, args=(found,), daemon=True).start()
             console = Console()
             try:
@@ -88,7 +89,7 @@ def _open(study: str | None, run: RunSettings) -> tuple[BaseStorage, Study | Non
     place = place_of(study or str(run.name), run, reads=True)
     found = load(place)
     files = run.artifacts or StartOptions.read(found).settings.get("artifacts")
-    return found._storage, found, str(files or f"{place.folder}/artifacts"), str(place.storage)
+    return storage_of(found), found, str(files or f"{place.folder}/artifacts"), str(place.storage)
 
 
 def _beside(storage: str) -> str | None:

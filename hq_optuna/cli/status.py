@@ -18,6 +18,7 @@ from hq_optuna import attributes
 from hq_optuna.cli import tables
 from hq_optuna.cli.options import Json, StudyOrNone, errors, reading, takes
 from hq_optuna.cli.progress import LINE_EVERY_S, format_rate, format_seconds
+from hq_optuna.optuna_internals import storage_of
 from hq_optuna.protocol.history import read_history
 from hq_optuna.protocol.status import SearchStatus, StatusReader, WorkerStatus
 from hq_optuna.report.data import report_data
@@ -38,7 +39,7 @@ def status(
 ) -> None:
     """Show where a search stands: steps, workers, rate, time left. Works while others run."""
     with errors(as_json), reading(study, run) as loaded:
-        kept = RetryingStorage(loaded._storage, retry_for_s=run.retry_for)
+        kept = RetryingStorage(storage_of(loaded), retry_for_s=run.retry_for)
         loaded = optuna.load_study(study_name=loaded.study_name, storage=kept)
         if watch:
             _watch(StatusReader(loaded), as_json)

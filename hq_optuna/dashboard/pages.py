@@ -24,6 +24,7 @@ from optuna.study import Study
 from hq_optuna import attributes
 from hq_optuna.artifacts.store import Reference
 from hq_optuna.dashboard.notes import change_of, study_note, trial_note, with_readers_part
+from hq_optuna.optuna_internals import id_of, storage_of
 from hq_optuna.protocol import worker_identity
 from hq_optuna.protocol.history import History, StepRecord, read_history
 from hq_optuna.protocol.status import SearchStatus, read_status
@@ -71,9 +72,9 @@ def write_pages(study: Study, *, current: SearchStatus | None = None) -> bool:
     Raises:
         ResumeError: The study is not a bit search.
     """
-    storage, study_id = unwrapped(study._storage), study._study_id
+    storage, study_id = unwrapped(storage_of(study)), id_of(study)
     stored = storage.get_study_system_attrs(study_id)
-    if storage is not study._storage:
+    if storage is not storage_of(study):
         study = optuna.load_study(study_name=study.study_name, storage=storage)
     history = read_history(study)
     current = read_status(study) if current is None else current

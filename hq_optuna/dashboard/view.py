@@ -126,7 +126,7 @@ class ShownStorage(RetryingStorage):
 
     def get_all_studies(self) -> list[FrozenStudy]:
         """Return all studies by age, with attributes for people."""
-        found = sorted(super().get_all_studies(), key=lambda study: id_of(study))
+        found = sorted(super().get_all_studies(), key=id_of)
         studies = [copy.copy(study) for study in found]
         for study in studies:
             if attributes.INFO in study.user_attrs:

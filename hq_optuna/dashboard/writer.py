@@ -15,7 +15,7 @@ from optuna.storages import BaseStorage
 from optuna.study import Study
 
 from hq_optuna.dashboard.pages import STAMP, unwrapped, write_pages
-from hq_optuna.optuna_internals import database_of
+from hq_optuna.optuna_internals import database_of, id_of, storage_of
 from hq_optuna.protocol import worker_identity
 from hq_optuna.protocol.status import StatusReader
 from hq_optuna.protocol.step_log import StepLog
@@ -65,7 +65,7 @@ class PageWriter:
         on: bool = True,
     ) -> None:
         self._name = study.study_name
-        self._storage = unwrapped(study._storage)
+        self._storage = unwrapped(storage_of(study))
         self._on = on and not lives_in_memory(self._storage)
         self._then = then
         self._always = always
@@ -114,7 +114,7 @@ class PageWriter:
         try:
             study = optuna.load_study(study_name=self._name, storage=self._storage)
             if not last:
-                left_s = self._left(self._storage.get_study_system_attrs(study._study_id))
+                left_s = self._left(self._storage.get_study_system_attrs(id_of(study)))
                 if left_s > 0:  # somebody else has just written
                     self._last = None
                     self._not_before = began + left_s

@@ -128,7 +128,7 @@ class RemoteWorker(threading.Thread):
 
 
 @pytest.mark.parametrize("every", [0, 1, 2])  # 0: the answer alone
-def test_a_foremans_workers_train_once_and_the_history_is_the_same(every, tmp_path):
+def test_a_coordinators_workers_train_once_and_the_history_is_the_same(every, tmp_path):
     alone = search(training=plan(every=every), validation=data(30, 2))
     expected = said(alone.optimize(artifacts=tmp_path / "alone"))
     leader = search(training=plan(every=every), validation=data(30, 2))
