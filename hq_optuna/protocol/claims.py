@@ -1,10 +1,9 @@
 """Trials that are claimed by being created: ticket, parameters and known facts in one write.
 
 `optuna.Study.ask` creates an empty trial and fills it in pieces. A worker that dies in between
-leaves a trial that nobody can tell whose it is, and every piece is a transaction. Here a worker
-decides first and creates the trial complete. Of two that reach for the same work, the lower number
-has it: numbers are handed out one after the other on every storage, and whoever has a number sees
-all lower ones.
+leaves a trial that nobody can attribute, and every piece is a transaction. Here a worker decides
+first and creates the trial complete. If two workers claim the same work, the lower number wins:
+every storage hands out numbers one after the other, and a worker with a number sees all lower ones.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ from hq_optuna.protocol.tickets import candidate_ticket, excess, facts, paramete
 from hq_optuna.storages.writing import add_user_attrs, create_trials, finish_trial
 
 ATTEMPTS = 3
-"""How often a worker reaches for work in a row before it waits a little."""
+"""How often a worker tries to claim work before it waits."""
 
 PATIENCE_S = 0.3
-"""A worker that found nothing of its own for so long takes what it would leave to others."""
+"""A worker that found no slot of its own for this long takes those of others."""
 
 LOST_S = 0.01
-"""What losing a claim counts as waiting: others are at the same work."""
+"""What a lost claim counts as waiting: others are at the same work."""
 
 _numbers = itertools.count(1)
 
@@ -111,8 +110,8 @@ def claim(view: StudyView, study: Study, waited_s: float = math.inf) -> ClaimedT
         with view.lock:
             if not log.anything_left():
                 return None
-            # With the number that was expected nobody can have claimed anything meanwhile. Who was
-            # taken for dead may have ended its trial and itself between our look and our judgement.
+            # If the trial gets the expected number, nobody claimed anything in between. A worker
+            # judged dead may have ended its trial, and then itself, since the trials were read.
             expected = -1 if log.owners.dead else log.cursor.n
             ticket = _choose(log, view.search, waited_s)
             if ticket is None:
@@ -128,10 +127,10 @@ def claim(view: StudyView, study: Study, waited_s: float = math.inf) -> ClaimedT
 def _choose(log: StepLog, search: str, waited_s: float) -> Ticket | None:
     """Return the ticket of work that is free; workers of one study choose apart.
 
-    A claim that is lost costs two transactions, and of many workers that look at the same moment
-    all but one would lose. So each has slots of its own, by its place among the workers, and takes
-    others' only while there are enough for all that are idle before it. A step is recorded by who
-    did the last of it, who looks at once. Whoever waited in vain does what is left.
+    A lost claim costs two transactions, and of many workers that choose at the same moment all but
+    one would lose. So each has slots of its own, by its place among the workers, and takes others'
+    only while there are enough for all idle workers before it. The worker that did the last of a
+    step, and so asks first, records it. A worker that waited in vain takes what is left.
     """
     step = log.open
     assert step is not None
@@ -139,29 +138,29 @@ def _choose(log: StepLog, search: str, waited_s: float) -> Ticket | None:
     if step.complete:
         return None if patient else numbered(record_ticket(log, search))
     me = worker_identity.worker_id()
-    crew = log.owners.at_work(me, last=2 * len(step.states))
+    workers = log.owners.at_work(me, last=2 * len(step.states))
     free = step.free[len(log.owners.untagged) :]
-    own = own_slots(free, crew, me)
-    if not own and waited_s < PATIENCE_S and log.owners.idle_before(me, crew) >= len(free):
+    own = own_slots(free, workers, me)
+    if not own and waited_s < PATIENCE_S and log.owners.idle_before(me, workers) >= len(free):
         return None
-    slot = own[0] if own else free[-1 - crew.index(me) % len(free)]
+    slot = own[0] if own else free[-1 - workers.index(me) % len(free)]
     return numbered(candidate_ticket(log, slot, search))
 
 
-def own_slots(free: Sequence[int], crew: Sequence[str], worker: str) -> list[int]:
+def own_slots(free: Sequence[int], workers: Sequence[str], worker: str) -> list[int]:
     """Return those of the free slots that a worker takes before others do.
 
     Args:
         free: Free slots of a step.
-        crew: Names of the workers, in an order that all agree on.
+        workers: Their names, in an order that all agree on.
         worker: One of them.
 
     Example:
         >>> own_slots([0, 1, 2, 4], ["a", "b"], "a")
         [0, 2, 4]
     """
-    place = crew.index(worker)
-    return [slot for slot in free if slot % len(crew) == place]
+    place = workers.index(worker)
+    return [slot for slot in free if slot % len(workers) == place]
 
 
 def numbered(ticket: Ticket) -> Ticket:

@@ -1,8 +1,8 @@
 """The record of a search, replayed from its trials.
 
-`StepLog` reads trials and knows, at any moment, the incumbent of every closed step and which slots
-of the open step are done, running or free. It is incremental: each finished trial is looked at
-once, so a look at a study of thousands of trials costs what is new in it.
+`StepLog` takes in trials and knows the incumbent of every closed step, and which slots of the open
+step are done, running or free. It is incremental: it reads each finished trial once, so an update
+of a study of thousands of trials costs what is new in it.
 
 Everything is derived from immutable facts (finished trials and tickets), so every worker that has
 seen the same trials has the same view, and a worker with an older view can only waste work.

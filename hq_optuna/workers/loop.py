@@ -1,4 +1,4 @@
-"""A worker: asks for trials until the search is over, and waits between them when it must."""
+"""A worker: asks for trials until the search is over, and waits where there is nothing to do."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ LONGEST_WAIT_S = 1.0
 def fail_dead_trials(study: Study) -> int:
     """Mark trials whose worker is dead as failed, and return how many.
 
-    Their slots are free anyway; this keeps them from showing as running for ever. What somebody
-    else's loop is doing without a ticket is left alone.
+    Their slots are free anyway; this keeps them from showing as running for ever. Trials without a
+    ticket that another loop is filling stay as they are.
     """
     sampler = study.sampler
     assert isinstance(sampler, ProgressiveBitSampler)
@@ -64,11 +64,10 @@ def work(
 ) -> None:
     """Run trials until the search is over.
 
-    Ctrl-C gives the running candidate back (its trial is marked failed, its slot is free again)
-    and raises `KeyboardInterrupt`; everything recorded stays. A worker for whom there is nothing to
-    do looks again after a while, at most once a second. It takes up what a dead worker left: at
-    once where that was a process of this host, else when its owner has been silent for
-    `hq_optuna.protocol.owners.GRACE_S`.
+    Ctrl-C gives the running candidate back (its trial is marked failed, its slot is free again) and
+    raises `KeyboardInterrupt`; everything recorded stays. A worker with nothing to do asks again,
+    after a second at most. It takes up what a dead worker left: at once where that was a process
+    of this host, else when it has been silent for `hq_optuna.protocol.owners.GRACE_S`.
 
     Args:
         study: With a `ProgressiveBitSampler`.

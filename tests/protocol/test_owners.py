@@ -123,5 +123,5 @@ def test_workers_that_were_seen_lately_have_places_of_their_own(now):
 def test_the_idle_stand_in_line(now):
     seen = Owners()
     seen.update([row(0, "w0/a/1/b"), row(1, "w2/a/1/b")])
-    crew = ["w0/a/1/b", "w1/a/1/b", "w2/a/1/b", "w3/a/1/b"]
-    assert [seen.idle_before(name, crew) for name in crew] == [0, 0, 1, 1]
+    workers = ["w0/a/1/b", "w1/a/1/b", "w2/a/1/b", "w3/a/1/b"]
+    assert [seen.idle_before(name, workers) for name in workers] == [0, 0, 1, 1]
