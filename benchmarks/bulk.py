@@ -12,7 +12,8 @@ from optuna.distributions import distribution_to_json
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial
 
-from hq_optuna.storages.trials import database_of, row_of
+from hq_optuna.optuna_internals import database_of
+from hq_optuna.storages.trials import row_of
 
 TABLES = (
     models.TrialModel,

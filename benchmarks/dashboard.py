@@ -34,7 +34,7 @@ from hq_optuna.dashboard import write_pages
 from hq_optuna.dashboard.server import DashboardServer
 from hq_optuna.space.budget import Budget
 from hq_optuna.storages import open_storage, sqlite_url
-from hq_optuna.storages.studies import set_study_system_attrs
+from hq_optuna.storages.writing import set_study_system_attrs
 from tests.browser.chromium import Browser
 from tests.fake_search import fake_space, fake_study, score
 

@@ -29,10 +29,10 @@ from optuna.trial import TrialState
 from benchmarks.bulk import write_trials
 from benchmarks.outcome import Outcome
 from benchmarks.servers import own_postgresql
+from hq_optuna.optuna_internals import database_of
 from hq_optuna.protocol.claims import write_facts
 from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.storages import open_storage, sqlite_url
-from hq_optuna.storages.trials import database_of
 from tests.fake_search import fake_score, fake_space, fake_table
 
 BITS = tuple(range(16, 0, -1))  # so that there are 5,000 candidates to try
@@ -68,7 +68,7 @@ def ours(url: str | None, name: str, layers: int) -> tuple[optuna.Study, Callabl
         trial = sampler.ask(study)
         if trial is None:
             raise RuntimeError("the search is over: give it more candidates")
-        ticket = sampler.ticket(study, trial._trial_id)
+        ticket = sampler.ticket(study, trial)
         assert ticket is not None
         weights, activations = fake_score(table, space.config(ticket.bits))
         facts = {"score_weights": weights, "score_activations": activations}

@@ -109,7 +109,7 @@ def run_worker(
     kinds: dict[int, str] = {}
 
     def objective(trial: optuna.Trial) -> float:
-        ticket = sampler.ticket(study, trial._trial_id)
+        ticket = sampler.ticket(study, trial)
         assert ticket is not None
         kinds[trial._trial_id] = ticket.kind
         record = ticket.kind == "incumbent"
@@ -187,7 +187,7 @@ def undisturbed(search: Search) -> Told:
     study.sampler = sampler
 
     def objective(trial: optuna.Trial) -> float:
-        ticket = sampler.ticket(study, trial._trial_id)
+        ticket = sampler.ticket(study, trial)
         assert ticket is not None
         return sum(fake_score(table, sampler.space.config(ticket.bits)))
 

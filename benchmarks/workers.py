@@ -6,8 +6,8 @@ Two questions, each answered within one run:
   sleep. Ideal are as many candidates a second as workers sleep in turn; what is missing went to the
   storage, to waiting at the ends of steps, and to the processor, which 32 processes share. Seconds
   of the processor per candidate, workers and server together, are measured too: on few cores they
-  are the bound. Once with a launcher's foreman, who claims for all, and once with workers that each
-  claim for themselves (``direct``), as those of ``hq-optuna worker`` do.
+  are the bound. Once with a launcher's coordinator, which claims for all, and once with workers
+  that each claim for themselves (``direct``), as those of ``hq-optuna worker`` do.
 - ``scoring``: a network scored for real by ``hq-optuna launch`` with one and with two workers of
   one thread each: digits, and ResNet-20 with ``--data`` and ``--checkpoint``. Pairs of runs follow
   each other; the median of the ratios counts. On a busy machine two processes do not get two
@@ -44,7 +44,7 @@ from hq_optuna.protocol.claims import write_facts
 from hq_optuna.protocol.history import read_history
 from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.storages import open_storage, sqlite_url
-from hq_optuna.workers.foreman import Foreman
+from hq_optuna.workers.coordinator import Coordinator
 from hq_optuna.workers.loop import work
 from hq_optuna.workers.process import WorkerProcess
 from tests.fake_search import fake_score, fake_table
@@ -62,7 +62,7 @@ def sleeper(
     table = fake_table(sampler.space)
 
     def objective(trial: optuna.Trial) -> float:
-        ticket = sampler.ticket(study, trial._trial_id)
+        ticket = sampler.ticket(study, trial)
         assert ticket is not None
         if ticket.kind == "candidate":
             time.sleep(seconds)
@@ -88,17 +88,17 @@ def machine_seconds() -> float:
 def led(
     url: str, n_workers: int, search: Search, seconds: float, limit: int, name: str
 ) -> tuple[float, float]:
-    """Run a study with a foreman; return seconds of the processor: the foreman's, and of all."""
+    """Run a study with a coordinator; return seconds of the processor: its own, and of all."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     sampler = search.sampler()
     study = optuna.load_study(study_name=name, storage=open_storage(url), sampler=sampler)
-    foreman = Foreman(study)
+    coordinator = Coordinator(study)
     command = [sys.executable, "-m", "benchmarks.sleeping_worker", str(seconds), str(search.layers)]
-    workers = [WorkerProcess(command, os.environ, foreman.hear) for _ in range(n_workers)]
-    while len(foreman.dispatcher) < n_workers:  # as the barrier of the others
+    workers = [WorkerProcess(command, os.environ, coordinator.receive) for _ in range(n_workers)]
+    while len(coordinator.dispatcher) < n_workers:  # as the barrier of the others
         time.sleep(0.05)
     used, busy = resource.getrusage(resource.RUSAGE_SELF), machine_seconds()
-    while foreman.look(0.2):
+    while coordinator.poll(0.2):
         pass
     now = resource.getrusage(resource.RUSAGE_SELF)
     mine = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
@@ -115,7 +115,7 @@ def sleeping(
     seconds: float,
     n_steps: int,
     name: str,
-    foreman: bool,
+    coordinator: bool,
 ) -> dict[str, float]:
     """Run some steps and return what was reached.
 
@@ -124,7 +124,7 @@ def sleeping(
     limit = 1 + n_steps * search.n_candidates
     study = search.make(open_storage(server.url), name)
     study.set_user_attr("hq:limits", {"max_evaluations": limit})
-    if foreman:
+    if coordinator:
         used, busy = led(server.url, n_workers, search, seconds, limit, name)
     else:
         context = multiprocessing.get_context("forkserver")
@@ -244,13 +244,13 @@ def main() -> None:
         search = Search(layers=layers, n_candidates=options.candidates, encoding="compact")
         with own_postgresql() as server:
             for repeat in range(options.repeat):
-                for kind in ("foreman", "direct"):
+                for kind in ("coordinator", "direct"):
                     arguments = (options.workers, search, options.seconds, options.steps)
                     name = f"{kind}_{repeat}"
-                    found = sleeping(server, *arguments, name, kind == "foreman")
+                    found = sleeping(server, *arguments, name, kind == "coordinator")
                     details[name] = found
                     print(f"{options.workers} workers, {kind}: {found}", flush=True)
-        for kind, suffix in (("foreman", ""), ("direct", "_direct")):
+        for kind, suffix in (("coordinator", ""), ("direct", "_direct")):
             runs = [details[f"{kind}_{repeat}"] for repeat in range(options.repeat)]
             for key, what in (
                 (f"efficiency_{options.workers}", "efficiency"),

@@ -22,13 +22,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 TICKET = "hq:ticket"
 """Trial system attribute: the ticket."""
 
-BEAT = "hq:beat"
+HEARTBEAT = "hq:heartbeat"
 """Trial system attribute that the owner of a long trial keeps changing: a count."""
 
 SPACE = "hq:space"
@@ -58,7 +58,6 @@ WINNER = "winner"  # of a step record: number of the trial it took
 LAYER = "layer"  # the variable that was changed; of a swap all changes, in words
 FROM_BITS = "from_bits"
 TO_BITS = "to_bits"
-SCORE = "score"  # nats
 SCORE_WEIGHTS = "score_weights"  # nats
 SCORE_ACTIVATIONS = "score_activations"  # nats
 CALIBRATION_LOSS = "calibration_loss"
@@ -203,11 +202,10 @@ def quantizers_text(quantizers: Mapping[str, str], most: int = 6) -> str:
     layers: dict[str, list[str]] = {}
     for layer, name in quantizers.items():
         layers.setdefault(name, []).append(layer)
-    said = [
-        f"{name}: {', '.join(found[:most])}"
-        + (f" and {len(found) - most} more" if len(found) > most else "")
-        for name, found in layers.items()
-    ]
+    said = []
+    for name, found in layers.items():
+        more = f" and {len(found) - most} more" if len(found) > most else ""
+        said.append(f"{name}: {', '.join(found[:most])}{more}")
     return "; ".join([*said, "all others uniform"]) if said else "uniform"
 
 
@@ -249,21 +247,7 @@ class Ticket:
 
     def to_json(self) -> dict[str, Any]:
         """Return the attribute's value."""
-        return {
-            "v": PROTOCOL,
-            "kind": self.kind,
-            "step": self.step,
-            "slot": self.slot,
-            "parent": self.parent,
-            "bits": list(self.bits),
-            "origin": self.origin,
-            "variable": self.variable,
-            "from": self.from_bits,
-            "worker": self.worker,
-            "search": self.search,
-            "claim": self.claim,
-            **({"trains": True} if self.trains else {}),
-        }
+        return {"v": PROTOCOL, **asdict(self), "bits": list(self.bits)}
 
     @classmethod
     def read(cls, system_attrs: Mapping[str, Any]) -> Ticket | None:
@@ -279,19 +263,7 @@ class Ticket:
         if not isinstance(data, dict) or data.get("v") != PROTOCOL:
             return None
         try:
-            return cls(
-                kind=data["kind"],
-                step=data["step"],
-                slot=data["slot"],
-                parent=data["parent"],
-                bits=tuple(data["bits"]),
-                origin=data["origin"],
-                variable=data["variable"],
-                from_bits=data["from"],
-                worker=data["worker"],
-                search=data.get("search", ""),
-                claim=data.get("claim", 0),
-                trains=data.get("trains", False),
-            )
+            known = {field.name: data[field.name] for field in fields(cls)}
+            return cls(**{**known, "bits": tuple(known["bits"])})
         except (KeyError, TypeError):
             return None

@@ -28,11 +28,12 @@ from hq_optuna.network.losses import LossFunction
 from hq_optuna.objective.hessian import HessianObjective
 from hq_optuna.objective.publish import publish_artifacts, publish_facts, refuse_foreign_study
 from hq_optuna.objective.scorer_setup import Progress
+from hq_optuna.optuna_internals import storage_of
 from hq_optuna.protocol.history import TEST_OF, read_history
-from hq_optuna.protocol.limits import refuse_lower_limits, write_limits
 from hq_optuna.protocol.start_options import StartOptions
 from hq_optuna.protocol.status import read_status
 from hq_optuna.protocol.step_log import StepLog
+from hq_optuna.protocol.study_view import refuse_lower_limits, write_limits
 from hq_optuna.pruners import CostBudgetPruner
 from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.scoring import OutputRise
@@ -269,7 +270,7 @@ class BitSearch:
             StorageError: The storage cannot be read or written.
         """
         writer = PageWriter(study, then=on_progress, on=pages)
-        with explain_errors_of(study._storage), writer as progress:
+        with explain_errors_of(storage_of(study)), writer as progress:
             work(study, self.objective, on_progress=progress, on_doing=on_doing)
 
     def result(

@@ -159,7 +159,7 @@ def fake_study(
             config = assignment(trial)
         weights, activations = fake_score(table, config)
         loss = 0.5 + weights + activations
-        ticket = sampler.ticket(study, trial._trial_id)
+        ticket = sampler.ticket(study, trial)
         if ticket is not None and (ticket.trains or trained):
             if ticket.trains:
                 trained.append((weights, activations))
@@ -230,7 +230,7 @@ def score(study: Study, space: SearchSpace, n_trials: int | None = None) -> None
         trial = sampler.ask(study)
         if trial is None:
             return
-        ticket = sampler.ticket(study, trial._trial_id)
+        ticket = sampler.ticket(study, trial)
         assert ticket is not None
         weights, activations = fake_score(table, space.config(ticket.bits))
         facts = {attributes.SCORE_WEIGHTS: weights, attributes.SCORE_ACTIVATIONS: activations}

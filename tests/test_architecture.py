@@ -8,6 +8,7 @@
     quantization network                     artifacts protocol storages
     settings  search  space                  NumPy and SciPy only
     attributes  errors  atomic_files         standard library only
+    optuna_internals                         Optuna only: its private names
 
 The left column of the middle knows PyTorch, the right one Optuna; neither knows the other. `ROOMS`
 is the whole table. A module that stands in no room fails the test.
@@ -29,6 +30,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "hq_optuna"
 
 BASE = ("errors", "atomic_files", "_version", "attributes")
+INTERNALS = "optuna_internals"
 PLAIN = ("space", "search", "settings")
 TORCH = ("network", "quantization", "curvature", "scoring", "training")
 OPTUNA = (
@@ -44,6 +46,7 @@ ROOMS: dict[str, set[str]] = {
     "_version": set(),
     "attributes": set(),
     "settings": {"errors", "space"},
+    INTERNALS: set(),
     "space": {"errors"},
     "search": {"settings", "space"},
     "network": {"errors", "settings", "space"},
@@ -54,38 +57,42 @@ ROOMS: dict[str, set[str]] = {
         *("errors", "atomic_files", "settings", "space"),
         *("network", "quantization", "curvature"),
     },
-    "storages": {"errors", "attributes"},
-    "protocol": {"errors", "attributes", "settings", "space", "search", "storages"},
+    "storages": {"errors", "attributes", INTERNALS},
+    "protocol": {
+        *("errors", "attributes", INTERNALS, "settings", "space", "search", "storages"),
+    },
     "pruners": {"attributes", "space", "search"},
-    "samplers": {"attributes", "settings", "space", "search", "protocol", "pruners"},
-    "artifacts": {"errors", "atomic_files", "attributes"},
+    "samplers": {
+        *("attributes", INTERNALS, "settings", "space", "search", "protocol", "pruners"),
+    },
+    "artifacts": {"errors", "atomic_files", "attributes", INTERNALS},
     "visualization": {"attributes", "space", "search", "protocol"},
     "dashboard": {
-        *("errors", "attributes", "space", "search"),
+        *("errors", "attributes", INTERNALS, "space", "search"),
         *("storages", "protocol", "artifacts", "visualization"),
     },
     "objective": {
-        *("errors", "attributes", "settings", "_version", "space", "search", *TORCH),
+        *("errors", "attributes", INTERNALS, "settings", "_version", "space", "search", *TORCH),
         *("protocol", "pruners", "samplers", "artifacts"),
     },
     "answer": {
         *("errors", "atomic_files", "attributes", "space", "search"),
         *("network", "quantization", "protocol", "artifacts", "objective"),
     },
-    "workers": {"errors", "attributes", "search", "storages", "protocol", "samplers"},
+    "workers": {"errors", "attributes", INTERNALS, "search", "storages", "protocol", "samplers"},
     "study_files": {"errors", "settings"},
     "report": {
-        *("atomic_files", "_version", "attributes", "space", "search"),
+        *("atomic_files", "_version", "attributes", INTERNALS, "space", "search"),
         *("protocol", "visualization", "answer"),
     },
     "bit_search": {
-        *("errors", "attributes", "settings", "space", "search"),
+        *("errors", "attributes", INTERNALS, "settings", "space", "search"),
         *("network", "scoring", "training", "storages", "protocol"),
         *("pruners", "samplers", "artifacts", "dashboard"),
         *("objective", "answer", "workers"),
     },
-    "cli": {*BASE, *PLAIN, *TORCH, *OPTUNA, *BOTH},
-    FACE: {*BASE, *PLAIN, *TORCH, *OPTUNA, *BOTH},
+    "cli": {*BASE, INTERNALS, *PLAIN, *TORCH, *OPTUNA, *BOTH},
+    FACE: {*BASE, INTERNALS, *PLAIN, *TORCH, *OPTUNA, *BOTH},
 }
 MOST_FILES = 15
 """In a room: what a newcomer can take in at a glance."""
@@ -103,6 +110,8 @@ def forbidden(room: str, package: str) -> bool:
         return True
     if room in BASE:
         return True
+    if room == INTERNALS:
+        return package != "optuna"
     if room in PLAIN:
         return package not in {"numpy", "scipy"}
     if room in TORCH:

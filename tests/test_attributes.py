@@ -93,10 +93,7 @@ def test_study_info_survives_the_storage():
         budget="0.25 of the all-8-bit bops",
         int8=64.0,
         float32=1024.0,
-        scorer="trace",
-        rule="ratio",
-        n_candidates=8,
-        seed=0,
+        settings={"scorer": "trace", "rule": "ratio", "n_candidates": 8, "bits": [8, 4]},
         skipped=(("emb", "Embedding", "no multiply-accumulates"),),
         warnings=("Layer 'x' received no gradient.",),
     )

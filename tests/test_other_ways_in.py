@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from hq_optuna.errors import ResumeError
+from hq_optuna.optuna_internals import database_of
 from hq_optuna.protocol.history import read_history
 from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.search import Limits
 from hq_optuna.storages import load_study, sqlite_url
-from hq_optuna.storages.trials import database_of
 from tests.searches import data, facts, search
 from tests.training_searches import plan
 from tests.training_searches import search as training_search

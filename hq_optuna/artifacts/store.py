@@ -36,9 +36,13 @@ from optuna.study import Study
 from hq_optuna import attributes
 from hq_optuna.atomic_files import write_atomically
 from hq_optuna.errors import ArtifactError
-
-OPTUNA_PREFIX = "artifacts:"
-"""Study system attributes under which Optuna and its dashboard look for artifacts."""
+from hq_optuna.optuna_internals import (
+    ARTIFACTS_ATTR_PREFIX,
+    artifact_path,
+    id_of,
+    place_of,
+    storage_of,
+)
 
 
 class Store(Protocol):
@@ -195,7 +199,7 @@ class FolderStore(FileSystemArtifactStore):
 
     def write(self, artifact_id: str, content_body: BinaryIO) -> None:
         """Write beside the place, then rename, so that nobody reads half a file."""
-        write_atomically(self._get_filepath(artifact_id), content_body.read())
+        write_atomically(artifact_path(self, artifact_id), content_body.read())
 
 
 def open_artifacts(location: str | Path, *, cache: Path | None = None) -> Artifacts:
@@ -250,16 +254,18 @@ def attach(study: Study, name: str, reference: Reference, *, filename: str, mime
         filename: What it is called when downloaded.
         mimetype: For example ``"application/json"``.
     """
-    storage, study_id = study._storage, study._study_id
+    storage, study_id = place_of(study)
     if attached(study, name) == reference:
         return
     meta = ArtifactMeta(reference.id, filename, mimetype, None)
-    storage.set_study_system_attr(study_id, OPTUNA_PREFIX + reference.id, json.dumps(asdict(meta)))
+    storage.set_study_system_attr(
+        study_id, ARTIFACTS_ATTR_PREFIX + reference.id, json.dumps(asdict(meta))
+    )
     storage.set_study_system_attr(study_id, f"{attributes.ARTIFACT}:{name}", reference.to_json())
 
 
 def attached(study: Study, name: str) -> Reference | None:
     """Return the reference of a study's artifact, or ``None``."""
-    system = study._storage.get_study_system_attrs(study._study_id)
+    system = storage_of(study).get_study_system_attrs(id_of(study))
     data = system.get(f"{attributes.ARTIFACT}:{name}")
     return None if data is None else Reference.from_json(data)

@@ -20,8 +20,9 @@ from hq_optuna.cli.session import load
 from hq_optuna.dashboard.pages import changed_pages
 from hq_optuna.dashboard.server import DashboardServer
 from hq_optuna.errors import StorageError
+from hq_optuna.optuna_internals import id_of, storage_of
 from hq_optuna.protocol.start_options import StartOptions
-from hq_optuna.protocol.status import Watch
+from hq_optuna.protocol.status import StatusReader
 from hq_optuna.settings import RunSettings
 from hq_optuna.storages import open_storage, redact_url, storage_exists
 
@@ -47,9 +48,9 @@ def dashboard(
         # Opening creates nothing: a folder that is not there has no files.
         kept = None if files is None else open_artifacts(files)
         with DashboardServer(opened, kept, host=host, port=port) as server:
-            page = "" if found is None else f"/dashboard/studies/{found._study_id}"
+            page = "" if found is None else f"/dashboard/studies/{id_of(found)}"
             if found is not None:
-                server.read_ahead(found._study_id)
+                server.read_ahead(id_of(found))
                 threading.Thread(target=_refresh, args=(found, server), daemon=True).start()
             console = Console()
             try:
@@ -85,7 +86,7 @@ def _open(study: str | None, run: RunSettings) -> tuple[BaseStorage, Study | Non
     place = place_of(study or str(run.name), run, reads=True)
     found = load(place)
     files = run.artifacts or StartOptions.read(found).settings.get("artifacts")
-    return found._storage, found, str(files or f"{place.folder}/artifacts"), str(place.storage)
+    return storage_of(found), found, str(files or f"{place.folder}/artifacts"), str(place.storage)
 
 
 def _beside(storage: str) -> str | None:
@@ -96,14 +97,14 @@ def _beside(storage: str) -> str | None:
 
 def _refresh(study: Study, server: DashboardServer) -> None:
     """Show pages of a search that nobody writes any more, as after a killed run. Writes nothing."""
-    watch = Watch(study)
+    reader = StatusReader(study)
     for _ in range(LOOKS):
-        current = watch.look()
+        current = reader.read()
         if current.state != "idle":  # else perhaps just between two trials
             break
         time.sleep(LOOK_EVERY_S)
     if current.state != "preparing":
-        server.show_pages(study._study_id, changed_pages(study, current=current))
+        server.show_pages(id_of(study), changed_pages(study, current=current))
 
 
 def _is_loopback(host: str) -> bool:

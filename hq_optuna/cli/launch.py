@@ -24,7 +24,7 @@ from hq_optuna.errors import StudyFileError
 from hq_optuna.protocol.step_log import StepLog
 from hq_optuna.settings import RunSettings
 from hq_optuna.storages import explain_storage_errors, redact_url
-from hq_optuna.workers.foreman import Foreman
+from hq_optuna.workers.coordinator import Coordinator
 from hq_optuna.workers.process import WorkerCommand, devices, thread_share
 from hq_optuna.workers.supervisor import Member, Supervisor, WorkerHandle
 
@@ -102,46 +102,46 @@ def _search(
             progress.now_and_then(found)
             pages(found)
 
-        crew, foreman, close = _crew(
+        crew, coordinator, close = _crew(
             request, session, study, n_workers, scheduler, progress.news, tell
         )
         progress.watch(crew.members)
         try:
-            if foreman is None:
+            if coordinator is None:
                 _watch(crew, lambda: tell(session.log(study)))
             else:
                 assert session.place.storage is not None
                 with explain_storage_errors(redact_url(session.place.storage)):
-                    _lead(crew, foreman)
+                    _lead(crew, coordinator)
         finally:
-            if foreman is not None:
-                foreman.give_back()
+            if coordinator is not None:
+                coordinator.give_back()
             crew.end()
             close()
-        if foreman is None:
+        if coordinator is None:
             progress.search(session.log(study))
 
 
 def _watch(crew: Supervisor, read: Callable[[], None]) -> None:
     was_read = time.monotonic()
-    while crew.look():
+    while crew.poll():
         if time.monotonic() - was_read >= READ_EVERY_S:
             read()
             was_read = time.monotonic()
         time.sleep(LOOK_EVERY_S)
 
 
-def _lead(crew: Supervisor, foreman: Foreman) -> None:
+def _lead(crew: Supervisor, coordinator: Coordinator) -> None:
     looked = -math.inf
     while True:
-        if foreman.over or time.monotonic() - looked >= LOOK_EVERY_S:
+        if coordinator.over or time.monotonic() - looked >= LOOK_EVERY_S:
             looked = time.monotonic()
-            if not crew.look():
+            if not crew.poll():
                 return
-        if foreman.over:
+        if coordinator.over:
             time.sleep(LOOK_EVERY_S / 10)
         else:
-            foreman.look(LOOK_EVERY_S)
+            coordinator.poll(LOOK_EVERY_S)
 
 
 def _crew(
@@ -152,7 +152,7 @@ def _crew(
     scheduler: str | None,
     on_news: Callable[[str], None],
     on_progress: Callable[[StepLog], None],
-) -> tuple[Supervisor, Foreman | None, Callable[[], None]]:
+) -> tuple[Supervisor, Coordinator | None, Callable[[], None]]:
     """Return the crew, who leads it, and what to call when it is done.
 
     Workers on a cluster claim for themselves, as they are on other hosts.
@@ -183,13 +183,13 @@ def _crew(
     n_workers = n_workers or len(gpus) or n_cores()
     threads = run.threads or min(thread_share(n_cores(), n_workers), session.threads)
 
-    foreman = Foreman(study, on_progress=on_progress)
+    coordinator = Coordinator(study, on_progress=on_progress)
 
     def start(index: int) -> WorkerHandle:
         device = gpus[index % len(gpus)] if gpus else None
-        return command.start(threads, device, foreman.hear)
+        return command.start(threads, device, coordinator.receive)
 
-    return Supervisor(start, n_workers, on_news=on_news), foreman, lambda: None
+    return Supervisor(start, n_workers, on_news=on_news), coordinator, lambda: None
 
 
 class LaunchProgress(SearchProgress):

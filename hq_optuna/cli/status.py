@@ -18,8 +18,9 @@ from hq_optuna import attributes
 from hq_optuna.cli import tables
 from hq_optuna.cli.options import Json, StudyOrNone, errors, reading, takes
 from hq_optuna.cli.progress import LINE_EVERY_S, format_rate, format_seconds
+from hq_optuna.optuna_internals import storage_of
 from hq_optuna.protocol.history import read_history
-from hq_optuna.protocol.status import SearchStatus, Watch, WorkerStatus
+from hq_optuna.protocol.status import SearchStatus, StatusReader, WorkerStatus
 from hq_optuna.report.data import report_data
 from hq_optuna.settings import RunSettings
 from hq_optuna.storages import RetryingStorage
@@ -38,12 +39,12 @@ def status(
 ) -> None:
     """Show where a search stands: steps, workers, rate, time left. Works while others run."""
     with errors(as_json), reading(study, run) as loaded:
-        kept = RetryingStorage(loaded._storage, retry_for_s=run.retry_for)
+        kept = RetryingStorage(storage_of(loaded), retry_for_s=run.retry_for)
         loaded = optuna.load_study(study_name=loaded.study_name, storage=kept)
         if watch:
-            _watch(Watch(loaded), as_json)
+            _watch(StatusReader(loaded), as_json)
             return
-        current = Watch(loaded).look()
+        current = StatusReader(loaded).read()
         ours = attributes.FINGERPRINT in loaded.user_attrs
         if current.state == "preparing" and not ours and loaded.get_trials(deepcopy=False):
             read_history(loaded)  # says that this is another kind of study
@@ -61,7 +62,7 @@ def status(
             console.print(_workers(current.workers))
 
 
-def _watch(watch: Watch, as_json: bool) -> None:
+def _watch(watch: StatusReader, as_json: bool) -> None:
     console = Console(stderr=as_json)
     seen, said = None, -float("inf")
     live = (
@@ -71,7 +72,7 @@ def _watch(watch: Watch, as_json: bool) -> None:
         live.start()
     try:
         while True:
-            current = watch.look()
+            current = watch.read()
             over = current.state in ("finished", "stopped")
             if live is not None:
                 live.update(panel(current, console.width), refresh=True)

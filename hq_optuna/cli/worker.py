@@ -18,6 +18,7 @@ from rich.console import Console
 from hq_optuna.cli.options import Given, Study, command_line, errors, takes
 from hq_optuna.cli.progress import SearchProgress
 from hq_optuna.cli.session import Request, begin, wait_for_study
+from hq_optuna.optuna_internals import storage_of
 from hq_optuna.protocol import worker_identity
 from hq_optuna.settings import RunSettings
 from hq_optuna.workers.loop import Doing
@@ -64,7 +65,7 @@ def worker(
             tell("preparing")
             found = session.open(progress=progress.phase)
             if orders is not None:
-                found._storage.remove_session()  # the launcher has it from here on
+                storage_of(found).remove_session()  # the launcher has it from here on
                 serve(orders, functools.partial(session.search.objective.obey, found), tell)
             else:
                 session.search.work(

@@ -3,7 +3,7 @@
 optuna-dashboard's own `save_note` and `save_plotly_graph_object` cut texts into parts of 2,045
 characters, and write and commit each alone: fifty commits for the pages of a large search, and
 a reader in between gets half of a figure. Here parts are as long as every database allows,
-only what changed is written, and all at once (`hq_optuna.storages.studies`). What stands in the
+only what changed is written, and all at once (`hq_optuna.storages.writing`). What stands in the
 study is the same format, in fewer parts.
 """
 
@@ -24,11 +24,12 @@ from optuna.study import Study
 from hq_optuna import attributes
 from hq_optuna.artifacts.store import Reference
 from hq_optuna.dashboard.notes import change_of, study_note, trial_note, with_readers_part
+from hq_optuna.optuna_internals import id_of, storage_of
 from hq_optuna.protocol import worker_identity
 from hq_optuna.protocol.history import History, StepRecord, read_history
 from hq_optuna.protocol.status import SearchStatus, read_status
 from hq_optuna.storages import RetryingStorage
-from hq_optuna.storages.studies import set_study_system_attrs
+from hq_optuna.storages.writing import set_study_system_attrs
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -88,9 +89,9 @@ def changed_pages(study: Study, *, current: SearchStatus | None = None) -> dict[
     Raises:
         ResumeError: The study is not a bit search.
     """
-    storage, study_id = unwrapped(study._storage), study._study_id
+    storage, study_id = unwrapped(storage_of(study)), id_of(study)
     stored = storage.get_study_system_attrs(study_id)
-    if storage is not study._storage:
+    if storage is not storage_of(study):
         study = optuna.load_study(study_name=study.study_name, storage=storage)
     history = read_history(study)
     current = read_status(study) if current is None else current

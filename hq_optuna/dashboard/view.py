@@ -19,15 +19,14 @@ from typing import Any
 import optuna
 from optuna.distributions import CategoricalDistribution
 from optuna.storages import BaseStorage
-from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial
 
 from hq_optuna import attributes
-from hq_optuna.artifacts.store import OPTUNA_PREFIX
 from hq_optuna.attributes import StudyInfo, quantizers_text
 from hq_optuna.dashboard.notes import change, trial_note
 from hq_optuna.dashboard.pages import FIGURES, NOTE, artifacts_in
-from hq_optuna.protocol.status import Watch
+from hq_optuna.optuna_internals import ARTIFACTS_ATTR_PREFIX, FrozenStudy, id_of
+from hq_optuna.protocol.status import StatusReader
 from hq_optuna.search import Additive
 from hq_optuna.space.cost import CostModel, format_cost
 from hq_optuna.space.search_space import SearchSpace
@@ -56,7 +55,7 @@ class ShownStorage(RetryingStorage):
 
     def __init__(self, storage: BaseStorage) -> None:
         super().__init__(storage, retry_for_s=0.0)
-        self._watches: dict[int, Watch] = {}
+        self._watches: dict[int, StatusReader] = {}
         self._pages: dict[int, tuple[Any, Mapping[str, Any]]] = {}
         self._lock = threading.Lock()
 
@@ -132,8 +131,8 @@ class ShownStorage(RetryingStorage):
                 if study_id not in self._watches:
                     name = self.get_study_name_from_id(study_id)
                     study = optuna.load_study(study_name=name, storage=self)
-                    self._watches[study_id] = Watch(study)
-                self._watches[study_id].look()
+                    self._watches[study_id] = StatusReader(study)
+                self._watches[study_id].read()
                 number = self._watches[study_id].record
             if number is not None:
                 return self.get_trial(
@@ -149,10 +148,10 @@ class ShownStorage(RetryingStorage):
 
     def get_all_studies(self) -> list[FrozenStudy]:
         """Return all studies by age, with attributes for people."""
-        found = sorted(super().get_all_studies(), key=lambda study: study._study_id)
+        found = sorted(super().get_all_studies(), key=id_of)
         studies = [copy.copy(study) for study in found]
         for study in studies:
-            study.system_attrs = self._with_pages(study._study_id, study.system_attrs)
+            study.system_attrs = self._with_pages(id_of(study), study.system_attrs)
             if attributes.INFO in study.user_attrs:
                 study.system_attrs = without_superseded(study.system_attrs)
                 study.user_attrs = for_people(study.user_attrs)
@@ -188,13 +187,13 @@ def without_superseded(system_attrs: Mapping[str, Any]) -> dict[str, Any]:
     named = {
         json.loads(value)["filename"]
         for key, value in system_attrs.items()
-        if key.removeprefix(OPTUNA_PREFIX) in current and value != "null"
+        if key.removeprefix(ARTIFACTS_ATTR_PREFIX) in current and value != "null"
     }
     return {
         key: value
         for key, value in system_attrs.items()
-        if not key.startswith(OPTUNA_PREFIX)
-        or key.removeprefix(OPTUNA_PREFIX) in current
+        if not key.startswith(ARTIFACTS_ATTR_PREFIX)
+        or key.removeprefix(ARTIFACTS_ATTR_PREFIX) in current
         or (json.loads(value) or {}).get("filename") not in named
     }
 

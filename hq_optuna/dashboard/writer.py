@@ -15,10 +15,10 @@ from optuna.storages import BaseStorage
 from optuna.study import Study
 
 from hq_optuna.dashboard.pages import STAMP, unwrapped, write_pages
+from hq_optuna.optuna_internals import database_of, id_of, storage_of
 from hq_optuna.protocol import worker_identity
-from hq_optuna.protocol.status import Watch
+from hq_optuna.protocol.status import StatusReader
 from hq_optuna.protocol.step_log import StepLog
-from hq_optuna.storages.trials import database_of
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class PageWriter:
         on: bool = True,
     ) -> None:
         self._name = study.study_name
-        self._storage = unwrapped(study._storage)
+        self._storage = unwrapped(storage_of(study))
         self._on = on and not lives_in_memory(self._storage)
         self._then = then
         self._always = always
@@ -74,7 +74,7 @@ class PageWriter:
         self._not_before = -float("inf")
         self._mine = always
         self._last: tuple[int, bool] | None = None  # what the last writing saw
-        self._watch: Watch | None = None
+        self._watch: StatusReader | None = None
         self._warned = False
         if self._on:
             say_how_to_look()
@@ -114,14 +114,14 @@ class PageWriter:
         try:
             study = optuna.load_study(study_name=self._name, storage=self._storage)
             if not last:
-                left_s = self._left(self._storage.get_study_system_attrs(study._study_id))
+                left_s = self._left(self._storage.get_study_system_attrs(id_of(study)))
                 if left_s > 0:  # somebody else has just written
                     self._last = None
                     self._not_before = began + left_s
                     return
             if self._watch is None:
-                self._watch = Watch(study)
-            current = self._watch.look()
+                self._watch = StatusReader(study)
+            current = self._watch.read()
             if not last and current.state == "idle":  # a moment between two trials
                 current = dataclasses.replace(current, state="running")
             write_pages(study, current=current)

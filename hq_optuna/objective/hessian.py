@@ -30,9 +30,10 @@ from hq_optuna.objective.publish import publish, publish_facts, stored_sensitivi
 from hq_optuna.objective.recording import budget_of, record, shown
 from hq_optuna.objective.scorer_setup import Progress, ScorerSetup
 from hq_optuna.objective.training_steps import TrainedSteps
+from hq_optuna.optuna_internals import id_of, storage_of
 from hq_optuna.protocol.claims import ClaimedTrial, NotNeeded, write_facts
 from hq_optuna.protocol.history import read_history
-from hq_optuna.protocol.step_record import KEPT, closing, winner_of
+from hq_optuna.protocol.tickets import KEPT, closing, winner_of
 from hq_optuna.quantization import set_bits
 from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.scoring import UNKNOWN_LOSS, OutputRise, Score, Scorer, output_rise_of
@@ -213,11 +214,11 @@ class HessianObjective:
             self._progress = progress
         if artifacts is not None and self.training is not None:
             self.training.keep_in(artifacts)
-        settled = {} if study is None else self._settled.setdefault(study._storage, {})
+        settled = {} if study is None else self._settled.setdefault(storage_of(study), {})
         write_over: bool | None = None  # None: nothing to write
         if study is not None:
             another = self._met_another(study)
-            if settled.get(study._study_id) != another:
+            if settled.get(id_of(study)) != another:
                 write_over = self._settle(study)
         if self._scorer is None:
             self._scorer = self._prepare(study)
@@ -225,7 +226,7 @@ class HessianObjective:
             publish_facts(study, self._facts)
             table = self._scorer.sensitivity
             publish(study, self.space, self._info(study), table, again=write_over)
-            settled[study._study_id] = another
+            settled[id_of(study)] = another
         return self._scorer
 
     def _settle(self, study: Study) -> bool:
@@ -319,7 +320,7 @@ class HessianObjective:
         scorer = self.prepare(study)
         sampler, ticket = study.sampler, None
         if isinstance(sampler, ProgressiveBitSampler):
-            ticket = sampler.ticket(study, trial._trial_id)
+            ticket = sampler.ticket(study, trial)
         if ticket is None or ticket.kind == "free":
             bits = [trial.suggest_categorical(v.name, v.bits) for v in self.space.variables]
             config = self.space.config(bits)
@@ -343,7 +344,7 @@ class HessianObjective:
     def obey(
         self, study: Study, order: Mapping[str, Any], needed: Callable[[], bool]
     ) -> tuple[float, dict[str, Any]]:
-        """Do what a foreman orders for a trial of its own.
+        """Do what a coordinator orders for a trial of its own.
 
         Args:
             study: The study. It is read only for a network that was trained meanwhile, and written
@@ -363,7 +364,7 @@ class HessianObjective:
             sampler = study.sampler
             assert isinstance(sampler, ProgressiveBitSampler)
             sampler.log(study)
-            ticket = sampler.ticket(study, trial._trial_id)
+            ticket = sampler.ticket(study, trial)
             assert ticket is not None
             value, score, said = self.trained(trial, ticket, needed, NotNeeded())
             return value, {**shown(score, started), attributes.TRAINING: said}

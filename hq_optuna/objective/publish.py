@@ -16,6 +16,7 @@ from hq_optuna import attributes
 from hq_optuna.artifacts.store import Artifacts, attach, attached
 from hq_optuna.errors import ResumeError
 from hq_optuna.network.evaluation import is_validation_fact
+from hq_optuna.optuna_internals import id_of, storage_of
 from hq_optuna.scoring import Sensitivity
 from hq_optuna.space.search_space import SearchSpace
 
@@ -55,7 +56,7 @@ def publish(
         **attributes.split(attributes.SENSITIVITY, sensitivity.to_json()),
     }
     for key, value in parts.items():
-        study._storage.set_study_system_attr(study._study_id, key, value)
+        storage_of(study).set_study_system_attr(id_of(study), key, value)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         study.set_metric_names([METRIC_NAME])
@@ -70,7 +71,7 @@ def publish_artifacts(study: Study, artifacts: Artifacts) -> None:
     The study's own attributes stay what workers read: they need nothing but the storage, and all
     rank by the same numbers. The copy is for people and other programs; its hash is in the study.
     """
-    system = study._storage.get_study_system_attrs(study._study_id)
+    system = storage_of(study).get_study_system_attrs(id_of(study))
     table = attributes.join(attributes.SENSITIVITY, system) or {}
     if attached(study, SENSITIVITY) is None:
         attach(
@@ -114,7 +115,7 @@ def stored_sensitivity(study: Study) -> Sensitivity | None:
     """Return the sensitivities another worker published, or ``None``."""
     if attributes.INFO not in study.user_attrs:
         return None
-    system = study._storage.get_study_system_attrs(study._study_id)
+    system = storage_of(study).get_study_system_attrs(id_of(study))
     table = attributes.join(attributes.SENSITIVITY, system)
     return None if table is None else Sensitivity.from_json(table)
 

@@ -10,6 +10,7 @@ from optuna.trial import Trial
 
 from hq_optuna import attributes
 from hq_optuna.attributes import Ticket
+from hq_optuna.optuna_internals import trial_id_of
 from hq_optuna.protocol import worker_identity
 from hq_optuna.protocol.claims import write_facts
 from hq_optuna.protocol.tickets import excess, facts
@@ -49,9 +50,7 @@ def record(
     if budget is not None and over is not None and budget.metric not in trial.constraints:
         trial.set_constraint(budget.metric, over)
         # optuna-dashboard up to 0.21 reads only the older form.
-        trial.study._storage.set_trial_system_attr(
-            trial._trial_id, attributes.OLD_CONSTRAINTS, [over]
-        )
+        trial.storage.set_trial_system_attr(trial_id_of(trial), attributes.OLD_CONSTRAINTS, [over])
     return score.total
 
 

@@ -40,8 +40,9 @@ from hq_optuna.network.evaluation import Evaluate, mean_loss, measured_figures
 from hq_optuna.network.losses import LossFunction
 from hq_optuna.objective.scorer_setup import BuiltScorer, Progress, ScorerSetup, statistics_samples
 from hq_optuna.objective.tensors import get_tensors, put_tensors
+from hq_optuna.optuna_internals import id_of, place_of, storage_of, trial_id_of
 from hq_optuna.protocol.step_log import StepLog
-from hq_optuna.protocol.step_record import KEPT, closing, winner_of
+from hq_optuna.protocol.tickets import KEPT, closing, winner_of
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.scoring import Score, Sensitivity
 from hq_optuna.search.rules import keeps
@@ -150,8 +151,8 @@ class TrainedSteps:
         return TrainedNetwork.rebuild(self.model, self.space.layers, tensors, self.setup.quantizers)
 
     def _said(self, study: Study, number: int) -> Mapping[str, Any]:
-        storage = study._storage
-        trial_id = storage.get_trial_id_from_study_id_trial_number(study._study_id, number)
+        storage = storage_of(study)
+        trial_id = storage.get_trial_id_from_study_id_trial_number(id_of(study), number)
         said = storage.get_trial(trial_id).user_attrs.get(attributes.TRAINING)
         if said is None:
             raise ResumeError(
@@ -213,7 +214,7 @@ class TrainedSteps:
             augment=self.plan.augment,
         )
         facts["samples"] = trainer.data.steps * trainer.data.batch_size
-        last = self._last_epoch(trial, log.attempts(ticket.step, ticket.parent), trainer)
+        last = self._last_epoch(trial, log.attempts(ticket), trainer)
         trained: _Trained | None = None
         try:
             for epoch in trainer.epochs():
@@ -299,10 +300,10 @@ class TrainedSteps:
     ) -> Reference:
         """Put a checkpoint into the store, and say in the trial where it is."""
         reference = self._store.put(trainer.dump())
-        storage = trial.study._storage
+        storage = trial.storage
         try:
             storage.set_trial_system_attr(
-                trial._trial_id, attributes.CHECKPOINT, reference.to_json()
+                trial_id_of(trial), attributes.CHECKPOINT, reference.to_json()
             )
         except UpdateFinishedTrialError as error:
             # Who was taken for dead, as after a pause, finds its trial ended and goes on.
@@ -335,9 +336,9 @@ class TrainedSteps:
     def _last_epoch(self, trial: Trial, attempts: list[int], trainer: Trainer) -> Reference | None:
         """Go on from the last epoch that an earlier owner of this record finished."""
         for trial_id in attempts:
-            if trial_id == trial._trial_id:
+            if trial_id == trial_id_of(trial):
                 continue
-            said = trial.study._storage.get_trial(trial_id).system_attrs.get(attributes.CHECKPOINT)
+            said = trial.storage.get_trial(trial_id).system_attrs.get(attributes.CHECKPOINT)
             if said is None:
                 continue
             try:
@@ -375,7 +376,7 @@ def _untrained(study: Study, ticket: Ticket, log: StepLog) -> tuple[float, Score
 
 def _at(study: Study, number: int) -> tuple[BaseStorage, int, int]:
     """Return what names a record among those of all studies."""
-    return study._storage, study._study_id, number
+    return *place_of(study), number
 
 
 def _losses(trainer: Trainer) -> dict[str, float]:

@@ -5,9 +5,11 @@ Needs the storage alone: no network, no data, no sampler.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
 
 import optuna
 from optuna.study import Study
@@ -16,8 +18,9 @@ from optuna.trial import FrozenTrial, TrialState
 from hq_optuna import attributes
 from hq_optuna.attributes import StudyInfo, Ticket
 from hq_optuna.errors import ResumeError
+from hq_optuna.optuna_internals import id_of, storage_of, trial_id_of
 from hq_optuna.protocol import worker_identity
-from hq_optuna.protocol.runs import Run, read_runs
+from hq_optuna.protocol.step_log import StepLog, search_of
 from hq_optuna.search import Additive
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.cost import CostModel, Metric
@@ -127,6 +130,45 @@ class StepRecord:
         return f"{self.config.digest} {self.current.score!r}"
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one trial was as work.
+
+    Times are those of the storage: the start by the clock of the host that created the trial, the
+    end by the clock of the host that ended it. Another worker ends the trial of one that died, when
+    it finds out. MySQL keeps whole seconds.
+
+    Attributes:
+        number: Trial number.
+        worker: Who ran it, see `worker_identity.worker_id`; ``host:pid`` or empty where its ticket
+            does not say. Until it ended well, who claimed it.
+        kind: What its ticket was for, see `Ticket`; ``"free"`` also for trials without one.
+        step: Its step, -1 where it has none.
+        slot: Its place among the candidates of the step, -1 where it has none.
+        state: Where it stands.
+        started: UTC.
+        ended: UTC; ``None`` while it runs.
+        seconds: What its objective took, where that was recorded.
+        counted: Whether the search took its result.
+        handed: Whether somebody else claimed it and handed it out, as a launcher does, so that it
+            may have waited for its worker after its start.
+        trains: Whether it records a step whose winner it trains.
+    """
+
+    number: int
+    worker: str
+    kind: Literal["candidate", "incumbent", "surplus", "free"]
+    step: int
+    slot: int
+    state: TrialState
+    started: datetime
+    ended: datetime | None
+    seconds: float | None
+    counted: bool
+    handed: bool = False
+    trains: bool = False
+
+
 @dataclass(frozen=True)
 class History:
     """A search as its study tells it.
@@ -211,36 +253,36 @@ def read_history(study: Study) -> History:
     Raises:
         ResumeError: The study is not one of this package.
     """
-    storage = study._storage
-    system = storage.get_study_system_attrs(study._study_id)
-    user = storage.get_study_user_attrs(study._study_id)
+    storage = storage_of(study)
+    system = storage.get_study_system_attrs(id_of(study))
+    user = storage.get_study_user_attrs(id_of(study))
     space_data = attributes.join(attributes.SPACE, system)
     if space_data is None or attributes.INFO not in user:
+        said = "is not a bit search of hq_optuna. Give the name of another study."
         if attributes.FINGERPRINT in user:
-            raise ResumeError(
-                f"Study {study.study_name!r} is being prepared: its sensitivities are not measured "
-                "yet. Look again later; if whoever measures them died, start the search again.",
-                changed=("kind of study",),
+            said = (
+                "is being prepared: its sensitivities are not measured yet. Look again later; if "
+                "the worker that measures them died, start the search again."
             )
-        raise ResumeError(
-            f"Study {study.study_name!r} is not a bit search of hq_optuna. "
-            "Give the name of another study.",
-            changed=("kind of study",),
-        )
+        raise ResumeError(f"Study {study.study_name!r} {said}", changed=("kind of study",))
     space = SearchSpace.from_json(space_data)
-    trials = read_facts(storage, study._study_id, _FACTS)
+    trials = read_facts(storage, id_of(study), _FACTS)
     info = StudyInfo.from_json(user[attributes.INFO])
-    model = CostModel(space.layers, info.metric)
-    candidates, records = _read_trials(trials, space, model, system.get(attributes.SETTINGS))
+    made = system.get(attributes.SETTINGS)
+    log = None if made is None else StepLog(search_of(made, space, info.metric))
+    if log is not None:
+        log.update([trial.row for trial in trials])
+    candidates = _candidates(log, trials, space, info.metric)
+    records = () if log is None else _records(log, trials, candidates)
     table = attributes.join(attributes.SENSITIVITY, system) or {}
     states = [trial.row.state for trial in trials]
     prefix = f"{attributes.REPORT}:"
-    counted = {c.number for c in candidates if c.counted} | {record.number for record in records}
+    counted = {c.number for c in candidates.values() if c.counted} | {r.number for r in records}
     return History(
         study_name=study.study_name,
         space=space,
         info=info,
-        candidates=candidates,
+        candidates=tuple(candidates.values()),
         records=records,
         sensitivity={
             layer: {
@@ -268,108 +310,104 @@ def _current(facts: dict[str, Any], records: Sequence[StepRecord]) -> dict[str, 
     return {name: fact for name, fact in facts.items() if not name.startswith("test_")}
 
 
-def _read_trials(
-    trials: list[TrialFacts],
-    space: SearchSpace,
-    model: CostModel,
-    settings: Mapping[str, Any] | None,
-) -> tuple[tuple[Candidate, ...], tuple[StepRecord, ...]]:
-    names = [variable.name for variable in space.variables]
-    candidates: dict[int, Candidate] = {}
-    parents: dict[int, str] = {}
-    closing: dict[int, list[tuple[int, Ticket]]] = {}
-    trainings: dict[int, tuple[Mapping[str, Any], Reference | None]] = {}
+def _candidates(
+    log: StepLog | None, trials: Sequence[TrialFacts], space: SearchSpace, metric: Metric
+) -> dict[int, Candidate]:
+    """Return the complete candidates by trial number."""
+    names, model = [variable.name for variable in space.variables], CostModel(space.layers, metric)
+    costs = {} if log is None else {n: log.results[place].cost for place, n in log.counted.items()}
+    found: dict[int, Candidate] = {}
     for trial in trials:
-        number, ticket = trial.row.number, trial.row.ticket
-        if ticket is None or trial.row.state != TrialState.COMPLETE or trial.row.value is None:
+        number, ticket, user = trial.row.number, trial.row.ticket, trial.user_attrs
+        if ticket is None or ticket.kind != "candidate" or trial.row.value is None:
+            continue
+        if trial.row.state != TrialState.COMPLETE:
             continue
         if len(ticket.bits) != len(names):  # of another search that was refused here
             continue
-        if ticket.kind == "incumbent":
-            closing.setdefault(ticket.step, []).append((number, ticket))
-            if ticket.trains:
-                trainings[number] = _training(ticket.step, trial)
-        elif ticket.kind == "candidate":
-            parents[number] = ticket.parent
-            lowered = ticket.variable
-            user = trial.user_attrs
-            candidates[number] = Candidate(
-                number=number,
-                step=ticket.step,
-                slot=ticket.slot,
-                variable=lowered,
-                from_bits=ticket.from_bits,
-                to_bits=ticket.bits[names.index(lowered)] if lowered in names else None,
-                state=ticket.bits,
-                score=trial.row.value,
-                score_weights=user.get(attributes.SCORE_WEIGHTS, float("nan")),
-                score_activations=user.get(attributes.SCORE_ACTIVATIONS, float("nan")),
-                calibration_loss=user.get(attributes.CALIBRATION_LOSS, float("nan")),
-                cost=model.cost(space.config(ticket.bits)),
-                seconds=user.get(attributes.SECONDS, trial.row.seconds or float("nan")),
-                worker=user.get(attributes.WORKER) or worker_identity.short_name(ticket.worker),
-                counted=False,
-            )
-    # Only tickets with the digest of what the step before left are of this search; the study tells
-    # the digest from the settings in it.
+        lowered = ticket.variable
+        found[number] = Candidate(
+            number=number,
+            step=ticket.step,
+            slot=ticket.slot,
+            variable=lowered,
+            from_bits=ticket.from_bits,
+            to_bits=ticket.bits[names.index(lowered)] if lowered in names else None,
+            state=ticket.bits,
+            score=trial.row.value,
+            score_weights=user.get(attributes.SCORE_WEIGHTS, math.nan),
+            score_activations=user.get(attributes.SCORE_ACTIVATIONS, math.nan),
+            calibration_loss=user.get(attributes.CALIBRATION_LOSS, math.nan),
+            cost=costs[number] if number in costs else model.cost(space.config(ticket.bits)),
+            seconds=user.get(attributes.SECONDS, trial.row.seconds or math.nan),
+            worker=user.get(attributes.WORKER) or worker_identity.short_name(ticket.worker),
+            counted=number in costs,
+        )
+    return found
+
+
+def _records(
+    log: StepLog, trials: Sequence[TrialFacts], candidates: Mapping[int, Candidate]
+) -> tuple[StepRecord, ...]:
+    """Return the steps that the log holds as closed, with what was recorded beside them."""
+    by_number = {trial.row.number: trial for trial in trials}
     records: list[StepRecord] = []
-    followed: dict[int, str] = {}  # step → digest
-    while settings is not None:
-        step = len(records)
-        last = records[-1].winner.state if records else None
-        followed[step] = attributes.parent_digest(settings, step - 1 if records else None, last)
-        record = _first_record(closing.get(step, ()), followed[step], candidates)
-        if record is None:
-            break
-        number, winner = record
-        config = space.config(winner.state)
-        said, network = trainings.get(number, (None, None))
+    for step, closed in enumerate(log.closed):
+        trial, winner = by_number[closed.number], candidates[closed.winner]
+        ticket = trial.row.ticket
+        said: Mapping[str, Any] | None = None
+        network: Reference | None = None
+        if ticket is not None and ticket.trains:
+            said = trial.user_attrs.get(attributes.TRAINING, {})
+        if closed.trained:
+            # The value of the answer's record is made to be the best of the study.
+            assert said is not None
+            assert trial.row.value is not None
+            network = _reference(step, said.get("score", trial.row.value), trial.user_attrs)
         current: Candidate | Reference = winner if network is None else network
         if network is None and records and records[-1].winner.number == winner.number:
             current = records[-1].current
-        records.append(StepRecord(number, step, winner, config, said, network, current))
-    seen: set[tuple[int, int]] = set()
-    for number, candidate in candidates.items():
-        place = (candidate.step, candidate.slot)
-        if place not in seen and followed.get(candidate.step) == parents[number]:
-            seen.add(place)
-            candidates[number] = replace(candidate, counted=True)
-    records = [replace(record, winner=candidates[record.winner.number]) for record in records]
-    return tuple(candidates.values()), tuple(records)
+        config = log.search.space.config(winner.state)
+        records.append(StepRecord(closed.number, step, winner, config, said, network, current))
+    return tuple(records)
 
 
-def _training(step: int, trial: TrialFacts) -> tuple[Mapping[str, Any], Reference | None]:
-    """Return what the record of a step says of its training, and of the network that is kept."""
-    user, nan = trial.user_attrs, float("nan")
-    said: Mapping[str, Any] = user.get(attributes.TRAINING, {})
-    if not said.get("kept", True):
-        return said, None
-    value = nan if trial.row.value is None else trial.row.value
-    # The value of the answer's record is made to be the best of the study.
-    network = Reference(
-        step,
-        said.get("score", value),
-        *(
-            user.get(name, nan)
-            for name in (
-                attributes.SCORE_WEIGHTS,
-                attributes.SCORE_ACTIVATIONS,
-                attributes.CALIBRATION_LOSS,
+def _reference(step: int, score: float, user: Mapping[str, Any]) -> Reference:
+    parts = (attributes.SCORE_WEIGHTS, attributes.SCORE_ACTIVATIONS, attributes.CALIBRATION_LOSS)
+    return Reference(step, score, *(user.get(name, math.nan) for name in parts))
+
+
+def read_runs(trials: Sequence[TrialFacts], counted: Set[int]) -> tuple[Run, ...]:
+    """Return the trials that somebody ran, by number.
+
+    Args:
+        trials: With the user attributes `SECONDS` and `WORKER`.
+        counted: Numbers of those whose results the search took.
+    """
+    found = []
+    for trial in trials:
+        row, ticket, user = trial.row, trial.row.ticket, trial.user_attrs
+        if trial.started is None or row.state == TrialState.WAITING:
+            continue
+        claimed, scored = ticket.worker if ticket else "", user.get(attributes.WORKER, "")
+        handed = bool(claimed and scored) and scored != worker_identity.short_name(claimed)
+        found.append(
+            Run(
+                number=row.number,
+                worker=scored if handed else claimed or scored,
+                kind="free" if ticket is None else ticket.kind,
+                step=-1 if ticket is None else ticket.step,
+                slot=-1 if ticket is None else ticket.slot,
+                state=row.state,
+                started=trial.started,
+                ended=trial.ended,
+                seconds=user.get(attributes.SECONDS),
+                counted=row.number in counted,
+                handed=handed,
+                trains=ticket is not None and ticket.trains,
             )
-        ),
-    )
-    return said, network
-
-
-def _first_record(
-    records: Iterable[tuple[int, Ticket]], parent: str, candidates: Mapping[int, Candidate]
-) -> tuple[int, Candidate] | None:
-    """Return the number of a step's first record, and the candidate it took."""
-    for number, ticket in records:
-        winner = candidates.get(-1 if ticket.origin is None else ticket.origin)
-        if ticket.parent == parent and winner is not None and winner.state == ticket.bits:
-            return number, winner
-    return None
+        )
+    return tuple(found)
 
 
 def assignment(trial: FrozenTrial | optuna.Trial, study: Study | None = None) -> BitConfig:
@@ -385,14 +423,14 @@ def assignment(trial: FrozenTrial | optuna.Trial, study: Study | None = None) ->
     """
     if isinstance(trial, optuna.Trial):
         study = trial.study
-        trial = study._storage.get_trial(trial._trial_id)
+        trial = storage_of(study).get_trial(trial_id_of(trial))
     ticket = Ticket.read(trial.system_attrs)
     by_params = ticket is None and bool(trial.params)  # another sampler's, or an enqueued one
     if not by_params and (ticket is None or not ticket.bits):
         raise ValueError(f"Trial {trial.number} is not a candidate or step record of a bit search.")
     if study is None:
         raise ValueError("A frozen trial does not know its layers: call assignment(trial, study).")
-    data = attributes.join(attributes.SPACE, study._storage.get_study_system_attrs(study._study_id))
+    data = attributes.join(attributes.SPACE, storage_of(study).get_study_system_attrs(id_of(study)))
     if data is None:
         raise ValueError(f"Study {study.study_name!r} does not hold a search space.")
     space = SearchSpace.from_json(data)

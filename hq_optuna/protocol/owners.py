@@ -3,12 +3,12 @@
 Three signs, none of which compares the clocks of two machines:
 
 - A worker of this host whose process is gone is dead at once (`worker_identity`).
-- The owner of a trial that runs long keeps changing one attribute (`attributes.BEAT`). Who is
-  seen not to have changed it for `Owners.grace_s` of the observer's time is taken for dead.
-- A trial without a ticket, `UNTAGGED_GRACE_S` after it was first seen, lost its worker. (Workers of
+- The owner of a long trial keeps changing one attribute (`attributes.HEARTBEAT`). An observer that
+  sees no change for `Owners.grace_s` takes the owner for dead.
+- A trial that has no ticket `UNTAGGED_GRACE_S` after it was first seen lost its worker. (Workers of
   `hq_optuna.workers.loop` create trials with their ticket; these come from other loops.)
 
-To be wrong about somebody who only slept costs one evaluation; the history stays the same.
+A worker that only slept and is taken for dead costs one evaluation; the history stays the same.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from hq_optuna.storages.trials import TrialRow
 UNTAGGED_GRACE_S = 3.0
 """A trial that has not got its ticket after this long lost its worker."""
 
-BEAT_S = 5.0
+HEARTBEAT_S = 5.0
 """How often the owner of a running trial changes its attribute."""
 
 GRACE_S = 30.0
-"""How long an owner may leave it unchanged: several beats, and a database that was restarted."""
+"""How long an owner may leave it unchanged: several heartbeats, and a restarted database."""
 
 HELD: dict[int, int | None] = {}
 """Claims of this process → id of their trial, once it is known. A running trial of this process
-that is not among them is nobody's: its creation was repeated because its answer got lost, or its
-end could not be told. Claims stay here when their trials end, as others may have looked before."""
+that is not here is nobody's: its creation was repeated after a lost answer, or its end could not be
+stored. Claims stay here when their trials end: another thread may have read the trials before."""
 
 
 class Owners:
-    """Keeps an eye on running trials between two looks at a study.
+    """Follows running trials from one read of a study to the next.
 
     Attributes:
         running: Number → ticket of trials whose owner may live.
@@ -47,7 +47,6 @@ class Owners:
         dead: Number → id of trials in the storage's running state whose owner is dead.
         died: Tickets of those.
         waiting: Whether somebody enqueued trials.
-        names: Workers that live and were seen at work lately, in a fixed order.
         grace_s: See `GRACE_S`.
     """
 
@@ -58,10 +57,10 @@ class Owners:
         self.dead: dict[int, int] = {}
         self.died: list[Ticket] = []
         self.waiting = False
-        self._signs: dict[int, tuple[Any, float]] = {}  # number → (beat, when it was first seen)
+        self._signs: dict[int, tuple[Any, float]] = {}  # number → (sign, first seen)
         self._last_number: dict[str, int] = {}  # worker → its latest trial
 
-    def look(self, rows: Sequence[TrialRow]) -> None:
+    def update(self, rows: Sequence[TrialRow]) -> None:
         """Judge the running trials among rows, which are all unfinished ones and the new ones."""
         now = time.monotonic()
         self.running, self.untagged, self.dead, self.waiting = {}, [], {}, False
@@ -74,7 +73,7 @@ class Owners:
             if row.state != TrialState.RUNNING:
                 self._signs.pop(row.number, None)
                 continue
-            sign = (row.ticket is not None, row.beat)
+            sign = (row.ticket is not None, row.heartbeat)
             if self._signs.get(row.number, (None, 0.0))[0] != sign:
                 self._signs[row.number] = (sign, now)
             quiet_s = now - self._signs[row.number][1]
@@ -97,7 +96,7 @@ class Owners:
         if worker_identity.is_dead(worker):
             return True
         # A process seen to live is trusted unless it was beating and stopped.
-        hangs = row.beat is not None or not worker_identity.is_alive(worker)
+        hangs = row.heartbeat is not None or not worker_identity.is_alive(worker)
         return hangs and quiet_s >= self.grace_s
 
     def at_work(self, worker: str, last: int) -> list[str]:
@@ -111,7 +110,7 @@ class Owners:
         names = {name for name, number in self._last_number.items() if number > since}
         return sorted({name for name in names if not worker_identity.is_dead(name)} | {worker})
 
-    def idle_before(self, worker: str, crew: Sequence[str]) -> int:
-        """Return how many of a crew are before a worker in line for work: those without a trial."""
+    def idle_before(self, worker: str, workers: Sequence[str]) -> int:
+        """Return how many workers without a trial come before this one."""
         busy = {ticket.worker for ticket in self.running.values()}
-        return sum(1 for name in crew if name < worker and name not in busy)
+        return sum(1 for name in workers if name < worker and name not in busy)

@@ -13,11 +13,10 @@ from optuna.trial import TrialState
 
 from hq_optuna import attributes
 from hq_optuna.attributes import StudyInfo
+from hq_optuna.optuna_internals import place_of
 from hq_optuna.protocol import worker_identity
-from hq_optuna.protocol.limits import stored_limits
-from hq_optuna.protocol.step_log import StepLog
-from hq_optuna.search import ProgressiveSearch
-from hq_optuna.space.cost import CostModel
+from hq_optuna.protocol.step_log import StepLog, search_of
+from hq_optuna.protocol.study_view import stored_limits
 from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.storages.trials import TrialRow, read_rows
 
@@ -88,7 +87,7 @@ class SearchStatus:
         return asdict(self)
 
 
-class Watch:
+class StatusReader:
     """Looks at one study again and again; each look reads what is new.
 
     Args:
@@ -102,16 +101,16 @@ class Watch:
         self._scored: Counter[str] = Counter()
         self._latest: list[float] = []
 
-    def look(self) -> SearchStatus:
+    def read(self) -> SearchStatus:
         """Return where the search stands now."""
         log = self._open()
         if log is None or self._info is None:
             return SearchStatus("preparing")
-        rows = read_rows(self._study._storage, self._study._study_id, log.cursor)
+        rows = read_rows(*place_of(self._study), log.cursor)
         log.limit(stored_limits(self._study))
         log.update(rows)
         self._count(rows)
-        return self._standing(log, self._info)
+        return self._status(log, self._info)
 
     @property
     def record(self) -> int | None:
@@ -120,30 +119,16 @@ class Watch:
 
     def _open(self) -> StepLog | None:
         if self._log is None:
-            storage, study_id = self._study._storage, self._study._study_id
+            storage, study_id = place_of(self._study)
             system = storage.get_study_system_attrs(study_id)
             info = storage.get_study_user_attrs(study_id).get(attributes.INFO)
-            space_data, made = (
-                attributes.join(attributes.SPACE, system),
-                system.get(attributes.SETTINGS),
-            )
+            space_data = attributes.join(attributes.SPACE, system)
+            made = system.get(attributes.SETTINGS)
             if info is None or space_data is None or made is None:
                 return None
             self._info = StudyInfo.from_json(info)
             space = SearchSpace.from_json(space_data)
-            limit = made["limit"]
-            search = ProgressiveSearch(
-                space=space,
-                cost=CostModel(space.layers, self._info.metric).cost,
-                limit=-math.inf if limit is None else limit,
-                n_candidates=made["n_candidates"],
-                rule=made["rule"],
-                seed=made["seed"],
-                refine=made["refine"],
-                train_every=made.get("train_every", 0),
-                final=made.get("final", False),
-            )
-            self._log = StepLog(search)
+            self._log = StepLog(search_of(made, space, self._info.metric))
         return self._log
 
     def _count(self, rows: Sequence[TrialRow]) -> None:
@@ -156,7 +141,7 @@ class Watch:
             if scored and row.seconds is not None:
                 self._latest = [*self._latest, row.seconds][-LATEST:]
 
-    def _standing(self, log: StepLog, info: StudyInfo) -> SearchStatus:
+    def _status(self, log: StepLog, info: StudyInfo) -> SearchStatus:
         found, gone = self._workers(log)
         n_busy = sum(1 for worker in found if worker.doing and worker.alive is not False)
         step, incumbent = log.open, log.incumbent
@@ -206,23 +191,16 @@ class Watch:
             what = "training" if ticket.trains else what
             doing[ticket.worker] = f"step {ticket.step}, {what}"
         died = {ticket.worker for ticket in log.owners.died}
+        known = sorted(self._scored.keys() | doing.keys() | died)
         found = []
-        for name in sorted(self._scored.keys() | doing.keys() | died):
-            alive: bool | None = None
+        for name in known:
+            alive: bool | None = worker_identity.is_alive(name) or None
             if name in died or worker_identity.is_dead(name):
                 alive = False
-            elif worker_identity.is_alive(name):
-                alive = True
             if name in died or name in doing or alive:
-                found.append(
-                    WorkerStatus(
-                        worker_identity.short_name(name),
-                        alive,
-                        doing.get(name, ""),
-                        self._scored[name],
-                    )
-                )
-        return tuple(found), len(self._scored.keys() | doing.keys() | died) - len(found)
+                short = worker_identity.short_name(name)
+                found.append(WorkerStatus(short, alive, doing.get(name, ""), self._scored[name]))
+        return tuple(found), len(known) - len(found)
 
 
 def end_reason(log: StepLog) -> str:
@@ -238,4 +216,4 @@ def end_reason(log: StepLog) -> str:
 
 def read_status(study: Study) -> SearchStatus:
     """Return where a search stands."""
-    return Watch(study).look()
+    return StatusReader(study).read()

@@ -1,8 +1,8 @@
 """The record of a search, replayed from its trials.
 
-`StepLog` reads trials and knows, at any moment, the incumbent of every closed step and which slots
-of the open step are done, running or free. It is incremental: each finished trial is looked at
-once, so a look at a study of thousands of trials costs what is new in it.
+`StepLog` takes in trials and knows the incumbent of every closed step, and which slots of the open
+step are done, running or free. It is incremental: it reads each finished trial once, so an update
+of a study of thousands of trials costs what is new in it.
 
 Everything is derived from immutable facts (finished trials and tickets), so every worker that has
 seen the same trials has the same view, and a worker with an older view can only waste work.
@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from optuna.trial import TrialState
 
@@ -23,7 +23,15 @@ from hq_optuna.attributes import Ticket
 from hq_optuna.protocol.owners import Owners
 from hq_optuna.search import Incumbent, Limits, Past, ProgressiveSearch, Result
 from hq_optuna.search.rules import keeps
+from hq_optuna.space.cost import CostModel, Metric
+from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.storages.trials import Cursor, TrialRow
+
+_Key = tuple[int, str]
+"""Step and parent, as tickets say them."""
+
+_Told = tuple[int, float, Ticket]
+"""Number, value and ticket of a complete trial."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,22 +43,6 @@ class Closed:
     winner: int
     trained: bool = False
     worker: str = ""  # who recorded it
-
-
-class _Record(NamedTuple):
-    """A complete step record: trial number, ticket, and value."""
-
-    number: int
-    ticket: Ticket
-    value: float
-
-
-class _Scored(NamedTuple):
-    """A complete candidate: trial number, score, and the bits that were scored."""
-
-    number: int
-    score: float
-    bits: tuple[int, ...]
 
 
 @dataclass
@@ -74,7 +66,26 @@ class OpenStep:
     running: dict[int, list[int]] = field(default_factory=dict)
     recording: list[int] = field(default_factory=list)
     final: bool = False
-    seen: dict[int, int] = field(default_factory=dict, repr=False)  # slot → results looked at
+
+    def bits(self, slot: int) -> tuple[int, ...] | None:
+        """Return the bits that a slot's candidate must have; ``None`` where there is no such."""
+        return self.states[slot] if 0 <= slot < len(self.states) else None
+
+    def note_running(self, running: Mapping[int, Ticket]) -> None:
+        """Take in what runs now: trial number → ticket."""
+        self.running, self.recording = {}, []
+        for number, ticket in running.items():
+            if (ticket.step, ticket.parent) != self.key:
+                continue
+            if ticket.kind == "incumbent":
+                self.recording.append(number)
+            elif ticket.kind == "candidate" and ticket.bits == self.bits(ticket.slot):
+                self.running.setdefault(ticket.slot, []).append(number)
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """What tickets say of this step and no others."""
+        return self.step, self.parent
 
     @property
     def complete(self) -> bool:
@@ -113,10 +124,11 @@ class StepLog:
         self.closed: list[Closed] = []
         self.past = Past()
         self._by_number: dict[int, tuple[int, int, Result]] = {}
-        self._candidates: dict[tuple[int, str], dict[int, list[_Scored]]] = {}
-        self._records: dict[tuple[int, str], list[_Record]] = {}
-        self._attempts: dict[tuple[int, str], set[int]] = {}
-        self._closed_keys: set[tuple[int, str]] = set()
+        # Complete trials by step and parent, which may be of steps that are not open yet.
+        self._candidates: dict[_Key, dict[int, list[_Told]]] = {}
+        self._records: dict[_Key, list[_Told]] = {}
+        self._trainings: dict[_Key, dict[int, tuple[int, ...]]] = {}  # trial's id → bits
+        self._closed_keys: set[_Key] = set()
         self.limits = Limits()
         self.stopped_by: str | None = None
         self._finished_s = 0.0
@@ -158,6 +170,15 @@ class StepLog:
         return {place: result for place, result in self.results.items() if place[0] > last}
 
     @property
+    def counted(self) -> dict[tuple[int, int], int]:
+        """The number of the trial that gave each of those, the first complete one of its slot."""
+        found: dict[tuple[int, int], int] = {}
+        for number in sorted(self._by_number, reverse=True):
+            step, slot, _ = self._by_number[number]
+            found[step, slot] = number
+        return found
+
+    @property
     def finished(self) -> bool:
         """Whether the search is over."""
         return self.open is None
@@ -165,22 +186,23 @@ class StepLog:
     def update(self, rows: Sequence[TrialRow]) -> None:
         """Take in trials that are new or were unfinished, ordered by number."""
         self.cursor.move(rows)
-        self.owners.look(rows)
+        self.owners.update(rows)
         for row in rows:
             self._note_search(row.ticket)
             self._note_time(row)
             ticket = row.ticket
-            if ticket is not None and ticket.trains:
-                self._attempts.setdefault((ticket.step, ticket.parent), set()).add(row.trial_id)
-            if row.state != TrialState.COMPLETE or ticket is None or row.value is None:
+            if ticket is None:
                 continue
             key = (ticket.step, ticket.parent)
+            if ticket.trains:
+                self._trainings.setdefault(key, {})[row.trial_id] = ticket.bits
+            if row.state != TrialState.COMPLETE or row.value is None:
+                continue
             if ticket.kind == "incumbent":
-                self._records.setdefault(key, []).append(_Record(row.number, ticket, row.value))
+                self._records.setdefault(key, []).append((row.number, row.value, ticket))
             elif ticket.kind == "candidate":
-                slots = self._candidates.setdefault(key, {})
-                scored = _Scored(row.number, row.value, ticket.bits)
-                slots.setdefault(ticket.slot, []).append(scored)
+                scored = self._candidates.setdefault(key, {}).setdefault(ticket.slot, [])
+                scored.append((row.number, row.value, ticket))
                 late = self.results.get((ticket.step, ticket.slot))
                 if key in self._closed_keys and late is not None and late.state == ticket.bits:
                     # A late duplicate. Whoever reads the study afresh may name it in a record.
@@ -233,7 +255,7 @@ class StepLog:
     def taken(self, ticket: Ticket, number: float) -> bool:
         """Return whether a ticket's work is done, or a lower number of a living worker does it."""
         step = self.open
-        if step is None or (step.step, step.parent) != (ticket.step, ticket.parent):
+        if step is None or step.key != (ticket.step, ticket.parent):
             return True
         if ticket.kind == "incumbent":
             return any(other < number for other in step.recording)
@@ -242,42 +264,45 @@ class StepLog:
         return any(other < number for other in step.running.get(ticket.slot, ()))
 
     def _advance(self) -> None:
+        """Close every step that is complete and recorded, and open the next."""
         while self._step is not None:
             step = self._step
-            key = (step.step, step.parent)
-            for slot, state in enumerate(step.states):
-                # What scored other bits than the slot has came from another view of the record.
-                entries = self._candidates.get(key, {}).get(slot, ())
-                if len(entries) == step.seen.get(slot, 0):
-                    continue
-                step.seen[slot] = len(entries)
-                entries = [scored for scored in entries if scored.bits == state]
-                if not entries:
-                    continue
-                first = min(entries)
-                result = Result(state, first.score, self.search.cost_of(state))
-                step.done[slot] = first.number
-                self.results[step.step, slot] = result
-                for scored in entries:
-                    self._by_number[scored.number] = (step.step, slot, result)
-            record = self._first_record(key) if step.complete else None
+            self._count(step)
+            record = self._first_record(step.key) if step.complete else None
             if record is None:
                 break
-            number, ticket, value = record
-            assert ticket.origin is not None
-            from_step, slot, result = self._by_number[ticket.origin]
-            score = self.score_of(ticket.origin)
-            # A training that did harm changes nothing; that of the answer was asked for.
-            trained = ticket.trains and (step.final or keeps(value, score))
-            score = value if trained else score
-            incumbent = Incumbent(step.step, result.state, score, result.cost, (from_step, slot))
-            self.closed.append(Closed(number, incumbent, ticket.origin, trained, ticket.worker))
-            self._closed_keys.add(key)
-            self.past.incumbents.append(incumbent)
-            self._step = None if step.final else self._open_step(incumbent)
+            self._close(step, *record)
         if self._step is not None:
-            self._note_running(self._step)
+            self._step.note_running(self.owners.running)
         self._check_limits()
+
+    def _count(self, step: OpenStep) -> None:
+        """Take the results of the open step."""
+        found = self._candidates.get(step.key, {})
+        for slot, state in enumerate(step.states):
+            # What scored other bits than the slot has came from another view of the record.
+            told = [entry for entry in found.get(slot, ()) if entry[2].bits == state]
+            if told:
+                first, score, _ = min(told, key=lambda entry: entry[0])
+                result = Result(state, score, self.search.cost_of(state))
+                step.done[slot] = first
+                self.results[step.step, slot] = result
+                for number, _, _ in told:
+                    self._by_number[number] = (step.step, slot, result)
+
+    def _close(self, step: OpenStep, number: int, value: float, ticket: Ticket) -> None:
+        """Close the open step as its record says."""
+        assert ticket.origin is not None
+        from_step, slot, result = self._by_number[ticket.origin]
+        score = self.score_of(ticket.origin)
+        # A training that did harm changes nothing; that of the answer was asked for.
+        trained = ticket.trains and (step.final or keeps(value, score))
+        score = value if trained else score
+        incumbent = Incumbent(step.step, result.state, score, result.cost, (from_step, slot))
+        self.closed.append(Closed(number, incumbent, ticket.origin, trained, ticket.worker))
+        self._closed_keys.add(step.key)
+        self.past.incumbents.append(incumbent)
+        self._step = None if step.final else self._open_step(incumbent)
 
     def score_of(self, number: int) -> float:
         """Return the score that a candidate's bits have now: they may have been trained since."""
@@ -287,25 +312,14 @@ class StepLog:
             return last.score
         return result.score
 
-    def _first_record(self, key: tuple[int, str]) -> _Record | None:
+    def _first_record(self, key: _Key) -> _Told | None:
         """Return a step's first record."""
-        for record in sorted(self._records.get(key, ()), key=lambda record: record.number):
-            origin = -1 if record.ticket.origin is None else record.ticket.origin
+        for number, value, ticket in sorted(self._records.get(key, ()), key=lambda told: told[0]):
             # A record of what is no candidate of this search would stop it for ever.
-            found = self._by_number.get(origin)
-            if found is not None and found[2].state == record.ticket.bits:
-                return record
+            found = self._by_number.get(-1 if ticket.origin is None else ticket.origin)
+            if found is not None and found[2].state == ticket.bits:
+                return number, value, ticket
         return None
-
-    def _note_running(self, step: OpenStep) -> None:
-        step.running, step.recording = {}, []
-        for number, ticket in self.owners.running.items():
-            if (ticket.step, ticket.parent) != (step.step, step.parent):
-                continue
-            if ticket.kind == "incumbent":
-                step.recording.append(number)
-            elif ticket.kind == "candidate":
-                step.running.setdefault(ticket.slot, []).append(number)
 
     def _open_step(self, incumbent: Incumbent | None) -> OpenStep | None:
         """Return the step after an incumbent, or ``None`` where the search ends with it."""
@@ -313,7 +327,7 @@ class StepLog:
         step = 0 if incumbent is None else incumbent.step + 1
         if not states and not self.search.final:
             return None
-        parent = _parent_digest(self.settings, incumbent)
+        parent = parent_digest(self.settings, incumbent)
         return OpenStep(step, parent, states, final=not states)
 
     @property
@@ -341,9 +355,10 @@ class StepLog:
         # A record may be one unit in the last place below its winner.
         return math.nextafter(min(scores, default=math.inf), -math.inf)
 
-    def attempts(self, step: int, parent: str) -> list[int]:
-        """Return the ids of the trials that began to train a step, the latest first."""
-        return sorted(self._attempts.get((step, parent), ()), reverse=True)
+    def attempts(self, ticket: Ticket) -> list[int]:
+        """Return the ids of the trials that began a record's training, the latest first."""
+        begun = self._trainings.get((ticket.step, ticket.parent), {})
+        return sorted((i for i, bits in begun.items() if bits == ticket.bits), reverse=True)
 
     def ends_with_open_step(self) -> bool:
         """Return whether the search is over once the complete open step is recorded."""
@@ -365,13 +380,7 @@ class StepLog:
             incumbent = replace(self.incumbent, step=step)
         else:
             incumbent = self.search.close(self.incumbent, results, self.comparable)
-        from_step, slot = incumbent.origin
-        winner = (
-            self.open.done[slot]
-            if from_step == step
-            else min(n for n, (s, k, _) in self._by_number.items() if (s, k) == incumbent.origin)
-        )
-        return incumbent, winner
+        return incumbent, self.counted[incumbent.origin]
 
 
 def settings(search: ProgressiveSearch) -> dict[str, Any]:
@@ -389,12 +398,30 @@ def settings(search: ProgressiveSearch) -> dict[str, Any]:
     }
 
 
-def parent_digest(search: ProgressiveSearch, incumbent: Incumbent | None) -> str:
+def search_of(settings: Mapping[str, Any], space: SearchSpace, metric: Metric) -> ProgressiveSearch:
+    """Return the search that a study's settings describe.
+
+    Args:
+        settings: What `settings` returned when the study was made.
+        space: The study's search space.
+        metric: What its budget counts.
+    """
+    limit = settings["limit"]
+    return ProgressiveSearch(
+        space=space,
+        cost=CostModel(space.layers, metric).cost,
+        limit=-math.inf if limit is None else limit,
+        n_candidates=settings["n_candidates"],
+        rule=settings["rule"],
+        seed=settings["seed"],
+        refine=settings["refine"],
+        train_every=settings.get("train_every", 0),
+        final=settings.get("final", False),
+    )
+
+
+def parent_digest(known: dict[str, Any], incumbent: Incumbent | None) -> str:
     """Return the digest tickets carry: settings, step and bits the step starts from."""
-    return _parent_digest(settings(search), incumbent)
-
-
-def _parent_digest(known: dict[str, Any], incumbent: Incumbent | None) -> str:
     if incumbent is None:
         return attributes.parent_digest(known, None, None)
     return attributes.parent_digest(known, incumbent.step, incumbent.state)

@@ -6,6 +6,7 @@ from optuna.study import Study
 from optuna.trial import TrialState
 
 from hq_optuna.attributes import Ticket
+from hq_optuna.optuna_internals import loop_of
 from hq_optuna.protocol.step_log import StepLog
 
 MAX_FAILURES = 5
@@ -18,12 +19,8 @@ def stop(study: Study) -> None:
     Args:
         study: As Optuna hands it to samplers.
     """
-    # With `HyperbandPruner` that is a study made for one bracket, which holds the study whose loop
-    # runs as `_study` and knows nothing of the loop.
-    study = getattr(study, "_study", study)
-    # study.stop() raises outside of optimize(), for example in a loop of ask and tell.
-    if getattr(study._thread_local, "in_optimize_loop", False):
-        study.stop()
+    if (running := loop_of(study)) is not None:
+        running.stop()
 
 
 class Failures:
@@ -43,7 +40,7 @@ class Failures:
             state: What the trial ends as.
         """
         step = log.open
-        if step is None or (step.step, step.parent) != (ticket.step, ticket.parent):
+        if step is None or step.key != (ticket.step, ticket.parent):
             return
         if ticket.kind == "incumbent" or ticket.slot not in step.done:
             self._ended.setdefault(_key(ticket), []).append(state)

@@ -17,13 +17,15 @@ from optuna.study import Study, StudyDirection
 from hq_optuna import attributes
 from hq_optuna.attributes import Ticket
 from hq_optuna.errors import ResumeError
-from hq_optuna.protocol.limits import limits_of, stored_limits, write_limits
+from hq_optuna.optuna_internals import id_of, place_of, storage_of
 from hq_optuna.protocol.step_log import StepLog
 from hq_optuna.protocol.stopping import Failures
+from hq_optuna.search import Limits
 from hq_optuna.settings import Encoding
 from hq_optuna.space.budget import Budget
 from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.storages.trials import read_rows
+from hq_optuna.storages.writing import set_study_system_attrs
 
 
 @dataclass
@@ -38,8 +40,7 @@ class StudyView:
         budget: Its budget, if it has one.
         lock: Held while the log is read: threads must not hand it older trials than it has seen.
         changed: Settings that differ from the study's; ``None`` before they are compared.
-        looked_at: How many closed steps and searches there were when settings and limits were last
-            read.
+        checked_at: Numbers of closed steps and searches when settings and limits were last read.
         tickets: Those of trials that run in this process, by id in the storage.
         failures: Trials of this process that brought no result.
     """
@@ -51,7 +52,7 @@ class StudyView:
     budget: Budget | None
     lock: threading.RLock
     changed: dict[str, str] | None = None
-    looked_at: tuple[int, int] = (0, 1)
+    checked_at: tuple[int, int] = (0, 1)
     tickets: dict[int, Ticket] = field(default_factory=dict)
     failures: Failures = field(default_factory=Failures)
 
@@ -79,24 +80,24 @@ class StudyView:
     def read(self, study: Study) -> StepLog:
         """Return the log as it stands in the storage now."""
         with self.lock:
-            self.log.update(read_rows(study._storage, study._study_id, self.log.cursor))
-            self._look_again(study)
+            self.log.update(read_rows(*place_of(study), self.log.cursor))
+            self._refresh(study)
             return self.log
 
-    def _look_again(self, study: Study) -> None:
+    def _refresh(self, study: Study) -> None:
         """Take in what others wrote into the study itself, where something happened since."""
-        log, seen = self.log, (len(self.log.closed), len(self.log.searches))
-        if seen == self.looked_at and not log.stopped_by:
+        log, now = self.log, (len(self.log.closed), len(self.log.searches))
+        if now == self.checked_at and not log.stopped_by:
             return
-        anew = seen != self.looked_at
-        if self.is_mine and anew and compare_settings(study, self.space, log.settings):
+        changed = now != self.checked_at
+        if self.is_mine and changed and compare_settings(study, self.space, log.settings):
             # Another search was started here at the same moment and found no settings either, but
             # wrote last. Its limits are not ours.
             write_settings(study, self.space, log.settings)
             if stored_limits(study) != log.limits:
                 limits = log.limits.to_json()
-                study._storage.set_study_user_attr(study._study_id, attributes.LIMITS, limits)
-        self.looked_at = seen
+                storage_of(study).set_study_user_attr(id_of(study), attributes.LIMITS, limits)
+        self.checked_at = now
         log.limit(limits_of(study))  # somebody may have raised them, or set the first
 
     def refuse_another_search(self, study: Study) -> None:
@@ -147,8 +148,7 @@ def compare_settings(study: Study, space: SearchSpace, mine: dict[str, Any]) -> 
 
     The first worker finds none there, and writes its own and the space.
     """
-    storage, study_id = study._storage, study._study_id
-    stored = storage.get_study_system_attrs(study_id).get(attributes.SETTINGS)
+    stored = storage_of(study).get_study_system_attrs(id_of(study)).get(attributes.SETTINGS)
     if stored is None:
         write_settings(study, space, mine)
         return {}
@@ -161,8 +161,47 @@ def compare_settings(study: Study, space: SearchSpace, mine: dict[str, Any]) -> 
 
 def write_settings(study: Study, space: SearchSpace, mine: dict[str, Any]) -> None:
     """Write settings and space into the study."""
-    storage, study_id = study._storage, study._study_id
     # `hq_optuna.assignment` reads the space; the settings come last and say it is complete.
-    for key, value in attributes.split(attributes.SPACE, space.to_json()).items():
-        storage.set_study_system_attr(study_id, key, value)
-    storage.set_study_system_attr(study_id, attributes.SETTINGS, mine)
+    parts = attributes.split(attributes.SPACE, space.to_json())
+    set_study_system_attrs(*place_of(study), {**parts, attributes.SETTINGS: mine})
+
+
+def stored_limits(study: Study) -> Limits:
+    """Return the limits that the study holds."""
+    storage, study_id = place_of(study)  # a study of one bracket of `HyperbandPruner` has no more
+    return Limits.from_json(storage.get_study_user_attrs(study_id).get(attributes.LIMITS))
+
+
+def limits_of(study: Study) -> Limits:
+    """Return the limits of the study, raised by those of its pruner."""
+    stored = stored_limits(study)
+    given = getattr(study.pruner, "limits", None)  # a `CostBudgetPruner` has some
+    return stored.raised_to(given) if isinstance(given, Limits) else stored
+
+
+def write_limits(study: Study) -> None:
+    """Write the limits of the study's pruner into the study, where they raise its own."""
+    limits = limits_of(study)
+    if limits != stored_limits(study):
+        storage, study_id = place_of(study)
+        storage.set_study_user_attr(study_id, attributes.LIMITS, limits.to_json())
+
+
+def refuse_lower_limits(study: Study, given: Limits) -> None:
+    """Refuse limits that are lower than the study's.
+
+    Raises:
+        ResumeError: Naming them.
+    """
+    stored = stored_limits(study)
+    lowered = stored.lowered_by(given)
+    if lowered:
+        before, now = stored.to_json(), given.to_json()
+        words = ", ".join(
+            f"{name} (study: {before[name]:g}, now: {now[name]:g})" for name in lowered
+        )
+        raise ResumeError(
+            f"Study {study.study_name!r} has higher limits already: {words}. A search that goes on "
+            "may raise them, or leave them out.",
+            changed=lowered,
+        )

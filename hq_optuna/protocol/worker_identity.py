@@ -1,8 +1,8 @@
 """Who runs a trial, and whether it still lives.
 
 A worker's name says where it runs, so that a worker on the same host can tell a dead owner from a
-slow one at once. For owners on other hosts nothing is concluded here: both `is_dead` and `is_alive`
-say no.
+slow one at once. Of owners on other hosts nothing is known here: both `is_dead` and `is_alive` say
+no.
 """
 
 from __future__ import annotations
@@ -21,25 +21,34 @@ def _pid_namespace() -> str:
         return "0"
 
 
-def _start_time(pid: int) -> str:
-    """Return when the process started, in clock ticks after boot; empty where unknown.
+@functools.cache
+def _boot() -> str:
+    """Return what tells this boot of the host from all others; empty where unknown."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")[:12]
+    except OSError:
+        return ""
 
-    The pair (pid, start) is unique until the next boot, a pid alone is not.
-    """
+
+def _status(pid: int) -> tuple[str, str]:
+    """Return a process's state and its start in clock ticks after boot; empty where unknown."""
     try:
         # The command name in field 2 may hold spaces and parentheses; field 22 is the start.
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return fields[0], fields[19]
     except (OSError, IndexError):
-        return ""
+        return "", ""
 
 
 @functools.cache
 def _identity(pid: int) -> str:
-    return f"{socket.gethostname()}/{_pid_namespace()}/{pid}/{_start_time(pid)}"
+    # A pid is used again, and so is a pair of pid and start after a reboot.
+    start = f"{_boot()}-{_status(pid)[1]}"
+    return f"{socket.gethostname()}/{_pid_namespace()}/{pid}/{start}"
 
 
 def worker_id() -> str:
-    """Return the name of this process: ``host/pid namespace/pid/start``."""
+    """Return the name of this process: ``host/pid namespace/pid/boot-start``."""
     return _identity(os.getpid())
 
 
@@ -52,7 +61,7 @@ def short_name(worker: str) -> str:
     """Return ``host:pid`` for people.
 
     Example:
-        >>> short_name("box/4026531836/1234/5678")
+        >>> short_name("box/4026531836/1234/1f0c33aa90d2-5678")
         'box:1234'
     """
     parts = worker.split("/")
@@ -60,7 +69,7 @@ def short_name(worker: str) -> str:
 
 
 def is_dead(worker: str) -> bool:
-    """Return whether the worker certainly no longer runs: a process of this host that is gone."""
+    """Return whether the worker has certainly ended: a process of this host that is gone."""
     return _lives(worker) is False
 
 
@@ -74,18 +83,18 @@ def _lives(worker: str) -> bool | None:
     parts = worker.split("/")
     if len(parts) != 4 or not parts[2].isdigit():
         return None
-    host, namespace, pid, start = parts
+    host, namespace, pid, started = parts
     if (host, namespace) != (socket.gethostname(), _pid_namespace()):
         return None
+    boot, _, start = started.partition("-")
+    if boot and _boot() and boot != _boot():
+        return False
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:
         return False
     except OSError:
         pass  # alive, but somebody else's
+    state, found = _status(int(pid))
     # A process that was killed but not yet reaped by its parent is as good as gone.
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        state = "?"
-    return not (state == "Z" or (bool(start) and _start_time(int(pid)) not in ("", start)))
+    return not (state == "Z" or (start and found and found != start))

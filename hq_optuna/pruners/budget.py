@@ -43,13 +43,13 @@ class CostBudgetPruner(BasePruner):
         sampler: Any = study.sampler  # samplers import pruners, so its class is not known here
         if not hasattr(sampler, "ticket"):
             return False
-        ticket: Ticket | None = sampler.ticket(study, trial._trial_id)
+        ticket: Ticket | None = sampler.ticket(study, trial)
         if ticket is None or ticket.kind == "free":
             return False
         if ticket.kind == "surplus":
             return True
         log = sampler.log(study)
         step = log.open
-        if step is None or (step.step, step.parent) != (ticket.step, ticket.parent):
+        if step is None or step.key != (ticket.step, ticket.parent):
             return True
         return ticket.kind == "candidate" and ticket.slot in step.done

@@ -21,6 +21,7 @@ from hq_optuna._version import __version__
 from hq_optuna.answer.agreement import agreement
 from hq_optuna.answer.intervals import CONFIDENCE, METHODS, paired, wilson
 from hq_optuna.attributes import ANSWER, COMPARED, EIGHT, UNIFORM
+from hq_optuna.optuna_internals import id_of, storage_of
 from hq_optuna.protocol.history import History, Reference, read_history
 from hq_optuna.protocol.start_options import StartOptions, mask
 from hq_optuna.protocol.status import SearchStatus, read_status
@@ -394,7 +395,7 @@ def trainings(history: History) -> list[dict[str, Any]]:
 def _artifacts(study: Study) -> dict[str, Any]:
     """Return what the study says of its artifacts, by name; not of the report, which this is."""
     prefix = f"{attributes.ARTIFACT}:"
-    system = study._storage.get_study_system_attrs(study._study_id)
+    system = storage_of(study).get_study_system_attrs(id_of(study))
     found = {k.removeprefix(prefix): v for k, v in system.items() if k.startswith(prefix)}
     return {name: found[name] for name in sorted(found) if name != "report"}
 

@@ -23,16 +23,22 @@ from optuna.exceptions import OptunaError
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.storages import BaseStorage
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from hq_optuna import attributes
 from hq_optuna.attributes import Ticket
+from hq_optuna.optuna_internals import (
+    FIXED_PARAMS,
+    place_of,
+    refuse_several_objectives,
+    storage_of,
+    trial_id_of,
+)
 from hq_optuna.protocol import worker_identity
 from hq_optuna.protocol.claims import ClaimedTrial, claim
-from hq_optuna.protocol.limits import limits_of
 from hq_optuna.protocol.step_log import StepLog, settings
 from hq_optuna.protocol.stopping import stop
-from hq_optuna.protocol.study_view import StudyView
+from hq_optuna.protocol.study_view import StudyView, limits_of
 from hq_optuna.protocol.tickets import (
     BITS,
     LAYER,
@@ -75,6 +81,9 @@ class ProgressiveBitSampler(BaseSampler):
         train_every: Steps after which the objective trains the winner, and the next ones are made
             from the trained network; 0 for never. The objective must know how.
         final: Whether the objective trains the answer when the search is over.
+        backs_up: Whether a trial for which nothing is free repeats what another one is running, so
+            that a search goes on whose workers died unseen. Turned off, such a trial is of the kind
+            ``"surplus"``.
         encoding: ``"layers"``: each candidate has the bits of every layer as parameters, which the
             dashboard draws. ``"compact"``: two parameters, ``layer`` and ``bits``, and
             `hq_optuna.assignment` has the rest. Step records always have all layers. ``None``:
@@ -83,11 +92,6 @@ class ProgressiveBitSampler(BaseSampler):
     Parameters that are not in the space are sampled independently at random, as Optuna's own
     relative samplers do. The objective's value must be deterministic. A trial that is asked for
     after the search is over shows the answer once more.
-
-    Attributes:
-        backs_up: Whether a worker for whom nothing is free repeats what another one is running, so
-            that a search goes on whose workers died unseen. Who can wait instead turns it off, and
-            gets a trial of the kind ``"surplus"``.
 
     Raises:
         BudgetError: The budget is below the cheapest assignment of the space.
@@ -120,6 +124,7 @@ class ProgressiveBitSampler(BaseSampler):
         refine: bool = True,
         train_every: int = 0,
         final: bool = False,
+        backs_up: bool = True,
         encoding: Encoding | None = None,
     ) -> None:
         taken = {LAYER, BITS} & set(space.parameters(space.top))
@@ -146,7 +151,7 @@ class ProgressiveBitSampler(BaseSampler):
         self.train_every = train_every
         self.final = final
         self.encoding: Encoding = encoding
-        self.backs_up = True
+        self.backs_up = backs_up
         self._search(None)  # refuse bad settings now
         self._independent = RandomSampler(seed=seed)
         # By storage, as studies of two storages may have the same id.
@@ -170,16 +175,17 @@ class ProgressiveBitSampler(BaseSampler):
 
     def view(self, study: Study) -> StudyView:
         """Return what is known of a study, as far as it was read."""
+        storage, study_id = place_of(study)
         with self.lock:
-            studies = self._views.setdefault(study._storage, {})
-            if study._study_id not in studies:
+            studies = self._views.setdefault(storage, {})
+            if study_id not in studies:
                 log = StepLog(self._search(study))
                 mine = attributes.digest(settings(log.search))
                 log.limit(limits_of(study))
-                studies[study._study_id] = StudyView(
-                    self.space, self.encoding, log, mine, self.budget_of(study), self.lock
+                studies[study_id] = StudyView(
+                    self.space, self.encoding, log, mine, self._budget_of(study), self.lock
                 )
-            return studies[study._study_id]
+            return studies[study_id]
 
     def name_search(self, study: Study, digest: str) -> None:
         """Say what the search depends on besides the sampler: network, data and so on.
@@ -188,12 +194,6 @@ class ProgressiveBitSampler(BaseSampler):
         same moment are told apart.
         """
         self.view(study).name_search(digest)
-
-    def budget_of(self, study: Study | None) -> Budget | None:
-        """Return the budget of this sampler, or else of the study's pruner."""
-        if self.budget is None and study is not None and isinstance(study.pruner, CostBudgetPruner):
-            return study.pruner.budget
-        return self.budget
 
     def base(self, study: Study) -> int | None:
         """Return the number of the record whose trained network candidates are made from.
@@ -206,8 +206,35 @@ class ProgressiveBitSampler(BaseSampler):
         """Return whether the budget is met, or nothing is left to lower."""
         return self.log(study).finished
 
+    def ticket(self, study: Study, trial: Trial | FrozenTrial) -> Ticket | None:
+        """Return the ticket of a trial."""
+        # Optuna hands samplers the trial as it was before its ticket was written. Tickets of
+        # trials that run in this process are kept; a ticket never changes.
+        trial_id = trial_id_of(trial)
+        kept = self.view(study).tickets.get(trial_id)
+        return kept or Ticket.read(storage_of(study).get_trial(trial_id).system_attrs)
+
+    def parameters(self, ticket: Ticket) -> dict[str, tuple[int | str, tuple[int | str, ...]]]:
+        """Return ``{parameter: (value, choices)}`` that a trial with this ticket shows."""
+        return parameters(ticket, self.space, self.encoding)
+
+    def check_study(self, study: Study) -> None:
+        """Refuse a study that this sampler cannot go on with.
+
+        Raises:
+            ResumeError: The study was made with other settings.
+            ValueError: The study has several objectives, or maximizes.
+        """
+        refuse_several_objectives(self, study)
+        self.view(study).check_settings(study)
+
+    def _budget_of(self, study: Study | None) -> Budget | None:
+        if self.budget is None and study is not None and isinstance(study.pruner, CostBudgetPruner):
+            return study.pruner.budget
+        return self.budget
+
     def _search(self, study: Study | None) -> ProgressiveSearch:
-        budget = self.budget_of(study)
+        budget = self._budget_of(study)
         model = CostModel(self.space.layers, "bops" if budget is None else budget.metric)
         return ProgressiveSearch(
             space=self.space,
@@ -254,18 +281,18 @@ class ProgressiveBitSampler(BaseSampler):
             RuntimeError: What the search needs next failed, or was pruned, again and again.
             ValueError: The study has several objectives, or maximizes.
         """
-        if trial._trial_id in self.view(study).tickets:
+        tickets, trial_id = self.view(study).tickets, trial_id_of(trial)
+        if trial_id in tickets:
             return  # created with it, see `ask`
+        storage = storage_of(study)
         try:
             ticket = self._new_ticket(study, trial)
-            study._storage.set_trial_system_attr(
-                trial._trial_id, attributes.TICKET, ticket.to_json()
-            )
+            storage.set_trial_system_attr(trial_id, attributes.TICKET, ticket.to_json())
         except BaseException:  # Ctrl-C too: what is raised here leaves a trial running for ever
             with contextlib.suppress(OptunaError):
-                study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+                storage.set_trial_state_values(trial_id, TrialState.FAIL)
             raise
-        self.view(study).tickets[trial._trial_id] = ticket
+        tickets[trial_id] = ticket
         if ticket.kind == "surplus":
             stop(study)
 
@@ -274,42 +301,42 @@ class ProgressiveBitSampler(BaseSampler):
         ticket = Ticket.read(trial.system_attrs)
         if ticket is not None:  # a retried trial keeps its parameters, and so its slot
             return dataclasses.replace(ticket, worker=worker_identity.worker_id())
-        if "fixed_params" in trial.system_attrs or trial.params:  # enqueued: not a trial of ours
+        if FIXED_PARAMS in trial.system_attrs or trial.params:  # enqueued: not a trial of ours
             return idle_ticket("free")
         with self.lock:
             log, view = self.log(study), self.view(study)
             view.refuse_another_search(study)
-            ticket = self._ticket(log, trial.number, view.search)
+            step = log.open
+            if step is None or not (self.backs_up or log.anything_left(trial.number)):
+                return idle_ticket("surplus", log, view.search)
+            if step.complete:
+                ticket = record_ticket(log, view.search)
+            else:
+                slot = slot_for(step, log.untagged_before(trial.number))
+                ticket = candidate_ticket(log, slot, view.search)
             view.failures.refuse_more(log, ticket)
             return ticket
-
-    def _ticket(self, log: StepLog, number: int, search: str) -> Ticket:
-        step = log.open
-        if step is None or not (self.backs_up or log.anything_left(number)):
-            return idle_ticket("surplus", log, search)
-        if step.complete:
-            return record_ticket(log, search)
-        return candidate_ticket(log, slot_for(step, log.untagged_before(number)), search)
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
         """Return the parameters that the trial's ticket sets."""
-        self._raise_error_if_multi_objective(study)
-        ticket = self.ticket(study, trial._trial_id)
-        if ticket is None:
-            return {}
-        values = self.parameters(ticket)
-        return {name: CategoricalDistribution(choices) for name, (_, choices) in values.items()}
+        refuse_several_objectives(self, study)
+        shown = self._shown(study, trial)
+        return {name: CategoricalDistribution(choices) for name, (_, choices) in shown.items()}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """Return the bits that the trial's ticket names."""
-        ticket = self.ticket(study, trial._trial_id)
-        if ticket is None or not search_space:
-            return {}
-        return {name: value for name, (value, _) in self.parameters(ticket).items()}
+        shown = self._shown(study, trial) if search_space else {}
+        return {name: value for name, (value, _) in shown.items()}
+
+    def _shown(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, tuple[int | str, tuple[int | str, ...]]]:
+        ticket = self.ticket(study, trial)
+        return {} if ticket is None else self.parameters(ticket)
 
     def sample_independent(
         self,
@@ -323,13 +350,12 @@ class ProgressiveBitSampler(BaseSampler):
         Raises:
             ValueError: The objective asks for a variable of the space with other choices.
         """
-        self._raise_error_if_multi_objective(study)
-        ticket = self.ticket(study, trial._trial_id)
-        values = {} if ticket is None else self.parameters(ticket)
-        if param_name in values:
+        refuse_several_objectives(self, study)
+        shown = self._shown(study, trial)
+        if param_name in shown:
             raise ValueError(
                 f"Parameter {param_name!r} allows {param_distribution} in the objective, but "
-                f"{values[param_name][1]} in the sampler's space. Give both the same space."
+                f"{shown[param_name][1]} in the sampler's space. Give both the same space."
             )
         return self._independent.sample_independent(study, trial, param_name, param_distribution)
 
@@ -341,17 +367,17 @@ class ProgressiveBitSampler(BaseSampler):
         values: Sequence[float] | None,
     ) -> None:
         """End the study with the record that meets the budget."""
-        ticket = self.ticket(study, trial._trial_id)
-        self.view(study).tickets.pop(trial._trial_id, None)
+        ticket, view = self.ticket(study, trial), self.view(study)
+        view.tickets.pop(trial_id_of(trial), None)
         if ticket is None or ticket.kind not in ("candidate", "incumbent"):
             return
         with self.lock:
             if state != TrialState.COMPLETE:
-                self.view(study).failures.note(self.log(study), ticket, state)
+                view.failures.note(self.log(study), ticket, state)
             elif ticket.kind == "incumbent":
                 log = self.log(study)
                 if log.open is None or (
-                    (log.open.step, log.open.parent) == (ticket.step, ticket.parent)
+                    log.open.key == (ticket.step, ticket.parent)
                     and (log.open.final or not self.final)
                     and log.ends_with_open_step()
                 ):
@@ -360,28 +386,3 @@ class ProgressiveBitSampler(BaseSampler):
     def reseed_rng(self) -> None:
         """Reseed what draws parameters outside the space; draws of the search never change."""
         self._independent.reseed_rng()
-
-    # Details
-
-    def parameters(self, ticket: Ticket) -> dict[str, tuple[int | str, tuple[int | str, ...]]]:
-        """Return ``{parameter: (value, choices)}`` that a trial with this ticket shows."""
-        return parameters(ticket, self.space, self.encoding)
-
-    def ticket(self, study: Study, trial_id: int) -> Ticket | None:
-        """Return the ticket of a trial, by its id in the storage."""
-        # Optuna hands samplers the trial as it was before its ticket was written. Tickets of
-        # trials that run in this process are kept; a ticket never changes.
-        kept = self.view(study).tickets.get(trial_id)
-        if kept is not None:
-            return kept
-        return Ticket.read(study._storage.get_trial(trial_id).system_attrs)
-
-    def check_study(self, study: Study) -> None:
-        """Refuse a study that this sampler cannot go on with.
-
-        Raises:
-            ResumeError: The study was made with other settings.
-            ValueError: The study has several objectives, or maximizes.
-        """
-        self._raise_error_if_multi_objective(study)
-        self.view(study).check_settings(study)

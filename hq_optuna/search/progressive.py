@@ -74,6 +74,9 @@ class ProgressiveSearch:
     refine: bool = False
     train_every: int = 0
     final: bool = False
+    _costs: dict[tuple[int, ...], float] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         for name in ("n_candidates", "seed"):
@@ -94,7 +97,10 @@ class ProgressiveSearch:
 
     def cost_of(self, state: Sequence[int]) -> float:
         """Return the cost of a state of the search."""
-        return self.cost(self.space.config(state))
+        key = tuple(state)
+        if key not in self._costs:
+            self._costs[key] = self.cost(self.space.config(key))
+        return self._costs[key]
 
     def states(
         self, incumbent: Incumbent | None, past: Past | None = None

@@ -39,6 +39,8 @@ def learn_rises(
     for before, score_before, after, score_after in scored:
         signed: list[tuple[Notch, int]] = []
         for v, (a, b) in enumerate(zip(before, after, strict=True)):
+            if a == b:
+                continue
             bits = space.variables[v].bits
             low, high = sorted((bits.index(a), bits.index(b)), reverse=True)
             signed += [((v, bits[i]), 1 if b < a else -1) for i in range(high + 1, low + 1)]

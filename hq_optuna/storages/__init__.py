@@ -14,6 +14,7 @@ from hq_optuna.storages.retrying import (
     RetryingStorage,
     explain_errors_of,
     open_retrying,
+    pausing,
 )
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "load_study",
     "open_retrying",
     "open_storage",
+    "pausing",
     "redact_url",
     "sqlite_url",
     "storage_exists",

@@ -1,28 +1,37 @@
-"""`open_storage`: any storage URL to an Optuna storage, SQLite made fit for several processes."""
+"""`open_storage`: any storage URL to an Optuna storage, SQLite made fit for several processes.
+
+URLs of what is no database follow SQLite's: ``journal:///search.log`` is beside you,
+``journal:////data/search.log`` is not. A path that ends in ``.log`` or ``.journal`` is a journal
+file too. ``grpc://host:port`` is a proxy that somebody runs before a database.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import random
 import re
 import sqlite3
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit
 
 import optuna
 import sqlalchemy
 import sqlalchemy.exc
 from optuna.exceptions import StorageInternalError
-from optuna.storages import BaseStorage
+from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
 
 from hq_optuna.errors import StorageError
+from hq_optuna.optuna_internals import database_of
 from hq_optuna.storages.database import Database
-from hq_optuna.storages.journal_and_grpc import is_grpc, journal_path, open_grpc, open_journal
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +45,13 @@ FIRST_USE_ATTEMPTS = 8
 
 LOCKED_PAUSE_S = 0.02
 """Mean pause before SQLite is asked again where it says at once that it is locked."""
+
+JOURNAL_SUFFIXES = (".log", ".journal")
+
+GRPC_PORT = 13000
+"""Where Optuna's proxy listens unless told otherwise."""
+
+GRPC_TIMEOUT_S = 10.0
 
 _SECRET = re.compile(r"(?i)([?&][^=&@]*(?:pass|pwd|secret|token)[^=&@]*=)[^&]*")
 
@@ -91,7 +107,7 @@ def open_storage(storage: str | BaseStorage | None) -> BaseStorage:
         return optuna.storages.InMemoryStorage()
     if isinstance(storage, BaseStorage):
         return storage
-    if is_grpc(storage):
+    if storage.startswith("grpc://"):
         return open_grpc(storage)
     if (path := journal_path(storage)) is not None:
         return open_journal(path)
@@ -101,6 +117,87 @@ def open_storage(storage: str | BaseStorage | None) -> BaseStorage:
         if url.get_backend_name() == "sqlite":
             return _open_sqlite(storage, url)
         return optuna.storages.get_storage(_create_tables(storage, {}))
+
+
+def journal_path(storage: str) -> Path | None:
+    """Return the file of a journal's URL, or ``None`` where it is no journal.
+
+    Example:
+        >>> journal_path("journal:///a/b.log").as_posix(), journal_path("b.log").as_posix()
+        ('a/b.log', 'b.log')
+        >>> journal_path("sqlite:///b.log")
+    """
+    if storage.startswith("journal://"):
+        rest = storage.removeprefix("journal://")
+        if not rest.startswith("/") or not rest.strip("/"):
+            raise StorageError(
+                f"{storage!r} is no journal URL. Expected 'journal:///search.log' for a file here, "
+                "or 'journal:////data/search.log' for one at /data/search.log."
+            )
+        return Path(unquote(rest[1:]))
+    if "://" not in storage and storage.endswith(JOURNAL_SUFFIXES):
+        return Path(storage)
+    return None
+
+
+def _make_folder_of(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"Cannot create the folder {path.parent}: {error.strerror}.") from None
+
+
+def open_journal(path: Path) -> BaseStorage:
+    """Open a journal file, made if need be.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    _make_folder_of(path)
+    if path.is_dir():
+        raise StorageError(f"{path} is a folder. Give the path of a file.")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise StorageError(f"{path} cannot be written. Give another --storage.")
+    try:
+        return JournalStorage(JournalFileBackend(str(path)))
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise StorageError(
+            f"{path} is no journal of Optuna, or one of a later version ({type(error).__name__}: "
+            f"{str(error).rstrip('.')}). Give the path of another file, or update Optuna."
+        ) from None
+
+
+def open_grpc(storage: str) -> BaseStorage:
+    """Connect to a gRPC proxy.
+
+    Raises:
+        StorageError: The URL is broken, gRPC is not installed, or nobody answers.
+    """
+    try:
+        parts = urlsplit(storage)
+        host, port = parts.hostname, GRPC_PORT if parts.port is None else parts.port
+    except ValueError:
+        host, port = None, GRPC_PORT
+    if not host or parts.path not in ("", "/") or "@" in parts.netloc:
+        raise StorageError(
+            "A gRPC proxy is written 'grpc://host:port', for example 'grpc://db.example:13000'; "
+            "it knows no users and no passwords."
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            proxy = GrpcStorageProxy(host=host, port=port)
+        proxy.wait_server_ready(timeout=GRPC_TIMEOUT_S)
+    except ImportError:
+        raise StorageError(
+            f"Storage {storage} needs gRPC. Install it: pip install 'hq_optuna[grpc]'."
+        ) from None
+    except ConnectionError:
+        raise StorageError(
+            f"Storage {storage}: nobody answers within {GRPC_TIMEOUT_S:g} s. Check host and port, "
+            "and that optuna.storages.run_grpc_proxy_server runs there."
+        ) from None
+    return proxy
 
 
 def _parse(storage: str) -> sqlalchemy.URL:
@@ -126,29 +223,23 @@ def _create_tables(storage: str, engine_kwargs: dict[str, Any]) -> Database:
     at the same time about half fail on a table that exists by then. Looking again is enough.
     """
     template = storage.replace("{", "{{").replace("}", "}}")  # Optuna formats the URL
-    for attempt in range(FIRST_USE_ATTEMPTS):
+    for attempt in itertools.count(1):
         try:
             return Database(template, engine_kwargs=engine_kwargs)
         except (sqlalchemy.exc.DatabaseError, StorageInternalError) as error:
             text = str(_innermost(error)).lower()
-            if not any(word in text for word in ("already exists", "unique", "duplicate")):
-                raise
-            if attempt == FIRST_USE_ATTEMPTS - 1:
+            there = any(word in text for word in ("already exists", "unique", "duplicate"))
+            if not there or attempt == FIRST_USE_ATTEMPTS:
                 raise
             logger.debug("Another process creates the tables now: %s", text)
-            time.sleep(random.uniform(0.02, 0.05) * 2**attempt)
+            time.sleep(random.uniform(0.01, 0.025) * 2**attempt)
     raise AssertionError("unreachable")
 
 
 def _open_sqlite(storage: str, url: sqlalchemy.URL) -> BaseStorage:
     if url.database and url.database != ":memory:":
         path = Path(url.database)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(
-                f"Cannot create the folder {path.parent}: {error.strerror}."
-            ) from None
+        _make_folder_of(path)
         if path.exists() and not os.access(path, os.W_OK):
             raise StorageError(f"{path} is read-only. Give a file that can be written.")
         if not path.exists() and not os.access(path.parent, os.W_OK):
@@ -238,25 +329,25 @@ def _explained(shown: str, error: Exception, secret: str | None = None) -> Stora
 
 
 def _advice(reason: str, error: BaseException) -> str:
-    lower = reason.lower()
-    if isinstance(error, ImportError) or "no module named" in lower:
-        return (
-            "Install the driver, for example pip install 'hq_optuna[postgresql]' for "
-            "postgresql+psycopg://, or 'hq_optuna[mysql]' for mysql+pymysql://."
-        )
-    if "disk is full" in lower or "no space left" in lower or "disk i/o" in lower:
-        return "Free some space and start the same command again: what was recorded stays."
-    if "readonly" in lower or "read-only" in lower or "unable to open" in lower:
-        return "Check that the file and its folder exist and can be written."
-    if "malformed" in lower:
-        return "The file is damaged: restore a copy, or save what is left with sqlite3's .recover."
-    if "not a database" in lower:
-        return "The file is not a SQLite database; give the path of another file."
-    if "table schema" in lower:  # Optuna says what to do itself
-        return ""
-    if "locked" in lower:
-        return "Another program holds the database; try again."
-    return "Check the URL, and that the database runs and can be reached."
+    lower = "no module named" if isinstance(error, ImportError) else reason.lower()
+    found = (advice for words, advice in _ADVICE.items() if re.search(words, lower))
+    return next(found, "Check the URL, and that the database runs and can be reached.")
+
+
+_ADVICE = {
+    "no module named": "Install the driver, for example pip install 'hq_optuna[postgresql]' for "
+    "postgresql+psycopg://, or 'hq_optuna[mysql]' for mysql+pymysql://.",
+    "disk is full|no space left|disk i/o": "Free some space and start the same command again: what "
+    "was recorded stays.",
+    "readonly|read-only|unable to open": "Check that the file and its folder exist and can be "
+    "written.",
+    "malformed": "The file is damaged: restore a copy, or save what is left with sqlite3's "
+    ".recover.",
+    "not a database": "The file is not a SQLite database; give the path of another file.",
+    "table schema": "",  # Optuna says what to do itself
+    "locked": "Another program holds the database; try again.",
+}
+"""What a driver says, as a pattern → what to do."""
 
 
 def study_exists(storage: str, name: str) -> bool:
@@ -265,7 +356,7 @@ def study_exists(storage: str, name: str) -> bool:
     Raises:
         StorageError: The storage cannot be opened.
     """
-    if not _has_studies(storage):
+    if not storage_exists(storage):
         return False
     opened = open_storage(storage)
     with explain_storage_errors(redact_url(storage)):
@@ -273,17 +364,11 @@ def study_exists(storage: str, name: str) -> bool:
             opened.get_study_id_from_name(name)
         except KeyError:
             return False
-        finally:
-            _let_go(opened)
+        finally:  # gives connections back at once, not with Python's garbage: servers have few
+            opened.remove_session()
+            if (database := database_of(opened)) is not None:
+                database.engine.dispose()
     return True
-
-
-def _let_go(opened: BaseStorage) -> None:
-    """Give connections back at once, and not when Python collects garbage: servers have few."""
-    database = getattr(opened, "_backend", None)
-    if isinstance(database, Database):
-        database.remove_session()
-        database.engine.dispose()
 
 
 def load_study(storage: str, name: str) -> Study:
@@ -295,7 +380,7 @@ def load_study(storage: str, name: str) -> Study:
     shown = redact_url(storage)
     if not _may_exist(storage):
         raise StorageError(f"There is no database at {shown}. Was a search started?")
-    if not _has_studies(storage):
+    if not storage_exists(storage):
         raise StorageError(f"{shown} holds no study {name!r}. It holds: none.")
     opened = open_storage(storage)
     with explain_storage_errors(shown):
@@ -306,17 +391,8 @@ def load_study(storage: str, name: str) -> Study:
             raise StorageError(f"{shown} holds no study {name!r}. It holds: {names}.") from None
 
 
-def storage_exists(storage: str) -> bool:
-    """Return whether there is a storage that Optuna has used; creates nothing.
-
-    Raises:
-        StorageError: The storage cannot be opened.
-    """
-    return _has_studies(storage)
-
-
 def _may_exist(storage: str) -> bool:
-    if is_grpc(storage):
+    if storage.startswith("grpc://"):
         return True
     if (path := journal_path(storage)) is not None:
         return path.exists()
@@ -326,11 +402,15 @@ def _may_exist(storage: str) -> bool:
     return Path(url.database).exists()
 
 
-def _has_studies(storage: str) -> bool:
-    """Return whether the storage is there and Optuna has been; creates neither."""
+def storage_exists(storage: str) -> bool:
+    """Return whether there is a storage that Optuna has used; creates nothing.
+
+    Raises:
+        StorageError: The storage cannot be opened.
+    """
     if not _may_exist(storage):
         return False
-    if is_grpc(storage) or journal_path(storage) is not None:
+    if storage.startswith("grpc://") or journal_path(storage) is not None:
         return True
     url = _parse(storage)
     sqlite = url.get_backend_name() == "sqlite"

@@ -8,20 +8,19 @@ twice the one whose number nobody heard is marked as failed (`hq_optuna.protocol
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import logging
 import random
 import time
-from collections.abc import Callable, Container, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import sqlalchemy.exc
-from optuna.distributions import BaseDistribution
 from optuna.exceptions import DuplicatedStudyError, StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
-from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
 from hq_optuna.errors import StorageError
@@ -36,9 +35,17 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 
 _PASSING_GRPC = {"UNAVAILABLE", "UNKNOWN", "DEADLINE_EXCEEDED", "INTERNAL", "RESOURCE_EXHAUSTED"}
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_PASSING = (
+    ConnectionError,
+    sqlalchemy.exc.PendingRollbackError,
+    sqlalchemy.exc.TimeoutError,
+    sqlalchemy.exc.InternalError,  # PostgreSQL that shuts down or recovers
+)
 _LASTING_SQLITE = ("readonly", "no such table", "no such column", "syntax error", "malformed")
 
 _T = TypeVar("_T")
+_P = ParamSpec("_P")
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def may_pass(error: BaseException | None) -> bool:
@@ -48,24 +55,27 @@ def may_pass(error: BaseException | None) -> bool:
         >>> may_pass(OSError(errno.ENOSPC, "No space left on device")), may_pass(KeyError("x"))
         (True, False)
     """
-    if error is None:
-        return False
     if isinstance(error, StorageInternalError):
         return may_pass(error.__cause__)
     if isinstance(error, sqlalchemy.exc.OperationalError | sqlalchemy.exc.InterfaceError):
         return not any(words in str(error.orig).lower() for words in _LASTING_SQLITE)
-    if isinstance(error, sqlalchemy.exc.DBAPIError) and error.connection_invalidated:
-        return True
-    if isinstance(error, sqlalchemy.exc.PendingRollbackError | sqlalchemy.exc.TimeoutError):
-        return True
-    if isinstance(error, sqlalchemy.exc.InternalError):  # PostgreSQL that shuts down or recovers
-        return True
     code = getattr(error, "code", None)  # gRPC's errors, without importing gRPC
     if callable(code) and type(error).__module__.startswith("grpc"):
         return getattr(code(), "name", "") in _PASSING_GRPC
-    if isinstance(error, ConnectionError):
+    if isinstance(error, sqlalchemy.exc.DBAPIError) and error.connection_invalidated:
         return True
-    return isinstance(error, OSError) and error.errno in _FULL_DISK
+    full = isinstance(error, OSError) and error.errno in _FULL_DISK
+    return full or isinstance(error, _PASSING)
+
+
+def _tried_again(method: _Method) -> _Method:
+    """Return a method of a storage that reads, or writes the same again, as one that is retried."""
+
+    def call(self: RetryingStorage, *args: Any, **kwargs: Any) -> Any:
+        return self.retry(lambda: getattr(self.wrapped, method.__name__)(*args, **kwargs))
+
+    call.__doc__ = method.__doc__
+    return cast("_Method", call)
 
 
 class RetryingStorage(BaseStorage):
@@ -80,7 +90,6 @@ class RetryingStorage(BaseStorage):
     Attributes:
         wrapped: The storage.
         n_retries: How many calls were tried again so far.
-        pause: Called with the seconds to wait. What it raises comes out of the call.
         hurries: Whether a pause was interrupted. Calls are then tried once: whoever interrupts a
             wait does not want another one.
     """
@@ -95,8 +104,17 @@ class RetryingStorage(BaseStorage):
         self.retry_for_s = retry_for_s
         self._lost = False
         self.n_retries = 0
-        self.pause: Callable[[float], None] = time.sleep
         self.hurries = False
+        self._pause: Callable[[float], None] = time.sleep
+
+    @contextlib.contextmanager
+    def pausing(self, pause: Callable[[float], None]) -> Iterator[None]:
+        """Wait by ``pause`` while the body runs; what that raises comes out of the call."""
+        before, self._pause = self._pause, pause
+        try:
+            yield
+        finally:
+            self._pause = before
 
     def retry(self, function: Callable[[], _T], again: Callable[[], _T] | None = None) -> _T:
         """Call until it succeeds; ``again``, if given, is called instead after a failure.
@@ -130,7 +148,7 @@ class RetryingStorage(BaseStorage):
             )
         try:
             # Workers that lost the same server must not come back all at once.
-            self.pause(pause_s * random.uniform(0.5, 1.0))
+            self._pause(pause_s * random.uniform(0.5, 1.0))
         except BaseException:
             self.hurries = True
             raise
@@ -152,96 +170,35 @@ class RetryingStorage(BaseStorage):
             )
         return StorageError(text)
 
-    # What reads
+    # What reads, and what writes the same again
 
-    def get_study_id_from_name(self, study_name: str) -> int:  # noqa: D102
-        return self.retry(lambda: self.wrapped.get_study_id_from_name(study_name))
+    get_study_id_from_name = _tried_again(BaseStorage.get_study_id_from_name)
+    get_study_name_from_id = _tried_again(BaseStorage.get_study_name_from_id)
+    get_study_directions = _tried_again(BaseStorage.get_study_directions)
+    get_study_user_attrs = _tried_again(BaseStorage.get_study_user_attrs)
+    get_study_system_attrs = _tried_again(BaseStorage.get_study_system_attrs)
+    get_all_studies = _tried_again(BaseStorage.get_all_studies)
+    get_trial_id_from_study_id_trial_number = _tried_again(
+        BaseStorage.get_trial_id_from_study_id_trial_number
+    )
+    get_trial_number_from_id = _tried_again(BaseStorage.get_trial_number_from_id)
+    get_trial_param = _tried_again(BaseStorage.get_trial_param)
+    get_trial = _tried_again(BaseStorage.get_trial)
+    get_all_trials = _tried_again(BaseStorage.get_all_trials)
+    get_n_trials = _tried_again(BaseStorage.get_n_trials)
+    get_best_trial = _tried_again(BaseStorage.get_best_trial)
+    set_study_user_attr = _tried_again(BaseStorage.set_study_user_attr)
+    set_study_system_attr = _tried_again(BaseStorage.set_study_system_attr)
+    set_trial_param = _tried_again(BaseStorage.set_trial_param)
+    set_trial_intermediate_value = _tried_again(BaseStorage.set_trial_intermediate_value)
+    set_trial_user_attr = _tried_again(BaseStorage.set_trial_user_attr)
+    set_trial_system_attr = _tried_again(BaseStorage.set_trial_system_attr)
 
-    def get_study_name_from_id(self, study_id: int) -> str:  # noqa: D102
-        return self.retry(lambda: self.wrapped.get_study_name_from_id(study_id))
+    # What must not happen twice, or need not
 
-    def get_study_directions(self, study_id: int) -> list[StudyDirection]:  # noqa: D102
-        return self.retry(lambda: self.wrapped.get_study_directions(study_id))
-
-    def get_study_user_attrs(self, study_id: int) -> dict[str, Any]:  # noqa: D102
-        return self.retry(lambda: self.wrapped.get_study_user_attrs(study_id))
-
-    def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:  # noqa: D102
-        return self.retry(lambda: self.wrapped.get_study_system_attrs(study_id))
-
-    def get_all_studies(self) -> list[FrozenStudy]:  # noqa: D102
-        return self.retry(self.wrapped.get_all_studies)
-
-    def get_trial_id_from_study_id_trial_number(  # noqa: D102
-        self, study_id: int, trial_number: int
-    ) -> int:
-        return self.retry(
-            lambda: self.wrapped.get_trial_id_from_study_id_trial_number(study_id, trial_number)
-        )
-
-    def get_trial_number_from_id(self, trial_id: int) -> int:  # noqa: D102
-        return self.retry(lambda: self.wrapped.get_trial_number_from_id(trial_id))
-
-    def get_trial_param(self, trial_id: int, param_name: str) -> float:  # noqa: D102
-        return self.retry(lambda: self.wrapped.get_trial_param(trial_id, param_name))
-
-    def get_trial(self, trial_id: int) -> FrozenTrial:  # noqa: D102
-        return self.retry(lambda: self.wrapped.get_trial(trial_id))
-
-    def get_all_trials(  # noqa: D102
-        self,
-        study_id: int,
-        deepcopy: bool = True,
-        states: Container[TrialState] | None = None,
-    ) -> list[FrozenTrial]:
-        return self.retry(lambda: self.wrapped.get_all_trials(study_id, deepcopy, states))
-
-    def get_n_trials(  # noqa: D102
-        self, study_id: int, state: tuple[TrialState, ...] | TrialState | None = None
-    ) -> int:
-        return self.retry(lambda: self.wrapped.get_n_trials(study_id, state))
-
-    def get_best_trial(self, study_id: int) -> FrozenTrial:  # noqa: D102
-        return self.retry(lambda: self.wrapped.get_best_trial(study_id))
-
-    def remove_session(self) -> None:  # noqa: D102
+    def remove_session(self) -> None:
+        """Give the connections of this thread back."""
         self.wrapped.remove_session()
-
-    # What writes the same again
-
-    def set_study_user_attr(self, study_id: int, key: str, value: Any) -> None:  # noqa: D102
-        self.retry(lambda: self.wrapped.set_study_user_attr(study_id, key, value))
-
-    def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:  # noqa: D102
-        self.retry(lambda: self.wrapped.set_study_system_attr(study_id, key, value))
-
-    def set_trial_param(  # noqa: D102
-        self,
-        trial_id: int,
-        param_name: str,
-        param_value_internal: float,
-        distribution: BaseDistribution,
-    ) -> None:
-        self.retry(
-            lambda: self.wrapped.set_trial_param(
-                trial_id, param_name, param_value_internal, distribution
-            )
-        )
-
-    def set_trial_intermediate_value(  # noqa: D102
-        self, trial_id: int, step: int, intermediate_value: float
-    ) -> None:
-        self.retry(
-            lambda: self.wrapped.set_trial_intermediate_value(trial_id, step, intermediate_value)
-        )
-
-    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:  # noqa: D102
-        self.retry(lambda: self.wrapped.set_trial_user_attr(trial_id, key, value))
-
-    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:  # noqa: D102
-        self.retry(lambda: self.wrapped.set_trial_system_attr(trial_id, key, value))
-
-    # What must not happen twice
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
         """Create a trial; one of a try whose answer was lost stays, and is nobody's."""
@@ -268,10 +225,8 @@ class RetryingStorage(BaseStorage):
         """Delete a study; one that is gone after a lost answer was deleted."""
 
         def again() -> None:
-            try:
+            with contextlib.suppress(KeyError):
                 self.wrapped.delete_study(study_id)
-            except KeyError:
-                return
 
         self.retry(lambda: self.wrapped.delete_study(study_id), again)
 
@@ -310,6 +265,33 @@ class RetryingStorage(BaseStorage):
         return self.retry(function, again)
 
 
+def tried_again(
+    function: Callable[Concatenate[BaseStorage, _P], _T],
+) -> Callable[Concatenate[BaseStorage, _P], _T]:
+    """Let a function of a storage be called again where the storage is a `RetryingStorage`.
+
+    The function gets the storage behind it, and does no harm when it is called twice.
+    """
+
+    @functools.wraps(function)
+    def call(storage: BaseStorage, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        if not isinstance(storage, RetryingStorage):
+            return function(storage, *args, **kwargs)
+        wrapped = storage.wrapped
+        return storage.retry(lambda: function(wrapped, *args, **kwargs))
+
+    return call
+
+
+def pausing(
+    storage: BaseStorage, pause: Callable[[float], None]
+) -> contextlib.AbstractContextManager[None]:
+    """Wait for a storage that is away by ``pause`` while the body runs."""
+    if isinstance(storage, RetryingStorage):
+        return storage.pausing(pause)
+    return contextlib.nullcontext()
+
+
 def open_retrying(storage: str | BaseStorage | None, retry_for_s: float) -> BaseStorage:
     """Return the storage at a URL, which is tried again when it does not answer.
 
@@ -326,7 +308,7 @@ def open_retrying(storage: str | BaseStorage | None, retry_for_s: float) -> Base
     return opened
 
 
-def explain_errors_of(storage: BaseStorage) -> AbstractContextManager[None]:
+def explain_errors_of(storage: BaseStorage) -> contextlib.AbstractContextManager[None]:
     """Turn what a storage raises into `StorageError`s that name it, without a password."""
     named = storage.shown if isinstance(storage, RetryingStorage) else "the storage"
     return explain_storage_errors(named)

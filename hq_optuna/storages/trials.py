@@ -15,13 +15,13 @@ from typing import Any
 
 import sqlalchemy
 from optuna.exceptions import StorageInternalError
-from optuna.storages import BaseStorage, RDBStorage
-from optuna.storages._rdb import models
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from hq_optuna import attributes
 from hq_optuna.attributes import Ticket
-from hq_optuna.storages.retrying import RetryingStorage
+from hq_optuna.optuna_internals import database_of, models, trial_id_of
+from hq_optuna.storages.retrying import tried_again
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class TrialRow:
         state: Its state.
         value: Its value, where it has exactly one.
         ticket: Its ticket, if it has one of this protocol.
-        beat: What its owner keeps changing while it runs long.
+        heartbeat: What its owner keeps changing while it runs long.
         seconds: From its creation to its end; ``None`` while it runs.
     """
 
@@ -43,7 +43,7 @@ class TrialRow:
     state: TrialState
     value: float | None
     ticket: Ticket | None
-    beat: Any = None
+    heartbeat: Any = None
     seconds: float | None = None
 
 
@@ -72,19 +72,9 @@ class Cursor:
                 self.unfinished[row.number] = row.trial_id
 
 
-def database_of(storage: BaseStorage) -> RDBStorage | None:
-    """Return the database behind a storage, or ``None`` where it is none."""
-    found: Any = storage
-    while found is not None and not isinstance(found, RDBStorage):
-        found = getattr(found, "_backend", None)  # Optuna's cache, and whatever else wraps it
-    return found
-
-
+@tried_again
 def read_rows(storage: BaseStorage, study_id: int, cursor: Cursor) -> list[TrialRow]:
     """Return the trials that are new or were unfinished, by number."""
-    if isinstance(storage, RetryingStorage):
-        wrapped = storage.wrapped
-        return storage.retry(lambda: read_rows(wrapped, study_id, cursor))
     database = database_of(storage)
     if database is not None:
         return [_row(columns) for columns in select(database.engine, _row_query(study_id, cursor))]
@@ -98,11 +88,11 @@ def row_of(trial: FrozenTrial) -> TrialRow:
     values = trial.values
     return TrialRow(
         trial.number,
-        trial._trial_id,
+        trial_id_of(trial),
         trial.state,
         values[0] if values is not None and len(values) == 1 else None,
         Ticket.read(trial.system_attrs),
-        trial.system_attrs.get(attributes.BEAT),
+        trial.system_attrs.get(attributes.HEARTBEAT),
         None if trial.duration is None else trial.duration.total_seconds(),
     )
 
@@ -124,21 +114,18 @@ class TrialFacts:
     ended: datetime | None = None
 
 
+@tried_again
 def read_facts(storage: BaseStorage, study_id: int, keys: Sequence[str]) -> list[TrialFacts]:
     """Return all trials of a study by number, with some of their user attributes."""
-    if isinstance(storage, RetryingStorage):
-        wrapped = storage.wrapped
-        return storage.retry(lambda: read_facts(wrapped, study_id, keys))
     database = database_of(storage)
     if database is None:
         return [
             TrialFacts(
                 row_of(trial),
                 {key: trial.user_attrs[key] for key in keys if key in trial.user_attrs},
-                *(
-                    None if time is None else time.astimezone(UTC)  # naive local time
-                    for time in (trial.datetime_start, trial.datetime_complete)
-                ),
+                # Optuna hands out naive local times.
+                trial.datetime_start and trial.datetime_start.astimezone(UTC),
+                trial.datetime_complete and trial.datetime_complete.astimezone(UTC),
             )
             for trial in storage.get_all_trials(study_id, deepcopy=False)
         ]
@@ -157,28 +144,19 @@ def read_facts(storage: BaseStorage, study_id: int, keys: Sequence[str]) -> list
         TrialFacts(
             _row(columns),
             found.get(columns.trial_id, {}),
-            *(
-                None if time is None else time.replace(tzinfo=UTC)  # as Optuna stores it
-                for time in (columns.datetime_start, columns.datetime_complete)
-            ),
+            columns.datetime_start and columns.datetime_start.replace(tzinfo=UTC),
+            columns.datetime_complete and columns.datetime_complete.replace(tzinfo=UTC),
         )
         for columns in rows
     ]
 
 
-def _seconds(columns: sqlalchemy.Row[Any]) -> float | None:
-    if columns.datetime_start is None or columns.datetime_complete is None:
-        return None
-    return float((columns.datetime_complete - columns.datetime_start).total_seconds())
-
-
 def _row_query(study_id: int, cursor: Cursor) -> sqlalchemy.Select[Any]:
     trials, values = models.TrialModel.__table__, models.TrialValueModel.__table__
-    ticket, beat = (models.TrialSystemAttributeModel.__table__.alias(n) for n in ("t", "b"))
+    ticket, heartbeat = (models.TrialSystemAttributeModel.__table__.alias(n) for n in ("t", "h"))
     new = trials.c.trial_id > cursor.last_id
     if cursor.unfinished:
         new = new | trials.c.trial_id.in_(cursor.unfinished.values())
-    running = trials.c.state == TrialState.RUNNING
     return (
         sqlalchemy.select(
             trials.c.number,
@@ -189,7 +167,7 @@ def _row_query(study_id: int, cursor: Cursor) -> sqlalchemy.Select[Any]:
             values.c.value,
             values.c.value_type,
             ticket.c.value_json.label("ticket"),
-            beat.c.value_json.label("beat"),
+            heartbeat.c.value_json.label("heartbeat"),
         )
         .select_from(
             trials.outerjoin(
@@ -200,8 +178,10 @@ def _row_query(study_id: int, cursor: Cursor) -> sqlalchemy.Select[Any]:
                 (ticket.c.trial_id == trials.c.trial_id) & (ticket.c.key == attributes.TICKET),
             )
             .outerjoin(
-                beat,
-                (beat.c.trial_id == trials.c.trial_id) & (beat.c.key == attributes.BEAT) & running,
+                heartbeat,
+                (heartbeat.c.trial_id == trials.c.trial_id)
+                & (heartbeat.c.key == attributes.HEARTBEAT)
+                & (trials.c.state == TrialState.RUNNING),
             )
         )
         .where(trials.c.study_id == study_id, new)
@@ -214,14 +194,11 @@ def _row(columns: sqlalchemy.Row[Any]) -> TrialRow:
     if columns.value_type is not None:
         value = models.TrialValueModel.stored_repr_to_value(columns.value, columns.value_type)
     ticket = None if columns.ticket is None else Ticket.from_json(json.loads(columns.ticket))
+    begin, end, seconds = columns.datetime_start, columns.datetime_complete, None
+    if begin is not None and end is not None:
+        seconds = float((end - begin).total_seconds())
     return TrialRow(
-        columns.number,
-        columns.trial_id,
-        columns.state,
-        value,
-        ticket,
-        columns.beat,
-        _seconds(columns),
+        columns.number, columns.trial_id, columns.state, value, ticket, columns.heartbeat, seconds
     )
 
 

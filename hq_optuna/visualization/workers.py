@@ -13,8 +13,7 @@ from optuna.study import Study
 from optuna.trial import TrialState
 
 from hq_optuna.protocol import worker_identity
-from hq_optuna.protocol.history import History, read_history
-from hq_optuna.protocol.runs import Run
+from hq_optuna.protocol.history import History, Run, read_history
 from hq_optuna.visualization import _figure as f
 from hq_optuna.visualization.palette import BLUE, GREEN, GREY, ORANGE, SKY, VERMILION
 from hq_optuna.visualization.steps import describe_move

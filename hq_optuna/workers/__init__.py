@@ -1,1 +1,1 @@
-"""Workers of a search: their loop, the foreman that leads them, processes and Dask."""
+"""Workers of a search: their loop, the coordinator that leads them, processes and Dask."""

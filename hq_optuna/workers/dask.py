@@ -60,16 +60,16 @@ class Cluster:
         self._addresses = sorted(self._client.scheduler_info(n_workers=-1)["workers"])
         self.n_workers = max(1, len(self._addresses))
 
-    def start(self, index: int) -> TaskLife:
+    def start(self, index: int) -> TaskHandle:
         """Submit one worker; spread over the cluster as it was when the client connected."""
-        return TaskLife(self._client, self._command, self._threads, index, self._addresses)
+        return TaskHandle(self._client, self._command, self._threads, index, self._addresses)
 
     def close(self) -> None:
         """Leave the cluster."""
         self._client.close()
 
 
-class TaskLife:
+class TaskHandle:
     """A worker that a Dask task runs somewhere."""
 
     def __init__(
@@ -82,9 +82,9 @@ class TaskLife:
     ) -> None:
         self._client = client
         self._topic = f"hq-optuna-{uuid.uuid4().hex}"
-        self._told: SimpleQueue[dict[str, Any]] = SimpleQueue()  # filled by Dask's thread
-        self._words: tuple[str, ...] | None = None
-        client.subscribe_topic(self._topic, self._hear)
+        self._events: SimpleQueue[dict[str, Any]] = SimpleQueue()  # filled by Dask's thread
+        self._lines: tuple[str, ...] | None = None
+        client.subscribe_topic(self._topic, self._receive)
         where = [addresses[index % len(addresses)]] if addresses else None
         self._future = client.submit(
             run_worker,
@@ -98,39 +98,39 @@ class TaskLife:
             allow_other_workers=True if where else None,
         )
 
-    def _hear(self, event: tuple[float, dict[str, Any]]) -> None:
-        self._told.put(event[1])
+    def _receive(self, event: tuple[float, dict[str, Any]]) -> None:
+        self._events.put(event[1])
 
     def poll(self) -> int | None:
         """Return the worker's exit status, 1 where Dask lost the task, or ``None``."""
         if not self._future.done():
             return None
-        first = self._words is None
+        first = self._lines is None
         if self._future.status == "finished":
-            code, words, errors = self._future.result()
-            self._words = tuple(words)
+            code, lines, errors = self._future.result()
+            self._lines = tuple(lines)
             for event in errors if first else ():
-                self._told.put(event)
+                self._events.put(event)
             return int(code)
         if self._future.status == "error":
             error = self._future.exception()
-            self._words = (f"{type(error).__name__}: {error}",)
+            self._lines = (f"{type(error).__name__}: {error}",)
             if first and isinstance(error, HqOptunaError):
-                self._told.put({"error": type(error).__name__, "message": str(error)})
+                self._events.put({"error": type(error).__name__, "message": str(error)})
             return 1
-        self._words = (f"Dask says the task is {self._future.status}.",)
+        self._lines = (f"Dask says the task is {self._future.status}.",)
         return 1
 
     def events(self) -> list[dict[str, Any]]:
         """Return what the worker told since the last call."""
         told = []
-        while not self._told.empty():
-            told.append(self._told.get())
+        while not self._events.empty():
+            told.append(self._events.get())
         return told
 
-    def last_words(self) -> tuple[str, ...]:
+    def last_lines(self) -> tuple[str, ...]:
         """Return the last lines of its standard error."""
-        return self._words or ()
+        return self._lines or ()
 
     def terminate(self) -> None:
         """Ask the task to end its worker."""
@@ -189,7 +189,7 @@ def run_worker(
             time.sleep(LOOK_EVERY_S)
         else:
             pass_on()
-            return process.poll() or 0, tuple(process.last_words()), errors
+            return process.poll() or 0, tuple(process.last_lines()), errors
         process.terminate()
         until = time.monotonic() + GRACE_S
         while process.poll() is None and time.monotonic() < until:

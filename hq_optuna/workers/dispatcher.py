@@ -1,4 +1,4 @@
-"""Orders for workers that are spoken to line by line, and what comes back, between threads."""
+"""`Dispatcher`: hands orders to workers at the other end of a pipe, and collects their answers."""
 
 from __future__ import annotations
 
@@ -15,24 +15,23 @@ from hq_optuna.attributes import Ticket
 class RemoteWorker(Protocol):
     """A worker that scores what it is told to."""
 
-    def order(self, order: Mapping[str, Any]) -> None:
+    def send(self, message: Mapping[str, Any]) -> None:
         """Send it JSON data; `OSError` where it is gone."""
 
 
 @dataclass(eq=False)
 class Order:
-    """A candidate that somebody is to score.
+    """A candidate for some worker to score.
 
     Attributes:
         claim: Its number among this process's claims.
         bits: Of each variable.
-        since: When it was made, by the foreman's clock.
+        since: When it was made, by the coordinator's clock.
         ticket: Of its trial; ``None`` before its step is open.
         number: Of its trial, once that is created.
         trial_id: Likewise its id.
-        hand: Who has it, or had it.
-        void: Whether nobody wants its result any more.
-        early: Whether it was handed out before its step was open.
+        cancelled: Whether nobody wants its result any more.
+        early: Whether it was submitted before its step was open.
         base: The record whose trained network it is made from, if there is one.
         trains: Whether it is the record of a step whose bits are to be trained.
     """
@@ -43,14 +42,21 @@ class Order:
     ticket: Ticket | None = None
     number: int = -1
     trial_id: int | None = None
-    hand: RemoteWorker | None = None
-    void: bool = False
+    cancelled: bool = False
     early: bool = False
     base: int | None = None
     trains: bool = False
 
+    def created_as(self, ticket: Ticket, number: int, trial_id: int) -> None:
+        """Take the trial that was created for it."""
+        self.ticket, self.number, self.trial_id = ticket, number, trial_id
+
+    def cancel(self) -> None:
+        """Give up its result."""
+        self.cancelled = True
+
     def message(self) -> dict[str, Any]:
-        """Return what a worker is told."""
+        """Return what a worker is sent."""
         said: dict[str, Any] = {"claim": self.claim, "bits": list(self.bits)}
         if self.base is not None:
             said["base"] = self.base
@@ -58,19 +64,12 @@ class Order:
             said["train"] = self.trial_id
         return said
 
-    def drop(self) -> None:
-        """Say that its result is not wanted, to who has it too."""
-        self.void = True
-        if self.hand is not None:
-            with contextlib.suppress(OSError):
-                self.hand.order({"drop": self.claim})
 
-
-Result = tuple[Order, Mapping[str, Any]]
+Answer = tuple[Order, Mapping[str, Any]]
 
 
 class Dispatcher:
-    """Gives each idle worker the next order, from the thread that hears it is idle.
+    """Gives each idle worker the next order, from the thread that learns it is idle.
 
     Attributes:
         news: Set when there is something to collect.
@@ -79,82 +78,89 @@ class Dispatcher:
     def __init__(self) -> None:
         self.news = threading.Event()
         self._lock = threading.Lock()
-        self._all: list[RemoteWorker] = []
+        self._workers: list[RemoteWorker] = []
         self._idle: deque[RemoteWorker] = deque()
-        self._ready: list[Order] = []
-        self._at: dict[RemoteWorker, Order] = {}
-        self._results: list[Result] = []
+        self._queue: list[Order] = []
+        self._running: dict[RemoteWorker, Order] = {}
+        self._answers: list[Answer] = []
         self._lost: list[Order] = []
         self._over = False
 
     def __len__(self) -> int:
-        return len(self._all)
+        return len(self._workers)
 
-    def hear(self, hand: RemoteWorker, event: Mapping[str, Any] | None) -> None:
+    def receive(self, worker: RemoteWorker, event: Mapping[str, Any] | None) -> None:
         """Take in what a worker says, from any thread; ``None``: it is gone."""
         with self._lock:
             if event is None:
-                for hands in (self._all, self._idle):
+                for workers in (self._workers, self._idle):
                     with contextlib.suppress(ValueError):
-                        hands.remove(hand)
-                if (order := self._at.pop(hand, None)) is not None:
+                        workers.remove(worker)
+                if (order := self._running.pop(worker, None)) is not None:
                     self._lost.append(order)
-            elif event.get("event") == "ready" and hand not in self._all:
-                self._all.append(hand)
-                self._idle.append(hand)
+            elif event.get("event") == "ready" and worker not in self._workers:
+                self._workers.append(worker)
+                self._idle.append(worker)
                 if self._over:
-                    self._send(hand, {"end": True})
-            elif self._answers(hand, event):
-                order = self._at.pop(hand)
-                if event["event"] == "scored" and not order.void:
-                    self._results.append((order, event))
-                self._idle.append(hand)
+                    self._send(worker, {"end": True})
+            elif self._is_answer(worker, event):
+                order = self._running.pop(worker)
+                if event["event"] == "scored" and not order.cancelled:
+                    self._answers.append((order, event))
+                self._idle.append(worker)
             else:
                 return
-            self._deal()
+            self._assign()
         self.news.set()
 
-    def _answers(self, hand: RemoteWorker, event: Mapping[str, Any]) -> bool:
-        """Say whether an event is the answer to what a worker was told, and no other JSON."""
-        order, kind = self._at.get(hand), event.get("event")
-        whole = kind == "dropped" or (kind == "scored" and {"value", "facts"} <= event.keys())
+    def _is_answer(self, worker: RemoteWorker, event: Mapping[str, Any]) -> bool:
+        """Return whether an event answers a worker's order, and is no other JSON."""
+        order, kind = self._running.get(worker), event.get("event")
+        whole = kind == "cancelled" or (kind == "scored" and {"value", "facts"} <= event.keys())
         return order is not None and whole and event.get("claim") == order.claim
 
-    def hand_out(self, orders: Sequence[Order]) -> None:
-        """Add orders to those that are ready."""
+    def submit(self, orders: Sequence[Order]) -> None:
+        """Queue orders."""
         with self._lock:
-            self._ready.extend(orders)
-            self._deal()
+            self._queue.extend(orders)
+            self._assign()
 
-    def collect(self) -> tuple[list[Result], list[Order]]:
-        """Return results since the last call, and orders whose worker was lost."""
+    def cancel(self, orders: Sequence[Order]) -> None:
+        """Give up the results of orders, and tell those who are at them."""
         with self._lock:
-            results, self._results = self._results, []
+            for order in orders:
+                order.cancel()
+            for worker, order in self._running.items():
+                if order in orders:
+                    self._send(worker, {"cancel": order.claim})
+
+    def collect(self) -> tuple[list[Answer], list[Order]]:
+        """Return answers since the last call, and orders whose worker was lost."""
+        with self._lock:
+            answers, self._answers = self._answers, []
             lost, self._lost = self._lost, []
-        return results, lost
+        return answers, lost
 
-    def dismiss(self) -> None:
+    def shutdown(self) -> None:
         """Tell all workers that the search is over, those too that will be ready later."""
         with self._lock:
             self._over = True
-            self._ready.clear()
-            for hand in self._all:
-                self._send(hand, {"end": True})
+            self._queue.clear()
+            for worker in self._workers:
+                self._send(worker, {"end": True})
 
-    def _deal(self) -> None:
-        self._ready = [order for order in self._ready if not order.void]
-        while self._idle and self._ready:
-            hand, order = self._idle.popleft(), self._ready[0]
-            if not self._send(hand, order.message()):  # that it is gone will be heard
-                continue
-            self._ready.pop(0)
-            order.hand = hand
-            self._at[hand] = order
+    def _assign(self) -> None:
+        self._queue = [order for order in self._queue if not order.cancelled]
+        while self._idle and self._queue:
+            worker, order = self._idle.popleft(), self._queue[0]
+            if self._send(worker, order.message()):  # else an event will say that it is gone
+                del self._queue[0]
+                self._running[worker] = order
 
     @staticmethod
-    def _send(hand: RemoteWorker, message: Mapping[str, Any]) -> bool:
+    def _send(worker: RemoteWorker, message: Mapping[str, Any]) -> bool:
         try:
-            hand.order(message)
+            worker.send(message)
         except OSError:
             return False
         return True

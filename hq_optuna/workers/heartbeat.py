@@ -7,12 +7,10 @@ import logging
 import threading
 from collections.abc import Iterator
 
-from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 
-from hq_optuna import attributes
-from hq_optuna.protocol.owners import BEAT_S
-from hq_optuna.storages import RetryingStorage
+from hq_optuna.protocol.owners import HEARTBEAT_S
+from hq_optuna.storages.writing import write_heartbeats
 
 logger = logging.getLogger(__name__)
 
@@ -22,32 +20,28 @@ def heartbeat(storage: BaseStorage, trial_id: int, every_s: float | None = None)
     """Change one attribute of a running trial every few seconds while the body runs.
 
     Works on every storage, unlike Optuna's heartbeat, and observers compare no clocks: they see
-    that it changes. A trial that is quicker than the first beat costs nothing. A storage that
-    cannot be reached costs beats and nothing else.
+    that it changes. A trial that is quicker than the first heartbeat costs nothing. A storage that
+    cannot be reached costs heartbeats and nothing else.
 
     Args:
         storage: Where the trial is.
         trial_id: Its id there.
-        every_s: Seconds between beats; `BEAT_S`.
+        every_s: Seconds between heartbeats; `HEARTBEAT_S`.
     """
-    if isinstance(storage, RetryingStorage):
-        storage = storage.wrapped  # a late beat is worth nothing
     ended = threading.Event()
-    pause_s = BEAT_S if every_s is None else every_s
+    pause_s = HEARTBEAT_S if every_s is None else every_s
 
-    def beat() -> None:
+    def send() -> None:
         count = 0
         while not ended.wait(pause_s):
             count += 1
             try:
-                storage.set_trial_system_attr(trial_id, attributes.BEAT, count)
-            except UpdateFinishedTrialError:
-                break  # taken for dead by others: what ends the trial finds out
+                write_heartbeats(storage, [trial_id], count)
             except Exception as error:
-                logger.debug("No beat for trial %d: %s", trial_id, error)
+                logger.debug("No heartbeat for trial %d: %s", trial_id, error)
         storage.remove_session()
 
-    thread = threading.Thread(target=beat, name=f"beat-{trial_id}", daemon=True)
+    thread = threading.Thread(target=send, name=f"heartbeat-{trial_id}", daemon=True)
     thread.start()
     try:
         yield

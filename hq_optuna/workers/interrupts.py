@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -14,10 +14,14 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Held:
-    """Interrupts that are held back now, or not."""
+    """Interrupts that are held back now, or not.
 
-    def __init__(self) -> None:
-        self._handlers: dict[int, Any] = {}
+    Args:
+        handlers: What each signal calls when it is let through.
+    """
+
+    def __init__(self, handlers: Mapping[int, Any]) -> None:
+        self._handlers = handlers
         self._pending: list[tuple[int, FrameType | None]] = []
         self._holding = True
 
@@ -50,7 +54,8 @@ class Held:
         if self.pending:
             self.release()
 
-    def _arrive(self, number: int, frame: FrameType | None) -> None:
+    def arrive(self, number: int, frame: FrameType | None) -> None:
+        """Take in a signal: hold it back, or let it through."""
         if self._holding:
             self._pending.append((number, frame))
         else:
@@ -65,14 +70,16 @@ def held_interrupts() -> Iterator[Held]:
     trial and calling the objective, or while it stores the result, it leaves it running for ever.
     Signals without a Python handler, and threads other than the main one, are left alone.
     """
-    held = Held()
-    if threading.current_thread() is threading.main_thread():
-        held._handlers = {n: h for n in SIGNALS if callable(h := signal.getsignal(n))}
-        for number in held._handlers:
-            signal.signal(number, held._arrive)
+    main = threading.current_thread() is threading.main_thread()
+    handlers: dict[int, Any] = {
+        n: h for n in SIGNALS if main and callable(h := signal.getsignal(n))
+    }
+    held = Held(handlers)
+    for number in handlers:
+        signal.signal(number, held.arrive)
     try:
         yield held
     finally:
-        for number, handler in held._handlers.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
     held.release()

@@ -1,4 +1,4 @@
-"""A worker: asks for trials until the search is over, and waits between them when it must."""
+"""A worker: asks for trials until the search is over, and waits where there is nothing to do."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from optuna.study import Study
 from optuna.trial import Trial, TrialState
 
 from hq_optuna.errors import StorageError
+from hq_optuna.optuna_internals import storage_of, trial_id_of
 from hq_optuna.protocol.claims import ClaimedTrial
 from hq_optuna.protocol.step_log import StepLog
 from hq_optuna.samplers import ProgressiveBitSampler
-from hq_optuna.storages import RetryingStorage
+from hq_optuna.storages import pausing
 from hq_optuna.workers.heartbeat import heartbeat
 from hq_optuna.workers.interrupts import held_interrupts
 
@@ -33,17 +34,17 @@ LONGEST_WAIT_S = 1.0
 def fail_dead_trials(study: Study) -> int:
     """Mark trials whose worker is dead as failed, and return how many.
 
-    Their slots are free anyway; this keeps them from showing as running for ever. What somebody
-    else's loop is doing without a ticket is left alone.
+    Their slots are free anyway; this keeps them from showing as running for ever. Trials without a
+    ticket that another loop is filling stay as they are.
     """
     sampler = study.sampler
     assert isinstance(sampler, ProgressiveBitSampler)
     failed = 0
-    storage = study._storage
+    storage = storage_of(study)
     for number, trial_id in sampler.log(study).owners.dead.items():
         trial = storage.get_trial(trial_id)
         bare = not (trial.params or trial.user_attrs or trial.system_attrs)
-        if not bare and sampler.ticket(study, trial_id) is None:
+        if not bare and sampler.ticket(study, trial) is None:
             continue
         try:
             storage.set_trial_state_values(trial_id, state=TrialState.FAIL)
@@ -63,11 +64,10 @@ def work(
 ) -> None:
     """Run trials until the search is over.
 
-    Ctrl-C gives the running candidate back (its trial is marked failed, its slot is free again)
-    and raises `KeyboardInterrupt`; everything recorded stays. A worker for whom there is nothing to
-    do looks again after a while, at most once a second. It takes up what a dead worker left: at
-    once where that was a process of this host, else when its owner has been silent for
-    `hq_optuna.protocol.owners.GRACE_S`.
+    Ctrl-C gives the running candidate back (its trial is marked failed, its slot is free again) and
+    raises `KeyboardInterrupt`; everything recorded stays. A worker with nothing to do asks again,
+    after a second at most. It takes up what a dead worker left: at once where that was a process
+    of this host, else when it has been silent for `hq_optuna.protocol.owners.GRACE_S`.
 
     Args:
         study: With a `ProgressiveBitSampler`.
@@ -116,17 +116,16 @@ def _run_one(
     waited_s: float,
 ) -> bool:
     """Run one trial and return whether there was one to run."""
-    storage = study._storage
-    with held_interrupts() as held:
-        if isinstance(storage, RetryingStorage):
-            storage.pause = held.sleep  # so that Ctrl-C ends a wait for the database
+    storage = storage_of(study)
+    # Ctrl-C ends a wait for the database too.
+    with held_interrupts() as held, pausing(storage, held.sleep):
         trial = sampler.ask(study, waited_s)
         if trial is None:
             return False
-        ticket = sampler.ticket(study, trial._trial_id)
+        ticket = sampler.ticket(study, trial)
         recording = ticket is not None and ticket.kind == "incumbent"
         try:
-            with heartbeat(storage, trial._trial_id):
+            with heartbeat(storage, trial_id_of(trial)):
                 held.release()
                 trains = ticket is not None and ticket.trains
                 on_doing("training" if trains else "recording" if recording else "scoring")
@@ -160,7 +159,7 @@ def _finish(
     state: TrialState,
     value: float | None = None,
 ) -> None:
-    sampler.view(study).tickets.pop(trial._trial_id, None)
+    sampler.view(study).tickets.pop(trial_id_of(trial), None)
     try:
         trial.finish(state, value)
     except UpdateFinishedTrialError:

@@ -1,4 +1,4 @@
-"""One worker as a process of this host: its command, its events, its last words."""
+"""One worker as a process of this host: its command, its events, its standard error."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any
 
-LAST_WORDS = 12
+LAST_LINES = 12
 """Lines of standard error that are kept."""
 
-HEARD_WITHIN_S = 10.0
-"""How long the last words of an ended worker are waited for."""
+READ_WITHIN_S = 10.0
+"""How long the rest of an ended worker's output is waited for."""
 
 ENDS_WITH_STDIN = "HQ_OPTUNA_ENDS_WITH_STDIN"
 """Environment variable that tells a worker to end when its standard input does."""
@@ -136,12 +136,12 @@ class WorkerProcess:
         )
         self._gone_since: float | None = None
         self._events: SimpleQueue[dict[str, Any]] = SimpleQueue()
-        self._words: deque[str] = deque(maxlen=LAST_WORDS)
+        self._lines: deque[str] = deque(maxlen=LAST_LINES)
         self._readers = [
             threading.Thread(target=read, args=(stream,), daemon=True)
             for read, stream in (
                 (self._read_events, self._process.stdout),
-                (self._read_words, self._process.stderr),
+                (self._read_lines, self._process.stderr),
             )
         ]
         for reader in self._readers:
@@ -156,7 +156,7 @@ class WorkerProcess:
         """Return how it ended, as ``subprocess`` says it, or ``None`` while it runs.
 
         It has not ended before all it said is read, so that nothing is missed; but what it started
-        may keep its pipes open for ever, and is waited for `HEARD_WITHIN_S`.
+        may keep its pipes open for ever, and is waited for `READ_WITHIN_S`.
         """
         code = self._process.poll()
         if code is None:
@@ -166,7 +166,7 @@ class WorkerProcess:
         for reader in self._readers:
             reader.join(timeout=0.1)
         unheard = any(reader.is_alive() for reader in self._readers)
-        return None if unheard and time.monotonic() - self._gone_since < HEARD_WITHIN_S else code
+        return None if unheard and time.monotonic() - self._gone_since < READ_WITHIN_S else code
 
     def events(self) -> list[dict[str, Any]]:
         """Return what it told since the last call."""
@@ -175,9 +175,9 @@ class WorkerProcess:
             told.append(self._events.get())
         return told
 
-    def last_words(self) -> list[str]:
+    def last_lines(self) -> list[str]:
         """Return the last lines of its standard error."""
-        return list(self._words)
+        return list(self._lines)
 
     def terminate(self) -> None:
         """Ask it to give its candidate back and end."""
@@ -197,7 +197,7 @@ class WorkerProcess:
             with contextlib.suppress(OSError):  # what could not be sent to it any more
                 self._process.stdin.close()
 
-    def order(self, order: Mapping[str, Any]) -> None:
+    def send(self, message: Mapping[str, Any]) -> None:
         """Send it JSON data, see `hq_optuna.workers.serving`.
 
         Raises:
@@ -207,7 +207,7 @@ class WorkerProcess:
         assert stream is not None
         try:
             with self._writing:
-                stream.write(json.dumps(order) + "\n")
+                stream.write(json.dumps(message) + "\n")
                 stream.flush()
         except ValueError as error:  # closed
             raise BrokenPipeError(str(error)) from None
@@ -226,8 +226,8 @@ class WorkerProcess:
         if self._listener is not None:
             self._listener(self, None)
 
-    def _read_words(self, stream: IO[str]) -> None:
+    def _read_lines(self, stream: IO[str]) -> None:
         with stream:
             for line in stream:
                 if line.strip():
-                    self._words.append(line.rstrip())
+                    self._lines.append(line.rstrip())

@@ -1,8 +1,8 @@
-"""The worker's end of the pipe: takes orders from a foreman, line by line, and answers.
+"""The worker's end of the pipe: takes orders from a coordinator, line by line, and answers.
 
 Orders are JSON objects on standard input: ``{"claim": 7, "bits": [8, 4]}`` asks for a
 candidate; ``"train": 12`` in it asks for the training that the trial with this id records.
-``{"drop": 7}`` takes that back, ``{"end": true}`` says that the search is over. The end of the
+``{"cancel": 7}`` takes that back, ``{"end": true}`` says that the search is over. The end of the
 input says that the launcher is gone. Knows nothing of networks or storages.
 """
 
@@ -34,7 +34,7 @@ class Orders:
 
     def __init__(self, descriptor: int, on_gone: Callable[[], None]) -> None:
         self._queue: SimpleQueue[dict[str, Any]] = SimpleQueue()
-        self._dropped: set[int] = set()
+        self._cancelled: set[int] = set()
         self._descriptor, self._on_gone = descriptor, on_gone
         threading.Thread(target=self._read, name="orders", daemon=True).start()
 
@@ -45,15 +45,15 @@ class Orders:
                 *lines, left = (left + read).split(b"\n")
                 for line in lines:
                     order = json.loads(line)
-                    if "drop" in order:
-                        self._dropped.add(order["drop"])
+                    if "cancel" in order:
+                        self._cancelled.add(order["cancel"])
                     else:
                         self._queue.put(order)
         self._on_gone()
 
     def needed(self, claim: int) -> bool:
         """Return whether a candidate was not taken back."""
-        return claim not in self._dropped
+        return claim not in self._cancelled
 
     def next(self) -> dict[str, Any]:
         """Return the next order; wait for it."""
@@ -86,6 +86,6 @@ def serve(
         try:
             value, facts = score(order, functools.partial(orders.needed, claim))
         except NotNeeded:
-            tell("dropped", claim=claim)
+            tell("cancelled", claim=claim)
             continue
         tell("scored", claim=claim, value=value, facts=dict(facts))

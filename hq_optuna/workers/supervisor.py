@@ -1,13 +1,14 @@
 """`Supervisor`: keeps a number of workers at work until the search is over.
 
-It knows nothing of processes or clusters: a *life* of a worker is whatever can be polled and ended.
-A worker that dies is started again after a pause; one that dies again and again without having
-scored anything is given up. What a worker says itself is wrong (a study file, a network, a storage
-that stays away) would be wrong for the next one too, and ends the crew.
+It knows nothing of processes or clusters: a `WorkerHandle` is whatever can be polled and ended. A
+worker that dies is started again after a pause; one that dies again and again without having scored
+anything is given up. An error that a worker reports itself (its study file, a network, a storage
+that stays away) would meet the next one too, and ends them all.
 """
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ class WorkerHandle(Protocol):
 
     def poll(self) -> int | None: ...  # noqa: D102
     def events(self) -> list[dict[str, Any]]: ...  # noqa: D102
-    def last_words(self) -> Sequence[str]: ...  # noqa: D102
+    def last_lines(self) -> Sequence[str]: ...  # noqa: D102
     def terminate(self) -> None: ...  # noqa: D102
     def kill(self) -> None: ...  # noqa: D102
     def close(self) -> None: ...  # noqa: D102
@@ -33,15 +34,16 @@ class WorkerHandle(Protocol):
 
 @dataclass
 class Member:
-    """One worker over all its lives.
+    """One worker, however often it is started again.
 
     Attributes:
-        index: Its place in the crew.
+        index: Its place among the workers.
         doing: What it told last, ``"starting"``, ``"died"``, ``"given up"`` or ``"done"``.
-        name: ``host:pid`` of its present life, once it told.
-        scored: Candidates it scored in all its lives.
+        name: ``host:pid`` of its present process, once it told.
+        scored: Candidates it scored, over all starts.
         restarts: How often it was started again.
-        last_words: The end of the standard error of the life that ended last.
+        last_lines: The end of the standard error of the process that ended last.
+        handle: Its present process.
     """
 
     index: int
@@ -49,8 +51,8 @@ class Member:
     name: str = ""
     scored: int = 0
     restarts: int = 0
-    last_words: tuple[str, ...] = ()
-    _life: WorkerHandle | None = None
+    last_lines: tuple[str, ...] = ()
+    handle: WorkerHandle | None = None
     _scored_before: int = 0
     _deaths: int = 0
     _next_start: float = 0.0
@@ -61,12 +63,71 @@ class Member:
         """Whether it will not be started again."""
         return self.doing in ("done", "given up")
 
+    def poll(self, start: Callable[[int], WorkerHandle], now: float) -> str | None:
+        """Read what the worker told, or start it if it is time; return news of its death.
+
+        Raises:
+            WorkerError: It reports an error itself.
+        """
+        if self.handle is not None:
+            return self._read(self.handle, now)
+        if not self.over and now >= self._next_start:
+            self.handle = start(self.index)
+            self.doing, self.name = "starting", ""
+            self._scored_before, self._error = self.scored, None
+        return None
+
+    def retire(self) -> None:
+        """Start it no more: the search is over."""
+        if self.handle is None and not self.over:
+            self.doing = "done"
+
+    def close(self) -> None:
+        """Let go of its process."""
+        if self.handle is not None:
+            self.handle.close()
+            self.handle = None
+
+    def _read(self, handle: WorkerHandle, now: float) -> str | None:
+        code = handle.poll()  # before the events, so that none that came first is missed
+        for event in handle.events():
+            if "error" in event and "message" in event:
+                interrupted = event["error"] == "Interrupted"
+                self._error = None if interrupted else str(event["message"])
+            elif "event" in event:  # else JSON that the study file prints
+                self.doing = event["event"]
+                self.name = event.get("worker", self.name)
+                self.scored = self._scored_before + event.get("scored", 0)
+        if code is None:
+            return None
+        self.last_lines = tuple(handle.last_lines())
+        self.close()
+        if code == 0:
+            self.doing = "done"
+            return None
+        if self._error is not None:
+            raise WorkerError(self._error)
+        return self._note_death(code, now)
+
+    def _note_death(self, code: int, now: float) -> str:
+        who = f"Worker {self.index + 1}" + (f" ({self.name})" if self.name else "")
+        self._deaths = self._deaths + 1 if self.scored == self._scored_before else 1
+        if self._deaths >= DEATHS_UNTIL_GIVEN_UP:
+            self.doing = "given up"
+            news = f"{who} died {self._deaths} times without scoring a candidate, and is given up"
+            return f"{news}: {self.last_lines[-1]}" if self.last_lines else news
+        pause_s = min(FIRST_PAUSE_S * 2 ** (self._deaths - 1), LONGEST_PAUSE_S)
+        self._next_start = now + pause_s
+        self.doing = "died"
+        self.restarts += 1
+        return f"{who} died ({_exit_text(code)}) and is started again in {pause_s:g} s"
+
 
 class Supervisor:
     """Keeps workers at work.
 
     Args:
-        start: Starts a life of the worker with this index.
+        start: Starts the worker with this index.
         n_workers: How many.
         on_news: Called with a sentence when a worker dies, is started again or is given up.
         clock: Seconds that never go back.
@@ -85,100 +146,48 @@ class Supervisor:
         self._clock = clock
         self.members = [Member(index) for index in range(n_workers)]
 
-    def look(self) -> bool:
-        """See to every worker once; return whether the crew has work to do.
+    def poll(self) -> bool:
+        """See to every worker once; return whether there is work to do.
 
         Raises:
             WorkerError: A worker says what is wrong, or all died again and again.
         """
         for member in self.members:
-            if member._life is not None:
-                self._listen(member, member._life)
-            elif not member.over and self._clock() >= member._next_start:
-                self._begin(member)
+            if (news := member.poll(self._start, self._clock())) is not None:
+                self._on_news(news)
         if any(member.doing == "done" for member in self.members):
-            for member in self.members:  # the search is over: nobody need come back
-                if member._life is None and not member.over:
-                    member.doing = "done"
+            for member in self.members:
+                member.retire()
         if all(member.doing == "given up" for member in self.members):
             worst = self.members[-1]
             raise WorkerError(
                 f"{'Every worker' if len(self.members) > 1 else 'The worker'} died "
                 f"{DEATHS_UNTIL_GIVEN_UP} times without scoring a candidate. The last one said:\n"
-                + "\n".join(worst.last_words or ("(nothing)",))
+                + "\n".join(worst.last_lines or ("(nothing)",))
             )
         return not all(member.over for member in self.members)
 
     def end(self, grace_s: float = 20.0) -> None:
         """End every worker: ask first, so that candidates are given back, and then insist."""
-        lives = [m._life for m in self.members if m._life is not None]
+        handles = [member.handle for member in self.members if member.handle is not None]
         try:
-            for life in lives:
-                if life.poll() is None:
-                    life.terminate()
+            for handle in handles:
+                if handle.poll() is None:
+                    handle.terminate()
             until = self._clock() + grace_s
-            while any(life.poll() is None for life in lives) and self._clock() < until:
+            while any(handle.poll() is None for handle in handles) and self._clock() < until:
                 time.sleep(0.05)
         finally:  # also when Ctrl-C comes again
-            for life in lives:
-                if life.poll() is None:
-                    life.kill()
+            for handle in handles:
+                if handle.poll() is None:
+                    handle.kill()
             for member in self.members:
-                if member._life is not None:
-                    member._life.close()
-                    member._life = None
-
-    def _begin(self, member: Member) -> None:
-        member._life = self._start(member.index)
-        member._scored_before = member.scored
-        member._error = None
-        member.doing, member.name = "starting", ""
-
-    def _listen(self, member: Member, life: WorkerHandle) -> None:
-        code = life.poll()  # before the events, so that none that came first is missed
-        for event in life.events():
-            if "error" in event and "message" in event:
-                interrupted = event["error"] == "Interrupted"
-                member._error = None if interrupted else str(event["message"])
-            elif "event" in event:  # else JSON that the study file prints
-                member.doing = event["event"]
-                member.name = event.get("worker", member.name)
-                member.scored = member._scored_before + event.get("scored", 0)
-        if code is None:
-            return
-        member.last_words = tuple(life.last_words())
-        life.close()
-        member._life = None
-        if code == 0:
-            member.doing = "done"
-        elif member._error is not None:
-            raise WorkerError(member._error)
-        else:
-            self._mourn(member, code)
-
-    def _mourn(self, member: Member, code: int) -> None:
-        who = f"Worker {member.index + 1}" + (f" ({member.name})" if member.name else "")
-        scored_nothing = member.scored == member._scored_before
-        member._deaths = member._deaths + 1 if scored_nothing else 1
-        if member._deaths >= DEATHS_UNTIL_GIVEN_UP:
-            member.doing = "given up"
-            said = f": {member.last_words[-1]}" if member.last_words else ""
-            self._on_news(
-                f"{who} died {member._deaths} times without scoring a candidate, and is given up"
-                f"{said}"
-            )
-            return
-        pause_s = min(FIRST_PAUSE_S * 2 ** (member._deaths - 1), LONGEST_PAUSE_S)
-        member._next_start = self._clock() + pause_s
-        member.doing = "died"
-        member.restarts += 1
-        self._on_news(f"{who} died ({_how(code)}) and is started again in {pause_s:g} s")
+                member.close()
 
 
-def _how(code: int) -> str:
+def _exit_text(code: int) -> str:
     if code < 0:
-        try:
+        with contextlib.suppress(ValueError):
             return signal.Signals(-code).name
-        except ValueError:
-            return f"signal {-code}"
+        return f"signal {-code}"
     return f"exit status {code}"

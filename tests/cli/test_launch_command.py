@@ -126,7 +126,7 @@ def test_workers_have_gpus_of_their_own_where_the_network_is_on_one(device, seen
     started = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(launch, "n_cores", lambda: 3)
-    monkeypatch.setattr(launch, "Foreman", lambda *_, **__: SimpleNamespace(hear=None))
+    monkeypatch.setattr(launch, "Coordinator", lambda *_, **__: SimpleNamespace(receive=None))
     monkeypatch.setattr(WorkerCommand, "start", lambda _, *of: started.append(of[1]))
     request = Request("tiny", [], RunSettings(), {})
     objective = SimpleNamespace(device=torch.device(device))
@@ -137,7 +137,7 @@ def test_workers_have_gpus_of_their_own_where_the_network_is_on_one(device, seen
         threads=1,
     )
     crew, _, _ = launch._crew(request, session, None, None, None, print, print)
-    crew.look()
+    crew.poll()
     assert started == seen
 
 

@@ -18,7 +18,7 @@ from hq_optuna.errors import ResumeError
 from hq_optuna.protocol.history import read_history
 from hq_optuna.space.budget import Budget
 from hq_optuna.storages import RetryingStorage, open_storage, sqlite_url
-from hq_optuna.storages.studies import set_study_system_attrs
+from hq_optuna.storages.writing import set_study_system_attrs
 from tests.dashboard.answers import dashboard, detail
 from tests.fake_search import fake_space, fake_study, score
 from tests.servers import KINDS, place

@@ -241,7 +241,7 @@ def test_an_incumbent_that_stays_has_the_score_that_its_training_gave():
     study = new_study(sampler(8, train_every=1, seed=2, encoding="compact"))
 
     def objective(trial: optuna.Trial) -> float:
-        ticket = ours(study).ticket(study, trial._trial_id)
+        ticket = ours(study).ticket(study, trial)
         assert ticket is not None
         for name, (_, choices) in ours(study).parameters(ticket).items():
             trial.suggest_categorical(name, choices)

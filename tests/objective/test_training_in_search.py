@@ -15,11 +15,11 @@ from hq_optuna.artifacts.store import Reference, open_artifacts
 from hq_optuna.errors import ArtifactError, DataError, ResumeError
 from hq_optuna.objective.scorer_setup import ScorerSetup
 from hq_optuna.objective.tensors import get_tensors
+from hq_optuna.optuna_internals import database_of
 from hq_optuna.protocol.history import read_history
 from hq_optuna.scoring.outputs import CrossEntropyRise
 from hq_optuna.settings import SearchSettings
 from hq_optuna.storages import sqlite_url
-from hq_optuna.storages.trials import database_of
 from hq_optuna.training import TrainingSettings
 from hq_optuna.training.plan import TrainingPlan, plan_of
 from tests.searches import Network, data

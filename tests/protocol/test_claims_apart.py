@@ -27,9 +27,9 @@ def log(study: optuna.Study) -> StepLog:
     return found
 
 
-def choices(log: StepLog, crew: int, busy: int = 0, waited_s: float = 0.0) -> list[int | None]:
-    """Return the slots that the idle ones of a crew would claim, all with the same view."""
-    names = [f"elsewhere/1/{i:02}/1" for i in range(crew)]
+def choices(log: StepLog, workers: int, busy: int = 0, waited_s: float = 0.0) -> list[int | None]:
+    """Return the slots that idle workers would claim, all with the same view."""
+    names = [f"elsewhere/1/{i:02}/1" for i in range(workers)]
     log.owners._last_number = dict.fromkeys(names, 99)
     log.owners.running = {
         n: open_ticket(log, 0, worker=name) for n, name in enumerate(names[:busy])
@@ -43,10 +43,10 @@ def choices(log: StepLog, crew: int, busy: int = 0, waited_s: float = 0.0) -> li
     return found
 
 
-@pytest.mark.parametrize("crew", [2, 3, 5, 8])
-def test_nobody_reaches_for_the_same_slot(log, crew):
-    found = choices(log, crew)
-    assert len(set(found)) == crew and None not in found
+@pytest.mark.parametrize("workers", [2, 3, 5, 8])
+def test_nobody_reaches_for_the_same_slot(log, workers):
+    found = choices(log, workers)
+    assert len(set(found)) == workers and None not in found
 
 
 def test_a_worker_alone_takes_them_in_order(log):

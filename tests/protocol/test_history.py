@@ -23,8 +23,10 @@ from hq_optuna.space.search_space import SearchSpace
 from tests.fake_search import fake_layers, fake_study, fake_table
 from tests.samplers.tables import (
     add,
+    fill_step,
     history,
     new_study,
+    open_ticket,
     ours,
     record_ticket,
     sampler,
@@ -179,6 +181,44 @@ def test_a_record_that_names_no_candidate_is_passed_over():
     assert read_history(study).records == ()
     add(study, record_ticket(log), 0.0)
     assert len(read_history(study).records) == len(history(study)) == 1
+
+
+def test_what_scored_other_bits_than_its_slot_has_is_shown_and_not_counted():
+    """A damaged ticket, or one from another view of the record: right step, wrong bits."""
+    study = fake_study(6, n_trials=2)
+    log = update(study, StepLog(ours(study).log(study).search))
+    wrong = open_ticket(log, 0, bits=log.search.space.bottom)
+    number = add(study, wrong, -5.0)
+    record = replace(wrong, kind="incumbent", origin=number)
+    add(study, record, -5.0)
+    found = read_history(study)
+    assert [r.step for r in found.records] == [0]
+    assert [c.number for c in found.candidates if not c.counted] == [number]
+    assert found.step(1) == ()
+    fill_step(study, log)
+    add(study, record, -5.0)  # a complete step does not make it right
+    assert [r.step for r in read_history(study).records] == [0]
+    assert history(study) == history(study)[:1]
+
+
+def test_a_record_of_a_step_that_is_not_complete_is_passed_over_until_it_is():
+    study = fake_study(6, n_trials=2)
+    log = update(study, StepLog(ours(study).log(study).search))
+    ticket = open_ticket(log, 0)
+    number = add(study, ticket, 1.0)
+    add(study, replace(ticket, kind="incumbent", origin=number), 1.0)
+    assert [r.step for r in read_history(study).records] == [0]
+    assert len(history(study)) == 1
+    for slot in range(1, len(log.open.states)):
+        add(study, open_ticket(log, slot), 2.0)
+    assert [r.step for r in read_history(study).records] == [0, 1]
+    assert len(history(study)) == 2
+
+
+def test_it_is_read_the_same_whatever_sampler_the_study_is_opened_with():
+    study = fake_study(6)
+    plain = optuna.load_study(study_name=study.study_name, storage=study._storage)
+    assert read_history(plain) == read_history(study)
 
 
 @pytest.mark.parametrize("layers", [5, 9])

@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 from hq_optuna import attributes
 from hq_optuna.errors import ResumeError
 from hq_optuna.protocol import step_log as log_module
-from hq_optuna.protocol.limits import refuse_lower_limits, stored_limits
+from hq_optuna.protocol.study_view import refuse_lower_limits, stored_limits
 from hq_optuna.pruners import CostBudgetPruner
 from hq_optuna.search import Limits
 from hq_optuna.workers.loop import work

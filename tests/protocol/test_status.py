@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 
 from hq_optuna.attributes import LIMITS
 from hq_optuna.protocol import worker_identity
-from hq_optuna.protocol.status import Watch, read_status
+from hq_optuna.protocol.status import StatusReader, read_status
 from hq_optuna.protocol.step_log import StepLog
 from tests.elsewhere import AWAY, DEAD, HOST
 from tests.fake_search import fake_study
@@ -96,10 +96,10 @@ def test_a_worker_that_closes_a_step_says_whether_it_trains(trains, doing):
 def test_rate_and_time_left_follow_from_the_latest_candidates():
     study, log = begun(13)
     add(study, open_ticket(log, len(log.open.states) - 1, worker=AWAY))
-    watch = Watch(study)
-    watch.look()
+    watch = StatusReader(study)
+    watch.read()
     watch._latest = [2.0, 4.0]
-    current = watch.look()
+    current = watch.read()
     assert current.per_minute == pytest.approx(20)
     lowered = current.share / (current.steps - 1)
     steps_left = (1 - current.share) / lowered
@@ -109,10 +109,10 @@ def test_rate_and_time_left_follow_from_the_latest_candidates():
 
 def test_each_look_reads_what_is_new():
     study, log = begun(2)
-    watch = Watch(study)
-    before = watch.look()
+    watch = StatusReader(study)
+    before = watch.read()
     fill_step(study, log)
-    after = watch.look()
+    after = watch.read()
     assert (before.done, after.done) == (0, after.of)
     assert after.candidates == before.candidates + after.of
     assert after == read_status(study)

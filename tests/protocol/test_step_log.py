@@ -304,6 +304,25 @@ def test_looking_often_and_looking_once_give_the_same_record(seed):
     assert [closed.incumbent for closed in looking.closed] == expected(study)
 
 
+def test_a_running_trial_with_other_bits_than_its_slot_has_does_not_hold_the_slot(study, log):
+    fill_step(study, log)
+    add(study, record_ticket(log), 1.0)
+    update(study, log)
+    bottom = log.search.space.bottom
+    add(study, open_ticket(log, 0, worker=worker_identity.worker_id(), bits=bottom))
+    update(study, log)
+    assert log.open.free == list(range(len(log.open.states)))
+
+
+def test_a_training_goes_on_from_attempts_at_the_same_bits_alone(study, log):
+    fill_step(study, log)
+    ticket = record_ticket(log, trains=True, worker=worker_identity.worker_id())
+    numbers = [add(study, ticket), add(study, replace(ticket, bits=log.search.space.bottom))]
+    update(study, log)
+    (attempt,) = log.attempts(ticket)
+    assert study._storage.get_trial(attempt).number == numbers[0]
+
+
 def test_settings_name_everything_the_history_depends_on():
     search = sampler()._search(None)
     base = log_module.settings(search)
@@ -314,8 +333,9 @@ def test_settings_name_everything_the_history_depends_on():
         "limit": 1.0,
         "refine": not search.refine,
     }.items():
-        changed = type(search)(**{**vars(search), name: value})
+        changed = replace(search, **{name: value})
         assert [k for k in base if log_module.settings(changed)[k] != base[k]] == [name]
-        assert log_module.parent_digest(changed, None) != log_module.parent_digest(search, None)
-    unlimited = type(search)(**{**vars(search), "limit": -math.inf})
+        other = log_module.settings(changed)
+        assert log_module.parent_digest(other, None) != log_module.parent_digest(base, None)
+    unlimited = replace(search, limit=-math.inf)
     assert log_module.settings(unlimited)["limit"] is None  # JSON has no infinity

@@ -38,11 +38,12 @@ def child() -> Iterator[tuple[subprocess.Popen[str], str]]:
     process.communicate()
 
 
-def test_a_name_says_host_namespace_process_and_start():
-    host, namespace, pid, start = worker_id().split("/")
+def test_a_name_says_host_namespace_process_boot_and_start():
+    host, namespace, pid, started = worker_id().split("/")
+    boot, _, start = started.partition("-")
     assert (host, int(pid)) == (worker_identity.socket.gethostname(), os.getpid())
     assert namespace.isdigit()
-    assert start.isdigit() or sys.platform != "linux"
+    assert (boot.isalnum() and start.isdigit()) or sys.platform != "linux"
     assert worker_id() == worker_id()
 
 
@@ -78,9 +79,31 @@ def test_a_stopped_process_lives(child):
 @linux
 def test_another_process_with_the_same_number_is_told_by_its_start(child):
     _, name = child
-    host, namespace, pid, start = name.split("/")
-    assert is_dead(f"{host}/{namespace}/{pid}/{int(start) - 1}")
-    assert not is_dead(f"{host}/{namespace}/{pid}/")  # unknown start: nothing is concluded
+    host, namespace, pid, started = name.split("/")
+    boot, _, start = started.partition("-")
+    assert is_dead(f"{host}/{namespace}/{pid}/{boot}-{int(start) - 1}")
+    for unknown in ("", "-", f"{boot}-", f"-{start}"):  # nothing is concluded from it
+        assert not is_dead(f"{host}/{namespace}/{pid}/{unknown}")
+
+
+@linux
+def test_after_a_reboot_another_process_with_the_same_number_and_start_is_not_the_dead_one(
+    child, monkeypatch
+):
+    _, name = child
+    monkeypatch.setattr(worker_identity, "_boot", lambda: "0123456789ab")
+    assert is_dead(name)
+    assert not worker_identity.is_alive(name)
+
+
+@linux
+def test_where_the_boot_is_not_known_process_and_start_decide(child, monkeypatch):
+    process, name = child
+    monkeypatch.setattr(worker_identity, "_boot", lambda: "")
+    assert worker_identity.is_alive(name)
+    process.kill()
+    process.wait()
+    assert is_dead(name)
 
 
 def test_nothing_is_concluded_of_other_hosts_and_other_namespaces():
@@ -105,7 +128,7 @@ def test_a_name_of_another_form_is_of_nobody_known(name):
 
 
 def test_short_names_are_for_people():
-    assert short_name("box/4026531836/1234/5678") == "box:1234"
+    assert short_name("box/4026531836/1234/1f0c33aa90d2-5678") == "box:1234"
     assert short_name("") == ""
     assert short_name("me") == "me"
 

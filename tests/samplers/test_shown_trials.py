@@ -38,7 +38,7 @@ def test_layers_shows_the_bits_of_every_variable_and_they_are_the_tickets():
 def showing(trial: optuna.Trial) -> float:
     """Ask for whatever the sampler shows of the trial, as `HessianObjective` does."""
     by = ours(trial.study)
-    for name, (_, choices) in by.parameters(by.ticket(trial.study, trial._trial_id)).items():
+    for name, (_, choices) in by.parameters(by.ticket(trial.study, trial)).items():
         trial.suggest_categorical(name, choices)
     return assigned(trial)
 

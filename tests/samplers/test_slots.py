@@ -67,9 +67,8 @@ def test_trials_that_lost_their_worker_before_their_ticket_do_not_stop_the_searc
 
 
 def test_who_does_not_back_up_others_gets_nothing_to_do_where_nothing_is_left():
-    study = new_study(sampler(8, n_candidates=3))
+    study = new_study(sampler(8, n_candidates=3, backs_up=False))
     study.optimize(assigned, n_trials=2)
-    ours(study).backs_up = False
     asked = [study.ask() for _ in range(4)]
     assert [t.kind for t in tickets(study)[2:]] == ["candidate"] * 3 + ["surplus"]
     for trial in asked:
@@ -83,9 +82,8 @@ def test_who_does_not_back_up_others_gets_nothing_to_do_where_nothing_is_left():
 
 
 def test_who_does_not_back_up_others_leaves_what_a_lower_ticket_is_about_to_take():
-    study = new_study(sampler(8, n_candidates=2))
+    study = new_study(sampler(8, n_candidates=2, backs_up=False))
     study.optimize(assigned, n_trials=2)
-    ours(study).backs_up = False
     study._storage.create_new_trial(study._study_id)  # no ticket yet
     mine = [study.ask() for _ in range(2)]
     assert [(t.kind, t.slot) for t in tickets(study)[3:]] == [("candidate", 1), ("surplus", 0)]
@@ -122,7 +120,7 @@ def test_an_exception_gives_the_slot_back_and_the_history_is_the_same():
     n_calls = Counter()
 
     def objective(trial: optuna.Trial) -> float:
-        ticket = ours(trial.study).ticket(trial.study, trial._trial_id)
+        ticket = ours(trial.study).ticket(trial.study, trial)
         n_calls[ticket.kind, ticket.step, ticket.slot] += 1
         if n_calls[ticket.kind, ticket.step, ticket.slot] == 1:
             raise Broken

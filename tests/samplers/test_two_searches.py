@@ -9,8 +9,8 @@ from optuna.trial import TrialState
 from hq_optuna import attributes
 from hq_optuna.errors import ResumeError
 from hq_optuna.protocol import study_view
-from hq_optuna.protocol.limits import stored_limits
 from hq_optuna.protocol.step_log import settings
+from hq_optuna.protocol.study_view import stored_limits
 from hq_optuna.pruners import CostBudgetPruner
 from hq_optuna.search import Limits
 from hq_optuna.space.search_space import SearchSpace

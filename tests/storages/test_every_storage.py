@@ -81,7 +81,7 @@ def test_three_threads_with_connections_of_their_own_score_every_candidate_once(
             mine = optuna.load_study(study_name="table", storage=open_storage(url), sampler=by)
 
             def objective(trial: optuna.Trial) -> float:
-                ticket = ours(mine).ticket(mine, trial._trial_id)
+                ticket = ours(mine).ticket(mine, trial)
                 scored.append((ticket.kind, ticket.step, ticket.slot))
                 return assigned(trial)
 
@@ -151,11 +151,11 @@ def test_signs_of_life_are_seen_through_another_connection(url, storage):
     study = new_study(sampler(5, encoding="compact"), storage)
     trial = ours(study).ask(study)
     theirs = open_storage(url)
-    seen = [read_rows(theirs, study._study_id, Cursor())[0].beat]
+    seen = [read_rows(theirs, study._study_id, Cursor())[0].heartbeat]
     with heartbeat(storage, trial._trial_id, every_s=0.01):
         deadline = time.monotonic() + 120
         while len(set(seen)) < 3 and time.monotonic() < deadline:
-            seen.append(read_rows(theirs, study._study_id, Cursor())[0].beat)
+            seen.append(read_rows(theirs, study._study_id, Cursor())[0].heartbeat)
     assert seen[0] is None
     assert len(set(seen)) == 3
 

@@ -6,7 +6,7 @@ import optuna
 import pytest
 
 from hq_optuna.errors import StorageError
-from hq_optuna.storages import journal_and_grpc, load_study, open_storage
+from hq_optuna.storages import load_study, open_storage, opening
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -59,7 +59,7 @@ def test_lines_that_are_json_and_no_journal_of_this_optuna_are_refused(tmp_path,
 
 def test_a_proxy_that_does_not_answer_is_named(monkeypatch):
     pytest.importorskip("grpc")
-    monkeypatch.setattr(journal_and_grpc, "GRPC_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(opening, "GRPC_TIMEOUT_S", 0.2)
     with pytest.raises(StorageError, match=r"grpc://127\.0\.0\.1:9: nobody answers"):
         open_storage("grpc://127.0.0.1:9")
 
@@ -68,6 +68,6 @@ def test_grpc_that_is_not_installed_is_named(monkeypatch):
     def missing(**_: object) -> None:
         raise ImportError("No module named 'grpc'")
 
-    monkeypatch.setattr(journal_and_grpc, "GrpcStorageProxy", missing)
+    monkeypatch.setattr(opening, "GrpcStorageProxy", missing)
     with pytest.raises(StorageError, match=r"pip install 'hq_optuna\[grpc\]'"):
         open_storage("grpc://localhost")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +61,10 @@ def flaky() -> Flaky:
 
 
 @pytest.fixture
-def storage(flaky: Flaky) -> RetryingStorage:
+def storage(flaky: Flaky) -> Iterator[RetryingStorage]:
     retried = RetryingStorage(flaky, "postgresql://me:***@db/hq", retry_for_s=60)
-    retried.pause = lambda seconds: None
-    return retried
+    with retried.pausing(lambda seconds: None):
+        yield retried
 
 
 @pytest.fixture
@@ -192,7 +192,7 @@ def test_pauses_grow_to_a_limit_and_end_with_a_sentence(flaky, storage, monkeypa
         pauses.append(seconds)
         now[0] += seconds
 
-    storage.pause = pause
+    monkeypatch.setattr(storage, "_pause", pause)
     monkeypatch.setattr(retrying.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(retrying.random, "uniform", lambda low, high: high)
     flaky.before["create_new_study"] = 10**6
@@ -222,9 +222,8 @@ def test_whoever_interrupts_a_wait_waits_no_more(flaky, storage, study):
     def interrupted(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    storage.pause = interrupted
     flaky.before["set_trial_user_attr"] = 5
-    with pytest.raises(KeyboardInterrupt):
+    with storage.pausing(interrupted), pytest.raises(KeyboardInterrupt):
         trial.set_user_attr("a", 1)
     assert storage.hurries
     with pytest.raises(StorageError):

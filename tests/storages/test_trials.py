@@ -13,9 +13,10 @@ from optuna.storages import InMemoryStorage, RDBStorage
 from optuna.trial import TrialState
 
 from hq_optuna import attributes
+from hq_optuna.optuna_internals import database_of
 from hq_optuna.protocol.claims import write_facts
 from hq_optuna.storages import RetryingStorage, open_storage, sqlite_url
-from hq_optuna.storages.trials import Cursor, database_of, read_facts, read_rows, row_of
+from hq_optuna.storages.trials import Cursor, read_facts, read_rows, row_of
 from hq_optuna.storages.writing import add_user_attrs, finish_trial
 from tests.fake_search import fake_study
 from tests.samplers.tables import assigned, new_study, ours, sampler
@@ -82,8 +83,8 @@ def test_a_beat_is_read_while_the_trial_runs(storage):
     seen = [
         beat
         for beat in (1, 2)
-        if study._storage.set_trial_system_attr(trial._trial_id, attributes.BEAT, beat) is None
-        and str(read_rows(study._storage, study._study_id, Cursor())[0].beat) == str(beat)
+        if study._storage.set_trial_system_attr(trial._trial_id, attributes.HEARTBEAT, beat) is None
+        and str(read_rows(study._storage, study._study_id, Cursor())[0].heartbeat) == str(beat)
     ]
     assert seen == [1, 2]
 
@@ -224,15 +225,16 @@ def test_a_trial_that_was_ended_unheard_is_not_ended_twice(tmp_path, monkeypatch
     storage = RetryingStorage(open_storage(sqlite_url(tmp_path / "study.db")))
     study = optuna.create_study(storage=storage)
     database = database_of(storage.wrapped)
-    for method in ("finish_trial", "add_user_attrs"):
+    for method in ("finish_trials", "add_user_attrs"):
         original = getattr(database, method)
 
         def unheard(*arguments, original=original, calls=[], **named):  # noqa: B006
-            original(*arguments, **named)
+            done = original(*arguments, **named)
             calls.append(1)
             if len(calls) == 1:
                 lost = sqlalchemy.exc.OperationalError("COMMIT", {}, Exception("connection lost"))
                 raise StorageInternalError("lost") from lost
+            return done
 
         monkeypatch.setattr(database, method, unheard)
     trial = study.ask()

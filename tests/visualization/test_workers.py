@@ -9,8 +9,7 @@ import pytest
 from optuna.trial import TrialState
 
 from hq_optuna.protocol import worker_identity
-from hq_optuna.protocol.history import read_history
-from hq_optuna.protocol.runs import Run
+from hq_optuna.protocol.history import Run, read_history
 from hq_optuna.space.budget import Budget
 from hq_optuna.visualization.workers import (
     WorkersInfo,

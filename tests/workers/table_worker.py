@@ -39,7 +39,7 @@ def main(storage: str, seconds: float, waits_at: int | None = None) -> None:
 
     def objective(trial: optuna.Trial) -> float:
         nonlocal waits_at
-        ticket = chosen.ticket(study, trial._trial_id)
+        ticket = chosen.ticket(study, trial)
         if ticket is not None and ticket.step == waits_at:
             waits_at = None
             print("at work", flush=True)

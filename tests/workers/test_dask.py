@@ -68,9 +68,9 @@ def test_a_cluster_finds_what_one_process_finds(address: str, study: Path) -> No
     assert Path("hq-optuna-runs/cluster/report.html").exists()
 
 
-def ended(life: object) -> int:
+def ended(handle: object) -> int:
     deadline = time.monotonic() + 120
-    while (code := life.poll()) is None:  # type: ignore[attr-defined]
+    while (code := handle.poll()) is None:  # type: ignore[attr-defined]
         assert time.monotonic() < deadline
         time.sleep(0.05)
     return code
@@ -79,35 +79,35 @@ def ended(life: object) -> int:
 def test_a_study_file_that_is_not_on_the_workers_host_is_named(address: str) -> None:
     cluster = Cluster(address, WorkerCommand("/nowhere/study.py", "s", "runs", "sqlite:///x.db"))
     assert cluster.n_workers == 2
-    life = cluster.start(0)
-    assert ended(life) == 1
-    (event,) = life.events()
+    handle = cluster.start(0)
+    assert ended(handle) == 1
+    (event,) = handle.events()
     assert event["error"] == "StudyFileError"
     assert "has no study file /nowhere/study.py" in event["message"]
-    life.close()
+    handle.close()
     cluster.close()
 
 
 def test_events_and_last_words_come_back(address: str, study: Path) -> None:
     cluster = Cluster(address, WorkerCommand(str(study), "none", "runs", storage_of(study)))
-    life = cluster.start(1)
+    handle = cluster.start(1)
     code, told = None, []
     deadline = time.monotonic() + 120
     while code is None:
-        code = life.poll()
-        told += life.events()
+        code = handle.poll()
+        told += handle.events()
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert code == 1
     (message,) = {event["message"] for event in told if "error" in event}  # known with the end
     assert "holds no study 'none'" in message
     while not any("event" in event for event in told):  # the others may come later
-        told += life.events()
+        told += handle.events()
         assert time.monotonic() < deadline
         time.sleep(0.05)
     said = next(event["event"] for event in told if "event" in event)
     assert said == "waiting for the study"
-    life.close()
+    handle.close()
     cluster.close()
 
 
@@ -120,14 +120,14 @@ def test_a_worker_ends_when_it_is_not_wanted_any_more(address: str, study: Path,
         + "\nimport time\ntime.sleep(600)\n"
     )
     cluster = Cluster(address, WorkerCommand(str(study), "s", "runs", storage_of(study)))
-    life = cluster.start(0)
+    handle = cluster.start(0)
     deadline = time.monotonic() + 120
     while not (pids.exists() and pids.read_text()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     pid = int(pids.read_text())
     if how == "terminate":
-        life.terminate()
+        handle.terminate()
     cluster.close()
     deadline = time.monotonic() + 120
     while alive(pid):

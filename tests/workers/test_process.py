@@ -51,11 +51,9 @@ def test_the_command_holds_no_password_and_its_environment_the_storage():
 
 
 def test_the_commands_arguments_are_the_workers_own():
-    import typer
+    from hq_optuna.cli.app import load
 
-    from hq_optuna.cli.app import app
-
-    worker = typer.main.get_command(app).commands["worker"]  # type: ignore[attr-defined]
+    worker = load("worker")
     arguments = COMMAND.arguments(2)
     own = arguments[arguments.index("worker") + 1 :]
     context = worker.make_context("worker", own)
@@ -93,7 +91,7 @@ def test_events_are_json_lines_and_other_output_is_passed_over():
     assert ended(process) == 3
     assert process.events() == [{"event": "scored", "scored": 1}]
     assert process.events() == []
-    assert process.last_words() == ["last"]
+    assert process.last_lines() == ["last"]
     process.close()
 
 
@@ -115,7 +113,7 @@ def test_a_worker_has_not_ended_before_all_it_said_is_heard():
 
 
 def test_a_worker_that_left_its_pipes_to_another_has_ended_all_the_same(monkeypatch):
-    monkeypatch.setattr(process_module, "HEARD_WITHIN_S", 0.2)
+    monkeypatch.setattr(process_module, "READ_WITHIN_S", 0.2)
     process = python(
         "import subprocess, sys\n"
         "other = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
@@ -133,7 +131,7 @@ def test_a_worker_that_left_its_pipes_to_another_has_ended_all_the_same(monkeypa
 def test_of_many_words_the_last_are_kept():
     process = python("import sys\nfor i in range(100): print(f'line {i}', file=sys.stderr)")
     assert ended(process) == 0
-    assert process.last_words() == [f"line {i}" for i in range(88, 100)]
+    assert process.last_lines() == [f"line {i}" for i in range(88, 100)]
     process.close()
 
 

@@ -1,4 +1,4 @@
-"""A crew of workers that live and die as told: no processes, no time."""
+"""Workers that live and die as told: no processes, no time."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class FakeLife:
         told, self.told = self.told, []
         return told
 
-    def last_words(self) -> list[str]:
+    def last_lines(self) -> list[str]:
         return self.words
 
     def terminate(self) -> None:
@@ -57,10 +57,10 @@ class World:
         self.now = 0.0
         self.news: list[str] = []
         self.lives: list[list[FakeLife]] = [[] for _ in range(n_workers)]
-        self.crew = Supervisor(
+        self.supervisor = Supervisor(
             self.start, n_workers, on_news=self.news.append, clock=lambda: self.now
         )
-        self.crew.look()
+        self.supervisor.poll()
 
     def start(self, index: int) -> FakeLife:
         self.lives[index].append(FakeLife())
@@ -75,11 +75,13 @@ def test_all_are_started_and_the_crew_is_done_when_all_are():
     world = World(3)
     assert [len(lives) for lives in world.lives] == [1, 1, 1]
     for lives in world.lives:
-        assert world.crew.look()
+        assert world.supervisor.poll()
         lives[0].tell("done", scored=4)
         lives[0].code = 0
-    assert not world.crew.look()
-    assert [(m.doing, m.scored, m.name) for m in world.crew.members] == [("done", 4, "box:7")] * 3
+    assert not world.supervisor.poll()
+    assert [(m.doing, m.scored, m.name) for m in world.supervisor.members] == [
+        ("done", 4, "box:7")
+    ] * 3
     assert all(lives[0].asked == ["close"] for lives in world.lives)
     assert world.news == []
 
@@ -88,19 +90,19 @@ def test_who_dies_is_started_again_after_a_pause():
     world = World(2)
     world.lives[1][0].tell("scored", scored=3)
     world.die(1)
-    world.crew.look()
+    world.supervisor.poll()
     assert world.news == [
         f"Worker 2 (box:7) died (SIGKILL) and is started again in {FIRST_PAUSE_S:g} s"
     ]
-    assert world.crew.members[1].doing == "died"
-    world.crew.look()
+    assert world.supervisor.members[1].doing == "died"
+    world.supervisor.poll()
     assert len(world.lives[1]) == 1
     world.now += FIRST_PAUSE_S
-    world.crew.look()
+    world.supervisor.poll()
     assert len(world.lives[1]) == 2
     world.lives[1][1].tell("scored", scored=2)
-    world.crew.look()
-    member = world.crew.members[1]
+    world.supervisor.poll()
+    member = world.supervisor.members[1]
     assert (member.scored, member.restarts, member.doing) == (5, 1, "scored")
 
 
@@ -111,11 +113,11 @@ def test_pauses_grow_while_nothing_is_scored_and_shrink_once_something_is():
         if death == 3:
             world.lives[0][-1].tell("scored", scored=1)
         world.die(0)
-        world.crew.look()
+        world.supervisor.poll()
         pauses.append(float(world.news[-1].split()[-2]))
         world.now += pauses[-1]
-        world.crew.look()
-        if world.crew.members[0].doing == "given up":
+        world.supervisor.poll()
+        if world.supervisor.members[0].doing == "given up":
             break
     assert pauses[:5] == [0.5, 1.0, 2.0, 0.5, 1.0]
     assert max(pauses) <= LONGEST_PAUSE_S
@@ -125,14 +127,14 @@ def test_who_dies_at_once_again_and_again_is_given_up_while_others_go_on():
     world = World(2)
     for _ in range(DEATHS_UNTIL_GIVEN_UP):
         world.die(0, code=1, words=("first", "CUDA error: out of memory"))
-        world.crew.look()
+        world.supervisor.poll()
         world.now += LONGEST_PAUSE_S
-        world.crew.look()
+        world.supervisor.poll()
     assert len(world.lives[0]) == DEATHS_UNTIL_GIVEN_UP
-    assert world.crew.members[0].doing == "given up"
+    assert world.supervisor.members[0].doing == "given up"
     assert "is given up: CUDA error: out of memory" in world.news[-1]
     world.lives[1][0].code = 0
-    assert not world.crew.look()
+    assert not world.supervisor.poll()
 
 
 def test_when_all_are_given_up_the_error_has_their_last_words():
@@ -141,9 +143,9 @@ def test_when_all_are_given_up_the_error_has_their_last_words():
         for _ in range(DEATHS_UNTIL_GIVEN_UP):
             for index in (0, 1):
                 world.die(index, words=("Traceback", "ImportError: libfoo.so.1"))
-            world.crew.look()
+            world.supervisor.poll()
             world.now += LONGEST_PAUSE_S
-            world.crew.look()
+            world.supervisor.poll()
     assert "Every worker died 5 times without scoring a candidate" in str(raised.value)
     assert str(raised.value).endswith("Traceback\nImportError: libfoo.so.1")
 
@@ -154,7 +156,7 @@ def test_what_a_worker_says_is_wrong_ends_the_crew():
     life.told.append({"error": "ResumeError", "message": "Changed: the calibration data."})
     life.code = 1
     with pytest.raises(WorkerError, match="Changed: the calibration data"):
-        world.crew.look()
+        world.supervisor.poll()
 
 
 def test_json_that_a_study_file_prints_says_nothing_of_its_worker():
@@ -163,9 +165,9 @@ def test_json_that_a_study_file_prints_says_nothing_of_its_worker():
     life.tell("scored", scored=3)
     life.told += [{"epoch": 1, "error": 0.25}, {"epoch": 2, "loss": 0.1}]
     life.code = -9
-    world.crew.look()
+    world.supervisor.poll()
     assert "died (SIGKILL) and is started again" in world.news[0]
-    assert world.crew.members[0].scored == 3
+    assert world.supervisor.members[0].scored == 3
 
 
 def test_a_worker_that_somebody_interrupted_is_started_again():
@@ -173,18 +175,18 @@ def test_a_worker_that_somebody_interrupted_is_started_again():
     life = world.lives[0][0]
     life.told.append({"error": "Interrupted", "message": "Interrupted."})
     life.code = 130
-    world.crew.look()
+    world.supervisor.poll()
     assert "exit status 130" in world.news[0]
-    assert world.crew.members[0].doing == "died"
+    assert world.supervisor.members[0].doing == "died"
 
 
 def test_nobody_is_started_again_once_one_says_the_search_is_over():
     world = World(2)
     world.die(0)
-    world.crew.look()
+    world.supervisor.poll()
     world.lives[1][0].code = 0
-    assert not world.crew.look()
-    assert [m.doing for m in world.crew.members] == ["done", "done"]
+    assert not world.supervisor.poll()
+    assert [m.doing for m in world.supervisor.members] == ["done", "done"]
 
 
 def test_all_are_asked_to_end_and_who_does_not_is_killed(monkeypatch):
@@ -195,7 +197,7 @@ def test_all_are_asked_to_end_and_who_does_not_is_killed(monkeypatch):
         world.now += 1
 
     monkeypatch.setattr(crew_module.time, "sleep", sleep)
-    world.crew.end(grace_s=5)
+    world.supervisor.end(grace_s=5)
     assert world.lives[0][0].asked == ["terminate", "close"]
     assert world.lives[1][0].asked == ["terminate", "kill", "close"]
     assert 5 <= world.now < 8
@@ -210,5 +212,5 @@ def test_a_second_ctrl_c_kills_at_once(monkeypatch):
 
     monkeypatch.setattr(crew_module.time, "sleep", sleep)
     with pytest.raises(KeyboardInterrupt):
-        world.crew.end()
+        world.supervisor.end()
     assert world.lives[0][0].asked == ["terminate", "kill", "close"]

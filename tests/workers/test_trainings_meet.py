@@ -18,7 +18,7 @@ from hq_optuna.protocol import worker_identity
 from hq_optuna.protocol.history import read_history
 from hq_optuna.search import Limits
 from hq_optuna.storages import sqlite_url
-from hq_optuna.workers.foreman import Foreman
+from hq_optuna.workers.coordinator import Coordinator
 from tests.searches import data
 from tests.training_searches import log_of, plan, said, search
 
@@ -89,19 +89,19 @@ TORCH = threading.Lock()
 
 
 class RemoteWorker(threading.Thread):
-    """A foreman's worker, as a thread with an objective of its own."""
+    """A coordinator's worker, as a thread with an objective of its own."""
 
-    def __init__(self, foreman: Foreman, folder: Path, every: int) -> None:
+    def __init__(self, coordinator: Coordinator, folder: Path, every: int) -> None:
         super().__init__(daemon=True)
-        self.foreman, self.folder, self.every = foreman, folder, every
+        self.coordinator, self.folder, self.every = coordinator, folder, every
         self.orders: list[Mapping[str, Any]] = []
         self.news = threading.Semaphore(0)
         self.did: list[str] = []
         self.error: BaseException | None = None
         self.start()
 
-    def order(self, order: Mapping[str, Any]) -> None:
-        if "drop" not in order:
+    def send(self, order: Mapping[str, Any]) -> None:
+        if "cancel" not in order:
             self.orders.append(json.loads(json.dumps(order)))
             self.news.release()
 
@@ -111,7 +111,7 @@ class RemoteWorker(threading.Thread):
                 mine = search(training=plan(every=self.every), validation=data(30, 2))
                 url = sqlite_url(self.folder / "s.db")
                 study = mine.open(url, "s", artifacts=self.folder / "artifacts")
-            self.foreman.hear(self, {"event": "ready"})
+            self.coordinator.receive(self, {"event": "ready"})
             while True:
                 self.news.acquire()
                 order = self.orders.pop(0)
@@ -121,27 +121,27 @@ class RemoteWorker(threading.Thread):
                 with TORCH:
                     value, facts = mine.objective.obey(study, order, lambda: True)
                 event = {"event": "scored", "claim": order["claim"], "value": value}
-                self.foreman.hear(self, json.loads(json.dumps({**event, "facts": facts})))
+                self.coordinator.receive(self, json.loads(json.dumps({**event, "facts": facts})))
         except BaseException as error:
             self.error = error
-            self.foreman.hear(self, None)
+            self.coordinator.receive(self, None)
 
 
 @pytest.mark.parametrize("every", [0, 1, 2])  # 0: the answer alone
-def test_a_foremans_workers_train_once_and_the_history_is_the_same(every, tmp_path):
+def test_a_coordinators_workers_train_once_and_the_history_is_the_same(every, tmp_path):
     alone = search(training=plan(every=every), validation=data(30, 2))
     expected = said(alone.optimize(artifacts=tmp_path / "alone"))
     leader = search(training=plan(every=every), validation=data(30, 2))
     study = leader.open(sqlite_url(tmp_path / "s.db"), "s", artifacts=tmp_path / "artifacts")
-    foreman = Foreman(study)
-    hands = [RemoteWorker(foreman, tmp_path, every) for _ in range(2)]
+    coordinator = Coordinator(study)
+    workers = [RemoteWorker(coordinator, tmp_path, every) for _ in range(2)]
     deadline = time.monotonic() + 120
-    while foreman.look(0.05):
+    while coordinator.poll(0.05):
         assert time.monotonic() < deadline
-        assert [hand.error for hand in hands] == [None, None]
+        assert [worker.error for worker in workers] == [None, None]
     assert said(study) == expected
     n_trained = sum(r.training is not None for r in read_history(study).records)
-    assert sum(hand.did.count("trained") for hand in hands) == n_trained
+    assert sum(worker.did.count("trained") for worker in workers) == n_trained
     assert {t.state for t in study.get_trials()} == {TrialState.COMPLETE}
 
 

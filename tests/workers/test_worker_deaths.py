@@ -144,7 +144,7 @@ def test_a_worker_elsewhere_that_gives_signs_of_life_is_waited_for(study, clock)
             value = total(log.search.space, top)
             study._storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [value])
         elif len(clock.slept) < 300:
-            study._storage.set_trial_system_attr(trial_id, attributes.BEAT, next(beats))
+            study._storage.set_trial_system_attr(trial_id, attributes.HEARTBEAT, next(beats))
 
     loop.time.sleep = sleep
     work(study, assigned)
@@ -160,19 +160,19 @@ def test_a_trial_that_runs_long_gives_signs_of_life_and_a_short_one_costs_nothin
     trial_id = storage.create_new_trial(study._study_id)
     with heartbeat(storage, trial_id, every_s=60):
         pass
-    assert attributes.BEAT not in storage.get_trial(trial_id).system_attrs
+    assert attributes.HEARTBEAT not in storage.get_trial(trial_id).system_attrs
     with heartbeat(storage, trial_id, every_s=0.01):
         deadline = time.monotonic() + 120
-        while storage.get_trial(trial_id).system_attrs.get(attributes.BEAT, 0) < 3:
+        while storage.get_trial(trial_id).system_attrs.get(attributes.HEARTBEAT, 0) < 3:
             assert time.monotonic() < deadline
             time.sleep(0.005)
     for thread in threading.enumerate():
-        if thread.name == f"beat-{trial_id}":  # may be at its last beat
+        if thread.name == f"heartbeat-{trial_id}":  # may be at its last beat
             thread.join(60)
             assert not thread.is_alive()
-    last = storage.get_trial(trial_id).system_attrs[attributes.BEAT]
+    last = storage.get_trial(trial_id).system_attrs[attributes.HEARTBEAT]
     time.sleep(0.05)
-    assert storage.get_trial(trial_id).system_attrs[attributes.BEAT] == last
+    assert storage.get_trial(trial_id).system_attrs[attributes.HEARTBEAT] == last
 
 
 def test_signs_of_life_that_cannot_be_written_disturb_nothing(study, monkeypatch):

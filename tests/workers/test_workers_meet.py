@@ -119,7 +119,7 @@ def test_who_ended_its_trial_and_itself_between_our_look_and_our_claim_is_not_re
 
     monkeypatch.setattr(storage, "create_new_trial", later)
     trial = ours(study).ask(study)
-    assert ours(study).ticket(study, trial._trial_id).kind == "incumbent"
+    assert ours(study).ticket(study, trial).kind == "incumbent"
     assert states(study) == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING]
 
 
@@ -202,7 +202,7 @@ def test_trials_that_somebody_enqueued_are_run_too(study):
     seen: list[float] = []
 
     def objective(trial: optuna.Trial) -> float:
-        if ours(study).ticket(study, trial._trial_id).kind == "free":
+        if ours(study).ticket(study, trial).kind == "free":
             seen.append(trial.suggest_float("temperature", 0, 2))
             return 1.0
         return assigned(trial)
@@ -217,7 +217,7 @@ def test_three_threads_score_every_candidate_once(study):
     scored: list[tuple[str, int, int]] = []
 
     def objective(trial: optuna.Trial) -> float:
-        ticket = ours(study).ticket(study, trial._trial_id)
+        ticket = ours(study).ticket(study, trial)
         scored.append((ticket.kind, ticket.step, ticket.slot))
         return assigned(trial)
 

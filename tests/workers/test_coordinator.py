@@ -1,4 +1,4 @@
-"""A foreman's workers never touch the storage, and the history is that of the sequential search."""
+"""A coordinator's workers never touch the storage; the history is that of the sequential search."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import optuna
@@ -13,15 +14,27 @@ import pytest
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
+from hq_optuna.attributes import Ticket
 from hq_optuna.protocol import worker_identity
+from hq_optuna.protocol.owners import Owners
 from hq_optuna.search import Limits
 from hq_optuna.storages import open_storage
 from hq_optuna.storages.writing import writes_together
+from hq_optuna.workers.coordinator import Coordinator
 from hq_optuna.workers.dispatcher import Dispatcher, Order
-from hq_optuna.workers.foreman import Foreman
 from hq_optuna.workers.loop import work
 from tests.fake_search import fake_score, fake_table
-from tests.samplers.tables import assigned, expected, history, new_study, ours, sampler, states
+from tests.samplers.tables import (
+    add,
+    assigned,
+    expected,
+    history,
+    new_study,
+    ours,
+    sampler,
+    states,
+    tickets,
+)
 from tests.servers import KINDS, place
 
 
@@ -43,29 +56,29 @@ class Scorer(threading.Thread):
 
     def __init__(
         self,
-        foreman: Foreman,
+        coordinator: Coordinator,
         space: Any,
         seconds: float = 0.0,
         lives: int = 10**9,
         takes: float = 0.0,
     ):
         super().__init__(daemon=True)
-        self.foreman, self.space, self.seconds, self.lives = foreman, space, seconds, lives
+        self.coordinator, self.space, self.seconds, self.lives = coordinator, space, seconds, lives
         self.takes = takes
         self.table = fake_table(space)
         self.news = threading.Semaphore(0)
         self.orders: list[dict[str, Any]] = []
         self.had: list[dict[str, Any]] = []
-        self.dropped: list[int] = []
+        self.cancelled: list[int] = []
         self.gone = False
         self.scored = 0
         self.start()
 
-    def order(self, order: Mapping[str, Any]) -> None:
+    def send(self, order: Mapping[str, Any]) -> None:
         if self.gone:
             raise BrokenPipeError
-        if "drop" in order:
-            self.dropped.append(order["drop"])
+        if "cancel" in order:
+            self.cancelled.append(order["cancel"])
             return
         self.orders.append(dict(order))
         if not order.get("end"):
@@ -76,7 +89,7 @@ class Scorer(threading.Thread):
         return sum(fake_score(self.table, self.space.config(bits)))
 
     def run(self) -> None:
-        self.foreman.hear(self, {"event": "ready"})
+        self.coordinator.receive(self, {"event": "ready"})
         while True:
             self.news.acquire()
             order = self.orders.pop(0)
@@ -84,12 +97,12 @@ class Scorer(threading.Thread):
                 return
             if self.scored >= self.lives:
                 self.gone = True
-                self.foreman.hear(self, None)
+                self.coordinator.receive(self, None)
                 return
             time.sleep(self.takes + random.uniform(0, self.seconds))
             self.scored += 1
             said = {"event": "scored", "claim": order["claim"], "value": self.score(order["bits"])}
-            self.foreman.hear(self, {**said, "facts": {"seconds": 3.0, "worker": "box:1"}})
+            self.coordinator.receive(self, {**said, "facts": {"seconds": 3.0, "worker": "box:1"}})
 
 
 def wait_until(true: Callable[[], bool], until_s: float = 120.0) -> None:
@@ -99,18 +112,18 @@ def wait_until(true: Callable[[], bool], until_s: float = 120.0) -> None:
         time.sleep(0.001)
 
 
-def lead(foreman: Foreman, until_s: float = 120.0) -> None:
+def lead(coordinator: Coordinator, until_s: float = 120.0) -> None:
     deadline = time.monotonic() + until_s
-    while foreman.look(0.05):
+    while coordinator.poll(0.05):
         assert time.monotonic() < deadline
 
 
 @pytest.mark.parametrize("encoding", ["layers", "compact"])
 def test_the_history_is_that_of_the_sequential_search(storage, encoding):
     study = new_study(sampler(6, encoding=encoding), storage)
-    foreman = Foreman(study)
-    scorers = [Scorer(foreman, ours(study).space) for _ in range(3)]
-    lead(foreman)
+    coordinator = Coordinator(study)
+    scorers = [Scorer(coordinator, ours(study).space) for _ in range(3)]
+    lead(coordinator)
     assert history(study) == expected(study)
     log = ours(study).log(study)
     # Every candidate once, a record a step, and nothing else.
@@ -129,17 +142,17 @@ def test_the_history_is_that_of_the_sequential_search(storage, encoding):
 
 def test_workers_that_die_cost_their_candidates_and_no_more(storage):
     study = new_study(sampler(8, n_candidates=4, encoding="compact"), storage)
-    foreman = Foreman(study)
+    coordinator = Coordinator(study)
     space = ours(study).space
     for lives in (2, 5, 0, 10**9):
-        Scorer(foreman, space, 0.01, lives)
-    lead(foreman)
+        Scorer(coordinator, space, 0.01, lives)
+    lead(coordinator)
     assert history(study) == expected(study)
     assert states(study).count(TrialState.FAIL) <= 3
     assert TrialState.RUNNING not in states(study)
 
 
-@pytest.mark.parametrize("direct", [False, True], ids=["two foremen", "a foreman and a worker"])
+@pytest.mark.parametrize("direct", [False, True], ids=["two coordinators", "one and a worker"])
 def test_others_on_the_same_study_change_nothing(url, storage, direct, monkeypatch):
     mine = new_study(sampler(8, n_candidates=4, encoding="compact"), storage)
     errors: list[BaseException] = []
@@ -156,17 +169,17 @@ def test_others_on_the_same_study_change_nothing(url, storage, direct, monkeypat
             if direct:
                 work(theirs, lambda trial: (time.sleep(0.005), assigned(trial))[1])
                 return
-            foreman = Foreman(theirs)
-            [Scorer(foreman, by.space, 0.01) for _ in range(2)]
-            lead(foreman)
+            coordinator = Coordinator(theirs)
+            [Scorer(coordinator, by.space, 0.01) for _ in range(2)]
+            lead(coordinator)
         except BaseException as error:
             errors.append(error)
 
     thread = threading.Thread(target=run)
     thread.start()
-    foreman = Foreman(mine)
-    [Scorer(foreman, ours(mine).space, 0.01) for _ in range(2)]
-    lead(foreman)
+    coordinator = Coordinator(mine)
+    [Scorer(coordinator, ours(mine).space, 0.01) for _ in range(2)]
+    lead(coordinator)
     thread.join(timeout=120)
     assert not thread.is_alive()
     assert errors == []
@@ -174,12 +187,50 @@ def test_others_on_the_same_study_change_nothing(url, storage, direct, monkeypat
     assert TrialState.RUNNING not in states(mine)
 
 
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "two at work"])
+def test_a_claim_between_two_of_its_own_is_noticed(monkeypatch, alone):
+    """Storages that create trials one by one let somebody else's number come in between."""
+    study = new_study(sampler(6))
+    coordinator = Coordinator(study)
+    told = [Told() for _ in range(3)]
+    for worker in told:
+        coordinator.receive(worker, {"event": "ready"})
+    coordinator.poll(0.01)  # claims step 0
+    if not alone:
+        seen = ours(study).log(study).owners.at_work
+        monkeypatch.setattr(
+            Owners, "at_work", lambda _, worker, last: [*seen(worker, last), "zz/1/2/3"]
+        )
+    create, created = study._storage.create_new_trial, [0]
+
+    def create_new_trial(study_id: int, template_trial: Any = None) -> int:
+        ticket = Ticket.read(template_trial.system_attrs)
+        created[0] += ticket.kind == "candidate"
+        if created == [2]:  # the other claims what the coordinator is about to
+            add(study, replace(ticket, worker="elsewhere/1/2/3", claim=1))
+        return create(study_id, template_trial)
+
+    order = next(worker for worker in told if worker.orders).orders[0]
+    said = {"event": "scored", "claim": order["claim"], "value": 1.0, "facts": {}}
+    monkeypatch.setattr(study._storage, "create_new_trial", create_new_trial)
+    coordinator.receive(next(worker for worker in told if worker.orders), said)
+    for _ in range(3):
+        coordinator.poll(0.01)
+    theirs = next(t for t in tickets(study) if t.worker == "elsewhere/1/2/3")
+    same = [
+        trial.state
+        for trial, t in zip(study.get_trials(), tickets(study), strict=True)
+        if (t.step, t.slot) == (theirs.step, theirs.slot)
+    ]
+    assert same == [TrialState.RUNNING, TrialState.PRUNED]  # of two the lower number has it
+
+
 def test_the_next_step_is_handed_out_before_the_last_result_is_stored(monkeypatch):
-    from hq_optuna.workers import foreman as module
+    from hq_optuna.workers import coordinator as module
 
     study = new_study(sampler(6))
-    foreman = Foreman(study)
-    scorer = Scorer(foreman, ours(study).space)
+    coordinator = Coordinator(study)
+    scorer = Scorer(coordinator, ours(study).space)
     scored_by_then: list[int] = []
     stored = module.finish_trials
 
@@ -190,7 +241,7 @@ def test_the_next_step_is_handed_out_before_the_last_result_is_stored(monkeypatc
         stored(storage, ended)
 
     monkeypatch.setattr(module, "finish_trials", store)
-    lead(foreman)
+    lead(coordinator)
     assert history(study) == expected(study)
     log = ours(study).log(study)
     # Step 0 has one candidate; its successor's are under way when its result is stored.
@@ -202,44 +253,44 @@ def test_a_limit_ends_it_though_more_was_handed_out(storage):
     study = new_study(sampler(6), storage)
     ours(study).view(study).log.limit(Limits(max_evaluations=4))
     study.set_user_attr("hq:limits", {"max_evaluations": 4})
-    foreman = Foreman(study)
-    Scorer(foreman, ours(study).space, 0.02)
-    lead(foreman)
+    coordinator = Coordinator(study)
+    Scorer(coordinator, ours(study).space, 0.02)
+    lead(coordinator)
     log = ours(study).log(study)
     assert log.stopped_by
     assert len(log.results) == 4
-    foreman.give_back()
+    coordinator.give_back()
     assert TrialState.RUNNING not in states(study)
 
 
 def test_a_limit_takes_back_what_workers_are_at(monkeypatch):
     study = new_study(sampler(6))
     study.set_user_attr("hq:limits", {"max_seconds": 0.2})
-    foreman = Foreman(study)
+    coordinator = Coordinator(study)
     over = threading.Event()
-    scorers = [Scorer(foreman, ours(study).space) for _ in range(2)]
+    scorers = [Scorer(coordinator, ours(study).space) for _ in range(2)]
     for scorer in scorers:  # nobody ends before the search is over
         scorer.score = lambda bits: float(over.wait(120))  # type: ignore[method-assign]
-    lead(foreman)
+    lead(coordinator)
     over.set()
     assert ours(study).log(study).stopped_by
-    assert [len(scorer.dropped) for scorer in scorers].count(1) == 1  # of step 0
+    assert [len(scorer.cancelled) for scorer in scorers].count(1) == 1  # of step 0
     assert TrialState.RUNNING not in states(study)
 
 
 def test_what_was_claimed_is_given_back(storage):
     study = new_study(sampler(6), storage)
-    foreman = Foreman(study)
-    scorer = Scorer(foreman, ours(study).space, lives=2)
+    coordinator = Coordinator(study)
+    scorer = Scorer(coordinator, ours(study).space, lives=2)
     while scorer.is_alive():
-        foreman.look(0.02)
-    second = Scorer(foreman, ours(study).space, lives=10**9)
+        coordinator.poll(0.02)
+    second = Scorer(coordinator, ours(study).space, lives=10**9)
     second.seconds = 1e6  # never ends
     deadline = time.monotonic() + 120
     while states(study).count(TrialState.RUNNING) == 0 and time.monotonic() < deadline:
-        foreman.look(0.02)
+        coordinator.poll(0.02)
     assert TrialState.RUNNING in states(study)
-    foreman.give_back()
+    coordinator.give_back()
     assert TrialState.RUNNING not in states(study)
     work(study, assigned)
     assert history(study) == expected(study)
@@ -247,26 +298,26 @@ def test_what_was_claimed_is_given_back(storage):
 
 def test_a_score_that_is_no_number_is_refused():
     study = new_study(sampler(6))
-    foreman = Foreman(study)
-    scorer = Scorer(foreman, ours(study).space)
+    coordinator = Coordinator(study)
+    scorer = Scorer(coordinator, ours(study).space)
     scorer.score = lambda bits: float("nan")  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="returned NaN"):
-        lead(foreman)
+        lead(coordinator)
 
 
 def test_long_candidates_show_that_their_owner_lives(monkeypatch, storage):
     from hq_optuna import attributes
-    from hq_optuna.workers import foreman as module
+    from hq_optuna.workers import coordinator as module
 
-    monkeypatch.setattr(module, "BEAT_S", 0.05)
+    monkeypatch.setattr(module, "HEARTBEAT_S", 0.05)
     study = new_study(sampler(6), storage)
-    foreman = Foreman(study)
-    Scorer(foreman, ours(study).space, seconds=1e6)
+    coordinator = Coordinator(study)
+    Scorer(coordinator, ours(study).space, seconds=1e6)
     seen: set[Any] = set()
     deadline = time.monotonic() + 120
     while len(seen - {None}) < 2 and time.monotonic() < deadline:
-        foreman.look(0.02)
-        seen |= {trial.system_attrs.get(attributes.BEAT) for trial in study.get_trials()}
+        coordinator.poll(0.02)
+        seen |= {trial.system_attrs.get(attributes.HEARTBEAT) for trial in study.get_trials()}
     assert len(seen - {None}) >= 2
 
 
@@ -276,31 +327,31 @@ class Told:
     def __init__(self) -> None:
         self.orders: list[Mapping[str, Any]] = []
 
-    def order(self, order: Mapping[str, Any]) -> None:
+    def send(self, order: Mapping[str, Any]) -> None:
         self.orders.append(order)
 
 
 def test_json_that_is_no_answer_is_none():
     """A study file may print what looks like an event."""
-    hands, hand = Dispatcher(), Told()
-    hands.hear(hand, {"event": "ready"})
-    hands.hear(hand, {"event": "ready"})
-    assert len(hands) == 1
-    hands.hand_out([Order(7, (8, 4), 0.0)])
+    dispatcher, worker = Dispatcher(), Told()
+    dispatcher.receive(worker, {"event": "ready"})
+    dispatcher.receive(worker, {"event": "ready"})
+    assert len(dispatcher) == 1
+    dispatcher.submit([Order(7, (8, 4), 0.0)])
     for said in ({}, {"claim": 7}, {"claim": 6, "value": 1.0, "facts": {}}):
-        hands.hear(hand, {"event": "scored", **said})
-    assert hands.collect() == ([], [])
-    hands.hear(hand, {"event": "scored", "claim": 7, "value": 1.0, "facts": {}})
-    ((order, _),), _ = hands.collect()
+        dispatcher.receive(worker, {"event": "scored", **said})
+    assert dispatcher.collect() == ([], [])
+    dispatcher.receive(worker, {"event": "scored", "claim": 7, "value": 1.0, "facts": {}})
+    ((order, _),), _ = dispatcher.collect()
     assert order.claim == 7
 
 
 def test_an_order_that_its_worker_lost_is_for_anybody():
-    hands, first, second = Dispatcher(), Told(), Told()
-    hands.hear(first, {"event": "ready"})
-    hands.hand_out([Order(claim, (8, claim), 0.0) for claim in (1, 2)])
-    hands.hear(first, {"event": "scored", "claim": 1, "value": 1.0, "facts": {}})
-    hands.hear(first, None)
-    hands.hear(second, {"event": "ready"})
-    hands.hand_out(hands.collect()[1])  # as a foreman does before the step is open
+    dispatcher, first, second = Dispatcher(), Told(), Told()
+    dispatcher.receive(first, {"event": "ready"})
+    dispatcher.submit([Order(claim, (8, claim), 0.0) for claim in (1, 2)])
+    dispatcher.receive(first, {"event": "scored", "claim": 1, "value": 1.0, "facts": {}})
+    dispatcher.receive(first, None)
+    dispatcher.receive(second, {"event": "ready"})
+    dispatcher.submit(dispatcher.collect()[1])  # as a coordinator does before the step is open
     assert second.orders == [{"claim": 2, "bits": [8, 2]}]

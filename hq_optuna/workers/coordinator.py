@@ -1,0 +1,317 @@
+"""`Coordinator`: claims work for all workers of a launcher, hands it out, and stores the answers.
+
+A worker that talks to the database itself spends more of its processor's time there than a quick
+candidate takes, and 32 of them reach for the same work at the same moment. A coordinator claims for
+all of its workers in one transaction, stores their results in another, and knows what it has handed
+out. While nobody else works on the study, candidates are handed out first and claimed while they
+are scored, and those of the next step as soon as the last result of a step is known.
+
+For the storage a coordinator is one worker that runs several trials: the step protocol, what is
+recorded, and the history are the same. Its workers may die at any moment; their candidates are then
+marked failed and handed out again. When the coordinator itself dies its workers end, and others
+find its process gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from optuna.study import Study
+from optuna.trial import TrialState
+
+from hq_optuna import attributes
+from hq_optuna.attributes import Ticket
+from hq_optuna.errors import StorageError
+from hq_optuna.optuna_internals import storage_of
+from hq_optuna.protocol import worker_identity
+from hq_optuna.protocol.claims import create_record, create_together, new_claim, numbered, own_slots
+from hq_optuna.protocol.owners import HEARTBEAT_S
+from hq_optuna.protocol.step_log import OpenStep, StepLog
+from hq_optuna.protocol.tickets import candidate_ticket, closing, record_ticket, winner_of
+from hq_optuna.samplers import ProgressiveBitSampler
+from hq_optuna.search import Past, Result
+from hq_optuna.storages import pausing
+from hq_optuna.storages.database import Ended
+from hq_optuna.storages.writing import finish_trials, write_heartbeats, writes_together
+from hq_optuna.workers.dispatcher import Answer, Dispatcher, Order, RemoteWorker
+from hq_optuna.workers.interrupts import held_interrupts
+from hq_optuna.workers.loop import fail_dead_trials
+
+logger = logging.getLogger(__name__)
+
+
+class Coordinator:
+    """Runs a search with workers that never touch its storage.
+
+    `receive` may be called from any thread; everything else from one, the launcher's main thread.
+
+    Args:
+        study: With a `ProgressiveBitSampler`, as `BitSearch.open` returns it.
+        on_progress: Called with the record of the search whenever it was read.
+        clock: Seconds that never go back.
+
+    Attributes:
+        dispatcher: Speaks to its workers.
+        over: Whether the search is over.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        *,
+        on_progress: Callable[[StepLog], None] = lambda log: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        sampler = study.sampler
+        assert isinstance(sampler, ProgressiveBitSampler)
+        self._study, self._view, self._storage = study, sampler.view(study), storage_of(study)
+        self._on_progress, self._clock = on_progress, clock
+        self._at_once = 2 if writes_together(self._storage) else 1
+        self.dispatcher = Dispatcher()
+        self.over = False
+        self._log: StepLog | None = None  # as it was last read
+        self._claimed: dict[int, Order] = {}  # by claim: those with a trial that is not ended
+        self._ahead: dict[tuple[int, ...], Order] = {}  # by bits: of the step that opens next
+        self._early: list[Answer] = []  # to those
+        self._facts: dict[int, tuple[float, Mapping[str, Any]]] = {}  # by number, of this step
+        self._failed: set[int] = set()
+        self._last_heartbeat, self._n_heartbeats = clock(), 0
+
+    def receive(self, worker: RemoteWorker, event: Mapping[str, Any] | None) -> None:
+        """Take in what a worker says, from any thread; ``None``: it is gone."""
+        self.dispatcher.receive(worker, event)
+
+    def poll(self, wait_s: float) -> bool:
+        """Wait for news, do what is to do, and return whether the search goes on.
+
+        Raises:
+            ResumeError: The study belongs to another search.
+            ValueError: A worker's score is no number.
+            StorageError: The storage is away, and stayed away for as long as it is tried again.
+        """
+        self.dispatcher.news.wait(wait_s)
+        self.dispatcher.news.clear()
+        # Ctrl-C ends a wait for the database too.
+        with held_interrupts() as held, pausing(self._storage, held.sleep):
+            while not self.over and self._turn() and not held.pending:
+                pass
+            self._send_heartbeats()
+        return not self.over
+
+    def give_back(self) -> None:
+        """Mark what was claimed and is not stored as failed, so that others have it at once."""
+        state = TrialState.PRUNED if self.over else TrialState.FAIL
+        with contextlib.suppress(StorageError):  # others find this process gone
+            self._end(list(self._claimed.values()), state)
+
+    def _turn(self) -> bool:
+        """Store, read, record, claim; return whether to do so again at once."""
+        answers, lost = self.dispatcher.collect()
+        self._prefetch(answers)
+        self._store(answers)
+        self._end([order for order in lost if order.ticket is not None], TrialState.FAIL)
+        self.dispatcher.submit([order for order in lost if order.ticket is None])
+        self._view.check_settings(self._study)
+        log = self._log = self._view.read(self._study)
+        self._view.refuse_another_search(self._study)
+        self._on_progress(log)
+        if log.owners.dead.keys() - self._failed:
+            fail_dead_trials(self._study)
+            self._failed |= log.owners.dead.keys()
+        step = log.open
+        if step is None:
+            self.over = True
+            self._end([*self._claimed.values(), *self._ahead.values()], TrialState.PRUNED)
+            self.dispatcher.shutdown()
+            return False
+        # Candidates of closed steps, and those that others have done.
+        unneeded = [
+            order
+            for order in self._claimed.values()
+            if (ticket := order.ticket) is not None
+            and (
+                ticket.parent != step.parent
+                or (ticket.kind == "candidate" and ticket.slot in step.done)
+            )
+        ]
+        self._end(unneeded, TrialState.PRUNED)
+        if step.complete:
+            return log.anything_left() and self._record(log)
+        self._claim(log, step)
+        return bool(self._early)
+
+    def _store(self, answers: Sequence[Answer]) -> None:
+        """Store answers as far as their trials are there."""
+        ended, early = list[Ended](), list[Answer]()
+        for order, said in [*self._early, *answers]:
+            if order.trial_id is None:
+                early.append((order, said))
+                continue
+            self._claimed.pop(order.claim, None)
+            if order.cancelled:
+                continue
+            value, facts = _value(said), dict(said["facts"])
+            self._facts[order.number] = (value, facts)
+            seconds = facts.get(attributes.SECONDS)
+            ended.append(Ended(order.trial_id, TrialState.COMPLETE, value, facts, seconds))
+        self._early = [(order, said) for order, said in early if not order.cancelled]
+        self._finish(ended)
+
+    def _finish(self, ended: Sequence[Ended]) -> None:
+        if ended:
+            finish_trials(self._storage, ended)
+
+    def _end(self, orders: Sequence[Order], state: TrialState) -> None:
+        """Give up orders, and end their trials."""
+        self.dispatcher.cancel(orders)
+        for order in orders:
+            self._claimed.pop(order.claim, None)
+        self._finish([Ended(o.trial_id, state) for o in orders if o.trial_id is not None])
+
+    # Claiming
+
+    def _claim(self, log: StepLog, step: OpenStep) -> None:
+        chosen = self._choose(log, step)
+        states = [step.states[slot] for slot in chosen]
+        # What was submitted early is of another step than was expected, or is shared with others.
+        self.dispatcher.cancel([self._ahead.pop(bits) for bits in self._ahead.keys() - {*states}])
+        if not chosen:
+            return
+        early, self._ahead = self._ahead, {}
+        orders = [
+            early.get(s) or Order(new_claim(), s, self._clock(), base=log.base) for s in states
+        ]
+        tickets = [
+            dataclasses.replace(candidate_ticket(log, slot, self._view.search), claim=order.claim)
+            for slot, order in zip(chosen, orders, strict=True)
+        ]
+        self._claimed |= {order.claim: order for order in orders}
+        new, alone = [order for order in orders if not order.early], self._is_alone(log)
+        if alone:
+            self.dispatcher.submit(new)
+        created = create_together(self._view, self._study, tickets)
+        for order, ticket, place in zip(orders, tickets, created, strict=True):
+            order.created_as(ticket, *place)
+        undisturbed = range(log.cursor.n, log.cursor.n + len(created))
+        if log.owners.dead or [number for number, _ in created] != [*undisturbed]:
+            # Others claimed something meanwhile: of two the lower number has it.
+            log = self._view.read(self._study)
+            pairs = zip(orders, tickets, strict=True)
+            lost = [order for order, ticket in pairs if log.taken(ticket, order.number)]
+            self._end(lost, TrialState.PRUNED)
+        if not alone:
+            self.dispatcher.submit([order for order in new if not order.cancelled])
+
+    def _choose(self, log: StepLog, step: OpenStep) -> list[int]:
+        """Return the slots to claim now.
+
+        Alone, one more candidate is claimed for each worker than it can do now, if the storage lets
+        trials say when they really began: so it need not wait for the storage. Where others work,
+        each begins with slots of its own, as single workers do.
+        """
+        at_work = self._at_work(log)
+        each = self._at_once if len(at_work) == 1 else 1
+        free = list(step.free[len(log.owners.untagged) :])
+        if len(at_work) > 1:
+            own = own_slots(free, at_work, worker_identity.worker_id())
+            free.sort(key=lambda slot: slot not in own)
+        ahead = [slot for slot in free if step.states[slot] in self._ahead]
+        lacking = max(each * len(self.dispatcher) - len(self._claimed) - len(ahead), 0)
+        return [*ahead, *[slot for slot in free if slot not in ahead][:lacking]]
+
+    @staticmethod
+    def _at_work(log: StepLog) -> list[str]:
+        """Return who works on the study, this process among them."""
+        n = 1 if log.open is None else len(log.open.states)
+        return log.owners.at_work(worker_identity.worker_id(), last=2 * n)
+
+    def _is_alone(self, log: StepLog) -> bool:
+        return len(self._at_work(log)) == 1
+
+    def _prefetch(self, answers: Sequence[Answer]) -> None:
+        """Submit what the next step begins with, if these answers complete the open one."""
+        log = self._log
+        if log is None or log.open is None or not answers or self._ahead or not self._is_alone(log):
+            return
+        step, search = log.open, log.search
+        if step.final or search.trains(step.step):
+            return  # it is the last one, or the next one begins from what training gives
+        found = {slot: log.results[step.step, slot] for slot in step.done}
+        for order, said in [*self._early, *answers]:
+            if order.ticket is not None and order.ticket.parent == step.parent:
+                cost = search.cost_of(order.bits)
+                found[order.ticket.slot] = Result(order.bits, _value(said), cost)
+        if len(found) < len(step.states):
+            return
+        closed = [found[slot] for slot in range(len(step.states))]
+        incumbent = search.close(log.incumbent, closed, log.results)
+        places = {(step.step, slot): result for slot, result in found.items()}
+        past = Past([*log.past.incumbents, incumbent], log.past.results | places)
+        states = search.states(incumbent, past)[: self._at_once * len(self.dispatcher)]
+        now, base = self._clock(), log.base
+        self._ahead = {s: Order(new_claim(), s, now, early=True, base=base) for s in states}
+        self.dispatcher.submit(list(self._ahead.values()))
+
+    # The step's record, and heartbeats
+
+    def _record(self, log: StepLog) -> bool:
+        """Close the complete open step, unless somebody else does; return whether it is closed."""
+        began = time.perf_counter()
+        ticket = numbered(record_ticket(log, self._view.search))
+        assert ticket.origin is not None
+        if ticket.trains:
+            if (created := self._create_record(log, ticket)) is not None:
+                order = Order(ticket.claim, ticket.bits, self._clock(), base=log.base, trains=True)
+                order.created_as(ticket, *created)
+                self._claimed[order.claim] = order
+                self.dispatcher.submit([order])
+            return False
+        winner = self._facts.get(ticket.origin) or winner_of(self._study, ticket.origin)
+        value, facts = closing(*winner)
+        facts[attributes.SECONDS] = round(time.perf_counter() - began, 6)
+        if self._is_alone(log):
+            create_record(self._view, self._study, ticket, value, facts)
+        elif (created := self._create_record(log, ticket)) is not None:
+            self._finish([Ended(created[1], TrialState.COMPLETE, value, facts)])
+        else:
+            return False
+        self._facts.clear()
+        return True
+
+    def _create_record(self, log: StepLog, ticket: Ticket) -> tuple[int, int] | None:
+        """Claim a record; return number and id, or ``None`` where a lower number has it."""
+        undisturbed = -1 if log.owners.dead else log.cursor.n
+        [(number, trial_id)] = create_together(self._view, self._study, [ticket])
+        if number != undisturbed and self._view.read(self._study).taken(ticket, number):
+            self._finish([Ended(trial_id, TrialState.PRUNED)])
+            return None
+        return number, trial_id
+
+    def _send_heartbeats(self) -> None:
+        now = self._clock()
+        if now - self._last_heartbeat < HEARTBEAT_S:
+            return
+        self._last_heartbeat, self._n_heartbeats = now, self._n_heartbeats + 1
+        old = [
+            order.trial_id
+            for order in self._claimed.values()
+            if order.trial_id is not None and now - order.since >= HEARTBEAT_S
+        ]
+        if old:
+            try:
+                write_heartbeats(self._storage, old, self._n_heartbeats)
+            except Exception as error:  # costs a heartbeat and nothing else
+                logger.debug("No heartbeat for %d trials: %s", len(old), error)
+
+
+def _value(said: Mapping[str, Any]) -> float:
+    value = float(said["value"])
+    if math.isnan(value):
+        raise ValueError("The objective returned NaN. Expected a number.")
+    return value
