@@ -73,7 +73,8 @@ def write_pages(study: Study, *, current: SearchStatus | None = None) -> bool:
     """
     changed = changed_pages(study, current=current)
     if changed:
-        set_study_system_attrs(unwrapped(study._storage), study._study_id, changed)
+        storage, study_id = place_of(study)
+        set_study_system_attrs(unwrapped(storage), study_id, changed)
     return bool(changed)
 
 

@@ -13,12 +13,21 @@ import socket
 from pathlib import Path
 
 
+@functools.cache
 def _pid_namespace() -> str:
-    # Two containers may share a host name but never see each other's processes.
+    """Return what tells the processes that this one can see from those of others.
+
+    Two machines may share a host name, and two containers as well; neither sees the other's
+    processes.
+    """
     try:
-        return str(Path("/proc/self/ns/pid").stat().st_ino)
+        machine = Path("/etc/machine-id").read_text().strip()[:8]
     except OSError:
-        return "0"
+        machine = ""
+    try:
+        return f"{machine}{Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:
+        return f"{machine}0"
 
 
 @functools.cache

@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from hq_optuna.protocol import worker_identity
-from hq_optuna.protocol.worker_identity import is_dead, short_name, worker_id
+from hq_optuna.protocol.worker_identity import is_alive, is_dead, short_name, worker_id
 
 NAME_ITSELF = """
 import sys
@@ -42,7 +43,7 @@ def test_a_name_says_host_namespace_process_boot_and_start():
     host, namespace, pid, started = worker_id().split("/")
     boot, _, start = started.partition("-")
     assert (host, int(pid)) == (worker_identity.socket.gethostname(), os.getpid())
-    assert namespace.isdigit()
+    assert namespace.isalnum()
     assert (boot.isalnum() and start.isdigit()) or sys.platform != "linux"
     assert worker_id() == worker_id()
 
@@ -145,3 +146,24 @@ def test_a_forked_process_has_a_name_of_its_own():
     os.close(write)
     assert name != mine
     assert is_dead(name)
+
+
+def test_another_machine_of_the_same_name_is_another_host(monkeypatch):
+    """Of its processes nothing is known here, though it was booted at another time."""
+    ours = worker_identity._pid_namespace()
+    read = Path.read_text
+
+    def other(self: Path, *arguments, **options) -> str:
+        ours = str(self) == "/etc/machine-id"
+        return "f" * 32 if ours else read(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", other)
+    worker_identity._pid_namespace.cache_clear()
+    theirs = worker_identity._pid_namespace()
+    monkeypatch.undo()
+    worker_identity._pid_namespace.cache_clear()
+    assert theirs != ours == worker_identity._pid_namespace()
+    host, _, pid, started = worker_id().split("/")
+    boot, _, start = started.partition("-")
+    elsewhere = f"{host}/{theirs}/{pid}/{boot[::-1]}-{start}"
+    assert not is_dead(elsewhere) and not is_alive(elsewhere)
