@@ -24,7 +24,7 @@ from optuna.study import Study
 from hq_optuna import attributes
 from hq_optuna.artifacts.store import Reference
 from hq_optuna.dashboard.notes import change_of, study_note, trial_note, with_readers_part
-from hq_optuna.optuna_internals import id_of, storage_of
+from hq_optuna.optuna_internals import id_of, place_of, storage_of
 from hq_optuna.protocol import worker_identity
 from hq_optuna.protocol.history import History, StepRecord, read_history
 from hq_optuna.protocol.status import SearchStatus, read_status
