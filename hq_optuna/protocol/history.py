@@ -256,16 +256,7 @@ def read_history(study: Study) -> History:
     storage = storage_of(study)
     system = storage.get_study_system_attrs(id_of(study))
     user = storage.get_study_user_attrs(id_of(study))
-    space_data = attributes.join(attributes.SPACE, system)
-    if space_data is None or attributes.INFO not in user:
-        said = "is not a bit search of hq_optuna. Give the name of another study."
-        if attributes.FINGERPRINT in user:
-            said = (
-                "is being prepared: its sensitivities are not measured yet. Look again later; if "
-                "the worker that measures them died, start the search again."
-            )
-        raise ResumeError(f"Study {study.study_name!r} {said}", changed=("kind of study",))
-    space = SearchSpace.from_json(space_data)
+    space = _space(study.study_name, system, user)
     trials = read_facts(storage, id_of(study), _FACTS)
     info = StudyInfo.from_json(user[attributes.INFO])
     made = system.get(attributes.SETTINGS)
@@ -276,7 +267,6 @@ def read_history(study: Study) -> History:
     records = () if log is None else _records(log, trials, candidates)
     table = attributes.join(attributes.SENSITIVITY, system) or {}
     states = [trial.row.state for trial in trials]
-    prefix = f"{attributes.REPORT}:"
     counted = {c.number for c in candidates.values() if c.counted} | {r.number for r in records}
     return History(
         study_name=study.study_name,
@@ -291,9 +281,7 @@ def read_history(study: Study) -> History:
             }
             for layer, parts in table.items()
         },
-        facts=_current(
-            {k.removeprefix(prefix): v for k, v in user.items() if k.startswith(prefix)}, records
-        ),
+        facts=_facts(user, records),
         n_running=states.count(TrialState.RUNNING),
         n_pruned=states.count(TrialState.PRUNED),
         n_failed=states.count(TrialState.FAIL),
@@ -301,9 +289,35 @@ def read_history(study: Study) -> History:
     )
 
 
-def _current(facts: dict[str, Any], records: Sequence[StepRecord]) -> dict[str, Any]:
-    """Leave out what is measured no more, and test figures of another answer: searches go on."""
-    facts = {name: fact for name, fact in facts.items() if fact is not None}
+def _space(study_name: str, system: Mapping[str, Any], user: Mapping[str, Any]) -> SearchSpace:
+    """Return the space of a study.
+
+    Raises:
+        ResumeError: The study is not one of this package, or is not prepared yet.
+    """
+    data = attributes.join(attributes.SPACE, system)
+    if data is not None and attributes.INFO in user:
+        return SearchSpace.from_json(data)
+    said = "is not a bit search of hq_optuna. Give the name of another study."
+    if attributes.FINGERPRINT in user:
+        said = (
+            "is being prepared: its sensitivities are not measured yet. Look again later; if the "
+            "worker that measures them died, start the search again."
+        )
+    raise ResumeError(f"Study {study_name!r} {said}", changed=("kind of study",))
+
+
+def _facts(user: Mapping[str, Any], records: Sequence[StepRecord]) -> dict[str, Any]:
+    """Return what was measured at the end, by name.
+
+    Leaves out what is measured no more, and test figures of another answer: searches go on.
+    """
+    prefix = f"{attributes.REPORT}:"
+    facts = {
+        key.removeprefix(prefix): fact
+        for key, fact in user.items()
+        if key.startswith(prefix) and fact is not None
+    }
     measured = facts.pop(TEST_OF, None)
     if measured is None or (records and measured == records[-1].answer):
         return facts

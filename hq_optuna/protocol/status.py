@@ -150,11 +150,7 @@ class StatusReader:
         way = start - info.limit
         cost = start if incumbent is None else incumbent.cost
         config = None if incumbent is None else log.search.space.config(incumbent.state)
-        state: State = "running" if n_busy else "idle"
-        if step is None and not log.stopped_by:
-            state = "finished"
-        elif step is None and not n_busy:  # workers may end the step they are at
-            state = "stopped"
+        state = _state(log, n_busy)
         return SearchStatus(
             state=state,
             reason="" if state == "running" else end_reason(log),
@@ -201,6 +197,14 @@ class StatusReader:
                 short = worker_identity.short_name(name)
                 found.append(WorkerStatus(short, alive, doing.get(name, ""), self._scored[name]))
         return tuple(found), len(known) - len(found)
+
+
+def _state(log: StepLog, n_busy: int) -> State:
+    if log.open is None and not log.stopped_by:
+        return "finished"
+    if n_busy:  # also workers that end the step they are at
+        return "running"
+    return "stopped" if log.open is None else "idle"
 
 
 def end_reason(log: StepLog) -> str:

@@ -200,13 +200,15 @@ class Coordinator:
             order.created_as(ticket, *place)
         undisturbed = range(log.cursor.n, log.cursor.n + len(created))
         if log.owners.dead or [number for number, _ in created] != [*undisturbed]:
-            # Others claimed something meanwhile: of two the lower number has it.
-            log = self._view.read(self._study)
-            pairs = zip(orders, tickets, strict=True)
-            lost = [order for order, ticket in pairs if log.taken(ticket, order.number)]
-            self._end(lost, TrialState.PRUNED)
+            self._give_up_lost(orders)
         if not alone:
             self.dispatcher.submit([order for order in new if not order.cancelled])
+
+    def _give_up_lost(self, orders: Sequence[Order]) -> None:
+        """End orders whose work others claimed meanwhile: of two the lower number has it."""
+        log = self._view.read(self._study)
+        lost = [o for o in orders if o.ticket is not None and log.taken(o.ticket, o.number)]
+        self._end(lost, TrialState.PRUNED)
 
     def _choose(self, log: StepLog, step: OpenStep) -> list[int]:
         """Return the slots to claim now.
@@ -242,11 +244,7 @@ class Coordinator:
         step, search = log.open, log.search
         if step.final or search.trains(step.step):
             return  # it is the last one, or the next one begins from what training gives
-        found = {slot: log.results[step.step, slot] for slot in step.done}
-        for order, said in [*self._early, *answers]:
-            if order.ticket is not None and order.ticket.parent == step.parent:
-                cost = search.cost_of(order.bits)
-                found[order.ticket.slot] = Result(order.bits, _value(said), cost)
+        found = self._found(log, step, answers)
         if len(found) < len(step.states):
             return
         closed = [found[slot] for slot in range(len(step.states))]
@@ -257,6 +255,15 @@ class Coordinator:
         now, base = self._clock(), log.base
         self._ahead = {s: Order(new_claim(), s, now, early=True, base=base) for s in states}
         self.dispatcher.submit(list(self._ahead.values()))
+
+    def _found(self, log: StepLog, step: OpenStep, answers: Sequence[Answer]) -> dict[int, Result]:
+        """Return the results of a step by slot, stored or not."""
+        found = {slot: log.results[step.step, slot] for slot in step.done}
+        for order, said in [*self._early, *answers]:
+            if order.ticket is not None and order.ticket.parent == step.parent:
+                cost = log.search.cost_of(order.bits)
+                found[order.ticket.slot] = Result(order.bits, _value(said), cost)
+        return found
 
     # The step's record, and heartbeats
 
