@@ -102,41 +102,41 @@ def _search(
             progress.now_and_then(found)
             pages(found)
 
-        crew, coordinator, close = _crew(
+        supervisor, coordinator, close = _start_workers(
             request, session, study, n_workers, scheduler, progress.news, tell
         )
-        progress.watch(crew.members)
+        progress.watch(supervisor.members)
         try:
             if coordinator is None:
-                _watch(crew, lambda: tell(session.log(study)))
+                _watch(supervisor, lambda: tell(session.log(study)))
             else:
                 assert session.place.storage is not None
                 with explain_storage_errors(redact_url(session.place.storage)):
-                    _lead(crew, coordinator)
+                    _lead(supervisor, coordinator)
         finally:
             if coordinator is not None:
                 coordinator.give_back()
-            crew.end()
+            supervisor.end()
             close()
         if coordinator is None:
             progress.search(session.log(study))
 
 
-def _watch(crew: Supervisor, read: Callable[[], None]) -> None:
+def _watch(supervisor: Supervisor, read: Callable[[], None]) -> None:
     was_read = time.monotonic()
-    while crew.poll():
+    while supervisor.poll():
         if time.monotonic() - was_read >= READ_EVERY_S:
             read()
             was_read = time.monotonic()
         time.sleep(LOOK_EVERY_S)
 
 
-def _lead(crew: Supervisor, coordinator: Coordinator) -> None:
+def _lead(supervisor: Supervisor, coordinator: Coordinator) -> None:
     looked = -math.inf
     while True:
         if coordinator.over or time.monotonic() - looked >= LOOK_EVERY_S:
             looked = time.monotonic()
-            if not crew.poll():
+            if not supervisor.poll():
                 return
         if coordinator.over:
             time.sleep(LOOK_EVERY_S / 10)
@@ -144,7 +144,7 @@ def _lead(crew: Supervisor, coordinator: Coordinator) -> None:
             coordinator.poll(LOOK_EVERY_S)
 
 
-def _crew(
+def _start_workers(
     request: Request,
     session: Session,
     study: optuna.Study,
@@ -153,7 +153,7 @@ def _crew(
     on_news: Callable[[str], None],
     on_progress: Callable[[StepLog], None],
 ) -> tuple[Supervisor, Coordinator | None, Callable[[], None]]:
-    """Return the crew, who leads it, and what to call when it is done.
+    """Return the supervisor, who leads it, and what to call when it is done.
 
     Workers on a cluster claim for themselves, as they are on other hosts.
     """

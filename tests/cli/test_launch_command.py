@@ -136,7 +136,7 @@ def test_workers_have_gpus_of_their_own_where_the_network_is_on_one(device, seen
         search=SimpleNamespace(objective=objective),
         threads=1,
     )
-    crew, _, _ = launch._crew(request, session, None, None, None, print, print)
+    crew, _, _ = launch._start_workers(request, session, None, None, None, print, print)
     crew.poll()
     assert started == seen
 
