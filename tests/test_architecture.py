@@ -358,6 +358,53 @@ def test_no_module_holds_two_ideas() -> None:
     assert {name: n for name, n in lengths.items() if n > MOST_LINES} == {}
 
 
+THEIRS = {
+    *("module", "parameter", "tensor", "ctx", "torch.backends.cudnn", "layers[name]"),  # PyTorch's
+    *("axis", "console", "environment", "study", "trial"),  # of libraries; copies, or just made
+    *("called", "call"),  # functions that are being made
+}
+"""Objects of libraries whose attributes are set because there is no other way."""
+
+RECORDS = {"entry", "tally", "past"}
+"""Sums that are collected, each within the room that made it."""
+
+
+def set_from_outside(source: str) -> list[str]:
+    """Return the attributes that are set on another object than ``self``, as written."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        targets = [node.target] if isinstance(node, (ast.AugAssign, ast.AnnAssign)) else targets
+        for target in targets:
+            for each in target.elts if isinstance(target, ast.Tuple) else [target]:
+                if isinstance(each, ast.Attribute) and ast.unparse(each.value) not in (
+                    *("self", "cls", "weight_quantizer(layers[name])"),
+                    "input_quantizer(layers[name])",  # bits: what `set_bits` is for
+                ):
+                    found.append(ast.unparse(each))
+    return found
+
+
+def test_nobody_changes_an_object_of_ours_from_outside() -> None:
+    found = {
+        str(path.relative_to(ROOT)): other
+        for path in sources("hq_optuna")
+        if (
+            other := [
+                name
+                for name in set_from_outside(path.read_text("utf-8"))
+                if name.rpartition(".")[0] not in THEIRS | RECORDS
+            ]
+        )
+    }
+    assert found == {}
+
+
+def test_an_attribute_that_is_set_from_outside_is_found() -> None:
+    source = "def f(self, other):\n    self.a = 1\n    other.b, self.c = 1, 2\n    other.n += 1\n"
+    assert set_from_outside(source) == ["other.b", "other.n"]
+
+
 def test_no_module_is_called_utils() -> None:
     everywhere = sources("hq_optuna", "studies", "benchmarks", "tests")
     assert [path for path in everywhere if {"utils", "util"} & {path.stem, path.parent.name}] == []
