@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -28,11 +28,16 @@ def forward(network: nn.Module, inputs: Inputs) -> Any:
     """Call the network: a tuple or list becomes positional, a mapping keyword arguments.
 
     A detector that takes a list of images as its one argument is given ``([image, …],)``.
+    PyTorch's fused transformer layer is off: it uses weights of layers that it never calls.
     """
-    with fused_attention_off():
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
         if isinstance(inputs, Mapping):
             return network(**inputs)
         return network(inputs) if isinstance(inputs, Tensor) else network(*inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def check_precision(precision: str) -> None:
@@ -49,26 +54,12 @@ def autocast(network: nn.Module, precision: Precision) -> torch.autocast:
     return torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
-@contextmanager
-def fused_attention_off() -> Iterator[None]:
-    """Turn off PyTorch's fused transformer layer, which uses weights of layers it never calls."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-
-
 def tensors(tree: Any) -> Iterator[Tensor]:
     """Yield the tensors in nested tuples, lists and mappings, in order."""
     if isinstance(tree, Tensor):
         yield tree
-    elif isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from tensors(value)
-    elif isinstance(tree, (tuple, list)):
-        for value in tree:
+    elif isinstance(tree, (Mapping, tuple, list)):
+        for value in tree.values() if isinstance(tree, Mapping) else tree:
             yield from tensors(value)
 
 
@@ -124,7 +115,7 @@ class Batch:
 class Batches(Sequence[Batch]):
     """A data set in memory: the same batches in the same order, each time."""
 
-    def __init__(self, batches: Sequence[Batch]) -> None:
+    def __init__(self, batches: Iterable[Batch]) -> None:
         self._batches = list(batches)
 
     def __len__(self) -> int:
@@ -151,11 +142,9 @@ class Batches(Sequence[Batch]):
 def read_batches(data: Any, *, batch_size: int = 32, what: str = "calibration") -> Batches:
     """Read data into memory as batches, twice over if they can be read twice.
 
-    Args:
-        data: ``(inputs, labels)`` tensors of equal length, a map-style ``Dataset`` of
-            ``(input, label)`` pairs, or an iterable of batches such as a ``DataLoader``.
-        batch_size: Samples a batch, for tensors and datasets; a loader keeps its own.
-        what: Name of the data in messages.
+    Data are ``(inputs, labels)`` tensors of equal length, a map-style ``Dataset`` of ``(input,
+    label)`` pairs, or an iterable of batches, such as a ``DataLoader``, which keeps its own batch
+    size. ``what`` names them in messages.
 
     Raises:
         DataError: Empty, unlabelled, NaN or inf, or not the same on a second reading (a shuffling
@@ -191,8 +180,8 @@ def merge(data: Batches, max_samples: int) -> Batches:
     for batch in data:
         last = merged[-1] if merged else None
         if last is not None and last.n + batch.n <= max_samples:
-            inputs = _cat(last.inputs, batch.inputs, last.n, batch.n)
-            labels = _cat(last.labels, batch.labels, last.n, batch.n)
+            inputs = _joined(last.inputs, batch.inputs, last.n, batch.n)
+            labels = _joined(last.labels, batch.labels, last.n, batch.n)
             if inputs is not None and labels is not None:
                 merged[-1] = Batch(inputs, labels, last.n + batch.n)
                 continue
@@ -211,23 +200,32 @@ def enlarge_first_batch(data: Batches, max_samples: int) -> Batches:
     return Batches([*merge(Batches(data[:taken]), max_samples), *data[taken:]])
 
 
-def _cat(a: Any, b: Any, n: int, m: int) -> Any | None:
-    """Return two trees of n and m samples as one, or ``None`` where they do not fit.
-
-    Tensors whose first axis holds samples are joined along it; any other must be the same in both.
-    """
+def _joined(a: Any, b: Any, n: int, m: int) -> Any | None:
+    """Return two trees of n and m samples as one, or ``None`` where they do not fit."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        if not (a.dim() and b.dim() and len(a) % n == 0 and len(b) % m == 0):
-            return a if a.shape == b.shape and torch.equal(a, b) else None
-        fit = a.shape[1:] == b.shape[1:] and len(a) // n == len(b) // m
-        return torch.cat([a, b]) if fit else None
-    if isinstance(a, Mapping) and isinstance(b, Mapping) and a.keys() == b.keys():
-        values = {key: _cat(value, b[key], n, m) for key, value in a.items()}
-        return None if any(value is None for value in values.values()) else values
-    if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
-        parts = tuple(_cat(x, y, n, m) for x, y in zip(a, b, strict=True))
-        return None if any(part is None for part in parts) else _like(a, parts)
-    return None
+        return _joined_tensors(a, b, n, m)
+    keys = _keys(a)
+    if keys is None or keys != _keys(b):
+        return None
+    parts = [_joined(a[key], b[key], n, m) for key in keys]
+    if any(part is None for part in parts):
+        return None
+    return dict(zip(keys, parts, strict=True)) if isinstance(a, Mapping) else _like(a, parts)
+
+
+def _joined_tensors(a: Tensor, b: Tensor, n: int, m: int) -> Tensor | None:
+    """Join along the first axis where it holds samples; any other tensor must be the same."""
+    if not (a.dim() and b.dim() and len(a) % n == 0 and len(b) % m == 0):
+        return a if a.shape == b.shape and torch.equal(a, b) else None
+    fit = a.shape[1:] == b.shape[1:] and len(a) // n == len(b) // m
+    return torch.cat([a, b]) if fit else None
+
+
+def _keys(tree: Any) -> Any:
+    """Return the keys of a mapping, the places of a tuple, and ``None`` for anything else."""
+    if isinstance(tree, Mapping):
+        return tree.keys()
+    return range(len(tree)) if isinstance(tree, tuple) else None
 
 
 def _like(kind: tuple[Any, ...], values: Iterable[Any]) -> tuple[Any, ...]:
@@ -245,10 +243,10 @@ def _read(data: Any, batch_size: int, what: str, limit: int | None = None) -> Ba
                 "give one label per input."
             )
 
-        def part(at: int) -> Any:
-            return map_tensors(data, lambda x: x[at : at + batch_size])
-
-        return Batches([_batch(part(at), what) for at in range(0, n, batch_size)])
+        return Batches(
+            _batch(map_tensors(data, operator.itemgetter(slice(at, at + batch_size))), what)
+            for at in range(0, n, batch_size)
+        )
     if isinstance(data, Tensor):
         raise DataError(f"The {what} data have no labels; give (inputs, labels).")
     if isinstance(data, Dataset) and not isinstance(data, torch.utils.data.IterableDataset):
@@ -258,20 +256,15 @@ def _read(data: Any, batch_size: int, what: str, limit: int | None = None) -> Ba
             f"The {what} data are a {type(data).__name__}; give (inputs, labels) tensors, a "
             "Dataset, or an iterable of (inputs, labels) batches such as a DataLoader."
         )
-    batches = []
-    held = isinstance(data, (list, tuple))
-    for item in _items(data, what):
-        batch = _batch(item, what)
-        if not held:  # a loader may fill the same memory anew each time
-            batch = Batch(cloned(batch.inputs), cloned(batch.labels), batch.n)
-        batches.append(batch)
-        if limit is not None and len(batches) >= limit:
-            break
-    return Batches(batches)
+    found = (_batch(item, what) for item in itertools.islice(_items(data, what), limit))
+    if isinstance(data, (list, tuple)):
+        return Batches(found)
+    # A loader may fill the same memory anew each time.
+    return Batches(Batch(cloned(b.inputs), cloned(b.labels), b.n) for b in found)
 
 
 def _items(data: Iterable[Any], what: str) -> Iterator[Any]:
-    """Yield what data hold; say of their own errors that they could not be read."""
+    """Yield what data hold; an error of their own says that they cannot be read."""
     try:
         yield from data
     except DataError:

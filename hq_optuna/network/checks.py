@@ -21,14 +21,10 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def explain_errors(what: str, hint: str) -> Iterator[None]:
-    """Say what was being tried when the user's own code failed.
+    """Raise errors of the user's own code as `DataError`: what failed, the error, what is expected.
 
-    Args:
-        what: What failed, as the beginning of a sentence.
-        hint: What is expected.
-
-    Raises:
-        DataError: With both and the error; this package's own errors pass unchanged.
+    Errors of this package pass unchanged. ``what`` is the beginning of a sentence, ``hint`` its
+    end.
     """
     try:
         yield
@@ -42,19 +38,14 @@ def explain_errors(what: str, hint: str) -> Iterator[None]:
 def check_forward(network: nn.Module, data: Batches, loss_fn: LossFunction) -> list[str]:
     """Refuse what would make scores wrong or unrepeatable, from two passes over the first batch.
 
-    Args:
-        network: Left as it is; a copy in eval mode is called.
-        data: Calibration batches on the network's device.
-        loss_fn: Mean loss of a batch from outputs and labels.
-
-    Returns:
-        Warnings, a sentence each, about what is possible but doubtful.
+    Calls a copy in eval mode. Returns warnings, a sentence each, about what is possible but
+    doubtful.
 
     Raises:
         NetworkError: Two passes differ (dropout left on), outputs are NaN or infinite, or the
             network writes into its input or cannot be copied.
         DataError: Labels out of range, a loss that is not one finite number, or cross-entropy of
-            what are no classes.
+            outputs or labels that are no classes.
     """
     called = copied(network)
     for name, value in called.state_dict().items():
@@ -135,9 +126,7 @@ def _check_inputs_kept(before: list[tuple[Tensor, Tensor, int]]) -> None:
     """Refuse a network that writes into its input, and put the input back.
 
     Writing counts even where it leaves this batch's values the same (clamping what is clamped).
-
-    Args:
-        before: Of each input tensor itself, a copy, and its version before the pass.
+    ``before`` holds each input tensor, a copy, and its version before the pass.
     """
     written = [tensor for tensor, _, version in before if _version(tensor) > version]
     for tensor, values, _ in before:
@@ -185,11 +174,7 @@ def check_probabilities(outputs: Any, labels: Any) -> None:
 
 @torch.no_grad()
 def check_rise(network: nn.Module, data: Batches, output_rise: Callable[..., Any]) -> None:
-    """Refuse an ``output_rise`` that fails on outputs that did not move.
-
-    Raises:
-        DataError: It fails, or returns no single finite number.
-    """
+    """Refuse an ``output_rise`` that fails, or is not finite, on outputs that did not move."""
     outputs = forward(copied(network), data[0].inputs)
     with explain_errors(
         "output_rise failed on the first calibration batch",
@@ -203,15 +188,10 @@ def check_rise(network: nn.Module, data: Batches, output_rise: Callable[..., Any
 def check_labels(
     outputs: Any, labels: Any, ignored: int = IGNORED_LABEL, what: str = "calibration"
 ) -> None:
-    """Refuse class labels that the network has no output for.
+    """Refuse class labels that the network has no output for; ``what`` names the data.
 
-    Looks only at the common case of class scores ``(N, C, …)`` and integer labels ``(N, …)``.
-
-    Args:
-        outputs: Of any batch; their number of classes counts.
-        labels: As cross-entropy reads them.
-        ignored: The label that it ignores.
-        what: Name of the data.
+    Looks only at the common case of class scores ``(N, C, …)`` of any batch and integer labels
+    ``(N, …)``.
     """
     if not (isinstance(outputs, Tensor) and isinstance(labels, Tensor)):
         return

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hq_optuna.errors import NetworkError
 from hq_optuna.network.devices import preserve_rng_state
@@ -43,24 +43,24 @@ def preserve_network(network: nn.Module) -> Iterator[None]:
     PyTorch, NumPy and Python are as they were, bit for bit, also when the body raises. Costs one
     copy of the parameters and buffers while it runs. What lies deeper in attributes that are not
     tensors of the network (a cache of lists in lists) is not followed.
-
-    Args:
-        network: The network, which the body may run and change.
     """
-    modules = list(network.modules())
-    attributes = [(m, m.training, dict(vars(m))) for m in modules]
+    tensors = [*network.parameters(), *network.buffers()]
+    with _preserve_gradients(network), _preserve_values(tensors), _preserve_attributes(network):
+        with preserve_rng_state(tensor.device for tensor in tensors):
+            yield
+
+
+@contextmanager
+def _preserve_attributes(network: nn.Module) -> Iterator[None]:
+    attributes = [(m, m.training, dict(vars(m))) for m in network.modules()]
     containers = [
         (value, value.copy())
         for _, _, saved in attributes
         for value in saved.values()
         if type(value) in _CONTAINERS
     ]
-    # `.data` keeps the storage, should the network assign another one (max-norm constraints do).
-    held = [(t, t.data, t.detach().clone()) for t in (*network.parameters(), *network.buffers())]
-    gradients = [(p, p.requires_grad, p.grad) for p in network.parameters()]
     try:
-        with preserve_rng_state(t.device for t, _, _ in held):
-            yield
+        yield
     finally:
         for container, saved in containers:
             container.clear()
@@ -71,12 +71,29 @@ def preserve_network(network: nn.Module) -> Iterator[None]:
                 module.training = training  # a scripted module keeps it outside its attributes
             vars(module).clear()
             vars(module).update(values)
+
+
+@contextmanager
+def _preserve_values(tensors: list[Tensor]) -> Iterator[None]:
+    # `.data` keeps the storage, should the network assign another one (max-norm constraints do).
+    held = [(t, t.data, t.detach().clone()) for t in tensors]
+    try:
+        yield
+    finally:
         with torch.no_grad():
             for tensor, data, copy in held:
                 if tensor.data_ptr() != data.data_ptr():
                     tensor.data = data
                 if not torch.equal(tensor, copy):
                     tensor.copy_(copy)
+
+
+@contextmanager
+def _preserve_gradients(network: nn.Module) -> Iterator[None]:
+    gradients = [(p, p.requires_grad, p.grad) for p in network.parameters()]
+    try:
+        yield
+    finally:
         for parameter, requires_grad, gradient in gradients:
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)

@@ -34,8 +34,7 @@ def _right_classes(outputs: Any, labels: Any) -> Tensor | None:
 def correct_predictions(network: nn.Module, data: Batches) -> Tensor | None:
     """Return for each sample whether its class is right, shape ``(N,)``.
 
-    Returns:
-        ``None`` unless there is one class a sample (classes of pixels are not independent).
+    ``None`` unless there is one class a sample (classes of pixels are not independent).
     """
     found = []
     for batch in data:
@@ -59,7 +58,7 @@ def is_validation_fact(fact: str) -> bool:
 
 
 def _explained_on(what: str) -> AbstractContextManager[None]:
-    """Say of whatever the user's code raises that it failed on these data."""
+    """Say of an error in the user's code that it came up on these data."""
     return explain_errors(
         f"The network cannot be measured on the {what} data",
         "They are to be as the calibration data: types, shapes, and labels.",
@@ -145,19 +144,12 @@ def mean_loss(network: nn.Module, data: Batches, loss_fn: LossFunction) -> dict[
 def before_and_after(
     evaluate: Evaluate, model: nn.Module, network: nn.Module, data: Batches, what: str
 ) -> dict[str, float]:
-    """Measure the float and the quantized network on the same data.
+    """Measure the float and the quantized network on the same data, which ``what`` names.
 
-    Args:
-        evaluate: What is measured.
-        model: The float network; left as it is.
-        network: The quantized network.
-        data: On their device.
-        what: Name of the data, a prefix of the figures unless it is ``"validation"``.
-
-    Returns:
-        ``{"<what>_samples": …, "accuracy_before": …, "accuracy_after": …}``. With `accuracy` and
-        one class a sample also ``<what>_lost`` and ``<what>_gained``: samples that only the float
-        network, or only the quantized one, gets right.
+    Returns ``{"<what>_samples": …, "accuracy_before": …, "accuracy_after": …}``; names of figures
+    begin with ``what`` unless it is ``"validation"``. With `accuracy` and one class a sample there
+    are also ``<what>_lost`` and ``<what>_gained``: samples that only the float network, or only the
+    quantized one, gets right.
     """
     facts: dict[str, float] = {f"{what}_samples": data.n_samples}
     prefix = "" if what == "validation" else f"{what}_"

@@ -169,19 +169,22 @@ def _skipped_modules(
         if module in layers or name.startswith(computed):
             continue
         reason = _reason(network, module, name, called=module in tallies)
-        shared = [owners[id(p)] for p in _own(module).values() if id(p) in owners]
-        if reason and shared:
-            reason = f"shares its weight with {shared[0]!r} and is quantized there only; {reason}"
+        owner = next((owners[id(p)] for p in _own(module).values() if id(p) in owners), None)
+        if reason and owner is not None:
+            reason = f"shares its weight with {owner!r} and is quantized there only; {reason}"
         if reason:
             skipped.append(SkippedModule(name or "(network)", type(module).__name__, reason))
-    for module in tallies:
-        if module not in names:
-            reason = (
-                "called, but not registered in the network, so its weights are in no state dict; "
-                "keep layers in attributes or nn.ModuleList"
-            )
-            skipped.append(SkippedModule("(unregistered)", type(module).__name__, reason))
-    return skipped
+    unregistered = [module for module in tallies if module not in names]
+    return skipped + [
+        SkippedModule("(unregistered)", type(module).__name__, _UNREGISTERED)
+        for module in unregistered
+    ]
+
+
+_UNREGISTERED = (
+    "called, but not registered in the network, so its weights are in no state dict; "
+    "keep layers in attributes or nn.ModuleList"
+)
 
 
 def _check(network: nn.Module) -> None:
@@ -308,15 +311,20 @@ def _unfit(module: nn.Module) -> str:
 
 def _reason(network: nn.Module, module: nn.Module, name: str, *, called: bool) -> str:
     """Return why a module is not quantized, or nothing where nobody would ask."""
-    if isinstance(module, QUANTIZABLE):
-        if called:
-            return _unfit(module) or "stays in float; register one module under both names"
-        if isinstance(network.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
-            return "MultiheadAttention uses its weight without calling the layer"
-        return (
-            "never called by the example input in evaluation mode (a branch not taken, or code "
-            "that uses its weight without calling the layer)"
-        )
+    if not isinstance(module, QUANTIZABLE):
+        return _reason_of_kind(module)
+    if called:
+        return _unfit(module) or "stays in float; register one module under both names"
+    if isinstance(network.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+        return "MultiheadAttention uses its weight without calling the layer"
+    return (
+        "never called by the example input in evaluation mode (a branch not taken, or code "
+        "that uses its weight without calling the layer)"
+    )
+
+
+def _reason_of_kind(module: nn.Module) -> str:
+    """Return why modules of this class are not quantized, where it holds weights."""
     if hasattr(module, "_packed_params") and hasattr(module, "weight"):
         return "already quantized (packed weights)"
     if isinstance(module, OTHER_NORMS):

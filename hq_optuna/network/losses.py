@@ -33,7 +33,7 @@ def is_squared_error(loss_fn: Any) -> bool:
 
 
 IGNORED_LABEL = -100
-"""`torch.nn.functional.cross_entropy` ignores this label."""
+"""The label that `torch.nn.functional.cross_entropy` ignores."""
 
 
 def ignored_label(loss_fn: Any) -> int:
@@ -45,9 +45,8 @@ def ignored_label(loss_fn: Any) -> int:
 class Places:
     """The places ``(N, …)`` of class scores ``(N, C, …)`` that a cross-entropy is the mean over.
 
-    Args:
-        ignored: Places with this label do not count.
-        weight: Weight of a place by its label, ``(C,)``; ``None``: all alike.
+    Places with the label ``ignored`` do not count; ``weight`` is that of a place by its label,
+    ``(C,)``, or ``None`` where all count alike.
     """
 
     ignored: int = IGNORED_LABEL
@@ -61,9 +60,7 @@ class Places:
     def counted(self, outputs: Tensor, labels: Any) -> Tensor | None:
         """Return the weight of each place, 1 on average, or ``None`` where all count alike.
 
-        Args:
-            outputs: Class scores ``(N, C, …)``.
-            labels: Classes ``(N, …)``; of other labels, such as probabilities, all count alike.
+        Labels that are not classes ``(N, …)``, such as probabilities, all count alike.
 
         Example:
             >>> Places().counted(torch.zeros(4, 3), torch.tensor([0, 1, -100, -100]))
