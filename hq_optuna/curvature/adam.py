@@ -46,18 +46,9 @@ def calibration_adam(
     """Return the curvature of the loss in weights and inputs, from one pass over the data.
 
     It never stops early: a network that is sure of most images gets nearly all of this curvature
-    from a few of them (`output_curvature` does not).
-
-    Args:
-        network: Left as it is; a copy is differentiated.
-        layers: Layers to look at (`L`).
-        data: Calibration batches on the network's device.
-        loss_fn: Mean loss of a batch from outputs and labels.
-        beta2: Adam's second decay; its window 1 / (1 − β₂) should exceed the number of batches.
-        progress: Called with (batches done, batches).
-
-    Raises:
-        ScoreError: The loss does not depend on the network through any gradient.
+    from a few of them (`output_curvature` does not). The window 1 / (1 − β₂) should exceed the
+    number of batches. ``progress`` is called with (batches done, batches). Raises `ScoreError`
+    where the loss has no gradient.
     """
     sweep = SquaredGradients(layers)
     with differentiable(network, layers, sweep.see) as (copied, weights):

@@ -119,10 +119,7 @@ class MeanCurvatures:
 
     def means(self) -> dict[str, tuple[float, float]]:
         """Return layer → means over the measurements."""
-        values = self._values().mean(0)
-        return {
-            name: (float(w), float(x)) for name, (w, x) in zip(self._names, values, strict=True)
-        }
+        return self._by_layer(self._values().mean(0))
 
     def errors(self) -> dict[str, tuple[float, float]]:
         """Return layer → relative standard errors; infinite below two measurements.
@@ -136,8 +133,7 @@ class MeanCurvatures:
         means = values.mean(0)
         relative = torch.where(means != 0, values / means, torch.ones_like(values))
         apart = relative - relative.quantile(0.5, 1, keepdim=True)
-        found = apart.std(0) / k**0.5
-        return self._by_layer(found)
+        return self._by_layer(apart.std(0) / k**0.5)
 
     def unsure(self) -> dict[str, tuple[float | None, float | None]]:
         """Return layer → standard errors of the means that are not above their own, else ``None``.

@@ -50,12 +50,7 @@ class OutputProbe(Protocol):
 
 
 class CrossEntropyProbe:
-    """Draws u = L r for cross-entropy; further axes (pixels) count by their mean.
-
-    Args:
-        temperature: T in p = softmax(z / T); above 0.
-        places: Which places of the outputs count, where labels are given.
-    """
+    """Draws u = L r for cross-entropy; further axes (pixels) count by their mean."""
 
     def __init__(self, temperature: float = TEMPERATURE, places: Places = Places()) -> None:  # noqa: B008
         if temperature <= 0:
@@ -124,20 +119,11 @@ def output_curvature(
 ) -> Curvature:
     """Return the Gauss-Newton diagonal in weights and inputs, from as many batches as it takes.
 
-    Batches are taken in order until no layer's standard error is above the tolerance
-    (`MeanCurvatures`), so the same data give the same stop and the same numbers.
-
-    Args:
-        network: Left as it is; a copy is differentiated. Its output is one tensor ``(N, …)``.
-        layers: Layers to look at (`L`).
-        data: Calibration batches on the network's device; labels tell only which places count.
-        probe: Of the loss (`probe_of`).
-        tolerance: Relative standard error; 0 reads all data.
-        seed: Seed of the random vectors.
-        progress: Called with (batches done, batches); the last call may come early.
-
-    Raises:
-        ScoreError: The outputs have no gradient.
+    Batches are taken in order until no layer's relative standard error is above the tolerance
+    (`MeanCurvatures`), so the same data give the same stop and the same numbers; a tolerance of 0
+    reads all data. The network's output is one tensor ``(N, …)``; labels tell only which places
+    count. ``progress`` is called with (batches done, batches); the last call may come early. Raises
+    `ScoreError` where the outputs have no gradient.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -170,17 +156,8 @@ def empirical_fisher(
     """Return the mean over batches of n times the squared gradient of the batch's mean loss.
 
     With one sample a batch that is the diagonal of the empirical Fisher matrix. Larger batches add
-    n times the squared mean gradient, which is 0 at a minimum.
-
-    Args:
-        network: Left as it is; a copy is differentiated.
-        layers: Layers to look at (`L`).
-        data: Calibration batches on the network's device.
-        loss_fn: Mean loss of a batch from outputs and labels.
-        progress: Called with (batches done, batches).
-
-    Raises:
-        ScoreError: The loss does not depend on the network through any gradient.
+    n times the squared mean gradient, which is 0 at a minimum. Raises `ScoreError` where the loss
+    has no gradient.
     """
     return _squared(
         network, layers, data, lambda outputs, b: loss_fn(outputs, b.labels), 0.0, progress

@@ -19,7 +19,7 @@ layer at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -48,34 +48,19 @@ def hutchinson(
 ) -> Curvature:
     """Return estimates of the Hessian's diagonal in weights and inputs.
 
-    Their means over a layer are the estimates of its trace; single elements are noisy.
-
-    Args:
-        network: Left as it is; a copy is differentiated.
-        layers: Layers to look at (`L`).
-        data: Calibration batches on the network's device.
-        loss_fn: Mean loss of a batch from outputs and labels; twice differentiable.
-        tolerance: Relative standard error at which it stops (`MeanCurvatures`); 0 for never.
-        most_sweeps: Probes that a batch gets at most.
-        seed: Seed of the signs.
-        raw: Leaves means that are not above their standard error as they were measured.
-        progress: Called with (probes done, most probes); the last call may come early.
-
-    Raises:
-        ScoreError: The loss does not depend on the network through any gradient.
+    Their means over a layer are the estimates of its trace; single elements are noisy. The loss is
+    twice differentiable. Stops at the relative standard error ``tolerance`` (0: never), or when
+    each batch got ``most_sweeps`` probes. ``raw`` leaves means that are not above their standard
+    error as they were measured. ``progress`` is called with (probes done, most probes); the last
+    call may come early. Raises `ScoreError` where the loss has no gradient.
     """
     if most_sweeps < 1:
         raise ValueError(f"most_sweeps is at least 1; got {most_sweeps}.")
-    generator = torch.Generator().manual_seed(seed)
-    entries: dict[str, list[InputCurvature]] = {layer.name: [] for layer in layers}
-    means, used, gradient = MeanCurvatures(), 0, dict.fromkeys(entries, False)
     seen: list[tuple[str, Tensor]] = []
     with differentiable(network, layers, lambda name, x: seen.append((name, x))) as (net, weights):
-        sums = {  # in half precision small terms would be lost
-            name: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32))
-            for name, w in weights.items()
-        }
-        for index in range(most_sweeps * len(data)):
+        probes = _Probes(weights, seed)
+        most = most_sweeps * len(data)
+        for index in range(most):
             batch = data[index % len(data)]
             seen.clear()
             # Fused attention has no second derivative.
@@ -85,45 +70,74 @@ def hutchinson(
                 inputs = tuple(seen)  # activation checkpointing calls layers again, going back
                 at = [*weights.values(), *(x for _, x in inputs)]
                 first = torch.autograd.grad(loss, at, create_graph=True, allow_unused=True)
-            row = {}
-            for (name, weight), g in zip(weights.items(), first, strict=False):
-                diagonal = _probe(weight, g, generator)
-                # At an exact minimum the gradient is 0 and the curvature is not.
-                gradient[name] |= g is not None and bool(g.detach().any() or diagonal.any())
-                sums[name] += diagonal * batch.n
-                row[name] = (float(diagonal.double().mean()), 0.0)
-            calls = dict.fromkeys(entries, 0)
-            for (name, x), g in zip(inputs, first[len(weights) :], strict=True):
-                if len(entries[name]) == calls[name]:
-                    entries[name].append(InputCurvature())
-                # The loss is a batch mean, so a sample's own Hessian is n times as large.
-                values = _probe(x, g, generator).double() * batch.n
-                mean = entries[name][calls[name]].add_curvature(values, batch.n)
-                row[name] = (row[name][0], row[name][1] + mean)
-                calls[name] += 1
-            means.add(row)
-            used += batch.n
-            settled = tolerance > 0 and means.settled(tolerance)
+            probes.add(batch.n, weights, inputs, first)
+            settled = tolerance > 0 and probes.means.settled(tolerance)
             if progress is not None:
-                of = most_sweeps * len(data)
-                progress(of if settled else index + 1, of)
+                progress(most if settled else index + 1, most)
             if settled:
                 break
-    diagonals = {name: total / used for name, total in sums.items()}
-    for name, (w, inner) in ({} if raw else means.unsure()).items():
-        if w is not None and gradient[name]:
-            diagonals[name] = torch.full_like(diagonals[name], w)
-        if inner is not None:
-            for entry in entries[name]:
-                entry.total, entry.per_element = inner * entry.count / len(entries[name]), None
-    return Curvature(
-        weights=diagonals,
-        inputs=entries,
-        batch_size=data[0].n,
-        n_samples=min(used, data.n_samples),
-        no_gradient=tuple(name for name, any_gradient in gradient.items() if not any_gradient),
-        errors=means.errors(),
-    )
+    return probes.curvature(data, raw)
+
+
+class _Probes:
+    """What probes measured of each layer's weights and inputs."""
+
+    def __init__(self, weights: Mapping[str, Tensor], seed: int) -> None:
+        self.means = MeanCurvatures()
+        self._generator = torch.Generator().manual_seed(seed)
+        self._sums = {  # in half precision small terms would be lost
+            name: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32))
+            for name, w in weights.items()
+        }
+        self._inputs: dict[str, list[InputCurvature]] = {name: [] for name in weights}
+        self._has_gradient = dict.fromkeys(weights, False)
+        self._n = 0
+
+    def add(
+        self,
+        n: int,
+        weights: Mapping[str, Tensor],
+        inputs: Sequence[tuple[str, Tensor]],
+        gradients: Sequence[Tensor | None],
+    ) -> None:
+        """Probe a batch of n samples, given the gradients of its weights and then its inputs."""
+        row = {}
+        for (name, weight), g in zip(weights.items(), gradients, strict=False):
+            diagonal = _probe(weight, g, self._generator)
+            # At an exact minimum the gradient is 0 and the curvature is not.
+            self._has_gradient[name] |= g is not None and bool(g.detach().any() or diagonal.any())
+            self._sums[name] += diagonal * n
+            row[name] = (float(diagonal.double().mean()), 0.0)
+        calls = dict.fromkeys(weights, 0)
+        for (name, x), g in zip(inputs, gradients[len(weights) :], strict=True):
+            if len(self._inputs[name]) == calls[name]:
+                self._inputs[name].append(InputCurvature())
+            # The loss is a batch mean, so a sample's own Hessian is n times as large.
+            values = _probe(x, g, self._generator).double() * n
+            mean = self._inputs[name][calls[name]].add_curvature(values, n)
+            row[name] = (row[name][0], row[name][1] + mean)
+            calls[name] += 1
+        self.means.add(row)
+        self._n += n
+
+    def curvature(self, data: Batches, raw: bool) -> Curvature:
+        """Return the means over the probes; raw, or not below their standard errors."""
+        diagonals = {name: total / self._n for name, total in self._sums.items()}
+        for name, (w, inner) in ({} if raw else self.means.unsure()).items():
+            if w is not None and self._has_gradient[name]:
+                diagonals[name] = torch.full_like(diagonals[name], w)
+            if inner is not None:
+                calls = self._inputs[name]
+                for entry in calls:
+                    entry.total, entry.per_element = inner * entry.count / len(calls), None
+        return Curvature(
+            weights=diagonals,
+            inputs=self._inputs,
+            batch_size=data[0].n,
+            n_samples=min(self._n, data.n_samples),
+            no_gradient=tuple(name for name, any_ in self._has_gradient.items() if not any_),
+            errors=self.means.errors(),
+        )
 
 
 def _probe(x: Tensor, gradient: Tensor | None, generator: torch.Generator) -> Tensor:

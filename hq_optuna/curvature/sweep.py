@@ -26,11 +26,6 @@ def differentiable(
     ``on_input(layer, x)`` is called whenever a layer is. ``x`` takes gradient and goes into this
     layer alone, so its gradient is not that of a shortcut or of another layer that reads the same
     tensor.
-
-    Args:
-        network: Left as it is.
-        layers: Layers to look at.
-        on_input: Told of each layer's input, in the order of the calls.
     """
     net = copied(network)
     for parameter in net.parameters():
@@ -67,11 +62,7 @@ def differentiable(
 
 
 def check_differentiable(loss: Tensor) -> None:
-    """Refuse a loss without gradient.
-
-    Raises:
-        ScoreError: The loss does not depend on the network through any gradient.
-    """
+    """Refuse a loss that does not depend on the network through any gradient."""
     if not loss.requires_grad:
         raise ScoreError(
             "The loss has no gradient: the network or the loss function detaches it "
@@ -86,11 +77,7 @@ def signs(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class SquaredGradients:
-    """Gathers squared gradients of inputs and weights from one backward pass a batch.
-
-    Args:
-        layers: Layers to look at.
-    """
+    """Gathers squared gradients of inputs and weights from one backward pass a batch."""
 
     def __init__(self, layers: Sequence[LayerSpec]) -> None:
         self.inputs: dict[str, list[InputCurvature]] = {layer.name: [] for layer in layers}

@@ -45,9 +45,13 @@ def preserve_network(network: nn.Module) -> Iterator[None]:
     tensors of the network (a cache of lists in lists) is not followed.
     """
     tensors = [*network.parameters(), *network.buffers()]
-    with _preserve_gradients(network), _preserve_values(tensors), _preserve_attributes(network):
-        with preserve_rng_state(tensor.device for tensor in tensors):
-            yield
+    with (
+        _preserve_gradients(network),
+        _preserve_values(tensors),
+        _preserve_attributes(network),
+        preserve_rng_state(tensor.device for tensor in tensors),
+    ):
+        yield
 
 
 @contextmanager

@@ -169,16 +169,13 @@ def _skipped_modules(
         if module in layers or name.startswith(computed):
             continue
         reason = _reason(network, module, name, called=module in tallies)
-        owner = next((owners[id(p)] for p in _own(module).values() if id(p) in owners), None)
-        if reason and owner is not None:
-            reason = f"shares its weight with {owner!r} and is quantized there only; {reason}"
         if reason:
+            owner = next(filter(None, (owners.get(id(p)) for p in _own(module).values())), None)
+            if owner is not None:
+                reason = f"shares its weight with {owner!r} and is quantized there only; {reason}"
             skipped.append(SkippedModule(name or "(network)", type(module).__name__, reason))
-    unregistered = [module for module in tallies if module not in names]
-    return skipped + [
-        SkippedModule("(unregistered)", type(module).__name__, _UNREGISTERED)
-        for module in unregistered
-    ]
+    kinds = [type(module).__name__ for module in tallies if module not in names]
+    return skipped + [SkippedModule("(unregistered)", kind, _UNREGISTERED) for kind in kinds]
 
 
 _UNREGISTERED = (

@@ -53,18 +53,11 @@ def compensate_weights(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Give a prepared network compensated weights for these bits.
+    """Give a prepared network, which is in float, compensated weights for these bits of its layers.
 
     Transposed convolutions, very wide layers, bits above `MOST_BITS` and layers whose quantizer
-    does not allow it stay rounded to nearest.
-
-    Args:
-        prepared: A prepared network in float; its layers keep the rounded weights until their float
-            weights change.
-        layers: Its layers.
-        data: Calibration batches on the network's device; labels are not read.
-        bits: Layer → bits of weights that will be asked for.
-        progress: Called with (layers done, layers).
+    does not allow it stay rounded to nearest. Labels of the data are not read. ``progress`` is
+    called with (layers done, layers).
     """
     done = 0
     for group in _fitting_memory(prepared, layers):
@@ -131,17 +124,10 @@ def compensated(
     bits: int,
     quantizer: WeightQuantizer = UNIFORM,
 ) -> Compensated:
-    """Return the rounded weight.
+    """Return the rounded weight, given E[x xᵀ] ``(groups, d, d)`` with d weights per channel.
 
-    Groups whose input is always zero, or whose moments stay singular whatever the damping, are
-    rounded to nearest and make no difference to the others.
-
-    Args:
-        weight: ``(channels, …)``.
-        moment: E[x xᵀ], ``(groups, d, d)`` with d weights per channel.
-        scale: Scales to start from, ``(channels,)``.
-        bits: 1 to 16.
-        quantizer: Its grid holds the rounded weight.
+    Starts from scales ``(channels,)``. Groups whose input is always zero, or whose moments stay
+    singular whatever the damping, are rounded to nearest and make no difference to the others.
 
     Example:
         The second weight makes up for the first, because both meet the same input.

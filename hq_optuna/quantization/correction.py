@@ -20,10 +20,9 @@ which is bias correction (Nagel et al., 2019) with measured means.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +40,7 @@ SHIFT = "output_shift"
 _EPSILON = 1e-12
 
 
-@dataclass(frozen=True)
-class _Norm:
+class _Norm(NamedTuple):
     """A batch-norm layer's stored statistics, and those of its input in the float network."""
 
     stored_mean: Tensor
@@ -54,15 +52,9 @@ class _Norm:
 class StatisticsCorrection:
     """Corrects one prepared network's statistics for the bits it has at the moment.
 
-    Args:
-        prepared: A prepared network; its statistics in float are measured now.
-        data: Calibration batches. Statistics are measured on the first one, so it should be large
-            (see `hq_optuna.network.batches.enlarge_first_batch`).
-        precision: Of the passes that statistics are read from.
-        reference: Bits at which the stored statistics are right: those the network was trained at;
-            ``None``: float.
-        of: Network in eval mode whose stored statistics are right, if not the prepared one: the
-            float network that a trained one imitates.
+    Statistics are measured on the first batch, so it should be large (`enlarge_first_batch`). The
+    stored ones are right at the bits ``reference``, those the network was trained at, or in float;
+    with ``of`` they are those of that network, in eval mode, which a trained one imitates.
 
     The network keeps what `apply` set until `reset`, which restores the stored values bit for bit.
     """
@@ -141,12 +133,11 @@ class StatisticsCorrection:
     def apply(self, *, only: Container[str] | None = None) -> Any:
         """Correct the network for its present bits; return its outputs on the first batch.
 
-        Args:
-            only: Names of the modules that are corrected; the others stay as they are now. By
-                default all.
+        Modules that ``only`` does not name stay as they are now.
         """
         chosen = [name for name in self.modules if only is None or name in only]
-        self._reset(chosen)
+        for name in chosen:
+            self._set(name, self._stored(name))
 
         def norm(name: str, x: Tensor) -> None:
             self._set(name, self._corrected(name, x))
@@ -162,12 +153,7 @@ class StatisticsCorrection:
             return forward(self.prepared, self.data[0].inputs)
 
     def _corrected(self, name: str, x: Tensor) -> tuple[Tensor, ...]:
-        """Return what a module is to hold.
-
-        Args:
-            name: The module.
-            x: The input of a batch-norm layer, the output without shift of any other.
-        """
+        """Return what a module is to hold: from a batch-norm's input, or an unshifted output."""
         if not x.numel():  # at these bits no sample comes here: as stored, not shifted
             return self._stored(name)
         if name in self._norms:
@@ -180,10 +166,7 @@ class StatisticsCorrection:
 
     def reset(self) -> None:
         """Restore the stored statistics and take shifts away."""
-        self._reset(self.modules)
-
-    def _reset(self, names: Iterable[str]) -> None:
-        for name in names:
+        for name in self.modules:
             self._set(name, self._stored(name))
 
     def _stored(self, name: str) -> tuple[Tensor, ...]:
@@ -204,12 +187,10 @@ class StatisticsCorrection:
 def corrected_statistics(
     stored: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Return the statistics a batch-norm layer should store, by the formula above.
+    """Return the statistics that a batch-norm layer should store, by the formula above.
 
-    Args:
-        stored: Mean and variance that are right for the float network, each ``(C,)``.
-        right: Those of the float network's input on a batch.
-        found: Those of the quantized network's input on the same batch.
+    Each argument is mean and variance, ``(C,)``: those that are right for the float network, those
+    of its input on a batch, and those of the quantized network's input on the same batch.
     """
     # A dead channel has no spread to match; its stored one stays.
     alive = (right[1] > _EPSILON) & (found[1] > _EPSILON)

@@ -41,16 +41,10 @@ def activation_grid(bits: int) -> tuple[int, int]:
 
 
 def quantize_weight(weight: Tensor, scale: Tensor, bits: int, channel_axis: int) -> Tensor:
-    """Round a weight to its symmetric per-channel grid.
+    """Round a weight to its symmetric per-channel grid; scales ``(channels,)`` are positive.
 
     One bit is the exception: ``sign(w) · scale``, the binary weights of XNOR-Net (Rastegari et al.,
     2016), whose gradient passes straight through.
-
-    Args:
-        weight: Any float tensor with ``channel_axis``.
-        scale: Shape ``(channels,)``, positive.
-        bits: 1 to 16.
-        channel_axis: Axis of the output channels.
 
     Example:
         >>> w = torch.tensor([[0.30, -1.04], [2.0, 0.1]])
@@ -69,17 +63,11 @@ def quantize_weight(weight: Tensor, scale: Tensor, bits: int, channel_axis: int)
 
 
 def quantize_activation(x: Tensor, scale: float, zero_point: int, bits: int) -> Tensor:
-    """Round activations to a per-tensor affine grid.
+    """Round activations to a per-tensor affine grid; ``zero_point`` is the code of 0.0.
 
     Without gradient, single precision on a CPU takes four plain passes, which are ten times faster
     than PyTorch's fake quantization (it also writes a mask for the gradient) and equal to it bit
     for bit, signs of zeros included. A NaN stays NaN, where PyTorch would make ``quant_min`` of it.
-
-    Args:
-        x: Any float tensor.
-        scale: Positive.
-        zero_point: The integer that stands for 0.0.
-        bits: 1 to 16.
 
     Example:
         >>> quantize_activation(torch.tensor([-0.2, 0.6, 9.0]), scale=0.5, zero_point=1, bits=2)

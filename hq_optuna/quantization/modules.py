@@ -37,10 +37,6 @@ class WeightFakeQuantize(nn.Module):
 
     Changes behind PyTorch's back (``weight.data.mul_(2)``) are not noticed, as in autograd itself;
     ``with torch.no_grad(): weight.mul_(2)`` and ``load_state_dict`` are.
-
-    Args:
-        channel_axis: Axis of the weight's output channels.
-        quantizer: How it is rounded.
     """
 
     def __init__(self, channel_axis: int, quantizer: WeightQuantizer = UNIFORM) -> None:
@@ -80,14 +76,9 @@ class WeightFakeQuantize(nn.Module):
     ) -> None:
         """Use ``rounded`` for ``weight`` at ``bits`` as long as the weight stays the same.
 
-        Args:
-            weight: The float weight.
-            bits: Number of bits.
-            rounded: The weight's shape, values of the grid with ``scale``.
-            scale: Shape ``(channels,)``.
-            output_error: What `output_error` is to return, ``(channels,)``.
-            training_start: The float weight that training at ``bits`` starts from, where the layer
-                was trained at these bits before: what lay behind the rounded one.
+        Its values are whole multiples of ``scale``, ``(channels,)``. `output_error` returns
+        ``output_error`` then, ``(channels,)``. ``training_start`` is the float weight behind the
+        rounded one where the layer was trained at these bits before: training starts from it again.
         """
         if self._kept_for is None or not torch.equal(self._kept_for, weight):
             self._kept = {}
@@ -128,10 +119,7 @@ class WeightFakeQuantize(nn.Module):
 
         For a compensated weight that is ΔW E[x xᵀ] ΔWᵀ over the mean of E[x²]: the squared error
         that would change the output as much if inputs were not correlated. Otherwise it is the
-        squared error itself.
-
-        Returns:
-            Shape ``(channels,)``, float64, weight².
+        squared error itself. Shape ``(channels,)``, float64, weight².
         """
         rounded = self.quantized(weight, bits)
         if self.kept(weight, bits) is not None:
@@ -185,11 +173,8 @@ class WeightFakeQuantize(nn.Module):
 class InputFakeQuantize(nn.Module):
     """Rounds what enters a layer to `bits`.
 
-    Args:
-        histogram: What the layer received on the calibration set; ``None`` if only ``ranges`` will
-            be used (a loaded result).
-        observer: How a range is found from the histogram.
-        ranges: Ranges already known, by bits.
+    Ranges, by bits, are found from the histogram of what the layer received on the calibration set.
+    A loaded result has no histogram and knows its ranges.
     """
 
     def __init__(

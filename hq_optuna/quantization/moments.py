@@ -34,17 +34,10 @@ def input_moments(
 ) -> dict[str, Tensor]:
     """Return E[x xᵀ] of each layer over samples and places, from one pass of the float network.
 
+    Layer → ``(groups, d, d)`` float64 with d = weights per output channel. Transposed convolutions,
+    whose errors overlap, and layers with more than `MOST_COLUMNS` inputs per output are left out.
     Where a layer sees more places than tell anything new, a random part of them is taken, the same
     one at each call.
-
-    Args:
-        network: In eval mode; left as it is.
-        layers: Layers to watch. Transposed convolutions, whose errors overlap, and layers with
-            more than `MOST_COLUMNS` inputs per output are left out.
-        data: Calibration batches on the network's device.
-
-    Returns:
-        Layer → ``(groups, d, d)`` float64 with d = weights per output channel.
     """
     watched = {
         layer.name: columns(network.get_submodule(layer.name))
@@ -110,15 +103,10 @@ def columns(module: nn.Module) -> int:
 
 
 def _places(module: Any, x: Tensor) -> Tensor:
-    """Return a view of what a layer multiplies its weight with.
+    """Return a view of what a linear layer or a convolution multiplies its weight with.
 
-    Args:
-        module: A linear layer, or a convolution of one to three axes.
-        x: Its input.
-
-    Returns:
-        For a linear layer ``(places, 1, d)``; for a convolution of k axes ``(N, places of each
-        axis, groups, channels of a group, kernel of each axis)``.
+    For a linear layer ``(places, 1, d)``; for a convolution of k axes ``(N, places of each axis,
+    groups, channels of a group, kernel of each axis)``.
     """
     if isinstance(module, nn.Linear):
         return x.reshape(-1, 1, x.shape[-1])

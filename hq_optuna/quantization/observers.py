@@ -41,10 +41,8 @@ class InputHistogram:
     def range(self, bits: int, observer: Observer = "squared_error") -> AffineRange:
         """Return scale and zero point for a number of bits.
 
-        Args:
-            bits: 1 to 16.
-            observer: ``"squared_error"``: least squared error. ``"min_max"``: all values seen.
-                ``"percentile"``: all but 0.01 % of the values at either end.
+        They have the least squared error (``"squared_error"``), cover all values seen
+        (``"min_max"``), or all but 0.01 % of the values at either end (``"percentile"``).
         """
         if observer == "squared_error":
             return histogram_range(self.counts, self.edges, bits)
@@ -107,15 +105,9 @@ def watch_inputs(
 def observe_inputs(
     network: nn.Module, names: Sequence[str], data: Batches
 ) -> dict[str, InputHistogram]:
-    """Return the histogram of what enters each named layer.
+    """Return the histogram of what enters each named layer of a network in eval mode.
 
-    Args:
-        network: In eval mode; left as it is.
-        names: Layers to watch.
-        data: Calibration batches on the network's device.
-
-    Raises:
-        DataError: A layer receives NaN or infinity.
+    Raises `DataError` where a layer receives NaN or infinity.
     """
     lows = dict.fromkeys(names, math.inf)
     highs = dict.fromkeys(names, -math.inf)

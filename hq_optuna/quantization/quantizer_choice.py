@@ -15,9 +15,7 @@ SHOWN_LAYERS = 6
 def choose_quantizers(globs: Mapping[str, str] | None, space: SearchSpace) -> dict[str, str]:
     """Return layer → name of its quantizer, in network order, of layers that are not uniform.
 
-    Args:
-        globs: Glob over layer names to the name of a quantizer; the last matching glob counts.
-        space: Which bits each layer may have.
+    ``globs`` maps globs over layer names to quantizers; the last one that matches counts.
 
     Raises:
         SpaceError: An unknown quantizer, a glob without a match, or bits that a layer may have and

@@ -35,20 +35,14 @@ CHUNK = 2**16
 
 
 def weight_scale(weight: Tensor, bits: int, channel_axis: int) -> Tensor:
-    """Return the scale per channel with the least squared error.
+    """Return the scale per channel with the least squared error, for 1 to 16 bits.
 
-    Exact where a channel has at most `EXACT` / 2ᵇ⁻¹ weights. Above that the squared error is
-    within 1 % of the optimum up to 4 bits, and within 5 % up to 8 bits (tested against a scan of
-    thousands of scales). It is never above that of the range that clips nothing.
+    Exact where a channel has at most `EXACT` / 2ᵇ⁻¹ weights. Above that the squared error is within
+    1 % of the optimum up to 4 bits, and within 5 % up to 8 bits (tested against a scan of thousands
+    of scales). It is never above that of the range that clips nothing.
 
-    Args:
-        weight: Float tensor with at least two axes.
-        bits: 1 to 16.
-        channel_axis: Axis of the output channels.
-
-    Returns:
-        Shape ``(channels,)``, float32 whatever the weight's dtype (PyTorch's fake quantization
-        takes no other), on the weight's device, positive.
+    Shape ``(channels,)``, positive, float32 whatever the weight's dtype (PyTorch's fake
+    quantization takes no other).
 
     Example:
         >>> weight_scale(torch.tensor([[1.0, -2.0, 1.0]]), bits=2, channel_axis=0)
@@ -63,15 +57,9 @@ def weight_scale(weight: Tensor, bits: int, channel_axis: int) -> Tensor:
 
 
 def scale_by_channel(weight: Tensor, channel_axis: int, find: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return what ``find`` says of each channel, looking at so many together as fit a cache.
+    """Return scales ``(channels,)``, float32 and positive, looking at as much as fits a cache.
 
-    Args:
-        weight: Float tensor with at least two axes.
-        channel_axis: Axis of the output channels.
-        find: Scales ``(channels,)`` of rows ``(channels, n)`` whose largest magnitude is 1.
-
-    Returns:
-        Shape ``(channels,)``, float32, positive.
+    ``find`` returns the scales of rows ``(channels, n)`` whose largest magnitude is 1.
     """
     rows = weight.detach().movedim(channel_axis, 0).flatten(1).double()
     # Largest magnitude 1, so that single precision is enough for a search.
@@ -117,11 +105,8 @@ def searched_scale(
 ) -> Tensor:
     """Return a nearly best scale of each channel, for any grid of whole multiples of a scale.
 
-    Args:
-        rows: Shape ``(channels, n)``, largest magnitude 1.
-        bits: Number of bits, for how finely to look.
-        largest_code: With what multiple of the scale the grid ends.
-        codes: The multiples that the rows are rounded to with scales ``(channels,)``; a new tensor.
+    ``rows`` are ``(channels, n)`` with largest magnitude 1. ``codes`` returns, in a new tensor, the
+    multiples that they are rounded to with scales ``(channels,)``; ``largest_code`` is the largest.
     """
     # With this scale nothing is clipped.
     full = (rows.abs().amax(1) / largest_code).clamp_min(TINY)
@@ -187,15 +172,10 @@ def affine_range(low: float, high: float, bits: int) -> AffineRange:
 def histogram_range(
     counts: NDArray[np.float64], edges: NDArray[np.float64], bits: int
 ) -> AffineRange:
-    """Return the range with the least squared error over a histogram.
+    """Return the range with the least squared error over a histogram with evenly spaced edges.
 
     Both ends of the observed range are shrunk towards zero; where nothing is negative, the lower
     end is 0 and the grid unsigned.
-
-    Args:
-        counts: Values per bin, shape ``(bins,)``.
-        edges: Bin edges, shape ``(bins + 1,)``, ascending and evenly spaced.
-        bits: 1 to 16.
     """
     low, high = min(float(edges[0]), 0.0), max(float(edges[-1]), 0.0)
     bins = _Bins(counts, edges, bits)
@@ -240,13 +220,7 @@ def histogram_range(
 
 
 class _Bins:
-    """The filled bins of a histogram, and the squared error of quantizing them.
-
-    Args:
-        counts: Values per bin, shape ``(bins,)``.
-        edges: Bin edges, shape ``(bins + 1,)``.
-        bits: 1 to 16.
-    """
+    """The filled bins of a histogram, and the squared error of quantizing them."""
 
     def __init__(self, counts: NDArray[np.float64], edges: NDArray[np.float64], bits: int) -> None:
         filled = counts > 0

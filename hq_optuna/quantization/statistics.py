@@ -17,14 +17,9 @@ against double precision stay below 3e-6 at this bound, and below 3e-7 where the
 
 
 def channel_statistics(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Return mean and variance (not Bessel-corrected) per channel, in single precision at least.
+    """Return mean and variance (not Bessel-corrected) per channel, each ``(channels,)``.
 
-    Args:
-        x: Float tensor with a channel axis.
-        axis: The channel axis.
-
-    Returns:
-        Mean and variance, each of shape ``(channels,)``.
+    They are in single precision at least.
 
     Example:
         >>> channel_statistics(torch.tensor([[1.0, 5.0], [3.0, 5.0]]), axis=1)

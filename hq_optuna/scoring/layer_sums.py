@@ -45,16 +45,10 @@ def measure_layer_sums(
 ) -> LayerSums:
     """Return the predicted loss rise of every layer at every number of bits, by a named score.
 
-    Args:
-        name: Which score.
-        network: The float network.
-        prepared: The same, prepared; its bits are restored afterwards.
-        space: Which bits to look at.
-        data: Calibration batches on the network's device.
-        loss_fn: Mean loss of a batch from outputs and labels.
-        progress: Called with (what, done, of).
-        moments: Layer → curvature of its weights, nats per weight², that is known already: the
-            second moments of a training. Not taken for ``hutchinson``.
+    ``network`` is in float, ``prepared`` the same network prepared; its bits are restored
+    afterwards. ``moments`` are curvature of weights, nats per weight², that is known already: the
+    second moments of a training, by layer. ``hutchinson`` does not take them. ``progress`` is
+    called with (what, done, of).
 
     Raises:
         ValueError: ``fisher`` with a loss whose Hessian in the outputs is not known.

@@ -40,14 +40,10 @@ OutputRise = Callable[[Any, Any], Tensor]
 
 
 class CrossEntropyRise:
-    """½ Δzᵀ (diag(p) − p pᵀ) Δz summed over samples, nats.
+    """½ Δzᵀ (diag(p) − p pᵀ) Δz summed over samples, nats, with p = softmax(z / T).
 
-    Where there are further axes (pixels), their mean counts, as in cross-entropy's own mean.
-
-    Args:
-        temperature: T in p = softmax(z / T); above 0.
-        scale: Factor of the result, see `calibrated`.
-        places: Which places of the outputs count, where labels are given.
+    Where there are further axes (pixels), their mean counts, as in cross-entropy's own mean. The
+    result is multiplied by ``scale``, see `calibrated`.
 
     Example:
         >>> z = torch.tensor([[0.0, 0.0]])

@@ -42,21 +42,14 @@ class Score(NamedTuple):
 
 
 class Scorer:
-    """Scores assignments of one prepared network, each with one forward pass.
+    """Scores assignments of one prepared network, whose bits it sets, each with one forward pass.
 
-    Args:
-        prepared: The prepared network; scoring sets its bits.
-        sensitivity: Predicted loss rises of the space's layers and bits.
-        data: Calibration batches on the network's device.
-        loss_fn: Mean loss of a batch from outputs and labels.
-        output_rise: Ranks by the loss rise computed from a candidate's own outputs, instead of by
-            the sum of its layers' sensitivities.
-        by_loss: Ranks by the measured rise of the loss on the calibration set over that of the
-            float network. A network may be better by chance with fewer bits: rises can be negative.
-        correction: Corrects the statistics of each candidate in its forward pass.
-        precision: Of candidates' forward passes, see `hq_optuna.network.batches.Precision`.
-        teacher: Network whose outputs a rise is measured against, if not the prepared one in float:
-            the network before it was trained at fewer bits.
+    Candidates are ranked by the sum of their layers' sensitivities; with ``output_rise`` by the
+    loss rise computed from their own outputs; with ``by_loss`` by the measured rise of the loss
+    over that of the float network, which is negative where fewer bits do better by chance.
+    ``correction`` corrects the statistics of each candidate in its pass. A rise is measured against
+    the outputs of ``teacher``, the network before it was trained at fewer bits, if that is not the
+    prepared one in float.
     """
 
     def __init__(
@@ -92,12 +85,9 @@ class Scorer:
     ) -> Score:
         """Score an assignment with one forward pass over the calibration set. Nothing is trained.
 
-        Args:
-            config: Bits of the layers; those not named keep theirs.
-            between_batches: Called between the batches; what it raises ends the scoring.
-
-        Raises:
-            ScoreError: The predicted rise is NaN or infinite.
+        Layers that are not named keep their bits. ``between_batches`` is called between the
+        batches; what it raises ends the scoring. Raises `ScoreError` where the predicted rise is
+        not finite.
         """
         loss, rise = self.measure(config, between_batches)
         weights, activations = self.sensitivity.score(config)
@@ -157,10 +147,6 @@ class Scorer:
                 ]
             self._float_loss = math.fsum(losses) / self.data.n_samples
         return self._float_loss
-
-    def calibration_loss(self, config: Mapping[str, LayerBits]) -> float:
-        """Return the mean loss over the calibration set with these bits."""
-        return self.measure(config)[0]
 
     def _run(self) -> Iterator[Any]:
         """Yield the outputs of each batch with the bits set now."""

@@ -104,15 +104,8 @@ def measure_sensitivity(
     """Return the sensitivity of every layer at every number of bits the space allows.
 
     A layer without gradient has unknown curvature, not zero: it is taken to be as curved as the
-    most curved layer, so it is never ranked as free.
-
-    Args:
-        prepared: The prepared network; its bits are restored afterwards.
-        space: Which bits to look at.
-        curvature: Of the float network, see `hq_optuna.curvature`.
-        data: Calibration batches on the network's device.
-        form: ``"diagonal"``, ``"trace"`` or ``"output"``.
-        progress: Called with (batches done, batches).
+    most curved layer, so it is never ranked as free. The network's bits are restored afterwards.
+    ``progress`` is called with (batches done, batches).
 
     Raises:
         ScoreError: A value is NaN or infinite, or no layer at all received a gradient.
@@ -134,15 +127,12 @@ def measure_sensitivity(
     activations = _activation_rises(
         prepared, {n: bits for n, (_, bits) in needed.items()}, curvature, data, form, progress
     )
-    return check_finite(Sensitivity(weights, activations))
+    check_finite(found := Sensitivity(weights, activations))
+    return found
 
 
-def check_finite(sensitivity: Sensitivity) -> Sensitivity:
-    """Return the table as it is.
-
-    Raises:
-        ScoreError: A value is NaN or infinite.
-    """
+def check_finite(sensitivity: Sensitivity) -> None:
+    """Refuse a table with a value that is NaN or infinite."""
     for table in (sensitivity.weights, sensitivity.activations):
         for name, row in table.items():
             for bits, value in row.items():
@@ -151,7 +141,6 @@ def check_finite(sensitivity: Sensitivity) -> Sensitivity:
                         f"The predicted loss rise of layer {name!r} at {bits} bits is {value}. "
                         "Check the loss function and the scale of its gradients."
                     )
-    return sensitivity
 
 
 def _weight_rises(

@@ -1,7 +1,7 @@
 """The mind of the sampler: states, moves, winner rules. No PyTorch, no Optuna."""
 
 from hq_optuna.search.additive import Additive, Point
-from hq_optuna.search.exact import exact_allocation
+from hq_optuna.search.exact import Allocation
 from hq_optuna.search.limits import Limits
 from hq_optuna.search.moves import Move, changes, propose
 from hq_optuna.search.progressive import Incumbent, Past, ProgressiveSearch, Result
@@ -11,6 +11,7 @@ from hq_optuna.search.uniform import uniform_states, uniform_within
 __all__ = [
     "RULES",
     "Additive",
+    "Allocation",
     "Incumbent",
     "Limits",
     "Move",
@@ -20,7 +21,6 @@ __all__ = [
     "Result",
     "changes",
     "choose",
-    "exact_allocation",
     "propose",
     "uniform_states",
     "uniform_within",

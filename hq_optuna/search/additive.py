@@ -29,13 +29,9 @@ class Point(NamedTuple):
 class Additive:
     """A search space with an additive score and an additive cost.
 
-    Args:
-        space: What may be chosen.
-        table: Predicted loss rises, nats.
-        layer_cost: Cost of one layer with given bits.
-
-    Raises:
-        ValueError: The table lacks a layer or a number of bits of the space, or holds NaN.
+    ``table`` holds predicted loss rises, nats; ``layer_cost`` is the cost of one layer at given
+    bits. Raises `ValueError` where the table lacks a layer or a number of bits of the space, or
+    holds NaN.
     """
 
     def __init__(self, space: SearchSpace, table: Table, layer_cost: LayerCost) -> None:
@@ -93,12 +89,8 @@ class Additive:
     def frontier(self, limits: Iterable[float] = (), *, n: int = N_POINTS) -> list[Point]:
         """Return the exact Pareto curve of score against cost, the cheapest first.
 
-        Each point is the optimum of one budget. Budgets are spaced evenly in the logarithm of the
-        cost, from the cheapest assignment to the widest bits.
-
-        Args:
-            limits: Further budgets.
-            n: How many budgets.
+        Each point is the optimum of one budget. ``n`` budgets are spaced evenly in the logarithm of
+        the cost, from the cheapest assignment to the widest bits; ``limits`` are further ones.
         """
         low = self.cost(self.space.config(self.space.bottom))
         high = self.cost(self.space.config(self.space.top))

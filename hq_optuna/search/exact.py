@@ -41,38 +41,12 @@ class _Choice(NamedTuple):
     bits: tuple[int, ...]
 
 
-def exact_allocation(
-    space: SearchSpace, rises: Rises, layer_cost: LayerCost, limit: float
-) -> tuple[int, ...] | None:
-    """Return the bits of each variable with the least total rise within the limit.
-
-    The same arguments give the same bits on every machine, also among equal totals.
-
-    Args:
-        space: What may be chosen.
-        rises: Rise of each variable at each of its bits.
-        layer_cost: Cost of one layer with given bits.
-        limit: What all layers together may cost, fixed ones included.
-
-    Returns:
-        One number of bits per variable, or ``None`` where no assignment is within the limit.
-
-    Raises:
-        ValueError: A block of variables has more than `MAX_CHOICES` combinations.
-    """
-    return Allocation(space, rises, layer_cost).best(limit)
-
-
 class Allocation:
     """Exact allocation for several limits: what does not depend on the limit is computed once.
 
-    Args:
-        space: What may be chosen.
-        rises: Rise of each variable at each of its bits.
-        layer_cost: Cost of one layer with given bits.
-
-    Raises:
-        ValueError: A block of variables has more than `MAX_CHOICES` combinations.
+    ``rises`` are those of each variable at each of its bits, ``layer_cost`` is the cost of one
+    layer at given bits. Raises `ValueError` where a block of variables has more than `MAX_CHOICES`
+    combinations.
     """
 
     def __init__(self, space: SearchSpace, rises: Rises, layer_cost: LayerCost) -> None:
@@ -89,7 +63,11 @@ class Allocation:
         self._rest = [_Relaxed(self._fronts[level:]) for level in range(len(fronts) + 1)]
 
     def best(self, limit: float) -> tuple[int, ...] | None:
-        """Return the bits of each variable, or ``None`` where nothing is within the limit."""
+        """Return the bits of each variable with the least total rise; ``None`` where nothing fits.
+
+        ``limit`` is what all layers together may cost, fixed ones included. The same arguments give
+        the same bits on every machine, also among equal totals.
+        """
         room = limit - self._fixed
         known = self._rest[0].rounded(room)
         if known is None:

@@ -41,10 +41,8 @@ class Limits:
     def forbid_step(self, n_candidates: int, n_evaluations: int, n_steps: int) -> str | None:
         """Return the limit that a step would exceed, in words, or ``None``.
 
-        Args:
-            n_candidates: Of the step.
-            n_evaluations: Candidates of the steps before.
-            n_steps: How many steps were before.
+        The step has ``n_candidates``; ``n_evaluations`` candidates and ``n_steps`` steps were
+        before.
         """
         evaluations = n_evaluations + n_candidates
         if self.max_evaluations is not None and evaluations > self.max_evaluations:

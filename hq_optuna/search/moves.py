@@ -49,24 +49,15 @@ def propose(
     step: int,
     saves: Callable[[Move], bool] = lambda move: True,
 ) -> tuple[Move, ...]:
-    """Draw up to ``n`` distinct one-notch moves from the incumbent.
+    """Draw up to ``n`` distinct one-notch moves from the incumbent ``state``, in the order drawn.
 
-    Every variable gets a random key from a hash of (seed, step, name); those with the smallest
-    keys are drawn, which is sampling without replacement. A hash, rather than a random generator,
-    gives the same draw on every machine, with every version of NumPy, in every worker.
+    Every variable gets a random key from a hash of (seed, step, name); those with the smallest keys
+    are drawn, which is sampling without replacement. A hash, rather than a random generator, gives
+    the same draw on every machine, with every version of NumPy, in every worker.
 
-    Args:
-        space: The search space.
-        state: Bits of the incumbent.
-        n: How many are drawn.
-        seed: Of the draws.
-        step: The step they are for.
-        saves: Whether a move lowers the cost. Those that do not (activations, where the budget is
-            of size) are drawn only where none does.
-
-    Returns:
-        ``min(n, number of moves that save)`` moves, in the order they were drawn. With ``n`` at
-        least that number the step is exhaustive.
+    ``saves`` says whether a move lowers the cost. Those that do not (activations, where the budget
+    is of size) are drawn only where none does. With ``n`` at least the number of moves that save,
+    the step is exhaustive.
     """
 
     def key(move: Move) -> bytes:

@@ -53,16 +53,11 @@ class Result:
 class ProgressiveSearch:
     """The rules of one search.
 
-    Args:
-        space: What may be lowered.
-        cost: Cost of an assignment; must be deterministic.
-        limit: The budget in the same unit; ``-inf`` lowers everything to the bottom.
-        n_candidates: Candidates a step, at least 1.
-        rule: `choose`'s rule.
-        seed: Seed of the draws.
-        refine: Whether swaps refine the answer once the budget is met.
-        train_every: Steps after which their winner is trained; 0 for never.
-        final: Whether the answer is trained when the search is over.
+    ``cost`` is that of an assignment and must be deterministic; ``limit`` is the budget in the same
+    unit (``-inf`` lowers everything to the bottom). A step has ``n_candidates``, drawn with
+    ``seed``, and `choose`'s ``rule`` picks its winner. With ``refine`` swaps refine the answer once
+    the budget is met. Winners are trained after every ``train_every`` steps (0: never), the answer
+    where ``final`` is true.
     """
 
     space: SearchSpace
@@ -107,9 +102,8 @@ class ProgressiveSearch:
     ) -> tuple[tuple[int, ...], ...]:
         """Return the candidates of the step after ``incumbent`` as bits of each variable.
 
-        Args:
-            incumbent: Where the step starts; ``None`` for step 0, whose one candidate is the start.
-            past: The record so far; needed for steps of swaps.
+        Step 0, where that is ``None``, has the start as its one candidate. Steps of swaps need
+        ``past``.
         """
         if incumbent is None:
             return (self.space.top,)

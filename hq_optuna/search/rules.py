@@ -23,18 +23,12 @@ def choose(
     incumbent_cost: float,
     limit: float,
 ) -> int:
-    """Return the index of the winner; ties go to the lowest index.
+    """Return the index of the winner among scores and costs ``(C,)``; ties go to the lowest index.
 
-    Args:
-        rule: ``"min"``: the smallest score, as in the patent. ``"ratio"``: the smallest rise of the
-            score per cost saved. What is saved beyond the budget is worth nothing, so the saving is
-            counted only down to ``limit``; a candidate that saves nothing loses to all that do.
-            Where the score falls, fall times saving.
-        scores: Scores of the candidates, shape ``(C,)``.
-        costs: Their costs, shape ``(C,)``.
-        incumbent_score: Score of the assignment the step starts from.
-        incumbent_cost: Its cost.
-        limit: The budget, in the unit of the costs (``-inf`` for none).
+    Rule ``"min"`` takes the smallest score, as in the patent; ``"ratio"`` the smallest rise of the
+    score per cost saved. What is saved beyond the budget ``limit`` (``-inf`` for none) is worth
+    nothing, so the saving is counted only down to it; a candidate that saves nothing loses to all
+    that do. Where the score falls, fall times saving counts.
     """
     if rule == "min":
         keys = list(scores)
@@ -56,10 +50,6 @@ def choose(
 
 def keeps(trained: float, before: float) -> bool:
     """Return whether what training made of an incumbent is kept: where it lowered the score.
-
-    Args:
-        trained: Score of the trained network.
-        before: Score of the candidate that was trained.
 
     Example:
         >>> keeps(0.02, 0.03), keeps(0.03, 0.03), keeps(float("nan"), 0.03)

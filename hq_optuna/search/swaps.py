@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from hq_optuna.space.search_space import SearchSpace
@@ -27,13 +27,10 @@ def learn_rises(
 ) -> dict[Notch, float]:
     """Return what each notch was seen to add to the score, nats.
 
-    Args:
-        space: The search space.
-        scored: For each candidate, in the order of the record: state and score of the incumbent it
-            was made from, its own state and score.
-
-    A candidate that changed one notch tells its rise directly, one that changed several tells the
-    rise of the one that was unknown. Later candidates are nearer to the answer and overrule.
+    ``scored`` holds of each candidate, in the order of the record: state and score of the incumbent
+    it was made from, its own state and score. A candidate that changed one notch tells its rise
+    directly, one that changed several tells the rise of the one that was unknown. Later candidates
+    are nearer to the answer and overrule.
     """
     rises: dict[Notch, float] = {}
     for before, score_before, after, score_after in scored:
@@ -85,44 +82,18 @@ def propose_swaps(
     score: float,
     n: int,
 ) -> tuple[tuple[int, ...], ...]:
-    """Return the ``n`` states, at most, that promise the largest fall of the score.
+    """Return the ``n`` states, at most, that promise the largest fall of the score, best first.
 
-    Tries one up, one up and one or two down, and two up and one down, each by one notch.
-
-    Args:
-        space: The search space.
-        state: The incumbent, within the limit.
-        rises: What notches were seen to add, from `learn_rises`.
-        cost: Cost of a state.
-        limit: The budget; no proposal costs more.
-        score: The incumbent's score; a promise below a billionth of it is rounding.
-        n: How many.
-
-    Returns:
-        States, the most promising first, ties by the state; empty where no swap helps.
+    Tries one up, one up and one or two down, and two up and one down, each by one notch. No
+    proposal costs more than ``limit``. A promise below a billionth of the incumbent's score is
+    rounding; ties go by the state.
     """
     now = cost(state)
-    ups: list[_Part] = []
-    downs: list[_Part] = []
-    for v, bits in enumerate(state):
-        choices = space.variables[v].bits
-        place = choices.index(bits)
-        for step, parts in ((-1, ups), (1, downs)):
-            if not 0 <= place + step < len(choices):
-                continue
-            other = choices[place + step]
-            rise = step * expected_rise(space, rises, (v, min(bits, other)))
-            change = cost([other if u == v else b for u, b in enumerate(state)]) - now
-            parts.append(_Part(rise, change, v, other))
-    ups = sorted(ups)[:MAX_PARTS]
+    ups = sorted(_parts(space, state, rises, cost, step=-1))[:MAX_PARTS]
+    downs = _parts(space, state, rises, cost, step=1)
     downs = sorted(downs, key=lambda part: (part.rise / max(-part.cost, 1e-300), part))[:MAX_PARTS]
-    pairs = list(itertools.combinations(downs, 2))
-    groups: list[tuple[_Part, ...]] = [(up,) for up in ups]
-    groups += [(up, down) for up in ups for down in downs]
-    groups += [(up, *two) for up in ups for two in pairs]
-    groups += [(*two, down) for two in itertools.combinations(ups, 2) for down in downs]
     promises = []
-    for group in groups:
+    for group in _groups(ups, downs):
         rise = math.fsum(part.rise for part in group)
         # Costs of single changes add up unless they meet in a layer; the sum is only a sieve.
         apart = len({part.variable for part in group}) == len(group)
@@ -144,3 +115,31 @@ class _Part(NamedTuple):
     cost: float
     variable: int
     bits: int
+
+
+def _parts(
+    space: SearchSpace,
+    state: Sequence[int],
+    rises: Mapping[Notch, float],
+    cost: Callable[[Sequence[int]], float],
+    step: int,
+) -> list[_Part]:
+    """Return every variable's next notch up (``step`` −1) or down (1) that there is."""
+    parts, now = [], cost(state)
+    for v, bits in enumerate(state):
+        choices = space.variables[v].bits
+        place = choices.index(bits) + step
+        if 0 <= place < len(choices):
+            rise = step * expected_rise(space, rises, (v, min(bits, choices[place])))
+            after = [*state[:v], choices[place], *state[v + 1 :]]
+            parts.append(_Part(rise, cost(after) - now, v, choices[place]))
+    return parts
+
+
+def _groups(ups: Sequence[_Part], downs: Sequence[_Part]) -> Iterator[tuple[_Part, ...]]:
+    """Yield one up, one up and one or two down, two up and one down."""
+    pairs = itertools.combinations
+    yield from ((up,) for up in ups)
+    yield from itertools.product(ups, downs)
+    yield from ((up, *two) for up, two in itertools.product(ups, list(pairs(downs, 2))))
+    yield from ((*two, down) for two, down in itertools.product(pairs(ups, 2), downs))

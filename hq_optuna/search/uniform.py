@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.search_space import SearchSpace
@@ -15,21 +16,21 @@ def uniform_states(space: SearchSpace) -> dict[tuple[int, int], tuple[int, ...]]
     fewest; pinned layers keep theirs. Where activations are not searched apart, both numbers are
     the same.
     """
-    weights = sorted({b for v in space.variables if v.part != "activations" for b in v.bits})
-    activations = sorted({b for v in space.variables if v.part == "activations" for b in v.bits})
-    pairs = [(w, a) for w in weights for a in (activations or [w])]
-    if not weights:
-        pairs = [(a, a) for a in activations]
+    by_part: dict[bool, set[int]] = {False: set(), True: set()}  # activations alone, or not
+    for v in space.variables:
+        by_part[v.part == "activations"] |= set(v.bits)
+    weights, activations = sorted(by_part[False]), sorted(by_part[True])
+    pairs = [*itertools.product(weights, activations)] or [(b, b) for b in weights or activations]
     found: dict[tuple[int, int], tuple[int, ...]] = {}
     for w, a in pairs:
-        state = tuple(
-            max((b for b in v.bits if b <= wanted), default=v.bits[-1])
-            for v in space.variables
-            for wanted in (a if v.part == "activations" else w,)
-        )
+        state = tuple(_widest(v.bits, a if v.part == "activations" else w) for v in space.variables)
         if state not in found.values():
             found[w, a] = state
     return found
+
+
+def _widest(bits: Sequence[int], wanted: int) -> int:
+    return max((b for b in bits if b <= wanted), default=bits[-1])
 
 
 def uniform_within(

@@ -24,6 +24,12 @@ _ABSOLUTE_UNITS: dict[str, tuple[str, float]] = {
     **{"kBOPs": ("bops", 1e3), "GiB": ("size_bytes", 2.0**30), "MiB": ("size_bytes", 2.0**20)},
     **{"KiB": ("size_bytes", 2.0**10), "bytes": ("size_bytes", 1.0)},
 }
+_ABSOLUTE = {name.lower(): metric_and_scale for name, metric_and_scale in _ABSOLUTE_UNITS.items()}
+_HOW = (
+    f"Write a fraction of the all-8-bit cost, '0.25 bops' or '25% size_bytes' (metrics: "
+    f"{', '.join(METRICS)}), or an absolute cost, '24e9 bops absolute', '24 GBOPs' or "
+    f"'5.8 MiB' (units: {', '.join(_ABSOLUTE_UNITS)})."
+)
 _BUDGET = re.compile(
     r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*(%?)\s*([a-z_]*?)\s*(\babsolute)?\s*", re.I
 )
@@ -116,28 +122,23 @@ def parse_budget(text: str | float | Budget) -> Budget:
     """
     if isinstance(text, Budget):
         return text
-    how = (
-        f"Write a fraction of the all-8-bit cost, '0.25 bops' or '25% size_bytes' (metrics: "
-        f"{', '.join(METRICS)}), or an absolute cost, '24e9 bops absolute', '24 GBOPs' or "
-        f"'5.8 MiB' (units: {', '.join(_ABSOLUTE_UNITS)})."
-    )
+    said = repr(str(text))
     match = _BUDGET.fullmatch(str(text))
     if match is None:
-        raise SettingError(f"{str(text)!r} is no budget. {how}")
+        raise SettingError(f"{said} is no budget. {_HOW}")
     value, percent, unit = float(match[1]), bool(match[2]), match[3].lower()
     if not math.isfinite(value) or value <= 0:
-        raise SettingError(f"A budget is a positive number; got {str(text)!r}. {how}")
-    scales = {name.lower(): scale for name, scale in _ABSOLUTE_UNITS.items()}
-    if unit in scales or match[4]:
-        metric, scale = scales.get(unit, (unit or "bops", 1.0))
-        if percent or metric not in METRICS:
-            raise SettingError(f"{str(text)!r} is no absolute budget. {how}")
+        raise SettingError(f"A budget is a positive number; got {said}. {_HOW}")
+    metric, scale = _ABSOLUTE.get(unit, (unit or "bops", 1.0))
+    known = metric in METRICS
+    if unit in _ABSOLUTE or match[4]:
+        if percent or not known:
+            raise SettingError(f"{said} is no absolute budget. {_HOW}")
         return Budget.absolute(**{metric: value * scale})
-    metric = unit or "bops"
-    if metric not in METRICS:
-        raise SettingError(f"{match[3]!r} in {str(text)!r} is neither metric nor unit. {how}")
+    if not known:
+        raise SettingError(f"{match[3]!r} in {said} is neither metric nor unit. {_HOW}")
     if value > 1 and not percent:
-        raise SettingError(f"{str(text)!r} is more than all of the all-8-bit cost. {how}")
+        raise SettingError(f"{said} is more than all of the all-8-bit cost. {_HOW}")
     return Budget.fraction(**{metric: value / 100 if percent else value})
 
 

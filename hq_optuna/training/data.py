@@ -18,6 +18,7 @@ from hq_optuna.network.batches import (
     Batch,
     Inputs,
     digest_of,
+    map_tensors,
     n_samples,
     pair_of,
     read_batches,
@@ -32,16 +33,14 @@ Augment = Callable[[Any, torch.Generator], Any]
 class TrainingData:
     """What a training reads, epoch by epoch.
 
-    Args:
-        data: ``(inputs, labels)`` tensors of equal length and a map-style ``Dataset`` are shuffled
-            anew each epoch and cut into batches; the incomplete last one is left out, because
-            batch-norm and the second moments want equal batches. Any other iterable of
-            ``(inputs, labels)`` batches, such as a ``DataLoader``, is read once an epoch as it is,
-            with PyTorch's, NumPy's, Python's and its own random generators seeded.
-        batch_size: Samples a batch, for tensors and datasets.
-        augment: Changes the inputs of each batch, which it may not write into.
-        views: How often each batch is augmented.
-        blend: Share of the samples that are blended with another one, the same one in all views.
+    ``(inputs, labels)`` tensors of equal length and a map-style ``Dataset`` are shuffled anew each
+    epoch and cut into batches of ``batch_size``; the incomplete last one is left out, because
+    batch-norm and the second moments want equal batches. Any other iterable of ``(inputs, labels)``
+    batches, such as a ``DataLoader``, is read once an epoch as it is, with PyTorch's, NumPy's,
+    Python's and its own random generators seeded.
+
+    ``augment`` changes the inputs of each batch, which it may not write into, ``views`` times. A
+    share ``blend`` of the samples is blended with another one, the same one in all views.
 
     Raises:
         DataError: Empty, unlabelled, or not one label per input.
@@ -71,7 +70,8 @@ class TrainingData:
         if isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], Tensor):
             # Checks what can be wrong with tensors, in one batch.
             read_batches(data, batch_size=max(len(data[1]), 1), what="training")
-            self._tensors = data
+            inputs, labels = data
+            self._tensors = tuple(inputs) if isinstance(inputs, list) else inputs, labels
             n = len(data[1])
         elif isinstance(data, Dataset) and not isinstance(data, IterableDataset):
             n = len(data)  # type: ignore[arg-type]
@@ -120,11 +120,8 @@ class TrainingData:
     def epoch(self, generator: torch.Generator) -> Iterator[tuple[Batch, list[Any]]]:
         """Yield the batches of one epoch, and beside each the further views of its inputs.
 
-        Args:
-            generator: All chance of order, augmentation and blending.
-
-        Raises:
-            DataError: Samples that cannot be blended.
+        The generator decides order, augmentation and blending. Raises `DataError` for samples that
+        cannot be blended.
         """
         for batch in self._batches(generator):
             inputs: list[Any] = [batch.inputs]
@@ -154,8 +151,7 @@ class TrainingData:
 def blended(views: list[Any], share: float, generator: torch.Generator) -> list[Tensor]:
     """Return views of a batch in which about ``share`` of the samples are blended with another one.
 
-    Raises:
-        DataError: The inputs are not one tensor of floats.
+    Raises `DataError` where the inputs are not one tensor of floats.
     """
     for inputs in views:
         if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
@@ -219,8 +215,4 @@ def _labelled(item: Any) -> Batch:
 
 
 def _take(tree: Any, indices: Tensor) -> Any:
-    if isinstance(tree, Tensor):
-        return tree[indices.to(tree.device)]
-    if isinstance(tree, (tuple, list)):
-        return tuple(_take(value, indices) for value in tree)
-    return {key: _take(value, indices) for key, value in tree.items()}
+    return map_tensors(tree, lambda x: x[indices.to(x.device)])

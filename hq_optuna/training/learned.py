@@ -129,18 +129,8 @@ class LearnedWeight(nn.Module):
 
     ``uniform``, ``ternary`` and ``midrise`` get LSQ's gradients. Where codes do not depend on the
     scale (one bit, ``dorefa``), that of the scale is Σ g · code, and that of the weight is the
-    quantizer's own.
-
-    Args:
-        scale: Where the scales start, ``(channels,)``.
-        weight: The float weight, for its shape.
-        bits: A number of bits that the quantizer can do.
-        channel_axis: Axis of the output channels.
-        passes: Whether gradients of clipped weights pass.
-        quantizer: How the weight is rounded.
-
-    Attributes:
-        log_scale: ``(channels,)``.
+    quantizer's own. Scales start at ``scale``, ``(channels,)``, and are learned as `log_scale`.
+    ``passes`` says whether gradients of clipped weights pass.
     """
 
     def __init__(
@@ -195,14 +185,7 @@ class LearnedWeight(nn.Module):
 
 
 class LearnedInput(InputFakeQuantize):
-    """Rounds what enters a layer with one learned scale; the zero point stays.
-
-    Args:
-        start: Scale and zero point at the start.
-        bits: 1 to 16.
-        dtype: Of the network's parameters.
-        device: Of the network's parameters.
-    """
+    """Rounds what enters a layer with one learned scale; the zero point stays."""
 
     def __init__(
         self, start: AffineRange, bits: int, dtype: torch.dtype, device: torch.device

@@ -33,19 +33,11 @@ def class_axis(outputs: Any, labels: Any, loss_fn: LossFunction | None) -> int |
 
 
 def distillation(outputs: Any, targets: Any, temperature: float, axis: int | None = 1) -> Tensor:
-    """Return how far a network's outputs are from its teacher's.
+    """Return how far a network's outputs are from ``targets``, those of its teacher.
 
-    Of class scores: T² · KL(teacher ‖ student), mean over samples and places (Hinton et al., 2015);
-    T² keeps the size of its gradient when T changes. Of other outputs: their mean squared error.
-
-    Args:
-        outputs: The trained network's.
-        targets: The teacher's.
-        temperature: T, above 0.
-        axis: That of class scores, see `class_axis`.
-
-    Raises:
-        DataError: Outputs that are not one tensor of floats.
+    Of class scores along ``axis``: T² · KL(teacher ‖ student), mean over samples and places (Hinton
+    et al., 2015); T² keeps the size of its gradient when T changes. Of other outputs: their mean
+    squared error. Raises `DataError` for outputs that are not one tensor of floats.
     """
     if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
         what = str(outputs.dtype) if isinstance(outputs, Tensor) else type(outputs).__name__
@@ -65,8 +57,7 @@ def distillation(outputs: Any, targets: Any, temperature: float, axis: int | Non
 def mean_of_views(outputs: Sequence[Any]) -> Any:
     """Return the mean of a teacher's outputs on several views of a batch; of one, the output.
 
-    Raises:
-        DataError: Outputs of several views that are no class scores ``(N, C)``.
+    Raises `DataError` for outputs of several views that are no class scores ``(N, C)``.
     """
     if len(outputs) == 1:
         return outputs[0]

@@ -35,14 +35,8 @@ MOMENTUM = 0.9
 class DecayedSGD(SGD):
     """SGD with momentum whose weight decay is decoupled, as AdamW's (Loshchilov and Hutter, 2019).
 
-    Args:
-        params: Groups; each may have ``decoupled_decay``, a share per learning rate.
-        lr: Learning rate.
-        momentum: Of the gradients.
+    Groups may have ``decoupled_decay``, a share per learning rate.
     """
-
-    def __init__(self, params: Any, lr: float, momentum: float) -> None:
-        super().__init__(params, lr=lr, momentum=momentum)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:

@@ -55,14 +55,9 @@ def trained_tensors(network: nn.Module) -> dict[str, Tensor]:
 def load_trained_(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give a freshly prepared network the weights, statistics, bits and ranges of a trained one.
 
-    Its outputs are then equal to the trained one's bit for bit. Other tensors are not looked at.
-
-    Args:
-        network: A prepared network of the same structure, with the same quantizers of weights.
-        tensors: What `trained_tensors` returned, on any device.
-
-    Raises:
-        CheckpointError: The tensors belong to a network of another structure; nothing has changed.
+    The network has the same quantizers of weights; the tensors are those of `trained_tensors`, on
+    any device, and others are not looked at. Its outputs are then equal to the trained one's bit
+    for bit. Raises `CheckpointError`, and changes nothing, where the network has another structure.
     """
     layers = prepared_layers(network)
     named = _part(tensors, _BITS)
@@ -71,28 +66,7 @@ def load_trained_(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             f"The trained layers are {', '.join(sorted(named)) or 'none'}; the network is prepared "
             f"for {', '.join(sorted(layers)) or 'none'}. Prepare it for the same layers."
         )
-    state = _part(tensors, _STATE)
-    own = network.state_dict()
-    for name in prepared_names(network):
-        shift = f"{name}.{SHIFT}"
-        if shift in state and shift not in own:
-            own[shift] = state[shift]
-        elif shift in own and shift not in state:  # never corrected: a shift of zero
-            state[shift] = torch.zeros_like(own[shift])
-    differ = sorted(
-        name
-        for name in {*own, *state}
-        if name not in own or name not in state or own[name].shape != state[name].shape
-    )
-    if differ:
-        raise CheckpointError(
-            f"The trained network has another structure: {', '.join(differ[:5])}"
-            f"{', …' if len(differ) > 5 else ''} differ. Give the network it was trained from."
-        )
-    for name, module in layers.items():
-        if f"{name}.{SHIFT}" in state:
-            add_shift(module)
-    network.load_state_dict(state)
+    _load_state_(network, _part(tensors, _STATE))
     bits = BitConfig({name: (int(pair[0]), int(pair[1])) for name, pair in named.items()})
     set_bits(network, bits)
     scales, ranges = _part(tensors, _SCALE), _part(tensors, _RANGE)
@@ -107,15 +81,34 @@ def load_trained_(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             input_quantizer(module).ranges[bits[name][1]] = found
 
 
+def _load_state_(network: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load parameters and buffers, shifts of the output too, after a look at their shapes."""
+    own = network.state_dict()
+    for name in prepared_names(network):
+        shift = f"{name}.{SHIFT}"
+        if shift in state and shift not in own:
+            own[shift] = state[shift]
+        elif shift in own and shift not in state:  # never corrected: a shift of zero
+            state[shift] = torch.zeros_like(own[shift])
+    mine, theirs = ({name: t.shape for name, t in held.items()} for held in (own, state))
+    differ = sorted(name for name in {*own, *state} if mine.get(name) != theirs.get(name))
+    if differ:
+        raise CheckpointError(
+            f"The trained network has another structure: {', '.join(differ[:5])}"
+            f"{', …' if len(differ) > 5 else ''} differ. Give the network it was trained from."
+        )
+    for name, module in prepared_layers(network).items():
+        if f"{name}.{SHIFT}" in state:
+            add_shift(module)
+    network.load_state_dict(state)
+
+
 def rounded_copy(network: nn.Module) -> nn.Module:
     """Return a copy in eval mode whose weights *are* the rounded ones; inputs are still rounded.
 
     It computes what the prepared network computes, and ``layer.weight`` is a plain parameter, so
     curvature can be measured at the trained network: rounding of inputs passes gradients straight
     through.
-
-    Args:
-        network: A prepared network with its bits set; left as it is.
     """
     plain = copied(network)
     for module in prepared_layers(plain).values():
@@ -167,16 +160,9 @@ class TrainedNetwork:
         tensors: Mapping[str, Tensor],
         quantizers: Mapping[str, str] | None = None,
     ) -> TrainedNetwork:
-        """Rebuild a trained network from its `trained_tensors`.
+        """Rebuild a trained network from `trained_tensors` and the network the search was given.
 
-        Args:
-            model: The network as the search was given it; left as it is.
-            layers: Its layers.
-            tensors: On any device.
-            quantizers: Layer → quantizer of its weights, where that is not the uniform one.
-
-        Raises:
-            CheckpointError: The tensors belong to a network of another structure.
+        Raises `CheckpointError` where the tensors belong to a network of another structure.
         """
         prepared = prepare(model, layers, quantizers=quantizers)
         load_trained_(prepared, tensors)

@@ -136,28 +136,16 @@ class Trainer:
     ) -> None:
         self.network = network
         self.settings = settings = settings or TrainingSettings()
-        if settings.label_weight < 1 and teacher is None:
-            raise ValueError(
-                f"label_weight is {settings.label_weight}, so part of the loss is distillation: "
-                "give the float network as teacher, or train on labels (label_weight=1)."
-            )
-        if settings.label_weight > 0 and loss_fn is None:
-            raise ValueError(
-                f"label_weight is {settings.label_weight}: give loss_fn, or label_weight=0 to "
-                "train by distillation alone."
-            )
-        if not prepared_layers(network):
-            raise ValueError("The network is not prepared for quantization; call prepare() first.")
+        _check_given(network, settings, teacher, loss_fn)
         self.data = settings.data(data, augment)
         self.loss_fn = loss_fn
         self.checkpoint = checkpoint
         self.device = next(network.parameters()).device
-        self.teacher = None
+        self.teacher, self._norms = None, MatchedNorms({})
         if teacher is not None and settings.label_weight < 1:
             self.teacher = copied(teacher).to(self.device).requires_grad_(False)
-        self._norms = MatchedNorms({})
-        if settings.batch_norm == "matched" and self.teacher is not None:
-            self._norms = MatchedNorms.of(network, self.teacher)
+            if settings.batch_norm == "matched":
+                self._norms = MatchedNorms.of(network, self.teacher)
         self.history: list[Epoch] = []
         self._interrupted = False
         self._belongs = self._identity()
@@ -206,10 +194,8 @@ class Trainer:
     def epochs(self) -> Iterator[Epoch]:
         """Train epoch by epoch and yield each one's result, after its checkpoint is written.
 
-        Stop asking, and training stops; ask again, and it goes on.
-
-        Raises:
-            TrainingError: The loss is NaN or infinite, or an epoch was broken off before.
+        Stop asking, and training stops; ask again, and it goes on. Raises `TrainingError` where the
+        loss is NaN or infinite, or an epoch was broken off before.
         """
         while len(self.history) < self.settings.epochs:
             result = self._epoch()
@@ -335,11 +321,7 @@ class Trainer:
         return _dump(tensors, {"belongs": self._belongs, "epochs": epochs})
 
     def restore(self, content: bytes) -> None:
-        """Go on from what `dump` returned. On an error nothing changes.
-
-        Raises:
-            CheckpointError: It is damaged, or of another training.
-        """
+        """Go on from what `dump` returned. On a `CheckpointError` nothing changes."""
         self._load(*self._checked(content))
 
     @torch.no_grad()
@@ -381,6 +363,27 @@ class Trainer:
         )
 
 
+def _check_given(
+    network: nn.Module,
+    settings: TrainingSettings,
+    teacher: nn.Module | None,
+    loss_fn: LossFunction | None,
+) -> None:
+    """Refuse a training that lacks its teacher or its loss, or a network that is not prepared."""
+    if settings.label_weight < 1 and teacher is None:
+        raise ValueError(
+            f"label_weight is {settings.label_weight}, so part of the loss is distillation: "
+            "give the float network as teacher, or train on labels (label_weight=1)."
+        )
+    if settings.label_weight > 0 and loss_fn is None:
+        raise ValueError(
+            f"label_weight is {settings.label_weight}: give loss_fn, or label_weight=0 to "
+            "train by distillation alone."
+        )
+    if not prepared_layers(network):
+        raise ValueError("The network is not prepared for quantization; call prepare() first.")
+
+
 def check_trainable(
     model: nn.Module,
     data: Any,
@@ -390,14 +393,7 @@ def check_trainable(
 ) -> None:
     """Refuse what cannot be trained, before a search works for hours: try the first batch.
 
-    The float network runs on it in training mode, and the loss is computed.
-
-    Args:
-        model: The float network; left as it is.
-        data: Training data.
-        settings: How it will be trained.
-        loss_fn: Mean loss of a batch from outputs and labels.
-        augment: Changes a batch's inputs.
+    A copy of the float network runs on it in training mode, and the loss is computed.
 
     Raises:
         DataError: The data, the augmentation, the network in training mode, or the loss fail.
@@ -444,14 +440,10 @@ def check_trainable(
 
 @torch.no_grad()
 def start_weights_(network: nn.Module, start: Start) -> None:
-    """Set the float weights of a prepared network to where training begins.
+    """Set the float weights of a prepared network, at its bits, to where training begins: `Start`.
 
     Weights that are not compensated, that other parametrizations compute, or that another module
     shares (an embedding tied to the last layer) stay.
-
-    Args:
-        network: A prepared network with its bits set.
-        start: See `Start`.
     """
     owners = Counter(id(p) for m in network.modules() for p in m._parameters.values())
     for module in prepared_layers(network).values():
@@ -481,12 +473,7 @@ def moved(
 ) -> Tensor:
     """Return each weight at the nearest value that rounds to what ``rounded`` holds.
 
-    Args:
-        weight: The float weight.
-        rounded: Codes times the scale, of the same shape.
-        scale: Broadcasts over the weight.
-        bits: A number of bits that the quantizer can do.
-        quantizer: One whose codes are evenly spaced.
+    The quantizer's codes are evenly spaced; the scale broadcasts over the weight.
 
     Example:
         >>> w, rounded = torch.tensor([0.2, 0.9, 3.0]), torch.tensor([1.0, 1.0, 1.0])
@@ -515,11 +502,7 @@ def _dump(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> bytes:
 
 
 def _parse(content: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and the JSON data of a file's content.
-
-    Raises:
-        CheckpointError: Cut off, altered, or no checkpoint of a training.
-    """
+    """Return the tensors and the JSON data of a file's content, unless it is cut off or altered."""
     try:
         tensors = safetensors.load(content)
         length = int.from_bytes(content[:8], "little")

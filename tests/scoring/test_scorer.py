@@ -118,7 +118,7 @@ def test_a_score_that_is_no_number_is_refused(parts, value):
 def test_a_layer_that_was_not_prepared_is_refused(parts):
     _, scorer = parts
     with pytest.raises(SpaceError, match="'elsewhere' is not prepared") as caught:
-        scorer.calibration_loss({"elsewhere": LayerBits(4, 4)})
+        scorer.measure({"elsewhere": LayerBits(4, 4)})
     assert isinstance(caught.value, HqOptunaError)
 
 
@@ -132,7 +132,7 @@ def test_the_loss_function_gets_outputs_and_labels_of_each_batch(parts):
 
     scorer.loss_fn = loss
     expected = float(Y.double().mean())
-    assert scorer.calibration_loss(config(scorer, 8, 8)) == pytest.approx(expected, rel=1e-14)
+    assert scorer.measure(config(scorer, 8, 8))[0] == pytest.approx(expected, rel=1e-14)
     assert [n for n, _ in seen] == [4, 4, 2]
     assert torch.equal(torch.cat([labels for _, labels in seen]), Y)
 

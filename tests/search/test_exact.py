@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from hq_optuna.search.exact import exact_allocation
+from hq_optuna.search.exact import Allocation
 from hq_optuna.space.assignment import LayerBits
 from hq_optuna.space.cost import CostModel
 from hq_optuna.space.layers import LayerSpec
@@ -51,7 +51,7 @@ def test_the_optimum_is_that_of_enumeration(seed: int, activation_bits: object) 
 
     for share in (0.4, 0.6, 0.9):
         limit = share * model.int8
-        state = exact_allocation(space, rises, layer_cost, limit)
+        state = Allocation(space, rises, layer_cost).best(limit)
         best = enumerated(space, rises, lambda s: model.cost(space.config(s)), limit)
         if state is None:
             assert best is None
@@ -64,8 +64,8 @@ def test_the_optimum_is_that_of_enumeration(seed: int, activation_bits: object) 
 def test_an_impossible_limit_gives_none() -> None:
     space = SearchSpace.build([layer("a", 10, 10)], bits=(8, 4), pin_first_last=None)
     rises = [{8: 0.0, 4: 1.0}]
-    assert exact_allocation(space, rises, lambda _, bits: bits.weight_bits * 10.0, 39.0) is None
-    assert exact_allocation(space, rises, lambda _, bits: bits.weight_bits * 10.0, 40.0) == (4,)
+    assert Allocation(space, rises, lambda _, bits: bits.weight_bits * 10.0).best(39.0) is None
+    assert Allocation(space, rises, lambda _, bits: bits.weight_bits * 10.0).best(40.0) == (4,)
 
 
 def test_too_many_combinations_are_refused_in_words() -> None:
@@ -77,7 +77,7 @@ def test_too_many_combinations_are_refused_in_words() -> None:
         tuple(type(v)(v.name, ("l0",), v.part, v.bits) for v in (*space.variables,) * 4),
     )
     with pytest.raises(ValueError, match="too many to enumerate"):
-        exact_allocation(space, [{}] * 8, lambda *_: 1.0, 1.0)
+        Allocation(space, [{}] * 8, lambda *_: 1.0)
 
 
 def hawq() -> dict[str, object]:
@@ -122,7 +122,7 @@ def test_the_published_configurations_of_hawq_v3_come_out(key: str) -> None:
 
     low = sum(layer_cost(n, LayerBits(4, 4)) for n in names)
     high = sum(layer_cost(n, LayerBits(8, 8)) for n in names)
-    state = exact_allocation(space, rises, layer_cost, low + float(fraction) * (high - low))
+    state = Allocation(space, rises, layer_cost).best(low + float(fraction) * (high - low))
     assert state is not None
     found = [space.config(state)[n].weight_bits for n in names]
     assert found == data["published"][key]

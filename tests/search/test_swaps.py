@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hq_optuna.search import Incumbent, Past, ProgressiveSearch, Result, exact_allocation
+from hq_optuna.search import Allocation, Incumbent, Past, ProgressiveSearch, Result
 from hq_optuna.search.swaps import expected_rise, learn_rises, propose_swaps
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.cost import CostModel
@@ -55,8 +55,8 @@ def test_refinement_closes_the_gap_to_the_exact_optimum() -> None:
         space, rises = make(12, seed)
         search = search_of(space, 0.4, seed=seed)
         weights = {layer.name: layer.n_weights for layer in space.layers}
-        best = exact_allocation(
-            space, rises, lambda n, b, w=weights: w[n] * b.weight_bits / 8, search.limit
+        best = Allocation(space, rises, lambda n, b, w=weights: w[n] * b.weight_bits / 8).best(
+            search.limit
         )
         assert best is not None
         path = run(space, rises, search)

@@ -49,14 +49,7 @@ class WeightQuantizer:
         return weight_scale(weight, bits, channel_axis)
 
     def quantize(self, weight: Tensor, scale: Tensor, bits: int, channel_axis: int) -> Tensor:
-        """Return the rounded weight, differentiable as the quantizer was published.
-
-        Args:
-            weight: Any float tensor with ``channel_axis``.
-            scale: Shape ``(channels,)``.
-            bits: One of `all_bits`.
-            channel_axis: Axis of the output channels.
-        """
+        """Return the rounded weight, differentiable as the quantizer was published."""
         return quantize_weight(weight, scale, bits, channel_axis)
 
     def nearest(self, values: Tensor, scale: Tensor, bits: int) -> Tensor:
