@@ -28,8 +28,9 @@ from hq_optuna.network.losses import LossFunction
 from hq_optuna.objective.hessian import HessianObjective
 from hq_optuna.objective.publish import publish_artifacts, publish_facts, refuse_foreign_study
 from hq_optuna.objective.scorer_setup import Progress
+from hq_optuna.objective.training_steps import NO_STORE
 from hq_optuna.optuna_internals import storage_of
-from hq_optuna.protocol.history import TEST_OF, read_history
+from hq_optuna.protocol.history import TEST_OF, History, read_history
 from hq_optuna.protocol.start_options import StartOptions
 from hq_optuna.protocol.status import read_status
 from hq_optuna.protocol.step_log import StepLog
@@ -41,7 +42,7 @@ from hq_optuna.search import Limits
 from hq_optuna.settings import SearchSettings, settings_of
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.budget import Budget, check_reachable
-from hq_optuna.space.cost import CostModel
+from hq_optuna.space.cost import CostModel, Metric
 from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.storages import RETRY_FOR_S, explain_errors_of, open_retrying
 from hq_optuna.training.plan import TrainingPlan
@@ -196,10 +197,7 @@ class BitSearch:
         if isinstance(artifacts, (str, Path)):
             artifacts = open_artifacts(artifacts)
         if self.training is not None and artifacts is None:
-            raise ArtifactError(
-                "A search that trains keeps weights in an artifact store. Give one: "
-                "artifacts=, a folder or s3://bucket/prefix."
-            )
+            raise ArtifactError(NO_STORE)
         opened = open_retrying(storage, retry_for_s)
         with explain_errors_of(opened):
             study = optuna.create_study(
@@ -304,39 +302,57 @@ class BitSearch:
                 "evaluations or seconds), raise the limit."
             )
         network = self.objective.answer(study, record.config)
+        facts = self._measured(study, history, record.answer, network, test)
+        PageWriter(study, always=True).close()
+        now = record.current
+        return self._result(
+            study,
+            history.info.metric,
+            config=record.config,
+            network=network,
+            cost=record.winner.cost,
+            met=history.met,
+            score=now.score,
+            score_weights=now.score_weights,
+            score_activations=now.score_activations,
+            steps=len(history.records),
+            candidates=sum(candidate.counted for candidate in history.candidates),
+            facts=facts,
+        )
+
+    def _measured(
+        self,
+        study: Study,
+        history: History,
+        answer: Any,
+        network: nn.Module,
+        test: Callable[[], Any] | None,
+    ) -> dict[str, Any]:
+        """Measure the answer's network, write the figures into the study, and return them."""
         facts = {name: fact for name, fact in history.facts.items() if name != COMPARED}
         if self.validation is not None:
             facts = {n: f for n, f in facts.items() if not evaluation.is_validation_fact(n)}
             facts |= self.before_and_after(network, self.validation, "validation")
-            compared = rows(
-                *(self.objective, history, self.validation, self.evaluate),
-                answer=network,
-            )
-            if compared:
+            given = self.objective, history, self.validation, self.evaluate
+            if compared := rows(*given, answer=network):
                 publish_facts(study, {COMPARED: compared})
         over = history.met and read_status(study).state in ("finished", "stopped")
         if test is not None and over and "test_samples" not in facts:
             data = read_batches(test(), batch_size=256, what="test").to(self.objective.device)
             facts |= self.before_and_after(network, data, "test")
-            publish_facts(study, {TEST_OF: record.answer})
+            publish_facts(study, {TEST_OF: answer})
         publish_facts(study, facts)
-        PageWriter(study, always=True).close()
+        return facts
+
+    def _result(self, study: Study, metric: Metric, **found: Any) -> SearchResult:
+        costs = CostModel(self.space.layers, metric)
         return SearchResult(
-            config=record.config,
-            network=network,
             space=self.space,
-            metric=history.info.metric,
-            cost=record.winner.cost,
-            cost_int8=history.info.int8,
-            cost_float32=history.info.float32,
-            met=history.met,
-            score=record.current.score,
-            score_weights=record.current.score_weights,
-            score_activations=record.current.score_activations,
-            steps=len(history.records),
-            candidates=sum(candidate.counted for candidate in history.candidates),
-            facts=facts,
+            metric=metric,
+            cost_int8=costs.int8,
+            cost_float32=costs.float32,
             fingerprint=study.user_attrs[attributes.FINGERPRINT],
+            **found,
         )
 
     def exact(self, study: Study, budget: Budget | str | None = None) -> SearchResult:
@@ -359,14 +375,12 @@ class BitSearch:
         facts = {}
         if self.validation is not None:
             facts = self.before_and_after(network, self.validation, "validation")
-        return SearchResult(
+        return self._result(
+            study,
+            found.metric,
             config=found.config,
             network=network,
-            space=self.space,
-            metric=found.metric,
             cost=found.cost,
-            cost_int8=found.int8,
-            cost_float32=CostModel(self.space.layers, found.metric).float32,
             met=True,
             score=score.total,
             score_weights=score.weights,
@@ -374,7 +388,6 @@ class BitSearch:
             steps=0,
             candidates=1,
             facts=facts,
-            fingerprint=study.user_attrs[attributes.FINGERPRINT],
         )
 
     def before_and_after(self, network: nn.Module, data: Batches, what: str) -> dict[str, float]:

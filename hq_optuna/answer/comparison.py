@@ -36,70 +36,69 @@ def rows(
     *,
     answer: nn.Module | None = None,
 ) -> list[dict[str, Any]]:
-    """Measure the answer and uniform bits.
+    """Measure the answer and uniform bits on validation data: the loss, and what ``evaluate`` says.
 
-    Args:
-        objective: Prepared for this search.
-        history: The search.
-        data: Validation data.
-        evaluate: What is measured there, beside the mean loss.
-        answer: The answer's network, where it was trained; nothing else here is.
+    ``answer`` is the answer's network where it was trained; nothing else here is. 8 bits everywhere
+    are a row too, for reference, where they cost more than the budget. Empty while the budget is
+    not met.
 
     Returns:
         One row each: ``{"method", "bits", "cost", "score", "evaluations", "seconds",
         "measured": {"loss": …, "accuracy": …}, "pairs": {"samples", "only_this", "only_answer"}}``.
         ``pairs`` counts the samples that only one of this row and the answer gets right; it is
-        there where `accuracy` is what is measured and there is one class a sample. 8 bits
-        everywhere are a row too, for reference, where they cost more than the budget. Empty while
-        the budget is not met.
+        there where `accuracy` is what is measured and there is one class a sample.
     """
     record = history.incumbent
     if record is None or not history.met:
         return []
     counted = [c for c in history.candidates if c.counted]
-    scorer = objective.prepare()
     model = CostModel(history.space.layers, history.info.metric)
-    of_answer: Tensor | None = None
-
-    def row(method: str, config: BitConfig, **more: Any) -> dict[str, Any]:
-        nonlocal of_answer
-        found: dict[str, Any] = {"method": method, "bits": None, **more}
-        network = objective.quantized(config)
-        if method == ANSWER and answer is not None:
-            network = answer
-        measured = mean_loss(network, data, objective.loss_fn)
-        mine = correct_predictions(network, data) if evaluate is accuracy else None
-        if mine is None:
-            measured |= measured_figures(evaluate, network, data)
-        else:
-            measured["accuracy"] = share_correct(mine)
-            of_answer = mine if method == ANSWER else of_answer
-            assert of_answer is not None
-            found["pairs"] = {
-                "samples": len(mine),
-                "only_this": int((mine & ~of_answer).sum()),
-                "only_answer": int((of_answer & ~mine).sum()),
-            }
-        return {
-            **found,
-            "cost": model.cost(config),
-            "score": more.get("score") or scorer.score(config).total,
-            "measured": measured,
-        }
-
-    found = [
-        row(
-            ANSWER,
-            record.config,
-            score=record.current.score,
-            trained=isinstance(record.current, Reference),
-            evaluations=len(counted),
-            seconds=math.fsum(c.seconds for c in counted),
-        )
-    ]
+    table = _Rows(objective, data, evaluate, model)
+    table.add(
+        *(ANSWER, record.config, answer),
+        score=record.current.score,
+        trained=isinstance(record.current, Reference),
+        evaluations=len(counted),
+        seconds=math.fsum(c.seconds for c in counted),
+    )
+    alone: dict[str, Any] = {"evaluations": 1, "seconds": None}
     for bits, config in uniform_within(history.space, model.cost, history.info.limit).items():
-        found.append(row(UNIFORM, config, bits=bits, evaluations=1, seconds=None))
+        table.add(UNIFORM, config, bits=bits, **alone)
     eight = uniform_states(history.space).get((8, 8))
     if eight is not None and model.cost(config := history.space.config(eight)) > history.info.limit:
-        found.append(row(EIGHT, config, bits="8 bits", evaluations=1, seconds=None))
-    return found
+        table.add(EIGHT, config, bits="8 bits", **alone)
+    return table.rows
+
+
+class _Rows:
+    """Measured rows, the answer's first."""
+
+    def __init__(
+        self, objective: HessianObjective, data: Batches, evaluate: Evaluate, model: CostModel
+    ) -> None:
+        self.objective, self.data, self.evaluate, self.model = objective, data, evaluate, model
+        self.scorer = objective.prepare()
+        self.rows: list[dict[str, Any]] = []
+        self._answers: Tensor | None = None  # which samples the answer gets right
+
+    def add(
+        self, method: str, config: BitConfig, network: nn.Module | None = None, **more: Any
+    ) -> None:
+        """Measure an assignment, or its trained network."""
+        found: dict[str, Any] = {"method": method, "bits": None, **more}
+        network = self.objective.quantized(config) if network is None else network
+        measured = mean_loss(network, self.data, self.objective.loss_fn)
+        mine = correct_predictions(network, self.data) if self.evaluate is accuracy else None
+        if mine is None:
+            measured |= measured_figures(self.evaluate, network, self.data)
+        else:
+            measured["accuracy"] = share_correct(mine)
+            answers = self._answers = mine if self._answers is None else self._answers
+            found["pairs"] = {
+                "samples": len(mine),
+                "only_this": int((mine & ~answers).sum()),
+                "only_answer": int((answers & ~mine).sum()),
+            }
+        found["cost"] = self.model.cost(config)
+        found["score"] = more.get("score") or self.scorer.score(config).total
+        self.rows.append({**found, "measured": measured})

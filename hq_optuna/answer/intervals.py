@@ -27,13 +27,9 @@ class Interval(NamedTuple):
 
 
 def wilson(right: int, n: int) -> Interval:
-    """Return Wilson's interval of a proportion.
+    """Return Wilson's interval of a proportion: ``right`` samples of ``n``, at least 1.
 
     It keeps its coverage near 0 and 1 and for few samples, where ± one standard error does not.
-
-    Args:
-        right: How many samples were right.
-        n: How many there were, at least 1.
 
     Example:
         >>> low, high = wilson(81, 263)
@@ -47,19 +43,12 @@ def wilson(right: int, n: int) -> Interval:
 
 
 def paired(lost: float, gained: float, n: int) -> Interval:
-    """Return the interval of the difference of two accuracies on the same samples.
+    """Return the interval of the difference (second − first) of two accuracies on ``n`` samples.
 
-    Bonett & Price (2012), "Adjusted Wald confidence interval for a difference of binomial
-    proportions based on paired data", J. Educ. Behav. Stat. 37: the plain interval with one sample
-    more of each kind.
-
-    Args:
-        lost: Samples that only the first gets right; a mean where there are several seeds.
-        gained: Samples that only the second gets right; likewise.
-        n: All samples, at least 1.
-
-    Returns:
-        Of second minus first.
+    Only the first gets ``lost`` samples right, only the second ``gained``; means where there are
+    several seeds. Bonett & Price (2012), "Adjusted Wald confidence interval for a difference of
+    binomial proportions based on paired data", J. Educ. Behav. Stat. 37: the plain interval with
+    one sample more of each kind.
 
     Example:
         >>> low, high = paired(lost=4, gained=1, n=300)

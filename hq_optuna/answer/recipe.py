@@ -51,16 +51,11 @@ _PARAMETRIZED = ".parametrizations.weight.original"
 def save(
     folder: Path, network: nn.Module, layers: tuple[LayerSpec, ...], about: Mapping[str, Any]
 ) -> None:
-    """Write a prepared network with the bits it has now.
+    """Write a prepared network of these layers with the bits it has now, and ``about`` it.
 
     Each file is written beside its place and then moved there, the recipe last, so a killed save
-    leaves the old result or the new one.
-
-    Args:
-        folder: Created if need be.
-        network: A prepared network.
-        layers: Its layers.
-        about: Further JSON data for the recipe: cost, score, fingerprint, versions.
+    leaves the old result or the new one. ``about`` is further JSON data for the recipe: cost,
+    score, fingerprint, versions.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config, tensors = get_bits(network), plain_state_dict(network)

@@ -82,11 +82,7 @@ class Resolved:
 
 
 def sums_of(history: History, metric: Metric | None = None) -> Additive:
-    """Return the sums over layers of a search.
-
-    Raises:
-        ResumeError: The study holds no whole table of sensitivities.
-    """
+    """Return the sums over layers of a search; refuse a study without a whole table of them."""
     sums = history.additive(metric)
     if sums is None:
         raise ResumeError(
@@ -215,11 +211,5 @@ def publish_answer(study: Study, artifacts: Artifacts) -> None:
     """Attach the incumbent's bits of every layer, as `hq_optuna.load_assignment` reads them."""
     found = answer(study)
     if found is not None:
-        reference = artifacts.put_json(found.to_json())
-        attach(
-            study,
-            ASSIGNMENT,
-            reference,
-            filename="assignment.json",
-            mimetype="application/json",
-        )
+        stored = artifacts.put_json(found.to_json())
+        attach(study, ASSIGNMENT, stored, filename="assignment.json", mimetype="application/json")

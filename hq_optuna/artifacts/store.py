@@ -4,7 +4,7 @@ They live in one of Optuna's artifact stores, a folder or an S3 bucket, under th
 content. The study holds a `Reference`, written after the upload, so whoever can read a reference
 finds the whole file behind it. What is loaded is hashed first: other bytes than those that were
 stored are an error, never a result. Only bytes that cannot run anything are kept here: JSON, HTML,
-and tensors as safetensors (`hq_optuna.objective.tensors`).
+and tensors as safetensors (`hq_optuna.objective.training_steps`).
 
 Example:
     >>> import tempfile

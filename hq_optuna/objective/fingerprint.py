@@ -36,9 +36,7 @@ _WORDS = {
 def of_settings(owner: Any, group: Group) -> dict[str, Any]:
     """Return the settings of a group that tell searches apart, by name.
 
-    Args:
-        owner: Who has them as attributes: settings, or a sampler.
-        group: ``"scoring"`` or ``"steps"``.
+    ``owner`` has them as attributes: settings, or a sampler.
     """
     found = {
         name: getattr(owner, name)
@@ -103,18 +101,9 @@ def versions() -> dict[str, str]:
 def check_or_write(study: Study, mine: Mapping[str, Any], *, is_mine: bool | None = None) -> bool:
     """Write the fingerprint into a new study, or refuse a study with another one.
 
-    Args:
-        study: The study.
-        mine: The fingerprint of the search that wants to go on with it.
-        is_mine: Whether the study's first trial belongs to this very search. Then another
-            fingerprint there is that of a search which was started at the same moment, wrote last
-            and was refused, and is written over.
-
-    Returns:
-        Whether what is stored had to be written over.
-
-    Raises:
-        ResumeError: Naming what changed.
+    With ``is_mine`` the study's first trial belongs to this very search. Then another fingerprint
+    there is that of a search which was started at the same moment, wrote last and was refused, and
+    is written over. Returns whether that was so. Raises `ResumeError`, which names what changed.
     """
     stored = study.user_attrs.get(attributes.FINGERPRINT)
     changed: tuple[str, ...] = ()

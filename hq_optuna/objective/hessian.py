@@ -26,8 +26,14 @@ from hq_optuna.network.copies import copied
 from hq_optuna.network.evaluation import Evaluate
 from hq_optuna.network.losses import LossFunction
 from hq_optuna.objective import fingerprint
-from hq_optuna.objective.publish import publish, publish_facts, stored_sensitivity
-from hq_optuna.objective.recording import budget_of, record, shown
+from hq_optuna.objective.publish import (
+    budget_of,
+    publish,
+    publish_facts,
+    record,
+    shown,
+    stored_sensitivity,
+)
 from hq_optuna.objective.scorer_setup import Progress, ScorerSetup
 from hq_optuna.objective.training_steps import TrainedSteps
 from hq_optuna.optuna_internals import id_of, storage_of
@@ -108,10 +114,10 @@ class HessianObjective:
         self.model = model
         self.space = space
         self.loss_fn = loss_fn
-        self.setup = ScorerSetup.checked(loss_fn, given, space, output_rise)
-        self.settings = self.setup.settings
         self.device = next(model.parameters()).device
         self.data = read_batches(calibration, batch_size=batch_size).to(self.device)
+        self.setup = ScorerSetup.checked(given, space, self.data, loss_fn, output_rise)
+        self.settings = self.setup.settings
         self.warnings = check_forward(model, self.data, loss_fn)
         if output_rise is not None:
             check_rise(model, self.data, output_rise)
@@ -122,12 +128,7 @@ class HessianObjective:
         self.training: TrainedSteps | None = None
         if training is not None:
             self.training = TrainedSteps(
-                training,
-                model,
-                space,
-                self.setup,
-                self.data,
-                loss_fn,
+                *(training, model, self.setup),
                 lambda what, done, of: self._progress(what, done, of),
                 artifacts=artifacts,
                 validation=validation,
@@ -168,16 +169,14 @@ class HessianObjective:
         base = next((r.number for r in reversed(records) if r.trained is not None), None)
         network = self.quantized(config, self.scorer_at(study, base))
         if self.training is not None and base is not None and records[-1].number == base:
-            fresh = self.setup.prepared(self.model, self.space)
+            fresh = self.setup.prepared(self.model)
             return self.training.network(study, base, fresh)
         return network
 
     def scorer_at(self, study: Study, base: int | None) -> Scorer:
-        """Return the scorer of candidates that are made from a trained record.
+        """Return the scorer of candidates made from a trained record, by its number.
 
-        Args:
-            study: The study.
-            base: The record's number; ``None``: of the network as it was given.
+        ``None`` stands for the network as it was given.
         """
         scorer = self.prepare(study)
         if base is None:
@@ -221,7 +220,10 @@ class HessianObjective:
             if settled.get(id_of(study)) != another:
                 write_over = self._settle(study)
         if self._scorer is None:
-            self._scorer = self._prepare(study)
+            known = None if study is None else stored_sensitivity(study)
+            built = self.setup.build(copied(self.model), known, self._progress)
+            self.warnings += built.warnings
+            self._scorer, self._facts = built.scorer, built.facts
         if study is not None and write_over is not None:
             publish_facts(study, self._facts)
             table = self._scorer.sensitivity
@@ -242,19 +244,6 @@ class HessianObjective:
     def _met_another(study: Study) -> bool:
         sampler = study.sampler
         return isinstance(sampler, ProgressiveBitSampler) and sampler.view(study).met_another
-
-    def _prepare(self, study: Study | None) -> Scorer:
-        built = self.setup.build(
-            copied(self.model),
-            self.space,
-            self.data,
-            self.loss_fn,
-            None if study is None else stored_sensitivity(study),
-            lambda what, done, of: self._progress(what, done, of),
-        )
-        self.warnings += built.warnings
-        self._facts = built.facts
-        return built.scorer
 
     def fingerprint(self, study: Study) -> dict[str, Any]:
         """Return what this search depends on, by name."""
@@ -344,19 +333,11 @@ class HessianObjective:
     def obey(
         self, study: Study, order: Mapping[str, Any], needed: Callable[[], bool]
     ) -> tuple[float, dict[str, Any]]:
-        """Do what a coordinator orders for a trial of its own.
+        """Do what a coordinator orders for its own trial; return its score and user attributes.
 
-        Args:
-            study: The study. It is read only for a network that was trained meanwhile, and written
-                only while one is trained here.
-            order: See `hq_optuna.workers.dispatcher.Order.message`.
-            needed: Asked now and then.
-
-        Returns:
-            The score, nats, and the trial's user attributes.
-
-        Raises:
-            NotNeeded: Nobody needs it any more.
+        The study is read only for a network that was trained meanwhile, and written only while one
+        is trained here. ``order`` is `hq_optuna.workers.dispatcher.Order.message`; ``needed`` is
+        asked now and then, and `NotNeeded` raised when it is not.
         """
         started, base = time.perf_counter(), order.get("base")
         if "train" in order:
@@ -386,14 +367,8 @@ class HessianObjective:
     ) -> tuple[float, Score, dict[str, Any]]:
         """Train the bits of a step record; return its value, the score, and what to record.
 
-        Args:
-            trial: The record's trial.
-            ticket: Its ticket.
-            needed: Asked after each epoch.
-            otherwise: Raised when it is not; the checkpoint stays.
-
-        Raises:
-            ArtifactError: The artifact store cannot be read or written.
+        ``needed`` is asked after each epoch, and ``otherwise`` raised when it is not; the
+        checkpoint stays. Raises `ArtifactError` where the artifact store fails.
         """
         study, sampler = trial.study, trial.study.sampler
         assert isinstance(sampler, ProgressiveBitSampler)
@@ -422,10 +397,7 @@ class HessianObjective:
 def _every(seconds: float, needed: Callable[[], bool], otherwise: Exception) -> Callable[[], None]:
     """Return a function that raises ``otherwise`` once the work is not needed any more.
 
-    Args:
-        seconds: How often ``needed`` is asked at most.
-        needed: Whether it is.
-        otherwise: Raised when it is not.
+    ``needed`` is asked every so many seconds at most.
     """
     last = time.monotonic()
 

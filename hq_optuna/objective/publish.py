@@ -1,23 +1,34 @@
-"""What a study is told once about its search, so that reports and other workers need no network."""
+"""What a study is told of its search, and a trial of its scoring: readers need no network."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
 import io
+import time
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import optuna
 from optuna.study import Study
+from optuna.trial import Trial
 
 from hq_optuna import attributes
 from hq_optuna.artifacts.store import Artifacts, attach, attached
+from hq_optuna.attributes import Ticket
 from hq_optuna.errors import ResumeError
 from hq_optuna.network.evaluation import is_validation_fact
-from hq_optuna.optuna_internals import id_of, storage_of
-from hq_optuna.scoring import Sensitivity
+from hq_optuna.optuna_internals import id_of, storage_of, trial_id_of
+from hq_optuna.protocol import worker_identity
+from hq_optuna.protocol.claims import write_facts
+from hq_optuna.protocol.tickets import excess, facts
+from hq_optuna.pruners import CostBudgetPruner
+from hq_optuna.samplers import ProgressiveBitSampler
+from hq_optuna.scoring import Score, Sensitivity
+from hq_optuna.space.assignment import BitConfig
+from hq_optuna.space.budget import Budget
+from hq_optuna.space.cost import CostModel
 from hq_optuna.space.search_space import SearchSpace
 
 SENSITIVITY = "sensitivity"
@@ -38,16 +49,9 @@ def publish(
     *,
     again: bool = False,
 ) -> None:
-    """Write space, sensitivities and description into the study, if they are not there yet.
+    """Write space, sensitivities and description into the study, if not there or ``again``.
 
     The description comes last: a study that has it is complete.
-
-    Args:
-        study: The study.
-        space: Its search space.
-        info: Its description.
-        sensitivity: What was measured.
-        again: Write over what is there.
     """
     if attributes.INFO in study.user_attrs and not again:
         return
@@ -66,29 +70,17 @@ def publish(
 def publish_artifacts(study: Study, artifacts: Artifacts) -> None:
     """Put copies of the sensitivity table into the artifact store, unless the study names them.
 
-    One as JSON for programs, one as CSV, which optuna-dashboard shows as a table.
-
-    The study's own attributes stay what workers read: they need nothing but the storage, and all
-    rank by the same numbers. The copy is for people and other programs; its hash is in the study.
+    One is JSON for programs, one CSV, which optuna-dashboard shows as a table. Workers read the
+    study's own attributes: they need nothing but the storage.
     """
     system = storage_of(study).get_study_system_attrs(id_of(study))
     table = attributes.join(attributes.SENSITIVITY, system) or {}
     if attached(study, SENSITIVITY) is None:
-        attach(
-            study,
-            SENSITIVITY,
-            artifacts.put_json(table),
-            filename="sensitivity.json",
-            mimetype="application/json",
-        )
+        stored = artifacts.put_json(table)
+        attach(study, SENSITIVITY, stored, filename="sensitivity.json", mimetype="application/json")
     if attached(study, SENSITIVITY_CSV) is None:
-        attach(
-            study,
-            SENSITIVITY_CSV,
-            artifacts.put(as_csv(table).encode()),
-            filename="sensitivity.csv",
-            mimetype="text/csv",
-        )
+        stored = artifacts.put(as_csv(table).encode())
+        attach(study, SENSITIVITY_CSV, stored, filename="sensitivity.csv", mimetype="text/csv")
 
 
 def as_csv(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
@@ -136,11 +128,7 @@ def publish_facts(study: Study, facts: dict[str, Any]) -> None:
 
 
 def refuse_foreign_study(study: Study) -> None:
-    """Refuse a study that holds trials but no search of ours.
-
-    Raises:
-        ResumeError: The study is of another kind.
-    """
+    """Refuse a study that holds trials but no search of ours."""
     multi = len(study.directions) != 1 or study.direction != optuna.study.StudyDirection.MINIMIZE
     foreign = attributes.FINGERPRINT not in study.user_attrs and len(
         study.get_trials(deepcopy=False)
@@ -151,3 +139,43 @@ def refuse_foreign_study(study: Study) -> None:
             "Give another study name (--name).",
             changed=("kind of study",),
         )
+
+
+def record(
+    space: SearchSpace,
+    trial: Trial,
+    config: BitConfig,
+    score: Score,
+    ticket: Ticket | None,
+    started: float,
+) -> float:
+    """Write what a trial shows besides its value, which is returned."""
+    budget = budget_of(trial.study)
+    cost = CostModel(space.layers, "bops" if budget is None else budget.metric).cost(config)
+    known: dict[str, Any] = {} if ticket is None else facts(ticket, space, cost)
+    write_facts(trial, known | {attributes.COST: cost} | shown(score, started))
+    over = None if budget is None else excess(cost, budget.limit(space.layers))
+    # A trial that was claimed was created with it.
+    if budget is not None and over is not None and budget.metric not in trial.constraints:
+        trial.set_constraint(budget.metric, over)
+        # optuna-dashboard up to 0.21 reads only the older form.
+        trial.storage.set_trial_system_attr(trial_id_of(trial), attributes.OLD_CONSTRAINTS, [over])
+    return score.total
+
+
+def shown(score: Score, started: float) -> dict[str, Any]:
+    """Return what a trial says of its scoring, which began at ``started`` (`time.perf_counter`)."""
+    return {
+        attributes.SCORE_WEIGHTS: score.weights,
+        attributes.SCORE_ACTIVATIONS: score.activations,
+        attributes.CALIBRATION_LOSS: score.calibration_loss,
+        attributes.SECONDS: round(time.perf_counter() - started, 6),
+        attributes.WORKER: worker_identity.my_short_name(),
+    }
+
+
+def budget_of(study: Study) -> Budget | None:
+    """Return the budget of a study: its sampler's, or its pruner's."""
+    if isinstance(study.sampler, ProgressiveBitSampler) and study.sampler.budget is not None:
+        return study.sampler.budget
+    return study.pruner.budget if isinstance(study.pruner, CostBudgetPruner) else None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -28,7 +28,6 @@ from hq_optuna.scoring import (
 )
 from hq_optuna.scoring.sensitivity import unknown_curvature_warnings
 from hq_optuna.settings import SearchSettings
-from hq_optuna.space.layers import LayerSpec
 from hq_optuna.space.search_space import SearchSpace, bits_needed
 from hq_optuna.training.trained import TrainedNetwork
 
@@ -52,31 +51,37 @@ class BuiltScorer(NamedTuple):
 
 @dataclass(frozen=True)
 class ScorerSetup:
-    """How assignments are scored; see `hq_optuna.settings`.
+    """How assignments are scored, and on what; see `hq_optuna.settings`.
 
     Attributes:
         settings: With the scorer that was chosen.
+        space: Which bits will be asked for.
+        data: Calibration batches on the network's device.
+        loss_fn: Mean loss of a batch from outputs and labels.
         output_rise: What Gauss-Newton ranks by; ``None`` for other scorers.
         quantizers: Layer → name of the quantizer of its weights, where it is not uniform.
     """
 
     settings: SearchSettings
-    output_rise: OutputRise | None = None
-    quantizers: Mapping[str, str] = field(default_factory=dict)
+    space: SearchSpace
+    data: Batches
+    loss_fn: LossFunction
+    output_rise: OutputRise | None
+    quantizers: Mapping[str, str]
 
     @classmethod
     def checked(
         cls,
-        loss_fn: LossFunction,
         settings: SearchSettings,
         space: SearchSpace,
+        data: Batches,
+        loss_fn: LossFunction,
         output_rise: OutputRise | None,
     ) -> ScorerSetup:
         """Return the set-up for a loss; the scorer is chosen where it is ``None``.
 
-        Raises:
-            ValueError: A scorer that does not know the loss.
-            SpaceError: An unknown quantizer, or one that cannot do the bits of its layers.
+        Raises `ValueError` for a scorer that does not know the loss, and `SpaceError` for an
+        unknown quantizer, or one that cannot do the bits of its layers.
         """
         if output_rise is None:
             output_rise = output_rise_of(loss_fn)
@@ -98,6 +103,9 @@ class ScorerSetup:
             )
         return cls(
             settings.replace(scorer=scorer),
+            space,
+            data,
+            loss_fn,
             output_rise if scorer == "gauss_newton" else None,
             choose_quantizers(settings.quantizers, space),
         )
@@ -105,9 +113,6 @@ class ScorerSetup:
     def build(
         self,
         network: nn.Module,
-        space: SearchSpace,
-        data: Batches,
-        loss_fn: LossFunction,
         known: Sensitivity | None,
         progress: Progress,
         *,
@@ -115,61 +120,38 @@ class ScorerSetup:
         teacher: nn.Module | None = None,
         moments: Mapping[str, Tensor] | None = None,
     ) -> BuiltScorer:
-        """Return a scorer of a network.
+        """Return a scorer of a float network in eval mode.
 
-        Args:
-            network: The float network, in eval mode.
-            space: Which bits will be asked for.
-            data: Calibration batches on the network's device.
-            loss_fn: Mean loss of a batch from outputs and labels.
-            known: Sensitivities that another worker measured; ``None``: measure them.
-            progress: Told what is done.
-            base: What a training learned, where the network is a trained one.
-            teacher: Then, the network that rises are measured against.
-            moments: Then, the curvature of weights that its training told, by layer.
+        Sensitivities are measured unless another worker did and they are ``known``. Of a trained
+        network: what its training learned is ``base``, rises are measured against ``teacher``, and
+        ``moments`` are the curvature of weights that the training told, by layer.
         """
-        prepared = self._settled(network, space, data, base)
+        prepared = self._observed(network, base)
         warnings: list[str] = []
-        wanted = {name: set(weights) for name, (weights, _) in bits_needed(space).items()}
+        wanted = {name: set(weights) for name, (weights, _) in bits_needed(self.space).items()}
         if base is not None:
             for name, weights in wanted.items():
                 weights.discard(base.config[name].weight_bits)
         if self.settings.rounding == "compensated":
             compensate_weights(
-                prepared,
-                space.layers,
-                data,
-                wanted,
+                *(prepared, self.space.layers, self.data, wanted),
                 progress=lambda done, of: progress("rounding", done, of),
             )
             warnings += uncompensated_warnings(self.quantizers)
         facts: dict[str, float] = {}
         if known is None:
             known, curvature = measure_layer_sums(
-                self._layer_sum(loss_fn),
-                network,
-                prepared,
-                space,
-                data,
-                loss_fn,
+                *(self._layer_sum, network, prepared, self.space, self.data, self.loss_fn),
                 progress=progress,
                 moments=moments,
             )
-            warnings += unknown_curvature_warnings(curvature, space.layers)
+            warnings += unknown_curvature_warnings(curvature, self.space.layers)
             facts["curvature_samples"] = curvature.n_samples
             if math.isfinite(curvature.largest_error):  # one batch alone has none
                 facts["curvature_standard_error"] = round(curvature.largest_error, 4)
-        scorer = self._scorer(prepared, known, space, data, loss_fn, base, teacher)
-        return BuiltScorer(scorer, warnings, facts)
+        return BuiltScorer(self._scorer(prepared, known, base, teacher), warnings, facts)
 
-    def score_of_trained(
-        self,
-        base: TrainedNetwork,
-        space: SearchSpace,
-        data: Batches,
-        loss_fn: LossFunction,
-        teacher: nn.Module,
-    ) -> float | None:
+    def score_of_trained(self, base: TrainedNetwork, teacher: nn.Module) -> float | None:
         """Return the score of a trained network at its own bits, before a scorer of it is built.
 
         Digit for digit what that scorer says. ``None``: the score is a sum over layers, for which
@@ -177,20 +159,17 @@ class ScorerSetup:
         """
         if self.output_rise is None and self.settings.scorer != "loss":
             return None
-        prepared = self._settled(base.network, space, data, base)
         nothing = Sensitivity(
             {name: {bits.weight_bits: 0.0} for name, bits in base.config.items()},
             {name: {bits.activation_bits: 0.0} for name, bits in base.config.items()},
         )
-        scorer = self._scorer(prepared, nothing, space, data, loss_fn, base, teacher)
+        scorer = self._scorer(self._observed(base.network, base), nothing, base, teacher)
         return scorer.score(base.config).total
 
-    def _settled(
-        self, network: nn.Module, space: SearchSpace, data: Batches, base: TrainedNetwork | None
-    ) -> nn.Module:
+    def _observed(self, network: nn.Module, base: TrainedNetwork | None) -> nn.Module:
         """Return a prepared copy with observed ranges and what a training learned."""
-        names = [layer.name for layer in space.layers]
-        prepared = self.prepared(network, space, observe_inputs(network, names, data))
+        names = [layer.name for layer in self.space.layers]
+        prepared = self.prepared(network, observe_inputs(network, names, self.data))
         if base is not None:
             base.restore_learned_(prepared)
         return prepared
@@ -199,56 +178,45 @@ class ScorerSetup:
         self,
         prepared: nn.Module,
         known: Sensitivity,
-        space: SearchSpace,
-        data: Batches,
-        loss_fn: LossFunction,
         base: TrainedNetwork | None,
         teacher: nn.Module | None,
     ) -> Scorer:
-        merged = enlarge_first_batch(data, statistics_samples(space.layers))
-        correct = None
+        data, precision = self.statistics_data(), self.settings.precision
+        correction = None
         if self.settings.correction:
-            config = None if base is None else base.config
-            correct = StatisticsCorrection(prepared, merged, self.settings.precision, config)
+            at = None if base is None else base.config
+            correction = StatisticsCorrection(prepared, data, precision, at)
         return Scorer(
-            prepared,
-            known,
-            merged,
-            loss_fn,
+            *(prepared, known, data, self.loss_fn),
             output_rise=self.output_rise,
             by_loss=self.settings.scorer == "loss",
-            correction=correct,
-            precision=self.settings.precision,
+            correction=correction,
+            precision=precision,
             teacher=teacher,
         )
 
     def prepared(
-        self,
-        network: nn.Module,
-        space: SearchSpace,
-        inputs: Mapping[str, InputHistogram] | None = None,
+        self, network: nn.Module, inputs: Mapping[str, InputHistogram] | None = None
     ) -> nn.Module:
         """Return a prepared copy of a network, without ranges for its inputs unless observed."""
         return prepare(
-            network,
-            space.layers,
-            inputs,
+            *(network, self.space.layers, inputs),
             observer=self.settings.observer,
             quantizers=self.quantizers,
         )
 
-    def _layer_sum(self, loss_fn: LossFunction) -> LayerSumName:
-        """Return the sum over layers that is recorded of each candidate."""
+    @property
+    def _layer_sum(self) -> LayerSumName:
+        """The sum over layers that is recorded of each candidate."""
         if self.settings.scorer in LAYER_SUMS:
             return self.settings.scorer
-        return "diagonal" if probe_of(loss_fn) is None else "fisher"
+        return "diagonal" if probe_of(self.loss_fn) is None else "fisher"
 
+    def statistics_data(self) -> Batches:
+        """Return the data with a first batch that is large enough to measure statistics on.
 
-def statistics_samples(layers: Sequence[LayerSpec]) -> int:
-    """Return how many samples statistics are measured on at once.
-
-    Statistics want many, memory and caches do not: about 64 MiB a tensor. More than 128 made no
-    difference.
-    """
-    largest = max(layer.n_inputs // layer.n_calls for layer in layers)
-    return max(1, min(128, 2**24 // largest))
+        Statistics want many samples, memory and caches do not: about 64 MiB a tensor. More than 128
+        made no difference.
+        """
+        largest = max(layer.n_inputs // layer.n_calls for layer in self.space.layers)
+        return enlarge_first_batch(self.data, max(1, min(128, 2**24 // largest)))

@@ -21,6 +21,8 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import Trial
+from safetensors import SafetensorError
+from safetensors import torch as safetensors
 from torch import Tensor, nn
 
 from hq_optuna import attributes
@@ -34,26 +36,27 @@ from hq_optuna.errors import (
     ScoreError,
     TrainingError,
 )
-from hq_optuna.network.batches import Batches, enlarge_first_batch
+from hq_optuna.network.batches import Batches
 from hq_optuna.network.copies import copied
 from hq_optuna.network.evaluation import Evaluate, mean_loss, measured_figures
-from hq_optuna.network.losses import LossFunction
-from hq_optuna.objective.scorer_setup import BuiltScorer, Progress, ScorerSetup, statistics_samples
-from hq_optuna.objective.tensors import get_tensors, put_tensors
+from hq_optuna.objective.scorer_setup import BuiltScorer, Progress, ScorerSetup
 from hq_optuna.optuna_internals import id_of, place_of, storage_of, trial_id_of
 from hq_optuna.protocol.step_log import StepLog
 from hq_optuna.protocol.tickets import KEPT, closing, winner_of
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.scoring import Score, Sensitivity
 from hq_optuna.search.rules import keeps
-from hq_optuna.space.assignment import BitConfig
-from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.training import Trainer, TrainingSettings, load_trained_, trained_tensors
 from hq_optuna.training.plan import TrainingPlan
-from hq_optuna.training.trained import TrainedNetwork, fold_shifts_, layers_without_bias
+from hq_optuna.training.trained import TrainedNetwork, fold_shifts_, layers_without_bias, part_of
 from hq_optuna.training.trainer import check_trainable
 
 logger = logging.getLogger(__name__)
+
+NO_STORE = (
+    "A search that trains keeps weights in an artifact store. Give one: artifacts=, a folder or "
+    "s3://bucket/prefix."
+)
 
 
 class _Trained(NamedTuple):
@@ -71,42 +74,28 @@ _CURVATURE = "curvature."
 class TrainedSteps:
     """Trains winners of one search, and builds scorers of trained networks.
 
-    Args:
-        plan: When and how.
-        model: The float network; the teacher.
-        space: The search space.
-        setup: How assignments are scored.
-        data: Calibration batches.
-        loss_fn: Mean loss of a batch.
-        progress: Told what is done.
-        artifacts: Where weights are kept; `keep_in` may name another place later.
-        validation: Data on which a network is measured before and after, or ``None``.
-        evaluate: What is measured there beside the loss.
-
-    Raises:
-        DataError: The network cannot be trained as the plan says.
+    The float network ``model`` is the teacher. Weights are kept in ``artifacts``; `keep_in` may
+    name another place later. On validation data a network is measured before and after: the loss,
+    and what ``evaluate`` returns. Raises `DataError` where the network cannot be trained as the
+    plan says.
     """
 
     def __init__(
         self,
         plan: TrainingPlan,
         model: nn.Module,
-        space: SearchSpace,
         setup: ScorerSetup,
-        data: Batches,
-        loss_fn: LossFunction,
         progress: Progress,
         *,
         artifacts: Artifacts | None = None,
         validation: Batches | None = None,
         evaluate: Evaluate | None = None,
     ) -> None:
-        self.plan, self.model, self.space, self.setup = plan, model, space, setup
-        self.data, self.loss_fn, self.progress = data, loss_fn, progress
+        self.plan, self.model, self.setup, self.progress = plan, model, setup, progress
         self.artifacts, self.validation, self.evaluate = artifacts, validation, evaluate
         self._built: tuple[tuple[BaseStorage, int, int], BuiltScorer] | None = None
         for settings in plan.used:
-            check_trainable(model, plan.data, settings, loss_fn, plan.augment)
+            check_trainable(model, plan.data, settings, setup.loss_fn, plan.augment)
 
     def keep_in(self, artifacts: Artifacts) -> None:
         """Keep weights in this store from here on."""
@@ -136,19 +125,13 @@ class TrainedSteps:
         return prepared
 
     def _build(self, tensors: Mapping[str, Any], known: Sensitivity | None) -> BuiltScorer:
-        base = self._base(tensors)
-        moments = {
-            name.removeprefix(_CURVATURE): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(_CURVATURE)
-        }
-        return self.setup.build(
-            base.network, self.space, self.data, self.loss_fn, known, self.progress,
-            base=base, teacher=self.model, moments=moments,
-        )  # fmt: skip
+        base, moments = self._base(tensors), part_of(tensors, _CURVATURE)
+        given = base.network, known, self.progress
+        return self.setup.build(*given, base=base, teacher=self.model, moments=moments)
 
     def _base(self, tensors: Mapping[str, Any]) -> TrainedNetwork:
-        return TrainedNetwork.rebuild(self.model, self.space.layers, tensors, self.setup.quantizers)
+        layers = self.setup.space.layers
+        return TrainedNetwork.rebuild(self.model, layers, tensors, self.setup.quantizers)
 
     def _said(self, study: Study, number: int) -> Mapping[str, Any]:
         storage = storage_of(study)
@@ -165,10 +148,7 @@ class TrainedSteps:
     @property
     def _store(self) -> Artifacts:
         if self.artifacts is None:
-            raise ArtifactError(
-                "A search that trains keeps weights in an artifact store. Give one: artifacts=, a "
-                "folder or s3://bucket/prefix."
-            )
+            raise ArtifactError(NO_STORE)
         return self.artifacts
 
     # Training
@@ -187,18 +167,11 @@ class TrainedSteps:
         The value is the trained network's score. A winner that training made worse is kept as it
         was, and its record is as if it had not been trained; so is one whose training failed. The
         answer's training is always kept, and its value is below all within the budget, so that
-        `study.best_trial` is the answer.
+        `study.best_trial` is the answer. Raises `TrainingError` where the answer's training fails.
 
-        Args:
-            trial: The record's trial, which is this process's.
-            ticket: Its ticket.
-            log: The record of the search.
-            network: Prepared, at these bits, with its statistics corrected; trained in place.
-            needed: Asked after each epoch.
-            otherwise: Raised when it is not, or when the trial was taken for dead and ended.
-
-        Raises:
-            TrainingError: The answer's training failed.
+        ``network`` is prepared, at these bits, with its statistics corrected, and trained in place.
+        ``needed`` is asked after each epoch; ``otherwise`` is raised when it is not, or when the
+        trial was taken for dead and ended.
         """
         final = log.open is not None and log.open.final
         settings = self._settings_of(ticket.step, final)
@@ -206,11 +179,9 @@ class TrainedSteps:
         facts |= {f"{name}_before": value for name, value in self._measured(network).items()}
         self._correct_(network, settings)
         trainer = Trainer(
-            network,
-            self.plan.data,
-            settings,
+            *(network, self.plan.data, settings),
             teacher=self.model,
-            loss_fn=self.loss_fn,
+            loss_fn=self.setup.loss_fn,
             augment=self.plan.augment,
         )
         facts["samples"] = trainer.data.steps * trainer.data.batch_size
@@ -231,11 +202,7 @@ class TrainedSteps:
             # The same would come of it each time, and would hold up the search for ever.
             logger.warning("The training of step %d is not kept: %s", ticket.step, error)
             facts["failed"] = str(error)
-        facts |= {
-            "kept": trained is not None,
-            "seconds": round(math.fsum(e.seconds for e in trainer.history), 3),
-            **_losses(trainer),
-        }
+        facts |= {"kept": trained is not None, **_summary(trainer)}
         if "failed" not in facts:
             facts |= {f"{name}_after": value for name, value in self._measured(network).items()}
         if trained is None:
@@ -287,7 +254,7 @@ class TrainedSteps:
                 if name not in moments.no_gradient:
                     tensors[f"{_CURVATURE}{name}"] = moment * moments.batch_size
         built = self._build(tensors, None)
-        score = built.scorer.score(BitConfig(self.space.config(ticket.bits)))
+        score = built.scorer.score(self.setup.space.config(ticket.bits))
         facts["score"] = score.total
         kept = keeps(score.total, winner)
         if told is None:  # a sum over layers is of the trained network, and cannot tell harm
@@ -314,9 +281,7 @@ class TrainedSteps:
 
     def _score(self, tensors: Mapping[str, Any]) -> float | None:
         """Return a trained network's score where its outputs tell it: most are not kept."""
-        return self.setup.score_of_trained(
-            self._base(tensors), self.space, self.data, self.loss_fn, self.model
-        )
+        return self.setup.score_of_trained(self._base(tensors), self.model)
 
     def _correct_(self, network: nn.Module, settings: TrainingSettings) -> None:
         """Correct statistics by their difference to the float network's, shifts within biases.
@@ -327,9 +292,8 @@ class TrainedSteps:
         fold_shifts_(network)
         if not self.setup.settings.correction or settings.label_weight == 1:
             return
-        data = enlarge_first_batch(self.data, statistics_samples(self.space.layers))
-        of = copied(self.model)
-        correction = StatisticsCorrection(network, data, self.setup.settings.precision, of=of)
+        data, precision = self.setup.statistics_data(), self.setup.settings.precision
+        correction = StatisticsCorrection(network, data, precision, of=copied(self.model))
         correction.apply(only=set(correction.modules) - layers_without_bias(network))
         fold_shifts_(network)
 
@@ -360,7 +324,7 @@ class TrainedSteps:
         """Return loss and what else is measured on the validation data."""
         if self.validation is None:
             return {}
-        found = mean_loss(network, self.validation, self.loss_fn)
+        found = mean_loss(network, self.validation, self.setup.loss_fn)
         if self.evaluate is not None:
             found |= measured_figures(self.evaluate, network, self.validation)
         return found
@@ -379,8 +343,27 @@ def _at(study: Study, number: int) -> tuple[BaseStorage, int, int]:
     return *place_of(study), number
 
 
-def _losses(trainer: Trainer) -> dict[str, float]:
-    """Return what was trained on, in the first epoch and in the last."""
-    if not trainer.history:
-        return {}
-    return {"loss_first": trainer.history[0].loss, "loss_last": trainer.history[-1].loss}
+def _summary(trainer: Trainer) -> dict[str, float]:
+    """Return how long a training took, and its loss in the first epoch and in the last."""
+    epochs = trainer.history
+    found = {"seconds": round(math.fsum(epoch.seconds for epoch in epochs), 3)}
+    return found | ({"loss_first": epochs[0].loss, "loss_last": epochs[-1].loss} if epochs else {})
+
+
+# Tensors as artifacts
+
+
+def put_tensors(artifacts: Artifacts, tensors: Mapping[str, Tensor]) -> Reference:
+    """Store tensors by name; equal ones give one artifact, whatever their device or order."""
+    # A copy each: safetensors refuses tensors that share memory, as tied weights do.
+    plain = {n: t.detach().cpu().clone().contiguous() for n, t in sorted(tensors.items())}
+    return artifacts.put(safetensors.save(plain))
+
+
+def get_tensors(artifacts: Artifacts, reference: Reference) -> dict[str, Tensor]:
+    """Return tensors by name, on the CPU; refuse an artifact that holds none."""
+    data = artifacts.get(reference)
+    try:
+        return safetensors.load(data)
+    except SafetensorError as error:
+        raise ArtifactError(f"Artifact {reference.id} holds no tensors: {error}.") from None

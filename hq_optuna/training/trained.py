@@ -60,16 +60,16 @@ def load_trained_(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for bit. Raises `CheckpointError`, and changes nothing, where the network has another structure.
     """
     layers = prepared_layers(network)
-    named = _part(tensors, _BITS)
+    named = part_of(tensors, _BITS)
     if sorted(named) != sorted(layers):
         raise CheckpointError(
             f"The trained layers are {', '.join(sorted(named)) or 'none'}; the network is prepared "
             f"for {', '.join(sorted(layers)) or 'none'}. Prepare it for the same layers."
         )
-    _load_state_(network, _part(tensors, _STATE))
+    _load_state_(network, part_of(tensors, _STATE))
     bits = BitConfig({name: (int(pair[0]), int(pair[1])) for name, pair in named.items()})
     set_bits(network, bits)
-    scales, ranges = _part(tensors, _SCALE), _part(tensors, _RANGE)
+    scales, ranges = part_of(tensors, _SCALE), part_of(tensors, _RANGE)
     for name, module in layers.items():
         known = {}
         if name in scales:
@@ -234,5 +234,6 @@ def fold_shifts_(network: nn.Module) -> None:
         shift.zero_()
 
 
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def part_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with a prefix, without it."""
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
