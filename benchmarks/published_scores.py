@@ -14,23 +14,46 @@ scales or clipping. Without ½ as well: about twice a loss rise in nats.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from hq_optuna.curvature import Curvature, empirical_fisher, hutchinson
+from hq_optuna.curvature import Curvature, hutchinson
+from hq_optuna.curvature.fisher import squared_gradients
 from hq_optuna.network.batches import Batches, forward
 from hq_optuna.network.losses import LossFunction
 from hq_optuna.quantization.observers import watch_inputs
 from hq_optuna.quantization.prepare import float_weight, get_bits, set_bits
 from hq_optuna.scoring.layer_sums import LAYER_SUMS, LayerSums, measure_layer_sums
 from hq_optuna.scoring.sensitivity import Sensitivity, Table, check_finite, measure_sensitivity
-from hq_optuna.space.layers import FLOAT_BITS
+from hq_optuna.space.layers import FLOAT_BITS, LayerSpec
 from hq_optuna.space.search_space import SearchSpace, bits_needed
 
 PUBLISHED = ("fit", "hawq_v2", *LAYER_SUMS)
 """Names that `measure_published` knows."""
+
+
+def empirical_fisher(
+    network: nn.Module, layers: Sequence[LayerSpec], data: Batches, loss_fn: LossFunction
+) -> Curvature:
+    """Return the mean over batches of n times the squared gradient of the batch's mean loss.
+
+    With one sample a batch that is the diagonal of the empirical Fisher matrix. Larger batches add
+    n times the squared mean gradient, which is 0 at a minimum.
+
+    Args:
+        network: Left as it is; a copy is differentiated.
+        layers: Layers to look at (`L`).
+        data: Calibration batches on the network's device.
+        loss_fn: Mean loss of a batch from outputs and labels.
+
+    Raises:
+        ScoreError: The loss does not depend on the network through any gradient.
+    """
+    return squared_gradients(
+        network, layers, data, lambda outputs, batch: loss_fn(outputs, batch.labels), 0.0
+    )
 
 
 def hawq_v2(

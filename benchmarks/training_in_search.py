@@ -24,11 +24,12 @@ import torch
 
 import hq_optuna as hq
 from benchmarks.outcome import Outcome
+from hq_optuna.cli.session import plan_of
 from hq_optuna.network.batches import read_batches
 from hq_optuna.network.evaluation import accuracy
 from hq_optuna.protocol.history import read_history
 from hq_optuna.study_files.study_file import StudyFile, StudyParts, find_study
-from hq_optuna.training.plan import TrainingPlan, plan_of
+from hq_optuna.training.plan import TrainingPlan
 
 
 def measure(
@@ -122,7 +123,7 @@ def main() -> None:
                 "train_epochs": arguments.train_epochs,
                 "final_epochs": arguments.final_epochs,
             }
-            plan = plan_of(asked, parts.train, parts.augment)
+            plan = plan_of(hq.SearchSettings(**asked), parts.train, parts.augment)
             assert plan is not None and plan.final is not None
             plan = replace(
                 plan,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from rich.console import Console
@@ -25,6 +25,10 @@ from hq_optuna.settings import RunSettings, SearchSettings
 from hq_optuna.space.cost import macs
 from hq_optuna.storages import explain_storage_errors, load_study, redact_url, study_exists
 from hq_optuna.study_files.study_file import StudyFile, StudyParts, find_study
+
+if TYPE_CHECKING:  # these load torch
+    from hq_optuna.training.data import Augment
+    from hq_optuna.training.plan import TrainingPlan
 
 LONGEST_PAUSE_S = 5.0
 """Between two looks for a study that does not exist yet."""
@@ -205,7 +209,6 @@ def _load(
 
     from hq_optuna.bit_search import BitSearch
     from hq_optuna.network.devices import move_to
-    from hq_optuna.training.plan import plan_of
 
     torch.set_num_threads(place.threads or n_cores())
     # Failed trials show as errors of ours; Optuna would add its traceback to each.
@@ -228,6 +231,68 @@ def _load(
     threads = place.threads or sensible_threads(macs(search.space.layers))
     torch.set_num_threads(threads)
     return parts, search, threads
+
+
+def plan_of(
+    given: SearchSettings,
+    train: Callable[[], Any] | None,
+    augment: Augment | None,
+    typed: Collection[str] = (),
+) -> TrainingPlan | None:
+    """Return the training plan from settings, or ``None`` where they ask for no training.
+
+    ``train`` returns the training data and is called only where they are needed. ``typed`` names
+    the settings from the command line: ``train_epochs`` alone is refused there, while a study file
+    may give it for runs that do train.
+
+    Raises:
+        StudyFileError: Training is asked for without training data or without saying when to
+            train, or a setting is not understood.
+        DataError: Unusable training data.
+    """
+    from hq_optuna.training.plan import FINAL_EPOCHS, STEP_EPOCHS, TrainingPlan
+    from hq_optuna.training.settings import TrainingSettings
+
+    every, final = given.train_every, given.final_epochs
+    if final is None:
+        final = FINAL_EPOCHS if every else 0
+    if not every and "train_epochs" in typed:
+        raise StudyFileError(
+            "--train-epochs is of winners, and without --train-every none is trained. Say after "
+            "how many steps theirs is (--train-every 4), or train the answer alone "
+            "(--final-epochs 20, without --train-epochs)."
+        )
+    if not every and not final:
+        return None
+    if train is None:
+        raise StudyFileError(
+            "Training (--train-every, --final-epochs) needs data: let the study file define "
+            "train(), which returns (inputs, labels), a Dataset or batches."
+        )
+
+    def settings(epochs: int, *names: str) -> TrainingSettings:
+        # A short training has no epoch to spare for warming up.
+        found: dict[str, Any] = {"warmup_epochs": 0.0} if epochs == 1 else {}
+        for name in names:
+            further = getattr(given, name)
+            if "epochs" in further:
+                raise StudyFileError(
+                    f"Give train_epochs and final_epochs instead of {name}['epochs']."
+                )
+            found |= further
+        try:
+            return TrainingSettings.from_json({**found, "epochs": epochs})
+        except (TypeError, ValueError) as error:
+            said = " and ".join(f"SETTINGS[{name!r}]" for name in names if getattr(given, name))
+            raise StudyFileError(f"{said or 'Training'}: {error}") from None
+
+    return TrainingPlan(
+        data=train(),
+        every=every,
+        settings=settings(given.train_epochs or STEP_EPOCHS, "training"),
+        final=settings(final, "training", "final_training") if final else None,
+        augment=augment,
+    )
 
 
 def _say(console: Console, text: str) -> None:

@@ -2,7 +2,7 @@
 
 from hq_optuna.curvature.adam import calibration_adam
 from hq_optuna.curvature.estimate import Curvature, InputCurvature
-from hq_optuna.curvature.fisher import OutputProbe, empirical_fisher, output_curvature, probe_of
+from hq_optuna.curvature.fisher import OutputProbe, output_curvature, probe_of
 from hq_optuna.curvature.hutchinson import hutchinson
 
 __all__ = [
@@ -10,7 +10,6 @@ __all__ = [
     "InputCurvature",
     "OutputProbe",
     "calibration_adam",
-    "empirical_fisher",
     "hutchinson",
     "output_curvature",
     "probe_of",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -83,6 +84,12 @@ class Curvature:
     n_samples: int
     no_gradient: tuple[str, ...]
     errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def with_weights(self, known: Mapping[str, Tensor]) -> Curvature:
+        """Return the same with what is known of weights from elsewhere, by layer."""
+        weights = {n: known[n].to(h) if n in known else h for n, h in self.weights.items()}
+        gone = tuple(name for name in self.no_gradient if name not in known)
+        return dataclasses.replace(self, weights=weights, no_gradient=gone)
 
     @property
     def largest_error(self) -> float:

@@ -17,13 +17,14 @@ mode, max-pooling) the Gauss-Newton matrix of one layer *is* its Hessian, so at 
 `hutchinson` estimates, at the cost of a gradient.
 
 Sources: Schraudolph 2002 (Gauss-Newton); Martens 2020 (Fisher = Gauss-Newton here); random signs
-as in Hutchinson 1989. `empirical_fisher` is what FIT uses (Zandonati et al., 2022).
+as in Hutchinson 1989.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from hq_optuna.curvature.estimate import TOLERANCE, Curvature
 from hq_optuna.curvature.sweep import SquaredGradients, differentiable, signs
 from hq_optuna.network.batches import Batch, Batches
-from hq_optuna.network.losses import LossFunction, Places, is_cross_entropy, is_squared_error
+from hq_optuna.network.losses import Places, is_cross_entropy, is_squared_error
 from hq_optuna.quantization.quantizers.base import in_single
 from hq_optuna.space.layers import LayerSpec
 
@@ -49,30 +50,26 @@ class OutputProbe(Protocol):
         """Return the factor that brings the curvature of all outputs seen to nats."""
 
 
+@dataclass(eq=False)
 class CrossEntropyProbe:
     """Draws u = L r for cross-entropy; further axes (pixels) count by their mean."""
 
-    def __init__(self, temperature: float = TEMPERATURE, places: Places = Places()) -> None:  # noqa: B008
-        if temperature <= 0:
-            raise ValueError(f"temperature is above 0; got {temperature}.")
-        self.temperature = temperature
-        self.places = places
-        self._softened: list[float] = []
-        self._own: list[float] = []
+    temperature: float = TEMPERATURE
+    places: Places = field(default_factory=Places)
+    _softened: list[float] = field(default_factory=list)
+    _own: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is above 0; got {self.temperature}.")
 
     def draw(self, outputs: Tensor, generator: torch.Generator, labels: Any = None) -> Tensor:
         """Return u for class scores ``(N, C, …)``."""
         z = outputs.detach().double()
         p = torch.softmax(z / self.temperature, 1)
-        own = torch.softmax(z, 1)
+        self._softened.append(self.places.curvature(z, labels, self.temperature))
+        self._own.append(self.places.curvature(z, labels))
         counted = self.places.counted(z, labels)
-
-        def trace(q: Tensor) -> float:  # of H_z
-            per_place = 1 - q.square().sum(1)
-            return float((per_place if counted is None else per_place * counted).sum())
-
-        self._softened.append(trace(p))
-        self._own.append(trace(own))
         root = p.sqrt() * signs(z, generator)
         u = root - p * root.sum(1, keepdim=True)
         if counted is not None:
@@ -134,7 +131,7 @@ def output_curvature(
         loss: Tensor = (u * outputs).sum() / batch.n
         return loss
 
-    found = _squared(network, layers, data, objective, tolerance, progress)
+    found = squared_gradients(network, layers, data, objective, tolerance, progress)
     scale = probe.scale()
     for h in found.weights.values():
         h *= scale
@@ -145,33 +142,15 @@ def output_curvature(
     return found
 
 
-def empirical_fisher(
-    network: nn.Module,
-    layers: Sequence[LayerSpec],
-    data: Batches,
-    loss_fn: LossFunction,
-    *,
-    progress: Callable[[int, int], None] | None = None,
-) -> Curvature:
-    """Return the mean over batches of n times the squared gradient of the batch's mean loss.
-
-    With one sample a batch that is the diagonal of the empirical Fisher matrix. Larger batches add
-    n times the squared mean gradient, which is 0 at a minimum. Raises `ScoreError` where the loss
-    has no gradient.
-    """
-    return _squared(
-        network, layers, data, lambda outputs, b: loss_fn(outputs, b.labels), 0.0, progress
-    )
-
-
-def _squared(
+def squared_gradients(
     network: nn.Module,
     layers: Sequence[LayerSpec],
     data: Batches,
     objective: Callable[[Any, Batch], Tensor],
     tolerance: float,
-    progress: Callable[[int, int], None] | None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Curvature:
+    """Return the mean over batches of n times the squared gradient of each batch's objective."""
     sweep, seen = SquaredGradients(layers), 0
     with differentiable(network, layers, sweep.see) as (copied, weights):
         sums = {name: torch.zeros_like(in_single(weight)) for name, weight in weights.items()}

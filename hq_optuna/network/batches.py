@@ -93,14 +93,14 @@ def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return tree
 
 
-def digest_of(named: Iterable[tuple[str, Tensor]]) -> str:
-    """Return twelve hexadecimal digits that name these tensors, with their names, in this order."""
-    sha = hashlib.sha256()
+def digest_of(named: Iterable[tuple[str, Tensor]], about: str = "", digits: int = 12) -> str:
+    """Return hexadecimal digits that name these tensors, with their names, in this order."""
+    sha = hashlib.sha256(about.encode())
     for name, tensor in named:
         sha.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         sha.update(flat.view(torch.uint8).numpy().data)
-    return sha.hexdigest()[:12]
+    return sha.hexdigest()[:digits]
 
 
 @dataclass(frozen=True, slots=True)

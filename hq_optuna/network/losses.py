@@ -78,3 +78,12 @@ class Places:
             values = values * self.weight.to(values)[torch.where(counts, labels, 0)]
         total = values.sum()
         return values * (values.numel() / total) if float(total) > 0 else values
+
+    def curvature(self, outputs: Tensor, labels: Any, temperature: float = 1.0) -> float:
+        """Return the trace of cross-entropy's Hessian in class scores, over the places that count.
+
+        Scores are softened by the temperature, which is above 0.
+        """
+        per_place = 1 - torch.softmax(outputs.double() / temperature, 1).square().sum(1)
+        counted = self.counted(outputs, labels)
+        return float((per_place if counted is None else per_place * counted).sum())

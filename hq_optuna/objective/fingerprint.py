@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Mapping
 from functools import partial
@@ -16,6 +15,7 @@ from torch import nn
 from hq_optuna import attributes
 from hq_optuna._version import __version__
 from hq_optuna.errors import ResumeError
+from hq_optuna.network.batches import digest_of
 from hq_optuna.quantization.quantizer_choice import describe_quantizers
 from hq_optuna.settings import Group, SearchSettings, settings_of
 
@@ -80,12 +80,7 @@ def quantizers(chosen: Mapping[str, str]) -> str:
 
 def network_digest(network: nn.Module) -> str:
     """Return sixteen hexadecimal digits that name weights, buffers and the modules' text."""
-    sha = hashlib.sha256(str(network).encode())
-    for name, tensor in sorted(network.state_dict().items()):
-        sha.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        sha.update(flat.view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()[:16]
+    return digest_of(sorted(network.state_dict().items()), about=str(network), digits=16)
 
 
 def versions() -> dict[str, str]:

@@ -249,10 +249,8 @@ class TrainedSteps:
             facts["score"] = told
             if not keeps(told, winner):
                 return None
-        if moments is not None:  # the sum over a batch, as curvature is, and not its mean
-            for name, moment in moments.moments.items():
-                if name not in moments.no_gradient:
-                    tensors[f"{_CURVATURE}{name}"] = moment * moments.batch_size
+        if moments is not None:
+            tensors |= {f"{_CURVATURE}{name}": h for name, h in moments.by_layer.items()}
         built = self._build(tensors, None)
         score = built.scorer.score(self.setup.space.config(ticket.bits))
         facts["score"] = score.total

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
@@ -58,17 +57,10 @@ def measure_layer_sums(
         name, network, space.layers, data, loss_fn, lambda i, of: progress("curvature", i, of)
     )
     if moments and name in ("diagonal", "trace", "fisher"):
-        known = {n: moments[n].to(h) if n in moments else h for n, h in curvature.weights.items()}
-        gone = tuple(n for n in curvature.no_gradient if n not in moments)
-        curvature = dataclasses.replace(curvature, weights=known, no_gradient=gone)
+        curvature = curvature.with_weights(moments)
     forms: dict[str, Form] = {"diagonal": "diagonal", "fisher": "output"}
-    form = forms.get(name, "trace")
     sensitivity = measure_sensitivity(
-        prepared,
-        space,
-        curvature,
-        data,
-        form,
+        *(prepared, space, curvature, data, forms.get(name, "trace")),
         progress=lambda i, of: progress("sensitivity", i, of),
     )
     return LayerSums(sensitivity, curvature)

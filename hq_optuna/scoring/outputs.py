@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ OutputRise = Callable[[Any, Any], Tensor]
 """From outputs of the float network and of a candidate to the loss rise, summed over samples."""
 
 
+@dataclass(frozen=True, eq=False)
 class CrossEntropyRise:
     """½ Δzᵀ (diag(p) − p pᵀ) Δz summed over samples, nats, with p = softmax(z / T).
 
@@ -51,17 +53,13 @@ class CrossEntropyRise:
         tensor(0.0050, dtype=torch.float64)
     """
 
-    def __init__(
-        self,
-        temperature: float = TEMPERATURE,
-        scale: float = 1.0,
-        places: Places = Places(),  # noqa: B008
-    ) -> None:
-        if temperature <= 0:
-            raise ValueError(f"temperature is above 0; got {temperature}.")
-        self.temperature = temperature
-        self.scale = scale
-        self.places = places
+    temperature: float = TEMPERATURE
+    scale: float = 1.0
+    places: Places = field(default_factory=Places)
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is above 0; got {self.temperature}.")
 
     def __call__(self, outputs: Tensor, moved: Tensor, labels: Any = None) -> Tensor:
         """Return the rise from class scores ``(N, C, …)`` of the float network and a candidate."""
@@ -84,17 +82,11 @@ class CrossEntropyRise:
         Softening raises curvature everywhere. One factor, the same for all candidates, takes that
         back, so that rises are in nats and ranks stay as they are.
         """
-        counts = [
-            self.places.counted(z, None if labels is None else labels[index])
-            for index, z in enumerate(outputs)
-        ]
+        told = [None] * len(outputs) if labels is None else labels
 
         def curvature(temperature: float) -> float:
-            total = []
-            for z, counted in zip(outputs, counts, strict=True):
-                per_place = 1 - torch.softmax(z.double() / temperature, 1).square().sum(1)
-                total.append(float((per_place if counted is None else per_place * counted).sum()))
-            return math.fsum(total)
+            pairs = zip(outputs, told, strict=True)
+            return math.fsum(self.places.curvature(z, y, temperature) for z, y in pairs)
 
         softened = curvature(self.temperature)
         scale = curvature(1.0) / softened if softened > 0 else 1.0

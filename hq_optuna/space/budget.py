@@ -12,23 +12,20 @@ from dataclasses import dataclass
 from numbers import Real
 
 from hq_optuna.errors import BudgetError, SettingError
-from hq_optuna.space.cost import METRICS, CostModel, Metric, format_cost
+from hq_optuna.space.cost import METRICS, UNITS, CostModel, Metric, format_cost
 from hq_optuna.space.layers import LayerSpec
 from hq_optuna.space.search_space import SearchSpace
 
 _MOST = 16
 """Cost of float (32 by 32 bits) over that of 8 bits, in bit operations."""
 
-_ABSOLUTE_UNITS: dict[str, tuple[str, float]] = {
-    **{"TBOPs": ("bops", 1e12), "GBOPs": ("bops", 1e9), "MBOPs": ("bops", 1e6)},
-    **{"kBOPs": ("bops", 1e3), "GiB": ("size_bytes", 2.0**30), "MiB": ("size_bytes", 2.0**20)},
-    **{"KiB": ("size_bytes", 2.0**10), "bytes": ("size_bytes", 1.0)},
+_ABSOLUTE = {
+    unit.lower(): (metric, scale) for metric in METRICS for unit, scale in UNITS[metric].items()
 }
-_ABSOLUTE = {name.lower(): metric_and_scale for name, metric_and_scale in _ABSOLUTE_UNITS.items()}
 _HOW = (
     f"Write a fraction of the all-8-bit cost, '0.25 bops' or '25% size_bytes' (metrics: "
     f"{', '.join(METRICS)}), or an absolute cost, '24e9 bops absolute', '24 GBOPs' or "
-    f"'5.8 MiB' (units: {', '.join(_ABSOLUTE_UNITS)})."
+    f"'5.8 MiB' (units: {', '.join(unit for metric in METRICS for unit in UNITS[metric])})."
 )
 _BUDGET = re.compile(
     r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*(%?)\s*([a-z_]*?)\s*(\babsolute)?\s*", re.I

@@ -19,6 +19,10 @@ from hq_optuna.space.layers import FLOAT_BITS, LayerSpec
 
 Metric = Literal["bops", "size_bytes"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
+UNITS: dict[Metric, dict[str, float]] = {
+    "bops": {"TBOPs": 1e12, "GBOPs": 1e9, "MBOPs": 1e6, "kBOPs": 1e3},
+    "size_bytes": {"GiB": 2.0**30, "MiB": 2.0**20, "KiB": 2.0**10, "bytes": 1.0},
+}
 
 
 class CostModel:
@@ -103,12 +107,7 @@ def format_cost(cost: float, metric: Metric) -> str:
         >>> format_cost(116.1e9, "bops"), format_cost(5.82 * 2**20, "size_bytes")
         ('116.1 GBOPs', '5.82 MiB')
     """
-    if metric == "bops":
-        for scale, unit in ((1e12, "TBOPs"), (1e9, "GBOPs"), (1e6, "MBOPs"), (1e3, "kBOPs")):
-            if cost >= scale:
-                return f"{cost / scale:.4g} {unit}"
-        return f"{cost:.4g} BOPs"
-    for scale, unit in ((2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB")):
+    for unit, scale in UNITS[metric].items():
         if cost >= scale:
             return f"{cost / scale:.4g} {unit}"
-    return f"{cost:.4g} bytes"
+    return f"{cost:.4g} {'BOPs' if metric == 'bops' else 'bytes'}"

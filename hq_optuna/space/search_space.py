@@ -25,13 +25,9 @@ ActivationBits = Literal["same"] | int | Sequence[int] | None
 
 @dataclass(frozen=True, slots=True)
 class Variable:
-    """One thing the search can lower.
+    """One thing the search can lower: a ``part`` of one layer's bits, or of several that are tied.
 
-    Attributes:
-        name: Name of the Optuna parameter.
-        layers: Layers whose bits it sets (several when tied).
-        part: What it sets in them.
-        bits: Allowed bits, widest first.
+    ``name`` is that of the Optuna parameter; ``bits`` are the allowed ones, widest first.
     """
 
     name: str
@@ -155,18 +151,14 @@ class SearchSpace:
         for name, bits in self.start.items():
             if (name, "both") in covered:
                 continue
-            w = (name, "weights") in covered
-            a = (name, "activations") in covered
-            if not w and not a:
-                if bits.weight_bits == bits.activation_bits:
-                    shown[name] = (bits.weight_bits, (bits.weight_bits,))
-                else:
-                    shown[f"{name}:weights"] = (bits.weight_bits, (bits.weight_bits,))
-                    shown[f"{name}:activations"] = (bits.activation_bits, (bits.activation_bits,))
-            elif w and not a and bits.activation_bits != FLOAT_BITS:
-                shown[f"{name}:activations"] = (bits.activation_bits, (bits.activation_bits,))
-            elif a and not w:
-                shown[f"{name}:weights"] = (bits.weight_bits, (bits.weight_bits,))
+            pairs = zip(("weights", "activations"), bits, strict=True)
+            parts = {part: b for part, b in pairs if (name, part) not in covered}
+            if len(parts) == 2 and bits.weight_bits == bits.activation_bits:
+                shown[name] = (bits.weight_bits, (bits.weight_bits,))
+                continue
+            for part, b in parts.items():
+                if len(parts) == 2 or b != FLOAT_BITS:
+                    shown[f"{name}:{part}"] = (b, (b,))
         return shown
 
     def to_json(self) -> dict[str, Any]:
@@ -217,10 +209,8 @@ def _notches(values: Iterable[int], where: str) -> tuple[int, ...]:
 class _Activations:
     """How the bits of activations are chosen.
 
-    Attributes:
-        same: They are those of the weights.
-        notches: Their own choices, where they are searched apart from the weights.
-        fixed: Their bits otherwise.
+    They are those of the weights (``same``), or have choices of their own (``notches``), or are
+    fixed.
     """
 
     same: bool = False
@@ -299,15 +289,9 @@ def _pin(value: Any, where: str, activations: _Activations) -> LayerBits:
 
 
 def match_layers(glob: str, names: Sequence[str], where: str) -> list[str]:
-    """Return the names that a glob matches.
+    """Return the names that a glob matches, as in `fnmatch`, case-sensitive.
 
-    Args:
-        glob: As in `fnmatch`, case-sensitive.
-        names: Names of all layers.
-        where: What the glob stands in, for the message.
-
-    Raises:
-        SpaceError: It matches none.
+    Raises `SpaceError`, which names the setting ``where`` the glob stands, for one without a match.
     """
     if not isinstance(glob, str):
         raise SpaceError(f"{where}: names of layers are text; got {glob!r}. Write {str(glob)!r}.")

@@ -81,14 +81,13 @@ class SecondMoments:
 
     Attributes:
         moments: Layer → v̂, bias-corrected, of the weight's shape; layers whose weight was not
-            trained itself are missing.
+            trained itself are missing. Gradients that were cut to ``clip_norm`` make all of them
+            smaller by one factor.
         batch_size: Samples a step, the factor B in h = B · v̂.
         n_steps: Steps that were taken.
         clipped: Layer → how many of its weights lie beyond their grid. Where gradients of these
             stop (``out_of_range="stop"``), their moments are too small.
         no_gradient: Layers whose moments are zero throughout: unknown, not free.
-        clip_norm: The largest norm of gradients; where they were cut to it, moments are too small
-            by a factor that all layers share.
     """
 
     moments: Mapping[str, Tensor]
@@ -96,31 +95,21 @@ class SecondMoments:
     n_steps: int
     clipped: Mapping[str, int]
     no_gradient: tuple[str, ...]
-    clip_norm: float | None
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return them as flat tensors, for an artifact: ``second_moment.<layer>``."""
-        return {f"second_moment.{name}": v.clone() for name, v in self.moments.items()}
+    @property
+    def by_layer(self) -> dict[str, Tensor]:
+        """Layer → h = B · v̂, nats per weight², where it is known."""
+        known = {n: v for n, v in self.moments.items() if n not in self.no_gradient}
+        return {name: v * self.batch_size for name, v in known.items()}
 
     def curvature(self, measured: Curvature) -> Curvature:
         """Return a curvature with the weights' part from these moments, in nats per weight².
 
-        Args:
-            measured: Curvature of the trained network (`calibration_adam` of its `rounded_copy`).
-                It provides the inputs' part, which no optimizer has, and layers without moments.
+        The rest is measured at the trained network (`calibration_adam` of its `rounded_copy`): the
+        inputs' part, which no optimizer has, and layers without moments.
         """
-        known = {
-            name: v * self.batch_size
-            for name, v in self.moments.items()
-            if name not in self.no_gradient
-        }
-        return dataclasses.replace(
-            measured,
-            weights={name: known.get(name, h) for name, h in measured.weights.items()},
-            batch_size=self.batch_size,
-            no_gradient=tuple(name for name in measured.no_gradient if name not in known),
-            errors={},
-        )
+        found = measured.with_weights(self.by_layer)
+        return dataclasses.replace(found, batch_size=self.batch_size, errors={})
 
 
 def second_moments(
@@ -155,5 +144,4 @@ def second_moments(
         n_steps=n_steps,
         clipped=clipped,
         no_gradient=tuple(name for name, v in moments.items() if not bool(v.any())),
-        clip_norm=settings.clip_norm,
     )

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from hq_optuna.errors import StudyFileError
-from hq_optuna.settings import SearchSettings
 from hq_optuna.space.layers import is_whole
 from hq_optuna.training.data import Augment
 from hq_optuna.training.settings import TrainingSettings
@@ -74,65 +71,3 @@ class TrainingPlan:
             "settings": self.settings.to_json() if self.every else None,
             "final": None if self.final is None else self.final.to_json(),
         }
-
-
-def plan_of(
-    given: SearchSettings,
-    train: Callable[[], Any] | None,
-    augment: Augment | None,
-    typed: Collection[str] = (),
-) -> TrainingPlan | None:
-    """Return the training plan from settings, or ``None`` where they ask for no training.
-
-    Args:
-        given: Settings of the search.
-        train: Returns the training data; called only where they are needed.
-        augment: Changes a batch's inputs.
-        typed: Names of settings from the command line. ``train_epochs`` alone is refused there; a
-            study file may give it for runs that do train.
-
-    Raises:
-        StudyFileError: Training is asked for without training data or without saying when to
-            train, or a setting is not understood.
-        DataError: Unusable training data.
-    """
-    every, final = given.train_every, given.final_epochs
-    if final is None:
-        final = FINAL_EPOCHS if every else 0
-    if not every and "train_epochs" in typed:
-        raise StudyFileError(
-            "--train-epochs is of winners, and without --train-every none is trained. Say after "
-            "how many steps theirs is (--train-every 4), or train the answer alone "
-            "(--final-epochs 20, without --train-epochs)."
-        )
-    if not every and not final:
-        return None
-    if train is None:
-        raise StudyFileError(
-            "Training (--train-every, --final-epochs) needs data: let the study file define "
-            "train(), which returns (inputs, labels), a Dataset or batches."
-        )
-
-    def settings(epochs: int, *names: str) -> TrainingSettings:
-        # A short training has no epoch to spare for warming up.
-        found: dict[str, Any] = {"warmup_epochs": 0.0} if epochs == 1 else {}
-        for name in names:
-            further = getattr(given, name)
-            if "epochs" in further:
-                raise StudyFileError(
-                    f"Give train_epochs and final_epochs instead of {name}['epochs']."
-                )
-            found |= further
-        try:
-            return TrainingSettings.from_json({**found, "epochs": epochs})
-        except (TypeError, ValueError) as error:
-            said = " and ".join(f"SETTINGS[{name!r}]" for name in names if getattr(given, name))
-            raise StudyFileError(f"{said or 'Training'}: {error}") from None
-
-    return TrainingPlan(
-        data=train(),
-        every=every,
-        settings=settings(given.train_epochs or STEP_EPOCHS, "training"),
-        final=settings(final, "training", "final_training") if final else None,
-        augment=augment,
-    )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -166,20 +164,10 @@ class TrainingSettings:
         return cls(**data)
 
     def data(self, data: Any, augment: Augment | None) -> TrainingData:
-        """Return training data as these settings read them.
-
-        Raises:
-            DataError: Unusable data.
-            ValueError: No augmentation where these settings need one.
-        """
+        """Return training data as these settings read them."""
         return TrainingData(
             data, self.batch_size, augment, views=self.teacher_views, blend=self.blend
         )
-
-    def digest(self) -> str:
-        """Return twelve hexadecimal digits that name these settings."""
-        text = json.dumps(self.to_json(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def learning_rate_at(self, step: int, steps_per_epoch: int) -> float:
         """Return the learning rate of a step, counted from 0: warm-up, then a cosine to zero.

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.published_scores import fit, hawq_v2
-from hq_optuna.curvature import empirical_fisher, hutchinson
+from benchmarks.published_scores import empirical_fisher, fit, hawq_v2
+from hq_optuna.curvature import hutchinson
 from hq_optuna.network.batches import read_batches
 from hq_optuna.quantization import get_bits, observe_inputs, prepare, set_bits
 from hq_optuna.quantization.observers import watch_inputs

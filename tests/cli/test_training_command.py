@@ -10,7 +10,10 @@ import optuna
 import pytest
 from typer.testing import Result
 
+from hq_optuna.cli.session import plan_of
 from hq_optuna.protocol.history import read_history
+from hq_optuna.settings import SearchSettings
+from tests.training_searches import TRAIN as DATA
 
 TRAIN = """
 
@@ -91,3 +94,46 @@ def test_epochs_of_a_study_file_wait_for_a_run_that_trains(
     result = command("run", trained)
     assert result.exit_code == 0, result.output
     assert "no training" in result.output
+
+
+def test_settings_of_a_study_file_make_a_plan():
+    assert plan_of(SearchSettings(**{}), lambda: DATA, None) is None
+    assert plan_of(SearchSettings(**{"train_every": 0, "final_epochs": 0}), None, None) is None
+    with pytest.raises(ValueError, match=r"define\s+train\(\)"):
+        plan_of(SearchSettings(**{"train_every": 2}), None, None)
+    with pytest.raises(ValueError, match="learning_rate"):
+        plan_of(
+            SearchSettings(**{"final_epochs": 2, "training": {"learning_rate": -1}}),
+            lambda: DATA,
+            None,
+        )
+    with pytest.raises(ValueError, match="train_epochs and final_epochs"):
+        plan_of(
+            SearchSettings(**{"final_epochs": 2, "training": {"epochs": 1}}), lambda: DATA, None
+        )
+    with pytest.raises(ValueError, match="give augment"):
+        plan_of(
+            SearchSettings(**{"final_epochs": 2, "training": {"teacher_views": 2}}),
+            lambda: DATA,
+            None,
+        )
+    with pytest.raises(ValueError, match=r"final_training\['epochs'\]"):
+        plan_of(
+            SearchSettings(**{"final_epochs": 2, "final_training": {"epochs": 1}}),
+            lambda: DATA,
+            None,
+        )
+    given = {"train_every": 2, "training": {"blend": 0.5, "temperature": 2.0}}
+    given["final_training"] = {"blend": 0.25, "learning_rate": 1e-4}
+    found = plan_of(SearchSettings(**given), lambda: DATA, None)
+    assert (found.settings.blend, found.settings.learning_rate) == (0.5, 5e-4)
+    assert (found.final.blend, found.final.learning_rate) == (0.25, 1e-4)
+    assert found.settings.temperature == found.final.temperature == 2.0
+    found = plan_of(
+        SearchSettings(train_every=2, train_epochs=1, training={"learning_rate": 0.5}),
+        lambda: DATA,
+        None,
+    )
+    assert found is not None and found.final is not None
+    assert (found.every, found.settings.epochs, found.final.epochs) == (2, 1, 20)
+    assert found.settings.learning_rate == found.final.learning_rate == 0.5

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hq_optuna.curvature import empirical_fisher, fisher, output_curvature, probe_of
+from benchmarks.published_scores import empirical_fisher
+from hq_optuna.curvature import fisher, output_curvature, probe_of
 from hq_optuna.curvature.fisher import CrossEntropyProbe, SquaredErrorProbe
 from hq_optuna.errors import ScoreError
 from hq_optuna.network.batches import Batches, read_batches

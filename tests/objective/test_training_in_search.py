@@ -18,10 +18,9 @@ from hq_optuna.objective.training_steps import get_tensors
 from hq_optuna.optuna_internals import database_of
 from hq_optuna.protocol.history import read_history
 from hq_optuna.scoring.outputs import CrossEntropyRise
-from hq_optuna.settings import SearchSettings
 from hq_optuna.storages import sqlite_url
 from hq_optuna.training import TrainingSettings
-from hq_optuna.training.plan import TrainingPlan, plan_of
+from hq_optuna.training.plan import TrainingPlan
 from tests.searches import Network, data
 from tests.training_searches import SHORT, TRAIN, log_of, plan, search
 
@@ -240,49 +239,6 @@ def test_bad_plans_are_refused_before_any_work(tmp_path):
         TrainingPlan(data=(torch.empty(0, 1, 7, 7), torch.empty(0, dtype=torch.long)))
     with pytest.raises(ArtifactError, match="artifact store"):
         search(training=plan()).optimize()
-
-
-def test_settings_of_a_study_file_make_a_plan():
-    assert plan_of(SearchSettings(**{}), lambda: TRAIN, None) is None
-    assert plan_of(SearchSettings(**{"train_every": 0, "final_epochs": 0}), None, None) is None
-    with pytest.raises(ValueError, match=r"define\s+train\(\)"):
-        plan_of(SearchSettings(**{"train_every": 2}), None, None)
-    with pytest.raises(ValueError, match="learning_rate"):
-        plan_of(
-            SearchSettings(**{"final_epochs": 2, "training": {"learning_rate": -1}}),
-            lambda: TRAIN,
-            None,
-        )
-    with pytest.raises(ValueError, match="train_epochs and final_epochs"):
-        plan_of(
-            SearchSettings(**{"final_epochs": 2, "training": {"epochs": 1}}), lambda: TRAIN, None
-        )
-    with pytest.raises(ValueError, match="give augment"):
-        plan_of(
-            SearchSettings(**{"final_epochs": 2, "training": {"teacher_views": 2}}),
-            lambda: TRAIN,
-            None,
-        )
-    with pytest.raises(ValueError, match=r"final_training\['epochs'\]"):
-        plan_of(
-            SearchSettings(**{"final_epochs": 2, "final_training": {"epochs": 1}}),
-            lambda: TRAIN,
-            None,
-        )
-    given = {"train_every": 2, "training": {"blend": 0.5, "temperature": 2.0}}
-    given["final_training"] = {"blend": 0.25, "learning_rate": 1e-4}
-    found = plan_of(SearchSettings(**given), lambda: TRAIN, None)
-    assert (found.settings.blend, found.settings.learning_rate) == (0.5, 5e-4)
-    assert (found.final.blend, found.final.learning_rate) == (0.25, 1e-4)
-    assert found.settings.temperature == found.final.temperature == 2.0
-    found = plan_of(
-        SearchSettings(train_every=2, train_epochs=1, training={"learning_rate": 0.5}),
-        lambda: TRAIN,
-        None,
-    )
-    assert found is not None and found.final is not None
-    assert (found.every, found.settings.epochs, found.final.epochs) == (2, 1, 20)
-    assert found.settings.learning_rate == found.final.learning_rate == 0.5
 
 
 def test_the_record_says_how_the_study_trains(alone):

@@ -42,7 +42,7 @@ def test_moments_are_the_bias_corrected_mean_of_squared_gradients():
     # Weight decay is decoupled, so nothing of it is in there.
     expected = (v / (1 - 0.9**6)).float()
     torch.testing.assert_close(found.moments["conv"], expected, rtol=1e-5, atol=0)
-    assert list(found.tensors()) == ["second_moment.conv", "second_moment.head"]
+    assert list(found.moments) == ["conv", "head"]
 
 
 def test_sgd_keeps_no_second_moments():

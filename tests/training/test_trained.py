@@ -35,7 +35,7 @@ def test_a_trained_network_comes_back_bit_for_bit(corrected):
     if corrected:
         StatisticsCorrection(net, read_batches(labelled(), batch_size=30)).apply()
     run = trained(net, float_net(), labelled())
-    content = safetensors.save({**trained_tensors(net), **run.second_moments().tensors()})
+    content = safetensors.save(trained_tensors(run.network))
     other = prepared_net({"conv": (5, 6), "head": (7, 32)}, seed=1)
     load_trained_(other, safetensors.load(content))
     assert get_bits(other) == get_bits(net)
