@@ -14,13 +14,9 @@ from torch import Tensor
 class InputCurvature:
     """Curvature in one call's input, per sample.
 
-    Attributes:
-        total: Sum over samples and elements, for example of (∂ℓᵢ/∂xᵢⱼ)².
-        count: Number of terms in it.
-        n_samples: Samples seen.
-        per_element: Sum over samples for each element of a sample's input, shape ``(elements,)``,
-            or ``None`` where inputs differ in size, have no axis of samples, or only the total is
-            known.
+    ``total`` sums over samples and elements, for example of (∂ℓᵢ/∂xᵢⱼ)², ``count`` terms.
+    ``per_element`` sums over samples alone, ``(elements,)``; it is ``None`` where inputs differ in
+    size, have no axis of samples, or only the total is known.
     """
 
     total: float = 0.0
@@ -66,13 +62,12 @@ def per_sample(x: Tensor, n: int) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Curvature:
-    """Curvature of every layer.
+    """Curvature of every layer, from ``n_samples`` samples.
 
     Attributes:
         weights: Layer → h, the weight's shape, loss per weight².
         inputs: Layer → one entry per call of a forward pass.
-        batch_size: Samples of a batch, where the estimate needs it (the factor B in h = B · v̂).
-        n_samples: Samples seen (`N`).
+        batch_size: The factor B in h = B · v̂, where the estimate needs it.
         no_gradient: Layers whose weight got no gradient at all: their curvature is unknown.
         errors: Layer → standard errors of the mean curvature of its weights and of its inputs,
             relative to these means, without what all layers have in common (`MeanCurvatures`).

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -112,26 +112,17 @@ class Batch:
     n: int
 
 
-class Batches(Sequence[Batch]):
+class Batches(tuple[Batch, ...]):
     """A data set in memory: the same batches in the same order, each time."""
-
-    def __init__(self, batches: Iterable[Batch]) -> None:
-        self._batches = list(batches)
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._batches[index]
 
     @property
     def n_samples(self) -> int:
         """Samples in all batches (`N`)."""
-        return sum(batch.n for batch in self._batches)
+        return sum(batch.n for batch in self)
 
     def digest(self) -> str:
         """Return twelve hexadecimal digits that name the data, labels and batch sizes."""
-        both = ((batch.inputs, batch.labels) for batch in self._batches)
+        both = ((batch.inputs, batch.labels) for batch in self)
         return digest_of(("", tensor) for pair in both for tensor in tensors(pair))
 
     def to(self, device: torch.device) -> Batches:
@@ -296,8 +287,7 @@ def _batch(item: Any, what: str) -> Batch:
 def pair_of(item: Any, what: str, hint: str = "") -> tuple[Inputs, Any]:
     """Return the inputs and labels of a batch; several inputs that were collated as a tuple.
 
-    Raises:
-        DataError: It is no pair, or has no tensor as input.
+    Raises `DataError` where it is no pair, or has no tensor as input.
     """
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         size = f" of {len(item)}" if isinstance(item, (tuple, list)) else ""

@@ -17,11 +17,7 @@ _CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, deque, set)
 
 
 def copied(network: nn.Module, *, training: bool = False) -> nn.Module:
-    """Return a copy in evaluation mode, or in training mode.
-
-    Raises:
-        NetworkError: PyTorch cannot copy it.
-    """
+    """Return a copy in evaluation mode, or in training mode, if PyTorch can copy the network."""
     try:
         found = copy.deepcopy(network)
     except Exception as error:  # of what the user's modules hold

@@ -28,11 +28,7 @@ def preserve_rng_state(devices: Iterable[torch.device]) -> Iterator[None]:
 
 
 def move_to(network: nn.Module, device: str) -> None:
-    """Move a network to a device by its name, such as ``"cuda:1"``.
-
-    Raises:
-        NetworkError: There is no such device here, or the network cannot be moved.
-    """
+    """Move a network to a device by its name, such as ``"cuda:1"``, if there is one here."""
     try:
         network.to(device)
     except Exception as error:  # its type depends on the device
@@ -47,11 +43,7 @@ def move_to(network: nn.Module, device: str) -> None:
 
 
 def check_double_precision(device: torch.device) -> None:
-    """Refuse a device without double precision, in which scores and scales are summed.
-
-    Raises:
-        NetworkError: It has none, as Apple's GPUs (``mps``).
-    """
+    """Refuse a device without double precision (Apple's ``mps``): scores and scales need it."""
     try:
         torch.zeros(1, dtype=torch.float64, device=device)
     except (TypeError, RuntimeError) as error:

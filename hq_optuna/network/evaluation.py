@@ -68,11 +68,7 @@ def _explained_on(what: str) -> AbstractContextManager[None]:
 def check_validation(
     evaluate: Evaluate, model: nn.Module, data: Batches, loss_fn: LossFunction
 ) -> None:
-    """Compute loss and figures of the validation data before a search, and check all labels.
-
-    Raises:
-        DataError: They cannot be measured, or labels are no classes of the network.
-    """
+    """Compute loss and figures of the validation data before a search, and check all labels."""
     with _explained_on("validation"), torch.no_grad():
         outputs = forward(copied(model), data[0].inputs)
         if is_cross_entropy(loss_fn):
@@ -87,10 +83,8 @@ def check_validation(
 def check_evaluate(evaluate: Evaluate, model: nn.Module, data: Batches) -> None:
     """Call ``evaluate`` once before a search, so that it does not fail only when that is over.
 
-    On the first batch, and on all of them only where that one alone cannot be measured.
-
-    Raises:
-        DataError: It fails, returns no numbers by name, or an accuracy in percent.
+    On the first batch, and on all of them only where that one alone cannot be measured. Refuses
+    what is no numbers by name, and an accuracy in percent.
     """
     network = copied(model)
     for batches in (Batches(data[:1]), data):

@@ -36,12 +36,9 @@ Progress = Callable[[str, int, int], None]
 
 
 class BuiltScorer(NamedTuple):
-    """A scorer, and what its making found out.
+    """A scorer, with sentences that a reader of the results must know, and figures for the record.
 
-    Attributes:
-        scorer: Ready to score.
-        warnings: Sentences that a reader of the results must know.
-        facts: Figures for the record, by name; empty where sensitivities were known.
+    There are no figures where sensitivities were known.
     """
 
     scorer: Scorer
@@ -53,13 +50,9 @@ class BuiltScorer(NamedTuple):
 class ScorerSetup:
     """How assignments are scored, and on what; see `hq_optuna.settings`.
 
-    Attributes:
-        settings: With the scorer that was chosen.
-        space: Which bits will be asked for.
-        data: Calibration batches on the network's device.
-        loss_fn: Mean loss of a batch from outputs and labels.
-        output_rise: What Gauss-Newton ranks by; ``None`` for other scorers.
-        quantizers: Layer → name of the quantizer of its weights, where it is not uniform.
+    ``settings`` have the scorer that was chosen, ``output_rise`` is ``None`` where it is not
+    Gauss-Newton. ``data`` are calibration batches on the network's device. ``quantizers`` names
+    those of layers whose weights are not rounded uniformly.
     """
 
     settings: SearchSettings

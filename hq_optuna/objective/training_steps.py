@@ -104,11 +104,7 @@ class TrainedSteps:
     # Going on from a trained record
 
     def scorer(self, study: Study, number: int) -> BuiltScorer:
-        """Return the scorer of the network that a record trained, built once.
-
-        Raises:
-            ArtifactError: Its artifacts are missing or altered.
-        """
+        """Return the scorer of the network that a record trained, built once."""
         at = _at(study, number)
         if self._built is None or self._built[0] != at:
             self._built = None  # frees its memory first

@@ -102,13 +102,10 @@ def _fitting_memory(network: nn.Module, layers: Sequence[LayerSpec]) -> list[lis
 
 
 class Compensated(NamedTuple):
-    """A rounded weight.
+    """A rounded weight: each value is a whole multiple of its channel's scale.
 
-    Attributes:
-        weight: Each value a whole multiple of its channel's scale.
-        scale: Shape ``(channels,)``, float32.
-        output_error: ΔW E[x xᵀ] ΔWᵀ over the mean of E[x²], ``(channels,)`` float64, weight²;
-            0 where a group is rounded to nearest, ``None`` where all groups are.
+    The output error is ΔW E[x xᵀ] ΔWᵀ over the mean of E[x²], ``(channels,)`` float64, weight²; 0
+    where a group is rounded to nearest, ``None`` where all groups are.
     """
 
     weight: Tensor
@@ -142,14 +139,11 @@ def compensated(
 class _Moments(NamedTuple):
     """Input moments of the groups that can be compensated, and their factors.
 
-    Attributes:
-        usable: Which groups these are, ``(groups,)``; the others are rounded to nearest.
-        n_singular: Groups with input whose moments have no factor at any damping.
-        moment: E[x xᵀ], ``(usable, d, d)``.
-        order: Columns in falling order of E[x²], ``(usable, d)``.
-        damped: The damped moments in this order.
-        factor: Upper Cholesky factor of the inverse of ``damped``. Its row j says how later columns
-            make up for column j.
+    ``usable`` says which groups these are, ``(groups,)``; the others are rounded to nearest, and
+    ``n_singular`` of them have moments without a factor at any damping. ``moment`` is E[x xᵀ],
+    ``(usable, d, d)``; ``order`` sorts columns by falling E[x²], ``(usable, d)``; ``damped`` are
+    the damped moments in this order. Row j of ``factor``, the upper Cholesky factor of their
+    inverse, says how later columns make up for column j.
     """
 
     usable: Tensor

@@ -192,8 +192,8 @@ class InputFakeQuantize(nn.Module):
     def range(self, bits: int) -> AffineRange:
         """Return scale and zero point for ``bits``; found once, then kept.
 
-        Raises:
-            ValueError: The range was not saved, and there is no histogram to find it from.
+        Raises `ValueError` where the range was not saved, and there is no histogram to find it
+        from.
         """
         if bits not in self.ranges:
             if self.histogram is None:

@@ -30,9 +30,7 @@ PERCENTILE = 99.99
 class InputHistogram:
     """Histogram of the values that entered a layer, all calls together.
 
-    Attributes:
-        counts: Shape ``(bins,)``.
-        edges: Shape ``(bins + 1,)``; the first and last are the extremes seen.
+    ``counts`` are ``(bins,)``, ``edges`` ``(bins + 1,)``; the first and last are the extremes seen.
     """
 
     counts: NDArray[np.float64]

@@ -25,14 +25,10 @@ SCORERS: tuple[ScorerName, ...] = get_args(ScorerName)
 
 
 class Score(NamedTuple):
-    """What is recorded of a candidate.
+    """What is recorded of a candidate, in nats.
 
-    Attributes:
-        total: Candidates are ranked by it, nats: the sum of both parts, or the rise of the outputs
-            or of the measured loss.
-        weights: The weights' part of the sum of sensitivities, nats.
-        activations: The activations' part, nats.
-        calibration_loss: Measured mean loss on the calibration set.
+    Candidates are ranked by ``total``: the sum of both parts, which are sums of sensitivities, or
+    the rise of the outputs or of the measured loss. ``calibration_loss`` is the measured mean loss.
     """
 
     total: float

@@ -47,12 +47,7 @@ Table = Mapping[str, Mapping[int, float]]
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Predicted loss rise per layer and bits, in nats; float costs nothing.
-
-    Attributes:
-        weights: Layer → bits → nats.
-        activations: Layer → bits → nats.
-    """
+    """Predicted loss rises, layer → bits → nats; float costs nothing."""
 
     weights: Table
     activations: Table
@@ -127,12 +122,11 @@ def measure_sensitivity(
     activations = _activation_rises(
         prepared, {n: bits for n, (_, bits) in needed.items()}, curvature, data, form, progress
     )
-    check_finite(found := Sensitivity(weights, activations))
-    return found
+    return check_finite(Sensitivity(weights, activations))
 
 
-def check_finite(sensitivity: Sensitivity) -> None:
-    """Refuse a table with a value that is NaN or infinite."""
+def check_finite(sensitivity: Sensitivity) -> Sensitivity:
+    """Return the table; refuse one with a value that is NaN or infinite."""
     for table in (sensitivity.weights, sensitivity.activations):
         for name, row in table.items():
             for bits, value in row.items():
@@ -141,6 +135,7 @@ def check_finite(sensitivity: Sensitivity) -> None:
                         f"The predicted loss rise of layer {name!r} at {bits} bits is {value}. "
                         "Check the loss function and the scale of its gradients."
                     )
+    return sensitivity
 
 
 def _weight_rises(

@@ -14,17 +14,10 @@ class Limits:
     """How much a search may do before it ends without having met its budget.
 
     A step begins only if all of it is allowed, counted over what the record holds (failed, repeated
-    and unneeded trials do not count). So with ``max_trials`` and ``max_evaluations`` the history is
-    the beginning of the unlimited search's, for any workers, and continues from there when they are
-    raised. With ``max_seconds`` it depends on the machine.
-
-    Attributes:
-        max_trials: Candidates and step records.
-        max_evaluations: Candidates.
-        max_seconds: Seconds of all workers together, from the beginning to the end of their trials.
-
-    Raises:
-        ValueError: A limit is not positive.
+    and unneeded trials do not count). So with ``max_trials`` (candidates and step records) and
+    ``max_evaluations`` (candidates) the history is the beginning of the unlimited search's, for any
+    workers, and continues from there when they are raised. With ``max_seconds``, of all workers'
+    trials together, it depends on the machine. A limit is positive.
     """
 
     max_trials: int | None = None

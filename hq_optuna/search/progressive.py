@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hq_optuna.search.moves import lowerable, propose
 from hq_optuna.search.rules import RULES, choose
@@ -23,14 +23,9 @@ from hq_optuna.space.search_space import SearchSpace
 
 @dataclass(frozen=True, slots=True)
 class Incumbent:
-    """What a closed step leaves behind.
+    """What a closed step leaves behind: bits of each variable, their score in nats, and their cost.
 
-    Attributes:
-        step: The step that chose it.
-        state: Bits of each variable.
-        score: Predicted loss rise, nats.
-        cost: In the unit of the search's metric.
-        origin: ``(step, slot)`` of the candidate it was.
+    ``origin`` is the ``(step, slot)`` of the candidate it was.
     """
 
     step: int
@@ -147,24 +142,19 @@ class ProgressiveSearch:
         lost its step may have been within the budget already, and better. A step of swaps leaves
         its best candidate, or its incumbent where that is better.
 
-        Args:
-            incumbent: Where the step started (``None`` for step 0).
-            results: The step's candidates, one per slot.
-            earlier: Candidates of earlier steps by ``(step, slot)`` whose scores compare with the
-                results': none from before the network was last trained.
+        ``earlier`` are candidates of earlier steps by ``(step, slot)`` whose scores compare with
+        the results: none from before the network was last trained. Step 0 has no incumbent.
         """
         step = 0 if incumbent is None else incumbent.step + 1
-        slot = 0
-        if incumbent is not None and self.met(incumbent):
-            best = min(range(len(results)), key=lambda k: (results[k].score, k))
-            if results[best].score >= incumbent.score:
-                return Incumbent(
-                    step, incumbent.state, incumbent.score, incumbent.cost, incumbent.origin
-                )
-            return Incumbent(
-                step, results[best].state, results[best].score, results[best].cost, (step, best)
-            )
-        if incumbent is not None:
+        known = {(step, slot): result for slot, result in enumerate(results)}
+        if incumbent is None:
+            origin = (step, 0)
+        elif self.met(incumbent):
+            origin = _best(known)
+            if known[origin].score >= incumbent.score:
+                return replace(incumbent, step=step)
+            earlier = None
+        else:
             slot = choose(
                 self.rule,
                 [result.score for result in results],
@@ -173,18 +163,11 @@ class ProgressiveSearch:
                 incumbent_cost=incumbent.cost,
                 limit=self.limit,
             )
-        origin, winner = (step, slot), results[slot]
-        if winner.cost <= self.limit:
-            feasible = {
-                place: result
-                for place, result in {
-                    **(earlier or {}),
-                    **{(step, k): result for k, result in enumerate(results)},
-                }.items()
-                if result.cost <= self.limit
-            }
-            origin = min(feasible, key=lambda place: (feasible[place].score, place))
-            winner = feasible[origin]
+            origin = (step, slot)
+        known = {**(earlier or {}), **known}
+        if known[origin].cost <= self.limit:
+            origin = _best({at: found for at, found in known.items() if found.cost <= self.limit})
+        winner = known[origin]
         return Incumbent(step, winner.state, winner.score, winner.cost, origin)
 
     def finished(self, incumbent: Incumbent | None, past: Past | None = None) -> bool:
@@ -214,13 +197,15 @@ class ProgressiveSearch:
         return past.incumbents
 
 
+def _best(results: Mapping[tuple[int, int], Result]) -> tuple[int, int]:
+    return min(results, key=lambda place: (results[place].score, place))
+
+
 @dataclass
 class Past:
-    """The record of a search: what closed steps left, and every candidate that was scored.
+    """The record of a search: the incumbents of closed steps, in order, and every scored candidate.
 
-    Attributes:
-        incumbents: Of the closed steps, in order.
-        results: Candidates by ``(step, slot)``.
+    Candidates go by ``(step, slot)``.
     """
 
     incumbents: list[Incumbent] = field(default_factory=list)

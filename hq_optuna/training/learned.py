@@ -20,7 +20,7 @@ two inner products with tensors that the layer keeps anyway. LSQ multiplies the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -216,9 +216,7 @@ class LearnedInput(InputFakeQuantize):
 class LearnedSteps:
     """The learned step sizes of a prepared network, for the bits it has.
 
-    Attributes:
-        weights: Layer → what rounds its weight while it is trained.
-        inputs: Layer → what rounds its input.
+    By layer: what rounds its weight while it is trained, and what rounds its input.
     """
 
     weights: dict[str, LearnedWeight]
@@ -231,19 +229,13 @@ class LearnedSteps:
         for name, module in prepared_layers(network).items():
             weight, quantizer = float_weight(module), weight_quantizer(module)
             if quantizer.bits != FLOAT_BITS:
-                weights[name] = LearnedWeight(
-                    quantizer.scale(weight, quantizer.bits),
-                    weight,
-                    quantizer.bits,
-                    quantizer.channel_axis,
-                    passes,
-                    quantizer.quantizer,
-                )
-            entering = input_quantizer(module)
-            if entering.bits != FLOAT_BITS:
-                inputs[name] = LearnedInput(
-                    entering.range(entering.bits), entering.bits, weight.dtype, weight.device
-                )
+                scale, axis = quantizer.scale(weight, quantizer.bits), quantizer.channel_axis
+                given = scale, weight, quantizer.bits, axis, passes, quantizer.quantizer
+                weights[name] = LearnedWeight(*given)
+            bits = input_quantizer(module).bits
+            if bits != FLOAT_BITS:
+                start = input_quantizer(module).range(bits)
+                inputs[name] = LearnedInput(start, bits, weight.dtype, weight.device)
         return cls(weights, inputs)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -260,16 +252,10 @@ class LearnedSteps:
         weights = {name: weight_quantizer(layers[name]) for name in self.weights}
         inputs = {name: input_quantizer(layers[name]) for name in self.inputs}
         try:
-            for name, learned in self.weights.items():
-                _parametrizations(layers[name])[-1] = learned
-            for name, entering in self.inputs.items():
-                layers[name].input_fake_quantize = entering
+            _round_with_(layers, self.weights, self.inputs)
             yield
         finally:
-            for name, quantizer in weights.items():
-                _parametrizations(layers[name])[-1] = quantizer
-            for name, range_ in inputs.items():
-                layers[name].input_fake_quantize = range_
+            _round_with_(layers, weights, inputs)
             self.write_back(network)
 
     def write_back(self, network: nn.Module) -> None:
@@ -284,5 +270,12 @@ class LearnedSteps:
             input_quantizer(layers[name]).ranges[entering.bits] = entering.learned
 
 
-def _parametrizations(module: nn.Module) -> Any:
-    return module.parametrizations.weight  # type: ignore[union-attr]
+def _round_with_(
+    layers: Mapping[str, nn.Module],
+    weights: Mapping[str, nn.Module],
+    inputs: Mapping[str, InputFakeQuantize],
+) -> None:
+    for name, quantizer in weights.items():
+        layers[name].parametrizations.weight[-1] = quantizer  # type: ignore[union-attr, operator, assignment]
+    for name, entering in inputs.items():
+        layers[name].input_fake_quantize = entering

@@ -39,12 +39,9 @@ class _Seen(NamedTuple):
 
 @dataclass
 class MatchedNorms:
-    """The batch-norm layers of a network and those of its teacher, by name.
+    """The batch-norm layers of a network and those of its teacher, in pairs by name.
 
     A batch with one value a channel or none, in either network, is normalized as in evaluation.
-
-    Attributes:
-        pairs: Name → the network's layer, the teacher's.
     """
 
     pairs: dict[str, tuple[BatchNorm, BatchNorm]]

@@ -133,16 +133,10 @@ def _make_plain_(module: nn.Module) -> None:
 class TrainedNetwork:
     """A trained network as the next steps of a search start from it.
 
-    Its weights *are* the rounded ones, so at its own bits it is exact, and every other number of
-    bits is judged by what it changes against that. Learned scales and ranges stay for its own bits,
-    and a layer that keeps its bits is trained on from the float weights behind its rounded ones.
-
-    Attributes:
-        network: Without quantizers; its weights are the rounded ones.
-        config: Bits it was trained at.
-        scales: Layer → scale of its weights at these bits, ``(channels,)``.
-        ranges: Layer → range of its input at these bits.
-        float_weights: Layer → the float weights that round to those of the network.
+    Its weights *are* the rounded ones, so at its own bits (``config``) it is exact, and every other
+    number of bits is judged by what it changes against that. Learned scales, ``(channels,)``, and
+    ranges stay for its own bits, and a layer that keeps its bits is trained on from the float
+    weights behind its rounded ones.
     """
 
     network: nn.Module

@@ -64,17 +64,12 @@ MARGIN = 0.1
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch's result.
+    """One epoch's result; epochs count from 1.
 
-    Attributes:
-        epoch: Counted from 1.
-        loss: Mean over the epoch's steps of what was trained on, nats for cross-entropy and
-            distillation.
-        training_accuracy: Share of right classes among the samples trained on, augmented, each
-            seen before its step changed the weights; ``None`` where there are no classes, and
-            where samples are blended.
-        seconds: Time it took.
-        learning_rate: Of its last step.
+    ``loss`` is the mean over its steps of what was trained on, nats for cross-entropy and
+    distillation. ``training_accuracy`` is the share of right classes among the samples trained on,
+    augmented, each seen before its step changed the weights; ``None`` where there are no classes,
+    and where samples are blended. ``learning_rate`` is that of its last step.
     """
 
     epoch: int

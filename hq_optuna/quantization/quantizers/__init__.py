@@ -23,11 +23,7 @@ __all__ = ["QUANTIZERS", "UNIFORM", "QuantizerName", "WeightQuantizer", "quantiz
 
 
 def quantizer_named(name: str) -> WeightQuantizer:
-    """Return the quantizer of this name.
-
-    Raises:
-        SpaceError: There is none.
-    """
+    """Return the quantizer of this name; refuse a name that none has."""
     if name not in QUANTIZERS:
         raise SpaceError(f"A quantizer is one of {', '.join(QUANTIZERS)}; got {name!r}.")
     return QUANTIZERS[name]
