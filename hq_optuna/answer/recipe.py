@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import torch as safetensors
 from torch import Tensor, nn
 
 from hq_optuna.answer.resolve import layers_digest
+from hq_optuna.atomic_files import write_atomically
 from hq_optuna.errors import RecipeError, SpaceError
 from hq_optuna.network.copies import copied
 from hq_optuna.quantization.correction import SHIFT, add_shift
@@ -57,7 +57,6 @@ def save(
     leaves the old result or the new one. ``about`` is further JSON data for the recipe: cost,
     score, fingerprint, versions.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     config, tensors = get_bits(network), plain_state_dict(network)
     described = {
         layer.name: _described(
@@ -65,17 +64,18 @@ def save(
         )
         for layer in layers
     }
-    _replace(folder / WEIGHTS, lambda path: save_file(tensors, path))
+    weights = safetensors.save(tensors)
+    write_atomically(folder / WEIGHTS, weights)
     recipe = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "layers": described,
         "layers_sha256": layers_digest(described),
-        "weights": {"file": WEIGHTS, "sha256": _sha256(folder / WEIGHTS)},
+        "weights": {"file": WEIGHTS, "sha256": hashlib.sha256(weights).hexdigest()},
         **about,
     }
     text = json.dumps(recipe, indent=1, ensure_ascii=False) + "\n"
-    _replace(folder / RECIPE, lambda path: path.write_text(text, encoding="utf-8"))
+    write_atomically(folder / RECIPE, text.encode())
 
 
 def _described(
@@ -233,24 +233,11 @@ def _read_weights(folder: Path, recipe: Mapping[str, Any]) -> dict[str, Tensor]:
         raise RecipeError(f"{folder / RECIPE} is damaged: it does not name its weights.") from None
     path = folder / name
     try:
-        if _sha256(path) != expected:
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != expected:
             raise RecipeError(f"{path} was altered after it was saved: its hash differs.")
-        return load_file(path)
+        return safetensors.load(content)
     except OSError:
         raise RecipeError(f"{path} is missing; the recipe needs it.") from None
     except SafetensorError as error:
         raise RecipeError(f"{path} is damaged: {error}.") from None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _replace(path: Path, write: Any) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -146,10 +146,7 @@ class MeanCurvatures:
         means = values.mean(0)
         within = values.std(0) / len(values) ** 0.5 if len(values) > 1 else means.abs()
         return {
-            name: (
-                None if m[0] > e[0] else float(e[0]),
-                None if m[1] > e[1] else float(e[1]),
-            )
+            name: (None if m[0] > e[0] else float(e[0]), None if m[1] > e[1] else float(e[1]))
             for name, m, e in zip(self._names, means, within, strict=True)
         }
 

@@ -2,14 +2,13 @@
 
 from hq_optuna.quantization.observers import InputHistogram, observe_inputs
 from hq_optuna.quantization.prepare import get_bits, prepare, set_bits
-from hq_optuna.quantization.quantizers import QUANTIZERS, QuantizerName, WeightQuantizer
+from hq_optuna.quantization.quantizers import QUANTIZERS, WeightQuantizer
 from hq_optuna.quantization.ranges import AffineRange, weight_scale
 
 __all__ = [
     "QUANTIZERS",
     "AffineRange",
     "InputHistogram",
-    "QuantizerName",
     "WeightQuantizer",
     "get_bits",
     "observe_inputs",

@@ -115,11 +115,7 @@ class Compensated(NamedTuple):
 
 @torch.no_grad()
 def compensated(
-    weight: Tensor,
-    moment: Tensor,
-    scale: Tensor,
-    bits: int,
-    quantizer: WeightQuantizer = UNIFORM,
+    weight: Tensor, moment: Tensor, scale: Tensor, bits: int, quantizer: WeightQuantizer = UNIFORM
 ) -> Compensated:
     """Return the rounded weight, given E[x xᵀ] ``(groups, d, d)`` with d weights per channel.
 

@@ -52,8 +52,17 @@ def weight_scale(weight: Tensor, bits: int, channel_axis: int) -> Tensor:
     if bits == 1:
         # XNOR-Net eq. (6): the best scale of sign(w) is the mean absolute weight.
         return rows.abs().mean(1).clamp_min(TINY).float()
-    find = _exact_scale if rows.shape[1] * 2 ** (bits - 1) <= EXACT else _searched_scale
-    return scale_by_channel(weight, channel_axis, lambda part: find(part, bits))
+    if rows.shape[1] * 2 ** (bits - 1) <= EXACT:
+        return scale_by_channel(weight, channel_axis, lambda part: exact_scale(part, bits))
+    low, high = weight_grid(bits)
+
+    def find(part: Tensor) -> Tensor:
+        def codes(scale: Tensor) -> Tensor:
+            return (part * (1 / scale)[:, None]).round_().clamp_(low, high)
+
+        return searched_scale(part, bits, high, codes)
+
+    return scale_by_channel(weight, channel_axis, find)
 
 
 def scale_by_channel(weight: Tensor, channel_axis: int, find: Callable[[Tensor], Tensor]) -> Tensor:
@@ -71,33 +80,35 @@ def scale_by_channel(weight: Tensor, channel_axis: int, find: Callable[[Tensor],
     return (scale.double() * largest).clamp_min(TINY).float()
 
 
-def _exact_scale(rows: Tensor, bits: int) -> Tensor:
-    """Return the best scale of ``rows``, ``(channels, n)``, from all reachable code vectors.
-
-    As the scale falls from infinity, the code of a weight steps from k − 1 to k at the scale
-    |w| / (k − ½). Steps in falling order of that scale give all code vectors; each adds |w| to w·q
-    and 2k − 1 to q·q, and the error is ‖w‖² − (w·q)² / q·q.
-    """
-    magnitude = rows.abs().double()
+def exact_scale(rows: Tensor, bits: int) -> Tensor:
+    """Return the best scale of ``rows``, ``(channels, n)``: codes step from k − 1 to k."""
     k = torch.arange(1, weight_grid(bits)[1] + 1, dtype=torch.float64, device=rows.device)
-    steps = (magnitude[:, :, None] / (k - 0.5)).flatten(1)  # (channels, n · codes)
+    return scale_over_steps(rows.abs().double(), k - 0.5, 1.0, 2 * k - 1)
+
+
+def scale_over_steps(
+    magnitude: Tensor,
+    at: Tensor,
+    gain: float,
+    growth: Tensor,
+    first: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Return the best scale of ``(channels, n)`` magnitudes, from all reachable code vectors.
+
+    As the scale falls from infinity, the code of a weight steps at the scales |w| / ``at``. Steps
+    in falling order of that scale give all code vectors; each adds ``gain`` · |w| to w·q and
+    ``growth`` to q·q, and the error is ‖w‖² − (w·q)² / q·q. ``first`` are w·q and q·q before the
+    first step, where codes are not 0 there.
+    """
+    steps = (magnitude[:, :, None] / at).flatten(1)  # (channels, n · steps of one weight)
     order = steps.argsort(1, descending=True)
-    wq = magnitude.gather(1, order // len(k)).cumsum(1)
-    qq = (2 * k - 1)[order % len(k)].cumsum(1)
+    wq = (gain * magnitude.gather(1, order // len(at))).cumsum(1)
+    qq = growth[order % len(at)].cumsum(1)
+    if first is not None:
+        wq, qq = torch.cat([first[0], first[0] + wq], 1), torch.cat([first[1], first[1] + qq], 1)
     best = (wq.square() / qq).argmax(1, keepdim=True)
     scale: Tensor = (wq.gather(1, best) / qq.gather(1, best)).squeeze(1)
     return scale
-
-
-def _searched_scale(rows: Tensor, bits: int) -> Tensor:
-    """Return a nearly best scale of ``rows``, ``(channels, n)`` with largest magnitude 1."""
-    quant_min, quant_max = weight_grid(bits)
-    return searched_scale(
-        rows,
-        bits,
-        quant_max,
-        lambda scale: (rows * (1 / scale)[:, None]).round_().clamp_(quant_min, quant_max),
-    )
 
 
 def searched_scale(

@@ -75,9 +75,7 @@ class Scorer:
         self._float_loss: float | None = None
 
     def score(
-        self,
-        config: Mapping[str, LayerBits],
-        between_batches: Callable[[], None] = lambda: None,
+        self, config: Mapping[str, LayerBits], between_batches: Callable[[], None] = lambda: None
     ) -> Score:
         """Score an assignment with one forward pass over the calibration set. Nothing is trained.
 
@@ -96,9 +94,7 @@ class Scorer:
 
     @torch.no_grad()
     def measure(
-        self,
-        config: Mapping[str, LayerBits],
-        between_batches: Callable[[], None] = lambda: None,
+        self, config: Mapping[str, LayerBits], between_batches: Callable[[], None] = lambda: None
     ) -> tuple[float, float | None]:
         """Return the mean loss with these bits, and the rise computed from its outputs, nats.
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,6 @@ from hq_optuna.space.search_space import SearchSpace, bits_needed
 
 Form = Literal["trace", "diagonal", "output"]
 """How curvature and squared error of weights are brought together; inputs know the first two."""
-FORMS: tuple[Form, ...] = get_args(Form)
 
 Table = Mapping[str, Mapping[int, float]]
 
@@ -105,8 +104,6 @@ def measure_sensitivity(
     Raises:
         ScoreError: A value is NaN or infinite, or no layer at all received a gradient.
     """
-    if form not in FORMS:
-        raise ValueError(f"form is one of {', '.join(FORMS)}; got {form!r}.")
     if all(layer.name in curvature.no_gradient for layer in space.layers):
         raise ScoreError(
             "No layer received a gradient on the calibration set, so layers cannot be compared. "
@@ -139,28 +136,22 @@ def check_finite(sensitivity: Sensitivity) -> Sensitivity:
 
 
 def _weight_rises(
-    module: nn.Module,
-    layer: LayerSpec,
-    bits: set[int],
-    curvature: Curvature,
-    form: Form,
+    module: nn.Module, layer: LayerSpec, bits: set[int], curvature: Curvature, form: Form
 ) -> dict[int, float]:
     weight: Tensor = float_weight(module)
     h = curvature.weights[layer.name].double()
-    unknown = layer.name in curvature.no_gradient
-    mean = max(float(v.double().mean()) for v in curvature.weights.values())
+    mean: float | None = float(h.mean())
+    if layer.name in curvature.no_gradient:
+        mean = max(float(v.double().mean()) for v in curvature.weights.values())
+    elif form == "diagonal":
+        mean = None
     quantizer = weight_quantizer(module)
     rises = {}
     for b in sorted(bits):
         error = (quantizer.quantized(weight, b).double() - weight.double()).square()
         if form == "output":
             error = quantizer.output_error(weight, b)
-        if unknown:
-            rises[b] = 0.5 * mean * float(error.sum())
-        elif form in ("trace", "output"):
-            rises[b] = 0.5 * float(h.mean()) * float(error.sum())
-        else:
-            rises[b] = 0.5 * float((h * error).sum())
+        rises[b] = 0.5 * (float((h * error).sum()) if mean is None else mean * float(error.sum()))
     return rises
 
 

@@ -32,12 +32,7 @@ from hq_optuna.network.checks import explain_errors
 from hq_optuna.network.copies import copied
 from hq_optuna.network.layer_types import BatchNorm
 from hq_optuna.network.losses import LossFunction
-from hq_optuna.quantization.prepare import (
-    float_weight,
-    get_bits,
-    prepared_layers,
-    weight_quantizer,
-)
+from hq_optuna.quantization.prepare import float_weight, get_bits, prepared_layers, weight_quantizer
 from hq_optuna.quantization.quantizers import UNIFORM, WeightQuantizer
 from hq_optuna.space.layers import FLOAT_BITS
 from hq_optuna.training.data import Augment, epoch_seed, seeded
@@ -82,22 +77,16 @@ class Epoch:
 class Trainer:
     """Trains a prepared network in place, one epoch each time it is asked for one.
 
-    Args:
-        network: A prepared network with its bits set. Between epochs it is an ordinary prepared
-            network in eval mode with the scales and ranges learned so far, and can be measured.
-            Do not change it or its bits until the training is done.
-        data: Training data, see `TrainingData`.
-        settings: How it is trained.
-        teacher: The float network; needed unless ``settings.label_weight`` is 1. Left as it is.
-        loss_fn: Mean loss of a batch from outputs and labels; needed unless
-            ``settings.label_weight`` is 0.
-        augment: Changes a batch's inputs, drawing random numbers from the generator it is given.
-            The teacher sees the same inputs, and with ``settings.teacher_views`` others too.
-        checkpoint: Written after each epoch. If it exists, training resumes from it: give the
-            network as it was when that training began.
+    Between epochs the network is an ordinary prepared network in eval mode with the scales and
+    ranges learned so far, and can be measured. Do not change it or its bits until the training is
+    done.
 
-    Attributes:
-        history: The epochs that are done, also those before a checkpoint.
+    The float network is the ``teacher``, needed unless ``settings.label_weight`` is 1 and left as
+    it is; ``loss_fn`` is needed unless that is 0. ``augment`` changes a batch's inputs, drawing
+    random numbers from the generator it is given. The teacher sees the same inputs, and with
+    ``settings.teacher_views`` others too. The file ``checkpoint`` is written after each epoch. If
+    it exists, training resumes from it: give the network as it was when that training began.
+    `history` holds the epochs that are done, also those before a checkpoint.
 
     Raises:
         ValueError: No teacher, loss function or augmentation where the settings need one.

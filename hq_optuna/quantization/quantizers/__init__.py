@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from hq_optuna.errors import SpaceError
 from hq_optuna.quantization.quantizers.base import WeightQuantizer
 from hq_optuna.quantization.quantizers.binary import Binary
@@ -12,14 +10,12 @@ from hq_optuna.quantization.quantizers.midrise import Midrise
 from hq_optuna.quantization.quantizers.ternary import Ternary
 from hq_optuna.quantization.quantizers.uniform import Uniform
 
-QuantizerName = Literal["uniform", "binary", "ternary", "midrise", "dorefa"]
-
 UNIFORM = Uniform()
 QUANTIZERS: dict[str, WeightQuantizer] = {
     quantizer.name: quantizer for quantizer in (UNIFORM, Binary(), Ternary(), Midrise(), Dorefa())
 }
 
-__all__ = ["QUANTIZERS", "UNIFORM", "QuantizerName", "WeightQuantizer", "quantizer_named"]
+__all__ = ["QUANTIZERS", "UNIFORM", "WeightQuantizer", "quantizer_named"]
 
 
 def quantizer_named(name: str) -> WeightQuantizer:

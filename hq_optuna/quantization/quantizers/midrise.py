@@ -20,7 +20,12 @@ from torch import Tensor
 
 from hq_optuna.quantization.functional import along, straight_through
 from hq_optuna.quantization.quantizers.base import WeightQuantizer, in_single
-from hq_optuna.quantization.ranges import EXACT, scale_by_channel, searched_scale
+from hq_optuna.quantization.ranges import (
+    EXACT,
+    scale_by_channel,
+    scale_over_steps,
+    searched_scale,
+)
 
 
 class Midrise(WeightQuantizer):
@@ -79,20 +84,12 @@ def odd_codes(values: Tensor, scale: Tensor, largest: int) -> Tensor:
 
 
 def _exact_scale(rows: Tensor, bits: int) -> Tensor:
-    """Return the best scale of ``rows``, ``(channels, n)``, from all reachable code vectors.
+    """Return the best scale of ``rows``, ``(channels, n)``.
 
-    As the scale falls from infinity, all codes are ±1 at first, and that of a weight steps from
-    2k − 1 to 2k + 1 at the scale |w| / 2k. Each step adds 2|w| to w·q and 8k to q·q, and the error
-    is ‖w‖² − (w·q)² / q·q.
+    All codes are ±1 at first, and that of a weight steps from 2k − 1 to 2k + 1 at |w| / 2k.
     """
     magnitude = rows.abs().double()
     k = torch.arange(1, 2 ** (bits - 1), dtype=torch.float64, device=rows.device)
-    steps = (magnitude[:, :, None] / (2 * k)).flatten(1)  # (channels, n · steps of one weight)
-    order = steps.argsort(1, descending=True)
     first = magnitude.sum(1, keepdim=True)
-    wq = torch.cat([first, first + (2 * magnitude.gather(1, order // len(k))).cumsum(1)], 1)
-    ones = torch.full_like(first, rows.shape[1])
-    qq = torch.cat([ones, ones + (8 * k)[order % len(k)].cumsum(1)], 1)
-    best = (wq.square() / qq).argmax(1, keepdim=True)
-    scale: Tensor = (wq.gather(1, best) / qq.gather(1, best)).squeeze(1)
-    return scale
+    started = first, torch.full_like(first, rows.shape[1])
+    return scale_over_steps(magnitude, 2 * k, 2.0, 8 * k, started)

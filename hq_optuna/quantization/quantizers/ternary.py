@@ -17,12 +17,11 @@ A code takes 2 bits of storage, of whose four values one stays unused; the costs
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from hq_optuna.quantization.functional import quantize_weight, straight_through
 from hq_optuna.quantization.quantizers.base import WeightQuantizer
-from hq_optuna.quantization.ranges import scale_by_channel
+from hq_optuna.quantization.ranges import exact_scale, scale_by_channel
 
 
 class Ternary(WeightQuantizer):
@@ -33,17 +32,8 @@ class Ternary(WeightQuantizer):
 
     def scale(self, weight: Tensor, bits: int, channel_axis: int) -> Tensor:
         """Return the scale of least squared error, ``(channels,)``."""
-        return scale_by_channel(weight, channel_axis, _best_scale)
+        return scale_by_channel(weight, channel_axis, lambda rows: exact_scale(rows, 2))
 
     def quantize(self, weight: Tensor, scale: Tensor, bits: int, channel_axis: int) -> Tensor:
         """Return the rounded weight, with its gradient."""
         return straight_through(quantize_weight(weight, scale, 2, channel_axis), weight)
-
-
-def _best_scale(rows: Tensor) -> Tensor:
-    """Return the mean of the k largest magnitudes, for the k with the least squared error."""
-    sums = rows.abs().double().sort(1, descending=True).values.cumsum(1)
-    k = torch.arange(1, rows.shape[1] + 1, dtype=torch.float64, device=rows.device)
-    best = (sums.square() / k).argmax(1, keepdim=True)
-    scale: Tensor = (sums.gather(1, best) / (best + 1)).squeeze(1)
-    return scale
