@@ -41,7 +41,7 @@ def calibration_adam(
     loss_fn: LossFunction,
     *,
     beta2: float = BETA2,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Curvature:
     """Return the curvature of the loss in weights and inputs, from one pass over the data.
 
@@ -61,8 +61,7 @@ def calibration_adam(
                 if weight.grad is not None:
                     g = in_single(weight.grad) * scale
                     moment.addcmul_(g, g, value=1 - beta2)
-            if progress is not None:
-                progress(index + 1, len(data))
+            progress(index + 1, len(data))
 
     correction = 1 - beta2 ** len(data)  # Adam's bias correction
     found = {name: moment / correction * data[0].n for name, moment in moments.items()}

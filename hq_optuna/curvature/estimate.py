@@ -43,9 +43,9 @@ class InputCurvature:
         rows = per_sample(values, n)
         if rows is None or (not first and self.per_element is None):
             self.per_element = None
-        elif first:
+        elif self.per_element is None:
             self.per_element = rows.sum(0)
-        elif self.per_element is not None and self.per_element.shape == rows.shape[1:]:
+        elif self.per_element.shape == rows.shape[1:]:
             self.per_element += rows.sum(0)
         else:
             self.per_element = None

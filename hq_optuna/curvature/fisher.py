@@ -112,7 +112,7 @@ def output_curvature(
     *,
     tolerance: float = TOLERANCE,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Curvature:
     """Return the Gauss-Newton diagonal in weights and inputs, from as many batches as it takes.
 
@@ -148,7 +148,7 @@ def squared_gradients(
     data: Batches,
     objective: Callable[[Any, Batch], Tensor],
     tolerance: float,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Curvature:
     """Return the mean over batches of n times the squared gradient of each batch's objective."""
     sweep, seen = SquaredGradients(layers), 0
@@ -162,8 +162,7 @@ def squared_gradients(
                     square = in_single(weight.grad).square()
                     sums[name] += square * batch.n**2  # n · ḡ², and weighted by n
             settled = tolerance > 0 and sweep.means.settled(tolerance)
-            if progress is not None:
-                progress(len(data) if settled else index + 1, len(data))
+            progress(len(data) if settled else index + 1, len(data))
             if settled:
                 break
     means = {name: (total / seen).detach() for name, total in sums.items()}

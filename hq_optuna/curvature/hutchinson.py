@@ -44,7 +44,7 @@ def hutchinson(
     most_sweeps: int = MOST_SWEEPS,
     seed: int = 0,
     raw: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Curvature:
     """Return estimates of the Hessian's diagonal in weights and inputs.
 
@@ -72,8 +72,7 @@ def hutchinson(
                 first = torch.autograd.grad(loss, at, create_graph=True, allow_unused=True)
             probes.add(batch.n, weights, inputs, first)
             settled = tolerance > 0 and probes.means.settled(tolerance)
-            if progress is not None:
-                progress(most if settled else index + 1, most)
+            progress(most if settled else index + 1, most)
             if settled:
                 break
     return probes.curvature(data, raw)

@@ -383,14 +383,8 @@ class HessianObjective:
     ) -> float:
         assert ticket.origin is not None
         value, found = winner_of(trial.study, ticket.origin)
-        record(
-            self.space,
-            trial,
-            config,
-            Score(value, *(found[name] for name in KEPT)),
-            ticket,
-            started,
-        )
+        score = Score(value, *(found[name] for name in KEPT))
+        record(self.space, trial, config, score, ticket, started)
         return closing(value, found)[0]
 
 

@@ -51,7 +51,7 @@ def compensate_weights(
     data: Batches,
     bits: Mapping[str, Collection[int]],
     *,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> None:
     """Give a prepared network, which is in float, compensated weights for these bits of its layers.
 
@@ -80,8 +80,7 @@ def compensate_weights(
                     found = _round_groups(weight, factored, start, b, quantizer.quantizer)
                     quantizer.keep(weight, b, *found)
             done += 1
-            if progress is not None:
-                progress(done, len(layers))
+            progress(done, len(layers))
 
 
 def _fitting_memory(network: nn.Module, layers: Sequence[LayerSpec]) -> list[list[LayerSpec]]:

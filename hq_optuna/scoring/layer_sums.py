@@ -72,7 +72,7 @@ def measure_curvature(
     layers: Sequence[LayerSpec],
     data: Batches,
     loss_fn: LossFunction,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Curvature:
     """Return the curvature that a named score is made from; see `measure_layer_sums`."""
     if name not in LAYER_SUMS:

@@ -93,7 +93,7 @@ def measure_sensitivity(
     data: Batches,
     form: Form = "diagonal",
     *,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Sensitivity:
     """Return the sensitivity of every layer at every number of bits the space allows.
 
@@ -151,7 +151,9 @@ def _weight_rises(
         error = (quantizer.quantized(weight, b).double() - weight.double()).square()
         if form == "output":
             error = quantizer.output_error(weight, b)
-        rises[b] = 0.5 * (float((h * error).sum()) if mean is None else mean * float(error.sum()))
+        rises[b] = (
+            0.5 * float((h * error).sum()) if mean is None else 0.5 * mean * float(error.sum())
+        )
     return rises
 
 
@@ -161,7 +163,7 @@ def _activation_rises(
     curvature: Curvature,
     data: Batches,
     form: Form,
-    progress: Callable[[int, int], None] | None,
+    progress: Callable[[int, int], None],
 ) -> dict[str, dict[int, float]]:
     rises = {name: dict.fromkeys(sorted(b), 0.0) for name, b in bits.items()}
     watched = [name for name, b in bits.items() if b]
@@ -195,8 +197,7 @@ def _activation_rises(
                 n = batch.n
                 calls.clear()
                 forward(prepared, batch.inputs)
-                if progress is not None:
-                    progress(index + 1, len(data))
+                progress(index + 1, len(data))
     finally:
         set_bits(prepared, before)
     samples = data.n_samples

@@ -106,9 +106,7 @@ class ProgressiveSearch:
             if not self.refine or past is None or past.settled(self):
                 return ()
             return propose_swaps(
-                self.space,
-                incumbent.state,
-                past.rises(self.space),
+                *(self.space, incumbent.state, past.rises(self.space)),
                 cost=self.cost_of,
                 limit=self.limit,
                 score=incumbent.score,
@@ -116,14 +114,13 @@ class ProgressiveSearch:
             )
         start, cost = incumbent.state, incumbent.cost
         moves = propose(
-            self.space,
-            start,
+            *(self.space, start),
             n=self.n_candidates,
             seed=self.seed,
             step=incumbent.step + 1,
             saves=lambda move: self.cost_of(move.apply(start)) < cost,
         )
-        return tuple(move.apply(incumbent.state) for move in moves)
+        return tuple(move.apply(start) for move in moves)
 
     def met(self, incumbent: Incumbent) -> bool:
         """Return whether the incumbent is within the limit."""

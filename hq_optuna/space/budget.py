@@ -66,19 +66,19 @@ class Budget:
                 f"A budget limits one metric, for example bops=0.25; got {sorted(limit) or 'none'}."
             )
         ((name, value),) = limit.items()
-        for metric in METRICS:
-            if name == metric:
-                number = isinstance(value, Real) and not isinstance(value, bool)
-                if not number or not math.isfinite(value) or value <= 0:
-                    raise ValueError(f"A budget is a positive number; got {metric}={value!r}.")
-                if relative and value > _MOST:
-                    raise ValueError(
-                        f"{metric}={value!r} would be {100 * value:g} % of the cost with 8 bits "
-                        f"everywhere, and {100 * _MOST} % is that of float. For a share write "
-                        "0.25; for a number of bit operations or bytes use Budget.absolute."
-                    )
-                return cls(metric, float(value), relative)
-        raise ValueError(f"A budget limits one of {', '.join(METRICS)}; got {name!r}.")
+        metric = next((metric for metric in METRICS if metric == name), None)
+        if metric is None:
+            raise ValueError(f"A budget limits one of {', '.join(METRICS)}; got {name!r}.")
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or value <= 0:
+            raise ValueError(f"A budget is a positive number; got {metric}={value!r}.")
+        if relative and value > _MOST:
+            raise ValueError(
+                f"{metric}={value!r} would be {100 * value:g} % of the cost with 8 bits "
+                f"everywhere, and {100 * _MOST} % is that of float. For a share write 0.25; for a "
+                "number of bit operations or bytes use Budget.absolute."
+            )
+        return cls(metric, float(value), relative)
 
     def limit(self, layers: Sequence[LayerSpec]) -> float:
         """Return the absolute limit for this network, in BOPs or bytes."""

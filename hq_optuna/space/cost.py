@@ -54,16 +54,12 @@ class CostModel:
     def per_layer(self, config: Mapping[str, LayerBits]) -> NDArray[np.float64]:
         """Return the cost of each layer, shape ``(L,)``, in network order."""
         pairs = np.asarray([config[name] for name in self._names], dtype=np.float64)  # (L, 2)
-        if self.metric == "bops":
-            return self._unit * pairs[:, 0] * pairs[:, 1]
-        return self._unit * pairs[:, 0] / 8
+        return self._unit * pairs[:, 0] * (pairs[:, 1] if self.metric == "bops" else 1 / 8)
 
     def layer_cost(self, name: str, bits: LayerBits) -> float:
         """Return the cost of one layer with these bits."""
         unit = float(self._unit[self._names.index(name)])
-        if self.metric == "bops":
-            return unit * bits.weight_bits * bits.activation_bits
-        return unit * bits.weight_bits / 8
+        return unit * bits.weight_bits * (bits.activation_bits if self.metric == "bops" else 1 / 8)
 
     def cost(self, config: Mapping[str, LayerBits]) -> float:
         """Return the cost of the assignment, in BOPs or bytes.

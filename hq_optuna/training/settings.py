@@ -114,10 +114,12 @@ class TrainingSettings:
             raise ValueError(
                 f"warmup_epochs is less than epochs, {self.epochs}; got {self.warmup_epochs}."
             )
-        self._check_one_of("optimizer", get_args(OptimizerName))
-        self._check_one_of("start", get_args(Start))
-        self._check_one_of("out_of_range", get_args(OutOfRange))
-        self._check_one_of("batch_norm", get_args(BatchNorm))
+        choices = {"optimizer": OptimizerName, "start": Start, "out_of_range": OutOfRange}
+        for name, kind in {**choices, "batch_norm": BatchNorm}.items():
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(
+                    f"{name} is one of {', '.join(get_args(kind))}; got {getattr(self, name)!r}."
+                )
         check_precision(self.precision)
         if not isinstance(self.channels_last, bool):
             raise TypeError(f"channels_last is True or False; got {self.channels_last!r}.")
@@ -139,10 +141,6 @@ class TrainingSettings:
             raise ValueError(f"{name} is {allowed}; got {value!r}.")
         object.__setattr__(self, name, int(value) if is_whole(value) else float(value))
 
-    def _check_one_of(self, name: str, allowed: tuple[str, ...]) -> None:
-        if getattr(self, name) not in allowed:
-            raise ValueError(f"{name} is one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
-
     def to_json(self) -> dict[str, Any]:
         """Return the settings as JSON data, the inverse of `from_json`."""
         return asdict(self)
@@ -151,8 +149,7 @@ class TrainingSettings:
     def from_json(cls, data: Mapping[str, Any]) -> TrainingSettings:
         """Rebuild settings from `to_json`'s data; what is not named has its default.
 
-        Raises:
-            ValueError: A name that is no setting, or a value that is not allowed.
+        Raises `ValueError` for a name that is no setting, or a value that is not allowed.
         """
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(data) - known)
