@@ -43,7 +43,7 @@ from hq_optuna.protocol.tickets import KEPT, closing, winner_of
 from hq_optuna.quantization import set_bits
 from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.scoring import UNKNOWN_LOSS, OutputRise, Score, Scorer, output_rise_of
-from hq_optuna.settings import SearchSettings
+from hq_optuna.settings import SearchSettings, settings_of
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.cost import CostModel
 from hq_optuna.space.search_space import SearchSpace
@@ -110,6 +110,10 @@ class HessianObjective:
         skipped: tuple[tuple[str, str, str], ...] = (),
         **changes: Any,
     ) -> None:
+        for name in changes:
+            one = settings_of(SearchSettings).get(name)
+            if one is not None and one.group != "scoring":
+                raise TypeError(f"{name} is a setting of the search, and not of its objective.")
         given = (settings or SearchSettings()).replace(**changes)
         self.model = model
         self.space = space

@@ -336,3 +336,10 @@ def test_the_precision_of_candidates_is_part_of_a_search() -> None:
 def test_an_unknown_precision_is_refused() -> None:
     with pytest.raises(ValueError, match="one of float32"):
         objective(precision="half")
+
+
+def test_settings_that_an_objective_does_not_read_are_refused() -> None:
+    with pytest.raises(TypeError, match="n_candidates is a setting of the search"):
+        objective(n_candidates=3)
+    with pytest.raises(TypeError, match="There is no setting 'memory'"):
+        objective(memory=0)
