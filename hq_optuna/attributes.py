@@ -25,29 +25,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+# System attributes of a trial.
 TICKET = "hq:ticket"
-"""Trial system attribute: the ticket."""
+HEARTBEAT = "hq:heartbeat"  # a count that the owner of a long trial keeps changing
+CHECKPOINT = "hq:checkpoint"  # of a step record in training: the last epoch's artifact
+OLD_CONSTRAINTS = "constraints"  # read by optuna-dashboard up to 0.21 instead of Optuna 5's own
 
-HEARTBEAT = "hq:heartbeat"
-"""Trial system attribute that the owner of a long trial keeps changing: a count."""
+# System attributes of a study.
+SPACE = "hq:space"  # `SearchSpace.to_json()` in parts, `hq:space:0` and so on, see `split`
+SETTINGS = "hq:settings"  # the sampler's settings, written by the first worker
+SENSITIVITY = "hq:sensitivity"  # in parts: {layer: {"weights": {bits: nats}, "activations": …}}
+ARTIFACT = "hq:artifact"  # prefix `hq:artifact:NAME`: {"id", "sha256", "bytes"}
 
-SPACE = "hq:space"
-"""Study system attributes ``hq:space:0``, …: `SearchSpace.to_json()` in parts, see `split`."""
-
-SETTINGS = "hq:settings"
-"""Study system attribute: the sampler's settings, written by the first worker."""
-
-FINGERPRINT = "hq:fingerprint"
-"""Study user attribute: what the search depends on, by name (network, data, space, …)."""
-
-LIMITS = "hq:limits"
-"""Study user attribute: what the search may spend on itself, `hq_optuna.search.Limits`."""
-
-STARTED = "hq:started"
-"""Study user attribute: what was given on the command line that started the search."""
-
-OLD_CONSTRAINTS = "constraints"
-"""Trial system attribute read by optuna-dashboard up to 0.21 instead of Optuna 5's own."""
+# User attributes of a study.
+FINGERPRINT = "hq:fingerprint"  # what the search depends on, by name (network, data, space, …)
+LIMITS = "hq:limits"  # what the search may spend on itself, `hq_optuna.search.Limits`
+STARTED = "hq:started"  # what was given on the command line that started the search
+INFO = "hq:info"  # `StudyInfo`, what people and reports want to know of the search
+REPORT = "hq:report"  # prefix `hq:report:…`: facts measured at the end (accuracy, skipped)
 
 # User attributes of a trial.
 KIND = "kind"  # "candidate" or "incumbent"
@@ -64,38 +59,20 @@ CALIBRATION_LOSS = "calibration_loss"
 COST = "cost"  # in the unit of the budget's metric
 SECONDS = "seconds"
 WORKER = "worker"
-
 TRAINING = "training"
-"""User attribute of a step record whose bits were trained: what that gave, and where the weights
-and the sensitivities at them are (`hq_optuna.objective.training_steps`)."""
-
-CHECKPOINT = "hq:checkpoint"
-"""Trial system attribute of a step record in training: the last epoch's artifact."""
-
-INFO = "hq:info"
-"""Study user attribute: `StudyInfo`, what people and reports want to know of the search."""
-
-SENSITIVITY = "hq:sensitivity"
-"""Study system attributes, in parts: ``{layer: {"weights": {bits: nats}, "activations": …}}``."""
-
-REPORT = "hq:report"
-"""Study user attribute prefix ``hq:report:…``: facts measured at the end (accuracy, skipped)."""
+"""Of a step record whose bits were trained: what that gave, and where the weights and the
+sensitivities at them are (`hq_optuna.objective.training_steps`)."""
 
 COMPARED = "compared"
 """The fact that holds what the answer was compared with: JSON objects, each with ``"method"``,
 ``"bits"``, ``"cost"`` and ``"measured"``, see `hq_optuna.answer.comparison.rows`."""
 
-ANSWER, UNIFORM, EIGHT = "answer", "uniform", "8 bits"
-"""Methods of those rows."""
+ANSWER, UNIFORM, EIGHT = "answer", "uniform", "8 bits"  # methods of those rows
 
-ARTIFACT = "hq:artifact"
-"""Study system attribute prefix ``hq:artifact:NAME``: ``{"id", "sha256", "bytes"}``."""
-
-PART_CHARACTERS = 30_000
-"""Longest attribute we write: a MySQL TEXT column ends at 65,535 bytes."""
-
+PROTOCOL = 1  # version of the tickets
+PART_CHARACTERS = 30_000  # longest attribute we write: a MySQL TEXT column ends at 65,535 bytes
 Kind = Literal["candidate", "incumbent", "surplus", "free"]
-PROTOCOL = 1
+"""A candidate, a step's record, nothing to do, or somebody's own enqueued trial."""
 
 
 def split(key: str, data: Any) -> dict[str, str]:
@@ -119,17 +96,10 @@ def join(key: str, attributes: Mapping[str, Any]) -> Any | None:
 
 
 def parent_digest(
-    settings: Mapping[str, Any], step: int | None, state: Sequence[int] | None
+    settings: Mapping[str, Any], step: int | None, state: Sequence[int] | None = None
 ) -> str:
-    """Return the digest that tickets of the next step carry.
-
-    Args:
-        settings: What `SETTINGS` holds.
-        step: Last closed step; ``None`` before step 0 is closed.
-        state: Bits of each variable that it left; ``None`` likewise.
-    """
-    state = None if state is None else list(state)
-    return digest([dict(settings), step, state])
+    """Return the digest that tickets carry: of the settings, and what the last closed step left."""
+    return digest([dict(settings), step, None if state is None else list(state)])
 
 
 def digest(data: Any) -> str:
@@ -154,32 +124,18 @@ def same_search(one: str, other: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class StudyInfo:
-    """What a search is about, for people and reports.
-
-    Attributes:
-        metric: ``"bops"`` or ``"size_bytes"``.
-        limit: The budget in that unit.
-        budget: The budget in words.
-        int8: Cost with 8 bits everywhere.
-        float32: Cost without quantization.
-        settings: All `hq_optuna.settings.SearchSettings`, as JSON data.
-        quantizers: Layer → name of the quantizer of its weights, where it is not ``"uniform"``.
-        training: When winners are trained and how, see `hq_optuna.training.plan`; ``None``
-            where they are not.
-        skipped: ``[name, kind, reason]`` of modules that are not quantized.
-        warnings: Sentences about the search that a reader of its results must know.
-    """
+    """What a search is about, for people and reports."""
 
     metric: Literal["bops", "size_bytes"]
-    limit: float
-    budget: str
-    int8: float
-    float32: float
-    settings: Mapping[str, Any]
-    quantizers: Mapping[str, str] = field(default_factory=dict)
-    training: Mapping[str, Any] | None = None
-    skipped: tuple[tuple[str, str, str], ...] = ()
-    warnings: tuple[str, ...] = ()
+    limit: float  # the budget in that unit
+    budget: str  # in words
+    int8: float  # cost with 8 bits everywhere
+    float32: float  # cost without quantization
+    settings: Mapping[str, Any]  # all `hq_optuna.settings.SearchSettings`
+    quantizers: Mapping[str, str] = field(default_factory=dict)  # by layer; not "uniform"
+    training: Mapping[str, Any] | None = None  # see `hq_optuna.training.plan`
+    skipped: tuple[tuple[str, str, str], ...] = ()  # name, kind, reason of modules
+    warnings: tuple[str, ...] = ()  # sentences that a reader of the results must know
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> StudyInfo:
@@ -189,11 +145,7 @@ class StudyInfo:
 
 
 def quantizers_text(quantizers: Mapping[str, str], most: int = 6) -> str:
-    """Return which layers have which quantizer of weights, for people.
-
-    Args:
-        quantizers: As in `StudyInfo`.
-        most: So many layers of a quantizer are named.
+    """Return which layers have which quantizer of weights, at most so many by name.
 
     Example:
         >>> quantizers_text({"a": "midrise", "b": "midrise"}), quantizers_text({})
@@ -211,39 +163,20 @@ def quantizers_text(quantizers: Mapping[str, str], most: int = 6) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """What one trial is for.
-
-    Attributes:
-        kind: ``"candidate"``, ``"incumbent"`` (a step record), ``"surplus"`` (nothing to do) or
-            ``"free"`` (a trial somebody enqueued with parameters of their own).
-        step: Number of the step.
-        slot: Place among the candidates; for a step record, the winner's place.
-        parent: Digest of the state of the search the ticket was written for.
-        bits: Bits of each variable of the space.
-        origin: For a step record, the number of the trial it takes; for a candidate, the number
-            of the record its step started from (``None`` in step 0).
-        variable: Name of the variable that was changed, of a swap all changes in words (``None`` in
-            step 0 and in step records).
-        from_bits: Its bits before; ``None`` for a swap.
-        worker: Who runs the trial, see `worker_id`.
-        search: Digests of what the search depends on, see `same_search`.
-        claim: Which of its worker's claims it is, from 1; 0 where the trial was there before.
-        trains: Of a step record: whether its bits are trained. Its value is then the score of the
-            trained network, and not its winner's.
-    """
+    """What one trial is for."""
 
     kind: Kind
     step: int
-    slot: int
-    parent: str
-    bits: tuple[int, ...]
-    origin: int | None = None
-    variable: str | None = None
-    from_bits: int | None = None
-    worker: str = ""
-    search: str = ""
-    claim: int = 0
-    trains: bool = False
+    slot: int  # its place among the candidates; of a record, the winner's
+    parent: str  # digest of the state of the search it was written for
+    bits: tuple[int, ...]  # of each variable of the space
+    origin: int | None = None  # a record's: the trial it takes; a candidate's: the record before it
+    variable: str | None = None  # that was changed; of a swap all changes, in words
+    from_bits: int | None = None  # before the change; `None` for a swap
+    worker: str = ""  # who runs the trial, see `worker_id`
+    search: str = ""  # what the search depends on, see `same_search`
+    claim: int = 0  # number among its worker's claims, from 1; 0 where the trial was there before
+    trains: bool = False  # of a record: its bits are trained, and its value is the score after it
 
     def to_json(self) -> dict[str, Any]:
         """Return the attribute's value."""

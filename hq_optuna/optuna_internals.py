@@ -13,31 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from optuna.artifacts import FileSystemArtifactStore
-from optuna.artifacts._upload import ARTIFACTS_ATTR_PREFIX
+from optuna.artifacts._upload import ARTIFACTS_ATTR_PREFIX as ARTIFACTS_ATTR_PREFIX
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, RDBStorage
-from optuna.storages._rdb import models
+from optuna.storages._rdb import models as models
 from optuna.study import Study
-from optuna.study._frozen import FrozenStudy
+from optuna.study._frozen import FrozenStudy as FrozenStudy
 from optuna.trial import FrozenTrial, Trial
-
-__all__ = [
-    "ARTIFACTS_ATTR_PREFIX",
-    "FIXED_PARAMS",
-    "FrozenStudy",
-    "HookedRDBStorage",
-    "artifact_path",
-    "cached_trial",
-    "database_of",
-    "id_of",
-    "loop_of",
-    "models",
-    "place_of",
-    "pop_waiting",
-    "refuse_several_objectives",
-    "storage_of",
-    "trial_id_of",
-]
 
 # ARTIFACTS_ATTR_PREFIX: where Optuna and its dashboard look for artifacts.
 # FrozenStudy: what `BaseStorage.get_all_studies` returns, for annotations.
@@ -75,9 +57,8 @@ def pop_waiting(study: Study) -> int | None:
 def loop_of(study: Study) -> Study | None:
     """Return the study whose `optimize` this thread is in, as ``stop`` raises anywhere else.
 
-    Args:
-        study: As Optuna hands it to samplers. With `HyperbandPruner` that is a study made for one
-            bracket, which knows nothing of the loop and holds the study that does.
+    With `HyperbandPruner` samplers are handed a study made for one bracket, which knows nothing of
+    the loop and holds the study that does.
     """
     whole: Study = getattr(study, "_study", study)
     return whole if getattr(whole._thread_local, "in_optimize_loop", False) else None

@@ -30,15 +30,9 @@ from hq_optuna.protocol.study_view import StudyView
 from hq_optuna.protocol.tickets import candidate_ticket, excess, facts, parameters, record_ticket
 from hq_optuna.storages.writing import add_user_attrs, create_trials, finish_trial
 
-ATTEMPTS = 3
-"""How often a worker tries to claim work before it waits."""
-
-PATIENCE_S = 0.3
-"""A worker that found no slot of its own for this long takes those of others."""
-
-LOST_S = 0.01
-"""What a lost claim counts as waiting: others are at the same work."""
-
+ATTEMPTS = 3  # how often a worker tries to claim work before it waits
+PATIENCE_S = 0.3  # a worker that found no slot of its own for this long takes those of others
+LOST_S = 0.01  # what a lost claim counts as waiting: others are at the same work
 _numbers = itertools.count(1)
 
 
@@ -148,12 +142,7 @@ def _choose(log: StepLog, search: str, waited_s: float) -> Ticket | None:
 
 
 def own_slots(free: Sequence[int], workers: Sequence[str], worker: str) -> list[int]:
-    """Return those of the free slots that a worker takes before others do.
-
-    Args:
-        free: Free slots of a step.
-        workers: Their names, in an order that all agree on.
-        worker: One of them.
+    """Return those of the free slots that one of the workers takes before the others do.
 
     Example:
         >>> own_slots([0, 1, 2, 4], ["a", "b"], "a")
@@ -225,14 +214,7 @@ def create_record(
     """Create a step's record complete, where nobody else is known that might record the step.
 
     Should somebody else record it all the same, the record with the lower number counts, and both
-    say the same.
-
-    Args:
-        view: The study as this process reads it.
-        study: The study.
-        ticket: Of the kind ``"incumbent"``.
-        value: The record's value.
-        facts: User attributes beside those that the ticket knows.
+    say the same. ``facts`` are user attributes beside those that the ticket knows.
     """
     create_trials(*place_of(study), [_template(view, ticket, value, facts)])
 
@@ -240,17 +222,9 @@ def create_record(
 def create_together(
     view: StudyView, study: Study, tickets: Sequence[Ticket]
 ) -> list[tuple[int, int]]:
-    """Create the trials of several tickets at once, as claims of this process.
+    """Create the trials of numbered tickets at once, and return the number and id of each.
 
     What a candidate and a training show leaves the worker out: others will do them.
-
-    Args:
-        view: The study as this process reads it.
-        study: The study.
-        tickets: With claims of their own, see `numbered`.
-
-    Returns:
-        Number and id of each trial.
     """
     templates = [_template(view, ticket) for ticket in tickets]
     for ticket, made in zip(tickets, templates, strict=True):

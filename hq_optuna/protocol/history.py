@@ -39,90 +39,50 @@ _FACTS = (
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A scored candidate.
+    """A scored candidate."""
 
-    Attributes:
-        number: Trial number.
-        step: Step it was tried in.
-        slot: Place in the step.
-        variable: What was changed, of a swap all changes in words; ``None`` for the start.
-        from_bits: Its bits before; ``None`` for a swap.
-        to_bits: Its bits in this candidate; ``None`` for a swap.
-        state: Bits of each variable of the space.
-        score: Predicted loss rise, nats.
-        score_weights: The weights' part, nats (NaN where the objective did not say).
-        score_activations: The activations' part, nats (likewise).
-        calibration_loss: Measured loss on the calibration set (NaN where not measured).
-        cost: In the unit of the study's metric.
-        seconds: Time of the evaluation.
-        worker: ``host:pid`` of who evaluated it.
-        counted: Whether it is the first complete result of its slot, made for this search.
-    """
-
-    number: int
+    number: int  # of the trial
     step: int
-    slot: int
-    variable: str | None
-    from_bits: int | None
-    to_bits: int | None
-    state: tuple[int, ...]
-    score: float
-    score_weights: float
-    score_activations: float
-    calibration_loss: float
-    cost: float
-    seconds: float
-    worker: str
-    counted: bool
+    slot: int  # its place in the step
+    variable: str | None  # what was changed, of a swap in words; `None` for the start
+    from_bits: int | None  # `None` for a swap
+    to_bits: int | None  # `None` for a swap
+    state: tuple[int, ...]  # bits of each variable of the space
+    score: float  # predicted loss rise, nats
+    score_weights: float  # the weights' part, nats; NaN where unknown
+    score_activations: float  # likewise
+    calibration_loss: float  # measured; NaN where it was not
+    cost: float  # in the unit of the study's metric
+    seconds: float  # of the evaluation
+    worker: str  # `host:pid`
+    counted: bool  # the first complete result of its slot, made for this search
 
 
-TEST_OF = "test_of"
-"""The fact that names the answer which the test data were read for."""
+TEST_OF = "test_of"  # the fact that names the answer which the test data were read for
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A network that candidates are made from, as what their rises are counted from.
+    """A network that candidates are made from, as what their rises are counted from."""
 
-    Attributes:
-        step: The step that trained it, 0 for the start of the search, its widest bits.
-        score: Its own score, nats.
-        score_weights: The weights' sum over layers (NaN where the objective did not say).
-        score_activations: The activations' sum over layers (likewise).
-        calibration_loss: Measured loss on the calibration set (NaN where not measured).
-    """
-
-    step: int
-    score: float
-    score_weights: float
-    score_activations: float
-    calibration_loss: float
+    step: int  # that trained it; 0 for the start of the search, its widest bits
+    score: float  # nats
+    score_weights: float  # sum over layers, nats; NaN where unknown
+    score_activations: float  # likewise
+    calibration_loss: float  # measured; NaN where it was not
 
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """A closed step: the trial that recorded it, and the candidate it took.
+    """A closed step: the trial that recorded it, and the candidate it took."""
 
-    Attributes:
-        number: Number of the trial.
-        step: Its step.
-        winner: The candidate.
-        config: Its bits.
-        training: What training these bits gave, see `hq_optuna.objective.training_steps`; ``None``
-            where they were not trained.
-        trained: The trained network, which the next steps' candidates are made from; ``None``
-            likewise, and where training did harm and was not kept.
-        current: What these bits have now: the winner, or what a training made of it, in this
-            step or in an earlier one with the same winner.
-    """
-
-    number: int
+    number: int  # of the trial
     step: int
     winner: Candidate
-    config: BitConfig
-    training: Mapping[str, Any] | None
-    trained: Reference | None
-    current: Candidate | Reference
+    config: BitConfig  # the winner's bits
+    training: Mapping[str, Any] | None  # what it gave; `None`: not trained
+    trained: Reference | None  # the trained network, where it was kept
+    current: Candidate | Reference  # the winner, or what a training made of it
 
     @property
     def answer(self) -> str:
@@ -137,36 +97,20 @@ class Run:
     Times are those of the storage: the start by the clock of the host that created the trial, the
     end by the clock of the host that ended it. Another worker ends the trial of one that died, when
     it finds out. MySQL keeps whole seconds.
-
-    Attributes:
-        number: Trial number.
-        worker: Who ran it, see `worker_identity.worker_id`; ``host:pid`` or empty where its ticket
-            does not say. Until it ended well, who claimed it.
-        kind: What its ticket was for, see `Ticket`; ``"free"`` also for trials without one.
-        step: Its step, -1 where it has none.
-        slot: Its place among the candidates of the step, -1 where it has none.
-        state: Where it stands.
-        started: UTC.
-        ended: UTC; ``None`` while it runs.
-        seconds: What its objective took, where that was recorded.
-        counted: Whether the search took its result.
-        handed: Whether somebody else claimed it and handed it out, as a launcher does, so that it
-            may have waited for its worker after its start.
-        trains: Whether it records a step whose winner it trains.
     """
 
-    number: int
-    worker: str
-    kind: Literal["candidate", "incumbent", "surplus", "free"]
-    step: int
-    slot: int
+    number: int  # of the trial
+    worker: str  # its `worker_id`; `host:pid` or empty where its ticket does not say
+    kind: Literal["candidate", "incumbent", "surplus", "free"]  # "free" also without a ticket
+    step: int  # -1 where it has none
+    slot: int  # -1 where it has none
     state: TrialState
-    started: datetime
-    ended: datetime | None
-    seconds: float | None
-    counted: bool
-    handed: bool = False
-    trains: bool = False
+    started: datetime  # UTC
+    ended: datetime | None  # UTC; `None` while it runs
+    seconds: float | None  # of its objective, where recorded
+    counted: bool  # the search took its result
+    handed: bool = False  # claimed by a launcher: it may have waited for its worker after its start
+    trains: bool = False  # records a step whose winner it trains
 
 
 @dataclass(frozen=True)
@@ -213,11 +157,8 @@ class History:
     def additive(self, metric: Metric | None = None) -> Additive | None:
         """Return the sums over layers as a problem that can be solved exactly.
 
-        Args:
-            metric: What is counted; by default what the search's budget counts.
-
-        Returns:
-            ``None`` where the study does not hold a whole table of sensitivities.
+        Counts what the search's budget counts unless told otherwise. ``None`` where the study does
+        not hold a whole table of sensitivities.
         """
         model = CostModel(self.space.layers, self.info.metric if metric is None else metric)
         try:
@@ -298,12 +239,12 @@ def _space(study_name: str, system: Mapping[str, Any], user: Mapping[str, Any]) 
     data = attributes.join(attributes.SPACE, system)
     if data is not None and attributes.INFO in user:
         return SearchSpace.from_json(data)
-    said = "is not a bit search of hq_optuna. Give the name of another study."
-    if attributes.FINGERPRINT in user:
-        said = (
-            "is being prepared: its sensitivities are not measured yet. Look again later; if the "
-            "worker that measures them died, start the search again."
-        )
+    said = (
+        "is being prepared: its sensitivities are not measured yet. Look again later; if the "
+        "worker that measures them died, start the search again."
+        if attributes.FINGERPRINT in user
+        else "is not a bit search of hq_optuna. Give the name of another study."
+    )
     raise ResumeError(f"Study {study_name!r} {said}", changed=("kind of study",))
 
 
@@ -335,9 +276,8 @@ def _candidates(
         number, ticket, user = trial.row.number, trial.row.ticket, trial.user_attrs
         if ticket is None or ticket.kind != "candidate" or trial.row.value is None:
             continue
-        if trial.row.state != TrialState.COMPLETE:
-            continue
-        if len(ticket.bits) != len(names):  # of another search that was refused here
+        # Other bits are of another search that was refused here.
+        if trial.row.state != TrialState.COMPLETE or len(ticket.bits) != len(names):
             continue
         lowered = ticket.variable
         found[number] = Candidate(
@@ -392,12 +332,7 @@ def _reference(step: int, score: float, user: Mapping[str, Any]) -> Reference:
 
 
 def read_runs(trials: Sequence[TrialFacts], counted: Set[int]) -> tuple[Run, ...]:
-    """Return the trials that somebody ran, by number.
-
-    Args:
-        trials: With the user attributes `SECONDS` and `WORKER`.
-        counted: Numbers of those whose results the search took.
-    """
+    """Return the trials that somebody ran; ``counted`` are those whose results the search took."""
     found = []
     for trial in trials:
         row, ticket, user = trial.row, trial.row.ticket, trial.user_attrs

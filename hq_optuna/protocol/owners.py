@@ -23,14 +23,9 @@ from hq_optuna.attributes import Ticket
 from hq_optuna.protocol import worker_identity
 from hq_optuna.storages.trials import TrialRow
 
-UNTAGGED_GRACE_S = 3.0
-"""A trial that has not got its ticket after this long lost its worker."""
-
-HEARTBEAT_S = 5.0
-"""How often the owner of a running trial changes its attribute."""
-
-GRACE_S = 30.0
-"""How long an owner may leave it unchanged: several heartbeats, and a restarted database."""
+UNTAGGED_GRACE_S = 3.0  # a trial that has not got its ticket after this long lost its worker
+HEARTBEAT_S = 5.0  # how often the owner of a running trial changes its attribute
+GRACE_S = 30.0  # how long it may stay unchanged: several heartbeats, and a restarted database
 
 HELD: dict[int, int | None] = {}
 """Claims of this process → id of their trial, once it is known. A running trial of this process
@@ -39,37 +34,26 @@ stored. Claims stay here when their trials end: another thread may have read the
 
 
 class Owners:
-    """Follows running trials from one read of a study to the next.
-
-    Attributes:
-        running: Number → ticket of trials whose owner may live.
-        untagged: Numbers of trials that may still get their ticket.
-        dead: Number → id of trials in the storage's running state whose owner is dead.
-        died: Tickets of those.
-        waiting: Whether somebody enqueued trials.
-        grace_s: See `GRACE_S`.
-    """
+    """Follows running trials from one read of a study to the next."""
 
     def __init__(self, grace_s: float = GRACE_S) -> None:
         self.grace_s = grace_s
-        self.running: dict[int, Ticket] = {}
-        self.untagged: list[int] = []
-        self.dead: dict[int, int] = {}
-        self.died: list[Ticket] = []
-        self.waiting = False
+        self.running: dict[int, Ticket] = {}  # by number: trials whose owner may live
+        self.untagged: list[int] = []  # trials that may still get their ticket
+        self.dead: dict[int, int] = {}  # number → id of running trials whose owner is dead
+        self.died: list[Ticket] = []  # of those
+        self.waiting = False  # somebody enqueued trials
         self._signs: dict[int, tuple[Any, float]] = {}  # number → (sign, first seen)
         self._last_number: dict[str, int] = {}  # worker → its latest trial
 
     def update(self, rows: Sequence[TrialRow]) -> None:
         """Judge the running trials among rows, which are all unfinished ones and the new ones."""
         now = time.monotonic()
-        self.running, self.untagged, self.dead, self.waiting = {}, [], {}, False
-        self.died = []
+        self.running, self.untagged, self.dead, self.died = {}, [], {}, []
+        self.waiting = any(row.state == TrialState.WAITING for row in rows)
         for row in rows:
             if row.ticket is not None:
                 self._last_number[row.ticket.worker] = row.number
-            if row.state == TrialState.WAITING:
-                self.waiting = True
             if row.state != TrialState.RUNNING:
                 self._signs.pop(row.number, None)
                 continue
@@ -100,12 +84,7 @@ class Owners:
         return hangs and quiet_s >= self.grace_s
 
     def at_work(self, worker: str, last: int) -> list[str]:
-        """Return the workers at work, this one among them, in an order that all agree on.
-
-        Args:
-            worker: Its name.
-            last: How many of the latest trials say who is at work.
-        """
+        """Return who did the ``last`` trials, and this worker, in an order that all agree on."""
         since = max(self._last_number.values(), default=0) - last
         names = {name for name, number in self._last_number.items() if number > since}
         return sorted({name for name in names if not worker_identity.is_dead(name)} | {worker})

@@ -21,16 +21,11 @@ class StartOptions:
     A worker, or a resumed run, takes these instead of the defaults, and what it is given itself
     instead of these. Whether the result is the same search is told by the fingerprint, so options
     that contradict are refused there, in words.
-
-    Attributes:
-        settings: Settings of the search: ``{"budget": "0.3 bops", "seed": 3}``.
-        options: Options of the study file by parameter name; paths as absolute ones.
-        command: The whole command, for reports; passwords in URLs are masked.
     """
 
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
-    command: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)  # {"budget": "0.3 bops", "seed": 3}
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the study file; absolute paths
+    command: str = ""  # whole, for reports; passwords masked
 
     @classmethod
     def of(

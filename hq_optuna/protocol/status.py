@@ -20,67 +20,39 @@ from hq_optuna.protocol.study_view import stored_limits
 from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.storages.trials import TrialRow, read_rows
 
-LATEST = 64
-"""Candidates by which the rate is judged."""
-
+LATEST = 64  # candidates by which the rate is judged
 State = Literal["preparing", "running", "idle", "finished", "stopped"]
+"""Idle: nobody works on it. Stopped: by a limit, and nobody is at work any more."""
 
 
 @dataclass(frozen=True)
 class WorkerStatus:
-    """One worker of a search.
+    """One worker of a search."""
 
-    Attributes:
-        name: ``host:pid``.
-        alive: Whether it lives; ``None`` where only its own host could tell.
-        doing: What it does now, in words; empty if it waits, ended or died.
-        candidates: Complete candidates it scored.
-    """
-
-    name: str
-    alive: bool | None
-    doing: str
-    candidates: int
+    name: str  # `host:pid`
+    alive: bool | None  # `None` where only its own host could tell
+    doing: str  # in words; empty if it waits, ended or died
+    candidates: int  # complete ones that it scored
 
 
 @dataclass(frozen=True)
 class SearchStatus:
-    """Where a search stands.
-
-    Attributes:
-        state: ``"preparing"``, ``"running"``, ``"idle"`` (nobody works on it), ``"finished"`` or
-            ``"stopped"`` (by a limit, and nobody is at work any more).
-        reason: Why it ended, in words; empty while it has not.
-        steps: Closed steps.
-        done: Candidates of the open step that are done.
-        of: Candidates of the open step.
-        candidates: Candidates that count.
-        seconds: Spent on trials so far, of all workers.
-        share: Part of the way from the start's cost to the budget, 0 to 1.
-        per_minute: Candidates a minute: workers that score now, over the mean time of the latest
-            candidates. 0 where nobody scores.
-        left_s: Estimate of the time until the budget is met; ``None`` where there is none.
-        workers: Those that live, or work elsewhere, and those that died at work.
-        gone: Workers that ended or died earlier.
-        bits: ``(weight_bits, activation_bits)`` of the incumbent's layers in network order; empty
-            before the first step is closed.
-        levels: All bits that a layer may have, fewest first.
-    """
+    """Where a search stands."""
 
     state: State
-    reason: str = ""
-    steps: int = 0
-    done: int = 0
+    reason: str = ""  # why it ended, in words; empty while it has not
+    steps: int = 0  # closed ones
+    done: int = 0  # candidates of the open step, of `of`
     of: int = 0
-    candidates: int = 0
-    seconds: float = 0.0
-    share: float = 0.0
-    per_minute: float = 0.0
-    left_s: float | None = None
-    workers: tuple[WorkerStatus, ...] = ()
-    gone: int = 0
-    bits: tuple[tuple[int, int], ...] = ()
-    levels: tuple[int, ...] = ()
+    candidates: int = 0  # that count
+    seconds: float = 0.0  # spent on trials so far, of all workers
+    share: float = 0.0  # of the way from the start's cost to the budget, 0 to 1
+    per_minute: float = 0.0  # candidates: workers that score now, over the latest mean time
+    left_s: float | None = None  # estimate until the budget is met; `None` where there is none
+    workers: tuple[WorkerStatus, ...] = ()  # alive, elsewhere, or dead at work
+    gone: int = 0  # workers that ended or died earlier
+    bits: tuple[tuple[int, int], ...] = ()  # (weight, activation) of the incumbent's layers
+    levels: tuple[int, ...] = ()  # all bits that a layer may have, fewest first
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON data."""
@@ -88,11 +60,7 @@ class SearchStatus:
 
 
 class StatusReader:
-    """Looks at one study again and again; each look reads what is new.
-
-    Args:
-        study: A study of this package, opened with any sampler.
-    """
+    """Looks at one study again and again; each look reads what is new."""
 
     def __init__(self, study: Study) -> None:
         self._study = study

@@ -27,11 +27,8 @@ from hq_optuna.space.cost import CostModel, Metric
 from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.storages.trials import Cursor, TrialRow
 
-_Key = tuple[int, str]
-"""Step and parent, as tickets say them."""
-
-_Told = tuple[int, float, Ticket]
-"""Number, value and ticket of a complete trial."""
+_Key = tuple[int, str]  # step and parent, as tickets say them
+_Told = tuple[int, float, Ticket]  # number, value and ticket of a complete trial
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,39 +44,25 @@ class Closed:
 
 @dataclass
 class OpenStep:
-    """The step that is being worked on.
-
-    Attributes:
-        step: Its number.
-        parent: Digest that tickets of this step carry.
-        states: Bits of each candidate, one per slot.
-        done: Slot → number of the trial that counts.
-        running: Slot → numbers of trials whose workers are not known to be dead.
-        recording: Running step records of this step, likewise.
-        final: Whether nothing is left but to train the answer: a step without candidates.
-    """
+    """The step that is being worked on."""
 
     step: int
-    parent: str
-    states: tuple[tuple[int, ...], ...]
-    done: dict[int, int] = field(default_factory=dict)
-    running: dict[int, list[int]] = field(default_factory=dict)
-    recording: list[int] = field(default_factory=list)
-    final: bool = False
-
-    def bits(self, slot: int) -> tuple[int, ...] | None:
-        """Return the bits that a slot's candidate must have; ``None`` where there is no such."""
-        return self.states[slot] if 0 <= slot < len(self.states) else None
+    parent: str  # digest that tickets of this step carry
+    states: tuple[tuple[int, ...], ...]  # bits of each candidate, by slot
+    done: dict[int, int] = field(default_factory=dict)  # slot → the trial that counts
+    running: dict[int, list[int]] = field(default_factory=dict)  # slot → trials not known dead
+    recording: list[int] = field(default_factory=list)  # running step records
+    final: bool = False  # nothing is left but to train the answer: a step without candidates
 
     def note_running(self, running: Mapping[int, Ticket]) -> None:
         """Take in what runs now: trial number → ticket."""
-        self.running, self.recording = {}, []
+        self.running, self.recording, enumerated = {}, [], set(enumerate(self.states))
         for number, ticket in running.items():
             if (ticket.step, ticket.parent) != self.key:
                 continue
             if ticket.kind == "incumbent":
                 self.recording.append(number)
-            elif ticket.kind == "candidate" and ticket.bits == self.bits(ticket.slot):
+            elif ticket.kind == "candidate" and (ticket.slot, ticket.bits) in enumerated:
                 self.running.setdefault(ticket.slot, []).append(number)
 
     @property
@@ -100,26 +83,14 @@ class OpenStep:
 
 
 class StepLog:
-    """Replays the trials of a study into the steps of a search.
-
-    Args:
-        search: The rules, which must be those the study was made with.
-
-    Attributes:
-        settings: What the history depends on, as tickets and the study say it.
-        cursor: How far the study was read; what `update` wants is what is new since.
-        owners: Who works on what, and who is dead.
-        searches: What tickets say of their search, by number; the first one says whose study this
-            is, the others are of those who were refused. Empty in studies of earlier versions.
-        limits: What the search may spend.
-        stopped_by: The limit that ended the search, in words; ``None`` while none did.
-    """
+    """Replays the trials of a study into the steps of a search with the study's own rules."""
 
     def __init__(self, search: ProgressiveSearch) -> None:
         self.search = search
         self.settings = settings(search)  # once: its digest of the space takes milliseconds
         self.cursor = Cursor()
         self.owners = Owners()
+        # By number: the first says whose study this is, the others were refused.
         self.searches: list[str] = []
         self.closed: list[Closed] = []
         self.past = Past()
@@ -130,7 +101,7 @@ class StepLog:
         self._trainings: dict[_Key, dict[int, tuple[int, ...]]] = {}  # trial's id → bits
         self._closed_keys: set[_Key] = set()
         self.limits = Limits()
-        self.stopped_by: str | None = None
+        self.stopped_by: str | None = None  # the limit that ended the search, in words
         self._finished_s = 0.0
         self._running_since: dict[int, float] = {}
         self._step: OpenStep | None = self._open_step(None)
@@ -177,11 +148,6 @@ class StepLog:
             step, slot, _ = self._by_number[number]
             found[step, slot] = number
         return found
-
-    @property
-    def finished(self) -> bool:
-        """Whether the search is over."""
-        return self.open is None
 
     def update(self, rows: Sequence[TrialRow]) -> None:
         """Take in trials that are new or were unfinished, ordered by number."""
@@ -327,7 +293,8 @@ class StepLog:
         step = 0 if incumbent is None else incumbent.step + 1
         if not states and not self.search.final:
             return None
-        parent = parent_digest(self.settings, incumbent)
+        left = (None, None) if incumbent is None else (incumbent.step, incumbent.state)
+        parent = attributes.parent_digest(self.settings, *left)
         return OpenStep(step, parent, states, final=not states)
 
     @property
@@ -337,15 +304,11 @@ class StepLog:
 
     def trains_open_step(self) -> bool:
         """Return whether the record of the complete open step trains its bits."""
-        step = self.open
-        if step is None:
-            return False
-        if step.final:
-            return True
+        step, search = self.open, self.search
+        if step is None or step.final:
+            return step is not None
         # Who trains the answer at the end need not train it just before.
-        return self.search.trains(step.step) and not (
-            self.search.final and self.ends_with_open_step()
-        )
+        return search.trains(step.step) and not (search.final and self.ends_with_open_step())
 
     def best_within_budget(self) -> float:
         """Return the smallest value of a trial within the budget, infinity where there is none."""
@@ -399,13 +362,7 @@ def settings(search: ProgressiveSearch) -> dict[str, Any]:
 
 
 def search_of(settings: Mapping[str, Any], space: SearchSpace, metric: Metric) -> ProgressiveSearch:
-    """Return the search that a study's settings describe.
-
-    Args:
-        settings: What `settings` returned when the study was made.
-        space: The study's search space.
-        metric: What its budget counts.
-    """
+    """Return the search that a study's settings describe; ``metric`` is what its budget counts."""
     limit = settings["limit"]
     return ProgressiveSearch(
         space=space,
@@ -418,10 +375,3 @@ def search_of(settings: Mapping[str, Any], space: SearchSpace, metric: Metric) -
         train_every=settings.get("train_every", 0),
         final=settings.get("final", False),
     )
-
-
-def parent_digest(known: dict[str, Any], incumbent: Incumbent | None) -> str:
-    """Return the digest tickets carry: settings, step and bits the step starts from."""
-    if incumbent is None:
-        return attributes.parent_digest(known, None, None)
-    return attributes.parent_digest(known, incumbent.step, incumbent.state)

@@ -14,11 +14,7 @@ MAX_FAILURES = 5
 
 
 def stop(study: Study) -> None:
-    """End the loop of Optuna's that this thread is in, if it is in one.
-
-    Args:
-        study: As Optuna hands it to samplers.
-    """
+    """End the loop of Optuna's that this thread is in, if it is in one."""
     if (running := loop_of(study)) is not None:
         running.stop()
 
@@ -30,15 +26,7 @@ class Failures:
         self._ended: dict[tuple[object, ...], list[TrialState]] = {}
 
     def note(self, log: StepLog, ticket: Ticket, state: TrialState) -> None:
-        """Count a trial that failed or was pruned.
-
-        What another worker did meanwhile is not needed, nor is anything once the search is over.
-
-        Args:
-            log: The record as it is now.
-            ticket: The trial's.
-            state: What the trial ends as.
-        """
+        """Count a trial that failed or was pruned, if the search still needs what it was for."""
         step = log.open
         if step is None or step.key != (ticket.step, ticket.parent):
             return

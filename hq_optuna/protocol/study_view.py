@@ -30,30 +30,17 @@ from hq_optuna.storages.writing import set_study_system_attrs
 
 @dataclass
 class StudyView:
-    """One study as this process last read it.
-
-    Attributes:
-        space: The search space.
-        encoding: How candidates show their bits as parameters.
-        log: Its steps.
-        search: What this process's search depends on, as tickets say it.
-        budget: Its budget, if it has one.
-        lock: Held while the log is read: threads must not hand it older trials than it has seen.
-        changed: Settings that differ from the study's; ``None`` before they are compared.
-        checked_at: Numbers of closed steps and searches when settings and limits were last read.
-        tickets: Those of trials that run in this process, by id in the storage.
-        failures: Trials of this process that brought no result.
-    """
+    """One study as this process last read it."""
 
     space: SearchSpace
     encoding: Encoding
     log: StepLog
-    search: str
+    search: str  # what this process's search depends on, as tickets say it
     budget: Budget | None
-    lock: threading.RLock
-    changed: dict[str, str] | None = None
-    checked_at: tuple[int, int] = (0, 1)
-    tickets: dict[int, Ticket] = field(default_factory=dict)
+    lock: threading.RLock  # held while the log is read, so that threads read trials in order
+    changed: dict[str, str] | None = None  # settings unlike the study's, once compared
+    checked_at: tuple[int, int] = (0, 1)  # closed steps and searches at the last check
+    tickets: dict[int, Ticket] = field(default_factory=dict)  # of this process, by trial id
     failures: Failures = field(default_factory=Failures)
 
     def name_search(self, digest: str) -> None:

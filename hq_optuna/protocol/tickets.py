@@ -17,8 +17,7 @@ from hq_optuna.search import changes
 from hq_optuna.settings import Encoding
 from hq_optuna.space.search_space import SearchSpace
 
-LAYER, BITS = "layer", "bits"
-"""Parameters of a candidate in the compact encoding."""
+LAYER, BITS = "layer", "bits"  # parameters of a candidate in the compact encoding
 
 
 def candidate_ticket(log: StepLog, slot: int, search: str = "") -> Ticket:
@@ -66,12 +65,11 @@ def record_ticket(log: StepLog, search: str = "") -> Ticket:
 
 def idle_ticket(kind: Kind, log: StepLog | None = None, search: str = "") -> Ticket:
     """Return the ticket of a trial without work: ``"surplus"`` or ``"free"``."""
-    step, state = -1, tuple[int, ...]()
-    if log is not None:
-        step = len(log.closed)
-        state = log.search.space.top if log.incumbent is None else log.incumbent.state
-    slot = -1 if log is None else 0
-    return Ticket(kind, step, slot, "", state, worker=worker_identity.worker_id(), search=search)
+    worker = worker_identity.worker_id()
+    if log is None:
+        return Ticket(kind, -1, -1, "", (), worker=worker, search=search)
+    state = log.search.space.top if log.incumbent is None else log.incumbent.state
+    return Ticket(kind, len(log.closed), 0, "", state, worker=worker, search=search)
 
 
 def parameters(
@@ -137,14 +135,10 @@ def winner_of(study: Study, number: int) -> tuple[float, Mapping[str, Any]]:
 
 
 def closing(value: float, winner: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
-    """Return value and attributes of the record that takes a winner.
+    """Return value and attributes of the record that takes a winner, given those of the winner.
 
     The value is one unit in the last place below the winner's, so that `study.best_trial` is the
     record, which has the bits of all layers, and not the candidate it repeats.
-
-    Args:
-        value: The winner's value.
-        winner: Its user attributes.
     """
     facts = {name: winner[name] for name in KEPT if name in winner}
     return math.nextafter(value, -math.inf), facts

@@ -204,7 +204,7 @@ class ProgressiveBitSampler(BaseSampler):
 
     def finished(self, study: Study) -> bool:
         """Return whether the budget is met, or nothing is left to lower."""
-        return self.log(study).finished
+        return self.log(study).open is None
 
     def ticket(self, study: Study, trial: Trial | FrozenTrial) -> Ticket | None:
         """Return the ticket of a trial."""

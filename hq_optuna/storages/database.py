@@ -45,21 +45,13 @@ _Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a trial ended.
-
-    Attributes:
-        trial_id: Its id in the storage.
-        state: A finished state.
-        value: Its value, where it is complete.
-        user_attrs: Attributes it has not got yet.
-        seconds: How long it ran, where it was created before it began; ``None``: since then.
-    """
+    """How a trial ended."""
 
     trial_id: int
-    state: TrialState
-    value: float | None = None
-    user_attrs: Mapping[str, Any] = field(default_factory=dict)
-    seconds: float | None = None
+    state: TrialState  # a finished one
+    value: float | None = None  # where it is complete
+    user_attrs: Mapping[str, Any] = field(default_factory=dict)  # new ones
+    seconds: float | None = None  # how long it ran; `None`: since it was created
 
 
 class Database(HookedRDBStorage):
@@ -75,10 +67,9 @@ class Database(HookedRDBStorage):
     def create_trials(
         self, study_id: int, templates: Sequence[FrozenTrial]
     ) -> list[tuple[int, int]]:
-        """Create trials with tickets, running or complete, at once, with numbers in a row.
+        """Create trials with tickets, running or complete, at once; return number and id of each.
 
-        Returns:
-            Number and id of each.
+        The numbers are in a row.
         """
         study = _STUDIES.c.study_id == study_id
         with self._transaction() as connection:
@@ -115,23 +106,16 @@ class Database(HookedRDBStorage):
         return [(first + place, trial_id) for place, trial_id in enumerate(ids)]
 
     def add_user_attrs(self, trial_id: int, user_attrs: Mapping[str, Any]) -> None:
-        """Write attributes of a running trial in one transaction.
-
-        Raises:
-            UpdateFinishedTrialError: The trial is finished.
-        """
+        """Write attributes of a running trial in one transaction."""
         with self._transaction() as connection:
             if not _running(connection, [trial_id]):
                 raise UpdateFinishedTrialError(f"Trial {trial_id} is finished.")
             self._upsert(connection, _USER_ATTRS, _attributes(trial_id, user_attrs))
 
     def finish_trials(self, ended: Sequence[Ended]) -> list[int]:
-        """End running trials with values and attributes, in one transaction.
+        """End running trials with values and attributes, in one transaction; return their ids.
 
-        Of two that end the same trial exactly one succeeds, on every database.
-
-        Returns:
-            Ids of those that were running; what somebody else ended stays as it is.
+        What somebody else ended stays as it is: of two exactly one succeeds, on every database.
         """
         with self._transaction() as connection:
             running = _end(connection, ended)

@@ -37,20 +37,13 @@ logger = logging.getLogger(__name__)
 
 _Done = TypeVar("_Done")
 
-SQLITE_BUSY_TIMEOUT_S = 60
-"""How long a SQLite connection waits for another writer before it gives up."""
-
-FIRST_USE_ATTEMPTS = 8
-"""How often the tables are looked for again when several processes create them at once."""
-
-LOCKED_PAUSE_S = 0.02
-"""Mean pause before SQLite is asked again where it says at once that it is locked."""
-
+SQLITE_BUSY_TIMEOUT_S = 60  # how long a connection waits for another writer
+FIRST_USE_ATTEMPTS = 8  # how often tables that several processes create at once are looked for
+LOCKED_PAUSE_S = 0.02  # mean pause before SQLite is asked again that says at once it is locked
+_WAITS = {"timeout": SQLITE_BUSY_TIMEOUT_S}
 JOURNAL_SUFFIXES = (".log", ".journal")
 
-GRPC_PORT = 13000
-"""Where Optuna's proxy listens unless told otherwise."""
-
+GRPC_PORT = 13000  # where Optuna's proxy listens unless told otherwise
 GRPC_TIMEOUT_S = 10.0
 
 _SECRET = re.compile(r"(?i)([?&][^=&@]*(?:pass|pwd|secret|token)[^=&@]*=)[^&]*")
@@ -148,11 +141,7 @@ def _make_folder_of(path: Path) -> None:
 
 
 def open_journal(path: Path) -> BaseStorage:
-    """Open a journal file, made if need be.
-
-    Raises:
-        StorageError: It cannot be written.
-    """
+    """Open a journal file, made if need be; `StorageError` where it cannot be written."""
     _make_folder_of(path)
     if path.is_dir():
         raise StorageError(f"{path} is a folder. Give the path of a file.")
@@ -168,11 +157,7 @@ def open_journal(path: Path) -> BaseStorage:
 
 
 def open_grpc(storage: str) -> BaseStorage:
-    """Connect to a gRPC proxy.
-
-    Raises:
-        StorageError: The URL is broken, gRPC is not installed, or nobody answers.
-    """
+    """Connect to a gRPC proxy, or raise `StorageError` with a next step."""
     try:
         parts = urlsplit(storage)
         host, port = parts.hostname, GRPC_PORT if parts.port is None else parts.port
@@ -237,27 +222,27 @@ def _create_tables(storage: str, engine_kwargs: dict[str, Any]) -> Database:
 
 
 def _open_sqlite(storage: str, url: sqlalchemy.URL) -> BaseStorage:
-    if url.database and url.database != ":memory:":
-        path = Path(url.database)
+    path = _sqlite_file(url)
+    if path is not None:
         _make_folder_of(path)
         if path.exists() and not os.access(path, os.W_OK):
             raise StorageError(f"{path} is read-only. Give a file that can be written.")
         if not path.exists() and not os.access(path.parent, os.W_OK):
             raise StorageError(f"The folder {path.parent} is read-only. Give another --storage.")
         # WAL is a property of the file; set it before Optuna's first connection.
-        engine = sqlalchemy.create_engine(url, connect_args=_waits())
+        engine = sqlalchemy.create_engine(url, connect_args=_WAITS)
         _while_locked(lambda: _set_wal(engine))
         engine.dispose()
-    opened = _while_locked(lambda: _create_tables(storage, {"connect_args": _waits()}))
-    if not url.database or url.database == ":memory:":
-        return optuna.storages.get_storage(opened)  # lives in the connection it has now
-    sqlalchemy.event.listen(opened.engine, "connect", _tune_connection)
-    opened.engine.dispose()  # the connections made so far do not have the setting
+    opened = _while_locked(lambda: _create_tables(storage, {"connect_args": _WAITS}))
+    if path is not None:  # a database in memory lives in the connection it has now
+        sqlalchemy.event.listen(opened.engine, "connect", _tune_connection)
+        opened.engine.dispose()  # the connections made so far do not have the setting
     return optuna.storages.get_storage(opened)
 
 
-def _waits() -> dict[str, float]:
-    return {"timeout": SQLITE_BUSY_TIMEOUT_S}
+def _sqlite_file(url: sqlalchemy.URL) -> Path | None:
+    in_file = url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:")
+    return Path(str(url.database)) if in_file else None
 
 
 def _set_wal(engine: sqlalchemy.Engine) -> None:
@@ -266,7 +251,7 @@ def _set_wal(engine: sqlalchemy.Engine) -> None:
             connection.exec_driver_sql("PRAGMA journal_mode=WAL")
 
 
-def _while_locked(act: Callable[[], _Done]) -> _Done:
+def _while_locked(act: Callable[[], _Done], sqlite: bool = True) -> _Done:
     """Do something with a SQLite file again as long as it is locked, up to the busy timeout.
 
     Where two connections would wait for each other, as when several processes put a new file into
@@ -277,7 +262,8 @@ def _while_locked(act: Callable[[], _Done]) -> _Done:
         try:
             return act()
         except (sqlalchemy.exc.DatabaseError, StorageInternalError) as error:
-            if "locked" not in str(_innermost(error)).lower() or time.monotonic() >= until:
+            locked = sqlite and "locked" in str(_innermost(error)).lower()
+            if not locked or time.monotonic() >= until:
                 raise
         time.sleep(random.uniform(0, 2 * LOCKED_PAUSE_S))
 
@@ -396,10 +382,8 @@ def _may_exist(storage: str) -> bool:
         return True
     if (path := journal_path(storage)) is not None:
         return path.exists()
-    url = _parse(storage)
-    if url.get_backend_name() != "sqlite" or not url.database or url.database == ":memory:":
-        return True
-    return Path(url.database).exists()
+    path = _sqlite_file(_parse(storage))
+    return path is None or path.exists()
 
 
 def storage_exists(storage: str) -> bool:
@@ -415,12 +399,9 @@ def storage_exists(storage: str) -> bool:
     url = _parse(storage)
     sqlite = url.get_backend_name() == "sqlite"
 
-    def look() -> bool:
-        return sqlalchemy.inspect(engine).has_table("studies")
-
     with _explain_opening(redact_url(storage), url):
-        engine = sqlalchemy.create_engine(url, connect_args=_waits() if sqlite else {})
+        engine = sqlalchemy.create_engine(url, connect_args=_WAITS if sqlite else {})
         try:
-            return _while_locked(look) if sqlite else look()
+            return _while_locked(lambda: sqlalchemy.inspect(engine).has_table("studies"), sqlite)
         finally:
             engine.dispose()

@@ -234,13 +234,8 @@ class RetryingStorage(BaseStorage):
         self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
     ) -> bool:
         """Set a trial's state; one that has it already after a lost answer is done."""
-        return self.end_trial(
-            lambda: self.wrapped.set_trial_state_values(trial_id, state, values),
-            True,
-            trial_id,
-            state,
-            values,
-        )
+        end = functools.partial(self.wrapped.set_trial_state_values, trial_id, state, values)
+        return self.end_trial(end, True, trial_id, state, values)
 
     def end_trial(
         self,

@@ -26,40 +26,24 @@ from hq_optuna.storages.retrying import tried_again
 
 @dataclass(frozen=True, slots=True)
 class TrialRow:
-    """What the step protocol wants to know of a trial.
-
-    Attributes:
-        number: Its number in the study.
-        trial_id: Its id in the storage.
-        state: Its state.
-        value: Its value, where it has exactly one.
-        ticket: Its ticket, if it has one of this protocol.
-        heartbeat: What its owner keeps changing while it runs long.
-        seconds: From its creation to its end; ``None`` while it runs.
-    """
+    """What the step protocol wants to know of a trial."""
 
     number: int
     trial_id: int
     state: TrialState
-    value: float | None
-    ticket: Ticket | None
-    heartbeat: Any = None
-    seconds: float | None = None
+    value: float | None  # where it has exactly one
+    ticket: Ticket | None  # if it has one of this protocol
+    heartbeat: Any = None  # what its owner keeps changing while it runs long
+    seconds: float | None = None  # from its creation to its end
 
 
 @dataclass
 class Cursor:
-    """How far trials of a study were read.
+    """How far trials of a study were read."""
 
-    Attributes:
-        n: Trials seen, which is the number the next one will have.
-        last_id: Largest id seen.
-        unfinished: Number → id of trials that were not finished when last seen.
-    """
-
-    n: int = 0
-    last_id: int = -1
-    unfinished: dict[int, int] = field(default_factory=dict)
+    n: int = 0  # trials seen: the number of the next one
+    last_id: int = -1  # the largest one seen
+    unfinished: dict[int, int] = field(default_factory=dict)  # number → id, when last seen
 
     def move(self, rows: Iterable[TrialRow]) -> None:
         """Take in what was read."""
@@ -99,19 +83,12 @@ def row_of(trial: FrozenTrial) -> TrialRow:
 
 @dataclass(frozen=True, slots=True)
 class TrialFacts:
-    """What reports want to know of a trial.
-
-    Attributes:
-        row: As the step protocol reads it.
-        user_attrs: Those that were asked for.
-        started: When it was created, by the clock of the host that did; ``None`` where it waits.
-        ended: When it ended, by the clock of the host that ended it; ``None`` while it runs.
-    """
+    """What reports want to know of a trial."""
 
     row: TrialRow
-    user_attrs: Mapping[str, Any]
-    started: datetime | None = None
-    ended: datetime | None = None
+    user_attrs: Mapping[str, Any]  # those that were asked for
+    started: datetime | None = None  # by its creator's clock; `None` while it waits
+    ended: datetime | None = None  # by the clock of the host that ended it; `None` while it runs
 
 
 @tried_again
@@ -157,36 +134,17 @@ def _row_query(study_id: int, cursor: Cursor) -> sqlalchemy.Select[Any]:
     new = trials.c.trial_id > cursor.last_id
     if cursor.unfinished:
         new = new | trials.c.trial_id.in_(cursor.unfinished.values())
-    return (
-        sqlalchemy.select(
-            trials.c.number,
-            trials.c.trial_id,
-            trials.c.state,
-            trials.c.datetime_start,
-            trials.c.datetime_complete,
-            values.c.value,
-            values.c.value_type,
-            ticket.c.value_json.label("ticket"),
-            heartbeat.c.value_json.label("heartbeat"),
-        )
-        .select_from(
-            trials.outerjoin(
-                values, (values.c.trial_id == trials.c.trial_id) & (values.c.objective == 0)
-            )
-            .outerjoin(
-                ticket,
-                (ticket.c.trial_id == trials.c.trial_id) & (ticket.c.key == attributes.TICKET),
-            )
-            .outerjoin(
-                heartbeat,
-                (heartbeat.c.trial_id == trials.c.trial_id)
-                & (heartbeat.c.key == attributes.HEARTBEAT)
-                & (trials.c.state == TrialState.RUNNING),
-            )
-        )
-        .where(trials.c.study_id == study_id, new)
-        .order_by(trials.c.trial_id)
+    its_id, beats = trials.c.trial_id, trials.c.state == TrialState.RUNNING
+    is_heartbeat = (heartbeat.c.key == attributes.HEARTBEAT) & beats
+    joined = (
+        trials.outerjoin(values, (values.c.trial_id == its_id) & (values.c.objective == 0))
+        .outerjoin(ticket, (ticket.c.trial_id == its_id) & (ticket.c.key == attributes.TICKET))
+        .outerjoin(heartbeat, (heartbeat.c.trial_id == its_id) & is_heartbeat)
     )
+    said = (ticket.c.value_json.label("ticket"), heartbeat.c.value_json.label("heartbeat"))
+    known = [trials.c[n] for n in ("number", "state", "datetime_start", "datetime_complete")]
+    query = sqlalchemy.select(its_id, *known, values.c.value, values.c.value_type, *said)
+    return query.select_from(joined).where(trials.c.study_id == study_id, new).order_by(its_id)
 
 
 def _row(columns: sqlalchemy.Row[Any]) -> TrialRow:
@@ -194,20 +152,15 @@ def _row(columns: sqlalchemy.Row[Any]) -> TrialRow:
     if columns.value_type is not None:
         value = models.TrialValueModel.stored_repr_to_value(columns.value, columns.value_type)
     ticket = None if columns.ticket is None else Ticket.from_json(json.loads(columns.ticket))
-    begin, end, seconds = columns.datetime_start, columns.datetime_complete, None
-    if begin is not None and end is not None:
-        seconds = float((end - begin).total_seconds())
+    begin, end = columns.datetime_start, columns.datetime_complete
+    seconds = (end - begin).total_seconds() if begin is not None and end is not None else None
     return TrialRow(
         columns.number, columns.trial_id, columns.state, value, ticket, columns.heartbeat, seconds
     )
 
 
 def select(engine: sqlalchemy.Engine, query: sqlalchemy.Select[Any]) -> list[Any]:
-    """Return the rows of a query, with errors as Optuna's storages raise them.
-
-    Raises:
-        StorageInternalError: The database cannot be read.
-    """
+    """Return the rows of a query, with errors as Optuna's storages raise them."""
     try:
         with engine.connect() as connection:
             return list(connection.execute(query))

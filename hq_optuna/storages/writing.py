@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,11 +45,7 @@ def set_study_system_attrs(
 
 @tried_again
 def add_user_attrs(storage: BaseStorage, trial_id: int, user_attrs: Mapping[str, Any]) -> None:
-    """Write user attributes of a running trial; at once where the storage can.
-
-    Raises:
-        UpdateFinishedTrialError: The trial is finished.
-    """
+    """Write user attributes of a running trial; at once where the storage can."""
     if (database := _bulk(storage)) is not None:
         database.add_user_attrs(trial_id, user_attrs)
         return
@@ -60,10 +57,9 @@ def add_user_attrs(storage: BaseStorage, trial_id: int, user_attrs: Mapping[str,
 def create_trials(
     storage: BaseStorage, study_id: int, templates: Sequence[FrozenTrial]
 ) -> list[tuple[int, int]]:
-    """Create trials with tickets; in one transaction where the storage can.
+    """Create trials with tickets, and return number and id of each; numbers rise.
 
-    Returns:
-        Number and id of each, in the order of the templates; numbers rise.
+    In one transaction where the storage can.
     """
     if (database := _bulk(storage)) is not None:
         return database.create_trials(study_id, templates)
@@ -80,19 +76,13 @@ def finish_trial(
 ) -> None:
     """End a running trial with its value and attributes it has not got yet.
 
-    Raises:
-        UpdateFinishedTrialError: The trial is finished already.
+    Raises `UpdateFinishedTrialError` where somebody else ended it.
     """
     values = None if value is None else [value]
     if isinstance(storage, RetryingStorage):
         wrapped = storage.wrapped
-        storage.end_trial(
-            lambda: finish_trial(wrapped, trial_id, state, value, user_attrs),
-            None,
-            trial_id,
-            state,
-            values,
-        )
+        end = functools.partial(finish_trial, wrapped, trial_id, state, value, user_attrs)
+        storage.end_trial(end, None, trial_id, state, values)
     elif (database := _bulk(storage)) is not None:
         if not database.finish_trials([Ended(trial_id, state, value, user_attrs)]):
             raise UpdateFinishedTrialError(f"Trial {trial_id} is finished.")

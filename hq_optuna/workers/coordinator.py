@@ -50,28 +50,17 @@ class Coordinator:
     """Runs a search with workers that never touch its storage.
 
     `receive` may be called from any thread; everything else from one, the launcher's main thread.
-
-    Args:
-        study: With a `ProgressiveBitSampler`, as `BitSearch.open` returns it.
-        on_progress: Called with the record of the search whenever it was read.
-        clock: Seconds that never go back.
-
-    Attributes:
-        dispatcher: Speaks to its workers.
-        over: Whether the search is over.
+    The study has a `ProgressiveBitSampler`, as `BitSearch.open` returns it; ``on_progress`` is
+    called with the record of the search whenever it was read.
     """
 
     def __init__(
-        self,
-        study: Study,
-        *,
-        on_progress: Callable[[StepLog], None] = lambda log: None,
-        clock: Callable[[], float] = time.monotonic,
+        self, study: Study, *, on_progress: Callable[[StepLog], None] = lambda log: None
     ) -> None:
         sampler = study.sampler
         assert isinstance(sampler, ProgressiveBitSampler)
         self._study, self._view, self._storage = study, sampler.view(study), storage_of(study)
-        self._on_progress, self._clock = on_progress, clock
+        self._on_progress = on_progress
         self._at_once = 2 if writes_together(self._storage) else 1
         self.dispatcher = Dispatcher()
         self.over = False
@@ -81,7 +70,7 @@ class Coordinator:
         self._early: list[Answer] = []  # to those
         self._facts: dict[int, tuple[float, Mapping[str, Any]]] = {}  # by number, of this step
         self._failed: set[int] = set()
-        self._last_heartbeat, self._n_heartbeats = clock(), 0
+        self._last_heartbeat, self._n_heartbeats = time.monotonic(), 0
 
     def receive(self, worker: RemoteWorker, event: Mapping[str, Any] | None) -> None:
         """Take in what a worker says, from any thread; ``None``: it is gone."""
@@ -184,15 +173,13 @@ class Coordinator:
         if not chosen:
             return
         early, self._ahead = self._ahead, {}
-        orders = [
-            early.get(s) or Order(new_claim(), s, self._clock(), base=log.base) for s in states
-        ]
+        orders = [early.get(s) or Order(new_claim(), s, base=log.base) for s in states]
         tickets = [
             dataclasses.replace(candidate_ticket(log, slot, self._view.search), claim=order.claim)
             for slot, order in zip(chosen, orders, strict=True)
         ]
         self._claimed |= {order.claim: order for order in orders}
-        new, alone = [order for order in orders if not order.early], self._is_alone(log)
+        new, alone = [order for order in orders if order.bits not in early], self._is_alone(log)
         if alone:
             self.dispatcher.submit(new)
         created = create_together(self._view, self._study, tickets)
@@ -252,8 +239,8 @@ class Coordinator:
         places = {(step.step, slot): result for slot, result in found.items()}
         past = Past([*log.past.incumbents, incumbent], log.past.results | places)
         states = search.states(incumbent, past)[: self._at_once * len(self.dispatcher)]
-        now, base = self._clock(), log.base
-        self._ahead = {s: Order(new_claim(), s, now, early=True, base=base) for s in states}
+        base = log.base
+        self._ahead = {s: Order(new_claim(), s, base=base) for s in states}
         self.dispatcher.submit(list(self._ahead.values()))
 
     def _found(self, log: StepLog, step: OpenStep, answers: Sequence[Answer]) -> dict[int, Result]:
@@ -274,7 +261,7 @@ class Coordinator:
         assert ticket.origin is not None
         if ticket.trains:
             if (created := self._create_record(log, ticket)) is not None:
-                order = Order(ticket.claim, ticket.bits, self._clock(), base=log.base, trains=True)
+                order = Order(ticket.claim, ticket.bits, base=log.base, trains=True)
                 order.created_as(ticket, *created)
                 self._claimed[order.claim] = order
                 self.dispatcher.submit([order])
@@ -301,7 +288,7 @@ class Coordinator:
         return number, trial_id
 
     def _send_heartbeats(self) -> None:
-        now = self._clock()
+        now = time.monotonic()
         if now - self._last_heartbeat < HEARTBEAT_S:
             return
         self._last_heartbeat, self._n_heartbeats = now, self._n_heartbeats + 1

@@ -26,18 +26,11 @@ CONNECT_FOR_S = 30.0
 
 
 class Cluster:
-    """Starts workers on a Dask cluster.
+    """Starts workers on the Dask cluster whose scheduler has an address, ``"tcp://host:8786"``.
 
-    Args:
-        address: Of the scheduler, ``"tcp://host:8786"``.
-        command: How a worker is started; the study file is read by its path there.
-        threads: Threads of each worker; ``None``: its share of the Dask worker's.
-
-    Attributes:
-        n_workers: Dask workers there are now, at least one.
-
-    Raises:
-        WorkerError: There is no such scheduler, or `distributed` is not installed.
+    The study file is read by its path on each host. Each worker has ``threads`` threads, or its
+    share of the Dask worker's. Raises `WorkerError` where there is no such scheduler, or
+    `distributed` is not installed.
     """
 
     def __init__(self, address: str, command: WorkerCommand, *, threads: int | None = None) -> None:
@@ -58,11 +51,11 @@ class Cluster:
         self._command = replace(command, folder=str(Path(command.folder).absolute()))
         self._threads = threads
         self._addresses = sorted(self._client.scheduler_info(n_workers=-1)["workers"])
-        self.n_workers = max(1, len(self._addresses))
+        self.n_workers = max(1, len(self._addresses))  # Dask workers there are now
 
     def start(self, index: int) -> TaskHandle:
         """Submit one worker; spread over the cluster as it was when the client connected."""
-        return TaskHandle(self._client, self._command, self._threads, index, self._addresses)
+        return TaskHandle(self._client, index, self._command, self._threads, self._addresses)
 
     def close(self) -> None:
         """Leave the cluster."""
@@ -73,24 +66,17 @@ class TaskHandle:
     """A worker that a Dask task runs somewhere."""
 
     def __init__(
-        self,
-        client: Any,
-        command: WorkerCommand,
-        threads: int | None,
-        index: int,
-        addresses: list[str],
+        self, client: Any, index: int, command: WorkerCommand, threads: int | None, hosts: list[str]
     ) -> None:
         self._client = client
         self._topic = f"hq-optuna-{uuid.uuid4().hex}"
         self._events: SimpleQueue[dict[str, Any]] = SimpleQueue()  # filled by Dask's thread
         self._lines: tuple[str, ...] | None = None
         client.subscribe_topic(self._topic, self._receive)
-        where = [addresses[index % len(addresses)]] if addresses else None
+        where = [hosts[index % len(hosts)]] if hosts else None
         self._future = client.submit(
             run_worker,
-            command,
-            threads,
-            self._topic,
+            *(command, threads, self._topic),
             key=f"hq-optuna-worker-{command.name}-{index + 1}-{self._topic[-8:]}",
             pure=False,
             retries=0,
@@ -150,16 +136,10 @@ class TaskHandle:
 def run_worker(
     command: WorkerCommand, threads: int | None, topic: str
 ) -> tuple[int, tuple[str, ...], list[dict[str, Any]]]:
-    """Run one worker on this host until it ends, or until the task is not wanted any more.
+    """Run one worker within a Dask task until it ends, or until the task is not wanted any more.
 
-    Runs within a Dask task.
-
-    Returns:
-        Exit status, the last lines of standard error, and what the worker said was wrong: as an
-        event that may come after the result.
-
-    Raises:
-        StudyFileError: The study file is not on this host.
+    Returns its exit status, the last lines of its standard error, and the events in which it said
+    what was wrong: as events they may come after the result.
     """
     from distributed import get_worker
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from hq_optuna.attributes import Ticket
@@ -21,39 +22,21 @@ class RemoteWorker(Protocol):
 
 @dataclass(eq=False)
 class Order:
-    """A candidate for some worker to score.
+    """A candidate for some worker to score."""
 
-    Attributes:
-        claim: Its number among this process's claims.
-        bits: Of each variable.
-        since: When it was made, by the coordinator's clock.
-        ticket: Of its trial; ``None`` before its step is open.
-        number: Of its trial, once that is created.
-        trial_id: Likewise its id.
-        cancelled: Whether nobody wants its result any more.
-        early: Whether it was submitted before its step was open.
-        base: The record whose trained network it is made from, if there is one.
-        trains: Whether it is the record of a step whose bits are to be trained.
-    """
-
-    claim: int
-    bits: tuple[int, ...]
-    since: float
-    ticket: Ticket | None = None
-    number: int = -1
+    claim: int  # its number among this process's claims
+    bits: tuple[int, ...]  # of each variable
+    since: float = field(default_factory=time.monotonic)  # when it was made
+    ticket: Ticket | None = None  # `None` before its step is open
+    number: int = -1  # its trial's, once created
     trial_id: int | None = None
-    cancelled: bool = False
-    early: bool = False
-    base: int | None = None
-    trains: bool = False
+    cancelled: bool = False  # nobody wants its result any more
+    base: int | None = None  # the record whose trained network it is made from
+    trains: bool = False  # the record of a step whose bits are to be trained
 
     def created_as(self, ticket: Ticket, number: int, trial_id: int) -> None:
         """Take the trial that was created for it."""
         self.ticket, self.number, self.trial_id = ticket, number, trial_id
-
-    def cancel(self) -> None:
-        """Give up its result."""
-        self.cancelled = True
 
     def message(self) -> dict[str, Any]:
         """Return what a worker is sent."""
@@ -69,14 +52,10 @@ Answer = tuple[Order, Mapping[str, Any]]
 
 
 class Dispatcher:
-    """Gives each idle worker the next order, from the thread that learns it is idle.
-
-    Attributes:
-        news: Set when there is something to collect.
-    """
+    """Gives each idle worker the next order, from the thread that learns it is idle."""
 
     def __init__(self) -> None:
-        self.news = threading.Event()
+        self.news = threading.Event()  # set when there is something to collect
         self._lock = threading.Lock()
         self._workers: list[RemoteWorker] = []
         self._idle: deque[RemoteWorker] = deque()
@@ -129,7 +108,7 @@ class Dispatcher:
         """Give up the results of orders, and tell those who are at them."""
         with self._lock:
             for order in orders:
-                order.cancel()
+                order.cancelled = True
             for worker, order in self._running.items():
                 if order in orders:
                     self._send(worker, {"cancel": order.claim})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import threading
 from collections.abc import Iterator
@@ -22,19 +23,14 @@ def heartbeat(storage: BaseStorage, trial_id: int, every_s: float | None = None)
     Works on every storage, unlike Optuna's heartbeat, and observers compare no clocks: they see
     that it changes. A trial that is quicker than the first heartbeat costs nothing. A storage that
     cannot be reached costs heartbeats and nothing else.
-
-    Args:
-        storage: Where the trial is.
-        trial_id: Its id there.
-        every_s: Seconds between heartbeats; `HEARTBEAT_S`.
     """
     ended = threading.Event()
     pause_s = HEARTBEAT_S if every_s is None else every_s
 
     def send() -> None:
-        count = 0
-        while not ended.wait(pause_s):
-            count += 1
+        for count in itertools.count(1):
+            if ended.wait(pause_s):
+                break
             try:
                 write_heartbeats(storage, [trial_id], count)
             except Exception as error:

@@ -14,11 +14,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Held:
-    """Interrupts that are held back now, or not.
-
-    Args:
-        handlers: What each signal calls when it is let through.
-    """
+    """Interrupts that are held back now, or call their handlers."""
 
     def __init__(self, handlers: Mapping[int, Any]) -> None:
         self._handlers = handlers
@@ -47,12 +43,12 @@ class Held:
             time.sleep(seconds)  # interrupts are the main thread's
             return
         until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0:
+        while True:
             if self.pending:
                 self.release()
+            if (left := until - time.monotonic()) <= 0:
+                return
             time.sleep(min(left, 0.1))
-        if self.pending:
-            self.release()
 
     def arrive(self, number: int, frame: FrameType | None) -> None:
         """Take in a signal: hold it back, or let it through."""

@@ -46,12 +46,10 @@ def fail_dead_trials(study: Study) -> int:
         bare = not (trial.params or trial.user_attrs or trial.system_attrs)
         if not bare and sampler.ticket(study, trial) is None:
             continue
-        try:
+        with contextlib.suppress(UpdateFinishedTrialError):  # another worker was quicker
             storage.set_trial_state_values(trial_id, state=TrialState.FAIL)
             logger.info("The worker of trial %d is dead; its work is free again.", number)
             failed += 1
-        except UpdateFinishedTrialError:  # another worker was quicker
-            continue
     return failed
 
 
@@ -69,13 +67,8 @@ def work(
     after a second at most. It takes up what a dead worker left: at once where that was a process
     of this host, else when it has been silent for `hq_optuna.protocol.owners.GRACE_S`.
 
-    Args:
-        study: With a `ProgressiveBitSampler`.
-        objective: Usually a `HessianObjective`.
-        on_progress: Called with the record after each trial and each wait.
-        on_doing: Called with what this worker does: ``"scoring"`` before a candidate and
-            ``"scored"`` after it, ``"recording"`` before a step record, ``"training"`` before one
-            that trains, ``"waiting"`` before a wait.
+    ``on_progress`` is called with the record after each trial and each wait; ``on_doing`` before a
+    candidate, a step record, one that trains, or a wait, and after a candidate.
 
     Raises:
         ResumeError: The study belongs to another search.

@@ -16,12 +16,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any
 
-LAST_LINES = 12
-"""Lines of standard error that are kept."""
-
-READ_WITHIN_S = 10.0
-"""How long the rest of an ended worker's output is waited for."""
-
+LAST_LINES = 12  # lines of standard error that are kept
+READ_WITHIN_S = 10.0  # how long the rest of an ended worker's output is waited for
 ENDS_WITH_STDIN = "HQ_OPTUNA_ENDS_WITH_STDIN"
 """Environment variable that tells a worker to end when its standard input does."""
 
@@ -35,21 +31,13 @@ says no more."""
 
 @dataclass(frozen=True)
 class WorkerCommand:
-    """How a worker is started, here or on another host.
+    """How a worker is started, here or on another host."""
 
-    Attributes:
-        study: Path of the study file.
-        name: Name of the study.
-        folder: The run's folder.
-        storage: Storage URL; goes through the environment, as command lines are for all to see.
-        options: Further options, as typed.
-    """
-
-    study: str
-    name: str
-    folder: str
-    storage: str = field(repr=False)
-    options: Sequence[str] = ()
+    study: str  # path of the study file
+    name: str  # of the study
+    folder: str  # of the run
+    storage: str = field(repr=False)  # in the environment: everybody can read command lines
+    options: Sequence[str] = ()  # as typed
 
     def arguments(self, threads: int) -> list[str]:
         """Return the command line."""
@@ -61,24 +49,20 @@ class WorkerCommand:
 
     def environment(self, threads: int, device: str | None) -> dict[str, str]:
         """Return the environment: the storage, a share of the cores, perhaps one GPU."""
-        found = {
+        return {
             **os.environ,
             "HQ_OPTUNA_STORAGE": self.storage,
             ENDS_WITH_STDIN: "1",
-            "OMP_NUM_THREADS": str(threads),
-            "MKL_NUM_THREADS": str(threads),
+            **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)),
+            **({} if device is None else {"CUDA_VISIBLE_DEVICES": device}),
         }
-        if device is not None:
-            found["CUDA_VISIBLE_DEVICES"] = device
-        return found
 
     def start(
         self, threads: int, device: str | None = None, listener: Listener | None = None
     ) -> WorkerProcess:
         """Start the worker on this host; with a listener it scores what it is told to."""
-        environment = self.environment(threads, device)
-        if listener is not None:
-            environment[SERVES] = "1"
+        serves = {} if listener is None else {SERVES: "1"}
+        environment = self.environment(threads, device) | serves
         return WorkerProcess(self.arguments(threads), environment, listener)
 
 
@@ -93,11 +77,7 @@ def thread_share(n_cores: int, n_workers: int) -> int:
 
 
 def devices(environment: Mapping[str, str], n_found: int) -> list[str]:
-    """Return the GPUs this process may use, as ``CUDA_VISIBLE_DEVICES`` names them.
-
-    Args:
-        environment: Of this process.
-        n_found: How many GPUs CUDA finds in it.
+    """Return the GPUs this process may use, of those CUDA finds, as ``CUDA_VISIBLE_DEVICES`` does.
 
     Example:
         >>> devices({}, 2), devices({"CUDA_VISIBLE_DEVICES": "3,5"}, 2), devices({}, 0)
@@ -138,11 +118,8 @@ class WorkerProcess:
         self._events: SimpleQueue[dict[str, Any]] = SimpleQueue()
         self._lines: deque[str] = deque(maxlen=LAST_LINES)
         self._readers = [
-            threading.Thread(target=read, args=(stream,), daemon=True)
-            for read, stream in (
-                (self._read_events, self._process.stdout),
-                (self._read_lines, self._process.stderr),
-            )
+            threading.Thread(target=self._read_events, args=(self._process.stdout,), daemon=True),
+            threading.Thread(target=self._read_lines, args=(self._process.stderr,), daemon=True),
         ]
         for reader in self._readers:
             reader.start()
@@ -198,11 +175,7 @@ class WorkerProcess:
                 self._process.stdin.close()
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Send it JSON data, see `hq_optuna.workers.serving`.
-
-        Raises:
-            OSError: It is gone.
-        """
+        """Send it JSON data, see `hq_optuna.workers.serving`; `OSError` where it is gone."""
         stream = self._process.stdin
         assert stream is not None
         try:

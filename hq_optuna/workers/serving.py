@@ -19,17 +19,14 @@ from typing import Any
 
 from hq_optuna.protocol.claims import NotNeeded
 
-Answer = tuple[float, Mapping[str, Any]]
-"""A candidate's score, and what is recorded beside it."""
+Answer = tuple[float, Mapping[str, Any]]  # a candidate's score, and what is recorded beside it
 
 
 class Orders:
-    """Orders as they arrive, read by a thread of their own.
+    """Orders as they arrive from a file, read by a thread of their own until the file ends.
 
-    Args:
-        descriptor: The file they come from. It is read as it is, because Python aborts a process
-            that ends while a thread waits within ``sys.stdin``.
-        on_gone: Called when it ends.
+    The descriptor is read as it is, because Python aborts a process that ends while a thread waits
+    within ``sys.stdin``.
     """
 
     def __init__(self, descriptor: int, on_gone: Callable[[], None]) -> None:
@@ -68,13 +65,10 @@ def serve(
     score: Callable[[dict[str, Any], Callable[[], bool]], Answer],
     tell: Callable[..., None],
 ) -> None:
-    """Score what is ordered until the search is over.
+    """Score what is ordered until the search is over, and tell the launcher events and facts.
 
-    Args:
-        orders: The orders.
-        score: Does what an order asks for, given a function that says whether it is still needed;
-            may raise `NotNeeded`.
-        tell: Called with an event and facts for the launcher.
+    ``score`` is given an order, and a function that says whether the order is still needed; it may
+    raise `NotNeeded`.
     """
     tell("ready")
     while True:

@@ -24,34 +24,35 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 class WorkerHandle(Protocol):
     """A worker that was started once."""
 
-    def poll(self) -> int | None: ...  # noqa: D102
-    def events(self) -> list[dict[str, Any]]: ...  # noqa: D102
-    def last_lines(self) -> Sequence[str]: ...  # noqa: D102
-    def terminate(self) -> None: ...  # noqa: D102
-    def kill(self) -> None: ...  # noqa: D102
-    def close(self) -> None: ...  # noqa: D102
+    def poll(self) -> int | None:
+        """Return its exit status, negative for a signal, or ``None`` while it runs."""
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return what it told since the last call."""
+
+    def last_lines(self) -> Sequence[str]:
+        """Return the last lines of its standard error, once it has ended."""
+
+    def terminate(self) -> None:
+        """Ask it to give its candidate back and end."""
+
+    def kill(self) -> None:
+        """End it at once."""
+
+    def close(self) -> None:
+        """Let go of what has ended."""
 
 
 @dataclass
 class Member:
-    """One worker, however often it is started again.
-
-    Attributes:
-        index: Its place among the workers.
-        doing: What it told last, ``"starting"``, ``"died"``, ``"given up"`` or ``"done"``.
-        name: ``host:pid`` of its present process, once it told.
-        scored: Candidates it scored, over all starts.
-        restarts: How often it was started again.
-        last_lines: The end of the standard error of the process that ended last.
-        handle: Its present process.
-    """
+    """One worker, however often it is started again."""
 
     index: int
-    doing: str = "starting"
-    name: str = ""
-    scored: int = 0
+    doing: str = "starting"  # its last event, "starting", "died", "given up" or "done"
+    name: str = ""  # `host:pid`, once it told
+    scored: int = 0  # over all starts
     restarts: int = 0
-    last_lines: tuple[str, ...] = ()
+    last_lines: tuple[str, ...] = ()  # of its last process's standard error
     handle: WorkerHandle | None = None
     _scored_before: int = 0
     _deaths: int = 0
@@ -126,11 +127,8 @@ class Member:
 class Supervisor:
     """Keeps workers at work.
 
-    Args:
-        start: Starts the worker with this index.
-        n_workers: How many.
-        on_news: Called with a sentence when a worker dies, is started again or is given up.
-        clock: Seconds that never go back.
+    ``start`` starts the worker with an index; ``on_news`` is called with a sentence when one dies,
+    is started again or is given up.
     """
 
     def __init__(

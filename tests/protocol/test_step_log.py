@@ -336,6 +336,6 @@ def test_settings_name_everything_the_history_depends_on():
         changed = replace(search, **{name: value})
         assert [k for k in base if log_module.settings(changed)[k] != base[k]] == [name]
         other = log_module.settings(changed)
-        assert log_module.parent_digest(other, None) != log_module.parent_digest(base, None)
+        assert attributes.parent_digest(other, None) != attributes.parent_digest(base, None)
     unlimited = replace(search, limit=-math.inf)
     assert log_module.settings(unlimited)["limit"] is None  # JSON has no infinity
