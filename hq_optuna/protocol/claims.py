@@ -9,7 +9,6 @@ every storage hands out numbers one after the other, and a worker with a number 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -65,11 +64,7 @@ class ClaimedTrial(optuna.Trial):
             self._kept[key] = value
 
     def finish(self, state: TrialState, value: float | None = None) -> None:
-        """End the trial.
-
-        Raises:
-            UpdateFinishedTrialError: Somebody took this worker for dead, and ended it.
-        """
+        """End the trial; `UpdateFinishedTrialError` where others took this worker for dead."""
         try:
             finish_trial(self.storage, trial_id_of(self), state, value, self._kept)
         except BaseException:
@@ -130,7 +125,7 @@ def _choose(log: StepLog, search: str, waited_s: float) -> Ticket | None:
     assert step is not None
     patient = 0 < waited_s < PATIENCE_S
     if step.complete:
-        return None if patient else numbered(record_ticket(log, search))
+        return None if patient else record_ticket(log, search, new_claim())
     me = worker_identity.worker_id()
     workers = log.owners.at_work(me, last=2 * len(step.states))
     free = step.free[len(log.owners.untagged) :]
@@ -138,7 +133,7 @@ def _choose(log: StepLog, search: str, waited_s: float) -> Ticket | None:
     if not own and waited_s < PATIENCE_S and log.owners.idle_before(me, workers) >= len(free):
         return None
     slot = own[0] if own else free[-1 - workers.index(me) % len(free)]
-    return numbered(candidate_ticket(log, slot, search))
+    return candidate_ticket(log, slot, search, new_claim())
 
 
 def own_slots(free: Sequence[int], workers: Sequence[str], worker: str) -> list[int]:
@@ -150,11 +145,6 @@ def own_slots(free: Sequence[int], workers: Sequence[str], worker: str) -> list[
     """
     place = workers.index(worker)
     return [slot for slot in free if slot % len(workers) == place]
-
-
-def numbered(ticket: Ticket) -> Ticket:
-    """Return the ticket as a new claim of this process."""
-    return dataclasses.replace(ticket, claim=new_claim())
 
 
 def new_claim() -> int:
@@ -222,7 +212,7 @@ def create_record(
 def create_together(
     view: StudyView, study: Study, tickets: Sequence[Ticket]
 ) -> list[tuple[int, int]]:
-    """Create the trials of numbered tickets at once, and return the number and id of each.
+    """Create the trials of claims' tickets at once, and return the number and id of each.
 
     What a candidate and a training show leaves the worker out: others will do them.
     """

@@ -117,32 +117,21 @@ class Run:
 class History:
     """A search as its study tells it.
 
-    Attributes:
-        study_name: Name of the study.
-        space: Layers, variables and fixed bits.
-        info: Budget, costs, settings.
-        candidates: All complete candidates, by trial number.
-        records: Closed steps in order.
-        sensitivity: ``{layer: {"weights": {bits: nats}, "activations": {bits: nats}}}``; empty
-            where none was stored.
-        facts: What was measured at the end, by name (``"accuracy_before"``, …).
-        n_running: Trials that run now (or whose workers died unseen).
-        n_pruned: Trials that were not needed.
-        n_failed: Trials that ended in an error or were given back.
-        runs: All trials as work: who did them, and when.
+    ``sensitivity`` is ``{layer: {"weights": {bits: nats}, "activations": {bits: nats}}}``, and
+    empty where none was stored.
     """
 
     study_name: str
     space: SearchSpace
-    info: StudyInfo
-    candidates: tuple[Candidate, ...]
-    records: tuple[StepRecord, ...]
+    info: StudyInfo  # budget, costs, settings
+    candidates: tuple[Candidate, ...]  # all complete ones, by trial number
+    records: tuple[StepRecord, ...]  # closed steps in order
     sensitivity: Mapping[str, Mapping[str, Mapping[int, float]]]
-    facts: Mapping[str, Any]
-    n_running: int
-    n_pruned: int
-    n_failed: int
-    runs: tuple[Run, ...] = ()
+    facts: Mapping[str, Any]  # measured at the end, by name ("accuracy_before", …)
+    n_running: int  # trials that run now, or whose workers died unseen
+    n_pruned: int  # trials that were not needed
+    n_failed: int  # trials that ended in an error or were given back
+    runs: tuple[Run, ...] = ()  # all trials as work: who did them, and when
 
     @property
     def incumbent(self) -> StepRecord | None:
@@ -335,27 +324,27 @@ def read_runs(trials: Sequence[TrialFacts], counted: Set[int]) -> tuple[Run, ...
     """Return the trials that somebody ran; ``counted`` are those whose results the search took."""
     found = []
     for trial in trials:
-        row, ticket, user = trial.row, trial.row.ticket, trial.user_attrs
+        row, user = trial.row, trial.user_attrs
         if trial.started is None or row.state == TrialState.WAITING:
             continue
-        claimed, scored = ticket.worker if ticket else "", user.get(attributes.WORKER, "")
+        ticket = row.ticket or Ticket("free", -1, -1, "", ())
+        claimed, scored = ticket.worker, user.get(attributes.WORKER, "")
         handed = bool(claimed and scored) and scored != worker_identity.short_name(claimed)
-        found.append(
-            Run(
-                number=row.number,
-                worker=scored if handed else claimed or scored,
-                kind="free" if ticket is None else ticket.kind,
-                step=-1 if ticket is None else ticket.step,
-                slot=-1 if ticket is None else ticket.slot,
-                state=row.state,
-                started=trial.started,
-                ended=trial.ended,
-                seconds=user.get(attributes.SECONDS),
-                counted=row.number in counted,
-                handed=handed,
-                trains=ticket is not None and ticket.trains,
-            )
+        run = Run(
+            number=row.number,
+            worker=scored if handed else claimed or scored,
+            kind=ticket.kind,
+            step=ticket.step,
+            slot=ticket.slot,
+            state=row.state,
+            started=trial.started,
+            ended=trial.ended,
+            seconds=user.get(attributes.SECONDS),
+            counted=row.number in counted,
+            handed=handed,
+            trains=ticket.trains,
         )
+        found.append(run)
     return tuple(found)
 
 

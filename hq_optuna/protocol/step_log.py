@@ -56,14 +56,20 @@ class OpenStep:
 
     def note_running(self, running: Mapping[int, Ticket]) -> None:
         """Take in what runs now: trial number → ticket."""
-        self.running, self.recording, enumerated = {}, [], set(enumerate(self.states))
+        self.running, self.recording = {}, []
         for number, ticket in running.items():
+            slot = ticket.slot
             if (ticket.step, ticket.parent) != self.key:
                 continue
             if ticket.kind == "incumbent":
                 self.recording.append(number)
-            elif ticket.kind == "candidate" and (ticket.slot, ticket.bits) in enumerated:
-                self.running.setdefault(ticket.slot, []).append(number)
+            elif ticket.kind == "candidate" and self.states[slot : slot + 1] == (ticket.bits,):
+                self.running.setdefault(slot, []).append(number)
+
+    def needs(self, ticket: Ticket) -> bool:
+        """Return whether a ticket's work is of this step, and not done."""
+        done = ticket.kind == "candidate" and ticket.slot in self.done
+        return self.key == (ticket.step, ticket.parent) and not done
 
     @property
     def key(self) -> tuple[int, str]:
@@ -221,13 +227,11 @@ class StepLog:
     def taken(self, ticket: Ticket, number: float) -> bool:
         """Return whether a ticket's work is done, or a lower number of a living worker does it."""
         step = self.open
-        if step is None or step.key != (ticket.step, ticket.parent):
+        if step is None or not step.needs(ticket):
             return True
-        if ticket.kind == "incumbent":
-            return any(other < number for other in step.recording)
-        if ticket.slot in step.done:
-            return True
-        return any(other < number for other in step.running.get(ticket.slot, ()))
+        others = step.running.get(ticket.slot, [])
+        others = step.recording if ticket.kind == "incumbent" else others
+        return any(other < number for other in others)
 
     def _advance(self) -> None:
         """Close every step that is complete and recorded, and open the next."""

@@ -27,10 +27,7 @@ class Failures:
 
     def note(self, log: StepLog, ticket: Ticket, state: TrialState) -> None:
         """Count a trial that failed or was pruned, if the search still needs what it was for."""
-        step = log.open
-        if step is None or step.key != (ticket.step, ticket.parent):
-            return
-        if ticket.kind == "incumbent" or ticket.slot not in step.done:
+        if log.open is not None and log.open.needs(ticket):
             self._ended.setdefault(_key(ticket), []).append(state)
 
     def refuse_more(self, log: StepLog, ticket: Ticket) -> None:

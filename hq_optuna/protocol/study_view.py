@@ -82,17 +82,12 @@ class StudyView:
             # wrote last. Its limits are not ours.
             write_settings(study, self.space, log.settings)
             if stored_limits(study) != log.limits:
-                limits = log.limits.to_json()
-                storage_of(study).set_study_user_attr(id_of(study), attributes.LIMITS, limits)
+                _store_limits(study, log.limits)
         self.checked_at = now
         log.limit(limits_of(study))  # somebody may have raised them, or set the first
 
     def refuse_another_search(self, study: Study) -> None:
-        """Refuse a study whose first trial belongs to another search.
-
-        Raises:
-            ResumeError: The first trial is of another search.
-        """
+        """Raise a `ResumeError` for a study whose first trial belongs to another search."""
         if self.is_mine is False:
             raise ResumeError(
                 f"Study {study.study_name!r} is another search: its first trial was made with "
@@ -170,19 +165,18 @@ def write_limits(study: Study) -> None:
     """Write the limits of the study's pruner into the study, where they raise its own."""
     limits = limits_of(study)
     if limits != stored_limits(study):
-        storage, study_id = place_of(study)
-        storage.set_study_user_attr(study_id, attributes.LIMITS, limits.to_json())
+        _store_limits(study, limits)
+
+
+def _store_limits(study: Study, limits: Limits) -> None:
+    storage, study_id = place_of(study)
+    storage.set_study_user_attr(study_id, attributes.LIMITS, limits.to_json())
 
 
 def refuse_lower_limits(study: Study, given: Limits) -> None:
-    """Refuse limits that are lower than the study's.
-
-    Raises:
-        ResumeError: Naming them.
-    """
+    """Raise a `ResumeError` that names those limits which are lower than the study's."""
     stored = stored_limits(study)
-    lowered = stored.lowered_by(given)
-    if lowered:
+    if lowered := stored.lowered_by(given):
         before, now = stored.to_json(), given.to_json()
         words = ", ".join(
             f"{name} (study: {before[name]:g}, now: {now[name]:g})" for name in lowered

@@ -18,9 +18,10 @@ from hq_optuna.settings import Encoding
 from hq_optuna.space.search_space import SearchSpace
 
 LAYER, BITS = "layer", "bits"  # parameters of a candidate in the compact encoding
+Parameters = dict[str, tuple[int | str, tuple[int | str, ...]]]  # name → value and choices
 
 
-def candidate_ticket(log: StepLog, slot: int, search: str = "") -> Ticket:
+def candidate_ticket(log: StepLog, slot: int, search: str = "", claim: int = 0) -> Ticket:
     """Return this process's ticket for a slot of the open step."""
     step, space = log.open, log.search.space
     assert step is not None
@@ -43,10 +44,11 @@ def candidate_ticket(log: StepLog, slot: int, search: str = "") -> Ticket:
         from_bits=None if lowered is None else lowered.from_bits,
         worker=worker_identity.worker_id(),
         search=search,
+        claim=claim,
     )
 
 
-def record_ticket(log: StepLog, search: str = "") -> Ticket:
+def record_ticket(log: StepLog, search: str = "", claim: int = 0) -> Ticket:
     """Return this process's ticket for the record that closes the complete open step."""
     assert log.open is not None
     incumbent, winner = log.close_open_step()
@@ -59,6 +61,7 @@ def record_ticket(log: StepLog, search: str = "") -> Ticket:
         origin=winner,
         worker=worker_identity.worker_id(),
         search=search,
+        claim=claim,
         trains=log.trains_open_step(),
     )
 
@@ -72,9 +75,7 @@ def idle_ticket(kind: Kind, log: StepLog | None = None, search: str = "") -> Tic
     return Ticket(kind, len(log.closed), 0, "", state, worker=worker, search=search)
 
 
-def parameters(
-    ticket: Ticket, space: SearchSpace, encoding: Encoding
-) -> dict[str, tuple[int | str, tuple[int | str, ...]]]:
+def parameters(ticket: Ticket, space: SearchSpace, encoding: Encoding) -> Parameters:
     """Return ``{parameter: (value, choices)}`` that a trial with this ticket shows."""
     if ticket.kind == "free":
         return {}  # it has those it was enqueued with

@@ -44,12 +44,7 @@ class CostBudgetPruner(BasePruner):
         if not hasattr(sampler, "ticket"):
             return False
         ticket: Ticket | None = sampler.ticket(study, trial)
-        if ticket is None or ticket.kind == "free":
-            return False
-        if ticket.kind == "surplus":
-            return True
-        log = sampler.log(study)
-        step = log.open
-        if step is None or step.key != (ticket.step, ticket.parent):
-            return True
-        return ticket.kind == "candidate" and ticket.slot in step.done
+        if ticket is None or ticket.kind in ("free", "surplus"):
+            return ticket is not None and ticket.kind == "surplus"
+        step = sampler.log(study).open
+        return step is None or not step.needs(ticket)

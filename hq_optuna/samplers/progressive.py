@@ -42,6 +42,7 @@ from hq_optuna.protocol.study_view import StudyView, limits_of
 from hq_optuna.protocol.tickets import (
     BITS,
     LAYER,
+    Parameters,
     candidate_ticket,
     idle_ticket,
     parameters,
@@ -214,7 +215,7 @@ class ProgressiveBitSampler(BaseSampler):
         kept = self.view(study).tickets.get(trial_id)
         return kept or Ticket.read(storage_of(study).get_trial(trial_id).system_attrs)
 
-    def parameters(self, ticket: Ticket) -> dict[str, tuple[int | str, tuple[int | str, ...]]]:
+    def parameters(self, ticket: Ticket) -> Parameters:
         """Return ``{parameter: (value, choices)}`` that a trial with this ticket shows."""
         return parameters(ticket, self.space, self.encoding)
 
@@ -332,9 +333,7 @@ class ProgressiveBitSampler(BaseSampler):
         shown = self._shown(study, trial) if search_space else {}
         return {name: value for name, (value, _) in shown.items()}
 
-    def _shown(
-        self, study: Study, trial: FrozenTrial
-    ) -> dict[str, tuple[int | str, tuple[int | str, ...]]]:
+    def _shown(self, study: Study, trial: FrozenTrial) -> Parameters:
         ticket = self.ticket(study, trial)
         return {} if ticket is None else self.parameters(ticket)
 
@@ -360,11 +359,7 @@ class ProgressiveBitSampler(BaseSampler):
         return self._independent.sample_independent(study, trial, param_name, param_distribution)
 
     def after_trial(
-        self,
-        study: Study,
-        trial: FrozenTrial,
-        state: TrialState,
-        values: Sequence[float] | None,
+        self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
     ) -> None:
         """End the study with the record that meets the budget."""
         ticket, view = self.ticket(study, trial), self.view(study)
@@ -376,9 +371,10 @@ class ProgressiveBitSampler(BaseSampler):
                 view.failures.note(self.log(study), ticket, state)
             elif ticket.kind == "incumbent":
                 log = self.log(study)
-                if log.open is None or (
-                    log.open.key == (ticket.step, ticket.parent)
-                    and (log.open.final or not self.final)
+                step = log.open
+                if step is None or (
+                    step.needs(ticket)
+                    and (step.final or not self.final)
                     and log.ends_with_open_step()
                 ):
                     stop(study)

@@ -8,7 +8,6 @@ file too. ``grpc://host:port`` is a proxy that somebody runs before a database.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
 import random
@@ -106,7 +105,7 @@ def open_storage(storage: str | BaseStorage | None) -> BaseStorage:
         return open_journal(path)
     shown = redact_url(storage)
     url = _parse(storage)
-    with _explain_opening(shown, url):
+    with explain_storage_errors(shown, url):
         if url.get_backend_name() == "sqlite":
             return _open_sqlite(storage, url)
         return optuna.storages.get_storage(_create_tables(storage, {}))
@@ -208,7 +207,9 @@ def _create_tables(storage: str, engine_kwargs: dict[str, Any]) -> Database:
     at the same time about half fail on a table that exists by then. Looking again is enough.
     """
     template = storage.replace("{", "{{").replace("}", "}}")  # Optuna formats the URL
-    for attempt in itertools.count(1):
+    attempt = 0
+    while True:
+        attempt += 1
         try:
             return Database(template, engine_kwargs=engine_kwargs)
         except (sqlalchemy.exc.DatabaseError, StorageInternalError) as error:
@@ -218,7 +219,6 @@ def _create_tables(storage: str, engine_kwargs: dict[str, Any]) -> Database:
                 raise
             logger.debug("Another process creates the tables now: %s", text)
             time.sleep(random.uniform(0.01, 0.025) * 2**attempt)
-    raise AssertionError("unreachable")
 
 
 def _open_sqlite(storage: str, url: sqlalchemy.URL) -> BaseStorage:
@@ -274,26 +274,19 @@ def _tune_connection(connection: sqlite3.Connection, _record: Any) -> None:
 
 
 @contextlib.contextmanager
-def explain_storage_errors(shown: str) -> Iterator[None]:
-    """Turn database errors into `StorageError` with a next step, and without passwords."""
-    try:
-        yield
-    except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError) as error:
-        raise _explained(shown, error) from None
+def explain_storage_errors(shown: str, opening: sqlalchemy.URL | None = None) -> Iterator[None]:
+    """Turn database errors into `StorageError` with a next step, and without passwords.
 
-
-@contextlib.contextmanager
-def _explain_opening(shown: str, url: sqlalchemy.URL) -> Iterator[None]:
-    """Explain whatever goes wrong while a storage is opened, where only the storage can be meant.
-
-    Drivers refuse what they do not know with a TypeError, ValueError or RuntimeError of their own.
+    While a storage is opened every error is about it: drivers refuse what they do not know with a
+    TypeError, ValueError or RuntimeError of their own.
     """
+    ours = sqlalchemy.exc.SQLAlchemyError, StorageInternalError
     try:
         yield
-    except StorageError:
-        raise
     except Exception as error:
-        secret = str(url.password) if url.password else None
+        if isinstance(error, StorageError) or (opening is None and not isinstance(error, ours)):
+            raise
+        secret = None if opening is None else opening.password
         raise _explained(shown, error, secret) from None
 
 
@@ -309,8 +302,7 @@ def _explained(shown: str, error: Exception, secret: str | None = None) -> Stora
     cause = _innermost(error)
     text = str(getattr(cause, "orig", None) or cause).strip().splitlines()
     reason = text[0].rstrip(".") if text else type(cause).__name__
-    if secret is not None:
-        reason = reason.replace(secret, "***")
+    reason = reason.replace(secret, "***") if secret else reason
     return StorageError(f"Storage {shown}: {reason}. {_advice(reason, error)}".rstrip())
 
 
@@ -399,7 +391,7 @@ def storage_exists(storage: str) -> bool:
     url = _parse(storage)
     sqlite = url.get_backend_name() == "sqlite"
 
-    with _explain_opening(redact_url(storage), url):
+    with explain_storage_errors(redact_url(storage), url):
         engine = sqlalchemy.create_engine(url, connect_args=_WAITS if sqlite else {})
         try:
             return _while_locked(lambda: sqlalchemy.inspect(engine).has_table("studies"), sqlite)

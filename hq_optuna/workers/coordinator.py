@@ -15,7 +15,6 @@ find its process gone.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import math
 import time
@@ -30,7 +29,7 @@ from hq_optuna.attributes import Ticket
 from hq_optuna.errors import StorageError
 from hq_optuna.optuna_internals import storage_of
 from hq_optuna.protocol import worker_identity
-from hq_optuna.protocol.claims import create_record, create_together, new_claim, numbered, own_slots
+from hq_optuna.protocol.claims import create_record, create_together, new_claim, own_slots
 from hq_optuna.protocol.owners import HEARTBEAT_S
 from hq_optuna.protocol.step_log import OpenStep, StepLog
 from hq_optuna.protocol.tickets import candidate_ticket, closing, record_ticket, winner_of
@@ -79,10 +78,7 @@ class Coordinator:
     def poll(self, wait_s: float) -> bool:
         """Wait for news, do what is to do, and return whether the search goes on.
 
-        Raises:
-            ResumeError: The study belongs to another search.
-            ValueError: A worker's score is no number.
-            StorageError: The storage is away, and stayed away for as long as it is tried again.
+        Raises what `hq_optuna.workers.loop.work` raises.
         """
         self.dispatcher.news.wait(wait_s)
         self.dispatcher.news.clear()
@@ -120,15 +116,8 @@ class Coordinator:
             self.dispatcher.shutdown()
             return False
         # Candidates of closed steps, and those that others have done.
-        unneeded = [
-            order
-            for order in self._claimed.values()
-            if (ticket := order.ticket) is not None
-            and (
-                ticket.parent != step.parent
-                or (ticket.kind == "candidate" and ticket.slot in step.done)
-            )
-        ]
+        claimed = self._claimed.values()
+        unneeded = [o for o in claimed if o.ticket is not None and not step.needs(o.ticket)]
         self._end(unneeded, TrialState.PRUNED)
         if step.complete:
             return log.anything_left() and self._record(log)
@@ -175,7 +164,7 @@ class Coordinator:
         early, self._ahead = self._ahead, {}
         orders = [early.get(s) or Order(new_claim(), s, base=log.base) for s in states]
         tickets = [
-            dataclasses.replace(candidate_ticket(log, slot, self._view.search), claim=order.claim)
+            candidate_ticket(log, slot, self._view.search, order.claim)
             for slot, order in zip(chosen, orders, strict=True)
         ]
         self._claimed |= {order.claim: order for order in orders}
@@ -239,8 +228,7 @@ class Coordinator:
         places = {(step.step, slot): result for slot, result in found.items()}
         past = Past([*log.past.incumbents, incumbent], log.past.results | places)
         states = search.states(incumbent, past)[: self._at_once * len(self.dispatcher)]
-        base = log.base
-        self._ahead = {s: Order(new_claim(), s, base=base) for s in states}
+        self._ahead = {s: Order(new_claim(), s, base=log.base) for s in states}
         self.dispatcher.submit(list(self._ahead.values()))
 
     def _found(self, log: StepLog, step: OpenStep, answers: Sequence[Answer]) -> dict[int, Result]:
@@ -257,7 +245,7 @@ class Coordinator:
     def _record(self, log: StepLog) -> bool:
         """Close the complete open step, unless somebody else does; return whether it is closed."""
         began = time.perf_counter()
-        ticket = numbered(record_ticket(log, self._view.search))
+        ticket = record_ticket(log, self._view.search, new_claim())
         assert ticket.origin is not None
         if ticket.trains:
             if (created := self._create_record(log, ticket)) is not None:
@@ -292,11 +280,8 @@ class Coordinator:
         if now - self._last_heartbeat < HEARTBEAT_S:
             return
         self._last_heartbeat, self._n_heartbeats = now, self._n_heartbeats + 1
-        old = [
-            order.trial_id
-            for order in self._claimed.values()
-            if order.trial_id is not None and now - order.since >= HEARTBEAT_S
-        ]
+        long = [o for o in self._claimed.values() if now - o.since >= HEARTBEAT_S]
+        old = [order.trial_id for order in long if order.trial_id is not None]
         if old:
             try:
                 write_heartbeats(self._storage, old, self._n_heartbeats)

@@ -18,7 +18,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from hq_optuna.errors import HqOptunaError, StudyFileError, WorkerError
-from hq_optuna.workers.process import WorkerCommand, thread_share
+from hq_optuna.workers.process import WorkerCommand, take_all, thread_share
 
 LOOK_EVERY_S = 0.2
 GRACE_S = 20.0
@@ -109,10 +109,7 @@ class TaskHandle:
 
     def events(self) -> list[dict[str, Any]]:
         """Return what the worker told since the last call."""
-        told = []
-        while not self._events.empty():
-            told.append(self._events.get())
-        return told
+        return take_all(self._events)
 
     def last_lines(self) -> tuple[str, ...]:
         """Return the last lines of its standard error."""

@@ -138,8 +138,7 @@ class Dispatcher:
 
     @staticmethod
     def _send(worker: RemoteWorker, message: Mapping[str, Any]) -> bool:
-        try:
+        with contextlib.suppress(OSError):
             worker.send(message)
-        except OSError:
-            return False
-        return True
+            return True
+        return False

@@ -68,13 +68,9 @@ def work(
     of this host, else when it has been silent for `hq_optuna.protocol.owners.GRACE_S`.
 
     ``on_progress`` is called with the record after each trial and each wait; ``on_doing`` before a
-    candidate, a step record, one that trains, or a wait, and after a candidate.
-
-    Raises:
-        ResumeError: The study belongs to another search.
-        ValueError: The objective returned no number.
-        RuntimeError: The objective prunes again and again what the search needs.
-        StorageError: The storage is away, and stayed away for as long as it is tried again.
+    candidate, a step record, one that trains, or a wait, and after a candidate. Raises what
+    `ProgressiveBitSampler.ask` raises, ``ValueError`` where the objective returns no number, and
+    `StorageError` where the storage stayed away for as long as it is tried again.
     """
     sampler = study.sampler
     if not isinstance(sampler, ProgressiveBitSampler):

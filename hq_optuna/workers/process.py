@@ -88,6 +88,11 @@ def devices(environment: Mapping[str, str], n_found: int) -> list[str]:
     return named[:n_found] if named else [str(index) for index in range(n_found)]
 
 
+def take_all(queue: SimpleQueue[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what one thread may take out of a queue now, in order."""
+    return [queue.get() for _ in range(queue.qsize())]
+
+
 class WorkerProcess:
     """A worker that runs in a process group of its own, so that Ctrl-C reaches its launcher alone.
 
@@ -147,10 +152,7 @@ class WorkerProcess:
 
     def events(self) -> list[dict[str, Any]]:
         """Return what it told since the last call."""
-        told = []
-        while not self._events.empty():
-            told.append(self._events.get())
-        return told
+        return take_all(self._events)
 
     def last_lines(self) -> list[str]:
         """Return the last lines of its standard error."""

@@ -67,8 +67,7 @@ class Member:
     def poll(self, start: Callable[[int], WorkerHandle], now: float) -> str | None:
         """Read what the worker told, or start it if it is time; return news of its death.
 
-        Raises:
-            WorkerError: It reports an error itself.
+        Raises `WorkerError` where it reports an error itself.
         """
         if self.handle is not None:
             return self._read(self.handle, now)
@@ -77,11 +76,6 @@ class Member:
             self.doing, self.name = "starting", ""
             self._scored_before, self._error = self.scored, None
         return None
-
-    def retire(self) -> None:
-        """Start it no more: the search is over."""
-        if self.handle is None and not self.over:
-            self.doing = "done"
 
     def close(self) -> None:
         """Let go of its process."""
@@ -147,15 +141,15 @@ class Supervisor:
     def poll(self) -> bool:
         """See to every worker once; return whether there is work to do.
 
-        Raises:
-            WorkerError: A worker says what is wrong, or all died again and again.
+        Raises `WorkerError` where one says what is wrong, or all died again and again.
         """
         for member in self.members:
             if (news := member.poll(self._start, self._clock())) is not None:
                 self._on_news(news)
-        if any(member.doing == "done" for member in self.members):
+        if any(member.doing == "done" for member in self.members):  # the search is over
             for member in self.members:
-                member.retire()
+                if member.handle is None and not member.over:
+                    member.doing = "done"
         if all(member.doing == "given up" for member in self.members):
             worst = self.members[-1]
             raise WorkerError(
