@@ -35,7 +35,7 @@ def test_a_training_that_diverges_is_not_kept_and_the_search_goes_on(tmp_path):
     plain = search().optimize()
     history = read_history(study)
     trainings = [r.training for r in history.records if r.training is not None]
-    assert trainings and log_of(study).finished
+    assert trainings and log_of(study).open is None
     assert all(not said["kept"] and "epoch 1" in said["failed"] for said in trainings)
     assert [r.config for r in history.records] == [r.config for r in read_history(plain).records]
     assert "not kept, as it failed" in told(trainings[0])
@@ -229,7 +229,7 @@ def test_who_was_taken_for_dead_while_it_trained_goes_on(tmp_path, alone):
                 study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
     study = found.optimize(url, "s", artifacts=tmp_path / "artifacts", progress=end)
-    assert len(ended) == 1 and log_of(study).finished
+    assert len(ended) == 1 and log_of(study).open is None
     assert study.trials[ended[0]].state == TrialState.FAIL
     ours, theirs = (read_history(s).records for s in (study, alone[1]))
     assert [r.config for r in ours] == [r.config for r in theirs]

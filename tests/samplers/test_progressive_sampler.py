@@ -142,7 +142,7 @@ def test_a_search_whose_answer_is_trained_stops_after_that_training():
     study = fake_study(6, final=True)
     last = tickets(study)[-1]
     assert (last.kind, last.trains) == ("incumbent", True)
-    assert ours(study).log(study).finished
+    assert ours(study).log(study).open is None
 
 
 def test_the_search_stops_at_the_budget_by_itself_and_once_more_when_started_again():
