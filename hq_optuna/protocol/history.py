@@ -25,7 +25,7 @@ from hq_optuna.search import Additive
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.cost import CostModel, Metric
 from hq_optuna.space.search_space import SearchSpace
-from hq_optuna.storages.trials import TrialFacts, read_facts
+from hq_optuna.storages.trials import TrialRow, read_facts
 
 _FACTS = (
     attributes.SCORE_WEIGHTS,
@@ -192,11 +192,11 @@ def read_history(study: Study) -> History:
     made = system.get(attributes.SETTINGS)
     log = None if made is None else StepLog(search_of(made, space, info.metric))
     if log is not None:
-        log.update([trial.row for trial in trials])
+        log.update(trials)
     candidates = _candidates(log, trials, space, info.metric)
     records = () if log is None else _records(log, trials, candidates)
     table = attributes.join(attributes.SENSITIVITY, system) or {}
-    states = [trial.row.state for trial in trials]
+    states = [trial.state for trial in trials]
     counted = {c.number for c in candidates.values() if c.counted} | {r.number for r in records}
     return History(
         study_name=study.study_name,
@@ -255,18 +255,18 @@ def _facts(user: Mapping[str, Any], records: Sequence[StepRecord]) -> dict[str, 
 
 
 def _candidates(
-    log: StepLog | None, trials: Sequence[TrialFacts], space: SearchSpace, metric: Metric
+    log: StepLog | None, trials: Sequence[TrialRow], space: SearchSpace, metric: Metric
 ) -> dict[int, Candidate]:
     """Return the complete candidates by trial number."""
     names, model = [variable.name for variable in space.variables], CostModel(space.layers, metric)
     costs = {} if log is None else {n: log.results[place].cost for place, n in log.counted.items()}
     found: dict[int, Candidate] = {}
     for trial in trials:
-        number, ticket, user = trial.row.number, trial.row.ticket, trial.user_attrs
-        if ticket is None or ticket.kind != "candidate" or trial.row.value is None:
+        number, ticket, user = trial.number, trial.ticket, trial.user_attrs
+        if ticket is None or ticket.kind != "candidate" or trial.value is None:
             continue
         # Other bits are of another search that was refused here.
-        if trial.row.state != TrialState.COMPLETE or len(ticket.bits) != len(names):
+        if trial.state != TrialState.COMPLETE or len(ticket.bits) != len(names):
             continue
         lowered = ticket.variable
         found[number] = Candidate(
@@ -277,12 +277,12 @@ def _candidates(
             from_bits=ticket.from_bits,
             to_bits=ticket.bits[names.index(lowered)] if lowered in names else None,
             state=ticket.bits,
-            score=trial.row.value,
+            score=trial.value,
             score_weights=user.get(attributes.SCORE_WEIGHTS, math.nan),
             score_activations=user.get(attributes.SCORE_ACTIVATIONS, math.nan),
             calibration_loss=user.get(attributes.CALIBRATION_LOSS, math.nan),
             cost=costs[number] if number in costs else model.cost(space.config(ticket.bits)),
-            seconds=user.get(attributes.SECONDS, trial.row.seconds or math.nan),
+            seconds=user.get(attributes.SECONDS, trial.seconds or math.nan),
             worker=user.get(attributes.WORKER) or worker_identity.short_name(ticket.worker),
             counted=number in costs,
         )
@@ -290,14 +290,14 @@ def _candidates(
 
 
 def _records(
-    log: StepLog, trials: Sequence[TrialFacts], candidates: Mapping[int, Candidate]
+    log: StepLog, trials: Sequence[TrialRow], candidates: Mapping[int, Candidate]
 ) -> tuple[StepRecord, ...]:
     """Return the steps that the log holds as closed, with what was recorded beside them."""
-    by_number = {trial.row.number: trial for trial in trials}
+    by_number = {trial.number: trial for trial in trials}
     records: list[StepRecord] = []
     for step, closed in enumerate(log.closed):
         trial, winner = by_number[closed.number], candidates[closed.winner]
-        ticket = trial.row.ticket
+        ticket = trial.ticket
         said: Mapping[str, Any] | None = None
         network: Reference | None = None
         if ticket is not None and ticket.trains:
@@ -305,8 +305,8 @@ def _records(
         if closed.trained:
             # The value of the answer's record is made to be the best of the study.
             assert said is not None
-            assert trial.row.value is not None
-            network = _reference(step, said.get("score", trial.row.value), trial.user_attrs)
+            assert trial.value is not None
+            network = _reference(step, said.get("score", trial.value), trial.user_attrs)
         current: Candidate | Reference = winner if network is None else network
         if network is None and records and records[-1].winner.number == winner.number:
             current = records[-1].current
@@ -320,27 +320,27 @@ def _reference(step: int, score: float, user: Mapping[str, Any]) -> Reference:
     return Reference(step, score, *(user.get(name, math.nan) for name in parts))
 
 
-def read_runs(trials: Sequence[TrialFacts], counted: Set[int]) -> tuple[Run, ...]:
+def read_runs(trials: Sequence[TrialRow], counted: Set[int]) -> tuple[Run, ...]:
     """Return the trials that somebody ran; ``counted`` are those whose results the search took."""
     found = []
     for trial in trials:
-        row, user = trial.row, trial.user_attrs
-        if trial.started is None or row.state == TrialState.WAITING:
+        user = trial.user_attrs
+        if trial.started is None or trial.state == TrialState.WAITING:
             continue
-        ticket = row.ticket or Ticket("free", -1, -1, "", ())
+        ticket = trial.ticket or Ticket("free", -1, -1, "", ())
         claimed, scored = ticket.worker, user.get(attributes.WORKER, "")
         handed = bool(claimed and scored) and scored != worker_identity.short_name(claimed)
         run = Run(
-            number=row.number,
+            number=trial.number,
             worker=scored if handed else claimed or scored,
             kind=ticket.kind,
             step=ticket.step,
             slot=ticket.slot,
-            state=row.state,
+            state=trial.state,
             started=trial.started,
             ended=trial.ended,
             seconds=user.get(attributes.SECONDS),
-            counted=row.number in counted,
+            counted=trial.number in counted,
             handed=handed,
             trains=ticket.trains,
         )

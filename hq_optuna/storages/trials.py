@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -26,7 +26,7 @@ from hq_optuna.storages.retrying import tried_again
 
 @dataclass(frozen=True, slots=True)
 class TrialRow:
-    """What the step protocol wants to know of a trial."""
+    """What the step protocol and reports want to know of a trial."""
 
     number: int
     trial_id: int
@@ -34,7 +34,16 @@ class TrialRow:
     value: float | None  # where it has exactly one
     ticket: Ticket | None  # if it has one of this protocol
     heartbeat: Any = None  # what its owner keeps changing while it runs long
-    seconds: float | None = None  # from its creation to its end
+    started: datetime | None = None  # by its creator's clock; `None` while it waits
+    ended: datetime | None = None  # by the clock of the host that ended it; `None` while it runs
+    user_attrs: Mapping[str, Any] = field(default_factory=dict)  # those that were asked for
+
+    @property
+    def seconds(self) -> float | None:
+        """From its creation to its end; ``None`` while it runs."""
+        if self.started is None or self.ended is None:
+            return None
+        return (self.ended - self.started).total_seconds()
 
 
 @dataclass
@@ -61,7 +70,7 @@ def read_rows(storage: BaseStorage, study_id: int, cursor: Cursor) -> list[Trial
     """Return the trials that are new or were unfinished, by number."""
     database = database_of(storage)
     if database is not None:
-        return [_row(columns) for columns in select(database.engine, _row_query(study_id, cursor))]
+        return list(map(_row, select(database.engine, _row_query(study_id, cursor))))
     trials = storage.get_all_trials(study_id, deepcopy=False)
     look = [n for n in cursor.unfinished if n < cursor.n] + list(range(cursor.n, len(trials)))
     return [row_of(trials[number]) for number in sorted(look)]
@@ -77,55 +86,37 @@ def row_of(trial: FrozenTrial) -> TrialRow:
         values[0] if values is not None and len(values) == 1 else None,
         Ticket.read(trial.system_attrs),
         trial.system_attrs.get(attributes.HEARTBEAT),
-        None if trial.duration is None else trial.duration.total_seconds(),
+        # Optuna hands out naive local times.
+        trial.datetime_start and trial.datetime_start.astimezone(UTC),
+        trial.datetime_complete and trial.datetime_complete.astimezone(UTC),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class TrialFacts:
-    """What reports want to know of a trial."""
-
-    row: TrialRow
-    user_attrs: Mapping[str, Any]  # those that were asked for
-    started: datetime | None = None  # by its creator's clock; `None` while it waits
-    ended: datetime | None = None  # by the clock of the host that ended it; `None` while it runs
 
 
 @tried_again
-def read_facts(storage: BaseStorage, study_id: int, keys: Sequence[str]) -> list[TrialFacts]:
+def read_facts(storage: BaseStorage, study_id: int, keys: Sequence[str]) -> list[TrialRow]:
     """Return all trials of a study by number, with some of their user attributes."""
     database = database_of(storage)
-    if database is None:
-        return [
-            TrialFacts(
-                row_of(trial),
-                {key: trial.user_attrs[key] for key in keys if key in trial.user_attrs},
-                # Optuna hands out naive local times.
-                trial.datetime_start and trial.datetime_start.astimezone(UTC),
-                trial.datetime_complete and trial.datetime_complete.astimezone(UTC),
-            )
-            for trial in storage.get_all_trials(study_id, deepcopy=False)
-        ]
-    # Trials first: what ended until the attributes are read has more than its row says, not less.
-    rows = select(database.engine, _row_query(study_id, Cursor()))
-    trials, given = models.TrialModel.__table__, models.TrialUserAttributeModel.__table__
-    query = (
-        sqlalchemy.select(given.c.trial_id, given.c.key, given.c.value_json)
-        .join(trials, trials.c.trial_id == given.c.trial_id)
-        .where(trials.c.study_id == study_id, given.c.key.in_(keys))
-    )
     found: dict[int, dict[str, Any]] = {}
-    for trial_id, key, value in select(database.engine, query):
-        found.setdefault(trial_id, {})[key] = json.loads(value)
-    return [
-        TrialFacts(
-            _row(columns),
-            found.get(columns.trial_id, {}),
-            columns.datetime_start and columns.datetime_start.replace(tzinfo=UTC),
-            columns.datetime_complete and columns.datetime_complete.replace(tzinfo=UTC),
+    if database is None:
+        trials = storage.get_all_trials(study_id, deepcopy=False)
+        rows = [row_of(trial) for trial in trials]
+        for trial in trials:
+            some = {key: trial.user_attrs[key] for key in keys if key in trial.user_attrs}
+            found[trial_id_of(trial)] = some
+    else:
+        # Trials first: what ended until the attributes are read has more than its row says.
+        rows = [
+            _row(columns) for columns in select(database.engine, _row_query(study_id, Cursor()))
+        ]
+        table, given = models.TrialModel.__table__, models.TrialUserAttributeModel.__table__
+        query = (
+            sqlalchemy.select(given.c.trial_id, given.c.key, given.c.value_json)
+            .join(table, table.c.trial_id == given.c.trial_id)
+            .where(table.c.study_id == study_id, given.c.key.in_(keys))
         )
-        for columns in rows
-    ]
+        for trial_id, key, value in select(database.engine, query):
+            found.setdefault(trial_id, {})[key] = json.loads(value)
+    return [replace(row, user_attrs=found.get(row.trial_id, {})) for row in rows]
 
 
 def _row_query(study_id: int, cursor: Cursor) -> sqlalchemy.Select[Any]:
@@ -152,10 +143,15 @@ def _row(columns: sqlalchemy.Row[Any]) -> TrialRow:
     if columns.value_type is not None:
         value = models.TrialValueModel.stored_repr_to_value(columns.value, columns.value_type)
     ticket = None if columns.ticket is None else Ticket.from_json(json.loads(columns.ticket))
-    begin, end = columns.datetime_start, columns.datetime_complete
-    seconds = (end - begin).total_seconds() if begin is not None and end is not None else None
     return TrialRow(
-        columns.number, columns.trial_id, columns.state, value, ticket, columns.heartbeat, seconds
+        columns.number,
+        columns.trial_id,
+        columns.state,
+        value,
+        ticket,
+        columns.heartbeat,
+        columns.datetime_start and columns.datetime_start.replace(tzinfo=UTC),
+        columns.datetime_complete and columns.datetime_complete.replace(tzinfo=UTC),
     )
 
 
