@@ -174,14 +174,15 @@ class Coordinator:
         created = create_together(self._view, self._study, tickets)
         for order, ticket, place in zip(orders, tickets, created, strict=True):
             order.created_as(ticket, *place)
-        undisturbed = range(log.cursor.n, log.cursor.n + len(created))
-        if log.owners.dead or [number for number, _ in created] != [*undisturbed]:
-            self._give_up_lost(orders)
+        self._give_up_lost(log, orders)
         if not alone:
             self.dispatcher.submit([order for order in new if not order.cancelled])
 
-    def _give_up_lost(self, orders: Sequence[Order]) -> None:
+    def _give_up_lost(self, log: StepLog, orders: Sequence[Order]) -> None:
         """End orders whose work others claimed meanwhile: of two the lower number has it."""
+        undisturbed = range(log.cursor.n, log.cursor.n + len(orders))
+        if not log.owners.dead and [order.number for order in orders] == [*undisturbed]:
+            return
         log = self._view.read(self._study)
         lost = [o for o in orders if o.ticket is not None and log.taken(o.ticket, o.number)]
         self._end(lost, TrialState.PRUNED)
