@@ -38,6 +38,10 @@ class Order:
         """Take the trial that was created for it."""
         self.ticket, self.number, self.trial_id = ticket, number, trial_id
 
+    def cancel(self) -> None:
+        """Give up its result."""
+        self.cancelled = True
+
     def message(self) -> dict[str, Any]:
         """Return what a worker is sent."""
         said: dict[str, Any] = {"claim": self.claim, "bits": list(self.bits)}
@@ -108,7 +112,7 @@ class Dispatcher:
         """Give up the results of orders, and tell those who are at them."""
         with self._lock:
             for order in orders:
-                order.cancelled = True
+                order.cancel()
             for worker, order in self._running.items():
                 if order in orders:
                     self._send(worker, {"cancel": order.claim})

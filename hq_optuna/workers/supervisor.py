@@ -77,6 +77,11 @@ class Member:
             self._scored_before, self._error = self.scored, None
         return None
 
+    def retire(self) -> None:
+        """Start it no more: the search is over."""
+        if self.handle is None and not self.over:
+            self.doing = "done"
+
     def close(self) -> None:
         """Let go of its process."""
         if self.handle is not None:
@@ -148,8 +153,7 @@ class Supervisor:
                 self._on_news(news)
         if any(member.doing == "done" for member in self.members):  # the search is over
             for member in self.members:
-                if member.handle is None and not member.over:
-                    member.doing = "done"
+                member.retire()
         if all(member.doing == "given up" for member in self.members):
             worst = self.members[-1]
             raise WorkerError(
