@@ -118,6 +118,7 @@ def _search(
 
 
 def _watch(supervisor: Supervisor, read: Callable[[], None]) -> None:
+    """Let workers that claim for themselves work, and read now and then what they did."""
     was_read = time.monotonic()
     while supervisor.poll():
         if time.monotonic() - was_read >= READ_EVERY_S:
@@ -127,6 +128,7 @@ def _watch(supervisor: Supervisor, read: Callable[[], None]) -> None:
 
 
 def _lead(supervisor: Supervisor, coordinator: Coordinator) -> None:
+    """Give orders to workers until all have ended."""
     looked = -math.inf
     while True:
         if coordinator.over or time.monotonic() - looked >= LOOK_EVERY_S:
@@ -153,10 +155,8 @@ def _start_workers(
     """
     run, place = session.run, session.place
     options = [*session.arguments, "--retry-for", str(run.retry_for)]
-    if run.artifacts is not None:
-        options += ["--artifacts", run.artifacts]
-    if run.device is not None:
-        options += ["--device", run.device]
+    options += [] if run.artifacts is None else ["--artifacts", run.artifacts]
+    options += [] if run.device is None else ["--device", run.device]
     command = WorkerCommand(
         study=str(session.file),
         name=place.name,

@@ -47,7 +47,6 @@ class SearchProgress:
         )
         self._bits: tuple[tuple[int, int], ...] = ()
         self._says = ""
-        self._scored_at: tuple[float, int] | None = None
         self._tasks: dict[str, TaskID] = {}
         self._printed = -float("inf")
         self._looked = False
@@ -104,15 +103,16 @@ class SearchProgress:
         )
         self._show("search", 1.0 if step is None else share, says, always=step is None)
 
+    def _gained(self, what: str, value: float) -> tuple[float, float]:
+        """Return the seconds since a value was first shown, and how much it grew."""
+        now = time.monotonic()
+        began, first = self._began.setdefault(what, (now, value))
+        return now - began, value - first
+
     def _rate(self, scored: int) -> str:
         """Return candidates a minute, of all workers, since the search was first looked at."""
-        now = time.monotonic()
-        if self._scored_at is None:
-            self._scored_at = (now, scored)
-        began, before = self._scored_at
-        if scored == before or now - began < 1:
-            return ""
-        return f"  {format_rate(60 * (scored - before) / (now - began))}"
+        seconds, gained = self._gained("scored", scored)
+        return f"  {format_rate(60 * gained / seconds)}" if gained and seconds >= 1 else ""
 
     def _share(self, cost: float) -> float:
         way = self.start_cost - self.limit
@@ -132,12 +132,10 @@ class SearchProgress:
 
     def _left(self, what: str, share: float) -> str:
         """Return the time left, judged by the way made since this phase was first shown."""
-        now = time.monotonic()
-        began, first = self._began.setdefault(what, (now, share))
-        if share <= first or share >= 1:
+        seconds, gained = self._gained(what, share)
+        if gained <= 0 or share >= 1:
             return ""
-        left_s = (now - began) * (1 - share) / (share - first)
-        return f"  {format_seconds(left_s)} left"
+        return f"  {format_seconds(seconds * (1 - share) / gained)} left"
 
 
 def format_rate(per_minute: float) -> str:

@@ -48,19 +48,18 @@ def resolve(
         history = read_history(loaded)
         tables.print_whole(console, _layers(history, found.config))
         share = 100 * found.cost / found.int8
-        answer = history.incumbent
         lines = [
             f"budget    {format_cost(found.limit, found.metric)}",
             f"cost      [bold]{format_cost(found.cost, found.metric)}[/], {share:.1f} % of "
             f"all-8-bit ({format_cost(found.int8, found.metric)})",
             f"score     {found.score:.3g} nats, the least sum over layers",
         ]
-        if answer is not None:
-            sums = history.additive(found.metric)
-            assert sums is not None
+        sums = history.additive(found.metric)
+        if history.incumbent is not None and sums is not None:
+            answer = history.incumbent.config
             lines.append(
-                f"          (the search's answer: {sums.score(answer.config):.3g} nats at "
-                f"{format_cost(sums.cost(answer.config), found.metric)})"
+                f"          (the search's answer: {sums.score(answer):.3g} nats at "
+                f"{format_cost(sums.cost(answer), found.metric)})"
             )
         lines.append(f"Assignment: {escape(str(out))}  (hq_optuna.load_assignment)")
         say(console, "\n".join(lines))
@@ -72,13 +71,9 @@ def _layers(history: History, config: BitConfig) -> Table:
     compared = [] if answer is None else ["answer"]
     table = tables.new_table("layer", "W bits", "A bits", *compared, "rise, nats")
     for name, bits in config.items():
-        rise = sum(
-            history.sensitivity[name][part][b]
-            for part, b in zip(("weights", "activations"), bits, strict=True)
-            if b != FLOAT_BITS
-        )
-        same = answer is not None and answer[name] == bits
-        before = [] if answer is None else ["" if same else str(answer[name])]
+        pairs = zip(("weights", "activations"), bits, strict=True)
+        rise = sum(history.sensitivity[name][part][b] for part, b in pairs if b != FLOAT_BITS)
+        before = [] if answer is None else ["" if answer[name] == bits else str(answer[name])]
         shown = [tables.bits_text(b, history.space.levels) for b in bits]
         table.add_row(escape(name), *shown, *before, f"{rise:.2g}")
     return table

@@ -25,6 +25,7 @@ from hq_optuna.protocol.status import read_status
 from hq_optuna.report.data import report_data
 from hq_optuna.report.page import write_report
 from hq_optuna.settings import RunSettings
+from hq_optuna.storages import study_exists
 
 
 @takes(search=True)
@@ -58,7 +59,7 @@ def search_and_finish(
     as_json: bool,
 ) -> None:
     """Open the study, let `work` finish its search, and write and show what was found."""
-    existed = session.exists()
+    existed = study_exists(session.place.storage, session.place.name)
     with progress:
         found = session.open(progress=progress.phase)
         work(found)

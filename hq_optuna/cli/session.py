@@ -62,14 +62,6 @@ class Session:
     start: StartOptions
     threads: int
 
-    def exists(self) -> bool:
-        """Return whether the study is in the storage.
-
-        Raises:
-            StorageError: The storage cannot be opened.
-        """
-        return study_exists(self.place.storage, self.place.name)
-
     def open(self, progress: Callable[[str, int, int], None]) -> optuna.Study:
         """Open the study of the search, made if need be; see `BitSearch.open`.
 
@@ -132,12 +124,13 @@ def begin(
     options = file.complete({**file.stored_options(stored.options), **given_options})
     typed = dict(given)
     if run.artifacts is not None:
-        typed["artifacts"] = _found_from_anywhere(run.artifacts)
+        location = run.artifacts  # a folder is to be found from others, too
+        typed["artifacts"] = location if "://" in location else str(Path(location).absolute())
     kept = {name: value for name, value in stored.settings.items() if name not in typed}
     chosen = {**file.settings, **kept, **typed}
-    location = chosen.pop("artifacts", None) or place.folder / "artifacts"
+    artifacts_at = chosen.pop("artifacts", None) or place.folder / "artifacts"
     settings = SearchSettings().replace(**chosen)
-    artifacts = open_artifacts(str(location))
+    artifacts = open_artifacts(str(artifacts_at))
 
     say(console, f"[bold]{escape(place.name)}[/]  {escape(file.doc)}")
     taken = kept | {k: v for k, v in stored.options.items() if k not in given_options}
@@ -250,11 +243,6 @@ def plan_of(
     )
 
 
-def _found_from_anywhere(location: str) -> str:
-    """Return a URL as it is, and a folder so that it is found from another one too."""
-    return location if "://" in location else str(Path(location).absolute())
-
-
 def n_cores() -> int:
     """Return the processor cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -292,7 +280,7 @@ def wait_for_study(place: Place, seconds: float) -> None:
             with explain_storage_errors(redact_url(place.storage)):
                 if found is None and study_exists(place.storage, place.name):
                     found = load_study(place.storage, place.name)
-                if found is not None and attributes.INFO in found.user_attrs:
+                if found is not None and (attributes.INFO in found.user_attrs or last):
                     return
         except KeyError:  # deleted meanwhile
             found = None
@@ -300,8 +288,6 @@ def wait_for_study(place: Place, seconds: float) -> None:
             found = None
             if last:
                 raise
-        if last and found is not None:
-            return
         if last:
             waited = f" after {seconds:g} s" if seconds else ""
             raise StorageError(

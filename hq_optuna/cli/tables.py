@@ -151,7 +151,9 @@ def _measured(facts: Mapping[str, Any]) -> Iterator[str]:
         if named == "accuracy":
             before, after, unit = 100 * before, 100 * after, " %"
             if what in intervals:
-                points = f", {_points(intervals[what]['difference'])}"
+                ends = intervals[what]["difference"]
+                value, low, high = (100 * ends[end] for end in ("value", "low", "high"))
+                points = f", {value:+.2f} points, 95 % interval {low:+.1f} to {high:+.1f}"
         yield (
             f"{escape(named):<9} {before:.2f}{unit} float -> [bold]{after:.2f}{unit}[/] quantized"
             f"{points} ({facts.get(f'{what}_samples', '?')} {what} samples)"
@@ -170,12 +172,6 @@ def _uniform(history: History) -> Iterator[str]:
             figures = ", ".join(f"{name} {value}" for name, value in shown.items())
             cost = format_cost(row["cost"], history.info.metric)
             yield f"uniform   {row['bits']} cost {cost}: {figures} ({n} validation samples)"
-
-
-def _points(difference: Mapping[str, float]) -> str:
-    """Return a difference of accuracies with its interval, for people."""
-    value, low, high = (100 * difference[end] for end in ("value", "low", "high"))
-    return f"{value:+.2f} points, 95 % interval {low:+.1f} to {high:+.1f}"
 
 
 def status(console: Console, study: Study, current: SearchStatus) -> None:
@@ -257,11 +253,10 @@ def _lines(
         shown = [*row[:half], None, *row[len(row) - half :]]
     lines = []
     for start in range(0, len(shown), max(room, 1)):
-        line = Text(f"{label if not start else '':<{LABEL}}", no_wrap=True)
-        for bits in shown[start : start + room]:
-            if bits is None:
-                line.append("…")
-            else:
-                line.append(digit(bits), styles.get(bits, Style.null()))
-        lines.append(line)
+        digits = [
+            "…" if bits is None else (digit(bits), styles.get(bits, Style.null()))
+            for bits in shown[start : start + room]
+        ]
+        label_there = f"{'' if start else label:<{LABEL}}"
+        lines.append(Text.assemble(label_there, *digits, no_wrap=True))
     return lines
