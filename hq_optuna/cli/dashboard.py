@@ -33,10 +33,7 @@ LOOKS, LOOK_EVERY_S = 4, 0.5
 def dashboard(
     run: RunSettings,
     study: Annotated[
-        str | None,
-        typer.Argument(
-            help="A study as for run, or a storage URL with any studies.", show_default=False
-        ),
+        str | None, typer.Argument(help="A study as for run, or a storage URL with any studies.")
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8080,

@@ -46,14 +46,12 @@ def launch(
         typer.Option(
             min=1,
             help="How many. \\[default: one for each GPU (--device cuda), or else for each core]",
-            show_default=False,
         ),
     ] = None,
     scheduler: Annotated[
         str | None,
         typer.Option(
-            help="Address of a Dask scheduler, 'tcp://host:8786', to work on its cluster.",
-            show_default=False,
+            help="Address of a Dask scheduler, 'tcp://host:8786', to work on its cluster."
         ),
     ] = None,
     as_json: Json = False,

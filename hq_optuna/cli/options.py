@@ -25,10 +25,8 @@ from hq_optuna.errors import HqOptunaError, StudyFileError
 from hq_optuna.settings import NUMBER, SWITCH, WHOLE, RunSettings, SearchSettings, Setting
 from hq_optuna.settings import settings_of as fields_of
 
-Study = Annotated[
-    str, typer.Argument(help="A study file, or NAME for studies/NAME.py.", show_default=False)
-]
-StudyOrNone = Annotated[str | None, typer.Argument(help="As for run.", show_default=False)]
+Study = Annotated[str, typer.Argument(help="A study file, or NAME for studies/NAME.py.")]
+StudyOrNone = Annotated[str | None, typer.Argument(help="As for run.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
 Given = Mapping[str, Any]
 """Settings of a search that were given on the command line, by name."""
@@ -84,7 +82,6 @@ def _parameter(one: Setting) -> inspect.Parameter:
     option = typer.Option(
         f"{one.option}/--no-{one.option[2:]}" if one.kind == SWITCH else one.option,
         help=escape(f"{one.help} [default: {one.shown_default}]"),
-        show_default=False,
         metavar=one.metavar or None,
         envvar=ENVIRONMENT.get(one.name),
     )

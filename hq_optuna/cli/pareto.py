@@ -28,16 +28,10 @@ def pareto(
     run: RunSettings,
     study: StudyOrNone = None,
     metric: Annotated[
-        str | None,
-        typer.Option(
-            help=f"{' or '.join(METRICS)}. \\[default: the budget's]",
-            show_default=False,
-        ),
+        str | None, typer.Option(help=f"{' or '.join(METRICS)}. \\[default: the budget's]")
     ] = None,
     points: Annotated[int, typer.Option(help="Budgets to solve for.", min=2)] = 33,
-    out: Annotated[
-        Path | None, typer.Option(help="HTML file for the picture.", show_default=False)
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="HTML file for the picture.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show the least predicted loss rise for each cost, exactly. Needs no network or data."""

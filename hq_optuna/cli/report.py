@@ -23,9 +23,7 @@ def report(
     study: StudyOrNone = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="File to write. \\[default: report.html, or the terminal]", show_default=False
-        ),
+        typer.Option(help="File to write. \\[default: report.html, or the terminal]"),
     ] = None,
     format_: Annotated[
         Literal["html", "json", "markdown"], typer.Option("--format", help="What to write.")
