@@ -38,18 +38,11 @@ LONGEST_PAUSE_S = 5.0
 
 @dataclass(frozen=True)
 class Session:
-    """A study file's network and data, and the search of them, before any work.
+    """A study file's network and data, and the `hq_optuna.BitSearch` of them, before any work.
 
-    Attributes:
-        file: The study file.
-        arguments: Options of the study file as typed.
-        run: Where to run, as given.
-        place: Where the run keeps what it makes.
-        parts: What the study file's functions returned.
-        search: The search, a `hq_optuna.BitSearch`.
-        artifacts: The artifact store.
-        start: What to remember of the command line, if the study is new.
-        threads: Threads that are of use for this network, or as given.
+    `arguments` are the study file's options as typed, `run` says where to run as given, and
+    `start` is what a new study remembers of the command line. `threads` are as many as this network
+    keeps busy, or as given.
     """
 
     file: Path

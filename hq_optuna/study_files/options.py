@@ -22,14 +22,10 @@ _TYPES: tuple[type, ...] = (str, int, float, bool, Path)
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a study file.
+    """One option of a study file: a parameter of its functions.
 
-    Attributes:
-        name: Name of the parameter, ``"n_calibration"``.
-        type: ``str``, ``int``, ``float``, ``bool`` or ``pathlib.Path``.
-        default: Value without the option; ``None`` if it is required.
-        required: Whether it has to be given.
-        help: Its line in the docstring's ``Args``, if there is one.
+    `type` is ``str``, ``int``, ``float``, ``bool`` or ``pathlib.Path``; `default` is ``None`` where
+    it is required; `help` is its line in the docstring's ``Args``, if there is one.
     """
 
     name: str

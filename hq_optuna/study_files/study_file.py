@@ -34,19 +34,18 @@ _CALLED_LATER = ("loss", "output_rise", "evaluate", "augment")
 
 @dataclass
 class StudyParts:
-    """What a study file's functions returned.
+    """What a study file's functions returned; ``None`` for what it does not define.
 
     Attributes:
         network: The trained float network, an ``nn.Module``.
         calibration: Labelled data that the score reads.
-        validation: Data on which accuracy before and after is measured, or ``None``.
-        loss: ``loss(outputs, labels)``, a mean over the batch, or ``None`` for cross entropy.
-        evaluate: ``evaluate(network, batches)``, named figures, or ``None`` for accuracy.
-        test: Returns the test data when called, or ``None``. It is a function so that nobody reads
-            the test data before the end.
-        train: Returns the training data when called, or ``None``; read where winners are trained.
-        augment: ``augment(inputs, generator)``, changes a batch of training inputs, or ``None``.
-        output_rise: ``output_rise(outputs, moved)``, the loss's rise over the batch, or ``None``.
+        validation: Data on which accuracy before and after is measured.
+        loss: ``loss(outputs, labels)``, a mean over the batch; cross entropy without it.
+        evaluate: ``evaluate(network, batches)``, named figures; accuracy without it.
+        test: Returns the test data. A function, so that nothing reads them before the end.
+        train: Returns the training data, which only a search that trains reads.
+        augment: ``augment(inputs, generator)``, changes a batch of training inputs.
+        output_rise: ``output_rise(outputs, moved)``, the loss's rise over the batch.
     """
 
     network: Any
@@ -64,11 +63,8 @@ class StudyParts:
 class StudyFile:
     """A study file that was imported and looks right; none of its functions has been called.
 
-    Attributes:
-        path: The file.
-        doc: First line of its docstring, or ``""``.
-        options: Options of its functions by parameter name, in the order they appear.
-        settings: Its SETTINGS as written (``{}`` without).
+    `doc` is the first line of its docstring, `options` are those of its functions by parameter
+    name, in the order they appear, and `settings` its SETTINGS as written (``{}`` without).
     """
 
     path: Path
@@ -104,9 +100,7 @@ class StudyFile:
         return cls(path, doc, read_options(functions, path), dict(settings), module)
 
     def parse_options(self, arguments: Sequence[str]) -> dict[str, Any]:
-        """Return every option's value as typed (``["--data", "x", "--n=3", "--no-flip"]``).
-
-        Defaults fill in what was not typed.
+        """Return every option's value as typed (``["--data", "x", "--n=3"]``), or its default.
 
         Raises:
             StudyFileError: Unknown option, bad or missing value, or a required option is missing.
@@ -117,7 +111,7 @@ class StudyFile:
         """Return options as a study holds them; paths are text there.
 
         Raises:
-            StudyFileError: The file has an option no more.
+            StudyFileError: The file no longer has one of them.
         """
         values = {}
         for name, value in stored.items():
