@@ -130,13 +130,10 @@ class Setting:
 
 
 def setting(default: Any, help: str, **more: Any) -> Any:
-    """Return a field of a class of settings.
+    """Return a field of a class of settings, with its default as a user may give it.
 
-    Args:
-        default: Its default, as it may be given.
-        help: The sentence that explains it.
-        **more: Attributes of its `Setting`. Kind and choices follow from the annotation, option,
-            default in words and example from name and default, where they are not given.
+    `more` are attributes of its `Setting`. Where they are not given, kind and choices follow from
+    the annotation; option, default in words and example follow from name and default.
     """
     return field(default=default, metadata={"help": help, **more})
 
@@ -160,8 +157,8 @@ def settings_of(owner: type) -> dict[str, Setting]:
             **{"kind": kind, "choices": choices if kind is WORD else (), "option": option},
             "shown_default": option[2:] if kind is SWITCH and default else str(default),
             "example": json.dumps(default) if isinstance(default, str) else repr(default),
+            **each.metadata,
         }
-        made |= dict(each.metadata)
         found[name] = Setting(name=name, type=str(each.type), default=default, **made)
     return found
 
@@ -191,20 +188,17 @@ class _Settings:
                 raise TypeError(
                     f"There is no setting {name!r}.{guess} There are {', '.join(known)}."
                 )
-        return type(self)(**{**{name: getattr(self, name) for name in known}, **changes})
+        return type(self)(**{**vars(self), **changes})
 
     @property
     def changed(self) -> dict[str, Any]:
         """The settings that are not at their defaults, by name."""
-        default, mine = (
-            type(self)(),
-            {name: getattr(self, name) for name in settings_of(type(self))},
-        )
-        return {name: value for name, value in mine.items() if value != getattr(default, name)}
+        default = vars(type(self)())
+        return {name: value for name, value in vars(self).items() if value != default[name]}
 
     def to_json(self) -> dict[str, Any]:
         """Return all settings as JSON data."""
-        return {name: _plain(getattr(self, name)) for name in settings_of(type(self))}
+        return {name: _plain(value) for name, value in vars(self).items()}
 
 
 def _plain(value: Any) -> Any:
@@ -302,6 +296,13 @@ _space = functools.partial(setting, group="space")
 _scoring = functools.partial(setting, group="scoring")
 _steps = functools.partial(setting, group="steps")
 _training = functools.partial(setting, group="training")
+_by_layer = functools.partial(
+    _space, None, kind=BY_LAYER, unit="bits", option="", shown_default="none", read=_mapping
+)
+_further = functools.partial(
+    _training, None, kind=FURTHER, option="", shown_default="none", read=_mapping
+)
+_limit = functools.partial(setting, None, shown_default="no limit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,17 +339,11 @@ class SearchSettings(_Settings):
         "Bits of the first and the last layer, or 'none' to search them too.",
         **{"kind": PIN, "unit": "bits", "read": _pin},
     )
-    pins: Mapping[str, int | tuple[int, int]] = _space(
-        None,
-        "Fixed bits of some layers, by name or glob.",
-        **{"kind": BY_LAYER, "unit": "bits", "option": "", "shown_default": "none"},
-        **{"example": '{"head.*": 8}', "read": _mapping},
+    pins: Mapping[str, int | tuple[int, int]] = _by_layer(
+        "Fixed bits of some layers, by name or glob.", example='{"head.*": 8}'
     )
-    allowed: Mapping[str, Iterable[int]] = _space(
-        None,
-        "Bits that some layers may have, by name or glob.",
-        **{"kind": BY_LAYER, "unit": "bits", "option": "", "shown_default": "none"},
-        **{"example": '{"stem": (8, 6)}', "read": _mapping},
+    allowed: Mapping[str, Iterable[int]] = _by_layer(
+        "Bits that some layers may have, by name or glob.", example='{"stem": (8, 6)}'
     )
     tied: tuple[tuple[str, ...], ...] = _space(
         (),
@@ -433,16 +428,11 @@ class SearchSettings(_Settings):
         **{"unit": "epochs", "least": 0, "example": "20"},
         shown_default="20 with --train-every, else 0",
     )
-    training: Mapping[str, Any] = _training(
-        None,
-        "Further settings of training, see TrainingSettings.",
-        **{"kind": FURTHER, "option": "", "shown_default": "none", "read": _mapping},
-        example='{"learning_rate": 1e-3}',
+    training: Mapping[str, Any] = _further(
+        "Further settings of training, see TrainingSettings.", example='{"learning_rate": 1e-3}'
     )
-    final_training: Mapping[str, Any] = _training(
-        None,
+    final_training: Mapping[str, Any] = _further(
         "Those that are others for the training of the answer.",
-        **{"kind": FURTHER, "option": "", "shown_default": "none", "read": _mapping},
         example='{"blend": 0.5, "teacher_views": 6}',
     )
 
@@ -479,18 +469,13 @@ class RunSettings(_Settings):
         "Seconds to try again when the storage does not answer, or its disk is full.",
         **{"unit": "seconds", "least": 0},
     )
-    max_trials: int | None = setting(
-        None,
-        "Trials (candidates and step records) at most.",
-        **{"unit": "trials", "least": 1, "shown_default": "no limit"},
+    max_trials: int | None = _limit(
+        "Trials (candidates and step records) at most.", **{"unit": "trials", "least": 1}
     )
-    max_evaluations: int | None = setting(
-        None,
-        "Candidates scored at most.",
-        **{"unit": "candidates", "least": 1, "shown_default": "no limit"},
+    max_evaluations: int | None = _limit(
+        "Candidates scored at most.", **{"unit": "candidates", "least": 1}
     )
-    max_seconds: float | None = setting(
-        None,
+    max_seconds: float | None = _limit(
         "Seconds of work of all workers together at most; where that ends depends on the machine.",
-        **{"unit": "seconds", "least": 0.001, "shown_default": "no limit"},
+        **{"unit": "seconds", "least": 0.001},
     )

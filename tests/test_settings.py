@@ -118,7 +118,7 @@ from hq_optuna.cli.init import template
 from hq_optuna.errors import ResumeError
 from hq_optuna.report.data import report_data
 from hq_optuna.report.text import render_markdown
-from hq_optuna.study_files.settings import check_settings
+from hq_optuna.study_files.study_file import check_settings
 from tests.searches import search
 made = search(colour="blue")
 study = made.optimize("sqlite:///s.db", "s")

@@ -12,11 +12,10 @@ import typer
 from optuna.storages import BaseStorage
 from optuna.study import Study
 from rich.console import Console
+from rich.markup import escape
 
 from hq_optuna.artifacts.store import open_artifacts
-from hq_optuna.cli import tables
-from hq_optuna.cli.options import errors, place_of, takes
-from hq_optuna.cli.session import load
+from hq_optuna.cli.options import errors, place_of, say, takes
 from hq_optuna.dashboard.pages import changed_pages
 from hq_optuna.dashboard.server import DashboardServer
 from hq_optuna.errors import StorageError
@@ -24,7 +23,7 @@ from hq_optuna.optuna_internals import id_of, storage_of
 from hq_optuna.protocol.start_options import StartOptions
 from hq_optuna.protocol.status import StatusReader
 from hq_optuna.settings import RunSettings
-from hq_optuna.storages import open_storage, redact_url, storage_exists
+from hq_optuna.storages import load_study, open_storage, redact_url, storage_exists
 
 LOOKS, LOOK_EVERY_S = 4, 0.5
 """How often is looked before a search counts as one that nobody works on."""
@@ -34,10 +33,7 @@ LOOKS, LOOK_EVERY_S = 4, 0.5
 def dashboard(
     run: RunSettings,
     study: Annotated[
-        str | None,
-        typer.Argument(
-            help="A study as for run, or a storage URL with any studies.", show_default=False
-        ),
+        str | None, typer.Argument(help="A study as for run, or a storage URL with any studies.")
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8080,
@@ -54,18 +50,14 @@ def dashboard(
                 threading.Thread(target=_refresh, args=(found, server), daemon=True).start()
             console = Console()
             try:
-                console.print(
-                    f"Dashboard: {server.url}{page}\nstorage {tables.plain(redact_url(url))}, "
-                    f"files {tables.plain('none' if files is None else files)}. Ctrl-C ends it.",
-                    highlight=False,
-                    soft_wrap=True,
-                )
+                say(console, f"Dashboard: {server.url}{page}")
+                kept_at = f"storage {redact_url(url)}, files {files or 'none'}"
+                say(console, f"{escape(kept_at)}. Ctrl-C ends it.")
                 if not _is_loopback(host):
-                    console.print(
+                    say(
+                        console,
                         "[yellow]Warning:[/] whoever reaches this address can change and delete "
                         "studies; the dashboard asks for no password.",
-                        highlight=False,
-                        soft_wrap=True,
                     )
                 threading.Event().wait()
             except KeyboardInterrupt:
@@ -84,9 +76,9 @@ def _open(study: str | None, run: RunSettings) -> tuple[BaseStorage, Study | Non
             raise StorageError(f"There is no database at {redact_url(url)}. Was a search started?")
         return open_storage(url), None, run.artifacts or _beside(url), url
     place = place_of(study or str(run.name), run, reads=True)
-    found = load(place)
+    found = load_study(place.storage, place.name)
     files = run.artifacts or StartOptions.read(found).settings.get("artifacts")
-    return storage_of(found), found, str(files or f"{place.folder}/artifacts"), str(place.storage)
+    return storage_of(found), found, str(files or f"{place.folder}/artifacts"), place.storage
 
 
 def _beside(storage: str) -> str | None:

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
-from hq_optuna.cli.options import errors
+from hq_optuna.cli.options import errors, say
 from hq_optuna.errors import StudyFileError
 from hq_optuna.settings import SearchSettings, settings_of
 
@@ -95,10 +96,6 @@ def init(
             raise StudyFileError(
                 f"{file} exists, and is not written over. Name another file."
             ) from None
-        console = Console()
-        console.print(
-            f"Wrote {file}. Fill in network() and calibration(), then: hq-optuna run {file}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        name = escape(str(file))
+        next_step = f"Fill in network() and calibration(), then: hq-optuna run {name}"
+        say(Console(), f"Wrote {name}. {next_step}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -12,17 +11,20 @@ from typing import Annotated
 import optuna
 import typer
 from rich.console import Console, Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 from hq_optuna.cli import tables
-from hq_optuna.cli.options import Given, Json, Study, command_line, errors, takes
+from hq_optuna.cli.options import Given, Json, Study, errors, say, takes
 from hq_optuna.cli.progress import SearchProgress
-from hq_optuna.cli.run import finish, say_where_it_went_on
-from hq_optuna.cli.session import Request, Session, begin, n_cores
+from hq_optuna.cli.run import search_and_finish
+from hq_optuna.cli.session import Session, begin, n_cores
 from hq_optuna.dashboard import PageWriter
 from hq_optuna.errors import StudyFileError
 from hq_optuna.protocol.step_log import StepLog
 from hq_optuna.settings import RunSettings
+from hq_optuna.space.budget import Budget
+from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.storages import explain_storage_errors, redact_url
 from hq_optuna.workers.coordinator import Coordinator
 from hq_optuna.workers.process import WorkerCommand, devices, thread_share
@@ -44,14 +46,12 @@ def launch(
         typer.Option(
             min=1,
             help="How many. \\[default: one for each GPU (--device cuda), or else for each core]",
-            show_default=False,
         ),
     ] = None,
     scheduler: Annotated[
         str | None,
         typer.Option(
-            help="Address of a Dask scheduler, 'tcp://host:8786', to work on its cluster.",
-            show_default=False,
+            help="Address of a Dask scheduler, 'tcp://host:8786', to work on its cluster."
         ),
     ] = None,
     as_json: Json = False,
@@ -61,30 +61,24 @@ def launch(
     Workers that die are started again; Ctrl-C ends them all, and everything recorded stays.
     """
     with errors(as_json):
-        console, command = Console(stderr=as_json), command_line()
+        console = Console(stderr=as_json)
         if run.device is not None and run.device.startswith("cuda:"):
             raise StudyFileError(
                 f"Each worker sees one GPU, its own; got --device {run.device}. Give --device "
                 "cuda, and CUDA_VISIBLE_DEVICES=1,3 for the GPUs to use."
             )
-        request = Request(study, context.args, run, given, command)
-        session = begin(request, console)
-        existed = session.exists()
-        with LaunchProgress(console, session) as progress:
-            found = session.open(progress=progress.phase)
+        session = begin(study, context.args, run, given, console)
+        progress = LaunchProgress(console, session.search.space, session.search.budget)
+
+        def work(found: optuna.Study) -> None:
             progress.search(session.log(found))
             if not progress.was_finished:
-                _search(request, session, found, workers, scheduler, progress)
-        if existed:
-            say_where_it_went_on(console, progress, found)
-        changed = not (existed and progress.was_finished)
-        data = finish(session, found, changed=changed, command=command, console=console)
-        if as_json:
-            typer.echo(json.dumps(data))
+                _search(session, found, workers, scheduler, progress)
+
+        search_and_finish(session, console, progress, work, as_json)
 
 
 def _search(
-    request: Request,
     session: Session,
     study: optuna.Study,
     n_workers: int | None,
@@ -103,14 +97,13 @@ def _search(
             pages(found)
 
         supervisor, coordinator, close = _start_workers(
-            request, session, study, n_workers, scheduler, progress.news, tell
+            session, study, n_workers, scheduler, progress.news, tell
         )
-        progress.watch(supervisor.members)
+        progress.members = supervisor.members
         try:
             if coordinator is None:
                 _watch(supervisor, lambda: tell(session.log(study)))
             else:
-                assert session.place.storage is not None
                 with explain_storage_errors(redact_url(session.place.storage)):
                     _lead(supervisor, coordinator)
         finally:
@@ -123,6 +116,7 @@ def _search(
 
 
 def _watch(supervisor: Supervisor, read: Callable[[], None]) -> None:
+    """Let workers that claim for themselves work, and read now and then what they did."""
     was_read = time.monotonic()
     while supervisor.poll():
         if time.monotonic() - was_read >= READ_EVERY_S:
@@ -132,6 +126,7 @@ def _watch(supervisor: Supervisor, read: Callable[[], None]) -> None:
 
 
 def _lead(supervisor: Supervisor, coordinator: Coordinator) -> None:
+    """Give orders to workers until all have ended."""
     looked = -math.inf
     while True:
         if coordinator.over or time.monotonic() - looked >= LOOK_EVERY_S:
@@ -145,7 +140,6 @@ def _lead(supervisor: Supervisor, coordinator: Coordinator) -> None:
 
 
 def _start_workers(
-    request: Request,
     session: Session,
     study: optuna.Study,
     n_workers: int | None,
@@ -157,17 +151,15 @@ def _start_workers(
 
     Workers on a cluster claim for themselves, as they are on other hosts.
     """
-    run, place = request.run, session.place
-    options = [*request.arguments, "--retry-for", str(run.retry_for)]
-    if run.artifacts is not None:
-        options += ["--artifacts", run.artifacts]
-    if run.device is not None:
-        options += ["--device", run.device]
+    run, place = session.run, session.place
+    options = [*session.arguments, "--retry-for", str(run.retry_for)]
+    options += [] if run.artifacts is None else ["--artifacts", run.artifacts]
+    options += [] if run.device is None else ["--device", run.device]
     command = WorkerCommand(
         study=str(session.file),
-        name=str(place.name),
+        name=place.name,
         folder=str(place.folder),
-        storage=str(place.storage),
+        storage=place.storage,
         options=tuple(options),
     )
     if scheduler is not None:
@@ -195,15 +187,11 @@ def _start_workers(
 class LaunchProgress(SearchProgress):
     """Progress of a search with a table of its workers beside it, or plain lines."""
 
-    def __init__(self, console: Console, session: Session) -> None:
-        super().__init__(console, session.search.space, session.search.budget)
-        self._members: list[Member] = []
+    def __init__(self, console: Console, space: SearchSpace, budget: Budget) -> None:
+        super().__init__(console, space, budget)
+        self.members: list[Member] = []
         self._since = time.monotonic()
         self._shown = -math.inf
-
-    def watch(self, members: list[Member]) -> None:
-        """Show these workers from here on."""
-        self._members = members
 
     def now_and_then(self, log: StepLog) -> None:
         """Show where the search stands, unless that was done a moment ago."""
@@ -213,27 +201,25 @@ class LaunchProgress(SearchProgress):
 
     def news(self, text: str) -> None:
         """Show a sentence that stays."""
-        self.console.print(f"[yellow]{tables.plain(text)}[/]", highlight=False, soft_wrap=True)
+        say(self.console, f"[yellow]{escape(text)}[/]")
 
     def show(self) -> RenderableType:
         """Return table, bars and the incumbent's bits."""
         shown = super().show()
-        table = worker_table(self._members, time.monotonic() - self._since)
-        return Group(table, shown) if self._members else shown
+        table = worker_table(self.members, time.monotonic() - self._since)
+        return Group(table, shown) if self.members else shown
 
 
 def worker_table(members: list[Member], seconds: float) -> Table:
     """Return a table of workers: what each does, what it did, how often it was started again."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for title in ("worker", "process", "doing", "scored", "a minute", "restarts"):
-        right = title in ("worker", "scored", "a minute", "restarts")
-        table.add_column(title, justify="right" if right else "left", no_wrap=True)
+    titles = ("worker", "process", "doing", "scored", "a minute", "restarts")
+    table = tables.new_table(*titles, left=("process", "doing"))
     for member in members:
         colour = {"died": "red", "given up": "red", "done": "green"}.get(member.doing, "default")
         rate = 60 * member.scored / seconds if seconds > 0 else 0.0
         table.add_row(
             str(member.index + 1),
-            tables.plain(member.name or "-"),
+            escape(member.name or "-"),
             f"[{colour}]{member.doing}[/]",
             str(member.scored),
             f"{rate:.1f}",

@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, NoReturn
@@ -24,10 +25,8 @@ from hq_optuna.errors import HqOptunaError, StudyFileError
 from hq_optuna.settings import NUMBER, SWITCH, WHOLE, RunSettings, SearchSettings, Setting
 from hq_optuna.settings import settings_of as fields_of
 
-Study = Annotated[
-    str, typer.Argument(help="A study file, or NAME for studies/NAME.py.", show_default=False)
-]
-StudyOrNone = Annotated[str | None, typer.Argument(help="As for run.", show_default=False)]
+Study = Annotated[str, typer.Argument(help="A study file, or NAME for studies/NAME.py.")]
+StudyOrNone = Annotated[str | None, typer.Argument(help="As for run.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
 Given = Mapping[str, Any]
 """Settings of a search that were given on the command line, by name."""
@@ -47,12 +46,8 @@ RUNS = Path("hq-optuna-runs")
 def takes(*of_run: str, search: bool = False) -> Callable[[Callable[..., Any]], Any]:
     """Give a command options made from settings.
 
-    It receives those of a run as `RunSettings` in the argument ``run``, and those of a search that
-    were given in the argument ``given``.
-
-    Args:
-        *of_run: Names of `RunSettings`; none means all.
-        search: Whether it takes the options of a search, too.
+    It receives those of a run, all or the ones named here, as `RunSettings` in the argument
+    ``run``, and with `search` those of a search that were given in the argument ``given``.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,20 +55,19 @@ def takes(*of_run: str, search: bool = False) -> Callable[[Callable[..., Any]], 
         search_options = fields_of(SearchSettings) if search else {}
         own = inspect.signature(command, eval_str=True).parameters
         shown = [p for name, p in own.items() if name not in ("run", "given")]
+        shown.sort(key=lambda p: p.default is not p.empty)  # arguments first
         made = [_parameter(s) for s in (*search_options.values(), *known.values()) if s.option]
 
         @functools.wraps(command)
         def called(*arguments: Any, **values: Any) -> Any:
-            taken = {name: values.pop(name) for name in [p.name for p in made]}
+            taken = {p.name: values.pop(p.name) for p in made}
             set_ = {name: value for name, value in taken.items() if value not in (None, [])}
-            given = {name: value for name, value in set_.items() if name in search_options}
             values["run"] = RunSettings(**{n: v for n, v in set_.items() if n in known})
             if search:
-                values["given"] = given
+                values["given"] = {n: v for n, v in set_.items() if n in search_options}
             return command(*arguments, **values)
 
-        arguments = [p for p in shown if p.default is p.empty]
-        signature = [*arguments, *(p for p in shown if p.default is not p.empty), *made]
+        signature = [*shown, *made]
         called.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
         called.__annotations__ = {p.name: p.annotation for p in signature}
         return called
@@ -85,13 +79,9 @@ def _parameter(one: Setting) -> inspect.Parameter:
     """Return the option of a setting; ``None`` where it is not given."""
     kinds = {WHOLE: int, NUMBER: float, SWITCH: bool}
     kind: Any = list[str] if one.repeats else kinds.get(one.kind, str)
-    names = [one.option]
-    if one.kind == SWITCH:
-        names = [f"{one.option}/--no-{one.option[2:]}"]
     option = typer.Option(
-        *names,
+        f"{one.option}/--no-{one.option[2:]}" if one.kind == SWITCH else one.option,
         help=escape(f"{one.help} [default: {one.shown_default}]"),
-        show_default=False,
         metavar=one.metavar or None,
         envvar=ENVIRONMENT.get(one.name),
     )
@@ -109,19 +99,30 @@ def own_options() -> list[str]:
             "--help"]  # fmt: skip
 
 
+def say(console: Console, text: str) -> None:
+    """Print text with its markup, neither wrapped nor with highlighted numbers."""
+    console.print(text, highlight=False, soft_wrap=True)
+
+
 def command_line() -> str:
     """Return the whole command as it was typed."""
     return shlex.join(["hq-optuna", *sys.argv[1:]])
 
 
-def place_of(study: str, run: RunSettings, *, reads: bool = False) -> RunSettings:
-    """Return where a run keeps what it makes: name, folder and storage follow from the study.
+@dataclass(frozen=True)
+class Place:
+    """Where a run keeps what it makes: the study's name, the run's folder, the storage's URL."""
 
-    Args:
-        study: Study file or its name.
-        run: As given.
-        reads: Whether nothing is made there. A study of a storage that is given may then have any
-            name, such as one that was started from Python.
+    name: str
+    folder: Path
+    storage: str
+
+
+def place_of(study: str, run: RunSettings, *, reads: bool = False) -> Place:
+    """Return where a run keeps what it makes; what is not given follows from the study's name.
+
+    A command that only reads takes any name in a storage that is given, such as that of a study
+    started from Python.
 
     Raises:
         StudyFileError: A run's folder cannot have the study's name.
@@ -137,8 +138,7 @@ def place_of(study: str, run: RunSettings, *, reads: bool = False) -> RunSetting
         )
     folder = RUNS / name if run.folder is None else run.folder
     storage = sqlite_url(folder / "study.db") if run.storage is None else run.storage
-    placed: RunSettings = run.replace(name=name, folder=folder, storage=storage)
-    return placed
+    return Place(name, folder, storage)
 
 
 @contextmanager
@@ -149,8 +149,6 @@ def reading(study: str | None, run: RunSettings) -> Iterator[Any]:
     if study is None and (run.storage is None or run.name is None):
         raise typer.BadParameter("Give a study, or both --storage and --name.")
     place = place_of(study or str(run.name), run, reads=True)
-    assert place.storage is not None
-    assert place.name is not None
     with explain_storage_errors(redact_url(place.storage)):
         yield load_study(place.storage, place.name)
 
@@ -174,12 +172,12 @@ def errors(as_json: bool) -> Iterator[None]:
         _fail(error, as_json)
     except (ValueError, OSError) as error:
         caller = calling_user_code(error.__traceback__)
+        if not caller and (isinstance(error, OSError) or type(error) is ValueError):
+            _fail(error, as_json)
         if caller:
             error.add_note(f"hq_optuna called the code that raised this from {caller}.")
-            _say(error, as_json, traceback_follows=True)
-            raise
-        if isinstance(error, OSError) or type(error) is ValueError:
-            _fail(error, as_json)
+            if as_json:
+                _print_json(error)
         raise
     except KeyboardInterrupt:
         message = "Interrupted. Everything recorded stays; start the same command again to go on."
@@ -212,14 +210,12 @@ def calling_user_code(trace: TracebackType | None) -> str:
 def _fail(error: Exception, as_json: bool) -> NoReturn:
     if os.environ.get(TRACEBACK):
         raise error
-    _say(error, as_json)
+    if as_json:
+        _print_json(error)
+    else:
+        say(Console(stderr=True), f"[bold red]Error:[/] {escape(str(error))}")
     raise typer.Exit(1) from None
 
 
-def _say(error: Exception, as_json: bool, *, traceback_follows: bool = False) -> None:
-    if as_json:
-        typer.echo(json.dumps({"error": type(error).__name__, "message": str(error)}))
-    elif not traceback_follows:
-        Console(stderr=True).print(
-            f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True, highlight=False
-        )
+def _print_json(error: Exception) -> None:
+    typer.echo(json.dumps({"error": type(error).__name__, "message": str(error)}))

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from hq_optuna.answer.resolve import pareto as solve
 from hq_optuna.cli import tables
-from hq_optuna.cli.options import Json, StudyOrNone, errors, reading, takes
+from hq_optuna.cli.options import Json, StudyOrNone, errors, reading, say, takes
 from hq_optuna.protocol.history import read_history
+from hq_optuna.search import Point
 from hq_optuna.settings import RunSettings
-from hq_optuna.space.assignment import BitConfig
-from hq_optuna.space.cost import METRICS, format_cost
+from hq_optuna.space.cost import METRICS, CostModel, Metric, format_cost
+from hq_optuna.space.layers import LayerSpec
 from hq_optuna.visualization.pareto import pareto_figure, pareto_info
 
 
@@ -25,16 +28,10 @@ def pareto(
     run: RunSettings,
     study: StudyOrNone = None,
     metric: Annotated[
-        str | None,
-        typer.Option(
-            help=f"{' or '.join(METRICS)}. \\[default: the budget's]",
-            show_default=False,
-        ),
+        str | None, typer.Option(help=f"{' or '.join(METRICS)}. \\[default: the budget's]")
     ] = None,
     points: Annotated[int, typer.Option(help="Budgets to solve for.", min=2)] = 33,
-    out: Annotated[
-        Path | None, typer.Option(help="HTML file for the picture.", show_default=False)
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="HTML file for the picture.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show the least predicted loss rise for each cost, exactly. Needs no network or data."""
@@ -55,22 +52,21 @@ def pareto(
             ]
             typer.echo(json.dumps({"metric": chosen, "pareto": rows}))
             return
-        sums = history.additive(chosen)
-        assert sums is not None
-        int8 = sums.cost(BitConfig.uniform([x.name for x in history.space.layers], 8, 8))
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for title in ("cost", "of all-8-bit", "least sum, nats", "mean W bits"):
-            table.add_column(title, justify="right", no_wrap=True)
-        total = sum(layer.n_weights for layer in history.space.layers)
-        for point in found:
-            bits = sum(x.n_weights * point.config[x.name].weight_bits for x in history.space.layers)
-            table.add_row(
-                format_cost(point.cost, chosen),
-                f"{100 * point.cost / int8:.1f} %",
-                f"{point.score:.3g}",
-                f"{bits / total:.2f}",
-            )
         console = Console()
-        console.print(table)
+        console.print(_table(found, history.space.layers, chosen))
         if out is not None:
-            console.print(f"Picture: {tables.plain(str(out))}", soft_wrap=True, highlight=False)
+            say(console, f"Picture: {escape(str(out))}")
+
+
+def _table(points: Sequence[Point], layers: Sequence[LayerSpec], metric: Metric) -> Table:
+    table = tables.new_table("cost", "of all-8-bit", "least sum, nats", "mean W bits")
+    int8, total = CostModel(layers, metric).int8, sum(layer.n_weights for layer in layers)
+    for point in points:
+        bits = sum(layer.n_weights * point.config[layer.name].weight_bits for layer in layers)
+        table.add_row(
+            format_cost(point.cost, metric),
+            f"{100 * point.cost / int8:.1f} %",
+            f"{point.score:.3g}",
+            f"{bits / total:.2f}",
+        )
+    return table

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from hq_optuna.cli.options import say
 from hq_optuna.cli.tables import strips
 from hq_optuna.protocol.step_log import StepLog
 from hq_optuna.space.budget import Budget
@@ -44,10 +45,8 @@ class SearchProgress:
             TextColumn("{task.fields[says]}"),
             console=console,
         )
-        self._live: Live | None = None
         self._bits: tuple[tuple[int, int], ...] = ()
         self._says = ""
-        self._scored_at: tuple[float, int] | None = None
         self._tasks: dict[str, TaskID] = {}
         self._printed = -float("inf")
         self._looked = False
@@ -58,19 +57,13 @@ class SearchProgress:
 
     def __enter__(self) -> Self:
         if self.live:
-            self.start()
+            options: dict[str, Any] = {"transient": True, "refresh_per_second": 4}
+            self._live = Live(get_renderable=self.show, console=self.console, **options)
+            self._live.start()
         return self
 
-    def start(self) -> None:
-        """Show the bars."""
-        self._live = Live(
-            get_renderable=self.show, console=self.console, transient=True, refresh_per_second=4
-        )
-        self._live.start()
-
-    def stop(self) -> None:
-        """Take the bars away."""
-        if self._live is not None:
+    def __exit__(self, *error: object) -> None:
+        if self.live:
             self._live.stop()
 
     def show(self) -> RenderableType:
@@ -80,10 +73,6 @@ class SearchProgress:
         says = Text(self._says, no_wrap=True, overflow="ellipsis")
         shown = strips(self._bits, self.space.levels, self.console.width)
         return Group(self._bars, says, *shown)
-
-    def __exit__(self, *error: object) -> None:
-        if self.live:
-            self.stop()
 
     def phase(self, what: str, done: int, of: int) -> None:
         """Show a phase before the search, batch by batch."""
@@ -114,15 +103,16 @@ class SearchProgress:
         )
         self._show("search", 1.0 if step is None else share, says, always=step is None)
 
+    def _gained(self, what: str, value: float) -> tuple[float, float]:
+        """Return the seconds since a value was first shown, and how much it grew."""
+        now = time.monotonic()
+        began, first = self._began.setdefault(what, (now, value))
+        return now - began, value - first
+
     def _rate(self, scored: int) -> str:
         """Return candidates a minute, of all workers, since the search was first looked at."""
-        now = time.monotonic()
-        if self._scored_at is None:
-            self._scored_at = (now, scored)
-        began, before = self._scored_at
-        if scored == before or now - began < 1:
-            return ""
-        return f"  {format_rate(60 * (scored - before) / (now - began))}"
+        seconds, gained = self._gained("scored", scored)
+        return f"  {format_rate(60 * gained / seconds)}" if gained and seconds >= 1 else ""
 
     def _share(self, cost: float) -> float:
         way = self.start_cost - self.limit
@@ -138,18 +128,14 @@ class SearchProgress:
         elif always or time.monotonic() - self._printed > LINE_EVERY_S:
             self._printed = time.monotonic()
             says += self._left(what, share)
-            self.console.print(
-                f"{what}: {100 * share:.0f} %  {says}", highlight=False, soft_wrap=True
-            )
+            say(self.console, f"{what}: {100 * share:.0f} %  {says}")
 
     def _left(self, what: str, share: float) -> str:
         """Return the time left, judged by the way made since this phase was first shown."""
-        now = time.monotonic()
-        began, first = self._began.setdefault(what, (now, share))
-        if share <= first or share >= 1:
+        seconds, gained = self._gained(what, share)
+        if gained <= 0 or share >= 1:
             return ""
-        left_s = (now - began) * (1 - share) / (share - first)
-        return f"  {format_seconds(left_s)} left"
+        return f"  {format_seconds(seconds * (1 - share) / gained)} left"
 
 
 def format_rate(per_minute: float) -> str:

@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
-from hq_optuna.cli import tables
-from hq_optuna.cli.options import StudyOrNone, errors, reading, takes
+from hq_optuna.cli.options import StudyOrNone, errors, reading, say, takes
 from hq_optuna.report.data import report_data
 from hq_optuna.report.page import write_report
 from hq_optuna.report.text import render_markdown
@@ -23,9 +23,7 @@ def report(
     study: StudyOrNone = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="File to write. \\[default: report.html, or the terminal]", show_default=False
-        ),
+        typer.Option(help="File to write. \\[default: report.html, or the terminal]"),
     ] = None,
     format_: Annotated[
         Literal["html", "json", "markdown"], typer.Option("--format", help="What to write.")
@@ -36,8 +34,7 @@ def report(
         if format_ == "html":
             path = Path("report.html") if out is None else out
             write_report(loaded, path)
-            console = Console()
-            console.print(f"Report: {tables.plain(str(path))}", soft_wrap=True, highlight=False)
+            say(Console(), f"Report: {escape(str(path))}")
             return
         data = report_data(loaded)
         text = json.dumps(data, indent=1) if format_ == "json" else render_markdown(data)

@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from hq_optuna.answer.resolve import resolve as solve
 from hq_optuna.cli import tables
-from hq_optuna.cli.options import Json, StudyOrNone, errors, reading, takes
+from hq_optuna.cli.options import Json, StudyOrNone, errors, reading, say, takes
 from hq_optuna.protocol.history import History, read_history
 from hq_optuna.settings import RunSettings
 from hq_optuna.space.assignment import BitConfig
@@ -47,41 +48,32 @@ def resolve(
         history = read_history(loaded)
         tables.print_whole(console, _layers(history, found.config))
         share = 100 * found.cost / found.int8
-        answer = history.incumbent
         lines = [
             f"budget    {format_cost(found.limit, found.metric)}",
             f"cost      [bold]{format_cost(found.cost, found.metric)}[/], {share:.1f} % of "
             f"all-8-bit ({format_cost(found.int8, found.metric)})",
             f"score     {found.score:.3g} nats, the least sum over layers",
         ]
-        if answer is not None:
-            sums = history.additive(found.metric)
-            assert sums is not None
+        sums = history.additive(found.metric)
+        if history.incumbent is not None and sums is not None:
+            answer = history.incumbent.config
             lines.append(
-                f"          (the search's answer: {sums.score(answer.config):.3g} nats at "
-                f"{format_cost(sums.cost(answer.config), found.metric)})"
+                f"          (the search's answer: {sums.score(answer):.3g} nats at "
+                f"{format_cost(sums.cost(answer), found.metric)})"
             )
-        lines.append(f"Assignment: {tables.plain(str(out))}  (hq_optuna.load_assignment)")
-        console.print("\n".join(lines), highlight=False, soft_wrap=True)
+        lines.append(f"Assignment: {escape(str(out))}  (hq_optuna.load_assignment)")
+        say(console, "\n".join(lines))
 
 
 def _layers(history: History, config: BitConfig) -> Table:
     """Return a table of the layers with these bits, and with the answer's where it differs."""
-    table = tables.table_of_layers()
-    for title in ("W bits", "A bits"):
-        table.add_column(title, justify="right", no_wrap=True)
     answer = None if history.incumbent is None else history.incumbent.config
-    if answer is not None:
-        table.add_column("answer", justify="right", no_wrap=True)
-    table.add_column("rise, nats", justify="right", no_wrap=True)
+    compared = [] if answer is None else ["answer"]
+    table = tables.new_table("layer", "W bits", "A bits", *compared, "rise, nats")
     for name, bits in config.items():
-        rise = sum(
-            history.sensitivity[name][part][b]
-            for part, b in zip(("weights", "activations"), bits, strict=True)
-            if b != FLOAT_BITS
-        )
-        same = answer is not None and answer[name] == bits
-        before = [] if answer is None else ["" if same else str(answer[name])]
+        pairs = zip(("weights", "activations"), bits, strict=True)
+        rise = sum(history.sensitivity[name][part][b] for part, b in pairs if b != FLOAT_BITS)
+        before = [] if answer is None else ["" if answer[name] == bits else str(answer[name])]
         shown = [tables.bits_text(b, history.space.levels) for b in bits]
-        table.add_row(tables.plain(name), *shown, *before, f"{rise:.2g}")
+        table.add_row(escape(name), *shown, *before, f"{rise:.2g}")
     return table

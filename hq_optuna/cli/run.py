@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import typer
 from optuna.study import Study as OptunaStudy
 from rich.console import Console
+from rich.markup import escape
 
 from hq_optuna.answer.recipe import RECIPE
 from hq_optuna.answer.resolve import publish_answer
 from hq_optuna.answer.result import SearchResult
 from hq_optuna.artifacts.store import attach
 from hq_optuna.cli import tables
-from hq_optuna.cli.options import Given, Json, Study, command_line, errors, takes
+from hq_optuna.cli.options import Given, Json, Study, command_line, errors, say, takes
 from hq_optuna.cli.progress import SearchProgress
-from hq_optuna.cli.session import Request, Session, begin
+from hq_optuna.cli.session import Session, begin
 from hq_optuna.dashboard import PageWriter
 from hq_optuna.protocol.status import read_status
 from hq_optuna.report.data import report_data
 from hq_optuna.report.page import write_report
 from hq_optuna.settings import RunSettings
+from hq_optuna.storages import study_exists
 
 
 @takes(search=True)
@@ -38,22 +41,36 @@ def run(
     Options of the study file itself stand beside these: hq-optuna run cifar10_resnet20 --data DIR.
     """
     with errors(as_json):
-        console, command = Console(stderr=as_json), command_line()
-        session = begin(Request(study, context.args, run, given, command), console)
-        existed = session.exists()
-        with SearchProgress(console, session.search.space, session.search.budget) as progress:
-            found = session.open(progress=progress.phase)
+        console = Console(stderr=as_json)
+        session = begin(study, context.args, run, given, console)
+        progress = SearchProgress(console, session.search.space, session.search.budget)
+
+        def work(found: OptunaStudy) -> None:
             session.search.work(found, on_progress=progress.search)
-        if existed:
-            say_where_it_went_on(console, progress, found)
-        changed = not (existed and progress.was_finished)
-        data = finish(session, found, changed=changed, command=command, console=console)
-        if as_json:
-            typer.echo(json.dumps(data))
+
+        search_and_finish(session, console, progress, work, as_json)
 
 
-def say_where_it_went_on(console: Console, progress: SearchProgress, study: OptunaStudy) -> None:
-    """Say where a search that had begun before was taken up."""
+def search_and_finish(
+    session: Session,
+    console: Console,
+    progress: SearchProgress,
+    work: Callable[[OptunaStudy], None],
+    as_json: bool,
+) -> None:
+    """Open the study, let `work` finish its search, and write and show what was found."""
+    existed = study_exists(session.place.storage, session.place.name)
+    with progress:
+        found = session.open(progress=progress.phase)
+        work(found)
+    if existed:
+        _say_where_it_went_on(console, progress, found)
+    data = _finish(session, found, console, changed=not (existed and progress.was_finished))
+    if as_json:
+        typer.echo(json.dumps(data))
+
+
+def _say_where_it_went_on(console: Console, progress: SearchProgress, study: OptunaStudy) -> None:
     current = read_status(study)
     said = (
         f"Went on at step {progress.first_step}, after {progress.first_candidates} "
@@ -63,7 +80,7 @@ def say_where_it_went_on(console: Console, progress: SearchProgress, study: Optu
         said = f"This search was stopped before: {current.reason}. Raise the limit to go on."
     elif progress.was_finished:
         said = "This search was finished before; no candidate was scored anew."
-    console.print(said, highlight=False, soft_wrap=True)
+    say(console, said)
 
 
 def _is_of(result: SearchResult, recipe: Path) -> bool:
@@ -77,24 +94,14 @@ def _is_of(result: SearchResult, recipe: Path) -> bool:
     return saved.get("fingerprint") == dict(result.fingerprint) and bits == dict(result.config)
 
 
-def finish(
-    session: Session,
-    found: OptunaStudy,
-    *,
-    changed: bool,
-    command: str,
-    console: Console,
+def _finish(
+    session: Session, found: OptunaStudy, console: Console, *, changed: bool
 ) -> dict[str, Any]:
     """Measure the answer, write result and report, show them; return the report as JSON data.
 
-    Args:
-        session: What the search began with.
-        found: Its study.
-        changed: Whether anything was done; otherwise files that exist are left as they are.
-        command: The command, for the report.
-        console: Where to show the result.
+    Where nothing changed, files that exist are left as they are.
     """
-    folder = session.folder
+    folder, command = session.place.folder, command_line()
     with console.status("measuring on validation and test data"):
         before = found.user_attrs
         result = session.search.result(found, test=session.parts.test)
@@ -110,10 +117,6 @@ def finish(
         attach(found, "report", page, filename="report.html", mimetype="text/html")
     PageWriter(found, always=True).close()
     tables.result(console, found)
-    console.print(
-        f"Report: {tables.plain(str(report))}\n"
-        f"Result: {tables.plain(str(saved))}  (hq_optuna.load)",
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(console, f"Report: {escape(str(report))}")
+    say(console, f"Result: {escape(str(saved))}  (hq_optuna.load)")
     return {**report_data(found, command=command), "report": str(report), "result": str(saved)}

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import optuna
 from rich.console import Console
+from rich.markup import escape
 
 from hq_optuna import attributes
 from hq_optuna.artifacts.store import Artifacts, open_artifacts
 from hq_optuna.cli import tables
-from hq_optuna.cli.options import own_options, place_of
+from hq_optuna.cli.options import Given, Place, command_line, own_options, place_of, say
 from hq_optuna.errors import StorageError, StudyFileError
 from hq_optuna.protocol.start_options import StartOptions
 from hq_optuna.protocol.step_log import StepLog
@@ -24,6 +25,7 @@ from hq_optuna.search import Limits
 from hq_optuna.settings import RunSettings, SearchSettings
 from hq_optuna.space.cost import macs
 from hq_optuna.storages import explain_storage_errors, load_study, redact_url, study_exists
+from hq_optuna.study_files.options import parse
 from hq_optuna.study_files.study_file import StudyFile, StudyParts, find_study
 
 if TYPE_CHECKING:  # these load torch
@@ -35,94 +37,41 @@ LONGEST_PAUSE_S = 5.0
 
 
 @dataclass(frozen=True)
-class Request:
-    """What a user asked for.
-
-    Attributes:
-        study: Study file or its name.
-        arguments: Options of the study file as typed.
-        run: Where to run, as given.
-        given: Settings of the search from the command line; the study's and the file's fill the
-            rest.
-        command: The whole command, which the study remembers.
-    """
-
-    study: str
-    arguments: Sequence[str]
-    run: RunSettings
-    given: Mapping[str, Any]
-    command: str = ""
-
-    def find(self) -> tuple[StudyFile, RunSettings]:
-        """Return the study file, and where its run keeps what it makes.
-
-        Raises:
-            StudyFileError: There is no such file, or it cannot be used.
-        """
-        file = StudyFile.load(find_study(self.study))
-        taken = sorted({option.flag for option in file.options.values()} & set(own_options()))
-        if taken:
-            name = taken[0].removeprefix("--").replace("-", "_")
-            raise StudyFileError(
-                f"{file.path}: the option {name!r} is one of hq-optuna run's own, which would "
-                "take its value. Give the study's parameter another name."
-            )
-        return file, place_of(file.path.name, self.run)
-
-
-@dataclass(frozen=True)
 class Session:
-    """A study file's network and data, and the search of them, before any work.
+    """A study file's network and data, and the `hq_optuna.BitSearch` of them, before any work.
 
-    Attributes:
-        file: The study file.
-        place: Where the run keeps what it makes: name, folder and storage are set.
-        parts: What the study file's functions returned.
-        search: The search, a `hq_optuna.BitSearch`.
-        artifacts: The artifact store.
-        start: What to remember of the command line, if the study is new.
-        threads: Threads that are of use for this network, or as given.
+    `arguments` are the study file's options as typed, `run` says where to run as given, and
+    `start` is what a new study remembers of the command line. `threads` are as many as this network
+    keeps busy, or as given.
     """
 
     file: Path
-    place: RunSettings
+    arguments: Sequence[str]
+    run: RunSettings
+    place: Place
     parts: StudyParts
     search: Any
     artifacts: Artifacts
     start: StartOptions
     threads: int
 
-    @property
-    def folder(self) -> Path:
-        """The run's folder."""
-        assert self.place.folder is not None
-        return self.place.folder
-
-    def exists(self) -> bool:
-        """Return whether the study is in the storage.
-
-        Raises:
-            StorageError: The storage cannot be opened.
-        """
-        return exists(self.place)
-
-    def open(self, **options: Any) -> optuna.Study:
+    def open(self, progress: Callable[[str, int, int], None]) -> optuna.Study:
         """Open the study of the search, made if need be; see `BitSearch.open`.
 
         Raises:
             StorageError: The storage cannot be opened, read or written.
             ResumeError: The study belongs to another search.
         """
-        place = self.place
-        limits = Limits(place.max_trials, place.max_evaluations, place.max_seconds)
+        run = self.run
+        limits = Limits(run.max_trials, run.max_evaluations, run.max_seconds)
         study: optuna.Study = self.search.open(
-            place.storage,
-            place.name,
+            self.place.storage,
+            self.place.name,
             artifacts=self.artifacts,
             limits=None if limits == Limits() else limits,
-            retry_for_s=place.retry_for,
+            retry_for_s=run.retry_for,
             start=self.start,
-            **options,
+            progress=progress,
         )
         return study
 
@@ -132,77 +81,71 @@ class Session:
         return study.sampler.log(study)
 
 
-def exists(place: RunSettings) -> bool:
-    """Return whether the study of a run is in its storage.
+def find(study: str, run: RunSettings) -> tuple[StudyFile, Place]:
+    """Return the study file of this path or name, and where its run keeps what it makes.
 
     Raises:
-        StorageError: The storage cannot be opened.
+        StudyFileError: There is no such file, or it cannot be used.
     """
-    assert place.storage is not None
-    assert place.name is not None
-    return study_exists(place.storage, place.name)
+    file = StudyFile.load(find_study(study))
+    taken = sorted({option.flag for option in file.options.values()} & set(own_options()))
+    if taken:
+        name = taken[0].removeprefix("--").replace("-", "_")
+        raise StudyFileError(
+            f"{file.path}: the option {name!r} is one of hq-optuna run's own, which would "
+            "take its value. Give the study's parameter another name."
+        )
+    return file, place_of(file.path.name, run)
 
 
-def load(place: RunSettings) -> optuna.Study:
-    """Return the study of a run.
-
-    Raises:
-        StorageError: The storage cannot be opened, or does not hold it.
-    """
-    assert place.storage is not None
-    assert place.name is not None
-    return load_study(place.storage, place.name)
-
-
-def begin(request: Request, console: Console) -> Session:
+def begin(
+    study: str, arguments: Sequence[str], run: RunSettings, given: Given, console: Console
+) -> Session:
     """Import the study file, build network and data, and check all that can be wrong with them.
 
-    Nothing is created in the storage. What the study was started with, where it exists, fills in
-    what was not given.
+    Nothing is created in the storage. Options of the study file (`arguments`) and settings of the
+    search (`given`) that are not given come from the study, where it exists, then from the file.
 
     Raises:
         HqOptunaError: Of the kind of what is wrong.
     """
-    file, place = request.find()
-    given_options = file.given_options(request.arguments, beside=own_options())
-    stored = StartOptions.read(load(place)) if exists(place) else StartOptions()
+    file, place = find(study, run)
+    given_options = parse(file.options, arguments, file.path.name, beside=own_options())
+    stored = StartOptions()
+    if study_exists(place.storage, place.name):
+        stored = StartOptions.read(load_study(place.storage, place.name))
     options = file.complete({**file.stored_options(stored.options), **given_options})
-    typed = dict(request.given)
-    if request.run.artifacts is not None:
-        typed["artifacts"] = _found_from_anywhere(request.run.artifacts)
+    typed = dict(given)
+    if run.artifacts is not None:
+        location = run.artifacts  # a folder is to be found from others, too
+        typed["artifacts"] = location if "://" in location else str(Path(location).absolute())
     kept = {name: value for name, value in stored.settings.items() if name not in typed}
-    location = typed.get("artifacts", kept.get("artifacts"))
-    settings = SearchSettings().replace(
-        **{
-            name: value
-            for name, value in {**file.settings, **kept, **typed}.items()
-            if name != "artifacts"
-        }
-    )
-    assert place.folder is not None
-    artifacts = open_artifacts(str(location or place.folder / "artifacts"))
+    chosen = {**file.settings, **kept, **typed}
+    artifacts_at = chosen.pop("artifacts", None) or place.folder / "artifacts"
+    settings = SearchSettings().replace(**chosen)
+    artifacts = open_artifacts(str(artifacts_at))
 
-    name = tables.plain(str(place.name))
-    _say(console, f"[bold]{name}[/]  {tables.plain(file.doc)}")
+    say(console, f"[bold]{escape(place.name)}[/]  {escape(file.doc)}")
     taken = kept | {k: v for k, v in stored.options.items() if k not in given_options}
     if taken:
         words = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in taken.items())
-        _say(console, f"as the study says: {tables.plain(words)}")
+        say(console, f"as the study says: {escape(words)}")
     with console.status("loading PyTorch and the study's network and data"):
-        parts, search, threads = _load(file, place, options, settings, request.given)
+        parts, search, threads = _load(file, place, run, options, settings, given)
     tables.opening(console, search.space, search.budget, search.objective.skipped, place)
     for warning in search.objective.warnings:
-        _say(console, f"[yellow]Warning:[/] {tables.plain(warning)}")
-    start = StartOptions.of(typed, given_options, request.command)
-    return Session(file.path, place, parts, search, artifacts, start, threads)
+        say(console, f"[yellow]Warning:[/] {escape(warning)}")
+    start = StartOptions.of(typed, given_options, command_line())
+    return Session(file.path, arguments, run, place, parts, search, artifacts, start, threads)
 
 
 def _load(
     file: StudyFile,
-    place: RunSettings,
+    place: Place,
+    run: RunSettings,
     options: Mapping[str, Any],
     settings: SearchSettings,
-    given: Mapping[str, Any],
+    given: Given,
 ) -> tuple[StudyParts, Any, int]:
     """Return the study file's parts, the search of them, and how many threads are of use."""
     import torch  # here, so that wrong options are told before it is loaded
@@ -210,14 +153,12 @@ def _load(
     from hq_optuna.bit_search import BitSearch
     from hq_optuna.network.devices import move_to
 
-    torch.set_num_threads(place.threads or n_cores())
+    torch.set_num_threads(run.threads or n_cores())
     # Failed trials show as errors of ours; Optuna would add its traceback to each.
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    assert place.folder is not None
     parts = file.build(place.folder, options)
-    if place.device is not None:
-        move_to(parts.network, place.device)
-    plan = plan_of(settings, parts.train, parts.augment, typed=given)
+    if run.device is not None:
+        move_to(parts.network, run.device)
     search = BitSearch(
         parts.network,
         parts.calibration,
@@ -226,9 +167,9 @@ def _load(
         output_rise=parts.output_rise,
         validation=parts.validation,
         evaluate=parts.evaluate,
-        training=plan,
+        training=plan_of(settings, parts.train, parts.augment, typed=given),
     )
-    threads = place.threads or sensible_threads(macs(search.space.layers))
+    threads = run.threads or sensible_threads(macs(search.space.layers))
     torch.set_num_threads(threads)
     return parts, search, threads
 
@@ -295,15 +236,6 @@ def plan_of(
     )
 
 
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, soft_wrap=True)
-
-
-def _found_from_anywhere(location: str) -> str:
-    """Return a URL as it is, and a folder so that it is found from another one too."""
-    return location if "://" in location else str(Path(location).absolute())
-
-
 def n_cores() -> int:
     """Return the processor cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -324,29 +256,24 @@ def sensible_threads(macs_per_sample: int) -> int:
     return max(1, min(n_cores(), macs_per_sample // 5_000_000))
 
 
-def wait_for_study(place: RunSettings, seconds: float) -> None:
-    """Wait until the study exists and its sensitivities are measured.
+def wait_for_study(place: Place, seconds: float) -> None:
+    """Wait until the study exists and its sensitivities are measured; with 0 seconds, look once.
 
-    A study that exists is joined when the time is over, measured or not: whoever measures may have
-    died, and a worker can do it as well.
-
-    Args:
-        place: Where the study is.
-        seconds: How long to wait; 0 for a look.
+    A study that exists is joined when the time is over, measured or not: the process that measures
+    may have died, and a worker can do it as well.
 
     Raises:
         StorageError: The study does not exist by then, or its storage cannot be opened.
     """
-    assert place.storage is not None
     until, pause_s = time.monotonic() + seconds, 0.1
     found: optuna.Study | None = None  # opened once, as servers have few connections
     while True:
         last = time.monotonic() >= until
         try:
             with explain_storage_errors(redact_url(place.storage)):
-                if found is None and exists(place):
-                    found = load(place)
-                if found is not None and attributes.INFO in found.user_attrs:
+                if found is None and study_exists(place.storage, place.name):
+                    found = load_study(place.storage, place.name)
+                if found is not None and (attributes.INFO in found.user_attrs or last):
                     return
         except KeyError:  # deleted meanwhile
             found = None
@@ -354,8 +281,6 @@ def wait_for_study(place: RunSettings, seconds: float) -> None:
             found = None
             if last:
                 raise
-        if last and found is not None:
-            return
         if last:
             waited = f" after {seconds:g} s" if seconds else ""
             raise StorageError(

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Annotated, Any
+from contextlib import nullcontext
+from typing import Annotated
 
 import optuna
 import typer
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from hq_optuna import attributes
 from hq_optuna.cli import tables
-from hq_optuna.cli.options import Json, StudyOrNone, errors, reading, takes
+from hq_optuna.cli.options import Json, StudyOrNone, errors, reading, say, takes
 from hq_optuna.cli.progress import LINE_EVERY_S, format_rate, format_seconds
 from hq_optuna.optuna_internals import storage_of
 from hq_optuna.protocol.history import read_history
@@ -49,9 +51,7 @@ def status(
         if current.state == "preparing" and not ours and loaded.get_trials(deepcopy=False):
             read_history(loaded)  # says that this is another kind of study
         if as_json:
-            known: dict[str, Any] = {}
-            if current.state != "preparing":
-                known = report_data(loaded)
+            known = {} if current.state == "preparing" else report_data(loaded)
             typer.echo(json.dumps({**known, "current": current.to_json()}))
             return
         console = Console()
@@ -65,12 +65,8 @@ def status(
 def _watch(watch: StatusReader, as_json: bool) -> None:
     console = Console(stderr=as_json)
     seen, said = None, -float("inf")
-    live = (
-        Live(console=console, auto_refresh=False) if console.is_terminal and not as_json else None
-    )
-    if live is not None:
-        live.start()
-    try:
+    on_screen = console.is_terminal and not as_json
+    with Live(console=console, auto_refresh=False) if on_screen else nullcontext() as live:
         while True:
             current = watch.read()
             over = current.state in ("finished", "stopped")
@@ -81,14 +77,11 @@ def _watch(watch: StatusReader, as_json: bool) -> None:
                     typer.echo(json.dumps(current.to_json()))
             elif over or time.monotonic() - said >= LINE_EVERY_S:
                 said = time.monotonic()
-                console.print(line(current), highlight=False, soft_wrap=True)
+                say(console, line(current))
             if over:
                 return
             seen = current
             time.sleep(LOOK_EVERY_S)
-    finally:
-        if live is not None:
-            live.stop()
 
 
 def line(current: SearchStatus) -> str:
@@ -115,27 +108,21 @@ def line(current: SearchStatus) -> str:
 def panel(current: SearchStatus, width: int) -> RenderableType:
     """Return where a search stands as a bar, its line, the incumbent's bits and a table of workers.
 
-    Args:
-        current: What to show.
-        width: Columns of the terminal.
+    All of it fits into `width` columns.
     """
     parts: list[RenderableType] = [Text(line(current))]
     if current.state != "preparing":
-        bar = ProgressBar(total=1.0, completed=current.share, width=min(width, 60))
         row = Table.grid()  # a bar by itself ends no line
-        row.add_row(bar)
+        row.add_row(ProgressBar(total=1.0, completed=current.share, width=min(width, 60)))
         parts.insert(0, row)
         parts += tables.strips(current.bits, current.levels, width) if current.bits else []
     return Group(*parts, *([_workers(current.workers)] if current.workers else []))
 
 
 def _workers(found: tuple[WorkerStatus, ...]) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for title, side in (("worker", "left"), ("state", "left"), ("at", "left"), ("scored", "right")):
-        table.add_column(title, justify="right" if side == "right" else "left", no_wrap=True)
+    table = tables.new_table("worker", "state", "at", "scored", left=("worker", "state", "at"))
     states = {True: "[green]alive[/]", False: "[red]dead[/]", None: "elsewhere"}
     for worker in found:
-        table.add_row(
-            tables.plain(worker.name), states[worker.alive], worker.doing, str(worker.candidates)
-        )
+        row = (escape(worker.name), states[worker.alive], worker.doing, str(worker.candidates))
+        table.add_row(*row)
     return table

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from optuna.study import Study
@@ -14,11 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from hq_optuna.attributes import COMPARED, UNIFORM, quantizers_text
+from hq_optuna.cli.options import Place, say
 from hq_optuna.protocol.history import History, read_history
 from hq_optuna.protocol.status import SearchStatus, read_status
 from hq_optuna.report.comparison import warnings
 from hq_optuna.report.data import accuracies, layer_table
-from hq_optuna.settings import RunSettings
 from hq_optuna.space.budget import Budget
 from hq_optuna.space.cost import CostModel, format_cost, macs
 from hq_optuna.space.layers import FLOAT_BITS
@@ -26,30 +26,26 @@ from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.storages import redact_url
 from hq_optuna.visualization.palette import bit_colours, text_on
 
-plain = escape
-
 
 def opening(
     console: Console,
     space: SearchSpace,
     budget: Budget,
     skipped: Sequence[tuple[str, str, str]],
-    place: RunSettings,
+    place: Place,
 ) -> None:
     """Say what is searched, before the work."""
-    model = CostModel(space.layers, budget.metric)
+    layers, metric = space.layers, budget.metric
+    int8, limit = CostModel(layers, metric).int8, budget.limit(layers)
     lines = [
-        f"{len(space.layers)} layers, {macs(space.layers):,} MACs, "
-        f"{sum(layer.n_weights for layer in space.layers):,} weights; "
-        f"{len(space.variables)} searched",
-        f"budget {format_cost(budget.limit(space.layers), budget.metric)} "
-        f"({100 * budget.limit(space.layers) / model.int8:.4g} % of all-8-bit "
-        f"{format_cost(model.int8, budget.metric)})",
-        f"storage {redact_url(str(place.storage))}, study {place.name}",
+        f"{len(layers)} layers, {macs(layers):,} MACs, "
+        f"{sum(layer.n_weights for layer in layers):,} weights; {len(space.variables)} searched",
+        f"budget {format_cost(limit, metric)} "
+        f"({100 * limit / int8:.4g} % of all-8-bit {format_cost(int8, metric)})",
+        f"storage {redact_url(place.storage)}, study {place.name}",
+        *(f"not quantized: {name} ({kind}): {reason}" for name, kind, reason in skipped),
     ]
-    for name, kind, reason in skipped:
-        lines.append(f"not quantized: {name} ({kind}): {reason}")
-    console.print("\n".join(plain(line) for line in lines), highlight=False, soft_wrap=True)
+    say(console, escape("\n".join(lines)))
 
 
 def bits_text(bits: int, levels: Sequence[int]) -> str:
@@ -60,13 +56,18 @@ def bits_text(bits: int, levels: Sequence[int]) -> str:
     return str(bits) if style is None else f"[{style}]{bits}[/]"
 
 
-def table_of_layers() -> Table:
-    """Return a table whose one column is of layers: names too long for the screen take two lines.
+def new_table(*titles: str, left: Collection[str] = ()) -> Table:
+    """Return a table with these columns, aligned right but for those of `left` and ``layer``.
 
-    All other columns keep their width, so that no figure is cut.
+    Names of layers too long for the screen take two lines. All other columns keep their width, so
+    that no figure is cut.
     """
     table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("layer", overflow="fold")
+    for title in titles:
+        if title == "layer":
+            table.add_column(title, overflow="fold")
+        else:
+            table.add_column(title, justify="left" if title in left else "right", no_wrap=True)
     return table
 
 
@@ -83,23 +84,13 @@ def print_whole(console: Console, table: Table) -> None:
 def result(console: Console, study: Study) -> None:
     """Show the answer: a table of layers, costs, accuracies."""
     history = read_history(study)
-    table = table_of_layers()
-    for title, side in (
-        ("kind", "left"),
-        ("weights", "right"),
-        ("MACs", "right"),
-        ("W bits", "right"),
-        ("A bits", "right"),
-        ("cost", "right"),
-        ("rise, nats", "right"),
-    ):
-        table.add_column(title, justify="right" if side == "right" else "left", no_wrap=True)
     levels = history.space.levels
-    if history.info.quantizers:
-        table.add_column("rounded", no_wrap=True)
+    titles = ["layer", "kind", "weights", "MACs", "W bits", "A bits", "cost", "rise, nats"]
+    titles += ["rounded"] if history.info.quantizers else []
+    table = new_table(*titles, left=("kind", "rounded"))
     for row in layer_table(history):
         table.add_row(
-            plain(row.name),
+            escape(row.name),
             row.kind,
             f"{row.n_weights:,}",
             f"{row.macs:,}",
@@ -110,8 +101,7 @@ def result(console: Console, study: Study) -> None:
             *((row.quantizer,) if history.info.quantizers else ()),
         )
     print_whole(console, table)
-    reason = read_status(study).reason
-    console.print(_summary(history, reason), highlight=False, soft_wrap=True)
+    say(console, _summary(history, read_status(study).reason))
 
 
 def _trained(history: History) -> str:
@@ -124,7 +114,7 @@ def _trained(history: History) -> str:
 
 def _summary(history: History, reason: str = "") -> str:
     record, info = history.incumbent, history.info
-    quantizers = f"weights   {plain(quantizers_text(info.quantizers))}" if info.quantizers else ""
+    quantizers = f"weights   {escape(quantizers_text(info.quantizers))}" if info.quantizers else ""
     if record is None:
         return "\n".join(filter(None, (quantizers, "No step is closed yet.")))
     cost = record.winner.cost
@@ -145,7 +135,7 @@ def _summary(history: History, reason: str = "") -> str:
     lines += [*_measured(history.facts), *_uniform(history)]
     counted = history.facts.get("validation_samples")
     compared = warnings(history.facts.get(COMPARED, ()), info.metric, counted)
-    lines += [f"[yellow]Warning:[/] {plain(text)}" for text in compared]
+    lines += [f"[yellow]Warning:[/] {escape(text)}" for text in compared]
     if not history.met:
         lines.append("[bold red]The budget is not met.[/]")
     return "\n".join(lines)
@@ -161,9 +151,11 @@ def _measured(facts: Mapping[str, Any]) -> Iterator[str]:
         if named == "accuracy":
             before, after, unit = 100 * before, 100 * after, " %"
             if what in intervals:
-                points = f", {_points(intervals[what]['difference'])}"
+                ends = intervals[what]["difference"]
+                value, low, high = (100 * ends[end] for end in ("value", "low", "high"))
+                points = f", {value:+.2f} points, 95 % interval {low:+.1f} to {high:+.1f}"
         yield (
-            f"{plain(named):<9} {before:.2f}{unit} float -> [bold]{after:.2f}{unit}[/] quantized"
+            f"{escape(named):<9} {before:.2f}{unit} float -> [bold]{after:.2f}{unit}[/] quantized"
             f"{points} ({facts.get(f'{what}_samples', '?')} {what} samples)"
         )
 
@@ -174,7 +166,7 @@ def _uniform(history: History) -> Iterator[str]:
     for row in history.facts.get(COMPARED, ()):
         if row["method"] == UNIFORM:
             values = row["measured"]
-            shown = {plain(name): f"{value:.4g}" for name, value in values.items()}
+            shown = {escape(name): f"{value:.4g}" for name, value in values.items()}
             if "accuracy" in values:
                 shown = {"accuracy": f"{100 * values['accuracy']:.2f} %"}
             figures = ", ".join(f"{name} {value}" for name, value in shown.items())
@@ -182,39 +174,26 @@ def _uniform(history: History) -> Iterator[str]:
             yield f"uniform   {row['bits']} cost {cost}: {figures} ({n} validation samples)"
 
 
-def show_bits(console: Console, bits: Sequence[tuple[int, int]], levels: Sequence[int]) -> None:
-    """Show the bits of all layers as a strip of digits; whole where there is no terminal."""
-    for line in strips(bits, levels, console.width if console.is_terminal else None):
-        console.print(line, soft_wrap=True)
-
-
-def _points(difference: Mapping[str, float]) -> str:
-    """Return a difference of accuracies with its interval, for people."""
-    value, low, high = (100 * difference[end] for end in ("value", "low", "high"))
-    return f"{value:+.2f} points, 95 % interval {low:+.1f} to {high:+.1f}"
-
-
 def status(console: Console, study: Study, current: SearchStatus) -> None:
     """Show where a search stands."""
     history = read_history(study)
     info, record = history.info, history.incumbent
     state = current.state + (f": {current.reason}" if current.reason else "")
-    console.print(f"[bold]{plain(study.study_name)}[/]  {state}", highlight=False, soft_wrap=True)
+    say(console, f"[bold]{escape(study.study_name)}[/]  {state}")
     if record is not None:
-        start = history.records[0].winner.cost
-        way = start - info.limit
-        share = 1.0 if way <= 0 else min((start - record.winner.cost) / way, 1.0)
-        console.print(
-            f"{100 * share:.0f} % of the way from {format_cost(start, info.metric)} "
-            f"to {format_cost(info.limit, info.metric)}",
-            highlight=False,
+        start, limit = (
+            format_cost(x, info.metric) for x in (history.records[0].winner.cost, info.limit)
         )
-        show_bits(console, list(record.config.values()), history.space.levels)
-    console.print(_summary(history), highlight=False, soft_wrap=True)
-    console.print(
+        say(console, f"{100 * current.share:.0f} % of the way from {start} to {limit}")
+        # Whole where there is no terminal.
+        width = console.width if console.is_terminal else None
+        for strip in strips(list(record.config.values()), history.space.levels, width):
+            console.print(strip, soft_wrap=True)
+    say(console, _summary(history))
+    say(
+        console,
         f"{history.n_running} running, {history.n_pruned} not needed, {history.n_failed} failed "
         "or given back",
-        highlight=False,
     )
 
 
@@ -251,20 +230,17 @@ def strips(
 ) -> list[Text]:
     """Return the lines that show an assignment: weights, and activations where they differ.
 
-    Args:
-        bits: ``(weight_bits, activation_bits)`` of each layer, in network order.
-        levels: All bits that a layer may have, fewest first; they set the colours.
-        width: Columns of the terminal; ``None``: one line each, however long.
+    Bits are ``(weight_bits, activation_bits)`` of each layer, in network order; `levels`, all bits
+    that a layer may have, fewest first, set the colours. Without a width each line is whole.
     """
     styles = digit_styles(levels)
     weights, activations = ([pair[part] for pair in bits] for part in (0, 1))
+    rows = {"weights": weights, "activations": activations}
     if weights == activations:
-        return _lines("bits", weights, styles, width)
-    if set(activations) == {FLOAT_BITS}:
-        return _lines("weights", weights, styles, width)
-    return _lines("weights", weights, styles, width) + _lines(
-        "activations", activations, styles, width
-    )
+        rows = {"bits": weights}
+    elif set(activations) == {FLOAT_BITS}:
+        rows = {"weights": weights}
+    return [line for label, row in rows.items() for line in _lines(label, row, styles, width)]
 
 
 def _lines(
@@ -277,11 +253,10 @@ def _lines(
         shown = [*row[:half], None, *row[len(row) - half :]]
     lines = []
     for start in range(0, len(shown), max(room, 1)):
-        line = Text(f"{label if not start else '':<{LABEL}}", no_wrap=True)
-        for bits in shown[start : start + room]:
-            if bits is None:
-                line.append("…")
-            else:
-                line.append(digit(bits), styles.get(bits, Style.null()))
-        lines.append(line)
+        digits = [
+            "…" if bits is None else (digit(bits), styles.get(bits, Style.null()))
+            for bits in shown[start : start + room]
+        ]
+        label_there = f"{'' if start else label:<{LABEL}}"
+        lines.append(Text.assemble(label_there, *digits, no_wrap=True))
     return lines

@@ -15,13 +15,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from hq_optuna.cli.options import Given, Study, command_line, errors, takes
+from hq_optuna.cli.options import Given, Study, errors, say, takes
 from hq_optuna.cli.progress import SearchProgress
-from hq_optuna.cli.session import Request, begin, wait_for_study
+from hq_optuna.cli.session import begin, find, wait_for_study
 from hq_optuna.optuna_internals import storage_of
 from hq_optuna.protocol import worker_identity
 from hq_optuna.settings import RunSettings
-from hq_optuna.workers.loop import Doing
 from hq_optuna.workers.process import ENDS_WITH_STDIN, SERVES
 from hq_optuna.workers.serving import Orders, serve
 
@@ -53,14 +52,13 @@ def worker(
         raise typer.BadParameter("--create starts the study and does not wait for it (--wait-for).")
     with errors(as_json):
         console = Console(stderr=as_json, quiet=as_json)
-        request = Request(study, context.args, run, given, command_line())
         orders = _orders_of_a_launcher()
         tell = _Events(as_json)
         if not create:
             tell("waiting for the study")
-            wait_for_study(request.find()[1], wait_for)
+            wait_for_study(find(study, run)[1], wait_for)
         tell("loading")
-        session = begin(request, console)
+        session = begin(study, context.args, run, given, console)
         with SearchProgress(console, session.search.space, session.search.budget) as progress:
             tell("preparing")
             found = session.open(progress=progress.phase)
@@ -71,16 +69,12 @@ def worker(
                 session.search.work(
                     found,
                     on_progress=progress.search,
-                    on_doing=tell.doing,
+                    on_doing=tell,
                     pages=ENDS_WITH_STDIN not in os.environ,  # else its launcher writes them
                 )
         tell("done")
-        console.print(
-            f"The search is over. This worker, {worker_identity.my_short_name()}, scored "
-            f"{tell.n_scored} candidates.",
-            highlight=False,
-            soft_wrap=True,
-        )
+        me = worker_identity.my_short_name()
+        say(console, f"The search is over. This worker, {me}, scored {tell.n_scored} candidates.")
 
 
 def _orders_of_a_launcher() -> Orders | None:
@@ -110,10 +104,6 @@ class _Events:
             me = worker_identity.my_short_name()
             data = {"event": event, "worker": me, "scored": self.n_scored, **facts}
             print(json.dumps(data), flush=True)
-
-    def doing(self, doing: Doing) -> None:
-        """Tell what this worker does, and count what it scored."""
-        self(doing)
 
 
 def _end_with(descriptor: int, exit_: Callable[[int], Any] = os._exit) -> None:

@@ -22,14 +22,10 @@ _TYPES: tuple[type, ...] = (str, int, float, bool, Path)
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a study file.
+    """One option of a study file: a parameter of its functions.
 
-    Attributes:
-        name: Name of the parameter, ``"n_calibration"``.
-        type: ``str``, ``int``, ``float``, ``bool`` or ``pathlib.Path``.
-        default: Value without the option; ``None`` if it is required.
-        required: Whether it has to be given.
-        help: Its line in the docstring's ``Args``, if there is one.
+    `type` is ``str``, ``int``, ``float``, ``bool`` or ``pathlib.Path``; `default` is ``None`` where
+    it is required; `help` is its line in the docstring's ``Args``, if there is one.
     """
 
     name: str
@@ -46,8 +42,7 @@ class Option:
     def __str__(self) -> str:
         if self.type is bool:
             return f"{self.flag}/--no-{self.flag[2:]}"
-        shown = f"{self.flag} {self.type.__name__.upper()}"
-        return shown + (" (required)" if self.required else "")
+        return f"{self.flag} {self.type.__name__.upper()}" + " (required)" * self.required
 
     def parse(self, text: str) -> Any:
         """Read a value as typed.
@@ -56,11 +51,11 @@ class Option:
             argparse.ArgumentTypeError: The text is no such value.
         """
         try:
-            if self.type is Path:
-                if not text:
-                    raise ValueError("an empty path")
-                return Path(text).expanduser()
-            return self.type(text)
+            if self.type is not Path:
+                return self.type(text)
+            if not text:
+                raise ValueError("an empty path")
+            return Path(text).expanduser()
         except (ValueError, RuntimeError):
             raise argparse.ArgumentTypeError(
                 f"takes a value of type {self.type.__name__}; got {text!r}"
@@ -96,22 +91,17 @@ def parse(
 ) -> dict[str, Any]:
     """Return what was given on a command line, by parameter name; without defaults.
 
-    Args:
-        options: The study's options, by parameter name.
-        arguments: What was typed and is no option of the command.
-        study: Name of the study file, for messages.
-        beside: The command's own options as they are typed, one of which may have been meant.
+    `arguments` are what was typed and is no option of the command itself. Messages name the file
+    `study`, and guess which option was meant, also of the command's own (`beside`).
 
     Raises:
         StudyFileError: Unknown option, or a bad or missing value.
     """
     parser = _Parser(study, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for option in options.values():
-        if option.type is bool:
-            action = argparse.BooleanOptionalAction
-            parser.add_argument(option.flag, dest=option.name, action=action)
-        else:
-            parser.add_argument(option.flag, dest=option.name, type=option.parse)
+        switch = {"action": argparse.BooleanOptionalAction}
+        how: dict[str, Any] = switch if option.type is bool else {"type": option.parse}
+        parser.add_argument(option.flag, dest=option.name, **how)
     values, unknown = parser.parse_known_args(list(_negative_joined(arguments)))
     if unknown:
         flag = unknown[0].partition("=")[0]

@@ -9,12 +9,13 @@ called ``folder`` receives the run's folder instead. Nothing here loads PyTorch 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.machinery import SourceFileLoader
@@ -22,9 +23,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from hq_optuna.errors import HqOptunaError, StudyFileError
+from hq_optuna.errors import HqOptunaError, SettingError, StudyFileError
+from hq_optuna.settings import SearchSettings, settings_of
 from hq_optuna.study_files.options import FOLDER, Option, complete, parse, read_options
-from hq_optuna.study_files.settings import check_settings
 
 _REQUIRED = ("network", "calibration")
 _WITH_OPTIONS = (*_REQUIRED, "validation", "test", "train")
@@ -33,19 +34,18 @@ _CALLED_LATER = ("loss", "output_rise", "evaluate", "augment")
 
 @dataclass
 class StudyParts:
-    """What a study file's functions returned.
+    """What a study file's functions returned; ``None`` for what it does not define.
 
     Attributes:
         network: The trained float network, an ``nn.Module``.
         calibration: Labelled data that the score reads.
-        validation: Data on which accuracy before and after is measured, or ``None``.
-        loss: ``loss(outputs, labels)``, a mean over the batch, or ``None`` for cross entropy.
-        evaluate: ``evaluate(network, batches)``, named figures, or ``None`` for accuracy.
-        test: Returns the test data when called, or ``None``. It is a function so that nobody reads
-            the test data before the end.
-        train: Returns the training data when called, or ``None``; read where winners are trained.
-        augment: ``augment(inputs, generator)``, changes a batch of training inputs, or ``None``.
-        output_rise: ``output_rise(outputs, moved)``, the loss's rise over the batch, or ``None``.
+        validation: Data on which accuracy before and after is measured.
+        loss: ``loss(outputs, labels)``, a mean over the batch; cross entropy without it.
+        evaluate: ``evaluate(network, batches)``, named figures; accuracy without it.
+        test: Returns the test data. A function, so that nothing reads them before the end.
+        train: Returns the training data, which only a search that trains reads.
+        augment: ``augment(inputs, generator)``, changes a batch of training inputs.
+        output_rise: ``output_rise(outputs, moved)``, the loss's rise over the batch.
     """
 
     network: Any
@@ -63,15 +63,10 @@ class StudyParts:
 class StudyFile:
     """A study file that was imported and looks right; none of its functions has been called.
 
-    Attributes:
-        name: Name of the file without ``.py``.
-        path: The file.
-        doc: First line of its docstring, or ``""``.
-        options: Options of its functions by parameter name, in the order they appear.
-        settings: Its SETTINGS as written (``{}`` without).
+    `doc` is the first line of its docstring, `options` are those of its functions by parameter
+    name, in the order they appear, and `settings` its SETTINGS as written (``{}`` without).
     """
 
-    name: str
     path: Path
     doc: str
     options: dict[str, Option]
@@ -102,39 +97,23 @@ class StudyFile:
         check_settings(settings, path)
         functions = {name: getattr(module, name) for name in _WITH_OPTIONS if hasattr(module, name)}
         doc = (inspect.getdoc(module) or "").partition("\n")[0]
-        return cls(path.stem, path, doc, read_options(functions, path), dict(settings), module)
+        return cls(path, doc, read_options(functions, path), dict(settings), module)
 
     def parse_options(self, arguments: Sequence[str]) -> dict[str, Any]:
-        """Read options as typed on a command line: ``["--data", "x", "--n=3", "--no-flip"]``.
-
-        Returns:
-            A value for every option by parameter name, defaults filled in.
+        """Return every option's value as typed (``["--data", "x", "--n=3"]``), or its default.
 
         Raises:
             StudyFileError: Unknown option, bad or missing value, or a required option is missing.
         """
-        return self.complete(self.given_options(arguments))
-
-    def given_options(
-        self, arguments: Sequence[str], beside: Collection[str] = ()
-    ) -> dict[str, Any]:
-        """Read options as typed, without defaults.
-
-        Args:
-            arguments: As for `parse_options`.
-            beside: The command's own options as they are typed, one of which may have been meant.
-
-        Raises:
-            StudyFileError: Unknown option, or a bad or missing value.
-        """
-        return parse(self.options, arguments, self.path.name, beside)
+        return self.complete(parse(self.options, arguments, self.path.name))
 
     def stored_options(self, stored: Mapping[str, Any]) -> dict[str, Any]:
         """Return options as a study holds them; paths are text there.
 
         Raises:
-            StudyFileError: The file has an option no more.
+            StudyFileError: The file no longer has one of them.
         """
+        values = {}
         for name, value in stored.items():
             if name not in self.options:
                 raise StudyFileError(
@@ -142,10 +121,8 @@ class StudyFile:
                     f"{self.path.name} has no such option any more. Give its function the "
                     "parameter back, or begin another study (--name)."
                 )
-        return {
-            name: Path(value) if name in self.options and self.options[name].type is Path else value
-            for name, value in stored.items()
-        }
+            values[name] = Path(value) if self.options[name].type is Path else value
+        return values
 
     def complete(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return a value for every option, defaults filled in.
@@ -156,12 +133,9 @@ class StudyFile:
         return complete(self.options, given, self.path.name)
 
     def build(self, folder: Path, options: Mapping[str, Any]) -> StudyParts:
-        """Call the study's functions.
+        """Call the study's functions with these options; missing ones take their defaults.
 
-        Args:
-            folder: The run's folder, made if it is missing; given to parameters called ``folder``.
-            options: Values by parameter name, as from `parse_options`; missing ones take their
-                defaults.
+        The run's folder is made if it is missing, and given to parameters called ``folder``.
 
         Raises:
             StudyFileError: An option is unknown or missing, a function fails (names the line) or
@@ -187,16 +161,18 @@ class StudyFile:
                 " a Dataset or batches."
             )
         has = self._module.__dict__
+        later = {
+            name: functools.partial(self._call, name, values)
+            for name in ("validation", "test", "train")
+            if name in has
+        }
         return StudyParts(
             network,
             calibration,
-            self._call("validation", values) if "validation" in has else None,
-            has.get("loss"),
-            has.get("evaluate"),
-            (lambda: self._call("test", values)) if "test" in has else None,
-            (lambda: self._call("train", values)) if "train" in has else None,
-            has.get("augment"),
-            has.get("output_rise"),
+            validation=later["validation"]() if "validation" in later else None,
+            test=later.get("test"),
+            train=later.get("train"),
+            **{name: has.get(name) for name in _CALLED_LATER},
         )
 
     def _call(self, name: str, values: Mapping[str, Any]) -> Any:
@@ -215,11 +191,9 @@ class StudyFile:
 
 
 def find_study(name: str) -> Path:
-    """Return the study file that a user means.
+    """Return the study file of a path, or of a bare name.
 
-    Args:
-        name: Path to a ``.py`` file, or a bare name: ``studies/NAME.py`` in the current folder,
-            then one of the studies that come with this package.
+    A name means ``studies/NAME.py`` in the current folder, then one of the package's own studies.
 
     Raises:
         StudyFileError: There is none; lists what was tried and which studies there are.
@@ -237,6 +211,28 @@ def find_study(name: str) -> Path:
         f"There is no study {name!r} (tried {', '.join(map(str, dict.fromkeys(tried)))}). Give the "
         f"path of a .py file or the name of a study: {', '.join(names) or 'none found'}."
     )
+
+
+def check_settings(settings: Any, path: Path) -> None:
+    """Refuse SETTINGS with unknown keys, or values of another kind than the key has.
+
+    Raises:
+        StudyFileError: Names the file, the key and what it takes.
+    """
+    if not isinstance(settings, Mapping):
+        raise StudyFileError(f"{path}: SETTINGS must be a dict; got {type(settings).__name__}.")
+    known = settings_of(SearchSettings)
+    for key, value in settings.items():
+        if key not in known:
+            raise StudyFileError(
+                f"{path}: SETTINGS has the unknown key {key!r}. It may set: {', '.join(known)}."
+            )
+        try:
+            SearchSettings(**{key: value})
+        except SettingError as error:
+            said = str(error).removeprefix(key).lstrip()
+            colon = "" if said.startswith("is ") else ":"
+            raise StudyFileError(f"{path}: SETTINGS[{key!r}]{colon} {said}") from None
 
 
 @contextmanager

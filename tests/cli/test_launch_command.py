@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from hq_optuna.cli import launch
-from hq_optuna.cli.session import Request
+from hq_optuna.cli.options import Place
 from hq_optuna.dashboard import write_pages
 from hq_optuna.dashboard.pages import NOTE, PLOT, STAMP, note_in
 from hq_optuna.protocol.history import History, read_history
@@ -128,16 +128,17 @@ def test_workers_have_gpus_of_their_own_where_the_network_is_on_one(device, seen
     monkeypatch.setattr(launch, "n_cores", lambda: 3)
     monkeypatch.setattr(launch, "Coordinator", lambda *_, **__: SimpleNamespace(receive=None))
     monkeypatch.setattr(WorkerCommand, "start", lambda _, *of: started.append(of[1]))
-    request = Request("tiny", [], RunSettings(), {})
     objective = SimpleNamespace(device=torch.device(device))
     session = SimpleNamespace(
         file=Path("tiny.py"),
-        place=RunSettings(name="tiny", folder=Path("runs"), storage="sqlite:///study.db"),
+        arguments=[],
+        run=RunSettings(),
+        place=Place("tiny", Path("runs"), "sqlite:///study.db"),
         search=SimpleNamespace(objective=objective),
         threads=1,
     )
-    crew, _, _ = launch._start_workers(request, session, None, None, None, print, print)
-    crew.poll()
+    supervisor, _, _ = launch._start_workers(session, None, None, None, print, print)
+    supervisor.poll()
     assert started == seen
 
 

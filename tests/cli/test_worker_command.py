@@ -17,7 +17,7 @@ from typer.testing import Result
 
 from hq_optuna import attributes
 from hq_optuna.cli import session, worker
-from hq_optuna.cli.options import place_of
+from hq_optuna.cli.options import Place, place_of
 from hq_optuna.errors import StorageError
 from hq_optuna.protocol.history import History, read_history
 from hq_optuna.scoring import Scorer
@@ -167,7 +167,7 @@ def test_an_error_is_the_last_of_the_events(study, command):
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> RunSettings:
+def place(tmp_path: Path) -> Place:
     return place_of("tiny", RunSettings(storage=f"sqlite:///{tmp_path / 'study.db'}"))
 
 

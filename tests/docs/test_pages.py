@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
@@ -18,6 +19,9 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 TEXTS = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+
+NO_NAMES = {"network.cuda", "report.html"}
+"""Dotted words of pages that look like names of the package: a call on a network, a file."""
 
 
 def ids(path: Path) -> str:
@@ -73,6 +77,47 @@ def test_every_file_and_module_that_a_page_names_exists(path: Path) -> None:
     for name in re.findall(r"-m ((?:benchmarks|docs)\.\w+)|`(benchmarks\.\w+)`", text):
         module = "".join(name)
         assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
+
+
+def exists(name: str) -> bool:
+    """Return whether a dotted name is a module or something in one."""
+    module, parts = "hq_optuna", name.removeprefix("hq_optuna.").split(".")
+    while parts:
+        try:
+            importlib.import_module(f"{module}.{parts[0]}")
+        except ModuleNotFoundError:
+            break
+        module += f".{parts.pop(0)}"
+    found: object = sys.modules[module]  # a function may hide a module of its name
+    for part in parts:
+        if not hasattr(found, part):
+            return False
+        found = getattr(found, part)
+    return True
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=ids)
+def test_every_name_of_the_package_that_a_page_uses_exists(path: Path) -> None:
+    text = path.read_text("utf-8")
+    names = set(re.findall(r"\bhq_optuna((?:\.[A-Za-z_]\w*)+)", text))
+    names |= set(re.findall(rf"`({'|'.join(ROOMS)})((?:\.[A-Za-z_]\w*)+)[`(]", text))
+    names |= {
+        f"{module}.{name.strip(' (),')}"
+        for module, listed in re.findall(r"from hq_optuna\.([\w.]+) import ([\w, ]+)", text)
+        for name in listed.split(",")
+    }
+    dotted = {"".join(name).lstrip(".") for name in names} - NO_NAMES
+    assert [name for name in sorted(dotted) if not exists(name)] == []
+
+
+def test_every_new_name_in_the_changelogs_tables_exists() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    rows = re.findall(r"^  \| `.*` \| (`.*`) \|$", text, re.M)
+    assert rows
+    for cell in re.findall(r"`([^`]+)`", " ".join(rows)):
+        start, _, listed = cell.rstrip("}").partition("{")
+        for name in listed.split(","):
+            assert "…" in cell or exists(start + name), start + name
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=ids)

@@ -64,7 +64,7 @@ def study(tmp_path):
 
 def test_the_smallest_study_has_two_functions_and_gives_network_and_data(study, tmp_path):
     mine = study('"""One line.\n\nMore."""\n' + MINIMAL)
-    assert (mine.name, mine.doc, mine.options, mine.settings) == ("mine", "One line.", {}, {})
+    assert (mine.path.stem, mine.doc, mine.options, mine.settings) == ("mine", "One line.", {}, {})
     parts = mine.build(tmp_path / "run", {})
     assert isinstance(parts.network, torch.nn.Linear)
     assert read_batches(parts.calibration).n_samples == 4
