@@ -31,6 +31,7 @@ from hq_optuna.protocol.history import History, StepRecord, read_history
 from hq_optuna.protocol.status import SearchStatus, read_status
 from hq_optuna.storages import RetryingStorage
 from hq_optuna.storages.writing import set_study_system_attrs
+from hq_optuna.visualization import figure_of
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -134,23 +135,16 @@ def _record_note(history: History, record: StepRecord) -> str:
 
 def figures(history: History) -> dict[str, go.Figure]:
     """Return the figures of the dashboard by their fixed ids, made for its cards."""
-    # Imported here: a worker that does not write must not pay for plotly.
-    from hq_optuna.visualization.bits import bits_figure, bits_info
-    from hq_optuna.visualization.sensitivity import sensitivity_figure, sensitivity_info
-    from hq_optuna.visualization.steps import steps_figure, steps_info
-    from hq_optuna.visualization.training import training_figure, training_info
-
     found: dict[str, go.Figure] = {}
     if history.records:
         few = thinned(history)
-        found["steps"] = steps_figure(steps_info(few))
-        found["bits"] = bits_figure(bits_info(few))
+        found = {name: figure_of(name, few) for name in ("steps", "bits")}
     if history.sensitivity:
-        found["sensitivity"] = sensitivity_figure(sensitivity_info(history))
+        found["sensitivity"] = figure_of("sensitivity", history)
     trained = tuple(record for record in history.records if record.training is not None)
     if trained:
         few = thinned(dataclasses.replace(history, records=trained))
-        found["training"] = training_figure(training_info(few))
+        found["training"] = figure_of("training", few)
     return {name: as_card(figure) for name, figure in found.items()}
 
 
