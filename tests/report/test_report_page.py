@@ -32,7 +32,7 @@ def test_markdown_tables_have_as_many_cells_in_every_row_as_in_the_header():
     study = fake_study(SearchSpace.build(layers, bits=(8, 4), pin_first_last=None))
     text = render_markdown(report_data(study, command="hq-optuna run x"))
     tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
-    assert len(tables) == 5
+    assert len(tables) == 6
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
     for shown in (r"a\|b", r"c\*d\_e", r"\<f\>"):
