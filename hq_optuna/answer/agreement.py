@@ -30,14 +30,7 @@ def agreement(history: History) -> dict[str, Any] | None:
     """
     if history.info.settings["scorer"] == MEASURED:
         return None
-    steps: dict[int, list[tuple[float, float]]] = {}
-    for c in history.candidates:
-        if c.counted and c.step > 0 and math.isfinite(c.score + c.calibration_loss):
-            steps.setdefault(c.step, []).append((c.score, c.calibration_loss))
-    for step, pairs in steps.items():
-        start = history.reference(step)
-        if start is not None and math.isfinite(start.score + start.calibration_loss):
-            steps[step] = [(x - start.score, y - start.calibration_loss) for x, y in pairs]
+    steps = _rises(history)
     both = [pair for pairs in steps.values() for pair in pairs]
     overall = rank_correlation(both)
     if overall is None:
@@ -49,3 +42,16 @@ def agreement(history: History) -> dict[str, Any] | None:
         "steps": len(within),
         "within_steps": statistics.median(within) if within else None,
     }
+
+
+def _rises(history: History) -> dict[int, list[tuple[float, float]]]:
+    """Return the rises of score and loss of every counted candidate, by step."""
+    steps: dict[int, list[tuple[float, float]]] = {}
+    for c in history.candidates:
+        if c.counted and c.step > 0 and math.isfinite(c.score + c.calibration_loss):
+            steps.setdefault(c.step, []).append((c.score, c.calibration_loss))
+    for step, pairs in steps.items():
+        start = history.reference(step)
+        if start is not None and math.isfinite(start.score + start.calibration_loss):
+            steps[step] = [(x - start.score, y - start.calibration_loss) for x, y in pairs]
+    return steps

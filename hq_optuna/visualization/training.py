@@ -127,67 +127,83 @@ def training_figure(info: TrainingInfo) -> go.Figure:
     return figure
 
 
+class _Row(NamedTuple):
+    """A point in one panel, in the panel's unit."""
+
+    point: TrainingPoint
+    before: float
+    after: float
+    error: float  # standard error of what it has after; 0 where unknown
+
+
+class _Kind(NamedTuple):
+    """The markers of one entry of the legend."""
+
+    name: str
+    is_before: bool
+    rows: Sequence[_Row]
+    look: dict[str, Any]
+
+
 def _add_panel(figure: go.Figure, row: int, name: str, info: TrainingInfo) -> None:
     """Draw one figure of all trained steps: lines from before to after, and the float network."""
-    points = [p for p in info.points if name in p.values]
+    rows = _rows(name, info)
     times, unit, title = _WORDS.get(name, (1.0, "", f.label(name)))
-    before, after = ([times * p.values[name][i] for p in points] for i in (0, 1))
-    errors, spread = [0.0] * len(points), ""
-    if name == ACCURACY and info.n_samples:
-        errors = [times * standard_error(p.values[name][1], info.n_samples) for p in points]
-        spread = " ± %{customdata[3]:.2g}"
     figure.add_scatter(
-        x=[step for p in points for step in (p.step, p.step, None)],
-        y=[end for pair in zip(before, after, strict=True) for end in (*pair, None)],
+        x=[step for r in rows for step in (r.point.step, r.point.step, None)],
+        y=[end for r in rows for end in (r.before, r.after, None)],
         mode="lines",
         line={"color": GREY, "width": 1.5},
         **{"hoverinfo": "skip", "showlegend": False, "row": row, "col": 1},
     )
-    custom = list(zip(map(_said, points), before, after, errors, strict=True))
+    spread = " ± %{customdata[3]:.2g}" if name == ACCURACY and info.n_samples else ""
     hover = (
         f"%{{customdata[0]}}<br>{f.label(name)} %{{customdata[1]:.4g}}{unit} → "
         f"%{{customdata[2]:.4g}}{spread}{unit}<extra></extra>"
     )
-    for kind in _kinds(name, points):
-        values = before if kind.is_before else after
-        bars = error_bars([values[i] for i in kind.chosen], [errors[i] for i in kind.chosen])
+    for kind in _kinds(name, rows):
+        values = [r.before if kind.is_before else r.after for r in kind.rows]
+        bars = error_bars(values, [r.error for r in kind.rows])
         figure.add_scatter(
-            x=[points[i].step for i in kind.chosen],
-            y=[values[i] for i in kind.chosen],
+            x=[r.point.step for r in kind.rows],
+            y=values,
             name=kind.name,
             mode="markers",
             marker={"line": {"width": 2 if kind.is_before else 0}, **kind.look},
             error_y=bars if spread and not kind.is_before else None,
-            customdata=[custom[i] for i in kind.chosen],
+            customdata=[(_said(p), *numbers) for p, *numbers in kind.rows],
             hovertemplate=hover,
             **_place(row, kind.name),
         )
     if name in info.float_network:
-        _add_float_network(figure, row, points[0].step, times * info.float_network[name])
+        _add_float_network(figure, row, rows[0].point.step, times * info.float_network[name])
     figure.update_yaxes(title={"text": title}, row=row)
 
 
-class _Kind(NamedTuple):
-    """The markers of one entry of the legend: which points have one, and how it looks."""
+def _rows(name: str, info: TrainingInfo) -> list[_Row]:
+    times = _WORDS[name][0] if name in _WORDS else 1.0
+    n = info.n_samples if name == ACCURACY else None
+    rows = []
+    for point in info.points:
+        if name in point.values:
+            before, after = point.values[name]
+            error = standard_error(after, n) if n else 0.0
+            rows.append(_Row(point, times * before, times * after, times * error))
+    return rows
 
-    name: str
-    is_before: bool
-    chosen: Sequence[int]
-    look: dict[str, Any]
 
-
-def _kinds(name: str, points: Sequence[TrainingPoint]) -> list[_Kind]:
+def _kinds(name: str, rows: Sequence[_Row]) -> list[_Kind]:
     first, last = ("first epoch", "last epoch") if name == TRAINING_LOSS else ("before", "after")
-    kept = [i for i, p in enumerate(points) if p.kept and not p.final]
-    answer = [i for i, p in enumerate(points) if p.final]
-    lost = [i for i, p in enumerate(points) if not p.kept]
+    kept = [r for r in rows if r.point.kept and not r.point.final]
+    answer = [r for r in rows if r.point.final]
+    lost = [r for r in rows if not r.point.kept]
     kinds = [
-        _Kind(first, True, range(len(points)), {"color": ORANGE, "symbol": "circle-open"}),
+        _Kind(first, True, rows, {"color": ORANGE, "symbol": "circle-open"}),
         _Kind(last, False, kept, {"color": BLUE}),
         _Kind(f"{last}, not kept", False, lost, {"color": GREY, "symbol": "x"}),
         _Kind(f"{last}, answer", False, answer, {"color": VERMILION, "symbol": "star", "size": 13}),
     ]
-    return [kind._replace(look={"size": 8, **kind.look}) for kind in kinds if kind.chosen]
+    return [kind._replace(look={"size": 8, **kind.look}) for kind in kinds if kind.rows]
 
 
 def _place(row: int, name: str) -> dict[str, Any]:
