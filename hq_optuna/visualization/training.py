@@ -162,22 +162,28 @@ def _add_panel(figure: go.Figure, row: int, name: str, info: TrainingInfo) -> No
         f"%{{customdata[2]:.4g}}{spread}{unit}<extra></extra>"
     )
     for kind in _kinds(name, rows):
-        values = [r.before if kind.is_before else r.after for r in kind.rows]
-        bars = error_bars(values, [r.error for r in kind.rows])
-        figure.add_scatter(
-            x=[r.point.step for r in kind.rows],
-            y=values,
-            name=kind.name,
-            mode="markers",
-            marker={"line": {"width": 2 if kind.is_before else 0}, **kind.look},
-            error_y=bars if spread and not kind.is_before else None,
-            customdata=[(_said(p), *numbers) for p, *numbers in kind.rows],
-            hovertemplate=hover,
-            **_place(row, kind.name),
-        )
+        _add_markers(figure, row, kind, hover, with_errors=bool(spread))
     if name in info.float_network:
         _add_float_network(figure, row, rows[0].point.step, times * info.float_network[name])
     figure.update_yaxes(title={"text": title}, row=row)
+
+
+def _add_markers(
+    figure: go.Figure, row: int, kind: _Kind, hover: str, *, with_errors: bool
+) -> None:
+    values = [r.before if kind.is_before else r.after for r in kind.rows]
+    bars = error_bars(values, [r.error for r in kind.rows])
+    figure.add_scatter(
+        x=[r.point.step for r in kind.rows],
+        y=values,
+        name=kind.name,
+        mode="markers",
+        marker={"line": {"width": 2 if kind.is_before else 0}, **kind.look},
+        error_y=bars if with_errors and not kind.is_before else None,
+        customdata=[(_said(p), *numbers) for p, *numbers in kind.rows],
+        hovertemplate=hover,
+        **_place(row, kind.name),
+    )
 
 
 def _rows(name: str, info: TrainingInfo) -> list[_Row]:
