@@ -82,7 +82,7 @@ ROOMS: dict[str, set[str]] = {
     "workers": {"errors", "attributes", INTERNALS, "search", "storages", "protocol", "samplers"},
     "study_files": {"errors", "settings"},
     "report": {
-        *("atomic_files", "_version", "attributes", INTERNALS, "space", "search"),
+        *("atomic_files", "_version", "attributes", "settings", INTERNALS, "space", "search"),
         *("protocol", "visualization", "answer"),
     },
     "bit_search": {

@@ -59,9 +59,11 @@ def test_every_setting_is_in_the_study_and_in_its_report():
     assert (stored["scorer"], stored["seed"], stored["n_candidates"]) == ("trace", 3, 2)
     assert (stored["bits"], stored["budget"]) == ([8, 4, 2], "0.3 bops")
     assert read_history(study).info.settings == stored
-    text = render_markdown(report_data(study))
-    for name in stored:
-        assert f"\n| {name.replace('_', ' ')} |" in text
+    text = render_markdown(report_data(study)).replace("\\", "")  # which escapes for Markdown
+    for name, one in settings_of(SearchSettings).items():
+        begins, ends = f"| {name.replace('_', ' ')} |", f" | {one.help} |"
+        assert any(row.startswith(begins) and row.endswith(ends) for row in text.splitlines())
+    assert "| n candidates | 2 candidates | Candidates a step. |" in text
 
 
 def test_what_differs_is_said_for_every_setting_that_tells_searches_apart():
@@ -132,7 +134,7 @@ print(json.dumps({
     "options": [o for p in load("run").params for o in p.opts],
     "stored": study.user_attrs[attributes.INFO]["settings"]["colour"],
     "fingerprint": study.user_attrs[attributes.FINGERPRINT]["colour"],
-    "report": "| colour | blue |" in render_markdown(report_data(study)),
+    "report": "| colour | blue | Colour of the thing. |" in render_markdown(report_data(study)),
     "template": "Colour of the thing." in template(),
     "refused": refused,
 }))

@@ -12,12 +12,7 @@ import statistics
 from typing import Any
 
 from hq_optuna.protocol.history import History
-
-FEWEST = 3
-"""Candidates below which ranks are not compared."""
-
-MEASURED = "loss"
-"""The scorer that ranks by measured losses: its score predicts nothing."""
+from hq_optuna.search import MEASURED, rank_correlation
 
 
 def agreement(history: History) -> dict[str, Any] | None:
@@ -29,25 +24,18 @@ def agreement(history: History) -> dict[str, Any] | None:
 
     Returns:
         ``{"candidates", "spearman", "steps", "within_steps"}``; ``within_steps`` is the median over
-        the ``steps`` with at least `FEWEST` candidates, ``None`` without such steps. The start is
+        the ``steps`` with at least three candidates, ``None`` without such steps. The start is
         no candidate. ``None`` where fewer candidates than that have both, where one of them is the
         same in all, or where the score is itself the measured loss.
     """
     if history.info.settings["scorer"] == MEASURED:
         return None
-    steps: dict[int, list[tuple[float, float]]] = {}
-    for c in history.candidates:
-        if c.counted and c.step > 0 and math.isfinite(c.score + c.calibration_loss):
-            steps.setdefault(c.step, []).append((c.score, c.calibration_loss))
-    for step, pairs in steps.items():
-        start = history.reference(step)
-        if start is not None and math.isfinite(start.score + start.calibration_loss):
-            steps[step] = [(x - start.score, y - start.calibration_loss) for x, y in pairs]
+    steps = _rises(history)
     both = [pair for pairs in steps.values() for pair in pairs]
-    overall = _spearman(both)
+    overall = rank_correlation(both)
     if overall is None:
         return None
-    within = [rho for pairs in steps.values() if (rho := _spearman(pairs)) is not None]
+    within = [rho for pairs in steps.values() if (rho := rank_correlation(pairs)) is not None]
     return {
         "candidates": len(both),
         "spearman": overall,
@@ -56,9 +44,14 @@ def agreement(history: History) -> dict[str, Any] | None:
     }
 
 
-def _spearman(pairs: list[tuple[float, float]]) -> float | None:
-    if len(pairs) < FEWEST or any(len(set(side)) == 1 for side in zip(*pairs, strict=True)):
-        return None
-    from scipy.stats import spearmanr  # takes longer to import than a report to write
-
-    return float(spearmanr(*zip(*pairs, strict=True)).statistic)
+def _rises(history: History) -> dict[int, list[tuple[float, float]]]:
+    """Return the rises of score and loss of every counted candidate, by step."""
+    steps: dict[int, list[tuple[float, float]]] = {}
+    for c in history.candidates:
+        if c.counted and c.step > 0 and math.isfinite(c.score + c.calibration_loss):
+            steps.setdefault(c.step, []).append((c.score, c.calibration_loss))
+    for step, pairs in steps.items():
+        start = history.reference(step)
+        if start is not None and math.isfinite(start.score + start.calibration_loss):
+            steps[step] = [(x - start.score, y - start.calibration_loss) for x, y in pairs]
+    return steps

@@ -43,12 +43,7 @@ def study_note(
 ) -> str:
     """Return the note of a study in Markdown: goal, state, incumbent, files, layers, last steps.
 
-    Args:
-        history: The search.
-        current: Where it stands.
-        study_id: Of the study, for links.
-        files: Artifacts of the study by name.
-        written: When, in words.
+    Links need the study's id and its artifacts by name; ``written`` says when, in words.
     """
     over = current.state == "finished" and history.met
     links = [
@@ -115,12 +110,8 @@ def trial_note(
 ) -> str:
     """Return one line that says what a trial of a search was; empty for other trials.
 
-    Args:
-        trial: Its user attributes.
-        info: What the study is about.
-        state: Name of its state.
-        score: Its value; of a record that trained, what its training says is taken.
-        took: Of a step record: what the candidate that it took changes.
+    The trial is given by its user attributes, the name of its state and its value, which gives way
+    to what the training of a record says; a record also by what the candidate it ``took`` changes.
 
     Example:
         >>> info = StudyInfo("bops", 24e9, "", 96e9, 1e12, "trace", "ratio", 8, 0)

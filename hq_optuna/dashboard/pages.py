@@ -10,6 +10,7 @@ study is the same format, in fewer parts.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import time
@@ -30,6 +31,7 @@ from hq_optuna.protocol.history import History, StepRecord, read_history
 from hq_optuna.protocol.status import SearchStatus, read_status
 from hq_optuna.storages import RetryingStorage
 from hq_optuna.storages.writing import set_study_system_attrs
+from hq_optuna.visualization import figure_of
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -62,11 +64,8 @@ made from the trial's attributes when it is read."""
 def write_pages(study: Study, *, current: SearchStatus | None = None) -> bool:
     """Bring the study's note, figures and trial notes up to date; return whether any was not.
 
-    Two processes that do this at the same moment leave what one of them wrote.
-
-    Args:
-        study: A study of a bit search.
-        current: Where the search stands; it is read if not given.
+    Two processes that do this at the same moment leave what one of them wrote. Where the search
+    stands is read if it is not given.
 
     Raises:
         ResumeError: The study is not a bit search.
@@ -81,11 +80,8 @@ def write_pages(study: Study, *, current: SearchStatus | None = None) -> bool:
 def changed_pages(study: Study, *, current: SearchStatus | None = None) -> dict[str, Any]:
     """Return the attributes of a study that would bring its pages up to date; empty if they are.
 
-    What readers added to the study's note is kept, and notes that trials have are left alone.
-
-    Args:
-        study: A study of a bit search.
-        current: Where the search stands; it is read if not given.
+    What readers added to the study's note is kept, and notes that trials have are left alone. Where
+    the search stands is read if it is not given.
 
     Raises:
         ResumeError: The study is not a bit search.
@@ -129,31 +125,26 @@ def changed_pages(study: Study, *, current: SearchStatus | None = None) -> dict[
 
 def _record_note(history: History, record: StepRecord) -> str:
     won = record.winner
-    closes = {attributes.KIND: "incumbent", attributes.STEP: record.step}
-    closes |= {attributes.WINNER: won.number, attributes.COST: won.cost}
-    closes |= {attributes.TRAINING: record.training}
+    closes = {
+        **{attributes.KIND: "incumbent", attributes.STEP: record.step},
+        **{attributes.WINNER: won.number, attributes.COST: won.cost},
+        attributes.TRAINING: record.training,
+    }
     return trial_note(closes, history.info, score=won.score, took=change_of(won))
 
 
 def figures(history: History) -> dict[str, go.Figure]:
     """Return the figures of the dashboard by their fixed ids, made for its cards."""
-    # Imported here: a worker that does not write must not pay for plotly.
-    from hq_optuna.visualization.bits import bits_figure, bits_info
-    from hq_optuna.visualization.sensitivity import sensitivity_figure, sensitivity_info
-    from hq_optuna.visualization.steps import steps_figure, steps_info
-    from hq_optuna.visualization.training import training_figure, training_info
-
     found: dict[str, go.Figure] = {}
     if history.records:
         few = thinned(history)
-        found["steps"] = steps_figure(steps_info(few))
-        found["bits"] = bits_figure(bits_info(few))
+        found = {name: figure_of(name, few) for name in ("steps", "bits")}
     if history.sensitivity:
-        found["sensitivity"] = sensitivity_figure(sensitivity_info(history))
-    trained = [record for record in history.records if record.training is not None]
+        found["sensitivity"] = figure_of("sensitivity", history)
+    trained = tuple(record for record in history.records if record.training is not None)
     if trained:
-        few = thinned(dataclasses.replace(history, records=tuple(trained)))
-        found["training"] = training_figure(training_info(few))
+        few = thinned(dataclasses.replace(history, records=trained))
+        found["training"] = figure_of("training", few)
     return {name: as_card(figure) for name, figure in found.items()}
 
 
@@ -191,11 +182,15 @@ def parts(prefix: str, text: str, stored: Mapping[str, Any]) -> dict[str, str]:
         {'dashboard:note_str:0': 'short', 'dashboard:note_str:1': ''}
     """
     cut = _cut(text)
-    earlier = 0
-    while f"{prefix}{earlier}" in stored:
-        earlier += 1
-    cut += [""] * (earlier - len(cut))
+    cut += [""] * (len(_parts_in(prefix, stored)) - len(cut))
     return {f"{prefix}{i}": part for i, part in enumerate(cut)}
+
+
+def _parts_in(prefix: str, stored: Mapping[str, Any]) -> list[str]:
+    places = itertools.takewhile(
+        stored.__contains__, map(f"{prefix}{{}}".format, itertools.count())
+    )
+    return [stored[place] for place in places]
 
 
 def _cut(text: str) -> list[str]:
@@ -207,11 +202,7 @@ def _cut(text: str) -> list[str]:
 
 def note_in(stored: Mapping[str, Any]) -> str:
     """Return the note of a study from its system attributes."""
-    found, i = "", 0
-    while f"{NOTE}note_str:{i}" in stored:
-        found += stored[f"{NOTE}note_str:{i}"]
-        i += 1
-    return found
+    return "".join(_parts_in(f"{NOTE}note_str:", stored))
 
 
 def artifacts_in(stored: Mapping[str, Any]) -> dict[str, Reference]:

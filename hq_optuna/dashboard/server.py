@@ -23,17 +23,11 @@ logger = logging.getLogger(__name__)
 
 
 class DashboardServer:
-    """Serves optuna-dashboard while the ``with`` block runs.
+    """Serves optuna-dashboard at its ``url`` while the ``with`` block runs.
 
-    Args:
-        storage: An open storage with any studies; bit searches are shown as `view` says.
-        artifacts: Where their files are; ``None`` shows none.
-        host: Address to listen on. The dashboard asks for no password, and lets everyone who
-            reaches it change and delete studies.
-        port: 0 takes any free one.
-
-    Attributes:
-        url: Where it listens.
+    The storage is open and may hold any studies; bit searches are shown as `view` says. The
+    dashboard asks for no password, and lets everyone who reaches the host's address change and
+    delete studies. Port 0 takes any free one.
 
     Raises:
         DashboardError: optuna-dashboard is not installed, or the port cannot be had.
@@ -126,16 +120,15 @@ class _Quiet(WSGIRequestHandler):
 
 
 def _explained(error: OSError, host: str, port: int) -> DashboardError:
+    text = (
+        f"Cannot listen on {host}, port {port}: {error.strerror or error}. Give an address of "
+        "this host (--host)."
+    )
     if error.errno == errno.EADDRINUSE:
-        return DashboardError(
+        text = (
             f"Port {port} of {host} is taken, perhaps by another dashboard. Give another one "
             f"(--port {port + 1}), or --port 0 for any that is free."
         )
     if error.errno == errno.EACCES:
-        return DashboardError(
-            f"Port {port} needs rights this user has not. Give one above 1023 (--port 8080)."
-        )
-    reason = error.strerror or str(error)
-    return DashboardError(
-        f"Cannot listen on {host}, port {port}: {reason}. Give an address of this host (--host)."
-    )
+        text = f"Port {port} needs rights this user has not. Give one above 1023 (--port 8080)."
+    return DashboardError(text)

@@ -2,8 +2,8 @@
 
 optuna-dashboard is used as it is. It is given a storage that answers four of its questions for a
 bit search (which trial is the answer, which attributes and files people want to see, what each
-layer decides), and its
-answers are made shorter and clearer on their way to the browser. Nothing is written.
+layer decides), and its answers are made shorter and clearer on their way to the browser. Nothing is
+written.
 """
 
 from __future__ import annotations
@@ -47,11 +47,7 @@ _INTEGERS |= {attributes.FROM_BITS, attributes.TO_BITS}
 
 
 class ShownStorage(RetryingStorage):
-    """A storage whose bit searches are shown to people; other studies are as they are.
-
-    Args:
-        storage: Any storage.
-    """
+    """A storage whose bit searches are shown to people; other studies are as they are."""
 
     def __init__(self, storage: BaseStorage) -> None:
         super().__init__(storage, retry_for_s=0.0)
@@ -60,12 +56,7 @@ class ShownStorage(RetryingStorage):
         self._lock = threading.Lock()
 
     def show_pages(self, study_id: int, pages: Mapping[str, Any]) -> None:
-        """Show these attributes of a study in place of its own, until its note is changed.
-
-        Args:
-            study_id: The study.
-            pages: What `hq_optuna.dashboard.pages.changed_pages` returned.
-        """
+        """Show what `changed_pages` returned in place of a study's own, until its note changes."""
         version = super().get_study_system_attrs(study_id).get(NOTE_VERSION)
         self._pages[study_id] = version, pages
 
@@ -223,11 +214,9 @@ def make_clearer(body: dict[str, Any], info: StudyInfo | None) -> None:
 
     Every trial without a note gets one line that says what it was. And the choices of parameters
     are told once, with the search space, which is all the page reads, and not again with every
-    parameter of every trial: with sixty layers that is nine tenths of what is sent.
-
-    Args:
-        body: ``/api/studies/ID`` of optuna-dashboard 0.21, before it is written as JSON.
-        info: What the search is about; ``None`` for other studies, whose trials get no notes.
+    parameter of every trial: with sixty layers that is nine tenths of what is sent. The body is
+    ``/api/studies/ID`` of optuna-dashboard 0.21, before it is written as JSON. Trials of studies
+    that are no bit search, without ``info``, get no notes.
     """
     # It comes in the order of a set.
     body["plotly_graph_objects"].sort(key=lambda figure: _place(figure["id"]))

@@ -42,12 +42,9 @@ class PageWriter:
     `EVERY_S` seconds; the last state is written when the search ends. Nothing here waits for the
     storage on the worker's path, and no error of it ends a search.
 
-    Args:
-        study: The study. One that lives in memory has no pages.
-        always: Write even if another process recorded the last step, as a launcher does.
-        every_s: Least seconds between two writings.
-        then: Also called with the record of the search, first.
-        on: Whether to write at all.
+    A study that lives in memory has no pages, nor has one with ``on=False``. A launcher writes
+    ``always``, even if another process recorded the last step. ``then`` is also called with the
+    record of the search, first.
 
     Example:
         >>> from hq_optuna.dashboard import PageWriter

@@ -28,7 +28,7 @@ from hq_optuna.protocol.status import SearchStatus, read_status
 from hq_optuna.report.comparison import warnings
 from hq_optuna.report.text import headline
 from hq_optuna.search import uniform_within
-from hq_optuna.space.assignment import BitConfig
+from hq_optuna.space.assignment import BitConfig, LayerBits
 from hq_optuna.space.cost import METRICS, CostModel, shares
 from hq_optuna.space.layers import FLOAT_BITS
 
@@ -184,34 +184,19 @@ def _counts(history: History) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class LayerRow:
-    """One layer of the answer.
-
-    Attributes:
-        name: Name of the layer.
-        kind: Class of the module.
-        n_weights: Number of weights.
-        macs: Multiply-accumulates for one sample.
-        weight_bits: Of the incumbent (before the first step is closed: of the start); 32 is float.
-        activation_bits: Likewise.
-        searched: Whether the search may change it; pinned layers are not.
-        share_before: Share in the all-8-bit cost, 0 to 1.
-        share_after: Share in the cost with these bits.
-        sensitivity: Predicted loss rise of this layer at its bits, weights and activations
-            together, nats; ``None`` where the study does not hold it.
-        quantizer: What rounds its weights.
-    """
+    """One layer of the answer; before the first step is closed, of the start."""
 
     name: str
-    kind: str
+    kind: str  # class of the module
     n_weights: int
-    macs: int
-    weight_bits: int
+    macs: int  # for one sample
+    weight_bits: int  # 32 is float
     activation_bits: int
-    searched: bool
-    share_before: float
-    share_after: float
-    sensitivity: float | None
-    quantizer: str = "uniform"
+    searched: bool  # whether the search may change it; pinned layers are not
+    share_before: float  # in the all-8-bit cost, 0 to 1
+    share_after: float  # in the cost with these bits
+    sensitivity: float | None  # predicted loss rise at its bits, nats; None where not in the study
+    quantizer: str = "uniform"  # what rounds its weights
 
 
 def layer_table(history: History) -> list[LayerRow]:
@@ -255,9 +240,6 @@ def _sensitivity(history: History, name: str, config: BitConfig) -> float | None
 def accuracies(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return accuracies with their intervals, by the data they were measured on.
 
-    Args:
-        facts: Of the study.
-
     Returns:
         ``{"validation": {"samples", "before", "after", "difference", "lost", "gained"}, "test": …,
         "confidence", "methods"}``, each of the three ``{"value", "low", "high"}``. Empty where no
@@ -265,15 +247,14 @@ def accuracies(facts: Mapping[str, Any]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for what, prefix in (("validation", ""), ("test", "test_")):
-        n, lost, gained = (facts.get(f"{what}_{name}") for name in ("samples", "lost", "gained"))
-        before, after = (facts.get(f"{prefix}accuracy_{when}") for when in ("before", "after"))
-        if n and lost is not None and gained is not None and None not in (before, after):
+        names = [f"{what}_samples", f"{what}_lost", f"{what}_gained"]
+        names += (f"{prefix}accuracy_before", f"{prefix}accuracy_after")
+        values: list[Any] = [facts.get(name) for name in names]
+        n, lost, gained, before, after = values
+        if n and None not in (lost, gained, before, after):
             found[what] = {
-                "samples": n,
-                "lost": lost,
-                "gained": gained,
-                "before": _accuracy(before, n),
-                "after": _accuracy(after, n),
+                **{"samples": n, "lost": lost, "gained": gained},
+                **{"before": _accuracy(before, n), "after": _accuracy(after, n)},
                 "difference": _difference(lost, gained, n),
             }
     return found and {**found, "confidence": CONFIDENCE, "methods": METHODS}
@@ -308,18 +289,16 @@ def beside(history: History) -> list[dict[str, Any]]:
     measured = {(row["method"], row["bits"]): row for row in facts.get(COMPARED, ())}
     ours = accuracies(facts).get("validation")
 
-    def row(
-        name: str, bits: BitConfig | int, found: Mapping[str, Any] | None = None
-    ) -> dict[str, Any]:
-        costs = {
-            str(metric): m.uniform(bits, bits) if isinstance(bits, int) else m.cost(bits)
-            for metric, m in models.items()
-        }
-        of = {"of_int8": info.int8, "of_float32": info.float32}
-        part = {key: costs[info.metric] / whole for key, whole in of.items()}
-        return {"name": name, **costs, **part, **_measured(found or {"measured": {}})}
+    def row(name: str, bits: Mapping[str, LayerBits], found: Any = None) -> dict[str, Any]:
+        costs = {str(metric): m.cost(bits) for metric, m in models.items()}
+        cost = costs[info.metric]
+        shares = {"of_int8": cost / info.int8, "of_float32": cost / info.float32}
+        return {"name": name, **costs, **shares, **_measured(found or {"measured": {}})}
 
-    rows = [row("float", FLOAT_BITS)]
+    def uniform(bits: int) -> BitConfig:
+        return BitConfig.uniform([layer.name for layer in space.layers], bits, bits)
+
+    rows = [row("float", uniform(FLOAT_BITS))]
     if ours is None:
         rows[0]["accuracy"] = _accuracy(facts.get("accuracy_before"), None)
     else:
@@ -329,7 +308,7 @@ def beside(history: History) -> list[dict[str, Any]]:
     eight = measured.get((EIGHT, "8 bits"))
     if eight is not None and eight["cost"] != model.int8:  # pinned layers have other bits
         eight = None
-    rows.append(row("8 bits everywhere", 8, eight))
+    rows.append(row("8 bits everywhere", uniform(8), eight))
     for name, config in uniform_within(space, model.cost, info.limit).items():
         rows.append(row(f"uniform {name}", config, measured.get((UNIFORM, name))))
     if history.incumbent is not None:
@@ -364,12 +343,12 @@ def trainings(history: History) -> list[dict[str, Any]]:
     """Return what each training of a step's winner gave.
 
     Returns:
-        One row each: ``{"step", "trial", "kind", "epochs", "samples", "seconds", "score",
-        "curvature", "before", "after", "weights", "sensitivity", "kept"}``. ``before`` and
-        ``after`` hold what was measured on the validation data by name, accuracies with their
-        intervals where samples were counted; ``weights`` and ``sensitivity`` name artifacts.
+        One row each. ``before`` and ``after`` hold what was measured on the validation data by
+        name, accuracies with their intervals where samples were counted; ``weights`` and
+        ``sensitivity`` name artifacts.
     """
     n = accuracies(history.facts).get("validation", {}).get("samples")
+    names = ("kind", "epochs", "samples", "seconds", "score", "curvature", "weights", "sensitivity")
 
     def measured(said: Mapping[str, Any], end: str) -> dict[str, Any]:
         found = {k.removesuffix(end): v for k, v in said.items() if k.endswith(end)}
@@ -377,11 +356,9 @@ def trainings(history: History) -> list[dict[str, Any]]:
             found["accuracy"] = _accuracy(found["accuracy"], n)
         return found
 
-    names = ("kind", "epochs", "samples", "seconds", "score", "curvature", "weights", "sensitivity")
     return [
         {
-            "step": record.step,
-            "trial": record.number,
+            **{"step": record.step, "trial": record.number},
             **{name: record.training.get(name) for name in names},
             "kept": record.training.get("kept", True),
             "before": measured(record.training, "_before"),

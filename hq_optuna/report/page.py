@@ -14,16 +14,9 @@ from hq_optuna.atomic_files import write_atomically
 from hq_optuna.protocol.history import History, read_history
 from hq_optuna.report.data import report_data
 from hq_optuna.report.text import BITS_COLUMNS, blocks
-from hq_optuna.visualization.bits import bits_figure, bits_info
-from hq_optuna.visualization.candidates import candidates_figure, candidates_info
-from hq_optuna.visualization.cost_share import cost_share_figure, cost_share_info
+from hq_optuna.visualization import figure_of
 from hq_optuna.visualization.palette import bit_colours, bits_text, text_on
-from hq_optuna.visualization.pareto import pareto_figure, pareto_info
-from hq_optuna.visualization.prediction import prediction_figure, prediction_info
-from hq_optuna.visualization.sensitivity import sensitivity_figure, sensitivity_info
-from hq_optuna.visualization.steps import steps_figure, steps_info
-from hq_optuna.visualization.training import training_figure, training_info
-from hq_optuna.visualization.workers import workers_figure, workers_info
+from hq_optuna.visualization.prediction import prediction_info
 
 CAPTIONS = {
     "steps": "What the search paid in predicted loss, and what it saved.",
@@ -65,33 +58,26 @@ def write_report(study: Study, path: str | Path, *, command: str | None = None) 
 
 def figures(history: History) -> list[tuple[str, str, Any]]:
     """Return ``(id, caption, figure)`` of what there is to draw."""
-    found: dict[str, Any] = {"cost-share": cost_share_figure(cost_share_info(history))}
-    if history.records:
-        found["steps"] = steps_figure(steps_info(history))
-        found["bits"] = bits_figure(bits_info(history))
-    if any(record.training is not None for record in history.records):
-        found["training"] = training_figure(training_info(history))
-    if history.sensitivity:
-        found["sensitivity"] = sensitivity_figure(sensitivity_info(history))
-    if history.additive() is not None:
-        found["pareto"] = pareto_figure(pareto_info(history))
-    if history.candidates:
-        found["candidates"] = candidates_figure(candidates_info(history))
-    predicted = prediction_info(history)
-    if predicted.points:
-        found["prediction"] = prediction_figure(predicted)
-    if history.runs:
-        found["workers"] = workers_figure(workers_info(history))
-    return [(key, caption, found[key]) for key, caption in CAPTIONS.items() if key in found]
+    there = {
+        "cost-share": True,
+        "steps": bool(history.records),
+        "bits": bool(history.records),
+        "training": any(record.training is not None for record in history.records),
+        "sensitivity": bool(history.sensitivity),
+        "pareto": history.additive() is not None,
+        "candidates": bool(history.candidates),
+        "prediction": bool(prediction_info(history).points),
+        "workers": bool(history.runs),
+    }
+    return [
+        (key, caption, figure_of(key.replace("-", "_"), history))
+        for key, caption in CAPTIONS.items()
+        if there[key]
+    ]
 
 
 def render_html(data: Mapping[str, Any], pictures: Sequence[tuple[str, str, Any]]) -> str:
-    """Return the page.
-
-    Args:
-        data: What `report_data` returns.
-        pictures: ``(id, caption, plotly figure)`` in their order.
-    """
+    """Return the page of what `report_data` returns and of ``(id, caption, plotly figure)``."""
     levels = data["levels"]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),

@@ -12,6 +12,7 @@ from typing import Any
 
 from hq_optuna.answer.intervals import CONFIDENCE
 from hq_optuna.attributes import EIGHT, UNIFORM, quantizers_text
+from hq_optuna.settings import SearchSettings, Setting, settings_of
 from hq_optuna.space.cost import Metric, format_cost
 from hq_optuna.space.layers import FLOAT_BITS
 
@@ -27,25 +28,15 @@ Column = tuple[str, Sequence[str]]
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One titled part of the report.
+    """One titled part of the report."""
 
-    Attributes:
-        key: Short name, for links.
-        title: Heading.
-        columns: Of its table; empty for none.
-        lines: Sentences, one item each.
-        n_text_columns: How many columns hold words; the others hold numbers.
-        code: A command to copy.
-        last_stands_out: Whether the last row is what the others add up to or are compared with.
-    """
-
-    key: str
+    key: str  # short name, for links
     title: str
-    columns: Sequence[Column] = ()
-    lines: Sequence[str] = ()
-    n_text_columns: int = 1
-    code: str = ""
-    last_stands_out: bool = False
+    columns: Sequence[Column] = ()  # of its table; empty for none
+    lines: Sequence[str] = ()  # sentences, one item each
+    n_text_columns: int = 1  # how many columns hold words; the others hold numbers
+    code: str = ""  # a command to copy
+    last_stands_out: bool = False  # the last row sums up the others, or is compared with them
 
     @property
     def header(self) -> list[str]:
@@ -65,7 +56,20 @@ def blocks(data: Mapping[str, Any]) -> list[Block]:
         found.append(compared(data["compared"], data["budget"]["metric"]))
     if data["trainings"]:
         found.append(_trainings(data["trainings"]))
-    return [*found, _settings(data), _reproduce(data), _not_counted(data), _warnings(data)]
+    return [
+        *(*found, _settings(data), _counts(data["study"], data["counts"])),
+        *(_reproduce(data), _not_counted(data), _warnings(data)),
+    ]
+
+
+def _cells(rows: Sequence[Mapping[str, Any]], key: str, write: Callable[[Any], str]) -> list[str]:
+    """Return a column of what the rows have under a key, empty where it is ``None``."""
+    return ["" if row[key] is None else write(row[key]) for row in rows]
+
+
+def _over_answer(rows: Sequence[Mapping[str, Any]]) -> Column:
+    cells = _cells(rows, "over_answer", lambda found: interval(found, points))
+    return "over the answer, points", cells
 
 
 def _beside(data: Mapping[str, Any]) -> Block:
@@ -77,15 +81,18 @@ def _beside(data: Mapping[str, Any]) -> Block:
         (f"{noun} of all 8 bits", [percent(row["of_int8"]) for row in rows]),
         (f"{noun} of float", [percent(row["of_float32"]) for row in rows]),
     ]
-    if any(row["loss"] is not None for row in rows):
-        losses = ["" if row["loss"] is None else f"{row['loss']:.4g}" for row in rows]
+    losses = _cells(rows, "loss", "{:.4g}".format)
+    if any(losses):
         columns.append(("validation loss", losses))
-    accuracy = any(row["accuracy"] is not None for row in rows)
+    accuracy = any(row["accuracy"] for row in rows)
     if accuracy:
-        accuracies = [interval(row["accuracy"], hundredths) for row in rows]
-        over = [row["over_answer"] and interval(row["over_answer"], points) for row in rows]
-        columns.append(("validation accuracy, %", accuracies))
-        columns.append(("over the answer, points", [text or "" for text in over]))
+        cells = [interval(row["accuracy"], hundredths) for row in rows]
+        columns += [("validation accuracy, %", cells), _over_answer(rows)]
+    lines = _beside_lines(data, accuracy)
+    return Block("beside", "Cost and accuracy", columns, lines, last_stands_out=True)
+
+
+def _beside_lines(data: Mapping[str, Any], accuracy: bool) -> list[str]:
     lines = []
     if data["accuracies"]:
         confidence, methods = data["accuracies"]["confidence"], data["accuracies"]["methods"]
@@ -93,11 +100,11 @@ def _beside(data: Mapping[str, Any]) -> Block:
     elif accuracy:
         lines.append("No intervals: how many samples were right is not in the study.")
     pinned = not all(row["searched"] for row in data["layers"])
-    if pinned and any(row["name"].startswith("uniform") for row in rows):
+    if pinned and any(row["name"].startswith("uniform") for row in data["beside"]):
         lines.append("Uniform bits are the most within the budget; pinned layers keep theirs.")
     if data["trained"] and accuracy:
         lines.append("The answer was trained at its bits; 8 and uniform bits were not.")
-    return Block("beside", "Cost and accuracy", columns, lines, last_stands_out=True)
+    return lines
 
 
 def _layers(data: Mapping[str, Any]) -> Block:
@@ -177,36 +184,7 @@ def _answer(data: Mapping[str, Any]) -> Block:
 
 
 def compared(rows: Sequence[Mapping[str, Any]], metric: Metric) -> Block:
-    """Return the comparison of the answer with uniform bits.
-
-    Args:
-        rows: As in the report's data, with ``accuracy`` and ``over_answer``.
-        metric: What the costs count.
-    """
-    methods = {row["method"] for row in rows}
-    pairs = any(row.get("pairs") for row in rows)
-    lines = ["Measured on the validation data; all with the same score and statistics correction."]
-    if any(row.get("trained") for row in rows):
-        lines.append("The answer was trained at its bits, and has its score after that.")
-    if pairs:
-        lines.append(f"In brackets {100 * CONFIDENCE:.0f} % intervals over the validation samples.")
-    if EIGHT in methods:
-        lines.append("Uniform 8 bits are over the budget and stand here for reference.")
-    if UNIFORM not in methods:
-        lines.append("No uniform bits are within the budget.")
-
-    def measured(row: Mapping[str, Any], name: str) -> str:
-        if name not in row["measured"]:
-            return "none"
-        value = row["measured"][name]
-        if value is None:  # NaN or infinity, in JSON
-            return NOT_MEASURED
-        if name != "accuracy":
-            return f"{value:.4g}"
-        low, high = row["accuracy"]["low"], row["accuracy"]["high"]
-        text = f"{hundredths(value)} %"
-        return text if low is None else f"{text} [{hundredths(low)}, {hundredths(high)}]"
-
+    """Return the comparison of the answer with uniform bits, of rows as in the report's data."""
     uniform = (UNIFORM, EIGHT)
     columns: list[Column] = [
         ("", [f"uniform {r['bits']}" if r["method"] in uniform else r["method"] for r in rows]),
@@ -214,33 +192,47 @@ def compared(rows: Sequence[Mapping[str, Any]], metric: Metric) -> Block:
         ("score (nats)", [f"{row['score']:.3g}" for row in rows]),
     ]
     for name in dict.fromkeys(name for row in rows for name in row["measured"]):
-        columns.append((name, [measured(row, name) for row in rows]))
-    if pairs:
-        over = [row["over_answer"] and interval(row["over_answer"], points) for row in rows]
-        columns.append(("over the answer, points", [text or "" for text in over]))
-    times = ["" if row["seconds"] is None else f"{row['seconds']:.3g}" for row in rows]
+        columns.append((name, [_measured(row, name) for row in rows]))
+    if any(row.get("pairs") for row in rows):
+        columns.append(_over_answer(rows))
     columns.append(("evaluations", [f"{row['evaluations']:,}" for row in rows]))
-    return Block("compared", "Compared", [*columns, ("seconds", times)], lines)
+    columns.append(("seconds", _cells(rows, "seconds", "{:.3g}".format)))
+    return Block("compared", "Compared", columns, _compared_lines(rows))
+
+
+def _measured(row: Mapping[str, Any], name: str) -> str:
+    """Return a cell of the comparison: what was measured of one assignment."""
+    if name not in row["measured"]:
+        return "none"
+    value = row["measured"][name]
+    if value is None or name != "accuracy":  # None is NaN or infinity, in JSON
+        return number(value, digits=4)
+    low, high = row["accuracy"]["low"], row["accuracy"]["high"]
+    text = f"{hundredths(value)} %"
+    return text if low is None else f"{text} [{hundredths(low)}, {hundredths(high)}]"
+
+
+def _compared_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    methods = {row["method"] for row in rows}
+    lines = ["Measured on the validation data; all with the same score and statistics correction."]
+    if any(row.get("trained") for row in rows):
+        lines.append("The answer was trained at its bits, and has its score after that.")
+    if any(row.get("pairs") for row in rows):
+        lines.append(f"In brackets {100 * CONFIDENCE:.0f} % intervals over the validation samples.")
+    if EIGHT in methods:
+        lines.append("Uniform 8 bits are over the budget and stand here for reference.")
+    if UNIFORM not in methods:
+        lines.append("No uniform bits are within the budget.")
+    return lines
 
 
 def _trainings(rows: Sequence[Mapping[str, Any]]) -> Block:
-    def measured(row: Mapping[str, Any], when: str, name: str) -> str:
-        value = row[when].get(name)
-        return interval(value, hundredths) if name == "accuracy" else number(value, digits=4)
-
     names = list(dict.fromkeys(name for row in rows for name in row["before"]))
     names.sort(key=lambda name: name != "accuracy")
-    titles = {"accuracy": "validation accuracy, %", "loss": "validation loss"}
-    steps = ["the answer" if row["kind"] == "final" else f"step {row['step']}" for row in rows]
-    kept = ["" if row["kept"] else ", not kept" for row in rows]
     columns: list[Column] = [
-        ("", [step + text for step, text in zip(steps, kept, strict=True)]),
+        ("", [_trained_step(row) for row in rows]),
         ("trial", [str(row["trial"]) for row in rows]),
-        *(
-            (f"{titles.get(name, name)}, {when}", [measured(row, when, name) for row in rows])
-            for name in names
-            for when in ("before", "after")
-        ),
+        *(_trained_column(rows, when, name) for name in names for when in ("before", "after")),
         ("score after (nats)", [number(row["score"]) for row in rows]),
         ("epochs", [fact("epochs", row["epochs"]) for row in rows]),
         ("seconds", [seconds(row["seconds"]) for row in rows]),
@@ -248,34 +240,62 @@ def _trainings(rows: Sequence[Mapping[str, Any]]) -> Block:
     lines = [
         "Before: bits of the step, statistics corrected. After: what the next steps are made from."
     ]
-    if any(kept):
+    if not all(row["kept"] for row in rows):
         lines.append("A training that did not lower the score is not kept, and changes nothing.")
     if not names:
         lines.append("Nothing was measured: give the search validation data.")
     return Block("training", "Trained steps", columns, lines)
 
 
+def _trained_step(row: Mapping[str, Any]) -> str:
+    step = "the answer" if row["kind"] == "final" else f"step {row['step']}"
+    return step if row["kept"] else f"{step}, not kept"
+
+
+def _trained_column(rows: Sequence[Mapping[str, Any]], when: str, name: str) -> Column:
+    values = [row[when].get(name) for row in rows]
+    if name == "accuracy":
+        return f"validation accuracy, %, {when}", [interval(v, hundredths) for v in values]
+    title = "validation loss" if name == "loss" else name
+    return f"{title}, {when}", [number(value, digits=4) for value in values]
+
+
 def _settings(data: Mapping[str, Any]) -> Block:
-    counts = data["counts"]
+    settings = settings_of(SearchSettings)
+    said = {name: _setting(one, data["settings"][name]) for name, one in settings.items()}
+    said["budget"] = data["budget"]["text"]
+    said["quantizers"] = quantizers_text(data["quantizers"])  # by layer, where the user gave globs
+    columns = [
+        ("", [name.replace("_", " ") for name in settings]),
+        ("value", list(said.values())),
+        ("meaning", [one.help for one in settings.values()]),
+    ]
+    return Block("settings", "Settings", columns, n_text_columns=3)
+
+
+def _setting(one: Setting, value: Any) -> str:
+    """Return the value of a setting with its unit; its default in words where it was not given."""
+    if value is None:
+        return one.shown_default if one.default is None else "none"
+    text = fact(one.name, value)
+    return f"{text} {one.unit}" if one.unit and isinstance(value, int | float) else text
+
+
+def _counts(study: str, counts: Mapping[str, Any]) -> Block:
     twice = f" (and {counts['duplicates']:,} scored twice)" if counts["duplicates"] else ""
-    settings = {
-        "study": data["study"],
-        **data["settings"],
-        "quantizers of weights": quantizers_text(data["quantizers"]),
-        "budget": data["budget"]["text"],
-        "candidates scored": f"{counts['candidates']:,}{twice}",
-        "steps closed": counts["records"],
-        "of these trained": counts["trained"],
-        "trials running, pruned, failed": ", ".join(
-            str(counts[k]) for k in ("running", "pruned", "failed")
-        ),
-        "workers": counts["workers"],
-        "time in evaluations": seconds(counts["seconds"]),
-    }
+    trials = (str(counts[name]) for name in ("running", "pruned", "failed"))
+    rows = [
+        ("study", study),
+        ("candidates scored", f"{counts['candidates']:,}{twice}"),
+        ("steps closed", f"{counts['records']:,}"),
+        ("of these trained", f"{counts['trained']:,}"),
+        ("trials running, pruned, failed", ", ".join(trials)),
+        ("workers", f"{counts['workers']:,}"),
+        ("time in evaluations", seconds(counts["seconds"])),
+    ]
     if counts["trained"]:
-        settings["time in trainings"] = seconds(counts["training_seconds"])
-    rows = [(k.replace("_", " "), fact(k, v)) for k, v in settings.items()]
-    return _pairs("settings", "Settings", rows)
+        rows.append(("time in trainings", seconds(counts["training_seconds"])))
+    return _pairs("counts", "Trials and time", rows)
 
 
 def _reproduce(data: Mapping[str, Any]) -> Block:

@@ -5,10 +5,12 @@ from hq_optuna.search.exact import Allocation
 from hq_optuna.search.limits import Limits
 from hq_optuna.search.moves import Move, changes, propose
 from hq_optuna.search.progressive import Incumbent, Past, ProgressiveSearch, Result
+from hq_optuna.search.rank_correlation import MEASURED, rank_correlation
 from hq_optuna.search.rules import RULES, choose
 from hq_optuna.search.uniform import uniform_states, uniform_within
 
 __all__ = [
+    "MEASURED",
     "RULES",
     "Additive",
     "Allocation",
@@ -22,6 +24,7 @@ __all__ = [
     "changes",
     "choose",
     "propose",
+    "rank_correlation",
     "uniform_states",
     "uniform_within",
 ]

@@ -9,7 +9,8 @@ Backgrounds are transparent and texts mid-grey, so that figures stand on light a
 (2008) and Viridis, which all kinds of colour vision tell apart; symbols and dashes say the same
 again. Layers stand in the order of the network, the first on top.
 
-Plots are loaded when they are first used, so that the colours alone cost no plotly.
+Plots are loaded when they are first used: the colours, and a worker that draws nothing, need no
+plotly.
 
 Example:
     >>> from hq_optuna import visualization
@@ -19,9 +20,13 @@ Example:
 from __future__ import annotations
 
 import importlib
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from hq_optuna.protocol.history import History
     from hq_optuna.visualization.bits import plot_bits
     from hq_optuna.visualization.candidates import plot_candidates
     from hq_optuna.visualization.cost_share import plot_cost_share
@@ -48,9 +53,18 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f"{__name__}.{name.removeprefix('plot_')}")
-    return getattr(module, name)
+    return getattr(_module(name.removeprefix("plot_")), name)
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+def figure_of(name: str, history: History) -> go.Figure:
+    """Return what ``plot_NAME`` draws, of a history that is read already."""
+    module = _module(name)
+    return getattr(module, f"{name}_figure")(getattr(module, f"{name}_info")(history))
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{name}")

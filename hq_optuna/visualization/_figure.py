@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 TITLE_PX, PANEL_TITLE_PX, BOTTOM_PX = 64, 26, 56
 """Room for the title and the titles of panels above the plot area, and for the axis below."""
 
+CLEAR = "rgba(0,0,0,0)"
+
 _UNITS = {
     **{"BOPs": 1.0, "kBOPs": 1e3, "MBOPs": 1e6, "GBOPs": 1e9, "TBOPs": 1e12},
     **{"bytes": 1.0, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30},
@@ -53,28 +55,19 @@ def layers_height(n_layers: int) -> int:
 def layers_axis(names: Sequence[str], shown: Sequence[str] | None = None) -> dict[str, Any]:
     """Return the settings of a y axis with a row per name, the first on top.
 
-    Rows are addressed by `label`. Where rows are narrower than text, every second (third, …) label
-    is shown.
-
-    Args:
-        names: What rows are addressed by and hover texts show.
-        shown: What the axis shows; by default `short_names`.
+    Rows are addressed by the `label` of their name; the axis shows ``shown``, by default
+    `short_names`. Where rows are narrower than text, only every second (third, …) is shown.
     """
     labels = [label(name) for name in names]
     short = [label(name) for name in (short_names(names) if shown is None else shown)]
     row = layers_height(len(names)) / max(1, len(names))
     every = math.ceil(11 / row)
     return {
-        "type": "category",  # layers of a Sequential are called "0", "1", …
-        "categoryorder": "array",
-        "categoryarray": labels,
-        "tickmode": "array",
-        "tickvals": labels[::every],
-        "ticktext": short[::every],
+        # Layers of a Sequential are called "0", "1", …
+        **{"type": "category", "categoryorder": "array", "categoryarray": labels},
+        **{"tickmode": "array", "tickvals": labels[::every], "ticktext": short[::every]},
         "tickfont": {"size": max(9, min(12, round(row) - 2))},
-        "range": [len(names) - 0.5, -0.5],
-        "automargin": True,
-        "showgrid": False,
+        **{"range": [len(names) - 0.5, -0.5], "automargin": True, "showgrid": False},
     }
 
 
@@ -117,11 +110,8 @@ def short_names(names: Sequence[str], characters: int = 40) -> list[str]:
 
 def step_axis(steps: Sequence[int]) -> dict[str, Any]:
     """Return the settings of an x axis of steps: whole numbers only."""
-    return {
-        "title": {"text": "step"},
-        "tickformat": "d",
-        **({"dtick": 1} if len(steps) <= 12 else {"nticks": 12}),
-    }
+    ticks = {"dtick": 1} if len(steps) <= 12 else {"nticks": 12}
+    return {"title": {"text": "step"}, "tickformat": "d", **ticks}
 
 
 def log_range(values: Iterable[float]) -> list[float] | None:
@@ -189,9 +179,8 @@ def style(figure: go.Figure, title: str, height: int) -> go.Figure:
         height=height + top + BOTTOM_PX,
         margin={"t": top, "b": BOTTOM_PX, "l": 70, "r": 20},
         font={"color": GREY, "size": 12},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        modebar={"bgcolor": "rgba(0,0,0,0)", "color": GRID, "activecolor": GREY},
+        **{"paper_bgcolor": CLEAR, "plot_bgcolor": CLEAR},
+        modebar={"bgcolor": CLEAR, "color": GRID, "activecolor": GREY},
         colorway=[BLUE, ORANGE, GREEN, VERMILION],
     )
     figure.update_annotations(font={"size": 13})
@@ -202,12 +191,7 @@ def style(figure: go.Figure, title: str, height: int) -> go.Figure:
 
 
 def on_page(figure: go.Figure, dark: bool | None) -> go.Figure:
-    """Give the figure the background and text of a light or of a dark page.
-
-    Args:
-        figure: As `style` left it, which reads on either.
-        dark: ``None`` leaves it so.
-    """
+    """Give the figure the background and text of a light or a dark page; ``None`` suits both."""
     if dark is None:
         return figure
     page, text = PAGES[dark]

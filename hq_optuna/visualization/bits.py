@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
@@ -16,23 +16,18 @@ from hq_optuna.visualization.palette import bit_colours, bits_text
 
 TITLE = "Bits of each layer over the steps"
 
+Rows = tuple[tuple[int, ...], ...]
+"""Bits by layer and step, shape ``(L, S)``."""
+
 
 class BitsInfo(NamedTuple):
-    """Bits of the incumbents.
+    """Bits of the incumbents after each closed step, and the levels they may be at."""
 
-    Attributes:
-        layers: Names in network order (`L`).
-        steps: Closed steps (`S`).
-        weight_bits: Shape ``(L, S)``.
-        activation_bits: Shape ``(L, S)``.
-        levels: All bits a layer of the space may have, fewest first.
-    """
-
-    layers: tuple[str, ...]
+    layers: tuple[str, ...]  # in network order
     steps: tuple[int, ...]
-    weight_bits: tuple[tuple[int, ...], ...]
-    activation_bits: tuple[tuple[int, ...], ...]
-    levels: tuple[int, ...]
+    weight_bits: Rows
+    activation_bits: Rows
+    levels: tuple[int, ...]  # fewest bits first
 
 
 def bits_info(history: History) -> BitsInfo:
@@ -56,16 +51,7 @@ def bits_figure(info: BitsInfo) -> go.Figure:
     """
     if not info.steps:
         return f.empty(TITLE, "No step is closed yet.")
-    panels = {"weights": info.weight_bits}
-    title = TITLE
-    if info.activation_bits != info.weight_bits:
-        constant = {bits for row in info.activation_bits for bits in row}
-        if len(constant) > 1:
-            panels["activations"] = info.activation_bits
-        else:
-            (bits,) = constant
-            kept = "in float" if bits == FLOAT_BITS else f"at {bits} bits"
-            title += f" (weights; activations stay {kept})"
+    title, panels = _panels(info)
     figure = make_subplots(
         cols=len(panels),
         shared_yaxes=True,
@@ -73,7 +59,6 @@ def bits_figure(info: BitsInfo) -> go.Figure:
         subplot_titles=list(panels) if len(panels) > 1 else None,
     )
     place = {bits: i for i, bits in enumerate(info.levels)}
-    n = len(info.levels)
     for column, (name, rows) in enumerate(panels.items(), start=1):
         part = f" ({name})" if len(panels) > 1 else ""
         figure.add_heatmap(
@@ -83,21 +68,35 @@ def bits_figure(info: BitsInfo) -> go.Figure:
             customdata=np.array(rows, dtype=np.uint8),
             hovertemplate=f"%{{y}}<br>step %{{x}}<br>%{{customdata}} bits{part}<extra></extra>",
             coloraxis="coloraxis",
-            row=1,
-            col=column,
+            **{"row": 1, "col": column},
         )
     height = f.layers_height(len(info.layers))
     f.style(figure, title, height)
-    # Two stops of the same colour per level make steps of the scale.
-    colours = enumerate(bit_colours(info.levels))
-    scale = [(edge / n, colour) for i, colour in colours for edge in (i, i + 1)]
-    texts = [bits_text(bits) for bits in info.levels]
-    bar = f.colour_bar("bits", range(n), texts, min(height, 60 + 24 * n))
-    axis = {"colorscale": scale, "cmin": -0.5, "cmax": n - 0.5, "colorbar": bar}
-    figure.update_layout(coloraxis=axis)
+    figure.update_layout(coloraxis=_colours(info.levels, height))
     figure.update_xaxes(showgrid=False, zeroline=False, **f.step_axis(info.steps))
     figure.update_yaxes(**f.layers_axis(info.layers))
     return figure
+
+
+def _panels(info: BitsInfo) -> tuple[str, dict[str, Rows]]:
+    """Return the title of the figure, and the bits that each panel shows, by its name."""
+    weights = {"weights": info.weight_bits}
+    if info.activation_bits == info.weight_bits:
+        return TITLE, weights
+    found = {bits for row in info.activation_bits for bits in row}
+    if len(found) > 1:
+        return TITLE, {**weights, "activations": info.activation_bits}
+    (bits,) = found
+    kept = "in float" if bits == FLOAT_BITS else f"at {bits} bits"
+    return f"{TITLE} (weights; activations stay {kept})", weights
+
+
+def _colours(levels: tuple[int, ...], height: int) -> dict[str, Any]:
+    n = len(levels)
+    # Two stops of the same colour per level make steps of the scale.
+    scale = [(edge / n, c) for i, c in enumerate(bit_colours(levels)) for edge in (i, i + 1)]
+    bar = f.colour_bar("bits", range(n), list(map(bits_text, levels)), min(height, 60 + 24 * n))
+    return {"colorscale": scale, "cmin": -0.5, "cmax": n - 0.5, "colorbar": bar}
 
 
 def plot_bits(study: Study, *, dark: bool | None = None) -> go.Figure:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 from optuna.study import Study
 from plotly.subplots import make_subplots
 
-from hq_optuna.protocol.history import History, read_history
+from hq_optuna.protocol.history import Candidate, History, read_history
 from hq_optuna.space.cost import Metric
 from hq_optuna.visualization import _figure as f
 from hq_optuna.visualization.palette import BLUE, VERMILION
@@ -17,24 +18,20 @@ from hq_optuna.visualization.steps import describe_move, shorten_moves
 
 TITLE = "Candidates of a step"
 
+Values = list[float | None]
+
 
 class CandidateInfo(NamedTuple):
     """One candidate against the incumbent its step started from.
 
-    Attributes:
-        number: Trial number.
-        move: What it lowers, in words.
-        rise: Rise of the score, nats (in step 0 the score itself).
-        saved: Cost saved, in the unit of the metric; ``None`` where unknown.
-        key: What is compared: the score for ``min`` and ``swaps``; for ``ratio`` the rise per cost
-            saved, the saving counted down to the budget only. The least wins; ``None`` never does.
-        won: Whether its step took it.
+    ``key`` is what the rule compares: the score for ``min`` and ``swaps``; for ``ratio`` the rise
+    per cost saved, the saving counted down to the budget only. The least wins; ``None`` never does.
     """
 
-    number: int
-    move: str
-    rise: float
-    saved: float | None
+    number: int  # of its trial
+    move: str  # what it changes, in words
+    rise: float  # of the score, nats; in step 0 the score itself
+    saved: float | None  # in the unit of the metric; None where unknown
     key: float | None
     won: bool
 
@@ -42,22 +39,16 @@ class CandidateInfo(NamedTuple):
 class CandidatesInfo(NamedTuple):
     """The counted candidates of one step, the best of the rule first.
 
-    Attributes:
-        step: Number of the step, ``None`` when nothing was scored yet.
-        closed: Whether the step has its winner.
-        elsewhere: Number of the trial it took, if that is of an earlier step.
-        rule: Name of the winner rule; ``"swaps"`` for steps that refine an answer within the
-            budget, which take the smallest score whatever the rule.
-        metric: What is counted.
-        candidates: By ``key``.
+    Steps that refine an answer within the budget have the rule ``"swaps"``: they take the smallest
+    score whatever the rule of the search.
     """
 
-    step: int | None
+    step: int | None  # None when nothing was scored yet
     closed: bool
-    elsewhere: int | None
+    elsewhere: int | None  # number of the trial it took, if that is of an earlier step
     rule: str
     metric: Metric
-    candidates: tuple[CandidateInfo, ...]
+    candidates: tuple[CandidateInfo, ...]  # by key
 
 
 def candidates_info(history: History, step: int | None = None) -> CandidatesInfo:
@@ -67,39 +58,39 @@ def candidates_info(history: History, step: int | None = None) -> CandidatesInfo
         ValueError: The study has no scored candidate of this step, but of others.
     """
     info = history.info
-    steps = sorted({c.step for c in history.candidates if c.counted})
+    steps = {c.step for c in history.candidates if c.counted}
     if not steps:
         return CandidatesInfo(None, False, None, info.settings["rule"], info.metric, ())
-    if step is None:
-        step = steps[-1]
+    step = max(steps) if step is None else step
     if step not in steps:
-        raise ValueError(f"Step {step} has no scored candidate; there are steps 0 to {steps[-1]}.")
+        raise ValueError(f"Step {step} has no scored candidate; there are steps 0 to {max(steps)}.")
     parent = history.records[step - 1].winner if 0 < step <= len(history.records) else None
     rule = "swaps" if parent is not None and parent.cost <= info.limit else info.settings["rule"]
-    winner = history.records[step].winner if step < len(history.records) else None
-    found = []
-    for c in history.step(step):
-        rise, saved, key = c.score, None, c.score
-        if parent is not None:
-            rise, saved = c.score - parent.score, f.finite(parent.cost - c.cost)
-            if rule == "ratio":
-                needed = parent.cost - info.limit
-                worth = saved or 0.0
-                if 0 < needed < worth:
-                    worth = needed
-                key = rise / worth if worth > 0 else math.inf
-        won = winner is not None and c.number == winner.number
-        found.append(CandidateInfo(c.number, describe_move(c), rise, saved, f.finite(key), won))
-    ranked = sorted(found, key=lambda c: math.inf if c.key is None else c.key)
-    there = winner is None or any(c.won for c in found)
+    taken = history.records[step].winner.number if step < len(history.records) else None
+    found = [_against(c, parent, rule, info.limit, taken) for c in history.step(step)]
     return CandidatesInfo(
         step=step,
-        closed=winner is not None,
-        elsewhere=None if there or winner is None else winner.number,
+        closed=taken is not None,
+        elsewhere=None if any(c.won for c in found) else taken,
         rule=rule,
         metric=info.metric,
-        candidates=tuple(ranked),
+        candidates=tuple(sorted(found, key=lambda c: math.inf if c.key is None else c.key)),
     )
+
+
+def _against(
+    c: Candidate, parent: Candidate | None, rule: str, limit: float, taken: int | None
+) -> CandidateInfo:
+    """Compare a candidate with the incumbent before its step, ``None`` in step 0."""
+    rise, saved, key = c.score, None, c.score
+    if parent is not None:
+        rise, saved = c.score - parent.score, f.finite(parent.cost - c.cost)
+        if rule == "ratio":
+            # An incumbent over the budget: in steps that begin within it the rule is "swaps".
+            worth = min(saved or 0.0, parent.cost - limit)
+            key = rise / worth if worth > 0 else math.inf
+    won = c.number == taken
+    return CandidateInfo(c.number, describe_move(c), rise, saved, f.finite(key), won)
 
 
 def candidates_figure(info: CandidatesInfo) -> go.Figure:
@@ -110,50 +101,56 @@ def candidates_figure(info: CandidatesInfo) -> go.Figure:
     panels = _panels(info)
     labels = [f"{c.move} (trial {c.number})" for c in rows]
     figure = make_subplots(cols=len(panels), shared_yaxes=True, horizontal_spacing=0.04)
+    marker = {
+        **{"opacity": 1, "line": {"width": 0}, "size": [15 if c.won else 10 for c in rows]},
+        "symbol": ["star" if c.won else "circle" for c in rows],
+        "color": [VERMILION if c.won else BLUE for c in rows],
+    }
     for column, (title, values, hover) in enumerate(panels, start=1):
         figure.add_scatter(
             x=values,
             y=[f.label(text) for text in labels],
             mode="markers",
             cliponaxis=False,
-            marker={
-                "opacity": 1,
-                "line": {"width": 0},
-                "size": [15 if c.won else 10 for c in rows],
-                "symbol": ["star" if c.won else "circle" for c in rows],
-                "color": [VERMILION if c.won else BLUE for c in rows],
-            },
+            marker=marker,
             hovertemplate=f"%{{y}}<br>%{{x:.4g}} {hover}<extra></extra>",
             showlegend=False,
-            row=1,
-            col=column,
+            **{"row": 1, "col": column},
         )
-        known = [value for value in values if value is not None]
-        axis: dict[str, Any] = {"rangemode": "tozero", "nticks": 4, "exponentformat": "power"}
-        if known and min(known) > 0 and max(known) > 20 * min(known):
-            axis = f.log_axis(known)
-            if max(known) > 1000 * min(known):
-                axis["dtick"] = 1  # whole decades only
-        figure.update_xaxes(title={"text": title}, tickangle=0, **axis, row=1, col=column)
-    took = "★ taken" if any(c.won for c in rows) else "still open"
-    if info.elsewhere is not None:
-        took = f"took trial {info.elsewhere} of an earlier step"
-    title = f"Candidates of step {info.step}{' (swaps)' if info.rule == 'swaps' else ''} ({took})"
-    if len(rows) > 1:
-        order = "the least rise per saving" if info.rule == "ratio" else "the smallest score"
-        title += f"<br><sub>against the incumbent; {order} on top</sub>"
-    f.style(figure, title, f.layers_height(len(rows)))
+        axis = {"title": {"text": title}, "tickangle": 0, **_axis(values)}
+        figure.update_xaxes(**axis, row=1, col=column)
+    f.style(figure, _title(info), f.layers_height(len(rows)))
     moves = shorten_moves([c.move for c in rows])
     shown = [f"{move} (trial {c.number})" for move, c in zip(moves, rows, strict=True)]
     figure.update_yaxes(**{**f.layers_axis(labels, shown), "showgrid": True})
     return figure
 
 
-def _panels(info: CandidatesInfo) -> list[tuple[str, list[float | None], str]]:
+def _axis(values: Sequence[float | None]) -> dict[str, Any]:
+    """Return a log axis where positive values are far apart, else one that begins at zero."""
+    known = [value for value in values if value is not None]
+    if not known or min(known) <= 0 or max(known) <= 20 * min(known):
+        return {"rangemode": "tozero", "nticks": 4, "exponentformat": "power"}
+    whole_decades = {"dtick": 1} if max(known) > 1000 * min(known) else {}
+    return f.log_axis(known) | whole_decades
+
+
+def _title(info: CandidatesInfo) -> str:
+    took = "★ taken" if any(c.won for c in info.candidates) else "still open"
+    if info.elsewhere is not None:
+        took = f"took trial {info.elsewhere} of an earlier step"
+    title = f"Candidates of step {info.step}{' (swaps)' if info.rule == 'swaps' else ''} ({took})"
+    if len(info.candidates) <= 1:
+        return title
+    order = "the least rise per saving" if info.rule == "ratio" else "the smallest score"
+    return f"{title}<br><sub>against the incumbent; {order} on top</sub>"
+
+
+def _panels(info: CandidatesInfo) -> list[tuple[str, Values, str]]:
     """Return the title, the values and the unit in hover texts of each panel."""
     rows = info.candidates
     rise = "predicted loss rise (nats)" if info.step == 0 else "rise (nats)"
-    panels: list[tuple[str, list[float | None], str]] = [(rise, [c.rise for c in rows], "nats")]
+    panels: list[tuple[str, Values, str]] = [(rise, [c.rise for c in rows], "nats")]
     savings = [c.saved for c in rows if c.saved is not None]
     if savings:
         factor, unit = f.cost_unit(max(map(abs, savings)), info.metric)

@@ -17,18 +17,11 @@ TITLE = "Share of each layer in the cost"
 
 
 class CostShareInfo(NamedTuple):
-    """Cost per layer, in the unit of the metric.
+    """Cost per layer, in the unit of the metric."""
 
-    Attributes:
-        layers: Names in network order.
-        int8: With 8 bits everywhere.
-        incumbent: With the incumbent's bits (``None`` before the first step is closed).
-        metric: What is counted.
-    """
-
-    layers: tuple[str, ...]
-    int8: tuple[float, ...]
-    incumbent: tuple[float, ...] | None
+    layers: tuple[str, ...]  # in network order
+    int8: tuple[float, ...]  # with 8 bits everywhere
+    incumbent: tuple[float, ...] | None  # None before the first step is closed
     metric: Metric
 
 

@@ -22,40 +22,23 @@ _LOOK = {
 
 
 class MeasuredPoint(NamedTuple):
-    """An assignment that was measured.
+    """An assignment that was measured."""
 
-    Attributes:
-        method: What found it, ``"answer"``, ``"uniform"`` or ``"8 bits"``.
-        name: For people, ``"3 bits"``.
-        cost: In the unit of the metric.
-        value: What was measured.
-    """
-
-    method: str
-    name: str
-    cost: float
+    method: str  # "answer", "uniform", "8 bits", …
+    name: str  # for people, "3 bits"
+    cost: float  # in the unit of the metric
     value: float
 
 
 class MeasuredInfo(NamedTuple):
-    """What was measured on validation data.
+    """What was measured on validation data."""
 
-    Attributes:
-        name: Name of the figure, ``"accuracy"`` (a share of 1), ``"loss"``, …
-        points: The answer first.
-        before: Of the float network; ``None`` where it was not measured.
-        n_samples: Validation samples; ``None`` where the study does not say.
-        limit: The budget.
-        int8: Cost with 8 bits everywhere.
-        metric: What is counted.
-    """
-
-    name: str
-    points: tuple[MeasuredPoint, ...]
-    before: float | None
-    n_samples: int | None
-    limit: float
-    int8: float
+    name: str  # "accuracy" (a share of 1), "loss", …
+    points: tuple[MeasuredPoint, ...]  # the answer first
+    before: float | None  # of the float network, where that was measured
+    n_samples: int | None  # validation samples, where the study says
+    limit: float  # the budget
+    int8: float  # cost with 8 bits everywhere
     metric: Metric
 
 
@@ -115,35 +98,14 @@ def measured_figure(info: MeasuredInfo) -> go.Figure:
 
     Accuracies are in percent, with bars of one standard error.
     """
-    is_accuracy = info.name == ACCURACY
     title = f"Validation {f.label(info.name)} against cost"
     if not info.points:
         return f.empty(title, "Nothing is measured: give the search validation data.")
     factor, unit = f.cost_unit(info.int8, info.metric)
-    times, suffix = (100.0, " %") if is_accuracy else (1.0, "")
+    times, suffix = (100.0, " %") if info.name == ACCURACY else (1.0, "")
     figure = go.Figure()
     for method in dict.fromkeys(p.method for p in info.points):
-        points = [p for p in info.points if p.method == method]
-        said, colour, symbol, size = _LOOK.get(method, (method, SKY, "x", 8))
-        labelled = method == attributes.UNIFORM and len(points) <= 12
-        values = [times * p.value for p in points]
-        errors, spread = [0.0] * len(points), ""
-        if is_accuracy and info.n_samples:
-            errors = [100 * standard_error(p.value, info.n_samples) for p in points]
-            spread = " ± %{customdata[1]:.1f}"
-        figure.add_scatter(
-            x=[p.cost / factor for p in points],
-            y=values,
-            error_y=error_bars(values, errors) if spread else None,
-            name=said,
-            mode="markers+text" if labelled else "markers",
-            marker={"color": colour, "symbol": symbol, "size": size},
-            text=[f.label(p.name) for p in points],
-            textposition="top right",
-            customdata=[[p.cost / info.int8, e] for p, e in zip(points, errors, strict=True)],
-            hovertemplate=f"%{{text}}: %{{y:.4g}}{spread}{suffix}<br>"
-            f"%{{x:.4g}} {unit}, %{{customdata[0]:.1%}} of all-8-bit<extra></extra>",
-        )
+        _add_points(figure, info, method)
     f.style(figure, title, 320)
     figure.update_layout(showlegend=True)
     if info.before is not None:
@@ -157,5 +119,32 @@ def measured_figure(info: MeasuredInfo) -> go.Figure:
     f.budget_line(figure, info.limit, info.metric, factor, xanchor="right", xshift=-4, **place)
     highest = max(info.limit, *(p.cost for p in info.points)) / factor
     figure.update_xaxes(title={"text": f"cost ({unit})"}, range=[0, 1.15 * highest])
-    figure.update_yaxes(title={"text": f"{f.label(info.name)}{' (%)' if is_accuracy else ''}"})
+    figure.update_yaxes(title={"text": f.label(info.name) + (suffix and " (%)")})
     return figure
+
+
+def _add_points(figure: go.Figure, info: MeasuredInfo, method: str) -> None:
+    """Draw what was measured of the assignments of one method."""
+    points = [p for p in info.points if p.method == method]
+    said, colour, symbol, size = _LOOK.get(method, (method, SKY, "x", 8))
+    factor, unit = f.cost_unit(info.int8, info.metric)
+    times, suffix = (100.0, " %") if info.name == ACCURACY else (1.0, "")
+    values = [times * p.value for p in points]
+    errors, spread = [0.0] * len(points), ""
+    if info.name == ACCURACY and info.n_samples:
+        errors = [100 * standard_error(p.value, info.n_samples) for p in points]
+        spread = " ± %{customdata[1]:.1f}"
+    labelled = method == attributes.UNIFORM and len(points) <= 12
+    figure.add_scatter(
+        x=[p.cost / factor for p in points],
+        y=values,
+        error_y=error_bars(values, errors) if spread else None,
+        name=said,
+        mode="markers+text" if labelled else "markers",
+        marker={"color": colour, "symbol": symbol, "size": size},
+        text=[f.label(p.name) for p in points],
+        textposition="top right",
+        customdata=[[p.cost / info.int8, e] for p, e in zip(points, errors, strict=True)],
+        hovertemplate=f"%{{text}}: %{{y:.4g}}{spread}{suffix}<br>"
+        f"%{{x:.4g}} {unit}, %{{customdata[0]:.1%}} of all-8-bit<extra></extra>",
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
@@ -31,24 +32,14 @@ class ParetoPoint(NamedTuple):
 
 
 class ParetoInfo(NamedTuple):
-    """Assignments by cost and by the sum of their layers' sensitivities.
+    """Assignments by cost and by the sum of their layers' sensitivities."""
 
-    Attributes:
-        exact: The Pareto curve: the least sum at each cost, the cheapest first.
-        incumbents: What closed steps left: all, or evenly picked ones where there are many.
-        answer: What the last one left, ``None`` before the first step is closed.
-        uniform: The same bits everywhere (pinned layers keep theirs).
-        limit: The budget; ``None`` where it counts something else.
-        int8: Cost with 8 bits everywhere.
-        metric: What is counted.
-    """
-
-    exact: tuple[ParetoPoint, ...]
-    incumbents: tuple[ParetoPoint, ...]
-    answer: ParetoPoint | None
-    uniform: tuple[ParetoPoint, ...]
-    limit: float | None
-    int8: float
+    exact: tuple[ParetoPoint, ...]  # the least sum at each cost, the cheapest first
+    incumbents: tuple[ParetoPoint, ...]  # of closed steps, evenly picked where there are many
+    answer: ParetoPoint | None  # the last of them; None before the first step is closed
+    uniform: tuple[ParetoPoint, ...]  # the same bits everywhere; pinned layers keep theirs
+    limit: float | None  # the budget; None where it counts something else
+    int8: float  # cost with 8 bits everywhere
     metric: Metric
 
 
@@ -57,10 +48,8 @@ def pareto_info(history: History, *, n: int = N_POINTS, metric: Metric | None = 
 
     All scores are sums over layers, whatever the search ranked by: only sums can be solved exactly.
 
-    Args:
-        history: The search.
-        n: Points of the curve, beside those at the cost of what is compared with it.
-        metric: What is counted; by default what the search's budget counts.
+    The curve has ``n`` points, beside those at the cost of what is compared with it. The metric is
+    by default that of the budget.
     """
     space, info = history.space, history.info
     metric = info.metric if metric is None else metric
@@ -100,28 +89,9 @@ def pareto_figure(info: ParetoInfo) -> go.Figure:
     if not info.exact:
         return f.empty(TITLE, "The study holds no whole table of sensitivities.")
     factor, unit = f.cost_unit(info.int8, info.metric)
-    met = info.limit is None or info.answer is None or info.answer.cost <= info.limit
-    answer = "answer" if met else "incumbent,<br>over the budget"
-    drawn = {
-        "exact optimum": info.exact,
-        "steps of the search": info.incumbents,
-        "uniform bits": info.uniform,
-        answer: () if info.answer is None else (info.answer,),
-    }
-    looks: tuple[dict[str, Any], ...] = (
-        {"mode": "lines", "line": {"color": GREEN, "width": 2.5, "shape": "hv"}},
-        # A line between the steps would run below the stairs.
-        {"mode": "markers", "marker": {"color": BLUE, "size": 7}},
-        {
-            "mode": "markers+text" if len(info.uniform) <= 12 else "markers",
-            "marker": {"color": ORANGE, "symbol": "diamond", "size": 9},
-            "textposition": "top right",
-        },
-        {"mode": "markers", "marker": {"color": VERMILION, "symbol": "star", "size": 15}},
-    )
     figure = go.Figure()
     shown: list[float] = []
-    for (name, points), look in zip(drawn.items(), looks, strict=True):
+    for name, points, look in _kinds(info):
         # A log axis has no zero, as of assignments that leave everything in float.
         positive = [p for p in points if p.score > 0]
         shown += [p.score for p in positive]
@@ -144,6 +114,29 @@ def pareto_figure(info: ParetoInfo) -> go.Figure:
     costs = [p.cost / factor for p in (*info.exact, *info.uniform, *info.incumbents)]
     figure.update_xaxes(title={"text": f"cost ({unit})"}, range=[0, 1.09 * max(costs)])
     return figure
+
+
+def _kinds(info: ParetoInfo) -> list[tuple[str, Sequence[ParetoPoint], dict[str, Any]]]:
+    """Return the name, the points and the look of everything that is drawn."""
+    uniform: dict[str, Any] = {
+        "mode": "markers+text" if len(info.uniform) <= 12 else "markers",
+        "marker": {"color": ORANGE, "symbol": "diamond", "size": 9},
+        "textposition": "top right",
+    }
+    line = {"color": GREEN, "width": 2.5, "shape": "hv"}
+    # A line between the steps would run below the stairs.
+    steps = {"mode": "markers", "marker": {"color": BLUE, "size": 7}}
+    kinds: list[tuple[str, Sequence[ParetoPoint], dict[str, Any]]] = [
+        ("exact optimum", info.exact, {"mode": "lines", "line": line}),
+        ("steps of the search", info.incumbents, steps),
+        ("uniform bits", info.uniform, uniform),
+    ]
+    if info.answer is not None:
+        met = info.limit is None or info.answer.cost <= info.limit
+        name = "answer" if met else "incumbent,<br>over the budget"
+        star = {"color": VERMILION, "symbol": "star", "size": 15}
+        kinds.append((name, (info.answer,), {"mode": "markers", "marker": star}))
+    return kinds
 
 
 def plot_pareto(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 from optuna.study import Study
 from plotly.subplots import make_subplots
 
-from hq_optuna.protocol.history import History, read_history
+from hq_optuna.protocol.history import Candidate, History, Reference, read_history
+from hq_optuna.search import MEASURED, rank_correlation
 from hq_optuna.visualization import _figure as f
 from hq_optuna.visualization.palette import BLUE, GREEN, GREY, VERMILION
 from hq_optuna.visualization.steps import describe_move
@@ -28,49 +29,27 @@ AFTER = "candidates after<br>a training"
 
 TAKEN = "taken by a step"
 
-MEASURED = "loss"
-"""The scorer that ranks by measured losses: its score predicts nothing."""
-
 
 class PredictionPoint(NamedTuple):
-    """A candidate against what it is made from: the start (the widest bits), or a training, nats.
+    """A candidate against what it is made from, the start or a trained network; rises in nats."""
 
-    Attributes:
-        number: Trial number.
-        step: Its step.
-        over: The step whose training gave the network it is made from, 0 for the start.
-        move: What it changes, in words.
-        by_score: Rise of the score; ``None`` where the score is itself measured.
-        by_layers: Rise of the sum over layers; ``None`` where it was not recorded.
-        measured: Rise of the mean loss on the calibration set.
-        won: Whether a step took it.
-    """
-
-    number: int
+    number: int  # of its trial
     step: int
-    over: int
-    move: str
-    by_score: float | None
-    by_layers: float | None
-    measured: float
-    won: bool
+    over: int  # the step whose training gave the network it is made from, 0 for the start
+    move: str  # what it changes, in words
+    by_score: float | None  # rise of the score; None where the score is itself measured
+    by_layers: float | None  # rise of the sum over layers; None where it was not recorded
+    measured: float  # rise of the mean loss on the calibration set
+    won: bool  # whether a step took it
 
 
 class PredictionInfo(NamedTuple):
-    """Predicted and measured rises of all candidates that count.
-
-    Attributes:
-        scorer: Name of what candidates are ranked by.
-        points: By trial number.
-        rank_by_score: Spearman's rank correlation of ``by_score`` and ``measured``; ``None`` for
-            fewer than three points or without any difference.
-        rank_by_layers: Likewise of ``by_layers``; ``None`` also where the score is that sum.
-    """
+    """Predicted and measured rises of all candidates that count, and how well they rank."""
 
     scorer: str
-    points: tuple[PredictionPoint, ...]
+    points: tuple[PredictionPoint, ...]  # by trial number
     rank_by_score: float | None
-    rank_by_layers: float | None
+    rank_by_layers: float | None  # None also where the score is the sum over layers
 
 
 def prediction_info(history: History) -> PredictionInfo:
@@ -85,55 +64,40 @@ def prediction_info(history: History) -> PredictionInfo:
     points = []
     for c in history.candidates:
         start = references[c.step]
-        if c.step == 0 or not c.counted or start is None:
-            continue
-        measured = c.calibration_loss - start.calibration_loss
-        if not math.isfinite(measured):
-            continue
-        before, after = (x.score_weights + x.score_activations for x in (start, c))
-        points.append(
-            PredictionPoint(
-                number=c.number,
-                step=c.step,
-                over=start.step,
-                move=describe_move(c),
-                by_score=None if scorer == MEASURED else c.score - start.score,
-                by_layers=f.finite(after - before),
-                measured=measured,
-                won=c.number in won,
-            )
-        )
-    if all(
-        p.by_score is not None
-        and p.by_layers is not None
-        and math.isclose(p.by_score, p.by_layers, rel_tol=1e-9, abs_tol=1e-15)
-        for p in points
-    ):
+        if c.step > 0 and c.counted and start is not None:
+            point = _point(c, start, scorer == MEASURED, c.number in won)
+            points += [point] if math.isfinite(point.measured) else []
+    if all(map(_says_the_same, points)):
         points = [p._replace(by_layers=None) for p in points]
     return PredictionInfo(
         scorer=scorer,
         points=tuple(points),
-        rank_by_score=rank_correlation([(p.by_score, p.measured) for p in points]),
-        rank_by_layers=rank_correlation([(p.by_layers, p.measured) for p in points]),
+        rank_by_score=rank_correlation((p.by_score, p.measured) for p in points),
+        rank_by_layers=rank_correlation((p.by_layers, p.measured) for p in points),
     )
 
 
-def rank_correlation(pairs: Iterable[tuple[float | None, float]]) -> float | None:
-    """Return Spearman's rank correlation of the pairs that are whole.
+def _point(
+    c: Candidate, start: Candidate | Reference, score_is_measured: bool, won: bool
+) -> PredictionPoint:
+    before, after = (x.score_weights + x.score_activations for x in (start, c))
+    return PredictionPoint(
+        number=c.number,
+        step=c.step,
+        over=start.step,
+        move=describe_move(c),
+        by_score=None if score_is_measured else c.score - start.score,
+        by_layers=f.finite(after - before),
+        measured=c.calibration_loss - start.calibration_loss,
+        won=won,
+    )
 
-    Returns:
-        ``None`` for fewer than three, or where one side does not differ.
 
-    Example:
-        >>> rank_correlation([(1.0, 10.0), (2.0, 30.0), (3.0, 20.0), (None, 0.0)])
-        0.5
-    """
-    whole = [(predicted, measured) for predicted, measured in pairs if predicted is not None]
-    if len(whole) < 3 or any(len(set(side)) < 2 for side in zip(*whole, strict=True)):
-        return None
-    from scipy.stats import spearmanr  # takes longer to import than the figure to draw
-
-    return round(float(spearmanr(*zip(*whole, strict=True)).statistic), 12)
+def _says_the_same(p: PredictionPoint) -> bool:
+    """Return whether the score is the sum over layers, as far as floating point tells."""
+    if p.by_score is None or p.by_layers is None:
+        return False
+    return math.isclose(p.by_score, p.by_layers, rel_tol=1e-9, abs_tol=1e-15)
 
 
 _LOOKS: dict[str, dict[str, Any]] = {
@@ -149,40 +113,26 @@ def _kind(point: PredictionPoint) -> str:
 
 def prediction_figure(info: PredictionInfo) -> go.Figure:
     """Draw a point per candidate, a panel per way to predict; on the line both rises are equal."""
-    panels = []
-    for title, part, rank in (
-        (f"score ({info.scorer})", "by_score", info.rank_by_score),
-        ("sum over layers", "by_layers", info.rank_by_layers),
-    ):
-        pairs = [(getattr(p, part), p) for p in info.points if getattr(p, part) is not None]
-        correlation = "" if rank is None else f": rank correlation {rank:.2f}"
-        if pairs:
-            panels.append((f.label(title) + correlation, pairs))
+    panels = _panels(info)
     if not panels:
         return f.empty(TITLE, "No candidate has both a predicted and a measured loss rise yet.")
-    predicted = [x for _, pairs in panels for x, _ in pairs]
-    measured = [p.measured for _, pairs in panels for _, p in pairs]
+    predicted = [x for pairs in panels.values() for x, _ in pairs]
+    measured = [p.measured for pairs in panels.values() for _, p in pairs]
     unit = linear_unit([*predicted, *measured])
     places = [squeeze(x, unit) for x in (*predicted, *measured)]
     room = 0.05 * (max(places) - min(places)) or 0.1
+    titles = list(panels)
     figure = make_subplots(
-        cols=len(panels),
-        shared_yaxes=True,
-        horizontal_spacing=0.04,
-        subplot_titles=[title for title, _ in panels],
+        cols=len(panels), shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=titles
     )
     ends = [squeeze(min(predicted), unit) - room, squeeze(max(predicted), unit) + room]
-    for column, (_, pairs) in enumerate(panels, start=1):
+    for column, pairs in enumerate(panels.values(), start=1):
         figure.add_scatter(
-            x=ends,
-            y=ends,
-            mode="lines",
+            **{"x": ends, "y": ends, "mode": "lines", "hoverinfo": "skip"},
             line={"color": GREY, "width": 1.5, "dash": "dot"},
             name="as predicted",
-            hoverinfo="skip",
             showlegend=column == 1,
-            row=1,
-            col=column,
+            **{"row": 1, "col": column},
         )
         _add_points(figure, column, pairs, unit)
     linear = f"±{f.power_text(round(math.log10(unit)))}"
@@ -194,6 +144,21 @@ def prediction_figure(info: PredictionInfo) -> go.Figure:
     figure.update_yaxes(**rise_axis(measured, unit, room))
     figure.update_yaxes(title={"text": f"measured rise over {over} (nats)"}, col=1)
     return figure
+
+
+def _panels(info: PredictionInfo) -> dict[str, list[tuple[float, PredictionPoint]]]:
+    """Return ``(predicted rise, candidate)`` by the title of the panel that shows them."""
+    score = [(p.by_score, p) for p in info.points if p.by_score is not None]
+    layers = [(p.by_layers, p) for p in info.points if p.by_layers is not None]
+    panels = {}
+    for title, pairs, rank in (
+        (f"score ({info.scorer})", score, info.rank_by_score),
+        ("sum over layers", layers, info.rank_by_layers),
+    ):
+        correlation = "" if rank is None else f": rank correlation {rank:.2f}"
+        if pairs:
+            panels[f.label(title) + correlation] = pairs
+    return panels
 
 
 def _add_points(
@@ -220,8 +185,7 @@ def _add_points(
             "<br>predicted %{customdata[3]:.4g} nats"
             "<br>measured %{customdata[4]:.4g} nats<br>%{customdata[5]}<extra></extra>",
             showlegend=column == 1,
-            row=1,
-            col=column,
+            **{"row": 1, "col": column},
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
@@ -20,22 +20,13 @@ Rows = tuple[tuple[float | None, ...], ...]
 
 
 class SensitivityInfo(NamedTuple):
-    """Predicted loss rise, nats, per layer and bits; ``None`` where it was not computed.
+    """Predicted loss rise, nats, per layer and bits; ``None`` where it was not computed."""
 
-    Attributes:
-        layers: Names in network order (`L`).
-        bits: Widest first (`B`).
-        weights: Shape ``(L, B)``.
-        activations: Shape ``(L, B)``.
-        weight_bits: The incumbent's bits per layer (``None`` before the first step is closed).
-        activation_bits: Likewise.
-    """
-
-    layers: tuple[str, ...]
-    bits: tuple[int, ...]
-    weights: Rows
-    activations: Rows
-    weight_bits: tuple[int, ...] | None
+    layers: tuple[str, ...]  # in network order (L)
+    bits: tuple[int, ...]  # widest first (B)
+    weights: Rows  # (L, B)
+    activations: Rows  # (L, B)
+    weight_bits: tuple[int, ...] | None  # the incumbent's; None before the first step is closed
     activation_bits: tuple[int, ...] | None
 
 
@@ -68,57 +59,71 @@ def sensitivity_figure(info: SensitivityInfo) -> go.Figure:
 
     A cell that was not computed, or whose rise is zero, stays empty.
     """
-    parts = {
-        "weights": (info.weights, info.weight_bits),
-        "activations": (info.activations, info.activation_bits),
-    }
-    panels = {
-        name: part for name, part in parts.items() if any(v is not None for r in part[0] for v in r)
-    }
+    parts = (
+        ("weights", info.weights, info.weight_bits),
+        ("activations", info.activations, info.activation_bits),
+    )
+    panels = [part for part in parts if _numbers(part[1])]
     if not panels:
         return f.empty(TITLE, "The study holds no sensitivities.")
-    columns = [str(bits) for bits in info.bits]
-    labels = [f.label(layer) for layer in info.layers]
+    names = [name for name, _, _ in panels]
     figure = make_subplots(
-        cols=len(panels), shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=list(panels)
+        cols=len(panels), shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=names
     )
-    for column, (name, (rows, chosen)) in enumerate(panels.items(), start=1):
-        place = {"row": 1, "col": column}
-        figure.add_heatmap(
-            x=columns,
-            y=labels,
-            z=[[math.log10(v) if v is not None and v > 0 else None for v in row] for row in rows],
-            customdata=[list(row) for row in rows],
-            hovertemplate=f"%{{y}}<br>{name} at %{{x}} bits<br>"
-            "predicted loss rise %{customdata:.3g} nats<extra></extra>",
-            coloraxis="coloraxis",
-            **place,
-        )
-        marked = [pair for pair in zip(chosen or (), labels, strict=False) if pair[0] in info.bits]
-        if marked:
-            line = {"color": "black", "width": 1}
-            figure.add_scatter(
-                x=[str(bits) for bits, _ in marked],
-                y=[layer for _, layer in marked],
-                mode="markers",
-                marker={"symbol": "circle", "size": 7, "color": "white", "line": line},
-                hoverinfo="skip",
-                showlegend=False,
-                **place,
-            )
+    for column, (name, rows, chosen) in enumerate(panels, start=1):
+        _add_panel(figure, column, name, rows, info)
+        _add_circles(figure, column, chosen or (), info)
     height = f.layers_height(len(info.layers))
     circles = "" if info.weight_bits is None else " (○ bits of the incumbent)"
     f.style(figure, TITLE + circles, height)
-    figure.update_layout(coloraxis=_colours(panels.values(), min(height, 320)))
-    axis = {"type": "category", "categoryorder": "array", "categoryarray": columns}
+    rises = [rise for _, rows, _ in panels for rise in _numbers(rows)]
+    figure.update_layout(coloraxis=_colours(rises, min(height, 320)))
+    bits = [str(bits) for bits in info.bits]
+    axis = {"type": "category", "categoryorder": "array", "categoryarray": bits}
     figure.update_xaxes(**axis, title={"text": "bits"}, showgrid=False)
     figure.update_yaxes(**f.layers_axis(info.layers))
     return figure
 
 
-def _colours(panels: Iterable[tuple[Rows, Any]], px: int) -> dict[str, Any]:
-    """Return a log colour axis of all rises above zero; its bar has whole decades if several."""
-    positive = [v for rows, _ in panels for row in rows for v in row if v is not None and v > 0]
+def _numbers(rows: Rows) -> list[float]:
+    return [rise for row in rows for rise in row if rise is not None]
+
+
+def _add_panel(
+    figure: go.Figure, column: int, name: str, rows: Rows, info: SensitivityInfo
+) -> None:
+    figure.add_heatmap(
+        x=[str(bits) for bits in info.bits],
+        y=[f.label(layer) for layer in info.layers],
+        z=[[math.log10(v) if v is not None and v > 0 else None for v in row] for row in rows],
+        customdata=[list(row) for row in rows],
+        hovertemplate=f"%{{y}}<br>{name} at %{{x}} bits<br>"
+        "predicted loss rise %{customdata:.3g} nats<extra></extra>",
+        coloraxis="coloraxis",
+        **{"row": 1, "col": column},
+    )
+
+
+def _add_circles(
+    figure: go.Figure, column: int, chosen: Sequence[int], info: SensitivityInfo
+) -> None:
+    """Mark the bits that layers have, where the table holds them."""
+    pairs = zip(chosen, info.layers, strict=False)
+    marked = [(bits, layer) for bits, layer in pairs if bits in info.bits]
+    if marked:
+        line = {"color": "black", "width": 1}
+        figure.add_scatter(
+            x=[str(bits) for bits, _ in marked],
+            y=[f.label(layer) for _, layer in marked],
+            mode="markers",
+            marker={"symbol": "circle", "size": 7, "color": "white", "line": line},
+            **{"hoverinfo": "skip", "showlegend": False, "row": 1, "col": column},
+        )
+
+
+def _colours(rises: Sequence[float], px: int) -> dict[str, Any]:
+    """Return a log colour axis of the rises above zero; its bar has whole decades if several."""
+    positive = [rise for rise in rises if rise > 0]
     low, high = (math.log10(min(positive)), math.log10(max(positive))) if positive else (0.0, 0.0)
     decades = range(math.ceil(low), math.floor(high) + 1)
     ticks: Sequence[float] = [low, high]

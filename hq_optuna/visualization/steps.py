@@ -19,33 +19,24 @@ TITLE = "Score and cost over the steps"
 TRAINED = "trained"
 
 
+Values = tuple[float | None, ...]
+
+
 class StepsInfo(NamedTuple):
     """The incumbents, one entry per closed step; ``None`` where a number was not measured.
 
     A step whose winner was trained has a second entry, what the training left.
-
-    Attributes:
-        steps: Numbers of the steps.
-        taken: What each step took, in words; `TRAINED` and for how long in second entries.
-        score: Predicted loss rise, nats.
-        score_weights: The weights' sum over layers.
-        score_activations: The activations' sum over layers.
-        calibration_loss: Measured loss.
-        cost: In the unit of ``metric``.
-        limit: The budget.
-        int8: Cost with 8 bits everywhere.
-        metric: What is counted.
     """
 
     steps: tuple[int, ...]
-    taken: tuple[str, ...]
-    score: tuple[float | None, ...]
-    score_weights: tuple[float | None, ...]
-    score_activations: tuple[float | None, ...]
-    calibration_loss: tuple[float | None, ...]
-    cost: tuple[float | None, ...]
-    limit: float
-    int8: float
+    taken: tuple[str, ...]  # what a step took, in words; TRAINED and for how long in second entries
+    score: Values  # predicted loss rise, nats
+    score_weights: Values  # the weights' sum over layers
+    score_activations: Values
+    calibration_loss: Values  # measured
+    cost: Values  # in the unit of the metric
+    limit: float  # the budget
+    int8: float  # cost with 8 bits everywhere
     metric: Metric
 
 
@@ -88,7 +79,7 @@ def steps_info(history: History) -> StepsInfo:
             said = TRAINED if epochs is None else f"{TRAINED}, {epochs} epochs"
             entries.append((record, record.trained, said))
 
-    def values(name: str) -> tuple[float | None, ...]:
+    def values(name: str) -> Values:
         return tuple(f.finite(getattr(network, name)) for _, network, _ in entries)
 
     return StepsInfo(
@@ -126,8 +117,7 @@ def steps_figure(info: StepsInfo) -> go.Figure:
         ],
         hovertemplate="step %{x}: %{customdata[0]}<br>"
         f"cost %{{y:.4g}} {unit}, %{{customdata[1]:.1%}} of all-8-bit<extra></extra>",
-        row=2,
-        col=1,
+        **{"row": 2, "col": 1},
     )
     limit = info.limit / factor
     figure.add_hline(y=limit, line={"color": VERMILION, "dash": "dash"}, row=2, col=1)
@@ -144,35 +134,40 @@ def steps_figure(info: StepsInfo) -> go.Figure:
 
 def _add_scores(figure: go.Figure, info: StepsInfo, taken: list[str], mode: str) -> list[float]:
     """Draw the score, its parts and the loss; return what is visible, for the range of the axis."""
-    parts: tuple[tuple[str, tuple[float | None, ...], dict[str, Any]], ...] = (
+    parts: tuple[tuple[str, Values, dict[str, Any]], ...] = (
         ("score", info.score, {"color": BLUE, "width": 2.5}),
         ("weights, by layers", info.score_weights, {"color": ORANGE, "dash": "dash"}),
         ("activations, by layers", info.score_activations, {"color": GREEN, "dash": "dot"}),
         ("calibration loss", info.calibration_loss, {"color": VERMILION, "dash": "dashdot"}),
     )
-    place = {"row": 1, "col": 1}
     shown: list[float] = []
     for name, values, line in parts:
         hidden = name == "calibration loss"
         # A log axis has no zero; a part that is zero throughout is left out.
-        positive = [value if value is not None and value > 0 else None for value in values]
-        if not any(positive):
+        drawn = [value if (value or 0.0) > 0 else None for value in values]
+        visible = [value for value in drawn if value is not None]
+        if not visible:
             continue
-        if not hidden:
-            shown += [value for value in positive if value is not None]
+        shown += [] if hidden else visible
         figure.add_scatter(
             x=list(info.steps),
-            y=positive,
+            y=drawn,
             name=f"{name}<br>(click to show)" if hidden else name,
             mode=mode,
             line=line,
             visible="legendonly" if hidden else True,
             customdata=taken,
             hovertemplate=f"step %{{x}}: %{{customdata}}<br>{name} %{{y:.4g}} nats<extra></extra>",
-            **place,
+            **{"row": 1, "col": 1},
         )
-    after = [i for i, text in enumerate(info.taken) if text.startswith(TRAINED)]
-    after = [i for i in after if (info.score[i] or 0.0) > 0]
+    _add_trained(figure, info, taken)
+    return shown
+
+
+def _add_trained(figure: go.Figure, info: StepsInfo, taken: list[str]) -> None:
+    """Mark the scores that trainings left."""
+    trained = [i for i, text in enumerate(info.taken) if text.startswith(TRAINED)]
+    after = [i for i in trained if (info.score[i] or 0.0) > 0]
     if after:
         figure.add_scatter(
             x=[info.steps[i] for i in after],
@@ -182,9 +177,8 @@ def _add_scores(figure: go.Figure, info: StepsInfo, taken: list[str], mode: str)
             marker={"color": BLUE, "symbol": "diamond", "size": 10},
             customdata=[taken[i] for i in after],
             hovertemplate="step %{x}: %{customdata}<br>score %{y:.4g} nats<extra></extra>",
-            **place,
+            **{"row": 1, "col": 1},
         )
-    return shown
 
 
 def plot_steps(study: Study, *, dark: bool | None = None) -> go.Figure:

@@ -32,45 +32,26 @@ _WORDS = {
 
 
 class TrainingPoint(NamedTuple):
-    """A step whose winner was trained.
-
-    Attributes:
-        step: Its step.
-        number: Number of the trial that recorded it.
-        final: Whether it is the training of the answer.
-        epochs: How many.
-        samples: Samples of an epoch.
-        seconds: Time of the epochs.
-        values: ``{name: (before, after)}``; accuracies are shares of 1.
-        kept: Whether the next steps go on from it.
-    """
+    """A step whose winner was trained."""
 
     step: int
-    number: int
-    final: bool
+    number: int  # of the trial that recorded it
+    final: bool  # whether it is the training of the answer
     epochs: int
-    samples: int
-    seconds: float
-    values: Mapping[str, tuple[float, float]]
-    kept: bool = True
+    samples: int  # of an epoch
+    seconds: float  # time of the epochs
+    values: Mapping[str, tuple[float, float]]  # (before, after) by name; accuracies are shares of 1
+    kept: bool = True  # whether the next steps go on from it
 
 
 class TrainingInfo(NamedTuple):
-    """The trainings of a search.
+    """The trainings of a search."""
 
-    Attributes:
-        points: By step.
-        names: What was measured before and after, accuracy and loss first.
-        float_network: What the float network has of it, as far as that was measured.
-        n_samples: Validation samples; ``None`` where the study does not say.
-        planned: Whether the search trains.
-    """
-
-    points: tuple[TrainingPoint, ...]
-    names: tuple[str, ...]
-    float_network: Mapping[str, float]
-    n_samples: int | None
-    planned: bool
+    points: tuple[TrainingPoint, ...]  # by step
+    names: tuple[str, ...]  # what was measured before and after, accuracy and loss first
+    float_network: Mapping[str, float]  # what the float network has of it, where measured
+    n_samples: int | None  # validation samples, where the study says
+    planned: bool  # whether the search trains
 
 
 def training_info(history: History) -> TrainingInfo:
@@ -146,60 +127,94 @@ def training_figure(info: TrainingInfo) -> go.Figure:
     return figure
 
 
+class _Row(NamedTuple):
+    """A point in one panel, in the panel's unit."""
+
+    point: TrainingPoint
+    before: float
+    after: float
+    error: float  # standard error of what it has after; 0 where unknown
+
+
+class _Kind(NamedTuple):
+    """The markers of one entry of the legend."""
+
+    name: str
+    is_before: bool
+    rows: Sequence[_Row]
+    look: dict[str, Any]
+
+
 def _add_panel(figure: go.Figure, row: int, name: str, info: TrainingInfo) -> None:
     """Draw one figure of all trained steps: lines from before to after, and the float network."""
-    points = [p for p in info.points if name in p.values]
+    rows = _rows(name, info)
     times, unit, title = _WORDS.get(name, (1.0, "", f.label(name)))
-    before, after = ([times * p.values[name][i] for p in points] for i in (0, 1))
-    errors, spread = [0.0] * len(points), ""
-    if name == ACCURACY and info.n_samples:
-        errors = [times * standard_error(p.values[name][1], info.n_samples) for p in points]
-        spread = " ± %{customdata[3]:.2g}"
-    place = {"row": row, "col": 1}
     figure.add_scatter(
-        x=[step for p in points for step in (p.step, p.step, None)],
-        y=[end for pair in zip(before, after, strict=True) for end in (*pair, None)],
+        x=[step for r in rows for step in (r.point.step, r.point.step, None)],
+        y=[end for r in rows for end in (r.before, r.after, None)],
         mode="lines",
         line={"color": GREY, "width": 1.5},
-        hoverinfo="skip",
-        showlegend=False,
-        **place,
+        **{"hoverinfo": "skip", "showlegend": False, "row": row, "col": 1},
     )
-    custom = list(zip(map(_said, points), before, after, errors, strict=True))
+    spread = " ± %{customdata[3]:.2g}" if name == ACCURACY and info.n_samples else ""
     hover = (
         f"%{{customdata[0]}}<br>{f.label(name)} %{{customdata[1]:.4g}}{unit} → "
         f"%{{customdata[2]:.4g}}{spread}{unit}<extra></extra>"
     )
-    first, last = ("first epoch", "last epoch") if name == TRAINING_LOSS else ("before", "after")
-    kept = [i for i, p in enumerate(points) if p.kept and not p.final]
-    answer = [i for i, p in enumerate(points) if p.final]
-    lost = [i for i, p in enumerate(points) if not p.kept]
-    kinds: tuple[tuple[str, Sequence[int], list[float], dict[str, Any]], ...] = (
-        (first, range(len(points)), before, {"color": ORANGE, "symbol": "circle-open", "size": 8}),
-        (last, kept, after, {"color": BLUE, "size": 8}),
-        (f"{last}, not kept", lost, after, {"color": GREY, "symbol": "x", "size": 8}),
-        (f"{last}, answer", answer, after, {"color": VERMILION, "symbol": "star", "size": 13}),
-    )
-    for kind, chosen, values, look in kinds:
-        if not chosen:
-            continue
-        bars = error_bars([values[i] for i in chosen], [errors[i] for i in chosen])
-        figure.add_scatter(
-            x=[points[i].step for i in chosen],
-            y=[values[i] for i in chosen],
-            name=kind,
-            legendgroup=kind,
-            showlegend=row == 1,
-            mode="markers",
-            marker={"line": {"width": 2 if kind == first else 0}, **look},
-            error_y=bars if spread and kind != first else None,
-            customdata=[custom[i] for i in chosen],
-            hovertemplate=hover,
-            **place,
-        )
+    for kind in _kinds(name, rows):
+        _add_markers(figure, row, kind, hover, with_errors=bool(spread))
     if name in info.float_network:
-        _add_float_network(figure, row, points[0].step, times * info.float_network[name])
+        _add_float_network(figure, row, rows[0].point.step, times * info.float_network[name])
     figure.update_yaxes(title={"text": title}, row=row)
+
+
+def _add_markers(
+    figure: go.Figure, row: int, kind: _Kind, hover: str, *, with_errors: bool
+) -> None:
+    values = [r.before if kind.is_before else r.after for r in kind.rows]
+    bars = error_bars(values, [r.error for r in kind.rows])
+    figure.add_scatter(
+        x=[r.point.step for r in kind.rows],
+        y=values,
+        name=kind.name,
+        mode="markers",
+        marker={"line": {"width": 2 if kind.is_before else 0}, **kind.look},
+        error_y=bars if with_errors and not kind.is_before else None,
+        customdata=[(_said(p), *numbers) for p, *numbers in kind.rows],
+        hovertemplate=hover,
+        **_place(row, kind.name),
+    )
+
+
+def _rows(name: str, info: TrainingInfo) -> list[_Row]:
+    times = _WORDS[name][0] if name in _WORDS else 1.0
+    n = info.n_samples if name == ACCURACY else None
+    rows = []
+    for point in info.points:
+        if name in point.values:
+            before, after = point.values[name]
+            error = standard_error(after, n) if n else 0.0
+            rows.append(_Row(point, times * before, times * after, times * error))
+    return rows
+
+
+def _kinds(name: str, rows: Sequence[_Row]) -> list[_Kind]:
+    first, last = ("first epoch", "last epoch") if name == TRAINING_LOSS else ("before", "after")
+    kept = [r for r in rows if r.point.kept and not r.point.final]
+    answer = [r for r in rows if r.point.final]
+    lost = [r for r in rows if not r.point.kept]
+    kinds = [
+        _Kind(first, True, rows, {"color": ORANGE, "symbol": "circle-open"}),
+        _Kind(last, False, kept, {"color": BLUE}),
+        _Kind(f"{last}, not kept", False, lost, {"color": GREY, "symbol": "x"}),
+        _Kind(f"{last}, answer", False, answer, {"color": VERMILION, "symbol": "star", "size": 13}),
+    ]
+    return [kind._replace(look={"size": 8, **kind.look}) for kind in kinds if kind.rows]
+
+
+def _place(row: int, name: str) -> dict[str, Any]:
+    """Return the panel of a trace, which is in the legend once for all panels."""
+    return {"legendgroup": name, "showlegend": row == 1, "row": row, "col": 1}
 
 
 def _add_float_network(figure: go.Figure, row: int, step: int, value: float) -> None:
@@ -209,13 +224,10 @@ def _add_float_network(figure: go.Figure, row: int, step: int, value: float) -> 
         x=[step],
         y=[value],
         name="float network",
-        legendgroup="float network",
-        showlegend=row == 1,
         mode="lines",
         line=line,
         hoverinfo="skip",
-        row=row,
-        col=1,
+        **_place(row, "float network"),
     )
 
 

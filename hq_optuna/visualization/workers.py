@@ -34,47 +34,29 @@ What = Literal["candidate", "surplus", "record", "training", "other", "running",
 class WorkerSpan(NamedTuple):
     """A trial on the row of its worker.
 
-    Attributes:
-        worker: Which row, from 0.
-        number: Trial number.
-        what: ``"candidate"`` and ``"record"`` (the trial that closes a step): their results count.
-            ``"training"``: likewise, of a record that trains its bits.
-            ``"surplus"``: no longer needed, or another worker's result counts. ``"other"``: a trial
-            that was enqueued by hand, or of another loop. ``"failed"``: an error, given back, or
-            lost by a launcher's worker. ``"lost"``: its worker did nothing afterwards: it died or
-            was interrupted.
-            ``"running"``: still runs, or its worker died unseen.
-        step: Its step, -1 where it has none.
-        text: For people.
-        start_s: Seconds after the first start.
-        seconds: How long. Of a lost trial, until that was found out; of a running one, until the
-            last sign of any worker.
+    The results of ``"candidate"`` and ``"record"``, which closes a step, count; a record that
+    trains is ``"training"``. ``"surplus"`` is not needed any more, or another worker's result
+    counts. ``"other"`` was enqueued by hand, or is of another loop. ``"failed"`` ended in an error,
+    was given back, or was lost by a launcher's worker. ``"lost"``: its worker did nothing
+    afterwards, so it died or was interrupted. ``"running"``: still runs, or its worker died unseen.
     """
 
-    worker: int
-    number: int
+    worker: int  # its row, from 0
+    number: int  # of the trial
     what: What
-    step: int
-    text: str
-    start_s: float
-    seconds: float
+    step: int  # -1 where it has none
+    text: str  # for people
+    start_s: float  # after the first start
+    seconds: float  # of a lost trial until that was found out, of a running one until the last sign
 
 
 class WorkersInfo(NamedTuple):
-    """The work on a search.
+    """The work on a search."""
 
-    Attributes:
-        workers: ``host:pid``, in the order they came.
-        begin: The first start, UTC.
-        spans: By trial number.
-        pauses: ``(from, to)`` in seconds after the first start: long gaps in which no
-            worker worked.
-    """
-
-    workers: tuple[str, ...]
-    begin: datetime
-    spans: tuple[WorkerSpan, ...]
-    pauses: tuple[tuple[float, float], ...]
+    workers: tuple[str, ...]  # host:pid, in the order they came
+    begin: datetime  # the first start, UTC
+    spans: tuple[WorkerSpan, ...]  # by trial number
+    pauses: tuple[tuple[float, float], ...]  # from, to: long gaps without work, seconds after begin
 
 
 def workers_info(history: History) -> WorkersInfo:
@@ -85,29 +67,35 @@ def workers_info(history: History) -> WorkersInfo:
     begin = min(run.started for run in runs)
     until = max(max(run.started, run.ended or run.started) for run in runs)
     last = {run.worker: run.number for run in runs}
-    came = sorted(last, key=lambda name: min(r.started for r in runs if r.worker == name))
-    row = {name: i for i, name in enumerate(came)}
+    came = list(dict.fromkeys(run.worker for run in sorted(runs, key=lambda run: run.started)))
     moves = {c.number: describe_move(c) for c in history.candidates}
     spans = []
     for run in runs:
         what = _what(run, is_last=last[run.worker] == run.number)
-        start, span_s = run.started, ((run.ended or until) - run.started).total_seconds()
-        if run.handed and run.ended and run.seconds and run.seconds < span_s:
-            start, span_s = run.ended - timedelta(seconds=run.seconds), run.seconds
-        if run.seconds and not (run.started.microsecond or (run.ended or until).microsecond):
-            span_s = max(span_s, run.seconds)  # of a storage that keeps whole seconds
+        start, seconds = _time_of(run, until)
         spans.append(
             WorkerSpan(
-                worker=row[run.worker],
+                worker=came.index(run.worker),
                 number=run.number,
                 what=what,
                 step=run.step,
                 text=_text(run, what, moves.get(run.number)),
                 start_s=(start - begin).total_seconds(),
-                seconds=max(span_s, 0.0),
+                seconds=seconds,
             )
         )
     return WorkersInfo(_names(came), begin, tuple(spans), _pauses(spans))
+
+
+def _time_of(run: Run, until: datetime) -> tuple[datetime, float]:
+    """Return when the work on a trial began, and for how many seconds it went on."""
+    end = run.ended or until
+    start, seconds = run.started, (end - run.started).total_seconds()
+    if run.handed and run.ended and run.seconds and run.seconds < seconds:
+        start, seconds = run.ended - timedelta(seconds=run.seconds), run.seconds
+    if run.seconds and not (run.started.microsecond or end.microsecond):
+        seconds = max(seconds, run.seconds)  # of a storage that keeps whole seconds
+    return start, max(seconds, 0.0)
 
 
 def _what(run: Run, *, is_last: bool) -> What:
@@ -177,7 +165,7 @@ def workers_figure(info: WorkersInfo) -> go.Figure:
     _add_bars(figure, info)
     _add_marks(figure, info)
     end_s = max(s.start_s + s.seconds for s in info.spans)
-    margin_s = _margin(info)
+    margin_s = _margin(info, end_s)
     for start_s, stop_s in info.pauses:
         cut = _time(info, start_s + margin_s)
         figure.add_vline(x=cut, line={"color": GREY, "dash": "dot", "width": 1.5})
@@ -190,15 +178,13 @@ def workers_figure(info: WorkersInfo) -> go.Figure:
         title += "<br><sub>dotted: a pause of all, cut out</sub>"
     f.style(figure, title, max(f.layers_height(n), LEGEND_ROW_PX * (len(figure.data) + 1)))
     figure.update_layout(barmode="overlay", showlegend=True)
+    inner = [(start_s + margin_s, stop_s - margin_s) for start_s, stop_s in info.pauses]
     figure.update_xaxes(
         type="date",
         title={"text": "time, UTC (by the clock of the host that wrote it)"},
         **(_ticks(info, end_s) if info.pauses else {"nticks": N_TICKS}),
         range=[_time(info, -margin_s), _time(info, end_s + margin_s)],
-        rangebreaks=[
-            {"bounds": [_time(info, start_s + margin_s), _time(info, stop_s - margin_s)]}
-            for start_s, stop_s in info.pauses
-        ],
+        rangebreaks=[{"bounds": [_time(info, a), _time(info, b)]} for a, b in inner],
         zeroline=False,
     )
     figure.update_yaxes(**f.layers_axis(info.workers))
@@ -206,14 +192,15 @@ def workers_figure(info: WorkersInfo) -> go.Figure:
 
 
 def _add_bars(figure: go.Figure, info: WorkersInfo) -> None:
+    both = (0, 1)
     kinds: tuple[tuple[str, tuple[What, ...], tuple[int, ...], dict[str, Any], float], ...] = (
         ("even steps", ("candidate",), (0,), {"color": BLUE}, 0.7),
         ("odd steps", ("candidate",), (1,), {"color": SKY}, 0.7),
-        ("not needed", ("surplus",), (0, 1), {"color": GREY}, 0.7),
-        ("training", ("training",), (0, 1), {"color": ORANGE}, 0.7),
-        ("other trials", ("other",), (0, 1), {"color": GREEN}, 0.7),
-        ("running", ("running",), (0, 1), _hatched(BLUE), 0.4),
-        ("no result", ("failed", "lost"), (0, 1), _hatched(VERMILION), 0.2),
+        ("not needed", ("surplus",), both, {"color": GREY}, 0.7),
+        ("training", ("training",), both, {"color": ORANGE}, 0.7),
+        ("other trials", ("other",), both, {"color": GREEN}, 0.7),
+        ("running", ("running",), both, _hatched(BLUE), 0.4),
+        ("no result", ("failed", "lost"), both, _hatched(VERMILION), 0.2),
     )
     for name, what, parities, marker, width in kinds:
         spans = [s for s in info.spans if s.what in what and s.step % 2 in parities]
@@ -222,10 +209,8 @@ def _add_bars(figure: go.Figure, info: WorkersInfo) -> None:
                 **_rows(info, spans),
                 base=[_time(info, s.start_s) for s in spans],
                 x=[1000 * s.seconds for s in spans],  # milliseconds, as of a date axis
-                name=name,
-                orientation="h",
-                width=width,
                 marker={"line": {"width": 0}, **marker},
+                **{"name": name, "orientation": "h", "width": width},
             )
 
 
@@ -241,9 +226,8 @@ def _add_marks(figure: go.Figure, info: WorkersInfo) -> None:
             figure.add_scatter(
                 **_rows(info, spans),
                 x=[_time(info, s.start_s) for s in spans],
-                name=name,
-                mode="markers",
                 marker={**marker, "color": colour, "line_color": colour},
+                **{"name": name, "mode": "markers"},
             )
 
 
@@ -264,9 +248,8 @@ def _rows(info: WorkersInfo, spans: Sequence[WorkerSpan]) -> dict[str, Any]:
     }
 
 
-def _margin(info: WorkersInfo) -> float:
+def _margin(info: WorkersInfo, end_s: float) -> float:
     """Return the seconds that are shown before and after work: a hundredth of what is shown."""
-    end_s = max(s.start_s + s.seconds for s in info.spans)
     cut_s = sum(stop_s - start_s for start_s, stop_s in info.pauses)
     return max(0.001, min(0.01 * (end_s - cut_s), *(0.2 * (b - a) for a, b in info.pauses), 1e9))
 
@@ -276,30 +259,31 @@ def _ticks(info: WorkersInfo, end_s: float) -> dict[str, Any]:
 
     A time within a pause, or too near to the tick before, gets none.
     """
-    edges = [0.0, *(second for pause in info.pauses for second in pause), end_s]
+    edges = [0.0, *itertools.chain(*info.pauses), end_s]
     worked = list(zip(edges[::2], edges[1::2], strict=True))
     shown_s = sum(stop - start for start, stop in worked)
     every = next((s for s in TICKS_S if s * N_TICKS >= shown_s), TICKS_S[-1])
-    first = info.begin.timestamp()
-    places: list[float] = []
-    texts: list[str] = []
+    ticks: dict[float, str] = {}
     before_s, last_s, day = 0.0, -math.inf, ""
     for start, stop in worked:
-        round_s = math.ceil((first + start) / every) * every - first
-        times = [round_s + i * every for i in range(int(max(0.0, stop - round_s) / every) + 1)]
-        for time_s in [start, *(t for t in times if t <= stop)]:
+        for time_s in [start, *_round_times(info, start, stop, every)]:
             at_s = before_s + time_s - start
-            if at_s - last_s < 0.7 * shown_s / N_TICKS:
-                continue
-            last_s = at_s
-            said = info.begin + timedelta(seconds=time_s)
-            text = said.strftime("%H:%M:%S" if every < 60 or time_s == start else "%H:%M")
-            date = said.strftime("%Y-%m-%d")
-            places.append(time_s)
-            texts.append(text if date == day else f"{text}<br>{date}")
-            day = date
+            if at_s - last_s >= 0.7 * shown_s / N_TICKS:
+                said = info.begin + timedelta(seconds=time_s)
+                text = said.strftime("%H:%M:%S" if every < 60 or time_s == start else "%H:%M")
+                date = said.strftime("%Y-%m-%d")
+                ticks[time_s] = text if date == day else f"{text}<br>{date}"
+                last_s, day = at_s, date
         before_s += stop - start
-    return {"tickvals": [_time(info, place) for place in places], "ticktext": texts}
+    return {"tickvals": [_time(info, time_s) for time_s in ticks], "ticktext": [*ticks.values()]}
+
+
+def _round_times(info: WorkersInfo, start: float, stop: float, every: float) -> list[float]:
+    """Return the times from start to stop at which the clock shows a multiple of ``every``."""
+    first = info.begin.timestamp()
+    round_s = math.ceil((first + start) / every) * every - first
+    times = [round_s + i * every for i in range(int(max(0.0, stop - round_s) / every) + 1)]
+    return [time_s for time_s in times if time_s <= stop]
 
 
 def _time(info: WorkersInfo, seconds: float) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from hq_optuna.protocol.history import read_history
+from hq_optuna.search import rank_correlation
 from hq_optuna.space.budget import Budget
 from hq_optuna.visualization.prediction import (
     AFTER,
@@ -15,7 +16,6 @@ from hq_optuna.visualization.prediction import (
     linear_unit,
     prediction_figure,
     prediction_info,
-    rank_correlation,
     rise_axis,
     squeeze,
 )
