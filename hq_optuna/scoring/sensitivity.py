@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +104,8 @@ def measure_sensitivity(
     Raises:
         ScoreError: A value is NaN or infinite, or no layer at all received a gradient.
     """
+    if form not in get_args(Form):
+        raise ValueError(f"form is one of {', '.join(get_args(Form))}; got {form!r}.")
     if all(layer.name in curvature.no_gradient for layer in space.layers):
         raise ScoreError(
             "No layer received a gradient on the calibration set, so layers cannot be compared. "

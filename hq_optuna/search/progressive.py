@@ -114,7 +114,8 @@ class ProgressiveSearch:
             )
         start, cost = incumbent.state, incumbent.cost
         moves = propose(
-            *(self.space, start),
+            self.space,
+            start,
             n=self.n_candidates,
             seed=self.seed,
             step=incumbent.step + 1,
