@@ -99,7 +99,7 @@ def _search(
         supervisor, coordinator, close = _start_workers(
             session, study, n_workers, scheduler, progress.news, tell
         )
-        progress.members = supervisor.members
+        progress.show_workers(supervisor.members)
         try:
             if coordinator is None:
                 _watch(supervisor, lambda: tell(session.log(study)))
@@ -189,9 +189,13 @@ class LaunchProgress(SearchProgress):
 
     def __init__(self, console: Console, space: SearchSpace, budget: Budget) -> None:
         super().__init__(console, space, budget)
-        self.members: list[Member] = []
+        self._members: list[Member] = []
         self._since = time.monotonic()
         self._shown = -math.inf
+
+    def show_workers(self, members: list[Member]) -> None:
+        """Show these workers from here on."""
+        self._members = members
 
     def now_and_then(self, log: StepLog) -> None:
         """Show where the search stands, unless that was done a moment ago."""
@@ -206,8 +210,8 @@ class LaunchProgress(SearchProgress):
     def show(self) -> RenderableType:
         """Return table, bars and the incumbent's bits."""
         shown = super().show()
-        table = worker_table(self.members, time.monotonic() - self._since)
-        return Group(table, shown) if self.members else shown
+        table = worker_table(self._members, time.monotonic() - self._since)
+        return Group(table, shown) if self._members else shown
 
 
 def worker_table(members: list[Member], seconds: float) -> Table:
