@@ -43,7 +43,7 @@ def test_status_and_report_say_which_layers_are_rounded_otherwise(
     found = json.loads(command("status", study, "--json").output)
     assert found["quantizers"] == {"0": "midrise", "2": "midrise", "4": "dorefa"}
     report = command("report", study, "--format", "markdown").output
-    assert f"| quantizers of weights | {words} |" in report
+    assert f"| quantizers | {words} |" in report
 
 
 def test_status_says_nothing_of_quantizers_where_all_are_uniform(

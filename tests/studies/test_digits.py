@@ -7,7 +7,8 @@ from safetensors.torch import load_file, save_file
 
 from hq_optuna.errors import StudyFileError
 from hq_optuna.network.batches import read_batches
-from hq_optuna.study_files.study_file import StudyFile, find_study, parse_budget
+from hq_optuna.space.budget import parse_budget
+from hq_optuna.study_files.study_file import StudyFile, find_study
 
 datasets = pytest.importorskip("sklearn.datasets", reason="the digits study needs scikit-learn")
 
