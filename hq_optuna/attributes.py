@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
@@ -93,13 +93,6 @@ def join(key: str, attributes: Mapping[str, Any]) -> Any | None:
     while f"{key}:{len(parts)}" in attributes:
         parts.append(attributes[f"{key}:{len(parts)}"])
     return json.loads("".join(parts)) if parts else None
-
-
-def parent_digest(
-    settings: Mapping[str, Any], step: int | None, state: Sequence[int] | None = None
-) -> str:
-    """Return the digest that tickets carry: of the settings, and what the last closed step left."""
-    return digest([dict(settings), step, None if state is None else list(state)])
 
 
 def digest(data: Any) -> str:

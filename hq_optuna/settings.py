@@ -198,17 +198,19 @@ class _Settings:
 
     def to_json(self) -> dict[str, Any]:
         """Return all settings as JSON data."""
-        return {name: _plain(value) for name, value in vars(self).items()}
+        found: dict[str, Any] = json.loads(json.dumps(vars(self), default=_plain))
+        return found
 
 
 def _plain(value: Any) -> Any:
+    """Return JSON data for what is none."""
     if isinstance(value, Budget):
         return value.text
     if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, (tuple, list, set)):
-        return [_plain(each) for each in value]
-    return str(value) if isinstance(value, Path) else value
+        return dict(value)
+    if isinstance(value, Path):
+        return str(value)
+    return int(value) if isinstance(value, Integral) else list(value)
 
 
 def read_bits(text: Any) -> tuple[int, ...]:

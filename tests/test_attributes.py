@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hq_optuna import attributes
-from hq_optuna.attributes import StudyInfo, Ticket, join, parent_digest, split
+from hq_optuna.attributes import StudyInfo, Ticket, digest, join, split
 
 json_data = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -71,17 +71,17 @@ def test_a_damaged_ticket_is_treated_as_absent(lost):
     assert Ticket.read({}) is None
 
 
-def test_the_parent_digest_depends_on_settings_step_and_state_and_not_on_their_order():
+def test_a_digest_depends_on_settings_step_and_state_and_not_on_their_order():
     made = {"seed": 0, "limit": 1.5, "rule": "min"}
-    base = parent_digest(made, 3, (8, 4))
+    base = digest([made, 3, (8, 4)])
     assert len(base) == 12
-    assert base == parent_digest(dict(reversed(made.items())), 3, [8, 4])
-    assert base == parent_digest(json.loads(json.dumps(made)), 3, (8, 4))
+    assert base == digest([dict(reversed(made.items())), 3, [8, 4]])
+    assert base == digest([json.loads(json.dumps(made)), 3, (8, 4)])
     others = {
-        parent_digest({**made, "seed": 1}, 3, (8, 4)),
-        parent_digest(made, 4, (8, 4)),
-        parent_digest(made, 3, (4, 8)),
-        parent_digest(made, None, None),
+        digest([{**made, "seed": 1}, 3, (8, 4)]),
+        digest([made, 4, (8, 4)]),
+        digest([made, 3, (4, 8)]),
+        digest([made, None, None]),
     }
     assert len(others | {base}) == 5
 

@@ -105,7 +105,7 @@ def claim(view: StudyView, study: Study, waited_s: float = math.inf) -> ClaimedT
             ticket = _choose(log, view.search, waited_s)
             if ticket is None:
                 return None
-            view.failures.refuse_more(log, ticket)
+            view.failures.refuse_more(log.search.space, ticket)
         trial = _create(view, study, ticket)
         if trial.number == expected or not _lost(view, study, ticket, trial):
             return trial

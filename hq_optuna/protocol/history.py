@@ -20,8 +20,8 @@ from hq_optuna.attributes import StudyInfo, Ticket
 from hq_optuna.errors import ResumeError
 from hq_optuna.optuna_internals import id_of, storage_of, trial_id_of
 from hq_optuna.protocol import worker_identity
-from hq_optuna.protocol.step_log import StepLog, search_of
-from hq_optuna.search import Additive
+from hq_optuna.protocol.step_log import StepLog
+from hq_optuna.search import Additive, ProgressiveSearch
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.cost import CostModel, Metric
 from hq_optuna.space.search_space import SearchSpace
@@ -190,7 +190,7 @@ def read_history(study: Study) -> History:
     trials = read_facts(storage, id_of(study), _FACTS)
     info = StudyInfo.from_json(user[attributes.INFO])
     made = system.get(attributes.SETTINGS)
-    log = None if made is None else StepLog(search_of(made, space, info.metric))
+    log = None if made is None else StepLog(ProgressiveSearch.from_json(made, space, info.metric))
     if log is not None:
         log.update(trials)
     candidates = _candidates(log, trials, space, info.metric)

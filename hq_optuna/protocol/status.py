@@ -15,8 +15,9 @@ from hq_optuna import attributes
 from hq_optuna.attributes import StudyInfo
 from hq_optuna.optuna_internals import place_of
 from hq_optuna.protocol import worker_identity
-from hq_optuna.protocol.step_log import StepLog, search_of
+from hq_optuna.protocol.step_log import StepLog
 from hq_optuna.protocol.study_view import stored_limits
+from hq_optuna.search import ProgressiveSearch
 from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.storages.trials import TrialRow, read_rows
 
@@ -96,7 +97,7 @@ class StatusReader:
                 return None
             self._info = StudyInfo.from_json(info)
             space = SearchSpace.from_json(space_data)
-            self._log = StepLog(search_of(made, space, self._info.metric))
+            self._log = StepLog(ProgressiveSearch.from_json(made, space, self._info.metric))
         return self._log
 
     def _count(self, rows: Sequence[TrialRow]) -> None:

@@ -14,7 +14,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from optuna.trial import TrialState
 
@@ -23,8 +22,6 @@ from hq_optuna.attributes import Ticket
 from hq_optuna.protocol.owners import Owners
 from hq_optuna.search import Incumbent, Limits, Past, ProgressiveSearch, Result
 from hq_optuna.search.rules import keeps
-from hq_optuna.space.cost import CostModel, Metric
-from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.storages.trials import Cursor, TrialRow
 
 _Key = tuple[int, str]  # step and parent, as tickets say them
@@ -93,7 +90,7 @@ class StepLog:
 
     def __init__(self, search: ProgressiveSearch) -> None:
         self.search = search
-        self.settings = settings(search)  # once: its digest of the space takes milliseconds
+        self.settings = search.to_json()  # once: its digest of the space takes milliseconds
         self.cursor = Cursor()
         self.owners = Owners()
         # By number: the first says whose study this is, the others were refused.
@@ -298,7 +295,7 @@ class StepLog:
         if not states and not self.search.final:
             return None
         left = (None, None) if incumbent is None else (incumbent.step, incumbent.state)
-        parent = attributes.parent_digest(self.settings, *left)
+        parent = attributes.digest([self.settings, *left])
         return OpenStep(step, parent, states, final=not states)
 
     @property
@@ -348,34 +345,3 @@ class StepLog:
         else:
             incumbent = self.search.close(self.incumbent, results, self.comparable)
         return incumbent, self.counted[incumbent.origin]
-
-
-def settings(search: ProgressiveSearch) -> dict[str, Any]:
-    """Return what the history of a search depends on, as JSON data."""
-    return {
-        "space": search.space.digest,
-        "n_candidates": search.n_candidates,
-        "rule": search.rule,
-        "seed": search.seed,
-        "refine": search.refine,
-        "limit": search.limit if search.limit > float("-inf") else None,
-        # Named only where there is training, so that older studies go on.
-        **({"train_every": search.train_every} if search.train_every else {}),
-        **({"final": True} if search.final else {}),
-    }
-
-
-def search_of(settings: Mapping[str, Any], space: SearchSpace, metric: Metric) -> ProgressiveSearch:
-    """Return the search that a study's settings describe; ``metric`` is what its budget counts."""
-    limit = settings["limit"]
-    return ProgressiveSearch(
-        space=space,
-        cost=CostModel(space.layers, metric).cost,
-        limit=-math.inf if limit is None else limit,
-        n_candidates=settings["n_candidates"],
-        rule=settings["rule"],
-        seed=settings["seed"],
-        refine=settings["refine"],
-        train_every=settings.get("train_every", 0),
-        final=settings.get("final", False),
-    )

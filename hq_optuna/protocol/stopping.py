@@ -8,6 +8,7 @@ from optuna.trial import TrialState
 from hq_optuna.attributes import Ticket
 from hq_optuna.optuna_internals import loop_of
 from hq_optuna.protocol.step_log import StepLog
+from hq_optuna.space.search_space import SearchSpace
 
 MAX_FAILURES = 5
 """How often this process tries work anew that brings no result; an objective is deterministic."""
@@ -30,7 +31,7 @@ class Failures:
         if log.open is not None and log.open.needs(ticket):
             self._ended.setdefault(_key(ticket), []).append(state)
 
-    def refuse_more(self, log: StepLog, ticket: Ticket) -> None:
+    def refuse_more(self, space: SearchSpace, ticket: Ticket) -> None:
         """Refuse to try the same work for ever. It is told once; then counting starts anew.
 
         Called before a trial, as an error after one would hide why that failed.
@@ -49,8 +50,8 @@ class Failures:
             how = "the objective raised an error, or returned NaN or no number, in"
             then = "Return a number for it, infinity if it is of no use."
         raise RuntimeError(
-            f"The search cannot go on without {_what(log, ticket)}: {how} {len(ended)} trials for "
-            f"it. {then} Then start again: what was scored stays."
+            f"The search cannot go on without {_what(space, ticket)}: {how} {len(ended)} trials "
+            f"for it. {then} Then start again: what was scored stays."
         )
 
 
@@ -58,14 +59,14 @@ def _key(ticket: Ticket) -> tuple[object, ...]:
     return ticket.kind, ticket.step, ticket.parent, ticket.slot
 
 
-def _what(log: StepLog, ticket: Ticket) -> str:
+def _what(space: SearchSpace, ticket: Ticket) -> str:
     """Return the result that a trial was to bring, in words."""
     if ticket.kind == "incumbent":
         return f"the record of step {ticket.step}"
     if ticket.variable is None:
         return "the score of the start"
     bits = ""
-    names = [variable.name for variable in log.search.space.variables]
+    names = [variable.name for variable in space.variables]
     if ticket.variable in names:  # swaps say theirs
         bits = f" {ticket.from_bits} → {ticket.bits[names.index(ticket.variable)]}"
     return f"the score of {ticket.variable}{bits} in step {ticket.step}"

@@ -36,7 +36,7 @@ from hq_optuna.optuna_internals import (
 )
 from hq_optuna.protocol import worker_identity
 from hq_optuna.protocol.claims import ClaimedTrial, claim
-from hq_optuna.protocol.step_log import StepLog, settings
+from hq_optuna.protocol.step_log import StepLog
 from hq_optuna.protocol.stopping import stop
 from hq_optuna.protocol.study_view import StudyView, limits_of
 from hq_optuna.protocol.tickets import (
@@ -181,7 +181,7 @@ class ProgressiveBitSampler(BaseSampler):
             studies = self._views.setdefault(storage, {})
             if study_id not in studies:
                 log = StepLog(self._search(study))
-                mine = attributes.digest(settings(log.search))
+                mine = attributes.digest(log.settings)
                 log.limit(limits_of(study))
                 studies[study_id] = StudyView(
                     self.space, self.encoding, log, mine, self._budget_of(study), self.lock
@@ -315,7 +315,7 @@ class ProgressiveBitSampler(BaseSampler):
             else:
                 slot = slot_for(step, log.untagged_before(trial.number))
                 ticket = candidate_ticket(log, slot, view.search)
-            view.failures.refuse_more(log, ticket)
+            view.failures.refuse_more(log.search.space, ticket)
             return ticket
 
     def infer_relative_search_space(

@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 from hq_optuna.search.moves import lowerable, propose
 from hq_optuna.search.rules import RULES, choose
 from hq_optuna.search.swaps import Notch, learn_rises, propose_swaps
 from hq_optuna.settings import Rule
 from hq_optuna.space.assignment import BitConfig
+from hq_optuna.space.cost import CostModel, Metric
 from hq_optuna.space.layers import is_whole
 from hq_optuna.space.search_space import SearchSpace
 
@@ -80,6 +82,26 @@ class ProgressiveSearch:
             raise ValueError(f"rule is one of {', '.join(RULES)}; got {self.rule!r}.")
         if self.train_every < 0:
             raise ValueError(f"train_every is 0 (never) or more; got {self.train_every}.")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what the history depends on, as JSON data; the space by its digest."""
+        return {
+            "space": self.space.digest,
+            "n_candidates": self.n_candidates,
+            "rule": self.rule,
+            "seed": self.seed,
+            "refine": self.refine,
+            "limit": self.limit if self.limit > -math.inf else None,  # JSON has no infinity
+            "train_every": self.train_every,
+            "final": self.final,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], space: SearchSpace, metric: Metric) -> Self:
+        """Return the search that `to_json` described; ``metric`` is what its budget counts."""
+        limit = -math.inf if data["limit"] is None else data["limit"]
+        told = {name: value for name, value in data.items() if name not in ("space", "limit")}
+        return cls(space, CostModel(space.layers, metric).cost, limit, **told)
 
     def trains(self, step: int) -> bool:
         """Return whether the winner of a step is trained, as far as the step's number tells."""

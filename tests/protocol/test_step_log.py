@@ -15,7 +15,6 @@ from optuna.trial import TrialState
 
 from hq_optuna import attributes
 from hq_optuna.protocol import owners, worker_identity
-from hq_optuna.protocol import step_log as log_module
 from hq_optuna.protocol.step_log import StepLog
 from tests.samplers.tables import (
     STORAGES,
@@ -325,7 +324,7 @@ def test_a_training_goes_on_from_attempts_at_the_same_bits_alone(study, log):
 
 def test_settings_name_everything_the_history_depends_on():
     search = sampler()._search(None)
-    base = log_module.settings(search)
+    base = search.to_json()
     for name, value in {
         "n_candidates": 4,
         "rule": "min",
@@ -334,8 +333,8 @@ def test_settings_name_everything_the_history_depends_on():
         "refine": not search.refine,
     }.items():
         changed = replace(search, **{name: value})
-        assert [k for k in base if log_module.settings(changed)[k] != base[k]] == [name]
-        other = log_module.settings(changed)
-        assert attributes.parent_digest(other, None) != attributes.parent_digest(base, None)
+        assert [k for k in base if changed.to_json()[k] != base[k]] == [name]
+        other = changed.to_json()
+        assert attributes.digest(other) != attributes.digest(base)
     unlimited = replace(search, limit=-math.inf)
-    assert log_module.settings(unlimited)["limit"] is None  # JSON has no infinity
+    assert unlimited.to_json()["limit"] is None  # JSON has no infinity

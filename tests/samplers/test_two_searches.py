@@ -9,7 +9,6 @@ from optuna.trial import TrialState
 from hq_optuna import attributes
 from hq_optuna.errors import ResumeError
 from hq_optuna.protocol import study_view
-from hq_optuna.protocol.step_log import settings
 from hq_optuna.protocol.study_view import stored_limits
 from hq_optuna.pruners import CostBudgetPruner
 from hq_optuna.search import Limits
@@ -35,7 +34,7 @@ def stored(study: optuna.Study) -> dict[str, object]:
 
 def write_last(study: optuna.Study, other: optuna.Study) -> None:
     """Write what a search writes that found the study empty, as its slower twin did."""
-    study_view.write_settings(study, ours(other).space, settings(ours(other)._search(None)))
+    study_view.write_settings(study, ours(other).space, ours(other)._search(None).to_json())
 
 
 @pytest.fixture
