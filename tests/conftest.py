@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import tarfile
 from pathlib import Path
 from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before PyTorch is imported: tests share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what ends with an `&`
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the processes that we start inherit
 
 import pytest
 from hypothesis import HealthCheck, settings
