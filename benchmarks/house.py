@@ -8,7 +8,7 @@ Most figures are read from the source text. Two are measured: the processor time
 
 Figures:
     lines: Lines of all files in `hq_optuna/`, templates, docstrings and blank lines included.
-    largest_room: Files in the largest room, without `__init__.py`.
+    largest_room: Files in the largest room.
     import_cycles: Groups of modules that import each other, imports for types included.
     functions_over_60: Functions of more than 60 lines, docstrings included.
     complexity_over_15: Functions and methods whose cyclomatic complexity is over 15, as Radon
@@ -70,12 +70,11 @@ def count_lines() -> int:
 
 
 def rooms() -> dict[str, int]:
-    """Return the number of files of each room, without ``__init__.py``; largest first."""
+    """Return the number of files of each room; largest first."""
     found: dict[str, int] = {}
     for path in sources():
-        if path.name != "__init__.py":
-            room = str(path.parent.relative_to(ROOT))
-            found[room] = found.get(room, 0) + 1
+        room = str(path.parent.relative_to(ROOT))
+        found[room] = found.get(room, 0) + 1
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
@@ -196,7 +195,7 @@ def cpu_seconds(command: list[str]) -> float:
 
 def help_cpu(n_runs: int) -> dict[str, float]:
     """Return the median processor time, in seconds, of ``--help`` and of ``import optuna``."""
-    shown = [sys.executable, "-m", "hq_optuna.cli", "--help"]
+    shown = [sys.executable, "-m", "hq_optuna", "--help"]
     imported = [sys.executable, "-c", "import optuna"]
     for command in (shown, imported):  # the first run fills the caches
         cpu_seconds(command)

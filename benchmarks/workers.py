@@ -193,7 +193,7 @@ def launched(n_workers: int, n_evaluations: int, study: list[str], folder: Path)
         url = sqlite_url(Path(place) / "workers.db")
         subprocess.run(
             [
-                *(sys.executable, "-m", "hq_optuna.cli", "launch", *study, "--name", "s"),
+                *(sys.executable, "-m", "hq_optuna", "launch", *study, "--name", "s"),
                 *("--workers", str(n_workers), "--threads", "1", "--candidates", "32", "--json"),
                 *("--storage", url, "--folder", str(folder), "--artifacts", place),
                 *("--max-evaluations", str(n_evaluations)),

@@ -76,7 +76,11 @@ def draw(table: Rooms) -> str:
     """Return the drawing as SVG."""
     kind_of = {room: kind for kind, (names, _) in KINDS.items() for room in names}
     base = [room for room in BASE if room in table]
-    rooms = {room: below - {*base} for room, below in table.items() if room not in (FACE, *base)}
+    rooms = {
+        room: below - {*base}
+        for room, below in table.items()
+        if room not in (FACE, "__main__", *base)
+    }
     place = places(rooms)
     bottom = max(y for _, y in place.values()) + ROW
     lines, boxes = [], []

@@ -30,7 +30,7 @@ COLOURS = 256
 def run_digits(folder: Path) -> None:
     """Search the bits of the digits network."""
     subprocess.run(
-        [sys.executable, "-m", "hq_optuna.cli", "run", "digits", "--folder", str(folder)],
+        [sys.executable, "-m", "hq_optuna", "run", "digits", "--folder", str(folder)],
         check=True,
     )
 

@@ -93,6 +93,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "cli": {*BASE, INTERNALS, *PLAIN, *TORCH, *OPTUNA, *BOTH},
     FACE: {*BASE, INTERNALS, *PLAIN, *TORCH, *OPTUNA, *BOTH},
+    "__main__": {"cli"},
 }
 MOST_FILES = 15
 """In a room: what a newcomer can take in at a glance."""
@@ -259,7 +260,7 @@ def test_a_circle_is_found() -> None:
 def test_no_room_holds_more_files_than_one_takes_in_at_a_glance() -> None:
     files: dict[Path, int] = {}
     for path in sources("hq_optuna"):
-        files[path.parent] = files.get(path.parent, 0) + (path.name != "__init__.py")
+        files[path.parent] = files.get(path.parent, 0) + 1
     assert {str(room): n for room, n in files.items() if n > MOST_FILES} == {}
 
 

@@ -42,7 +42,7 @@ class WorkerCommand:
     def arguments(self, threads: int) -> list[str]:
         """Return the command line."""
         return [
-            *(sys.executable, "-P", "-m", "hq_optuna.cli", "worker", self.study),
+            *(sys.executable, "-P", "-m", "hq_optuna", "worker", self.study),
             *("--name", self.name, "--folder", self.folder),
             *("--threads", str(threads), "--json", *self.options),
         ]

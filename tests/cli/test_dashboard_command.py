@@ -35,7 +35,7 @@ def serve(*arguments: str) -> tuple[subprocess.Popen[str], str]:
     """Start the command, and return the process and the two lines it prints."""
     dashboard()
     process = subprocess.Popen(
-        [sys.executable, "-m", "hq_optuna.cli", "dashboard", *arguments, "--port", "0"],
+        [sys.executable, "-m", "hq_optuna", "dashboard", *arguments, "--port", "0"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

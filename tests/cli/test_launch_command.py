@@ -43,7 +43,7 @@ Scorer.measure = _held
 def start(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "hq_optuna.cli", *map(str, arguments)],
+        [sys.executable, "-P", "-m", "hq_optuna", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

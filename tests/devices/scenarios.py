@@ -203,7 +203,7 @@ def the_commands_run_there(device: str) -> None:
     for words in (["run"], ["launch", "--workers", "2"]):
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "tiny.py").write_text(text)
-            command = [sys.executable, "-m", "hq_optuna.cli", words[0], "tiny.py", *words[1:]]
+            command = [sys.executable, "-m", "hq_optuna", words[0], "tiny.py", *words[1:]]
             options = ["--device", device, "--final-epochs", "1", "--json"]
             done = subprocess.run(
                 [*command, *options],

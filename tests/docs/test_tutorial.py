@@ -68,7 +68,7 @@ def run_line(line: str) -> str:
         result = CliRunner().invoke(app, words[1:])
         assert result.exit_code == 0, result.output
         return result.stdout
-    line = re.sub(r"^hq-optuna ", f"{shlex.quote(sys.executable)} -m hq_optuna.cli ", line)
+    line = re.sub(r"^hq-optuna ", f"{shlex.quote(sys.executable)} -m hq_optuna ", line)
     line = re.sub(r"^python ", f"{shlex.quote(sys.executable)} ", line)
     found = {"PYTHONPATH": os.pathsep.join(map(str, sys.path)), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
