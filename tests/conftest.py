@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,13 @@ from tests.real_data import shared_data
 # A machine that stands still for a moment, as a busy one does, says nothing against a property.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
+
+
+@pytest.hookimpl(tryfirst=True)  # before the fixtures of any scope
+def pytest_runtest_setup() -> None:
+    """A command run in this process, on two threads, must not change the next test's last bits."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)  # tiny tensors, too: threads only cost time
 
 
 @pytest.fixture(scope="session")

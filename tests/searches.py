@@ -13,7 +13,6 @@ from torch import Tensor, nn
 import hq_optuna as hq
 from hq_optuna.protocol.history import read_history
 
-torch.set_num_threads(1)  # tiny tensors: threads only cost time
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 LAYERS = ("first", "middle", "last")

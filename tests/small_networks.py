@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from hq_optuna.network.introspection import introspect
 from hq_optuna.space.layers import LayerSpec
 
-torch.set_num_threads(1)  # tiny tensors: threads only cost time
-
 
 def layers_of(network: nn.Module, x: Tensor) -> Sequence[LayerSpec]:
     return introspect(network, x).layers

@@ -18,11 +18,6 @@ from hq_optuna.errors import ResumeError
 from hq_optuna.quantization.correction import SHIFT
 
 
-@pytest.fixture(autouse=True)
-def _threads() -> None:
-    torch.set_num_threads(1)
-
-
 def network() -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -24,11 +24,6 @@ Command = Callable[..., Result]
 RUN = Path("hq-optuna-runs/tiny")
 
 
-@pytest.fixture(autouse=True)
-def _threads() -> None:
-    torch.set_num_threads(1)
-
-
 def contents(path: Path) -> list[str]:
     """Return everything a SQLite database says, as text."""
     with sqlite3.connect(path) as connection:

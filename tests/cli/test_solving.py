@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import Result
 
 import hq_optuna
@@ -17,7 +16,6 @@ Command = Callable[..., Result]
 
 @pytest.fixture
 def searched(study: Path, command: Command) -> Iterator[Path]:
-    torch.set_num_threads(1)
     assert command("run", study).exit_code == 0
     study.unlink()  # neither network nor data from here on
     yield study

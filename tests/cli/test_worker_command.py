@@ -11,7 +11,6 @@ from pathlib import Path
 
 import optuna
 import pytest
-import torch
 from optuna.exceptions import StorageInternalError
 from typer.testing import Result
 
@@ -25,11 +24,6 @@ from hq_optuna.settings import RunSettings
 
 Command = Callable[..., Result]
 STARTED = ("--seed", 5, "--candidates", 3, "--n", 12, "--budget", "0.4 bops")
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -43,7 +42,6 @@ def test_the_example_runs_and_prints_what_the_readme_shows(
     code = block("example")
     assert len(code.strip().splitlines()) <= 12
     monkeypatch.chdir(folder)
-    torch.set_num_threads(1)
     printed = io.StringIO()
     names: dict[str, Any] = {}
     with contextlib.redirect_stdout(printed):

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from hq_optuna.cli.app import app
@@ -102,7 +101,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     place, before = tmp_path_factory.mktemp("tutorial"), Path.cwd()
     os.chdir(place)
     sys.path.insert(0, str(place))
-    torch.set_num_threads(1)
     try:
         yield place
     finally:

@@ -18,11 +18,6 @@ from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.layers import FLOAT_BITS
 
 
-@pytest.fixture(autouse=True)
-def _threads() -> None:
-    torch.set_num_threads(1)
-
-
 class Residual(nn.Module):
     """Convolutions with and without batch-norm, a shortcut and a linear head."""
 

@@ -17,14 +17,6 @@ torchvision = pytest.importorskip("torchvision", reason="torchvision is an extra
 models = torchvision.models
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def look(name, size=224):
     return introspect(models.get_model(name, weights=None), torch.zeros(1, 3, size, size))
 

@@ -24,14 +24,6 @@ CLASSES = [
 N_TRAIN, N_TEST = 1010, 20  # of the made-up data below: 1000 for validation, 10 to calibrate
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def pixels():
     """Return made-up images and labels, by class: ``{"train": (uint8 (N, 32, 32, 3), labels)}``."""
