@@ -15,12 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
-from torch.nn.parameter import is_lazy
 
 from hq_optuna.errors import NetworkError
 from hq_optuna.network.batches import Inputs, forward, map_tensors, tensors
 from hq_optuna.network.copies import preserve_network
-from hq_optuna.network.devices import check_double_precision
 from hq_optuna.network.layer_types import (
     CONVOLUTIONS,
     OTHER_NORMS,
@@ -28,6 +26,7 @@ from hq_optuna.network.layer_types import (
     TRANSPOSED,
     UNSUPPORTED,
 )
+from hq_optuna.network.searchable import check_searchable
 from hq_optuna.space.layers import LayerSpec, SkippedModule
 
 
@@ -104,12 +103,10 @@ def introspect(
         >>> [(layer.name, layer.kind, layer.macs) for layer in found.layers]
         [('0', 'Conv2d', 7776), ('2', 'Linear', 2880)]
     """
-    if not isinstance(network, nn.Module):
-        raise TypeError(f"Expected a torch.nn.Module; got {type(network).__name__}.")
+    check_searchable(network)
     names: dict[nn.Module, list[str]] = {}
     for name, module in network.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
-    _check(network)
 
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     # A copy: networks may write into their input.
@@ -182,36 +179,6 @@ _UNREGISTERED = (
     "called, but not registered in the network, so its weights are in no state dict; "
     "keep layers in attributes or nn.ModuleList"
 )
-
-
-def _check(network: nn.Module) -> None:
-    """Refuse weights that no pass could use, devices that no score could, and compiled modules."""
-    for name, module in network.named_modules():
-        if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None):
-            raise NetworkError(
-                f"{repr(name) if name else 'The network'} is compiled by torch.compile, and what "
-                "is compiled does not tell which layers it calls. Give the network as it was "
-                "before (a compiled network's _orig_mod; after network.compile(), a deepcopy)."
-            )
-    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
-        if is_lazy(tensor):
-            raise NetworkError(
-                f"{name!r} is not initialized yet (a lazy module). Run the network once on an "
-                "example input, or load its weights, before the search."
-            )
-        if tensor.is_meta:
-            raise NetworkError(
-                f"{name!r} is on the meta device and holds no values. Load it first."
-            )
-        check_double_precision(tensor.device)
-    for name, parameter in network.named_parameters():
-        numeric = parameter.is_floating_point() or parameter.is_complex()
-        if numeric and not bool(torch.isfinite(parameter.detach()).all()):
-            bad = parameter.numel() - int(torch.isfinite(parameter.detach()).sum())
-            raise NetworkError(
-                f"Parameter {name!r} holds {bad} NaN or infinite values of {parameter.numel()}. "
-                "Load a checkpoint whose training did not diverge."
-            )
 
 
 def _count(network: nn.Module, example: Inputs, *, check_batch: bool) -> dict[nn.Module, _Tally]:

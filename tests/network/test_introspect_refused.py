@@ -114,5 +114,5 @@ def test_an_empty_batch_is_refused():
 
 
 def test_something_that_is_no_module_is_refused():
-    with pytest.raises(TypeError, match=r"torch.nn.Module; got function"):
+    with pytest.raises(NetworkError, match=r"torch.nn.Module; got function"):
         introspect(lambda x: x, torch.zeros(2, 3))
