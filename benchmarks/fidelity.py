@@ -32,7 +32,7 @@ from torch.nn import functional
 
 from benchmarks.outcome import Outcome
 from benchmarks.published_scores import PUBLISHED, measure_published
-from hq_optuna.network.batches import Batches, forward, merge, read_batches
+from hq_optuna.network.batches import Batches, forward, read_batches
 from hq_optuna.network.introspection import introspect
 from hq_optuna.quantization import observe_inputs, prepare, set_bits
 from hq_optuna.quantization.compensation import ROUNDINGS, compensate_weights
@@ -129,7 +129,7 @@ class Bench:
             compensate_weights(
                 self.prepared, self.layers, data, dict.fromkeys(self.names, range(2, 9))
             )
-        self.correction = StatisticsCorrection(self.prepared, merge(data, 256))
+        self.correction = StatisticsCorrection(self.prepared, data)
         self.seen = self.correction.data
         self.seen_labels = torch.cat([batch.labels for batch in self.seen])
         self.tables: dict[str, Sensitivity] = {}

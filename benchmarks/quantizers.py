@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.outcome import Outcome
-from hq_optuna.network.batches import Batches, forward, merge, read_batches
+from hq_optuna.network.batches import Batches, forward, read_batches
 from hq_optuna.network.introspection import introspect
 from hq_optuna.quantization import prepare, set_bits
 from hq_optuna.quantization.compensation import compensate_weights
@@ -153,7 +153,7 @@ class Bench:
                     holder = weight_quantizer(prepared.get_submodule(n))
                     weight = float_weight(prepared.get_submodule(n)).detach()
                     holder.keep(weight, bits, variant(weight, bits), torch.ones(len(weight)))
-            correction = StatisticsCorrection(prepared, merge(self.data, 128))
+            correction = StatisticsCorrection(prepared, self.data)
             for how in ("nearest", "compensated") if compensates else ("nearest",):
                 if how == "compensated":
                     needed = {n: [config[n].weight_bits] for n in everywhere}

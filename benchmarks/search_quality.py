@@ -29,8 +29,8 @@ from torch.nn import functional
 from benchmarks.baselines import METHODS, Problem, run_method
 from benchmarks.outcome import Outcome
 from benchmarks.published_scores import PUBLISHED, measure_published
-from hq_optuna.network.batches import Batches, forward, merge, read_batches
-from hq_optuna.network.evaluation import accuracy
+from hq_optuna.network.batches import Batches, forward, read_batches
+from hq_optuna.network.evaluation import Accuracy
 from hq_optuna.network.introspection import introspect
 from hq_optuna.quantization import prepare, set_bits
 from hq_optuna.quantization.compensation import ROUNDINGS, compensate_weights
@@ -92,9 +92,9 @@ def main() -> None:
     space, prepared, tables = tables_of(
         parts.network, data, sums, arguments.rounding, arguments.quantizer
     )
-    correction = StatisticsCorrection(prepared, merge(data, 256))
+    correction = StatisticsCorrection(prepared, data)
     model = CostModel(space.layers, "size_bytes")
-    outcome.details["float"] = accuracy(copy.deepcopy(parts.network).eval(), test)["accuracy"]
+    outcome.details["float"] = Accuracy()(copy.deepcopy(parts.network).eval(), test)["accuracy"]
     outcome.details |= {"n_calibration": data.n_samples, "rounding": arguments.rounding}
     outcome.details["quantizer"] = arguments.quantizer
 

@@ -51,7 +51,7 @@ from torch.nn import functional
 
 from benchmarks.outcome import Outcome
 from hq_optuna.curvature import Curvature, calibration_adam
-from hq_optuna.network.batches import Batches, enlarge_first_batch, forward, merge, read_batches
+from hq_optuna.network.batches import Batches, forward, read_batches
 from hq_optuna.network.introspection import introspect
 from hq_optuna.quantization import observe_inputs, prepare, set_bits
 from hq_optuna.quantization.compensation import compensate_weights
@@ -75,7 +75,6 @@ TARGETS: dict[str, tuple[float, int, int]] = {
 }
 """Name → bits a weight at most on average, bits of activations, bits of the image."""
 N_CALIBRATION = 512
-STATISTICS_SAMPLES = 128
 TUNING_TEMPERATURE = 4.0
 MOMENT_BITS, MOMENT_EPOCHS = 4, 2
 MEANS = ("trained_second_moment_trace", "calibration_adam_trace")
@@ -154,7 +153,7 @@ def read(data: Path, checkpoint: Path, quick: bool, quantizer: str) -> Parts:
         calibration=calibration,
         train=train,
         validation=study.validation(data),
-        test=merge(read_batches(study.test(data)), 128),
+        test=read_batches(study.test(data), batch_size=128),
         quantizer=quantizer,
     )
 
@@ -197,8 +196,7 @@ def start_of(parts: Parts, config: BitConfig) -> nn.Module:
     """Return the prepared network at these bits, with compensated weights, corrected."""
     prepared = prepared_for(parts, {name: [b.weight_bits] for name, b in config.items()})
     set_bits(prepared, config)
-    data = enlarge_first_batch(parts.calibration, STATISTICS_SAMPLES)
-    StatisticsCorrection(prepared, data).apply()
+    StatisticsCorrection(prepared, parts.calibration).apply()
     return prepared
 
 
@@ -236,19 +234,18 @@ def train_(
             f"{100 * (epoch.training_accuracy or 0):.2f} {epoch.seconds:.1f} s",
             flush=True,
         )
-    calibration = enlarge_first_batch(parts.calibration, STATISTICS_SAMPLES)
-    StatisticsCorrection(prepared, calibration, of=parts.network).apply()
+    StatisticsCorrection(prepared, parts.calibration, of=parts.network).apply()
     return trainer
 
 
 def measure_tuning(parts: Parts, settings: TrainingSettings, outcome: Outcome) -> None:
     """Train one assignment and measure it on validation images."""
     prepared = start_of(parts, allocate(parts, *TARGETS["13x_a4_image8"]))
-    validation = merge(read_batches(parts.validation), 128)
+    validation = read_batches(parts.validation, batch_size=128)
     images, labels = parts.validation
     chance = torch.Generator().manual_seed(0)
     changed = torch.cat([study.augment(images, chance) for _ in range(3)])
-    augmented = merge(read_batches((changed, labels.repeat(3))), 128)
+    augmented = read_batches((changed, labels.repeat(3)), batch_size=128)
     for when in ("untrained", "trained"):
         if when == "trained":
             train_(prepared, parts, parts.train, settings)

@@ -20,13 +20,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hq_optuna.curvature.estimate import Curvature
 from hq_optuna.curvature.sweep import SquaredGradients, differentiable
-from hq_optuna.network.batches import Batches
+from hq_optuna.network.batches import Batch, Batches
+from hq_optuna.network.loss_weights import batch_loss
 from hq_optuna.network.losses import LossFunction
 from hq_optuna.quantization.quantizers.base import in_single
 from hq_optuna.space.layers import LayerSpec
@@ -47,14 +49,19 @@ def calibration_adam(
 
     It never stops early: a network that is sure of most images gets nearly all of this curvature
     from a few of them (`output_curvature` does not). The window 1 / (1 − β₂) should exceed the
-    number of batches. ``progress`` is called with (batches done, batches). Raises `ScoreError`
-    where the loss has no gradient.
+    number of batches. ``progress`` is called with (batches done, batches).
     """
     sweep = SquaredGradients(layers)
+    # Batches of which nothing counts have no gradient, and those left a larger one each.
+    counting = math.sqrt(sum(batch.n for batch in data if batch.share) / data.n_samples)
+
+    def objective(outputs: Any, batch: Batch) -> Tensor:
+        return counting * batch_loss(loss_fn, outputs, batch)
+
     with differentiable(network, layers, sweep.see) as (copied, weights):
         moments = {name: torch.zeros_like(in_single(w.detach())) for name, w in weights.items()}
         for index, batch in enumerate(data):
-            sweep.run(copied, weights, batch, lambda outputs, b: loss_fn(outputs, b.labels))
+            sweep.run(copied, weights, batch, objective)
             scale = math.sqrt(batch.n / data[0].n)
             for name, weight in weights.items():
                 moment = moments[name].mul_(beta2)  # v ← β₂ v + (1 − β₂) g²

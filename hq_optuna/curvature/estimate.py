@@ -68,7 +68,9 @@ class Curvature:
         weights: Layer → h, the weight's shape, loss per weight².
         inputs: Layer → one entry per call of a forward pass.
         batch_size: The factor B in h = B · v̂, where the estimate needs it.
-        no_gradient: Layers whose weight got no gradient at all: their curvature is unknown.
+        no_gradient: Layers whose weight got no gradient at all, or zeros alone.
+        unreached: Layers of which a call got no gradient in its input (it ran without gradients,
+            or what it returned was detached).
         errors: Layer → standard errors of the mean curvature of its weights and of its inputs,
             relative to these means, without what all layers have in common (`MeanCurvatures`).
     """
@@ -78,6 +80,7 @@ class Curvature:
     batch_size: int
     n_samples: int
     no_gradient: tuple[str, ...]
+    unreached: tuple[str, ...] = ()
     errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def with_weights(self, known: Mapping[str, Tensor]) -> Curvature:
@@ -85,6 +88,11 @@ class Curvature:
         weights = {n: known[n].to(h) if n in known else h for n, h in self.weights.items()}
         gone = tuple(name for name in self.no_gradient if name not in known)
         return dataclasses.replace(self, weights=weights, no_gradient=gone)
+
+    @property
+    def unknown(self) -> frozenset[str]:
+        """Layers whose curvature is not known, and not known to be zero."""
+        return frozenset((*self.no_gradient, *self.unreached))
 
     @property
     def largest_error(self) -> float:

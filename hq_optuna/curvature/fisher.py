@@ -43,8 +43,13 @@ TEMPERATURE = 3.0
 class OutputProbe(Protocol):
     """Random vectors whose covariance is the Hessian of the loss in the outputs."""
 
-    def draw(self, outputs: Tensor, generator: torch.Generator, labels: Any = None) -> Tensor:
-        """Return u of the outputs' shape with E[u uᵀ] = H_z for each sample."""
+    def draw(
+        self, outputs: Tensor, generator: torch.Generator, labels: Any = None, share: float = 1.0
+    ) -> Tensor:
+        """Return u of the outputs' shape with E[u uᵀ] = H_z for each sample.
+
+        Labels tell which places count, and ``share`` what a sample does (`Batch`).
+        """
 
     def scale(self) -> float:
         """Return the factor that brings the curvature of all outputs seen to nats."""
@@ -56,37 +61,45 @@ class CrossEntropyProbe:
 
     temperature: float = TEMPERATURE
     places: Places = field(default_factory=Places)
-    _softened: list[float] = field(default_factory=list)
-    _own: list[float] = field(default_factory=list)
+    _seen: list[tuple[float, float, float, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
             raise ValueError(f"temperature is above 0; got {self.temperature}.")
 
-    def draw(self, outputs: Tensor, generator: torch.Generator, labels: Any = None) -> Tensor:
+    def draw(
+        self, outputs: Tensor, generator: torch.Generator, labels: Any = None, share: float = 1.0
+    ) -> Tensor:
         """Return u for class scores ``(N, C, …)``."""
-        z = outputs.detach().double()
+        z, n = outputs.detach().double(), len(outputs)
+        soft, own = (self.places.curvature(z, labels, t) for t in (self.temperature, 1.0))
+        self._seen.append((n, n * share, n * share * soft, n * share * own))
         p = torch.softmax(z / self.temperature, 1)
-        self._softened.append(self.places.curvature(z, labels, self.temperature))
-        self._own.append(self.places.curvature(z, labels))
-        counted = self.places.counted(z, labels)
         root = p.sqrt() * signs(z, generator)
         u = root - p * root.sum(1, keepdim=True)
+        counted = self.places.counted(z, labels)
         if counted is not None:
-            u = u * counted.sqrt().unsqueeze(1)
-        return (u / math.sqrt(z[0, 0].numel())).to(outputs.dtype)
+            u = torch.where(counted.unsqueeze(1) != 0, u * counted.sqrt().unsqueeze(1), 0.0)
+        return (u * math.sqrt(share / z[0, 0].numel())).to(outputs.dtype)
 
     def scale(self) -> float:
-        """Return the mean curvature of the unsoftened outputs over that of the softened ones."""
-        softened, own = math.fsum(self._softened), math.fsum(self._own)
+        """Return the mean curvature of the unsoftened outputs over that of the softened ones.
+
+        Both of what was seen: where that is not all data, their shares are not 1 on average.
+        """
+        if not self._seen:
+            return 1.0
+        n, counted, softened, own = (math.fsum(column) for column in zip(*self._seen, strict=True))
         # A network sure of every image has no curvature of its own to scale to.
-        return own / softened if own > 0 and softened > 0 else 1.0
+        return (own / softened if own > 0 and softened > 0 else 1.0) * n / (counted or n)
 
 
 class SquaredErrorProbe:
     """Draws u for the mean squared error: H_z = 2/d, with d the elements of a sample's output."""
 
-    def draw(self, outputs: Tensor, generator: torch.Generator, labels: Any = None) -> Tensor:
+    def draw(
+        self, outputs: Tensor, generator: torch.Generator, labels: Any = None, share: float = 1.0
+    ) -> Tensor:
         """Return random signs times √(2/d)."""
         return signs(outputs.detach(), generator) * math.sqrt(2 / outputs[0].numel())
 
@@ -116,19 +129,19 @@ def output_curvature(
 ) -> Curvature:
     """Return the Gauss-Newton diagonal in weights and inputs, from as many batches as it takes.
 
-    Batches are taken in order until no layer's relative standard error is above the tolerance
-    (`MeanCurvatures`), so the same data give the same stop and the same numbers; a tolerance of 0
-    reads all data. The network's output is one tensor ``(N, …)``; labels tell only which places
-    count. ``progress`` is called with (batches done, batches); the last call may come early. Raises
-    `ScoreError` where the outputs have no gradient.
+    Batches are taken in a random order until no layer's relative standard error is above the
+    tolerance (`MeanCurvatures`); the order is always the same, so the same data give the same stop
+    and the same numbers. A tolerance of 0 reads all data. The network's output is one tensor ``(N, …)``; labels tell only which places
+    count. ``progress`` is called with (batches done, batches); the last call may come early.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def objective(outputs: Any, batch: Batch) -> Tensor:
-        u = probe.draw(outputs, generator, batch.labels)
+        u = probe.draw(outputs, generator, batch.labels, batch.share)
         if len(outputs) != batch.n:  # several rows of outputs a sample, such as its tokens
             u = u * math.sqrt(batch.n / len(outputs))
-        loss: Tensor = (u * outputs).sum() / batch.n
+        # Where u is 0 outputs may be −inf, the score of a masked class.
+        loss: Tensor = (u * torch.where(u != 0, outputs, 0.0)).sum() / batch.n
         return loss
 
     found = squared_gradients(network, layers, data, objective, tolerance, progress)
@@ -154,7 +167,7 @@ def squared_gradients(
     sweep, seen = SquaredGradients(layers), 0
     with differentiable(network, layers, sweep.see) as (copied, weights):
         sums = {name: torch.zeros_like(in_single(weight)) for name, weight in weights.items()}
-        for index, batch in enumerate(data):
+        for index, batch in enumerate(data.in_random_order()):
             sweep.run(copied, weights, batch, objective)
             seen += batch.n
             for name, weight in weights.items():

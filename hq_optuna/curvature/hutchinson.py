@@ -19,15 +19,18 @@ layer at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hq_optuna.curvature.estimate import TOLERANCE, Curvature, InputCurvature, MeanCurvatures
-from hq_optuna.curvature.sweep import check_differentiable, differentiable, signs
+from hq_optuna.curvature.sweep import differentiable, signs
+from hq_optuna.errors import NetworkError
 from hq_optuna.network.batches import Batches, forward
+from hq_optuna.network.loss_weights import batch_loss
 from hq_optuna.network.losses import LossFunction
 from hq_optuna.space.layers import LayerSpec
 
@@ -52,30 +55,50 @@ def hutchinson(
     twice differentiable. Stops at the relative standard error ``tolerance`` (0: never), or when
     each batch got ``most_sweeps`` probes. ``raw`` leaves means that are not above their standard
     error as they were measured. ``progress`` is called with (probes done, most probes); the last
-    call may come early. Raises `ScoreError` where the loss has no gradient.
+    call may come early.
+
+    Raises:
+        NetworkError: The network or the loss has no second derivative.
     """
     if most_sweeps < 1:
         raise ValueError(f"most_sweeps is at least 1; got {most_sweeps}.")
     seen: list[tuple[str, Tensor]] = []
+    mixed = data.in_random_order()
     with differentiable(network, layers, lambda name, x: seen.append((name, x))) as (net, weights):
         probes = _Probes(weights, seed)
         most = most_sweeps * len(data)
         for index in range(most):
-            batch = data[index % len(data)]
+            batch = mixed[index % len(data)]
             seen.clear()
             # Fused attention has no second derivative.
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-                loss = loss_fn(forward(net, batch.inputs), batch.labels)
-                check_differentiable(loss)
+                loss = batch_loss(loss_fn, forward(net, batch.inputs), batch)
                 inputs = tuple(seen)  # activation checkpointing calls layers again, going back
                 at = [*weights.values(), *(x for _, x in inputs)]
-                first = torch.autograd.grad(loss, at, create_graph=True, allow_unused=True)
-            probes.add(batch.n, weights, inputs, first)
+                first: Sequence[Tensor | None] = [None] * len(at)
+                with _explained():
+                    if loss.requires_grad:
+                        first = torch.autograd.grad(loss, at, create_graph=True, allow_unused=True)
+                    probes.add(batch.n, weights, inputs, first)
             settled = tolerance > 0 and probes.means.settled(tolerance)
             progress(most if settled else index + 1, most)
             if settled:
                 break
     return probes.curvature(data, raw)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Say of an error in a backward pass that second derivatives were asked for."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise NetworkError(
+            f"The scorer 'hutchinson' needs second derivatives, and the network or the loss has "
+            f"none: {str(error).splitlines()[0]} Give it without what has one gradient only "
+            "(torch.utils.checkpoint, functions marked once_differentiable), or use scorer "
+            "'fisher' or 'diagonal', which need no more."
+        ) from error
 
 
 class _Probes:
@@ -90,6 +113,7 @@ class _Probes:
         }
         self._inputs: dict[str, list[InputCurvature]] = {name: [] for name in weights}
         self._has_gradient = dict.fromkeys(weights, False)
+        self._unreached: set[str] = set()
         self._n = 0
 
     def add(
@@ -109,6 +133,8 @@ class _Probes:
             row[name] = (float(diagonal.double().mean()), 0.0)
         calls = dict.fromkeys(weights, 0)
         for (name, x), g in zip(inputs, gradients[len(weights) :], strict=True):
+            if g is None and x.numel():
+                self._unreached.add(name)
             if len(self._inputs[name]) == calls[name]:
                 self._inputs[name].append(InputCurvature())
             # The loss is a batch mean, so a sample's own Hessian is n times as large.
@@ -135,6 +161,7 @@ class _Probes:
             batch_size=data[0].n,
             n_samples=min(self._n, data.n_samples),
             no_gradient=tuple(name for name, any_ in self._has_gradient.items() if not any_),
+            unreached=tuple(sorted(self._unreached)),
             errors=self.means.errors(),
         )
 

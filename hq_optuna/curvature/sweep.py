@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hq_optuna.curvature.estimate import Curvature, InputCurvature, MeanCurvatures
-from hq_optuna.errors import ScoreError
 from hq_optuna.network.batches import Batch, forward
 from hq_optuna.network.copies import copied
 from hq_optuna.quantization.observers import first_input, with_first_input
@@ -61,13 +62,69 @@ def differentiable(
         torch.backends.cudnn.enabled = enabled
 
 
-def check_differentiable(loss: Tensor) -> None:
-    """Refuse a loss that does not depend on the network through any gradient."""
-    if not loss.requires_grad:
-        raise ScoreError(
-            "The loss has no gradient: the network or the loss function detaches it "
-            "(torch.no_grad, detach, argmax?). Curvature needs a differentiable loss."
-        )
+@dataclass(eq=False)
+class Call:
+    """A call of a layer in a forward pass: its place among the layer's calls, and its gradient."""
+
+    layer: str
+    place: int
+    shape: torch.Size
+    trace: tuple[float, float] | None  # of an input that may come again, in the backward pass
+    reached: bool
+
+
+class Calls:
+    """The calls of layers in one forward pass, and those that its backward pass repeats.
+
+    Checkpointing and functions with a backward pass of their own call layers without gradients, and
+    once more while they go back. What is told of such a call belongs to the one that it repeats,
+    which is known by its input.
+    """
+
+    def __init__(self) -> None:
+        self.forward: list[Call] = []
+        self._numbers = Counter[str]()
+        self._going_back = False
+
+    def add(self, layer: str, x: Tensor) -> Call | None:
+        """Return the call that this is, or repeats; ``None`` for one that repeats nothing."""
+        if self._going_back:
+            return self._repeated(layer, x)
+        trace = None if torch.is_grad_enabled() else _trace(x)
+        call = Call(layer, self._numbers[layer], x.shape, trace, reached=x.numel() == 0)
+        self._numbers[layer] += 1
+        self.forward.append(call)
+        return call
+
+    def _repeated(self, layer: str, x: Tensor) -> Call | None:
+        now, found, nearest = _trace(x), None, TRACE_TOLERANCE
+        for call in reversed(self.forward):
+            if call.layer == layer and call.shape == x.shape and call.trace is not None:
+                scale = max(abs(now[1]), abs(call.trace[1]), 1e-300)
+                off = max(abs(now[1] - call.trace[1]), (now[0] - call.trace[0]) ** 2 / x.numel())
+                if off < nearest * scale:
+                    found, nearest = call, off / scale
+        if found is not None:
+            found.trace = None  # it is repeated once
+        return found
+
+    @contextmanager
+    def going_back(self) -> Iterator[None]:
+        """Take calls in the body for repeated ones."""
+        self._going_back = True
+        try:
+            yield
+        finally:
+            self._going_back = False
+
+
+TRACE_TOLERANCE = 1e-6
+"""How far two sums over an input and over its repetition may differ, relative to its squares."""
+
+
+def _trace(x: Tensor) -> tuple[float, float]:
+    values = x.detach().double()
+    return float(values.sum()), float(values.square().sum())
 
 
 def signs(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -82,7 +139,8 @@ class SquaredGradients:
     def __init__(self, layers: Sequence[LayerSpec]) -> None:
         self.inputs: dict[str, list[InputCurvature]] = {layer.name: [] for layer in layers}
         self.means = MeanCurvatures()
-        self._calls: dict[str, int] = {}
+        self._calls = Calls()
+        self._unreached: set[str] = set()
         self._seen: dict[str, float] = {}
         self._n = 0
 
@@ -95,13 +153,15 @@ class SquaredGradients:
     ) -> None:
         """Differentiate a batch's objective; leave the gradients in ``weights``."""
         self._n = batch.n
-        self._calls.clear()
+        self._calls = Calls()
         self._seen = dict.fromkeys(self.inputs, 0.0)
         network.zero_grad(set_to_none=True)
         with torch.enable_grad():
             loss = objective(forward(network, batch.inputs), batch)
-            check_differentiable(loss)
-            loss.backward()  # type: ignore[no-untyped-call]
+            if loss.requires_grad:
+                with self._calls.going_back():
+                    loss.backward()  # type: ignore[no-untyped-call]
+        self._unreached |= {call.layer for call in self._calls.forward if not call.reached}
         row = {}
         for name, weight in weights.items():
             g = weight.grad
@@ -111,12 +171,15 @@ class SquaredGradients:
 
     def see(self, name: str, x: Tensor) -> None:
         """Square the gradient of a layer's input when it comes."""
-        call = self._calls[name] = self._calls.get(name, -1) + 1
-        while len(self.inputs[name]) <= call:
+        call = self._calls.add(name, x)
+        if call is None:
+            return
+        while len(self.inputs[name]) <= call.place:
             self.inputs[name].append(InputCurvature())
-        entry = self.inputs[name][call]
+        entry = self.inputs[name][call.place]
 
         def square(gradient: Tensor) -> None:
+            call.reached = True
             # The loss is a batch mean, so a sample's own gradient is n times as large.
             self._seen[name] += entry.add(gradient * self._n, self._n)
 
@@ -130,5 +193,6 @@ class SquaredGradients:
             batch_size=batch_size,
             n_samples=n_samples,
             no_gradient=tuple(name for name, h in weights.items() if not bool(h.any())),
+            unreached=tuple(sorted(self._unreached)),
             errors=self.means.errors(),
         )

@@ -1,32 +1,38 @@
 """Look at a network: which layers can be quantized, how large they are and what they compute.
 
-The network runs once on the example input and every call of a convolution or linear layer is
-counted from the shapes that really occur. What has weights and cannot be quantized is listed with
+The network runs once on all data, and every multiplication with the weight of a convolution or
+linear layer is counted, whoever does it. What has weights and cannot be quantized is listed with
 the reason. The network is handed back as it came.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 
-from hq_optuna.errors import NetworkError
-from hq_optuna.network.batches import Inputs, forward, map_tensors, tensors
+from hq_optuna.errors import HqOptunaError, NetworkError
+from hq_optuna.network.batches import Batches, Inputs, forward
+from hq_optuna.network.containers import map_tensors, tensors
 from hq_optuna.network.copies import preserve_network
 from hq_optuna.network.layer_types import (
-    CONVOLUTIONS,
     OTHER_NORMS,
     QUANTIZABLE,
     TRANSPOSED,
     UNSUPPORTED,
 )
 from hq_optuna.network.searchable import check_searchable
+from hq_optuna.network.weight_uses import WatchedWeights, WeightUse
 from hq_optuna.space.layers import LayerSpec, SkippedModule
 
 
@@ -39,13 +45,15 @@ class Introspection:
         skipped: Modules with weights of their own that are not quantized, in the order the
             network registers them. Normalization layers are not listed.
         n_parameters: Elements of all parameters of the network, each counted once.
-        n_samples: Samples in the example input; MACs and inputs were divided by it.
+        n_samples: Samples that were seen; MACs and inputs were divided by it.
+        warnings: Sentences about costs that hang on the data, or that bits do not tell.
     """
 
     layers: tuple[LayerSpec, ...]
     skipped: tuple[SkippedModule, ...]
     n_parameters: int
     n_samples: int
+    warnings: tuple[str, ...] = ()
 
     @property
     def macs(self) -> int:
@@ -60,22 +68,29 @@ class Introspection:
 
 @dataclass(slots=True)
 class _Tally:
-    """Counts of one layer over one forward pass, all samples together."""
+    """Counts of one layer over the passes of all batches, all samples together.
+
+    ``outside`` are those of the MACs that functions did with the weight outside the layer;
+    ``n_calls`` is of the pass with the most calls. ``unsteady``: two batches of one shape differ.
+    """
 
     macs: int = 0
+    outside: int = 0
     n_calls: int = 0
     n_inputs: int = 0
+    unsteady: bool = False
 
 
 def introspect(
-    network: nn.Module, example_input: Inputs, *, n_samples: int | None = None
+    network: nn.Module, example_input: Inputs | Batches, *, n_samples: int | None = None
 ) -> Introspection:
     """Run the network once in evaluation mode and describe its quantizable layers.
 
-    MACs come from the shapes of each call: a convolution has output elements · input channels of a
-    group · kernel elements of them, a transposed convolution input elements · output channels of
-    a group · kernel elements, a linear layer output elements · input features. Calls add up; the
-    sum is for one sample (rounded up where a layer works on something the samples share).
+    MACs are those of each multiplication with a layer's weight, by the layer or by a function that
+    was given the weight, as `torch.utils.flop_counter` counts them. A layer that computes another
+    weight from its own has those of its class: for a convolution output elements · input channels
+    of a group · kernel elements. Calls add up; the sum is for one sample, on average over all that
+    are given (rounded up).
 
     A module registered under several names is one layer. Two *modules* that share one weight
     tensor are not: bits of their own would leave two copies of a weight that is stored once. The
@@ -88,7 +103,8 @@ def introspect(
     Args:
         network: The network; its weights must be finite floating-point numbers.
         example_input: A tensor, a tuple of positional or a mapping of keyword arguments, with the
-            samples along the first dimension. It is copied to the device of the network.
+            samples along the first dimension; or all calibration data, of which each batch runs.
+            Inputs are copied to the device of the network.
         n_samples: Samples in the example. Default: first dimension of the first tensor, or the
             length of the first argument where that is a list (one tensor per image, as
             torchvision's detectors take them).
@@ -107,19 +123,43 @@ def introspect(
     names: dict[nn.Module, list[str]] = {}
     for name, module in network.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
-
-    device = next((p.device for p in network.parameters()), torch.device("cpu"))
-    # A copy: networks may write into their input.
-    example = map_tensors(example_input, lambda x: x.detach().to(device, copy=True))
-    n = _n_samples(example) if n_samples is None else n_samples
+    if isinstance(example_input, Batches):
+        given = [(batch.inputs, batch.n) for batch in example_input]
+    else:
+        given = [(example_input, _n_samples(example_input) if n_samples is None else n_samples)]
+    n = sum(of_batch for _, of_batch in given)
     if n < 1:
         raise NetworkError(f"The example input holds {n} samples. Give at least one.")
-    tallies = _count(network, example, check_batch=n_samples is None)
+    check_batch = n_samples is None and not isinstance(example_input, Batches)
+    tallies = _count(network, given, check_batch=check_batch)
     layers = _quantized_layers(names, tallies, n)
-    skipped = _skipped_modules(network, names, tallies, layers)
+    skipped = _skipped_modules(network, names, tallies, layers, n)
     _check_found(layers, skipped)
     n_parameters = sum(p.numel() for p in network.parameters())
-    return Introspection(tuple(layers.values()), tuple(skipped), n_parameters, n)
+    found = {layer.name: tallies[module] for module, layer in layers.items()}
+    return Introspection(
+        tuple(layers.values()), tuple(skipped), n_parameters, n, _warnings(found, n)
+    )
+
+
+def _warnings(tallies: Mapping[str, _Tally], n: int) -> tuple[str, ...]:
+    """Return sentences about layers whose cost hangs on the data, or whose weight others use."""
+    said = []
+    unsteady = [repr(name) for name, tally in tallies.items() if tally.unsteady]
+    if unsteady:
+        more = f" and {len(unsteady) - 3} more" if len(unsteady) > 3 else ""
+        said.append(
+            f"How much {', '.join(unsteady[:3])}{more} compute depends on the data (a branch, or "
+            f"experts); MACs and costs are means over the {n} calibration samples."
+        )
+    said += [
+        f"Functions outside layer {name!r} use its weight too ({-(-tally.outside // n)} MACs a "
+        "sample). They get its rounded weight, and count at its bits, but what enters them is not "
+        "rounded; call the layer itself instead."
+        for name, tally in tallies.items()
+        if tally.outside
+    ]
+    return tuple(said)
 
 
 def _check_found(layers: Mapping[nn.Module, LayerSpec], skipped: Sequence[SkippedModule]) -> None:
@@ -146,7 +186,8 @@ def _quantized_layers(
     layers: dict[nn.Module, LayerSpec] = {}
     weights: set[int] = set()
     for module, tally in tallies.items():
-        if module in names and not _unfit(module) and id(module.weight) not in weights:
+        fit = tally.n_inputs and tally.n_calls and module in names and not _unfit(module)
+        if fit and id(module.weight) not in weights:
             weights.add(id(module.weight))
             layers[module] = _spec(module, names[module], tally, n)
     return layers
@@ -157,6 +198,7 @@ def _skipped_modules(
     names: Mapping[nn.Module, list[str]],
     tallies: Mapping[nn.Module, _Tally],
     layers: Mapping[nn.Module, LayerSpec],
+    n: int,
 ) -> list[SkippedModule]:
     """Return the modules with weights of their own that are not quantized."""
     owners = {id(module.weight): layer.name for module, layer in layers.items()}
@@ -165,7 +207,7 @@ def _skipped_modules(
     for module, (name, *_) in names.items():
         if module in layers or name.startswith(computed):
             continue
-        reason = _reason(network, module, name, called=module in tallies)
+        reason = _reason(network, module, name, tallies.get(module), n)
         if reason:
             owner = next(filter(None, (owners.get(id(p)) for p in _own(module).values())), None)
             if owner is not None:
@@ -181,58 +223,133 @@ _UNREGISTERED = (
 )
 
 
-def _count(network: nn.Module, example: Inputs, *, check_batch: bool) -> dict[nn.Module, _Tally]:
-    """Run the network and return the counts of every quantizable module it calls, in order."""
-    tallies: dict[nn.Module, _Tally] = {}
-    first = next(tensors(_arguments(example)), None)
-    alone: list[nn.Module] = []  # layers that took the example itself for a single sample
-
-    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not isinstance(module, QUANTIZABLE):
-            return
-        taken, given = next(tensors((args, kwargs)), None), next(tensors(output), None)
-        if taken is None or given is None:
-            return
-        tally = tallies.setdefault(module, _Tally())
-        tally.n_calls += 1
-        tally.n_inputs += taken.numel()
-        if isinstance(module, nn.Linear):
-            tally.macs += given.numel() * module.in_features
-            n_batched = 2
-        elif isinstance(module, CONVOLUTIONS):
-            kernel = math.prod(module.kernel_size)
-            if isinstance(module, TRANSPOSED):
-                tally.macs += taken.numel() * (module.out_channels // module.groups) * kernel
-            else:
-                tally.macs += given.numel() * (module.in_channels // module.groups) * kernel
-            n_batched = len(module.kernel_size) + 2
-        if first is not None and taken.shape == first.shape and taken.dim() < n_batched:
-            alone.append(module)
-
-    try:
-        with preserve_network(network), torch.no_grad():
-            network.eval()
-            # A hook on all modules touches none of them, and comes before the user's own hooks,
-            # which may replace the output.
-            handle = register_module_forward_hook(hook, with_kwargs=True)
-            try:
-                forward(network, example)
-            finally:
+def _count(
+    network: nn.Module, given: Sequence[tuple[Inputs, int]], *, check_batch: bool
+) -> dict[nn.Module, _Tally]:
+    """Run the network on each batch, and return the counts of each layer that has any."""
+    counter = _Counter(network)
+    first_of: dict[Any, dict[nn.Module, int]] = {}  # MACs of the first batch of each shape
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    handles: list[Any] = []
+    with preserve_network(network), torch.no_grad():
+        network.eval()
+        try:
+            # Hooks on all modules touch none of them, and come before the user's own hooks, which
+            # may replace the output.
+            handles.append(register_module_forward_pre_hook(counter.enter))
+            handles.append(register_module_forward_hook(counter.leave, with_kwargs=True))
+            for index, (inputs, n) in enumerate(given):
+                # A copy: networks may write into their input.
+                example = map_tensors(inputs, lambda x: x.detach().to(device, copy=True))
+                shapes = [tuple(t.shape) for t in tensors(example)]
+                before = {module: tally.macs for module, tally in counter.tallies.items()}
+                with _explained(shapes, index if len(given) > 1 else None), counter:
+                    counter.begin(example)
+                    forward(network, example)
+                now = {m: t.macs - before.get(m, 0) for m, t in counter.tallies.items()}
+                expected = first_of.setdefault((n, *shapes), now)
+                for module in now:
+                    if now[module] != expected.get(module, 0):
+                        counter.tallies[module].unsteady = True
+                if check_batch:
+                    counter.check_batch(example)
+        finally:
+            for handle in handles:
                 handle.remove()
+    return counter.tallies
+
+
+@contextmanager
+def _explained(shapes: Sequence[tuple[int, ...]], batch: int | None) -> Iterator[None]:
+    """Say of an error of the network's what it was called with."""
+    try:
+        yield
+    except HqOptunaError:
+        raise
     except Exception as error:
-        shapes = ", ".join(str(tuple(t.shape)) for t in tensors(_arguments(example))) or "no tensor"
+        what = "the example input" if batch is None else f"batch {batch} of the calibration data"
+        given = ", ".join(str(shape) for shape in shapes) or "no tensor"
         raise NetworkError(
-            f"The network does not run on the example input ({shapes}): {type(error).__name__}: "
+            f"The network does not run on {what} ({given}): {type(error).__name__}: "
             f"{error} Check the shape (samples along the first dimension), the number type and "
             "the number of arguments."
         ) from error
-    # A list holds single samples on purpose; a tensor should have come as a batch.
-    if check_batch and alone and first is not None and not isinstance(_arguments(example)[0], list):
-        raise NetworkError(
-            f"The example input {tuple(first.shape)} has no batch dimension: a "
-            f"{type(alone[0]).__name__} took it for a single sample. Give example[None]."
-        )
-    return tallies
+
+
+class _Counter(WatchedWeights):
+    """Counts what the layers of a network do while it runs; see `_Tally`."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.tallies: dict[nn.Module, _Tally] = {}
+        self._layers = {
+            name: module
+            for name, module in network.named_modules()
+            if isinstance(module, QUANTIZABLE) and not _computed(module)
+        }
+        weights: dict[str, Tensor] = {name: m.weight for name, m in self._layers.items()}  # type: ignore[misc]
+        super().__init__(weights, self._use)
+        self._running: list[tuple[nn.Module, int]] = []  # layers, and the MACs of each before
+        self._calls = Counter[nn.Module]()
+        self._first: Tensor | None = None
+        self._alone: list[nn.Module] = []  # took the example itself for a single sample
+
+    def begin(self, example: Inputs) -> None:
+        """Prepare for a forward pass."""
+        self._first = next(tensors(_arguments(example)), None)
+        self._running.clear()
+        self._calls.clear()
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        if isinstance(module, QUANTIZABLE):
+            self._running.append((module, self._tally(module).macs))
+
+    def _tally(self, module: nn.Module) -> _Tally:
+        return self.tallies.setdefault(module, _Tally())
+
+    def _use(self, name: str, use: WeightUse) -> None:
+        for module, _ in reversed(self._running):  # it, or one that shares its weight
+            if getattr(module, "weight", None) is self._layers[name].weight:
+                self._tally(module).macs += use.macs
+                return
+        tally = self._tally(self._layers[name])
+        tally.macs += use.macs
+        tally.outside += use.macs
+
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not isinstance(module, QUANTIZABLE):
+            return
+        _, before = self._running.pop() if self._running else (module, 0)
+        taken, given = next(tensors((args, kwargs)), None), next(tensors(output), None)
+        if taken is None or given is None:
+            return
+        tally = self._tally(module)
+        self._calls[module] += 1
+        tally.n_calls = max(tally.n_calls, self._calls[module])
+        tally.n_inputs += taken.numel()
+        if tally.macs == before:  # its weight took no part: another one is computed from it
+            tally.macs += _macs_of_class(module, taken, given)
+        n_batched = 2 if isinstance(module, nn.Linear) else len(module.kernel_size) + 2  # type: ignore[arg-type]
+        first = self._first
+        if first is not None and taken.shape == first.shape and taken.dim() < n_batched:
+            self._alone.append(module)
+
+    def check_batch(self, example: Inputs) -> None:
+        """Refuse an example that is a single sample; a list holds such on purpose."""
+        if self._alone and self._first is not None and not isinstance(_arguments(example)[0], list):
+            raise NetworkError(
+                f"The example input {tuple(self._first.shape)} has no batch dimension: a "
+                f"{type(self._alone[0]).__name__} took it for a single sample. Give example[None]."
+            )
+
+
+def _macs_of_class(module: Any, taken: Tensor, given: Tensor) -> int:
+    """Return the multiply-accumulates of a call as its class computes."""
+    if isinstance(module, nn.Linear):
+        return given.numel() * module.in_features
+    kernel = math.prod(module.kernel_size)
+    if isinstance(module, TRANSPOSED):
+        return taken.numel() * (module.out_channels // module.groups) * kernel
+    return given.numel() * (module.in_channels // module.groups) * kernel
 
 
 def _spec(module: nn.Module, names: list[str], tally: _Tally, n: int) -> LayerSpec:
@@ -273,16 +390,23 @@ def _unfit(module: nn.Module) -> str:
     return ""
 
 
-def _reason(network: nn.Module, module: nn.Module, name: str, *, called: bool) -> str:
+def _reason(network: nn.Module, module: nn.Module, name: str, tally: _Tally | None, n: int) -> str:
     """Return why a module is not quantized, or nothing where nobody would ask."""
     if not isinstance(module, QUANTIZABLE):
         return _reason_of_kind(module)
-    if called:
+    if tally is not None and tally.n_calls:
+        if not tally.n_inputs:
+            return "no calibration sample reaches it (an expert or a branch), so nothing tells bits"
         return _unfit(module) or "stays in float; register one module under both names"
     if isinstance(network.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
         return "MultiheadAttention uses its weight without calling the layer"
+    if tally is not None and tally.macs:
+        return (
+            f"functions use its weight ({-(-tally.macs // n)} MACs a sample) without calling the "
+            "layer, which would round what enters"
+        )
     return (
-        "never called by the example input in evaluation mode (a branch not taken, or code "
+        "never called on the calibration data in evaluation mode (a branch not taken, or code "
         "that uses its weight without calling the layer)"
     )
 
@@ -307,7 +431,7 @@ def _reason_of_kind(module: nn.Module) -> str:
 
 def _arguments(example: Inputs) -> tuple[Any, ...]:
     """Return the arguments that `forward` calls the network with, keywords last."""
-    if isinstance(example, Tensor):
+    if not isinstance(example, (tuple, list, Mapping)):
         return (example,)
     return tuple(example.values() if isinstance(example, Mapping) else example)
 

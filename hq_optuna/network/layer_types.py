@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hq_optuna.network.shipped import runs_forward_of
+
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
@@ -35,6 +37,6 @@ def has_statistics(module: nn.Module | None) -> bool:
 def has_known_axes(module: nn.Module) -> bool:
     """Return whether inputs and outputs are laid out as in PyTorch's own layers.
 
-    A linear layer with a forward pass of its own may have its features along any axis.
+    A layer with a forward pass of its own may have its channels along any axis.
     """
-    return not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward
+    return runs_forward_of(module, *QUANTIZABLE)

@@ -10,13 +10,14 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from hq_optuna.curvature import probe_of
-from hq_optuna.network.batches import Batches, enlarge_first_batch
+from hq_optuna.network.batches import Batches
 from hq_optuna.network.losses import LossFunction
 from hq_optuna.quantization import observe_inputs, prepare
 from hq_optuna.quantization.compensation import compensate_weights
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.quantization.observers import InputHistogram
 from hq_optuna.quantization.quantizer_choice import choose_quantizers, uncompensated_warnings
+from hq_optuna.quantization.statistics import statistics_places
 from hq_optuna.scoring import (
     LAYER_SUMS,
     LayerSumName,
@@ -174,13 +175,12 @@ class ScorerSetup:
         base: TrainedNetwork | None,
         teacher: nn.Module | None,
     ) -> Scorer:
-        data, precision = self.statistics_data(), self.settings.precision
-        correction = None
+        correction, precision = None, self.settings.precision
         if self.settings.correction:
-            at = None if base is None else base.config
-            correction = StatisticsCorrection(prepared, data, precision, at)
+            at, places = None if base is None else base.config, self.statistics_places
+            correction = StatisticsCorrection(prepared, self.data, precision, at, places=places)
         return Scorer(
-            *(prepared, known, data, self.loss_fn),
+            *(prepared, known, self.data, self.loss_fn),
             output_rise=self.output_rise,
             by_loss=self.settings.scorer == "loss",
             correction=correction,
@@ -205,11 +205,8 @@ class ScorerSetup:
             return self.settings.scorer
         return "diagonal" if probe_of(self.loss_fn) is None else "fisher"
 
-    def statistics_data(self) -> Batches:
-        """Return the data with a first batch that is large enough to measure statistics on.
-
-        Statistics want many samples, memory and caches do not: about 64 MiB a tensor. More than 128
-        made no difference.
-        """
+    @property
+    def statistics_places(self) -> tuple[int, ...]:
+        """The calibration batches that statistics are measured on."""
         largest = max(layer.n_inputs // layer.n_calls for layer in self.space.layers)
-        return enlarge_first_batch(self.data, max(1, min(128, 2**24 // largest)))
+        return statistics_places(self.data, largest)

@@ -286,8 +286,10 @@ class TrainedSteps:
         fold_shifts_(network)
         if not self.setup.settings.correction or settings.label_weight == 1:
             return
-        data, precision = self.setup.statistics_data(), self.setup.settings.precision
-        correction = StatisticsCorrection(network, data, precision, of=copied(self.model))
+        setup, of = self.setup, copied(self.model)
+        correction = StatisticsCorrection(
+            *(network, setup.data, setup.settings.precision), of=of, places=setup.statistics_places
+        )
         correction.apply(only=set(correction.modules) - layers_without_bias(network))
         fold_shifts_(network)
 

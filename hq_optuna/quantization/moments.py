@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hq_optuna.network.batches import Batches, forward
-from hq_optuna.network.layer_types import TRANSPOSED, has_known_axes
-from hq_optuna.quantization.observers import watch_inputs
+from hq_optuna.network.layer_types import TRANSPOSED
+from hq_optuna.network.weight_uses import WatchedWeights, WeightUse
 from hq_optuna.space.layers import LayerSpec
 
 PLACES_PER_INPUT = 64
@@ -34,34 +34,40 @@ def input_moments(
 ) -> dict[str, Tensor]:
     """Return E[x xᵀ] of each layer over samples and places, from one pass of the float network.
 
-    Layer → ``(groups, d, d)`` float64 with d = weights per output channel. Transposed convolutions,
-    whose errors overlap, and layers with more than `MOST_COLUMNS` inputs per output are left out.
+    Layer → ``(groups, d, d)`` float64 with d = weights per output channel. x is what PyTorch's
+    operators multiply the weight with, so a layer may pad or transpose its input in a way of its
+    own. Left out are transposed convolutions, whose errors overlap, layers with more than
+    `MOST_COLUMNS` inputs per output, and those that multiply another weight, or in another way.
     Where a layer sees more places than tell anything new, a random part of them is taken, the same
     one at each call.
     """
-    watched = {
-        layer.name: columns(network.get_submodule(layer.name))
+    weights: dict[str, Tensor] = {
+        layer.name: network.get_submodule(layer.name).weight.detach()  # type: ignore[operator, union-attr]
         for layer in layers
         if can_have_moments(network.get_submodule(layer.name))
     }
     sums: dict[str, Tensor] = {}
-    counts = dict.fromkeys(watched, 0)
+    counts = dict.fromkeys(weights, 0)
+    unknown: set[str] = set()
     n = 0
 
-    def see(name: str, x: Tensor) -> None:
-        module: Any = network.get_submodule(name)
-        view = _places(module, x.detach())
+    def see(name: str, use: WeightUse) -> None:
+        view = _places(use, weights[name])
+        if view is None:
+            unknown.add(name)
+            return
+        d = columns(network.get_submodule(name))
         # Axes of places first; groups, channels and the kernel's axes behind them.
-        shape = view.shape[: 1 if isinstance(module, nn.Linear) else view.dim() // 2]
-        total, wanted = math.prod(shape), max(PLACES_PER_INPUT * watched[name], LEAST_PLACES)
+        shape = view.shape[: 1 if weights[name].dim() == 2 else view.dim() // 2]
+        total, wanted = math.prod(shape), max(PLACES_PER_INPUT * d, LEAST_PLACES)
         most = math.ceil(wanted * n / data.n_samples)
         picked = torch.arange(total, device="cpu")
         if total > most:
             generator = torch.Generator().manual_seed(counts[name])
             drawn = torch.randperm(total, generator=generator, device="cpu")
             picked = drawn[:most].sort().values
-        for part in torch.split(picked, max(1, MOST_ELEMENTS // watched[name])):
-            index = torch.unravel_index(part.to(x.device), shape)
+        for part in torch.split(picked, max(1, MOST_ELEMENTS // d)):
+            index = torch.unravel_index(part.to(view.device), shape)
             rows = view[index].flatten(2).movedim(1, 0)  # (groups, places, d)
             if rows.dtype.itemsize < 4:  # rounded sums need not be a matrix of moments any more
                 rows = rows.float()
@@ -69,11 +75,15 @@ def input_moments(
             sums[name] = sums[name] + seen if name in sums else seen
             counts[name] += len(part)
 
-    with watch_inputs(network, list(watched), see):
+    with WatchedWeights(weights, see):
         for batch in data:
             n = batch.n
             forward(network, batch.inputs)
-    return {name: total / counts[name] for name, total in sums.items()}
+    return {
+        name: total / counts[name]
+        for name, total in sums.items()
+        if name not in unknown and counts[name]
+    }
 
 
 def _products(rows: Tensor) -> Tensor:
@@ -90,10 +100,8 @@ def _products(rows: Tensor) -> Tensor:
 
 
 def can_have_moments(module: nn.Module) -> bool:
-    """Return whether `input_moments` knows how this module meets its input."""
-    if isinstance(module, TRANSPOSED) or not has_known_axes(module):
-        return False
-    return columns(module) <= MOST_COLUMNS
+    """Return whether `input_moments` may know what this layer's weight is multiplied with."""
+    return not isinstance(module, TRANSPOSED) and columns(module) <= MOST_COLUMNS
 
 
 def columns(module: nn.Module) -> int:
@@ -102,21 +110,27 @@ def columns(module: nn.Module) -> int:
     return math.prod(weight.shape[1:])
 
 
-def _places(module: Any, x: Tensor) -> Tensor:
-    """Return a view of what a linear layer or a convolution multiplies its weight with.
+def _places(use: WeightUse, weight: Tensor) -> Tensor | None:
+    """Return a view of what a weight was multiplied with; ``None`` where it was in another way.
 
     For a linear layer ``(places, 1, d)``; for a convolution of k axes ``(N, places of each axis,
     groups, channels of a group, kernel of each axis)``.
     """
-    if isinstance(module, nn.Linear):
-        return x.reshape(-1, 1, x.shape[-1])
-    axes = len(module.kernel_size)
-    if x.dim() == axes + 1:  # without an axis of samples
-        x = x[None]
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    x = functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-    for axis in range(axes):
-        size, step, gap = module.kernel_size[axis], module.stride[axis], module.dilation[axis]
+    if use.operator in (torch.ops.aten.mm, torch.ops.aten.addmm):
+        x, by = use.arguments[-2:]
+        same = (
+            by is use.weight and by.shape == weight.mT.shape and by.stride() == weight.mT.stride()
+        )
+        return x[:, None] if same and isinstance(x, Tensor) else None
+    if use.operator is not torch.ops.aten.convolution or use.weight.shape != weight.shape:
+        return None
+    x, _, _, stride, padding, dilation, transposed, _, groups = use.arguments
+    if transposed:
+        return None
+    x = functional.pad(x, [p for p in reversed(padding) for _ in range(2)])
+    for axis in range(weight.dim() - 2):
+        size, step, gap = weight.shape[2 + axis], stride[axis], dilation[axis]
         x = x.unfold(2 + axis, (size - 1) * gap + 1, step)[..., ::gap]
-    x = x.reshape(len(x), module.groups, -1, *x.shape[2:])
+    axes = weight.dim() - 2
+    x = x.reshape(len(x), groups, -1, *x.shape[2:])
     return x.movedim((1, 2), (1 + axes, 2 + axes))

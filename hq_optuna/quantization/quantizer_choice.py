@@ -1,4 +1,4 @@
-"""Which quantizer rounds the weights of which layer: globs, checked against the space."""
+"""Which quantizer rounds the weights of which layer: names and globs, checked against the space."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from hq_optuna.errors import SpaceError
 from hq_optuna.quantization.quantizers import QUANTIZERS, UNIFORM, quantizer_named
 from hq_optuna.space.layers import FLOAT_BITS
-from hq_optuna.space.search_space import SearchSpace, bits_needed, match_layers
+from hq_optuna.space.search_space import SearchSpace, bits_needed, by_layer
 
 SHOWN_LAYERS = 6
 
@@ -15,7 +15,7 @@ SHOWN_LAYERS = 6
 def choose_quantizers(globs: Mapping[str, str] | None, space: SearchSpace) -> dict[str, str]:
     """Return layer → name of its quantizer, in network order, of layers that are not uniform.
 
-    ``globs`` maps globs over layer names to quantizers; the last one that matches counts.
+    ``globs`` maps layer names and globs to quantizers, see `by_layer`.
 
     Raises:
         SpaceError: An unknown quantizer, a glob without a match, or bits that a layer may have and
@@ -26,23 +26,18 @@ def choose_quantizers(globs: Mapping[str, str] | None, space: SearchSpace) -> di
             "quantizers is a mapping from layer names or globs to quantizers, "
             f"{{'layer3.*': 'dorefa'}}; got {globs!r}."
         )
-    names = [layer.name for layer in space.layers]
-    chosen: dict[str, tuple[str, str]] = {}
-    for glob, quantizer in (globs or {}).items():
-        quantizer_named(quantizer)
-        for name in match_layers(glob, names, "quantizers"):
-            chosen[name] = (quantizer, glob)
+    said = by_layer(globs, space.layers, "quantizers", lambda name, _: quantizer_named(name))
     needed = bits_needed(space)
-    for name, (quantizer, glob) in chosen.items():
-        can = QUANTIZERS[quantizer]
+    for name, (can, glob, _) in said.items():
         cannot = sorted(b for b in needed[name][0] if b not in can.all_bits and b != FLOAT_BITS)
         if cannot:
             raise SpaceError(
-                f"quantizers[{glob!r}]: {quantizer!r} can do {can.bits_text}, but the weights of "
+                f"quantizers[{glob!r}]: {can.name!r} can do {can.bits_text}, but the weights of "
                 f"layer {name!r} may have {', '.join(map(str, cannot))} bits. Give such layers "
                 "bits that it can do (pins, allowed, pin_first_last), or another quantizer."
             )
-    return {n: chosen[n][0] for n in names if n in chosen and chosen[n][0] != UNIFORM.name}
+    names = [layer.name for layer in space.layers if layer.name in said]
+    return {n: said[n].value.name for n in names if said[n].value is not UNIFORM}
 
 
 def describe_quantizers(chosen: Mapping[str, str]) -> str:

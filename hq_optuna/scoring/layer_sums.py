@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hq_optuna.curvature import Curvature, calibration_adam, hutchinson, output_curvature, probe_of
 from hq_optuna.network.batches import Batches
 from hq_optuna.network.losses import LossFunction
+from hq_optuna.scoring.measured import with_measured
 from hq_optuna.scoring.sensitivity import Form, Sensitivity, measure_sensitivity
 from hq_optuna.space.layers import LayerSpec
 from hq_optuna.space.search_space import SearchSpace
@@ -49,9 +50,12 @@ def measure_layer_sums(
     second moments of a training, by layer. ``hutchinson`` does not take them. ``progress`` is
     called with (what, done, of).
 
+    Rises of layers whose curvature is unknown are measured.
+
     Raises:
         ValueError: ``fisher`` with a loss whose Hessian in the outputs is not known.
-        ScoreError: A loss without gradient, or a value that is NaN or infinite.
+        DataError: The loss does not depend on the network.
+        ScoreError: A value that is NaN or infinite.
     """
     curvature = measure_curvature(
         name, network, space.layers, data, loss_fn, lambda i, of: progress("curvature", i, of)
@@ -63,6 +67,9 @@ def measure_layer_sums(
         *(prepared, space, curvature, data, forms.get(name, "trace")),
         progress=lambda i, of: progress("sensitivity", i, of),
     )
+    if curvature.unknown:
+        names = [layer.name for layer in space.layers if layer.name in curvature.unknown]
+        sensitivity = with_measured(sensitivity, names, prepared, data, loss_fn)
     return LayerSums(sensitivity, curvature)
 
 

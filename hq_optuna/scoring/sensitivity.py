@@ -98,19 +98,14 @@ def measure_sensitivity(
     """Return the sensitivity of every layer at every number of bits the space allows.
 
     A layer without gradient has unknown curvature, not zero: it is taken to be as curved as the
-    most curved layer, so it is never ranked as free. The network's bits are restored afterwards.
-    ``progress`` is called with (batches done, batches).
+    most curved layer, so it is never ranked as free (`measure_layer_sums` measures its rises). The
+    network's bits are restored afterwards. ``progress`` is called with (batches done, batches).
 
     Raises:
-        ScoreError: A value is NaN or infinite, or no layer at all received a gradient.
+        ScoreError: A value is NaN or infinite.
     """
     if form not in get_args(Form):
         raise ValueError(f"form is one of {', '.join(get_args(Form))}; got {form!r}.")
-    if all(layer.name in curvature.no_gradient for layer in space.layers):
-        raise ScoreError(
-            "No layer received a gradient on the calibration set, so layers cannot be compared. "
-            "Check that the loss depends on the network, and that it is not exactly zero."
-        )
     needed = bits_needed(space)
     weights = {
         layer.name: _weight_rises(
@@ -143,7 +138,7 @@ def _weight_rises(
     weight: Tensor = float_weight(module)
     h = curvature.weights[layer.name].double()
     mean: float | None = float(h.mean())
-    if layer.name in curvature.no_gradient:
+    if layer.name in curvature.unknown:
         mean = max(float(v.double().mean()) for v in curvature.weights.values())
     elif form == "diagonal":
         mean = None
@@ -180,7 +175,7 @@ def _activation_rises(
     def see(name: str, x: Tensor) -> None:
         call = calls[name] = calls.get(name, -1) + 1
         entry = _entry(curvature.inputs[name], call)
-        unknown = name in curvature.no_gradient or entry.total == 0
+        unknown = name in curvature.unknown or not entry.count
         rows = per_sample(x, n)
         for b in rises[name]:
             error = (input_quantizer(prepared.get_submodule(name)).quantized(x, b) - x).double()
@@ -219,8 +214,9 @@ def _entry(known: Sequence[InputCurvature], call: int) -> InputCurvature:
 def unknown_curvature_warnings(curvature: Curvature, layers: Sequence[LayerSpec]) -> list[str]:
     """Return a sentence for each layer whose curvature is unknown."""
     return [
-        f"Layer {layer.name!r} received no gradient on the calibration set, so its sensitivity is "
-        "unknown; it is scored as if it were the most sensitive layer."
+        f"Layer {layer.name!r} gets no gradient on the calibration data, in a call or at all (it "
+        "runs under no_grad, or what it returns is detached or without effect), so its loss rises "
+        "are measured, by a forward pass for each number of bits."
         for layer in layers
-        if layer.name in curvature.no_gradient
+        if layer.name in curvature.unknown
     ]

@@ -78,7 +78,7 @@ def test_means_within_their_own_error_are_unsure():
 def test_the_largest_error_of_a_curvature_is_infinite_where_none_was_measured():
     bare = Curvature({}, {}, batch_size=1, n_samples=1, no_gradient=())
     assert bare.largest_error == math.inf
-    some = Curvature({}, {}, 1, 1, (), {"a": (0.1, 0.2), "b": (0.3, 0.0)})
+    some = Curvature({}, {}, 1, 1, (), (), {"a": (0.1, 0.2), "b": (0.3, 0.0)})
     assert some.largest_error == 0.3
     one = MeanCurvatures()
     one.add({"a": (1.0, 1.0)})

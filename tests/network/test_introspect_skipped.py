@@ -22,7 +22,7 @@ def test_a_branch_that_is_not_taken_is_listed():
         fc=nn.Linear(3, 3),
         aux=nn.Linear(3, 2),
     )
-    assert "never called by the example input" in reasons(network, torch.zeros(2, 3))["aux"]
+    assert "never called on the calibration data" in reasons(network, torch.zeros(2, 3))["aux"]
 
 
 def test_a_weight_used_by_a_function_is_listed():

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hq_optuna.network.batches import Batches, autocast, forward, merge, read_batches
+from hq_optuna.network.batches import Batches, autocast, forward, read_batches
 from hq_optuna.network.introspection import introspect
 from hq_optuna.quantization import prepare, set_bits
 from hq_optuna.quantization.compensation import compensate_weights
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.quantization.prepare import float_weight, prepared_layers, weight_quantizer
+from hq_optuna.quantization.statistics import statistics_places
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.layers import FLOAT_BITS
 
@@ -43,7 +45,7 @@ def make(seed: int = 0) -> tuple[nn.Module, Batches]:
         data = torch.randn(64, 3, 8, 8, dtype=torch.float64), torch.arange(64) % 3
         network.train()(data[0])  # statistics that are nearly those of the data, but not quite
         network.eval()
-    return network, merge(read_batches(data, batch_size=16), 64)
+    return network, read_batches(data, batch_size=64)
 
 
 def prepared_of(network: nn.Module, data: Batches) -> nn.Module:
@@ -80,7 +82,7 @@ def test_float_stays_float_bit_for_bit() -> None:
         expected = network(data[0].inputs)
         assert torch.equal(prepared(data[0].inputs), expected)
         # Nothing is quantized, so differences are zero up to the rounding of the update.
-        assert torch.allclose(correction.apply(), expected, rtol=0, atol=1e-12)
+        assert torch.allclose(correction.apply()[0], expected, rtol=0, atol=1e-12)
         correction.reset()
         assert torch.equal(prepared(data[0].inputs), expected)
 
@@ -90,9 +92,9 @@ def test_the_float_statistics_are_those_of_the_float_network_whatever_the_bits_a
     prepared = prepared_of(network, data)
     first = StatisticsCorrection(prepared, data)
     set_bits(prepared, uniform(prepared, 2))
-    expected = first.apply()
+    expected = first.apply()[0]
     first.reset()
-    assert torch.equal(StatisticsCorrection(prepared, data).apply(), expected)
+    assert torch.equal(StatisticsCorrection(prepared, data).apply()[0], expected)
 
 
 def test_reset_restores_what_was_stored_bit_for_bit() -> None:
@@ -183,7 +185,7 @@ def test_layers_without_batch_norm_get_their_means_back() -> None:
     with torch.no_grad():
         expected = network(data[0].inputs).mean(0)
         before = (prepared(data[0].inputs).mean(0) - expected).abs().max()
-        returned = correction.apply()
+        returned = correction.apply()[0]
         after = prepared(data[0].inputs)
     assert torch.allclose(after.mean(0), expected, atol=1e-12)
     assert before > 1e-3
@@ -225,16 +227,49 @@ def test_a_norm_that_is_called_twice_is_left_alone() -> None:
     assert "bn" not in correction.modules
 
 
-def test_merging_keeps_samples_order_and_odd_sizes() -> None:
-    x, y = torch.arange(20.0).reshape(10, 2), torch.arange(10)
-    merged = merge(read_batches((x, y), batch_size=3), 7)
-    assert [batch.n for batch in merged] == [6, 4]
-    assert torch.equal(torch.cat([batch.inputs for batch in merged]), x)
-    assert torch.equal(torch.cat([batch.labels for batch in merged]), y)
-    sizes = read_batches([(torch.zeros(2, 3), y[:2]), (torch.zeros(2, 4), y[:2])])
-    assert [batch.n for batch in merge(sizes, 100)] == [2, 2]
-    pairs = read_batches([((x[:5], x[:5]), y[:5]), ((x[5:], x[5:]), y[5:])])
-    assert [batch.n for batch in merge(pairs, 100)] == [10]
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_batches_go_through_the_network_as_if_they_were_one(size: int) -> None:
+    network, whole = make()
+    x = whole[0].inputs
+    prepared = prepared_of(network, whole)
+    set_bits(prepared, uniform(prepared, 3))
+    together = StatisticsCorrection(prepared, whole)
+    expected = together.apply()[0]
+    held = {name: buffer.clone() for name, buffer in prepared.named_buffers()}
+    together.reset()
+    parts = read_batches((x, whole[0].labels), batch_size=size)
+    found = StatisticsCorrection(prepared, parts).apply()
+    assert torch.allclose(torch.cat([found[i] for i in range(len(parts))]), expected, rtol=1e-9)
+    for name, buffer in prepared.named_buffers():
+        assert torch.allclose(buffer, held[name], rtol=1e-9)
+
+
+def test_what_one_batch_raises_ends_all_of_them_and_is_raised() -> None:
+    network, data = make()
+    parts = read_batches((data[0].inputs, data[0].labels), batch_size=8)
+    prepared = prepared_of(network, data)
+    correction = StatisticsCorrection(prepared, parts)
+    calls = []
+
+    def fails(module: nn.Module, args: object) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise ArithmeticError("the third")
+
+    prepared.get_submodule("plain").register_forward_pre_hook(fails)
+    before = threading.active_count()
+    with pytest.raises(ArithmeticError, match="the third"):
+        correction.apply()
+    assert threading.active_count() == before
+
+
+def test_statistics_are_of_a_random_part_of_all_batches() -> None:
+    data = read_batches((torch.zeros(3200, 4), torch.zeros(3200)), batch_size=8)
+    places = statistics_places(data, 4)
+    assert places == statistics_places(data, 4) == tuple(sorted(places))
+    assert len(places) == 16 and max(places) > 200 and min(places) < 200
+    assert len(statistics_places(data, 2**26)) == 1  # memory for one batch, come what may
+    assert statistics_places(read_batches((torch.zeros(9, 4), torch.zeros(9))), 4) == (0,)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -247,7 +282,7 @@ def test_networks_in_half_precision_are_corrected_in_it(dtype: torch.dtype) -> N
     set_bits(prepared, uniform(prepared, 3))
     with torch.no_grad():
         wrong = forward(prepared, data[0].inputs)
-    outputs = correction.apply()
+    outputs = correction.apply()[0]
     assert outputs.dtype == dtype
     with torch.no_grad():
         assert torch.equal(forward(prepared, data[0].inputs), outputs)
@@ -262,7 +297,7 @@ def test_the_correcting_pass_gives_what_a_later_one_gives_under_autocast(bits: i
     prepared = prepared_of(network, data)
     correction = StatisticsCorrection(prepared, data, "bfloat16")
     set_bits(prepared, uniform(prepared, bits))
-    outputs = correction.apply()
+    outputs = correction.apply()[0]
     with torch.no_grad(), autocast(prepared, "bfloat16"):
         later = forward(prepared, data[0].inputs)
     assert outputs.dtype == later.dtype == torch.bfloat16

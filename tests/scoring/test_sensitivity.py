@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hq_optuna.curvature import Curvature, InputCurvature, calibration_adam
-from hq_optuna.errors import ScoreError
+from hq_optuna.errors import DataError, ScoreError
 from hq_optuna.network.batches import Batches, forward, read_batches
 from hq_optuna.network.introspection import introspect
 from hq_optuna.quantization import get_bits, observe_inputs, prepare, set_bits
@@ -18,7 +18,12 @@ from hq_optuna.quantization.compensation import compensate_weights
 from hq_optuna.quantization.observers import watch_inputs
 from hq_optuna.quantization.prepare import input_quantizer
 from hq_optuna.quantization.ranges import weight_scale
-from hq_optuna.scoring import Sensitivity, measure_sensitivity
+from hq_optuna.scoring import (
+    Sensitivity,
+    measure_layer_sums,
+    measure_sensitivity,
+    output_rise_of,
+)
 from hq_optuna.scoring.sensitivity import unknown_curvature_warnings
 from hq_optuna.space.assignment import BitConfig, LayerBits
 from hq_optuna.space.layers import FLOAT_BITS
@@ -192,30 +197,24 @@ def test_fewer_bits_cost_more():
             assert values == sorted(values, reverse=True)
 
 
-@pytest.mark.parametrize("scorer", ["trace", "diagonal"])
-def test_a_layer_without_gradient_is_scored_as_the_most_curved_one(scorer):
+@pytest.mark.parametrize("name", ["trace", "diagonal", "fisher", "hutchinson"])
+def test_the_rises_of_a_layer_without_gradient_are_measured(name):
     network, x = make(PartlyDetached), rows(9, 3)
     data = read_batches((x, torch.arange(9) % 3), batch_size=4)
     prepared, space = ready(network, data)
-    curvature = calibration_adam(network, space.layers, data, F.cross_entropy)
+    found, curvature = measure_layer_sums(name, network, prepared, space, data, F.cross_entropy)
     assert curvature.no_gradient == ("frozen",)
-    found = measure_sensitivity(prepared, space, curvature, data, scorer)
-    w, steepest = network.frozen.weight.detach(), float(curvature.weights["head"].mean())
-    steepest_input = curvature.inputs["head"][0].mean
-    quantizer = input_quantizer(prepared.frozen)
+    outputs = [network(batch.inputs).detach() for batch in data]
+    rise = output_rise_of(F.cross_entropy).calibrated(outputs, data)
     for bits in (2, 8):
-        scale = weight_scale(w, bits, 0)
-        top, zero = 2 ** (bits - 1) - 1, torch.zeros(4, dtype=torch.int32)
-        e = w - torch.fake_quantize_per_channel_affine(w, scale, zero, 0, -top, top)
-        expected = 0.5 * steepest * float(e.square().sum())
-        assert found.weights["frozen"][bits] == pytest.approx(expected, rel=1e-10)
-        e = torch.fake_quantize_per_tensor_affine(x, *quantizer.range(bits), 0, 2**bits - 1) - x
-        expected = 0.5 * steepest_input * float(e.square().sum()) / 9
-        assert found.activations["frozen"][bits] == pytest.approx(expected, rel=1e-10)
-        assert found.weights["frozen"][bits] > 0 and found.activations["frozen"][bits] > 0
+        for row, pair in ((found.weights, (bits, 32)), (found.activations, (32, bits))):
+            set_bits(prepared, {"frozen": pair})
+            moved = [prepared(batch.inputs).detach() for batch in data]
+            expected = sum(map(float, map(rise, outputs, moved))) / 9
+            assert row["frozen"][bits] == pytest.approx(expected, rel=1e-6) and expected > 0
     sentences = unknown_curvature_warnings(curvature, space.layers)
     assert len(sentences) == 1
-    assert "'frozen' received no gradient" in sentences[0]
+    assert "'frozen' gets no gradient" in sentences[0]
 
 
 class Steps(nn.Module):
@@ -258,14 +257,12 @@ def test_calls_that_curvature_never_saw_count_by_those_it_did(form):
             assert found[name][bits] == pytest.approx(rise, rel=1e-10)
 
 
-def test_layers_cannot_be_compared_where_none_has_a_gradient():
+def test_a_loss_that_does_not_hang_on_the_network_is_refused():
     network, x = make(Residual), rows(9, 3)
     data = read_batches((x, torch.arange(9) % 3))
     prepared, space = ready(network, data)
-    curvature = calibration_adam(network, space.layers, data, lambda z, y: (z * 0).sum())
-    assert len(curvature.no_gradient) == 4
-    with pytest.raises(ScoreError, match="No layer received a gradient"):
-        measure_sensitivity(prepared, space, curvature, data)
+    with pytest.raises(DataError, match="moves the loss"):
+        measure_layer_sums("diagonal", network, prepared, space, data, lambda z, y: (z * 0).sum())
 
 
 @pytest.mark.parametrize("where", ["weights", "inputs"])

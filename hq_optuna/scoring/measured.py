@@ -1,0 +1,61 @@
+"""Loss rises that are measured: of layers whose curvature no gradient tells."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import nn
+
+from hq_optuna.errors import DataError
+from hq_optuna.network.batches import Batches
+from hq_optuna.network.losses import LossFunction
+from hq_optuna.quantization.prepare import get_bits, set_bits
+from hq_optuna.quantization.statistics import statistics_places
+from hq_optuna.scoring.outputs import output_rise_of
+from hq_optuna.scoring.scorer import Scorer
+from hq_optuna.scoring.sensitivity import Sensitivity
+from hq_optuna.space.assignment import LayerBits
+from hq_optuna.space.layers import FLOAT_BITS
+
+
+def with_measured(
+    table: Sensitivity,
+    layers: Collection[str],
+    prepared: nn.Module,
+    data: Batches,
+    loss_fn: LossFunction,
+) -> Sensitivity:
+    """Return a table in which the rises of these layers are measured, one forward pass each.
+
+    A rise is that of the loss when this layer alone is rounded, its weights or what enters it: told
+    by the outputs where the loss is known, else the change of the loss itself. A random part of the
+    data is read. The bits of the prepared network are restored.
+
+    Raises:
+        DataError: No layer of the network moves the loss at all.
+    """
+    part = Batches(data[place] for place in statistics_places(data, 1))
+    scorer = Scorer(prepared, table, part, loss_fn, output_rise=output_rise_of(loss_fn))
+    before = get_bits(prepared)
+    in_float = dict.fromkeys(before, LayerBits(FLOAT_BITS, FLOAT_BITS))
+
+    def rise(name: str, bits: LayerBits) -> float:
+        loss, found = scorer.measure({**in_float, name: bits})
+        return abs(loss - scorer.float_loss()) if found is None else max(found, 0.0)
+
+    weights, activations = dict(table.weights), dict(table.activations)
+    try:
+        for name in layers:
+            weights[name] = {b: rise(name, LayerBits(b, FLOAT_BITS)) for b in weights[name]}
+            activations[name] = {b: rise(name, LayerBits(FLOAT_BITS, b)) for b in activations[name]}
+    finally:
+        set_bits(prepared, before)
+    found = Sensitivity(weights, activations)
+    rows = (*found.weights.values(), *found.activations.values())
+    if not any(value for row in rows for value in row.values()):
+        raise DataError(
+            "Nothing that is rounded in the network moves the loss on the calibration data, by "
+            "gradient or measured, so layers cannot be compared. Check that the loss depends on "
+            "the network's outputs, and that it is not exactly zero."
+        )
+    return found
