@@ -7,7 +7,10 @@ catches it. Messages follow one pattern: expected, got, next step.
 
 from __future__ import annotations
 
+import sys
+import traceback
 from functools import partial
+from types import TracebackType
 from typing import Any
 
 
@@ -95,3 +98,33 @@ class DashboardError(HqOptunaError, RuntimeError):
 
 class ScoreError(HqOptunaError, RuntimeError):
     """A score came out as NaN or infinity, so candidates cannot be ranked."""
+
+
+TRUSTED = {"hq_optuna", "optuna", "sqlalchemy", "typer", "click", "rich", *sys.stdlib_module_names}
+"""Packages whose own words are meant for whoever typed a command."""
+
+
+def calling_user_code(trace: TracebackType | None) -> str:
+    """Return which function of this package called code of others that raised an error.
+
+    Empty where the error is this package's own, or of a library that speaks for it.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(trace)]
+    names = [str(frame.f_globals.get("__name__", "")) for frame in frames]
+    ours = [place for place, name in enumerate(names) if name.partition(".")[0] == "hq_optuna"]
+    if not ours or all(name.partition(".")[0] in TRUSTED for name in names[ours[-1] :]):
+        return ""
+    return f"{names[ours[-1]]}.{frames[ours[-1]].f_code.co_name}"
+
+
+def note_caller(error: Exception) -> bool:
+    """Note on an error of the user's code, once, which function of this package called it.
+
+    Returns whether it is one; errors of this package stay as they are.
+    """
+    if isinstance(error, HqOptunaError) or not (caller := calling_user_code(error.__traceback__)):
+        return False
+    note = f"hq_optuna called the code that raised this from {caller}."
+    if note not in getattr(error, "__notes__", ()):
+        error.add_note(note)
+    return True

@@ -9,19 +9,17 @@ import os
 import shlex
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from hq_optuna.errors import HqOptunaError, StudyFileError
+from hq_optuna.errors import HqOptunaError, StudyFileError, note_caller
 from hq_optuna.settings import NUMBER, SWITCH, WHOLE, RunSettings, SearchSettings, Setting
 from hq_optuna.settings import settings_of as fields_of
 
@@ -171,13 +169,11 @@ def errors(as_json: bool) -> Iterator[None]:
     except HqOptunaError as error:
         _fail(error, as_json)
     except (ValueError, OSError) as error:
-        caller = calling_user_code(error.__traceback__)
-        if not caller and (isinstance(error, OSError) or type(error) is ValueError):
+        theirs = note_caller(error)
+        if not theirs and (isinstance(error, OSError) or type(error) is ValueError):
             _fail(error, as_json)
-        if caller:
-            error.add_note(f"hq_optuna called the code that raised this from {caller}.")
-            if as_json:
-                _print_json(error)
+        if theirs and as_json:
+            _print_json(error)
         raise
     except KeyboardInterrupt:
         message = "Interrupted. Everything recorded stays; start the same command again to go on."
@@ -188,23 +184,6 @@ def errors(as_json: bool) -> Iterator[None]:
         raise typer.Exit(130) from None
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-TRUSTED = {"hq_optuna", "optuna", "sqlalchemy", "typer", "click", "rich", *sys.stdlib_module_names}
-"""Packages whose own words are meant for whoever typed the command."""
-
-
-def calling_user_code(trace: TracebackType | None) -> str:
-    """Return which function of this package called code of others that raised an error.
-
-    Empty where the error is this package's own, or of a library that speaks for it.
-    """
-    frames = [frame for frame, _ in traceback.walk_tb(trace)]
-    names = [str(frame.f_globals.get("__name__", "")) for frame in frames]
-    ours = [place for place, name in enumerate(names) if name.partition(".")[0] == "hq_optuna"]
-    if not ours or all(name.partition(".")[0] in TRUSTED for name in names[ours[-1] :]):
-        return ""
-    return f"{names[ours[-1]]}.{frames[ours[-1]].f_code.co_name}"
 
 
 def _fail(error: Exception, as_json: bool) -> NoReturn:

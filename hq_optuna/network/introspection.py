@@ -413,8 +413,6 @@ def _reason(network: nn.Module, module: nn.Module, name: str, tally: _Tally | No
 
 def _reason_of_kind(module: nn.Module) -> str:
     """Return why modules of this class are not quantized, where it holds weights."""
-    if hasattr(module, "_packed_params") and hasattr(module, "weight"):
-        return "already quantized (packed weights)"
     if isinstance(module, OTHER_NORMS):
         return ""
     # Vectors shaped for broadcasting, such as a layer scale (C, 1, 1), are no filters.

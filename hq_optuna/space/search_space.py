@@ -10,10 +10,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from hq_optuna.errors import SpaceError
 from hq_optuna.space.assignment import BitConfig, LayerBits
@@ -75,38 +75,43 @@ class SearchSpace:
             activation_bits: ``"same"``: a layer's input has the bits of its weights. An integer:
                 fixed for all layers. A sequence: searched apart from the weights. ``None``:
                 activations stay in float.
-            pin_first_last: Bits of the first and the last layer called, weights and activations;
-                ``None`` searches them too.
-            pins: Glob over layer names to fixed bits, one number or ``(weights, activations)``.
-            allowed: Glob over layer names to the bits allowed there instead of ``bits``; the last
-                matching glob counts.
+            pin_first_last: Bits of the first and the last layer called, weights and activations,
+                unless ``pins`` or ``allowed`` names them; ``None`` searches them too.
+            pins: Layer name or glob to fixed bits, one number or ``(weights, activations)``.
+            allowed: Layer name or glob to the bits allowed there instead of ``bits``. Here and in
+                ``pins``, what names a layer goes before globs, and then the last glob counts.
             tied: Groups of layer names that share their bits.
 
         Raises:
             SpaceError: Bits outside 1 to 16, a glob or name without a match, tied layers with
-                different choices, or nothing left to search.
+                different choices, pinned bits that are not allowed, or nothing left to search.
         """
         if not layers:
             raise SpaceError(
                 "There are no layers to search. Give a network with quantizable layers."
             )
         names = [layer.name for layer in layers]
-        choices = dict.fromkeys(names, _notches(bits, "bits"))
         activations = _Activations.of(activation_bits)
-        fixed: dict[str, LayerBits] = {}
+        pinned = by_layer(pins, layers, "pins", functools.partial(_pin, activations=activations))
+        limited = by_layer(allowed, layers, "allowed", _notches)
+        choices = dict.fromkeys(names, _notches(bits, "bits"))
+        choices |= {name: said.value for name, said in limited.items()}
+        named = {name for name, said in limited.items() if said.exact}
+        fixed = {name: said.value for name, said in pinned.items()}
+        for name in named & set(fixed):
+            if fixed[name].weight_bits not in choices[name]:
+                raise SpaceError(
+                    f"allowed[{limited[name].key!r}] allows {choices[name]}, and "
+                    f"pins[{pinned[name].key!r}] fixes that layer at {fixed[name]}. Remove one."
+                )
         if pin_first_last is not None:
             pin = _pin(pin_first_last, "pin_first_last", activations)
-            fixed |= {names[0]: pin, names[-1]: pin}
-        for glob, pair in _globs(pins, "pins").items():
-            for name in match_layers(glob, names, "pins"):
-                fixed[name] = _pin(pair, f"pins[{glob!r}]", activations)
-        for glob, values in _globs(allowed, "allowed").items():
-            for name in match_layers(glob, names, "allowed"):
-                choices[name] = _notches(values, f"allowed[{glob!r}]")
+            ends = [name for name in (names[0], names[-1]) if name not in named]
+            fixed = dict.fromkeys(ends, pin) | fixed
         start = {name: activations.widest(choices[name]) for name in names} | fixed
         variables = [
             variable
-            for group in _groups(names, tied, fixed)
+            for group in _groups(layers, tied, fixed)
             for variable in _variables(group, choices, activations)
         ]
         if not variables:
@@ -270,15 +275,6 @@ def _variables(
     return [variable for variable in found if len(variable.bits) > 1]
 
 
-def _globs(value: Any, where: str) -> Mapping[str, Any]:
-    if value is not None and not isinstance(value, Mapping):
-        raise SpaceError(
-            f"{where} is a mapping from layer names or globs to bits; got {value!r}. "
-            "Write for example {'head.*': 8}."
-        )
-    return value or {}
-
-
 def _pin(value: Any, where: str, activations: _Activations) -> LayerBits:
     pair = (value, value) if is_whole(value) else value
     if not isinstance(pair, Sequence) or len(pair) != 2:
@@ -288,37 +284,105 @@ def _pin(value: Any, where: str, activations: _Activations) -> LayerBits:
     return LayerBits(weights, FLOAT_BITS if is_whole(value) and activations.in_float else inputs)
 
 
-def match_layers(glob: str, names: Sequence[str], where: str) -> list[str]:
-    """Return the names that a glob matches, as in `fnmatch`, case-sensitive.
+class Said(NamedTuple):
+    """What a setting says of a layer: a value, under which key, and if that is the layer's name."""
 
-    Raises `SpaceError`, which names the setting ``where`` the glob stands, for one without a match.
+    value: Any
+    key: str
+    exact: bool
+
+
+def by_layer(
+    setting: Any,
+    layers: Sequence[LayerSpec],
+    where: str,
+    read: Callable[[Any, str], Any] = lambda value, where: value,
+) -> dict[str, Said]:
+    """Return what a setting by layer names and globs says of each layer that it is about.
+
+    A key that is a layer's name, or another name of the same module, is for that layer alone,
+    whatever characters it holds, and goes before globs; of globs, as in `fnmatch` and
+    case-sensitive, the last that matches counts. Brackets in a glob are brackets where layers have
+    them in their names, and choices of characters otherwise.
+
+    Args:
+        setting: The mapping; ``None`` is an empty one.
+        layers: All layers.
+        where: Name of the setting, for messages.
+        read: Called with a value and where it stands; returns the value to keep.
+
+    Raises:
+        SpaceError: No mapping, a key without a match, or two names of one layer with two values.
+
+    Example:
+        >>> layers = [LayerSpec(n, "Linear", (1, 1), 0, 1, 1, 1) for n in ("a[0].x", "a0.x", "b")]
+        >>> found = by_layer({"b": 8, "a[0].*": 6, "a[01].*": 5, "*": 4}, layers, "pins")
+        >>> {name: said.value for name, said in found.items()}
+        {'a[0].x': 4, 'a0.x': 4, 'b': 8}
     """
-    if not isinstance(glob, str):
-        raise SpaceError(f"{where}: names of layers are text; got {glob!r}. Write {str(glob)!r}.")
-    found = [name for name in names if fnmatchcase(name, glob)]
-    if not found:
-        raise SpaceError(f"{where}: {glob!r} matches no layer. The layers are: {_listed(names)}.")
-    return found
+    if setting is not None and not isinstance(setting, Mapping):
+        raise SpaceError(
+            f"{where} is a mapping from layer names or globs to bits; got {setting!r}. "
+            "Write for example {'head.*': 8}."
+        )
+    names, globs = dict[str, Said](), dict[str, Said]()
+    for key, value in (setting or {}).items():
+        found, exact = _matching(key, layers, where)
+        said = Said(read(value, f"{where}[{key!r}]"), key, exact)
+        for name in found:
+            if exact and names.setdefault(name, said).value != said.value:
+                raise SpaceError(
+                    f"{where}: {names[name].key!r} and {key!r} are one module under two names, "
+                    "with two values. Remove one."
+                )
+            globs |= {} if exact else {name: said}
+    return globs | names
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+def _matching(key: Any, layers: Sequence[LayerSpec], where: str) -> tuple[list[str], bool]:
+    """Return the layers that a key of a setting is about, and whether it is a name of one."""
+    if not isinstance(key, str):
+        raise SpaceError(f"{where}: names of layers are text; got {key!r}. Write {str(key)!r}.")
+    if key in (known := _names(layers)):
+        return [known[key]], True
+    for glob in (key.replace("[", "[[]"), key):
+        if found := [known[name] for name in known if fnmatchcase(name, glob)]:
+            return list(dict.fromkeys(found)), False
+    inside = any(name.startswith(f"{key}.") for name in known)
+    raise SpaceError(
+        f"{where}: {key!r} matches no layer. "
+        + (f"For all layers in it write {f'{key}.*'!r}. " if inside else "")
+        + f"The layers are: {_listed(layers)}."
+    )
+
+
+def _names(layers: Sequence[LayerSpec]) -> dict[str, str]:
+    """Return all names of layers, each with the one that the space knows the layer by."""
+    aliases = {alias: layer.name for layer in layers for alias in layer.aliases}
+    return aliases | {layer.name: layer.name for layer in layers}
+
+
+def _listed(layers: Sequence[LayerSpec]) -> str:
+    return ", ".join(layer.name for layer in layers[:8]) + (", …" if len(layers) > 8 else "")
 
 
 def _groups(
-    names: Sequence[str], tied: Iterable[Sequence[str]], fixed: Mapping[str, LayerBits]
+    layers: Sequence[LayerSpec], tied: Iterable[Sequence[str]], fixed: Mapping[str, LayerBits]
 ) -> list[tuple[str, ...]]:
     """Return the groups of free layers in network order; a lone layer is a group of one."""
+    names, known = [layer.name for layer in layers], _names(layers)
     group_of: dict[str, tuple[str, ...]] = {}
     for group in tied:
         if isinstance(group, str):
             raise SpaceError(f"tied holds groups of layers, [('a', 'b'), …]; got {group!r} as one.")
         for name in group:
-            if name not in names:
+            if name not in known:
                 raise SpaceError(
                     f"tied: {name!r} is no layer (groups hold names, not globs). "
-                    f"The layers are: {_listed(names)}."
+                    f"The layers are: {_listed(layers)}."
                 )
+        group = [known[name] for name in group]
+        for name in group:
             if name in fixed:
                 raise SpaceError(f"tied: {name!r} is pinned to {fixed[name]}; untie or unpin it.")
             if name in group_of:

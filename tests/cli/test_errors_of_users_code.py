@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
-from hq_optuna.cli.options import calling_user_code
+from hq_optuna.errors import calling_user_code
 
 Command = Callable[..., Result]
 

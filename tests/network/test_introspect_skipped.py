@@ -124,13 +124,6 @@ def test_integer_weights_are_listed_as_quantized_already():
     assert "torch.int8, not floating point" in reasons(network, torch.zeros(2, 3))["1"]
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_packed_weights_are_listed_as_quantized_already():
-    packed = torch.ao.nn.quantized.Linear(3, 4)
-    network = Net(lambda net, x: net.fc(x), fc=nn.Linear(3, 2), packed=packed)
-    assert reasons(network, torch.zeros(2, 3)) == {"packed": "already quantized (packed weights)"}
-
-
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(
     "wrap",

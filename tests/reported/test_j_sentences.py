@@ -1,0 +1,312 @@
+"""Kind J: modes around a search, names in settings, what is no network: right, or refused."""
+
+import threading
+import warnings
+from collections import OrderedDict
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+
+import hq_optuna as hq
+from hq_optuna.errors import NetworkError, SpaceError
+from hq_optuna.space.layers import LayerSpec
+from tests.reported import product
+
+
+def made():
+    """Return a small network and data."""
+    torch.manual_seed(0)
+    convolution = (nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten())
+    data = torch.randn(32, 1, 4, 4), torch.randint(0, 3, (32,))
+    return nn.Sequential(*convolution, nn.Linear(8, 3)), data
+
+
+SMALL = {"budget": "0.4 bops", "bits": (8, 5, 3), "candidates": 2}
+
+
+def found(network, data, scorer=None):
+    """Return bits, scores and accuracies of a search, and the answer's outputs after a load."""
+    found = product.search(network, data, scorer=scorer, validation=data, **SMALL)
+    facts = {n: v for n, v in found.facts.items() if n.startswith("accuracy")}
+    return found.bits, product.history(found.study), found.result.score, facts
+
+
+@contextmanager
+def default(setter, value, before):
+    setter(value)
+    try:
+        yield
+    finally:
+        setter(before)
+
+
+class Watches(TorchFunctionMode):
+    """A mode of the user's that lets all pass."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def warnings_as_errors():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+AROUND = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "float64": lambda: default(torch.set_default_dtype, torch.float64, torch.float32),
+    "device": lambda: default(torch.set_default_device, "meta", None),
+    "deterministic": lambda: default(torch.use_deterministic_algorithms, True, False),
+    "anomaly": torch.autograd.detect_anomaly,
+    "function mode": Watches,
+    "strict warnings": warnings_as_errors,
+    "saved tensors": torch.autograd.graph.save_on_cpu,
+}
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return {scorer: found(*made(), scorer) for scorer in (None, "hutchinson")}
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize("name", AROUND)
+def test_a_search_in_any_mode_of_pytorch_is_the_same(name, expected):
+    """Whatever is set around it (QuEST#14: gradients off): the answer of a search without."""
+    network, data = made()
+    with AROUND[name]():
+        assert found(network, data, "hutchinson") == expected["hutchinson"]
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("scorer", [None, "hutchinson"])
+def test_network_and_data_may_be_made_in_inference_mode(scorer, expected):
+    """Tensors made there cannot be saved for a gradient: the search works on copies that can."""
+    with torch.inference_mode():
+        network, data = made()
+        inside = found(network, data, scorer)
+    assert inside == found(network, data, scorer) == expected[scorer]
+    assert network[0].weight.is_inference()
+
+
+def test_a_thread_of_its_own_may_search(expected):
+    """Signals and modes belong to threads; the answer does not."""
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(found(*made())))
+    thread.start()
+    thread.join()
+    assert answers == [expected[None]]
+
+
+def test_weights_kept_by_a_cache_are_refused():
+    """In parametrize.cached() a weight stays as it was rounded first, whatever bits follow."""
+    with parametrize.cached(), pytest.raises(NetworkError, match=r"cached\(\).*Leave that block"):
+        product.opened(*made())
+
+
+def specs(*names, aliases=()):
+    return [LayerSpec(n, "Linear", (1, 1), 0, 1, 1, 1, aliases) for n in names]
+
+
+def pins(layers, setting, **others):
+    """Return which layers a setting pins, to which weight bits."""
+    spare = specs("spare")
+    space = hq.SearchSpace.build([*layers, *spare], pins=setting, pin_first_last=None, **others)
+    free = {name for variable in space.variables for name in variable.layers}
+    return {name: bits.weight_bits for name, bits in space.start.items() if name not in free}
+
+
+@pytest.mark.parametrize(
+    "name", ["stage[0]", "a*", "what?", "two words", "größe", "[!x]", "a=b", "a:weights", "x\\y"]
+)
+def test_every_setting_takes_a_layers_name_as_it_is(name, tmp_path):
+    """Names hold what globs use (nncf#640): a setting that gives one is for that layer."""
+    torch.manual_seed(0)
+    layers = [(name, nn.Linear(4, 4)), ("relu", nn.ReLU()), ("head", nn.Linear(4, 3))]
+    network = nn.Sequential(OrderedDict(layers))
+    data = torch.randn(16, 4), torch.randint(0, 3, (16,))
+    options = {**SMALL, "budget": "0.9 bops"}
+    whole = product.search(network, data, pins={name: 7}, **options)
+    assert whole.bits[name] == (7, 7)
+    loaded = product.saved_and_loaded(whole, network, tmp_path)
+    assert torch.equal(loaded(data[0]), whole.network(data[0]))
+    allowed = product.search(network, data, allowed={name: (6, 4)}, **options)
+    assert allowed.bits[name][0] in (6, 4)
+    settings = {"bits": (8, 5), "budget": "0.9 bops"}
+    search = product.opened(network, data, quantizers={name: "midrise"}, **settings)
+    assert search.objective.setup.quantizers == {name: "midrise"}
+
+
+def test_a_name_goes_before_globs_wherever_it_stands():
+    """sglang#15594: what names a layer is not overruled by a pattern that comes later."""
+    layers = specs("head", "body.0", "body.1")
+    allowed = {"head": (6, 2), "*": (4, 2), "body.*": (5, 2)}
+    space = hq.SearchSpace.build(layers, allowed=allowed, pin_first_last=None)
+    assert space.top == (6, 5, 5)
+
+
+def test_brackets_in_a_glob_are_those_of_the_names_where_names_have_them():
+    """`stage[0].*` means the layers in stage[0], and `stage[01].*` those in stage0 and stage1."""
+    layers = specs("stage[0].fc", "stage0.fc", "stage1.fc")
+    assert pins(layers, {"stage[0].*": 4}) == {"stage[0].fc": 4}
+    assert pins(layers, {"stage[01].*": 4}) == {"stage0.fc": 4, "stage1.fc": 4}
+    assert pins(layers[1:], {"stage[0].*": 4}) == {"stage0.fc": 4}
+    assert pins(layers, {"stage[[]*": 4}) == {"stage[0].fc": 4}
+
+
+def test_a_module_under_two_names_goes_by_either():
+    """A layer that is registered twice is one layer; its second name is not unknown."""
+    layers = specs("encoder.fc", aliases=("decoder.fc",))
+    assert pins(layers, {"decoder.fc": 4}) == pins(layers, {"decoder.*": 4}) == {"encoder.fc": 4}
+    with pytest.raises(SpaceError, match="one module under two names, with two values"):
+        pins(layers, {"decoder.fc": 4, "encoder.fc": 5})
+
+
+def test_what_allowed_says_of_a_layer_by_name_is_not_left_out_unsaid():
+    """The default pin of first and last layer gives way to it; a pin to other bits is refused."""
+    space = hq.SearchSpace.build(specs("stem", "body", "head"), allowed={"head": (6, 4)})
+    assert [(v.name, v.bits[0], v.bits[-1]) for v in space.variables] == [
+        ("body", 8, 2),
+        ("head", 6, 4),
+    ]
+    with pytest.raises(SpaceError, match=r"allowed\['head'\] allows .*pins\['\*'\] fixes"):
+        pins(specs("body", "head"), {"*": 8}, allowed={"head": (6, 4)})
+
+
+def test_the_name_of_what_holds_layers_is_told_how_to_write_it():
+    """`layer1` is a block and no layer: the sentence gives the glob for what is in it."""
+    with pytest.raises(SpaceError, match=r"'block' matches no layer.* write 'block\.\*'"):
+        pins(specs("block.0", "block.1"), {"block": 4})
+
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+
+
+class Functional(nn.Module):
+    """A network whose layer is a function."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(3, 6))
+
+    def forward(self, x):
+        return functional.linear(x, self.w)
+
+
+class Activation(nn.Module):
+    """Nothing with weights."""
+
+    def forward(self, x):
+        return x.relu()
+
+
+def observed(convert):
+    stubs = torch.ao.quantization.QuantStub(), torch.ao.quantization.DeQuantStub()
+    network = nn.Sequential(stubs[0], *mlp(), stubs[1]).eval()
+    network.qconfig = torch.ao.quantization.get_default_qconfig("x86")
+    network = torch.ao.quantization.prepare(network)
+    network(torch.ones(2, 6))
+    return torch.ao.quantization.convert(network) if convert else network
+
+
+def one_parameter(change):
+    network = mlp()
+    network[2].weight = nn.Parameter(change(network[2].weight.detach()), requires_grad=False)
+    return network
+
+
+def dynamic(layers):
+    return torch.ao.quantization.quantize_dynamic(mlp(), layers)
+
+
+def dotted():
+    network = mlp()
+    setattr(network, "3.x", nn.Linear(3, 3))
+    return network
+
+
+EXAMPLE = (torch.ones(2, 6),)
+REFUSED = {
+    "scripted": (lambda: torch.jit.script(mlp()), r"TorchScript.*as it was before"),
+    "traced": (lambda: torch.jit.trace(mlp(), EXAMPLE), r"TorchScript.*as it was before"),
+    "frozen": (lambda: torch.jit.freeze(torch.jit.script(mlp())), "TorchScript"),
+    "scripted part": (lambda: nn.Sequential(torch.jit.script(mlp())), "'0' is a TorchScript"),
+    "exported": (lambda: torch.export.export(mlp(), EXAMPLE), r"torch.export.*that was exported"),
+    "exported module": (
+        lambda: torch.export.export(mlp(), EXAMPLE).module(),
+        r"a graph .*calls linear.default with '0.weight' as a function",
+    ),
+    "functions": (lambda: torch.fx.symbolic_trace(Functional()), r"calls linear with 'w'"),
+    "data parallel": (lambda: nn.DataParallel(mlp()), r"in DataParallel.*its \.module"),
+    "dynamic": (lambda: dynamic({nn.Linear}), "'0' is quantized by PyTorch already.*float network"),
+    "one dynamic": (lambda: dynamic({"2"}), "'2' is quantized by PyTorch already"),
+    "static": (lambda: observed(True), "quantized by PyTorch already"),
+    "observed": (lambda: observed(False), r"prepared for PyTorch's own.*before .*prepare"),
+    "prepared": (
+        lambda: hq.prepare(mlp(), hq.introspect(mlp(), EXAMPLE).layers),
+        "quantized by hq_optuna already. Give the float network",
+    ),
+    "meta": (lambda: mlp().to("meta"), r"'0.weight' is on the meta device.*load_state_dict"),
+    "sparse": (lambda: one_parameter(torch.Tensor.to_sparse), r"sparse tensor.*to_dense"),
+    "eight bits": (lambda: one_parameter(lambda w: w.to(torch.float8_e4m3fn)), "float8_e4m3fn"),
+    "list": (lambda: list(mlp()), r"list of 3. Give nn.Sequential\(\*modules\)"),
+    "module list": (lambda: nn.ModuleList(mlp()), r"ModuleList without a forward.*nn.Sequential"),
+    "class": (lambda: nn.Linear, "the class Linear itself. Make one and load its weights"),
+    "weights": (lambda: mlp().state_dict(), r"state_dict.*network.load_state_dict\(weights\)"),
+    "path": (lambda: "net.pt", r"the path 'net.pt'.*weights_only=True"),
+    "function": (lambda: functional.relu, "function 'relu'. Give the module whose layers it calls"),
+    "nothing": (lambda: None, "got NoneType. Give the trained network itself"),
+    "dotted": (dotted, r"under the name '3\.x', whose dot"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_hides_its_layers_or_is_no_network_is_refused_with_the_way_out(kind):
+    """Before any work, as an error of the network, with what it is and what to give instead."""
+    make, words = REFUSED[kind]
+    with pytest.raises(NetworkError, match=words):
+        product.opened(make(), (torch.ones(4, 6), torch.zeros(4, dtype=torch.long)))
+
+
+class Sharded(torch.Tensor):
+    """Named as PyTorch's own, which needs processes to be made."""
+
+
+Sharded.__name__ = "DTensor"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("change", ["fx", "scripted activation", "stubs", "averaged", "half"])
+def test_what_still_shows_its_layers_is_searched(change):
+    """A graph that calls modules, a scripted activation, unused stubs, averages, half precision."""
+    stubs = torch.ao.quantization.QuantStub, torch.ao.quantization.DeQuantStub
+    network = {
+        "fx": lambda: torch.fx.symbolic_trace(mlp()),
+        "scripted activation": lambda: nn.Sequential(mlp(), torch.jit.script(Activation())),
+        "stubs": lambda: nn.Sequential(stubs[0](), *mlp(), stubs[1]()),
+        "averaged": lambda: torch.optim.swa_utils.AveragedModel(mlp()),
+        "half": lambda: mlp().half(),
+    }[change]()
+    x = torch.ones(4, 6, dtype=torch.float16 if change == "half" else torch.float32)
+    search = product.opened(network, (x, torch.zeros(4, dtype=torch.long)))
+    assert len(product.layers(search)) == 2
+
+
+def test_sharded_weights_are_refused():
+    """A DTensor (FSDP, tensor parallelism) holds a part of the weight: take the full one."""
+    network = mlp()
+    network[0].weight = nn.Parameter(network[0].weight.detach().as_subclass(Sharded))
+    with pytest.raises(NetworkError, match=r"'0.weight' is a DTensor.*full_tensor\(\)"):
+        product.opened(network, (torch.ones(4, 6), torch.zeros(4, dtype=torch.long)))
