@@ -170,8 +170,8 @@ class _Settings:
         for name, one in settings_of(type(self)).items():
             value = getattr(self, name)
             one.check(value)
-            if one.read is not None:
-                object.__setattr__(self, name, one.read(value))
+            value = _plain_numbers(value if one.read is None else one.read(value))
+            object.__setattr__(self, name, value)
 
     def replace(self, **changes: Any) -> Self:
         """Return these settings with some changed.
@@ -200,6 +200,17 @@ class _Settings:
         """Return all settings as JSON data."""
         found: dict[str, Any] = json.loads(json.dumps(vars(self), default=_plain))
         return found
+
+
+def _plain_numbers(value: Any) -> Any:
+    """Return the value with Python's own numbers for NumPy's, which no storage can hold."""
+    if type(value) is tuple:
+        return tuple(map(_plain_numbers, value))
+    if type(value) is dict:
+        return {key: _plain_numbers(each) for key, each in value.items()}
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _plain(value: Any) -> Any:

@@ -15,6 +15,8 @@ from torch.nn.functional import cross_entropy
 
 import hq_optuna as hq
 from hq_optuna.errors import HqOptunaError, ResumeError, StorageError
+from hq_optuna.report.data import report_data
+from hq_optuna.report.page import write_report
 from hq_optuna.search import Limits
 
 optuna.logging.set_verbosity(optuna.logging.CRITICAL)
@@ -22,6 +24,7 @@ warnings.simplefilter("ignore")
 torch.set_num_threads(1)
 
 Found = namedtuple("Found", "bits share warnings study network facts result")
+Looked = namedtuple("Looked", "names macs said ready table samples scores networks")
 Parts = namedtuple("Parts", "sampler pruner objective parameters")
 
 
@@ -142,6 +145,34 @@ def history(study):
     return sorted((tuple(sorted(t.params.items())), t.value) for t in done)
 
 
+def looked_at(search, choose):
+    """Return what an opened search tells of its network: names, MACs and tables by layer; a copy
+    made ready in float; scores and networks of the assignments that `choose(names)` returns."""
+    scorer = search.objective.prepare()
+    names = layers(search)
+    bits = [assignment(search, chosen) for chosen in choose(names)]
+    table = {
+        name: {part: {int(b): v for b, v in row.items()} for part, row in parts.items()}
+        for name, parts in scorer.sensitivity.to_json().items()
+    }
+    said = [*map(str, search.objective.skipped), *search.objective.warnings]
+    return Looked(
+        names,
+        {layer.name: layer.macs for layer in search.space.layers},
+        "\n".join(said),
+        hq.prepare(search.objective.model, search.space.layers),
+        table,
+        search.objective._facts["curvature_samples"],
+        [scorer.score(each).total for each in bits],
+        [search.objective.quantized(each) for each in bits],
+    )
+
+
+def rounded_input(network, layer, x):
+    """Return what a layer of a quantized network makes of its input before it computes."""
+    return network.get_submodule(layer).input_fake_quantize(x)
+
+
 def macs(network, data, loss=cross_entropy):
     """Return MACs a sample of each layer; then skipped layers and warnings as one text."""
     search = opened(network, data, loss)
@@ -175,6 +206,12 @@ def saved_and_loaded(found, network, folder):
     """Return the network of an answer after a round through a folder."""
     found.result.save(folder)
     return hq.load(folder, network)
+
+
+def reports(study, page):
+    """Return a study's report as data, and write and return it as a page."""
+    write_report(study, page)
+    return report_data(study), page.read_text()
 
 
 def command(*words, folder, through=()):
