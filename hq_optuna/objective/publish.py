@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import math
 import time
 import warnings
 from collections.abc import Mapping
@@ -22,14 +23,15 @@ from hq_optuna.network.evaluation import is_validation_fact
 from hq_optuna.optuna_internals import id_of, storage_of, trial_id_of
 from hq_optuna.protocol import worker_identity
 from hq_optuna.protocol.claims import write_facts
-from hq_optuna.protocol.tickets import excess, facts
+from hq_optuna.protocol.tickets import constrained, facts
 from hq_optuna.pruners import CostBudgetPruner
 from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.scoring import Score, Sensitivity
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.budget import Budget
-from hq_optuna.space.cost import CostModel
+from hq_optuna.space.cost import CostModel, Metric
 from hq_optuna.space.search_space import SearchSpace
+from hq_optuna.storages.writing import set_trial_attrs
 
 SENSITIVITY = "sensitivity"
 """Name of the artifact that holds the table of predicted loss rises, by layer and bits."""
@@ -150,16 +152,13 @@ def record(
     started: float,
 ) -> float:
     """Write what a trial shows besides its value, which is returned."""
-    budget = budget_of(trial.study)
-    cost = CostModel(space.layers, "bops" if budget is None else budget.metric).cost(config)
+    metric, limit = limit_of(trial.study, space)
+    cost = CostModel(space.layers, metric).cost(config)
     known: dict[str, Any] = {} if ticket is None else facts(ticket, space, cost)
     write_facts(trial, known | {attributes.COST: cost} | shown(score, started))
-    over = None if budget is None else excess(cost, budget.limit(space.layers))
-    # A trial that was claimed was created with it.
-    if budget is not None and over is not None and budget.metric not in trial.constraints:
-        trial.set_constraint(budget.metric, over)
-        # optuna-dashboard up to 0.21 reads only the older form.
-        trial.storage.set_trial_system_attr(trial_id_of(trial), attributes.OLD_CONSTRAINTS, [over])
+    if ticket is None or ticket.kind == "free":  # others know their cost from the start
+        over = constrained(cost, metric, limit)
+        set_trial_attrs(trial.storage, trial_id_of(trial), over, system=True)
     return score.total
 
 
@@ -172,6 +171,20 @@ def shown(score: Score, started: float) -> dict[str, Any]:
         attributes.SECONDS: round(time.perf_counter() - started, 6),
         attributes.WORKER: worker_identity.my_short_name(),
     }
+
+
+def limit_of(study: Study, space: SearchSpace) -> tuple[Metric, float]:
+    """Return what a study's budget counts and how much it allows, infinity where there is none.
+
+    A study that was loaded without its sampler and pruner says it itself.
+    """
+    if (budget := budget_of(study)) is not None:
+        return budget.metric, budget.limit(space.layers)
+    data = study.user_attrs.get(attributes.INFO)
+    if data is None or data["budget"] == "none":
+        return "bops", math.inf
+    info = attributes.StudyInfo.from_json(data)
+    return info.metric, info.limit
 
 
 def budget_of(study: Study) -> Budget | None:

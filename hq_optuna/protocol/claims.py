@@ -26,8 +26,8 @@ from hq_optuna.protocol import worker_identity
 from hq_optuna.protocol.owners import HELD
 from hq_optuna.protocol.step_log import StepLog
 from hq_optuna.protocol.study_view import StudyView
-from hq_optuna.protocol.tickets import candidate_ticket, excess, facts, parameters, record_ticket
-from hq_optuna.storages.writing import add_user_attrs, create_trials, finish_trial
+from hq_optuna.protocol.tickets import candidate_ticket, facts, parameters, record_ticket
+from hq_optuna.storages.writing import create_trials, finish_trial, set_trial_attrs
 
 ATTEMPTS = 3  # how often a worker tries to claim work before it waits
 PATIENCE_S = 0.3  # a worker that found no slot of its own for this long takes those of others
@@ -83,7 +83,7 @@ def write_facts(trial: optuna.Trial, facts: Mapping[str, Any]) -> None:
         for key, value in new.items():
             trial.set_user_attr(key, value)
         return
-    add_user_attrs(trial.storage, trial_id_of(trial), new)
+    set_trial_attrs(trial.storage, trial_id_of(trial), new)
     cached_trial(trial).user_attrs.update(new)
     for key in facts.keys() - new.keys():  # a retried trial has those of its first life
         trial.set_user_attr(key, facts[key])
@@ -105,7 +105,7 @@ def claim(view: StudyView, study: Study, waited_s: float = math.inf) -> ClaimedT
             ticket = _choose(log, view.search, waited_s)
             if ticket is None:
                 return None
-            view.failures.refuse_more(log.search.space, ticket)
+            view.failures.refuse_more(log.search.space, ticket, told=False)
         trial = _create(view, study, ticket)
         if trial.number == expected or not _lost(view, study, ticket, trial):
             return trial
@@ -182,19 +182,14 @@ def _template(
     """Return the trial that a claim creates, complete where it has a value."""
     search = view.log.search
     cost = search.cost_of(ticket.bits)
-    over = None if view.budget is None else excess(cost, search.limit)
     shown = parameters(ticket, view.space, view.encoding)
-    system: dict[str, Any] = {attributes.TICKET: ticket.to_json()}
-    if over is not None:
-        system[attributes.OLD_CONSTRAINTS] = [over]
     return optuna.create_trial(
         state=TrialState.RUNNING if value is None else TrialState.COMPLETE,
         value=value,
         params={name: bits for name, (bits, _) in shown.items()},
         distributions={n: CategoricalDistribution(choices) for n, (_, choices) in shown.items()},
         user_attrs={**facts(ticket, view.space, cost), **(more or {})},
-        system_attrs=system,
-        constraints={view.budget.metric: over} if view.budget and over is not None else None,
+        system_attrs=view.constrained(ticket.bits) | {attributes.TICKET: ticket.to_json()},
     )
 
 

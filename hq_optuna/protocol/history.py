@@ -190,8 +190,10 @@ def read_history(study: Study) -> History:
     trials = read_facts(storage, id_of(study), _FACTS)
     info = StudyInfo.from_json(user[attributes.INFO])
     made = system.get(attributes.SETTINGS)
-    log = None if made is None else StepLog(ProgressiveSearch.from_json(made, space, info.metric))
-    if log is not None:
+    log: StepLog | None = None
+    if made is not None:
+        rules = ProgressiveSearch.from_json(made, space, info.metric)
+        log = StepLog(rules, signed=attributes.FINGERPRINT in user)
         log.update(trials)
     candidates = _candidates(log, trials, space, info.metric)
     records = () if log is None else _records(log, trials, candidates)
@@ -265,8 +267,8 @@ def _candidates(
         number, ticket, user = trial.number, trial.ticket, trial.user_attrs
         if ticket is None or ticket.kind != "candidate" or trial.value is None:
             continue
-        # Other bits are of another search that was refused here.
-        if trial.state != TrialState.COMPLETE or len(ticket.bits) != len(names):
+        whole = trial.state == TrialState.COMPLETE if log is None else log.counts(trial)
+        if not whole or len(ticket.bits) != len(names):  # of a search refused here, or told by hand
             continue
         lowered = ticket.variable
         found[number] = Candidate(

@@ -5,8 +5,13 @@ Three signs, none of which compares the clocks of two machines:
 - A worker of this host whose process is gone is dead at once (`worker_identity`).
 - The owner of a long trial keeps changing one attribute (`attributes.HEARTBEAT`). An observer that
   sees no change for `Owners.grace_s` takes the owner for dead.
-- A trial that has no ticket `UNTAGGED_GRACE_S` after it was first seen lost its worker. (Workers of
-  `hq_optuna.workers.loop` create trials with their ticket; these come from other loops.)
+- A trial that has no ticket `UNTAGGED_GRACE_S` after it was first seen is not of this search, and
+  is left alone. (Workers of `hq_optuna.workers.loop` create trials with their ticket; other loops
+  write it a moment later.)
+
+Loops of Optuna's own never change the attribute, nor does who asks for a trial by hand. A process
+of this host that lives and does so keeps its trial, but after the same time not its slot: what it
+tells late is a duplicate.
 
 A worker that only slept and is taken for dead costs one evaluation; the history stays the same.
 """
@@ -23,7 +28,7 @@ from hq_optuna.attributes import Ticket
 from hq_optuna.protocol import worker_identity
 from hq_optuna.storages.trials import TrialRow
 
-UNTAGGED_GRACE_S = 3.0  # a trial that has not got its ticket after this long lost its worker
+UNTAGGED_GRACE_S = 3.0  # a trial that has not got its ticket after this long never will
 HEARTBEAT_S = 5.0  # how often the owner of a running trial changes its attribute
 GRACE_S = 30.0  # how long it may stay unchanged: several heartbeats, and a restarted database
 
@@ -38,11 +43,12 @@ class Owners:
 
     def __init__(self, grace_s: float = GRACE_S) -> None:
         self.grace_s = grace_s
-        self.running: dict[int, Ticket] = {}  # by number: trials whose owner may live
+        self.running: dict[int, Ticket] = {}  # by number: trials whose owner may be at work
         self.untagged: list[int] = []  # trials that may still get their ticket
         self.dead: dict[int, int] = {}  # number → id of running trials whose owner is dead
         self.died: list[Ticket] = []  # of those
         self.waiting = False  # somebody enqueued trials
+        self._strangers = False  # others end trials here that get no ticket: none is waited for
         self._signs: dict[int, tuple[Any, float]] = {}  # number → (sign, first seen)
         self._last_number: dict[str, int] = {}  # worker → its latest trial
 
@@ -55,6 +61,7 @@ class Owners:
             if row.ticket is not None:
                 self._last_number[row.ticket.worker] = row.number
             if row.state != TrialState.RUNNING:
+                self._strangers |= row.state == TrialState.COMPLETE and row.ticket is None
                 self._signs.pop(row.number, None)
                 continue
             sign = (row.ticket is not None, row.heartbeat)
@@ -62,26 +69,22 @@ class Owners:
                 self._signs[row.number] = (sign, now)
             quiet_s = now - self._signs[row.number][1]
             if row.ticket is None:
-                if quiet_s < UNTAGGED_GRACE_S:
+                if quiet_s < UNTAGGED_GRACE_S and not self._strangers:
                     self.untagged.append(row.number)
-                else:
-                    self.dead[row.number] = row.trial_id
-            elif self._is_dead(row, quiet_s):
+            elif self._is_dead(row, row.ticket, quiet_s):
                 self.dead[row.number] = row.trial_id
                 self.died.append(row.ticket)
-            else:
+            elif row.ticket.claim or quiet_s < self.grace_s:
                 self.running[row.number] = row.ticket
 
-    def _is_dead(self, row: TrialRow, quiet_s: float) -> bool:
-        assert row.ticket is not None
-        worker = row.ticket.worker
-        if row.ticket.claim and worker == worker_identity.worker_id():
-            return HELD.get(row.ticket.claim, -1) not in (None, row.trial_id)
-        if worker_identity.is_dead(worker):
+    def _is_dead(self, row: TrialRow, ticket: Ticket, quiet_s: float) -> bool:
+        if ticket.claim and ticket.worker == worker_identity.worker_id():
+            return HELD.get(ticket.claim, -1) not in (None, row.trial_id)
+        if worker_identity.is_dead(ticket.worker):
             return True
-        # A process seen to live is trusted unless it was beating and stopped.
-        hangs = row.heartbeat is not None or not worker_identity.is_alive(worker)
-        return hangs and quiet_s >= self.grace_s
+        # What a worker claimed it beats for. If it lives and does not, this is a copy of its study.
+        beats = ticket.claim > 0 or row.heartbeat is not None
+        return quiet_s >= self.grace_s and (beats or not worker_identity.is_alive(ticket.worker))
 
     def at_work(self, worker: str, last: int) -> list[str]:
         """Return who did the ``last`` trials, and this worker, in an order that all agree on."""

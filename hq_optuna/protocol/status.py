@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from optuna.study import Study
-from optuna.trial import TrialState
 
 from hq_optuna import attributes
 from hq_optuna.attributes import StudyInfo
@@ -78,7 +77,7 @@ class StatusReader:
         rows = read_rows(*place_of(self._study), log.cursor)
         log.limit(stored_limits(self._study))
         log.update(rows)
-        self._count(rows)
+        self._count(log, rows)
         return self._status(log, self._info)
 
     @property
@@ -90,22 +89,24 @@ class StatusReader:
         if self._log is None:
             storage, study_id = place_of(self._study)
             system = storage.get_study_system_attrs(study_id)
-            info = storage.get_study_user_attrs(study_id).get(attributes.INFO)
+            user = storage.get_study_user_attrs(study_id)
+            info = user.get(attributes.INFO)
             space_data = attributes.join(attributes.SPACE, system)
             made = system.get(attributes.SETTINGS)
             if info is None or space_data is None or made is None:
                 return None
             self._info = StudyInfo.from_json(info)
             space = SearchSpace.from_json(space_data)
-            self._log = StepLog(ProgressiveSearch.from_json(made, space, self._info.metric))
+            rules = ProgressiveSearch.from_json(made, space, self._info.metric)
+            self._log = StepLog(rules, signed=attributes.FINGERPRINT in user)
         return self._log
 
-    def _count(self, rows: Sequence[TrialRow]) -> None:
+    def _count(self, log: StepLog, rows: Sequence[TrialRow]) -> None:
         for row in rows:
             ticket = row.ticket
             if ticket is None or not ticket.worker:
                 continue
-            scored = ticket.kind == "candidate" and row.state == TrialState.COMPLETE
+            scored = ticket.kind == "candidate" and log.counts(row)
             self._scored[ticket.worker] += scored
             if scored and row.seconds is not None:
                 self._latest = [*self._latest, row.seconds][-LATEST:]

@@ -86,11 +86,16 @@ class OpenStep:
 
 
 class StepLog:
-    """Replays the trials of a study into the steps of a search with the study's own rules."""
+    """Replays the trials of a study into the steps of a search with the study's own rules.
 
-    def __init__(self, search: ProgressiveSearch) -> None:
+    Where the study's objective is this package's, trials count that it ``signed``: a value that
+    somebody else told of a trial, running or asked for, is none of the search's.
+    """
+
+    def __init__(self, search: ProgressiveSearch, *, signed: bool = False) -> None:
         self.search = search
         self.settings = search.to_json()  # once: its digest of the space takes milliseconds
+        self.signed = signed
         self.cursor = Cursor()
         self.owners = Owners()
         # By number: the first says whose study this is, the others were refused.
@@ -165,7 +170,7 @@ class StepLog:
             key = (ticket.step, ticket.parent)
             if ticket.trains:
                 self._trainings.setdefault(key, {})[row.trial_id] = ticket.bits
-            if row.state != TrialState.COMPLETE or row.value is None:
+            if row.value is None or not self.counts(row):
                 continue
             if ticket.kind == "incumbent":
                 self._records.setdefault(key, []).append((row.number, row.value, ticket))
@@ -177,6 +182,14 @@ class StepLog:
                     # A late duplicate. Whoever reads the study afresh may name it in a record.
                     self._by_number[row.number] = (ticket.step, ticket.slot, late)
         self._advance()
+
+    def counts(self, row: TrialRow) -> bool:
+        """Return whether a trial is a complete one of this search, whatever it is needed for."""
+        if row.state != TrialState.COMPLETE or row.ticket is None:
+            return False
+        theirs = row.ticket.search
+        mine = not (theirs and self.searches) or attributes.same_search(self.searches[0], theirs)
+        return mine and (row.signed or not self.signed)
 
     def _note_time(self, row: TrialRow) -> None:
         if row.state == TrialState.RUNNING and row.number in self.owners.running:

@@ -27,23 +27,28 @@ class Failures:
         self._ended: dict[tuple[object, ...], list[TrialState]] = {}
 
     def note(self, log: StepLog, ticket: Ticket, state: TrialState) -> None:
-        """Count a trial that failed or was pruned, if the search still needs what it was for."""
+        """Count a trial without a result of ours, if the search still needs what it was for."""
         if log.open is not None and log.open.needs(ticket):
             self._ended.setdefault(_key(ticket), []).append(state)
 
-    def refuse_more(self, space: SearchSpace, ticket: Ticket) -> None:
+    def refuse_more(self, space: SearchSpace, ticket: Ticket, *, told: bool = True) -> None:
         """Refuse to try the same work for ever. It is told once; then counting starts anew.
 
-        Called before a trial, as an error after one would hide why that failed.
+        Called before a trial, as an error after one would hide why that failed. What was ``told``
+        of a trial counts in a loop alone, which goes on for ever; who asks by hand sees it.
 
         Raises:
             RuntimeError: This process tried the ticket's work `MAX_FAILURES` times.
         """
         ended = self._ended.get(_key(ticket), [])
+        ended = [state for state in ended if told or state != TrialState.COMPLETE]
         if len(ended) < MAX_FAILURES:
             return
         del self._ended[_key(ticket)]
-        if ended[-1] == TrialState.PRUNED:
+        if ended[-1] == TrialState.COMPLETE:
+            how = "values that this study's HessianObjective did not compute were told of"
+            then = "Call that objective, or give your own a study of its own."
+        elif ended[-1] == TrialState.PRUNED:
             how = "the objective pruned"
             then = "Prune only where `CostBudgetPruner` says that a trial is not needed."
         else:

@@ -9,6 +9,7 @@ number is the one thing they agree on.
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from hq_optuna.errors import ResumeError
 from hq_optuna.optuna_internals import id_of, place_of, storage_of
 from hq_optuna.protocol.step_log import StepLog
 from hq_optuna.protocol.stopping import Failures
+from hq_optuna.protocol.tickets import constrained
 from hq_optuna.search import Limits
 from hq_optuna.settings import Encoding
 from hq_optuna.space.budget import Budget
@@ -44,8 +46,33 @@ class StudyView:
     failures: Failures = field(default_factory=Failures)
 
     def name_search(self, digest: str) -> None:
-        """Add the digest of what the search depends on besides the sampler."""
+        """Add the digest of what the search depends on besides the sampler: it has our objective.
+
+        What was told before, or by others, does not count then: the record is read anew.
+        """
         self.search = f"{self.search.partition('/')[0]}/{digest}"
+        if not self.log.signed:
+            limits, self.log = self.log.limits, StepLog(self.log.search, signed=True)
+            self.log.limit(limits)
+
+    def constrained(self, bits: Sequence[int]) -> dict[str, Any]:
+        """Return the system attributes by which trials over the budget are known, of any bits."""
+        if self.budget is None:
+            return {}
+        search = self.log.search
+        return constrained(search.cost_of(bits), self.budget.metric, search.limit)
+
+    def constrained_by(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Return those of a trial that is none of the search, by its parameters.
+
+        Variables that it does not have count at their widest bits.
+        """
+        return self.constrained(
+            [
+                int(params[variable.name]) if params.get(variable.name) in variable.bits else widest
+                for variable, widest in zip(self.space.variables, self.space.top, strict=True)
+            ]
+        )
 
     @property
     def is_mine(self) -> bool | None:

@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import optuna
 from optuna.study import Study
+from optuna.trial import TrialState
 
 from hq_optuna import attributes
 from hq_optuna.attributes import Kind, Ticket
@@ -107,9 +109,16 @@ def facts(ticket: Ticket, space: SearchSpace, cost: float) -> dict[str, Any]:
     return known
 
 
-def excess(cost: float, limit: float) -> float | None:
-    """Return the constraint: by which part the cost is over the limit; ``None`` without one."""
-    return None if math.isinf(limit) else cost / limit - 1
+def constrained(cost: float, metric: str, limit: float) -> dict[str, Any]:
+    """Return system attributes that say by which part a cost is over a limit; none without one.
+
+    `study.best_trial` takes none that is. The older form is what optuna-dashboard 0.21 reads.
+    """
+    if math.isinf(limit):
+        return {}
+    over = cost / limit - 1
+    made = optuna.create_trial(state=TrialState.RUNNING, constraints={metric: over})
+    return {**made.system_attrs, attributes.OLD_CONSTRAINTS: [over]}
 
 
 def slot_for(step: OpenStep, untagged: int) -> int:

@@ -29,6 +29,7 @@ from hq_optuna import attributes
 from hq_optuna.attributes import Ticket
 from hq_optuna.optuna_internals import (
     FIXED_PARAMS,
+    loop_of,
     place_of,
     refuse_several_objectives,
     storage_of,
@@ -55,6 +56,7 @@ from hq_optuna.settings import Encoding, Rule
 from hq_optuna.space.budget import Budget, check_reachable
 from hq_optuna.space.cost import CostModel
 from hq_optuna.space.search_space import SearchSpace
+from hq_optuna.storages.writing import set_trial_attrs
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +182,8 @@ class ProgressiveBitSampler(BaseSampler):
         with self.lock:
             studies = self._views.setdefault(storage, {})
             if study_id not in studies:
-                log = StepLog(self._search(study))
+                known = storage.get_study_user_attrs(study_id)
+                log = StepLog(self._search(study), signed=attributes.FINGERPRINT in known)
                 mine = attributes.digest(log.settings)
                 log.limit(limits_of(study))
                 studies[study_id] = StudyView(
@@ -288,7 +291,10 @@ class ProgressiveBitSampler(BaseSampler):
         storage = storage_of(study)
         try:
             ticket = self._new_ticket(study, trial)
-            storage.set_trial_system_attr(trial_id, attributes.TICKET, ticket.to_json())
+            # Whoever ends the trial, and whatever it is told: it is known to be over the budget.
+            over = self.view(study).constrained(ticket.bits) if ticket.bits else {}
+            said = over | {attributes.TICKET: ticket.to_json()}
+            set_trial_attrs(storage, trial_id, said, system=True)
         except BaseException:  # Ctrl-C too: what is raised here leaves a trial running for ever
             with contextlib.suppress(OptunaError):
                 storage.set_trial_state_values(trial_id, TrialState.FAIL)
@@ -315,7 +321,8 @@ class ProgressiveBitSampler(BaseSampler):
             else:
                 slot = slot_for(step, log.untagged_before(trial.number))
                 ticket = candidate_ticket(log, slot, view.search)
-            view.failures.refuse_more(log.search.space, ticket)
+            told = loop_of(study) is not None
+            view.failures.refuse_more(log.search.space, ticket, told=told)
             return ticket
 
     def infer_relative_search_space(
@@ -361,13 +368,19 @@ class ProgressiveBitSampler(BaseSampler):
     def after_trial(
         self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
     ) -> None:
-        """End the study with the record that meets the budget."""
+        """End the study with the record that meets the budget; constrain trials of others."""
         ticket, view = self.ticket(study, trial), self.view(study)
         view.tickets.pop(trial_id_of(trial), None)
-        if ticket is None or ticket.kind not in ("candidate", "incumbent"):
+        if ticket is None or ticket.kind == "free":
+            over = view.constrained_by(trial.params)
+            if state == TrialState.COMPLETE and not over.keys() <= trial.system_attrs.keys():
+                set_trial_attrs(storage_of(study), trial_id_of(trial), over, system=True)
+            return
+        if ticket.kind == "surplus":
             return
         with self.lock:
-            if state != TrialState.COMPLETE:
+            signed = attributes.SCORE_WEIGHTS in trial.user_attrs or not view.log.signed
+            if state != TrialState.COMPLETE or not signed:
                 view.failures.note(self.log(study), ticket, state)
             elif ticket.kind == "incumbent":
                 log = self.log(study)

@@ -20,7 +20,7 @@ from typing import Any
 
 import sqlalchemy
 from optuna.distributions import distribution_to_json
-from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 
@@ -105,12 +105,15 @@ class Database(HookedRDBStorage):
                     connection.execute(sqlalchemy.insert(table), more)
         return [(first + place, trial_id) for place, trial_id in enumerate(ids)]
 
-    def add_user_attrs(self, trial_id: int, user_attrs: Mapping[str, Any]) -> None:
-        """Write attributes of a running trial in one transaction."""
+    def set_trial_attrs(
+        self, trial_ids: Sequence[int], attrs: Mapping[str, Any], *, system: bool = False
+    ) -> bool:
+        """Write attributes of those trials that run in one transaction; return if there are any."""
         with self._transaction() as connection:
-            if not _running(connection, [trial_id]):
-                raise UpdateFinishedTrialError(f"Trial {trial_id} is finished.")
-            self._upsert(connection, _USER_ATTRS, _attributes(trial_id, user_attrs))
+            running = _running(connection, trial_ids)
+            rows = [row for trial_id in running for row in _attributes(trial_id, attrs)]
+            self._upsert(connection, _SYSTEM_ATTRS if system else _USER_ATTRS, rows)
+        return bool(running)
 
     def finish_trials(self, ended: Sequence[Ended]) -> list[int]:
         """End running trials with values and attributes, in one transaction; return their ids.
@@ -127,13 +130,6 @@ class Database(HookedRDBStorage):
                 if rows:
                     connection.execute(sqlalchemy.insert(table), rows)
         return [one.trial_id for one in done]
-
-    def write_heartbeats(self, trial_ids: Sequence[int], count: int) -> None:
-        """Set the sign of life of the trials that still run, in one transaction."""
-        with self._transaction() as connection:
-            running = _running(connection, trial_ids)
-            rows = [row for i in running for row in _attributes(i, {attributes.HEARTBEAT: count})]
-            self._upsert(connection, _SYSTEM_ATTRS, rows)
 
     def set_study_system_attrs(self, study_id: int, system_attrs: Mapping[str, Any]) -> None:
         """Write attributes of a study in one transaction: readers see all of them or none.

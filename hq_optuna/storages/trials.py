@@ -33,6 +33,7 @@ class TrialRow:
     state: TrialState
     value: float | None  # where it has exactly one
     ticket: Ticket | None  # if it has one of this protocol
+    signed: bool = False  # this package's objective wrote what it found
     heartbeat: Any = None  # what its owner keeps changing while it runs long
     started: datetime | None = None  # by its creator's clock; `None` while it waits
     ended: datetime | None = None  # by the clock of the host that ended it; `None` while it runs
@@ -85,6 +86,7 @@ def row_of(trial: FrozenTrial) -> TrialRow:
         trial.state,
         values[0] if values is not None and len(values) == 1 else None,
         Ticket.read(trial.system_attrs),
+        attributes.SCORE_WEIGHTS in trial.user_attrs,
         trial.system_attrs.get(attributes.HEARTBEAT),
         # Optuna hands out naive local times.
         trial.datetime_start and trial.datetime_start.astimezone(UTC),
@@ -122,19 +124,23 @@ def read_facts(storage: BaseStorage, study_id: int, keys: Sequence[str]) -> list
 def _row_query(study_id: int, cursor: Cursor) -> sqlalchemy.Select[Any]:
     trials, values = models.TrialModel.__table__, models.TrialValueModel.__table__
     ticket, heartbeat = (models.TrialSystemAttributeModel.__table__.alias(n) for n in ("t", "h"))
+    signature = models.TrialUserAttributeModel.__table__
     new = trials.c.trial_id > cursor.last_id
     if cursor.unfinished:
         new = new | trials.c.trial_id.in_(cursor.unfinished.values())
     its_id, beats = trials.c.trial_id, trials.c.state == TrialState.RUNNING
     is_heartbeat = (heartbeat.c.key == attributes.HEARTBEAT) & beats
+    is_signature = signature.c.key == attributes.SCORE_WEIGHTS
     joined = (
         trials.outerjoin(values, (values.c.trial_id == its_id) & (values.c.objective == 0))
         .outerjoin(ticket, (ticket.c.trial_id == its_id) & (ticket.c.key == attributes.TICKET))
         .outerjoin(heartbeat, (heartbeat.c.trial_id == its_id) & is_heartbeat)
+        .outerjoin(signature, (signature.c.trial_id == its_id) & is_signature)
     )
-    said = (ticket.c.value_json.label("ticket"), heartbeat.c.value_json.label("heartbeat"))
+    said = [c.value_json.label(n) for n, c in (("ticket", ticket.c), ("heartbeat", heartbeat.c))]
     known = [trials.c[n] for n in ("number", "state", "datetime_start", "datetime_complete")]
-    query = sqlalchemy.select(its_id, *known, values.c.value, values.c.value_type, *said)
+    known += [values.c.value, values.c.value_type, *said, signature.c.key.label("signature")]
+    query = sqlalchemy.select(its_id, *known)
     return query.select_from(joined).where(trials.c.study_id == study_id, new).order_by(its_id)
 
 
@@ -149,6 +155,7 @@ def _row(columns: sqlalchemy.Row[Any]) -> TrialRow:
         columns.state,
         value,
         ticket,
+        columns.signature is not None,
         columns.heartbeat,
         columns.datetime_start and columns.datetime_start.replace(tzinfo=UTC),
         columns.datetime_complete and columns.datetime_complete.replace(tzinfo=UTC),

@@ -44,13 +44,17 @@ def set_study_system_attrs(
 
 
 @tried_again
-def add_user_attrs(storage: BaseStorage, trial_id: int, user_attrs: Mapping[str, Any]) -> None:
-    """Write user attributes of a running trial; at once where the storage can."""
+def set_trial_attrs(
+    storage: BaseStorage, trial_id: int, attrs: Mapping[str, Any], *, system: bool = False
+) -> None:
+    """Write attributes of a running trial; at once where the storage can, or in their order."""
     if (database := _bulk(storage)) is not None:
-        database.add_user_attrs(trial_id, user_attrs)
+        if not database.set_trial_attrs([trial_id], attrs, system=system):
+            raise UpdateFinishedTrialError(f"Trial {trial_id} is finished.")
         return
-    for key, value in user_attrs.items():
-        storage.set_trial_user_attr(trial_id, key, value)
+    write = storage.set_trial_system_attr if system else storage.set_trial_user_attr
+    for key, value in attrs.items():
+        write(trial_id, key, value)
 
 
 @tried_again
@@ -111,7 +115,7 @@ def write_heartbeats(storage: BaseStorage, trial_ids: Sequence[int], count: int)
     if isinstance(storage, RetryingStorage):
         storage = storage.wrapped  # a late heartbeat is worth nothing
     if (database := _bulk(storage)) is not None:
-        database.write_heartbeats(trial_ids, count)
+        database.set_trial_attrs(trial_ids, {attributes.HEARTBEAT: count}, system=True)
         return
     for trial_id in trial_ids:
         with contextlib.suppress(UpdateFinishedTrialError):

@@ -14,7 +14,8 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import Study
 from optuna.trial import Trial, TrialState
 
-from hq_optuna.errors import StorageError
+from hq_optuna import attributes
+from hq_optuna.errors import HqOptunaError, StorageError
 from hq_optuna.optuna_internals import storage_of, trial_id_of
 from hq_optuna.protocol.claims import ClaimedTrial
 from hq_optuna.protocol.step_log import StepLog
@@ -34,18 +35,13 @@ LONGEST_WAIT_S = 1.0
 def fail_dead_trials(study: Study) -> int:
     """Mark trials whose worker is dead as failed, and return how many.
 
-    Their slots are free anyway; this keeps them from showing as running for ever. Trials without a
-    ticket that another loop is filling stay as they are.
+    Their slots are free anyway; this keeps them from showing as running for ever.
     """
     sampler = study.sampler
     assert isinstance(sampler, ProgressiveBitSampler)
     failed = 0
     storage = storage_of(study)
     for number, trial_id in sampler.log(study).owners.dead.items():
-        trial = storage.get_trial(trial_id)
-        bare = not (trial.params or trial.user_attrs or trial.system_attrs)
-        if not bare and sampler.ticket(study, trial) is None:
-            continue
         with contextlib.suppress(UpdateFinishedTrialError):  # another worker was quicker
             storage.set_trial_state_values(trial_id, state=TrialState.FAIL)
             logger.info("The worker of trial %d is dead; its work is free again.", number)
@@ -124,16 +120,26 @@ def _run_one(
                 raise ValueError(
                     f"Trial {trial.number}: the objective returned NaN. Expected a number."
                 )
+            if sampler.view(study).log.signed and attributes.SCORE_WEIGHTS not in trial.user_attrs:
+                raise ValueError(
+                    f"Trial {trial.number}: this study's trials are scored by HessianObjective, "
+                    "which this objective did not call. Call it, or take another study."
+                )
         except optuna.TrialPruned:
             _finish(study, sampler, trial, TrialState.PRUNED)
             if ticket is not None:
                 log = sampler.log(study)
                 sampler.view(study).failures.note(log, ticket, TrialState.PRUNED)
-        except BaseException:
+        except BaseException as error:
             # What cannot be given back, as the storage is away, others take up later.
             with contextlib.suppress(StorageError):
                 _finish(study, sampler, trial, TrialState.FAIL)
-            raise
+            enqueued = ticket is None or ticket.kind == "free"
+            if not enqueued or not isinstance(error, Exception) or isinstance(error, HqOptunaError):
+                raise
+            logger.warning(
+                "Trial %d, which somebody enqueued, failed and is left out: %s", trial.number, error
+            )
         else:
             _finish(study, sampler, trial, TrialState.COMPLETE, value)
             if not recording:

@@ -64,8 +64,16 @@ def test_a_process_of_this_host_is_dead_at_once_or_trusted(now):
     seen.update(rows)
     assert (list(seen.dead), list(seen.running)) == ([0], [1])
     now[0] += 10 * GRACE_S
-    seen.update(rows)  # a loop that never beats is not taken for dead
-    assert list(seen.running) == [1]
+    seen.update(rows)  # a loop that never beats is not taken for dead, but its slot is free
+    assert (list(seen.dead), list(seen.running)) == ([0], [])
+
+
+def test_what_a_living_worker_claimed_and_does_not_beat_for_is_of_a_copied_study(now):
+    seen, alive = Owners(), f"{HOST}/{NAMESPACE}/1/"
+    seen.update([row(0, alive, claim=3)])
+    now[0] += GRACE_S
+    seen.update([row(0, alive, claim=3)])
+    assert list(seen.dead) == [0]
 
 
 def test_a_process_of_this_host_that_stopped_beating_hangs(now):
@@ -82,9 +90,15 @@ def test_a_trial_without_a_ticket_is_waited_for_for_a_moment(now):
     assert seen.untagged == [0]
     now[0] += UNTAGGED_GRACE_S
     seen.update([row(0, None)])
-    assert (seen.untagged, seen.dead) == ([], {0: 100})
+    assert (seen.untagged, seen.dead) == ([], {})
     seen.update([row(0, AWAY)])
     assert (list(seen.running), seen.dead) == ([0], {})
+
+
+def test_where_others_end_trials_without_tickets_none_is_waited_for(now):
+    seen = Owners()
+    seen.update([row(0, None, state=TrialState.COMPLETE), row(1, None)])
+    assert (seen.untagged, seen.dead) == ([], {})
 
 
 def test_a_trial_that_was_created_twice_is_nobodys(now):

@@ -98,7 +98,7 @@ def test_a_candidate_costs_one_small_attribute_whatever_the_number_of_layers():
     study = new_study(sampler(62, encoding="compact", n_candidates=8))
     study.optimize(assigned, n_trials=12)
     for trial in study.trials:
-        assert set(trial.system_attrs) == {attributes.TICKET}
+        assert set(trial.system_attrs) == {attributes.TICKET, "constraints", "constraints:bops"}
         assert trial.user_attrs == {}
         assert trial.params == {}
         assert len(json.dumps(trial.system_attrs)) < 2045  # Optuna's own habit of small attributes

@@ -18,7 +18,7 @@ from hq_optuna.optuna_internals import database_of
 from hq_optuna.protocol.claims import write_facts
 from hq_optuna.storages import RetryingStorage, open_storage, sqlite_url
 from hq_optuna.storages.trials import Cursor, read_facts, read_rows, row_of
-from hq_optuna.storages.writing import add_user_attrs, finish_trial
+from hq_optuna.storages.writing import finish_trial, set_trial_attrs
 from tests.fake_search import fake_study
 from tests.samplers.tables import assigned, new_study, ours, sampler
 
@@ -150,7 +150,7 @@ def test_a_trial_ends_once(storage, value):
     trial = study.trials[0]
     assert (trial.state, trial.value, trial.user_attrs) == (state, value, {"a": 1})
     with pytest.raises(UpdateFinishedTrialError):
-        add_user_attrs(study._storage, trial_id, {"c": 3})
+        set_trial_attrs(study._storage, trial_id, {"c": 3})
 
 
 def test_facts_are_given_to_any_trial_and_again_to_a_retried_one(storage):
@@ -219,14 +219,14 @@ def test_a_database_that_went_away_is_told_as_optuna_tells_it(tmp_path):
     with pytest.raises(StorageInternalError):
         trial.finish(TrialState.COMPLETE, 1.0)
     with pytest.raises(StorageInternalError):
-        add_user_attrs(storage, trial._trial_id, {"a": 1})
+        set_trial_attrs(storage, trial._trial_id, {"a": 1})
 
 
 def test_a_trial_that_was_ended_unheard_is_not_ended_twice(tmp_path, monkeypatch):
     storage = RetryingStorage(open_storage(sqlite_url(tmp_path / "study.db")))
     study = optuna.create_study(storage=storage)
     database = database_of(storage.wrapped)
-    for method in ("finish_trials", "add_user_attrs"):
+    for method in ("finish_trials", "set_trial_attrs"):
         original = getattr(database, method)
 
         def unheard(*arguments, original=original, calls=[], **named):  # noqa: B006
@@ -239,7 +239,7 @@ def test_a_trial_that_was_ended_unheard_is_not_ended_twice(tmp_path, monkeypatch
 
         monkeypatch.setattr(database, method, unheard)
     trial = study.ask()
-    add_user_attrs(storage, trial._trial_id, {"a": 1})
+    set_trial_attrs(storage, trial._trial_id, {"a": 1})
     finish_trial(storage, trial._trial_id, TrialState.COMPLETE, 0.5, {"b": 2})
     (found,) = study.trials
     assert (found.value, found.user_attrs) == (0.5, {"a": 1, "b": 2})

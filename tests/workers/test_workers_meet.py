@@ -173,8 +173,8 @@ def test_a_search_that_loses_the_race_for_the_first_number_gives_its_trial_back(
     other = optuna.load_study(
         study_name=study.study_name, storage=study._storage, sampler=sampler(6, encoding="compact")
     )
-    ours(study).name_search(study, "01")
-    ours(other).name_search(other, "02")  # other data, say
+    for by, rest in ((study, "01"), (other, "02")):  # other data, say
+        ours(by).view(by).search += f"/{rest}"
     ours(other).log(other)
     storage, create = study._storage, study._storage.create_new_trial
 
