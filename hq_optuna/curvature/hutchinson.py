@@ -24,12 +24,14 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hq_optuna.curvature.estimate import TOLERANCE, Curvature, InputCurvature, MeanCurvatures
 from hq_optuna.curvature.sweep import differentiable, signs
 from hq_optuna.errors import NetworkError
 from hq_optuna.network.batches import Batches, forward
+from hq_optuna.network.copies import graph_of
 from hq_optuna.network.loss_weights import batch_loss
 from hq_optuna.network.losses import LossFunction
 from hq_optuna.space.layers import LayerSpec
@@ -76,6 +78,7 @@ def hutchinson(
                 inputs = tuple(seen)  # activation checkpointing calls layers again, going back
                 at = [*weights.values(), *(x for _, x in inputs)]
                 first: Sequence[Tensor | None] = [None] * len(at)
+                _check_twice_differentiable(loss)
                 with _explained():
                     if loss.requires_grad:
                         first = torch.autograd.grad(loss, at, create_graph=True, allow_unused=True)
@@ -87,18 +90,33 @@ def hutchinson(
     return probes.curvature(data, raw)
 
 
+def _check_twice_differentiable(loss: Tensor) -> None:
+    """Refuse functions with a backward pass in Python: whether it has a gradient cannot be told.
+
+    Where it has none, as in reentrant checkpoints, second derivatives come out as zero unsaid.
+    """
+    nodes = graph_of(loss)
+    own = next((node for node in nodes if isinstance(node, BackwardCFunction)), None)
+    if own is not None:
+        name = own.name().removesuffix("Backward")
+        raise NetworkError(_ONCE + f"the backward pass of {name} may have no gradient. " + _REMEDY)
+
+
 @contextmanager
 def _explained() -> Iterator[None]:
     """Say of an error in a backward pass that second derivatives were asked for."""
     try:
         yield
     except RuntimeError as error:
-        raise NetworkError(
-            f"The scorer 'hutchinson' needs second derivatives, and the network or the loss has "
-            f"none: {str(error).splitlines()[0]} Give it without what has one gradient only "
-            "(torch.utils.checkpoint, functions marked once_differentiable), or use scorer "
-            "'fisher' or 'diagonal', which need no more."
-        ) from error
+        raise NetworkError(f"{_ONCE}{str(error).splitlines()[0]} {_REMEDY}") from error
+
+
+_ONCE = "The scorer 'hutchinson' needs second derivatives of the network and the loss: "
+_REMEDY = (
+    "Give the network without it (torch.utils.checkpoint with use_reentrant=False, a function of "
+    "PyTorch's in place of one of your own), or use scorer 'fisher' or 'diagonal', which need one "
+    "gradient."
+)
 
 
 class _Probes:

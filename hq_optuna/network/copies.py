@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hq_optuna.errors import NetworkError
+from hq_optuna.network.batches import Inputs, cloned, forward
+from hq_optuna.network.containers import clone, is_plain, map_tensors, same, tensors
 from hq_optuna.network.devices import preserve_rng_state
+from hq_optuna.network.modes import own_modes
 
 _CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, deque, set)
 
 
+@own_modes()
 def copied(network: nn.Module, *, training: bool = False) -> nn.Module:
     """Return a copy in evaluation mode, or in training mode, if PyTorch can copy the network."""
+    held = [v for m in network.modules() for v in vars(m).values() if isinstance(v, Tensor)]
+    odd = [t for t in (*network.parameters(), *network.buffers(), *held) if not is_plain(t)]
+    memo: dict[int, Any] = {id(t): _odd_copy(t) for t in odd}
     try:
-        found = copy.deepcopy(network)
+        found = copy.deepcopy(network, memo)
     except Exception as error:  # of what the user's modules hold
         raise NetworkError(
             f"The network cannot be copied: {error}. Weights that a hook computes can be made "
@@ -28,6 +36,130 @@ def copied(network: nn.Module, *, training: bool = False) -> nn.Module:
         ) from error
     found.train(training)  # what it returns is not looked at: overrides forget to return self
     return found
+
+
+def _odd_copy(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor in a layout that PyTorch does not copy itself, such as sparse."""
+    copy = clone(tensor.detach())
+    is_parameter = isinstance(tensor, nn.Parameter)
+    return nn.Parameter(copy, tensor.requires_grad) if is_parameter else copy
+
+
+def check_copy(
+    network: nn.Module, copy: nn.Module, layers: Sequence[str], inputs: Inputs
+) -> list[str]:
+    """Prove that a copy, which has run before, computes with its own weights and no others.
+
+    Hooks, closures and replaced methods are not copied: they may hold the original network; a
+    network may also keep what it computed from a weight. The graph of the outputs tells which
+    weights they hang on. One that it does not show (a part without gradients, recomputation) is
+    moved, in the copy and then in the original. Returns a sentence for each layer without effect.
+
+    Raises:
+        NetworkError: Bits of a layer of the copy would not act, or not on the copy alone.
+    """
+    names = {id(p): name for name, p in network.named_parameters()}
+    own = {id(p): name for name, p in copy.named_parameters()}
+    with _preserve_gradients(network), _preserve_gradients(copy):
+        for parameter in (*network.parameters(), *copy.parameters()):
+            if not parameter.is_inference():
+                parameter.requires_grad_(parameter.is_floating_point())
+        used = _leaves(copy, inputs)
+    foreign = [name for place, name in names.items() if place in used or place in own]
+    if foreign:
+        raise NetworkError(f"A copy of the network computes with {foreign[0]!r} of the {_HELD}")
+    idle = []
+    for name in layers:
+        if id(copy.get_parameter(f"{name}.weight")) in used or _moves(copy, name, inputs):
+            continue
+        if _moves(network, name, inputs):
+            raise NetworkError(
+                f"The weight of {name!r} has no effect in a copy of the network, as it has in the "
+                + _HELD
+            )
+        if _moves(copy, name, inputs, by_output=True):
+            raise NetworkError(
+                f"The network's outputs hang on what {name!r} returns, but not on its weight: "
+                "something that was computed from the weight is kept (a cache, a fused or merged "
+                "weight), and bits would not act. Turn that off, or clear it."
+            )
+        idle.append(
+            f"Layer {name!r} has no effect on the network's outputs for the first calibration "
+            "batch; whatever its bits are there is no loss, so check that it is as it should be."
+        )
+    return idle
+
+
+_HELD = (
+    "original: a hook, a closure or a replaced forward holds the original, and is not copied with "
+    "it. Let forward and hooks reach layers through self, or through the module that a hook is "
+    "given, and keep nothing of the network in functions around it."
+)
+
+
+def outputs_of_copy(network: nn.Module, copy: nn.Module, inputs: Inputs) -> Any:
+    """Return a copy's outputs; refuse one that fails where the network itself runs."""
+    try:
+        return forward(copy, inputs)
+    except Exception as error:
+        with preserve_network(network):
+            network.eval()
+            forward(network, inputs)  # where this fails too, it is the network's own error
+        raise NetworkError(
+            f"A copy of the network fails where the network itself runs, with "
+            f"{type(error).__name__}: {error}. Perhaps a part of it holds the {_HELD}"
+        ) from error
+
+
+def _leaves(network: nn.Module, inputs: Inputs) -> set[int]:
+    """Return the ids of the parameters in the graph of a network's outputs."""
+    try:
+        with torch.enable_grad():
+            outputs = forward(network, cloned(inputs))
+    except RuntimeError:  # it writes into what takes gradients, which is right without
+        return set()
+    leaves = {id(tensor) for tensor in tensors(outputs)}
+    return leaves | {id(node.variable) for node in graph_of(outputs) if hasattr(node, "variable")}
+
+
+def graph_of(outputs: Any) -> set[Any]:
+    """Return the nodes of the graph that PyTorch keeps to differentiate these outputs."""
+    todo: list[Any] = [t.grad_fn for t in tensors(outputs) if t.grad_fn is not None]
+    seen = set(todo)
+    while todo:
+        new = {node for node, _ in todo.pop().next_functions if node is not None} - seen
+        seen |= new
+        todo.extend(new)
+    return seen
+
+
+@torch.no_grad()
+def _moves(network: nn.Module, layer: str, inputs: Inputs, *, by_output: bool = False) -> bool:
+    """Say whether outputs move when a layer's weight, or its output, does; all is put back."""
+    module = network.get_submodule(layer)
+    weight = network.get_parameter(f"{layer}.weight")
+
+    def run() -> list[Tensor]:
+        return cloned(list(tensors(forward(network, cloned(inputs)))))
+
+    with preserve_network(network):
+        network.eval()
+        before = run()
+        if by_output:
+            handle = module.register_forward_hook(lambda m, x, y: map_tensors(y, _moved))
+            after = run()
+            handle.remove()
+        else:
+            weight.copy_(_moved(weight))
+            after = run()
+    return len(before) != len(after) or not all(map(same, before, after))
+
+
+def _moved(x: Tensor) -> Tensor:
+    if not x.is_floating_point():
+        return x
+    step = torch.linspace(-1, 1, x.numel(), dtype=torch.float32).to(x.device).reshape(x.shape)
+    return (x + step * (1 + x.abs().max())).to(x.dtype) if x.numel() else x
 
 
 @contextmanager
@@ -76,15 +208,15 @@ def _preserve_attributes(network: nn.Module) -> Iterator[None]:
 @contextmanager
 def _preserve_values(tensors: list[Tensor]) -> Iterator[None]:
     # `.data` keeps the storage, should the network assign another one (max-norm constraints do).
-    held = [(t, t.data, t.detach().clone()) for t in tensors]
+    held = [(t, t.data, clone(t.detach())) for t in tensors]
     try:
         yield
     finally:
         with torch.no_grad():
             for tensor, data, copy in held:
-                if tensor.data_ptr() != data.data_ptr():
+                if is_plain(tensor) and tensor.data_ptr() != data.data_ptr():
                     tensor.data = data
-                if not torch.equal(tensor, copy):
+                if not same(tensor, copy):
                     tensor.copy_(copy)
 
 
