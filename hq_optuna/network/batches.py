@@ -6,38 +6,67 @@ checked: the score of an assignment must be the same number every time it is ask
 
 from __future__ import annotations
 
-import hashlib
+import inspect
 import itertools
-import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, get_args
+from operator import length_hint
+from typing import Any, NamedTuple, get_args
 
+import numpy as np
+import psutil
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from hq_optuna.errors import DataError
+from hq_optuna.network.containers import (
+    clone,
+    digest_of,
+    is_plain,
+    leaves,
+    map_tensors,
+    strided,
+    tensors,
+)
+from hq_optuna.network.devices import preserve_rng_state
+from hq_optuna.network.modes import without_fused_attention
 from hq_optuna.settings import Precision
 
-Inputs = Tensor | list[Any] | tuple[Any, ...] | Mapping[str, Any]
-"""What a network is called with: one tensor, positional arguments, or keyword arguments."""
+Inputs = Any
+"""What a network is called with: a tuple or list of positional arguments, a mapping of keyword
+arguments, or one tensor or object of the user's."""
 
 
 def forward(network: nn.Module, inputs: Inputs) -> Any:
-    """Call the network: a tuple or list becomes positional, a mapping keyword arguments.
+    """Call the network with its `arguments`, see also `without_fused_attention`."""
+    args, kwargs = arguments(network, inputs)
+    with without_fused_attention():
+        return network(*args, **kwargs)
 
-    A detector that takes a list of images as its one argument is given ``([image, …],)``.
-    PyTorch's fused transformer layer is off: it uses weights of layers that it never calls.
+
+def arguments(network: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return positional and keyword arguments: a tuple or list is the former, a mapping the latter.
+
+    Tuples and mappings of a class of the user's are one argument where the network takes no other
+    number or other names. A detector that takes a list of images as its one argument is given
+    ``([image, …],)``.
     """
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        if isinstance(inputs, Mapping):
-            return network(**inputs)
-        return network(inputs) if isinstance(inputs, Tensor) else network(*inputs)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+    if isinstance(inputs, PackedSequence) or not isinstance(inputs, (tuple, list, Mapping)):
+        return (inputs,), {}
+    args, kwargs = () if isinstance(inputs, Mapping) else tuple(inputs), dict[str, Any]()
+    if isinstance(inputs, Mapping):
+        kwargs.update(inputs)
+    if type(inputs) not in (tuple, list, dict):
+        try:
+            inspect.signature(network.forward).bind(*args, **kwargs)
+        except TypeError:
+            return (inputs,), {}
+        except ValueError:  # a scripted network does not tell
+            pass
+    return args, kwargs
 
 
 def check_precision(precision: str) -> None:
@@ -54,18 +83,9 @@ def autocast(network: nn.Module, precision: Precision) -> torch.autocast:
     return torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def tensors(tree: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested tuples, lists and mappings, in order."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (Mapping, tuple, list)):
-        for value in tree.values() if isinstance(tree, Mapping) else tree:
-            yield from tensors(value)
-
-
 def move(tree: Any, device: torch.device) -> Any:
-    """Return the tree with its tensors on ``device``."""
-    return map_tensors(tree, lambda tensor: tensor.to(device))
+    """Return the tree with its tensors on ``device``, copies of those of inference mode."""
+    return map_tensors(tree, lambda tensor: tensor.to(device, copy=tensor.is_inference()))
 
 
 def outputs_in_single(tree: Any, precision: Precision) -> Any:
@@ -77,39 +97,21 @@ def outputs_in_single(tree: Any, precision: Precision) -> Any:
 
 def cloned(tree: Any) -> Any:
     """Return the tree with copies of its tensors, for a function that may write into them."""
-    return map_tensors(tree, Tensor.clone)
-
-
-def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return the tree with ``change`` applied to each of its tensors."""
-    if isinstance(tree, Tensor):
-        return change(tree)
-    if isinstance(tree, Mapping):
-        return {key: map_tensors(value, change) for key, value in tree.items()}
-    if isinstance(tree, list):  # some networks tell lists from tuples, detectors for example
-        return [map_tensors(value, change) for value in tree]
-    if isinstance(tree, tuple):
-        return _like(tree, (map_tensors(value, change) for value in tree))
-    return tree
-
-
-def digest_of(named: Iterable[tuple[str, Tensor]], about: str = "", digits: int = 12) -> str:
-    """Return hexadecimal digits that name these tensors, with their names, in this order."""
-    sha = hashlib.sha256(about.encode())
-    for name, tensor in named:
-        sha.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        sha.update(flat.view(torch.uint8).numpy().data)
-    return sha.hexdigest()[:digits]
+    return map_tensors(tree, clone)
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Inputs and labels of ``n`` samples."""
+    """Inputs and labels of ``n`` samples.
+
+    ``share`` is what a sample of this batch counts in the mean loss, 1 on average over the samples
+    of all batches (`hq_optuna.network.loss_weights.weighed`).
+    """
 
     inputs: Inputs
     labels: Any
     n: int
+    share: float = 1.0
 
 
 class Batches(tuple[Batch, ...]):
@@ -120,41 +122,54 @@ class Batches(tuple[Batch, ...]):
         """Samples in all batches (`N`)."""
         return sum(batch.n for batch in self)
 
+    def in_random_order(self) -> Batches:
+        """Return the same batches in a random order, the same one each time."""
+        generator = torch.Generator().manual_seed(0)
+        order = torch.randperm(len(self), generator=generator, device="cpu")
+        return Batches([self[place] for place in order.tolist()])
+
     def digest(self) -> str:
         """Return twelve hexadecimal digits that name the data, labels and batch sizes."""
-        both = ((batch.inputs, batch.labels) for batch in self)
-        return digest_of(("", tensor) for pair in both for tensor in tensors(pair))
+        return digest_of(("", leaf) for b in self for leaf in leaves((b.inputs, b.labels)))
 
     def to(self, device: torch.device) -> Batches:
         """Return the same batches on ``device``."""
-        return Batches([Batch(move(b.inputs, device), move(b.labels, device), b.n) for b in self])
+        return Batches(
+            [Batch(move(b.inputs, device), move(b.labels, device), b.n, b.share) for b in self]
+        )
 
 
-def read_batches(data: Any, *, batch_size: int = 32, what: str = "calibration") -> Batches:
+def read_batches(
+    data: Any, *, batch_size: int = 32, what: str = "calibration", sample_axis: int | None = None
+) -> Batches:
     """Read data into memory as batches, twice over if they can be read twice.
 
-    Data are ``(inputs, labels)`` tensors of equal length, a map-style ``Dataset`` of ``(input,
-    label)`` pairs, or an iterable of batches, such as a ``DataLoader``, which keeps its own batch
-    size. ``what`` names them in messages.
+    Data are ``(inputs, labels)`` of equal length, a map-style ``Dataset`` of ``(input, label)``
+    pairs, or an iterable of batches, such as a ``DataLoader``, which keeps its own batch size.
+    ``what`` names them in messages.
+
+    ``sample_axis`` is the axis of the input tensors along which samples lie: 1 in ``(T, N, …)``.
+    By default it is told by the labels, whose first axis is always of samples.
 
     Raises:
-        DataError: Empty, unlabelled, NaN or inf, or not the same on a second reading (a shuffling
-            loader, random augmentation).
+        DataError: Empty, unlabelled, NaN or inf, without end, or not the same on a second reading
+            (a shuffling loader, random augmentation); or it is unclear where samples lie.
     """
     if isinstance(data, Batches):
         return data
     if batch_size < 1:
         raise ValueError(f"batch_size is at least 1; got {batch_size}.")
-    # A DataLoader draws a base seed from the global generator at each reading.
-    with torch.random.fork_rng(devices=[]):
-        first = _read(data, batch_size, what)
+    with preserve_rng_state([]), own_chance(data):  # a DataLoader draws a base seed
+        first = counted(_read(data, batch_size, what, sample_axis), what, sample_axis)
     _check(first, what)
     # Reading one batch again is enough to catch shuffling and random augmentation.
     if not isinstance(data, (tuple, Iterator)):
-        with torch.random.fork_rng(devices=[]):
+        with preserve_rng_state([]), own_chance(data):
             torch.rand(1)  # another state than at the first reading, or shuffles would repeat
-            again = _read(data, batch_size, what, limit=1)
-        if again.digest() != Batches(first[:1]).digest():
+            again = [*_read(data, batch_size, what, sample_axis, limit=1)]
+        # Nothing comes again of a stream that can be read once, whatever its class.
+        read = Batches(Batch(inputs, labels, first[0].n) for inputs, labels, _ in again)
+        if again and read.digest() != Batches(first[:1]).digest():
             raise DataError(
                 f"The {what} data come out differently on a second reading. Turn off shuffling "
                 "(DataLoader(shuffle=False)) and random augmentation: scores must be repeatable."
@@ -162,102 +177,58 @@ def read_batches(data: Any, *, batch_size: int = 32, what: str = "calibration") 
     return first
 
 
-def merge(data: Batches, max_samples: int) -> Batches:
-    """Return the same samples in the same order in batches of up to ``max_samples``.
-
-    Batches whose tensors do not fit together (images of different sizes) stay apart.
-    """
-    merged: list[Batch] = []
-    for batch in data:
-        last = merged[-1] if merged else None
-        if last is not None and last.n + batch.n <= max_samples:
-            inputs = _joined(last.inputs, batch.inputs, last.n, batch.n)
-            labels = _joined(last.labels, batch.labels, last.n, batch.n)
-            if inputs is not None and labels is not None:
-                merged[-1] = Batch(inputs, labels, last.n + batch.n)
-                continue
-        merged.append(batch)
-    return Batches(merged)
-
-
-def enlarge_first_batch(data: Batches, max_samples: int) -> Batches:
-    """Return the same samples with the first batches merged up to ``max_samples``.
-
-    Statistics are measured on the first batch and want many samples; the others stay as small as
-    caches like them.
-    """
-    totals = itertools.accumulate(batch.n for batch in data)
-    taken = max(1, sum(total <= max_samples for total in totals))
-    return Batches([*merge(Batches(data[:taken]), max_samples), *data[taken:]])
-
-
-def _joined(a: Any, b: Any, n: int, m: int) -> Any | None:
-    """Return two trees of n and m samples as one, or ``None`` where they do not fit."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return _joined_tensors(a, b, n, m)
-    keys = _keys(a)
-    if keys is None or keys != _keys(b):
-        return None
-    parts = [_joined(a[key], b[key], n, m) for key in keys]
-    if any(part is None for part in parts):
-        return None
-    return dict(zip(keys, parts, strict=True)) if isinstance(a, Mapping) else _like(a, parts)
-
-
-def _joined_tensors(a: Tensor, b: Tensor, n: int, m: int) -> Tensor | None:
-    """Join along the first axis where it holds samples; any other tensor must be the same."""
-    if not (a.dim() and b.dim() and len(a) % n == 0 and len(b) % m == 0):
-        return a if a.shape == b.shape and torch.equal(a, b) else None
-    fit = a.shape[1:] == b.shape[1:] and len(a) // n == len(b) // m
-    return torch.cat([a, b]) if fit else None
-
-
-def _keys(tree: Any) -> Any:
-    """Return the keys of a mapping, the places of a tuple, and ``None`` for anything else."""
-    if isinstance(tree, Mapping):
-        return tree.keys()
-    return range(len(tree)) if isinstance(tree, tuple) else None
-
-
-def _like(kind: tuple[Any, ...], values: Iterable[Any]) -> tuple[Any, ...]:
-    """Return values in a tuple, of the same names where it has names."""
-    return type(kind)(*values) if hasattr(kind, "_fields") else tuple(values)
-
-
-def _read(data: Any, batch_size: int, what: str, limit: int | None = None) -> Batches:
-    if isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], Tensor):
-        inputs, labels = data
-        n = len(labels)
-        if any(len(tensor) != n for tensor in tensors(inputs)):
-            raise DataError(
-                f"The {what} data hold {len(next(tensors(inputs)))} inputs and {n} labels; "
-                "give one label per input."
-            )
-
-        return Batches(
-            _batch(map_tensors(data, operator.itemgetter(slice(at, at + batch_size))), what)
-            for at in range(0, n, batch_size)
-        )
+def _read(
+    data: Any, batch_size: int, what: str, axis: int | None, limit: int | None = None
+) -> Iterator[tuple[Inputs, Any, int | None]]:
+    """Yield inputs, labels, and the number of samples where that was said."""
     if isinstance(data, Tensor):
         raise DataError(f"The {what} data have no labels; give (inputs, labels).")
-    if isinstance(data, Dataset) and not isinstance(data, torch.utils.data.IterableDataset):
+    if is_whole(data):
+        whole = Whole.of(data, what, axis)
+        for at in range(0, whole.n, batch_size):
+            yield *whole.take(slice(at, at + batch_size)), min(batch_size, whole.n - at)
+        return
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         data = DataLoader(data, batch_size=batch_size, shuffle=False, collate_fn=default_collate)
     if not isinstance(data, Iterable):
         raise DataError(
             f"The {what} data are a {type(data).__name__}; give (inputs, labels) tensors, a "
             "Dataset, or an iterable of (inputs, labels) batches such as a DataLoader."
         )
-    found = (_batch(item, what) for item in itertools.islice(_items(data, what), limit))
-    if isinstance(data, (list, tuple)):
-        return Batches(found)
-    # A loader may fill the same memory anew each time.
-    return Batches(Batch(cloned(b.inputs), cloned(b.labels), b.n) for b in found)
+    in_memory = isinstance(data, (list, tuple))
+    most_bytes = None if in_memory else psutil.virtual_memory().available // 2
+    for item in itertools.islice(bounded(data, what, MOST_BATCHES, most_bytes), limit):
+        given = (item.inputs, item.labels, item.n) if isinstance(item, Batch) else None
+        inputs, labels, n = given or (*pair_of(item, what, _UNLABELLED), None)
+        # A loader may fill the same memory anew each time.
+        yield (inputs, labels, n) if in_memory else (cloned(inputs), cloned(labels), n)
 
 
-def _items(data: Iterable[Any], what: str) -> Iterator[Any]:
-    """Yield what data hold; an error of their own says that they cannot be read."""
+MOST_BATCHES = 2**16
+"""What says no length and goes on beyond this has no end."""
+
+
+def bounded(
+    data: Iterable[Any], what: str, most: int, most_bytes: int | None = None
+) -> Iterator[Any]:
+    """Yield what data hold, up to so many batches where they say no length, and so many bytes.
+
+    An error of their own says that they cannot be read.
+    """
+    endless = DataError(
+        f"The {what} data have no end, or do not fit into memory: cut them off, "
+        "itertools.islice(data, 100), or give the Dataset a length."
+    )
+    has_length, n_bytes = length_hint(data, -1) >= 0, 0
+    if isinstance(data, (itertools.cycle, itertools.repeat)) and not has_length:
+        raise endless
     try:
-        yield from data
+        for index, item in enumerate(data):
+            if most_bytes is not None:
+                n_bytes += sum(part.nbytes for x in tensors(item) for part in strided(x))
+            if (index >= most and not has_length) or n_bytes > (most_bytes or n_bytes):
+                raise endless
+            yield item
     except DataError:
         raise
     except Exception as error:  # of the user's dataset, or of collating what does not fit
@@ -267,27 +238,28 @@ def _items(data: Iterable[Any], what: str) -> Iterator[Any]:
         ) from error
 
 
-def _batch(item: Any, what: str) -> Batch:
-    inputs, labels = pair_of(item, what, " Unlabelled data cannot give a loss.")
-    n = n_samples(inputs)
-    if next(tensors(labels), None) is None:
-        raise DataError(
-            f"A {what} batch has labels of type {type(labels).__name__}; give tensors (a Dataset "
-            "of (image, number) samples is batched for you, a plain list of samples is not)."
-        )
-    if isinstance(labels, Tensor) and (labels.dim() == 0 or (n and len(labels) % n)):
-        shape = tuple(labels.shape)
-        raise DataError(
-            f"A {what} batch holds {n} inputs and labels of shape {shape}; "
-            "give one label per input."
-        )
-    return Batch(inputs, labels, n)
+@contextmanager
+def own_chance(data: Any, seed: int | None = None) -> Iterator[None]:
+    """Seed the generators that a loader has of its own, if told; put their states back."""
+    samplers = (getattr(data, "sampler", None), getattr(data, "batch_sampler", None))
+    found = (getattr(holder, "generator", None) for holder in (data, *samplers))
+    kept = {g: g.get_state() for g in found if isinstance(g, torch.Generator)}
+    try:
+        for generator in kept if seed is not None else ():
+            generator.manual_seed(seed or 0)
+        yield
+    finally:
+        for generator, state in kept.items():
+            generator.set_state(state)
+
+
+_UNLABELLED = " Unlabelled data cannot give a loss."
 
 
 def pair_of(item: Any, what: str, hint: str = "") -> tuple[Inputs, Any]:
     """Return the inputs and labels of a batch; several inputs that were collated as a tuple.
 
-    Raises `DataError` where it is no pair, or has no tensor as input.
+    Raises `DataError` where it is no pair, holds NumPy arrays, or no tensor as input or labels.
     """
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         size = f" of {len(item)}" if isinstance(item, (tuple, list)) else ""
@@ -295,23 +267,216 @@ def pair_of(item: Any, what: str, hint: str = "") -> tuple[Inputs, Any]:
             f"A {what} batch is a pair (inputs, labels); got {type(item).__name__}{size}.{hint}"
         )
     inputs, labels = item
+    if any(isinstance(leaf, np.ndarray) for leaf in leaves(item)):
+        raise DataError(
+            f"A {what} batch holds NumPy arrays. Give tensors: torch.from_numpy(array)."
+        )
+    if any(x.is_mkldnn or (x.is_nested and x.layout == torch.strided) for x in tensors(item)):
+        raise DataError(
+            f"A {what} batch holds a tensor without sizes or strides. Give x.to_dense(), and "
+            "nested tensors with layout=torch.jagged."
+        )
     if next(tensors(inputs), None) is None:
         raise DataError(f"A {what} batch holds no tensor as input.")
-    return tuple(inputs) if isinstance(inputs, list) else inputs, labels
+    if isinstance(labels, (bool, int, float)) or (isinstance(labels, Tensor) and not labels.dim()):
+        raise DataError(
+            f"A {what} batch has one number as its label: these look like samples. Give them as a "
+            "Dataset, or as batches; a plain list of samples is not batched for you."
+        )
+    if next(tensors(labels), None) is None:
+        raise DataError(
+            f"A {what} batch has labels of type {type(labels).__name__}; give tensors (a Dataset "
+            "of (image, number) samples is batched for you, a plain list of samples is not)."
+        )
+    return tuple(inputs) if type(inputs) is list else inputs, labels
 
 
-def n_samples(inputs: Inputs) -> int:
-    """Return the samples in a batch of inputs: the first axis of the first tensor that has axes.
+def is_whole(data: Any) -> bool:
+    """Return whether data are the inputs and labels of all samples, and not two batches."""
+    if type(data) is not tuple or len(data) != 2:
+        return False
+    batches = [isinstance(p, Batch) or (isinstance(p, (tuple, list)) and len(p) == 2) for p in data]
+    return isinstance(data[1], Tensor) or not all(batches)
 
-    A list of tensors as the first argument, as detectors take, holds one sample an entry.
+
+class Whole(NamedTuple):
+    """Inputs and labels of all ``n`` samples, which lie along ``axis`` of all input tensors."""
+
+    inputs: Inputs
+    labels: Any
+    n: int
+    axis: int
+
+    @classmethod
+    def of(cls, data: tuple[Any, Any], what: str, axis: int | None = None) -> Whole:
+        """Raise `DataError` where a tensor, or a list beside them, has not one entry a sample."""
+        inputs, labels = pair_of(data, what, _UNLABELLED)
+        rows = {*_sizes(labels, 0)}
+        n = max(rows, default=0)
+        axes = [axis] if axis is not None else [0, 1] if _may_be_second(inputs) else [0]
+        fits = [a for a in axes if {*_sizes(inputs, a)} == rows == {n}]
+        if not fits or any(not x.dim() for x in tensors(data)):
+            single = {"single numbers" for x in tensors(data) if not x.dim()}
+            said = " or ".join([*map(str, sorted({*_sizes(inputs, axis or 0)})), *single])
+            raise DataError(
+                f"The {what} data hold {said} inputs and {n} labels; give one label per input, "
+                "along one axis of all tensors, or batches: [(inputs, labels), …]."
+            )
+        nodes = [*_nodes(inputs), *_nodes(labels)]
+        packed = any(isinstance(node, PackedSequence) for node in nodes)
+        if packed or not all(map(is_plain, tensors(data))):
+            raise DataError(
+                f"The {what} data hold tensors that cannot be cut into batches (sparse, nested, "
+                "packed). Give batches: [(inputs, labels), …]."
+            )
+        plain = (node for node in nodes if isinstance(node, (tuple, list)) and len(node) == n)
+        if n > 1 and any(next(tensors(node), None) is None for node in plain):
+            raise DataError(
+                f"The {what} data hold a list of {n} values that are no tensors. Give a tensor, "
+                "or batches: [(inputs, labels), …]."
+            )
+        return cls(inputs, labels, n, fits[0])
+
+    def take(self, index: Any) -> tuple[Inputs, Any]:
+        """Return the inputs and labels of samples, by a slice or a tensor of indices."""
+
+        def along(axis: int, x: Tensor) -> Tensor:
+            of_x = index.to(x.device) if isinstance(index, Tensor) else index
+            return x[(*[slice(None)] * (axis % x.dim()), of_x)]
+
+        inputs = map_tensors(self.inputs, lambda x: along(self.axis, x))
+        return inputs, map_tensors(self.labels, lambda x: along(0, x))
+
+
+def _nodes(tree: Any) -> Iterator[Any]:
+    """Yield the tuples, lists and mappings of a tree; what is in other classes is left out."""
+    if isinstance(tree, (tuple, list, Mapping)):
+        yield tree
+        if not isinstance(tree, PackedSequence):
+            for value in tree.values() if isinstance(tree, Mapping) else tree:
+                yield from _nodes(value)
+
+
+def _sizes(tree: Any, axis: int) -> list[int]:
+    """Return the sizes along an axis of the tensors in a tree that have it."""
+    packed = [node for node in _nodes(tree) if isinstance(node, PackedSequence)]
+    inside = {id(x) for node in packed for x in tensors(node)}
+    found = [x for x in tensors(tree) if id(x) not in inside and -x.dim() <= axis < x.dim()]
+    sizes = [int(node.batch_sizes[0]) for node in packed if axis == 0]
+    return sizes + [x.size(axis) for x in found if axis == 0 or not x.is_nested]
+
+
+def _lengths(tree: Any) -> set[int]:
+    """Return the lengths of lists of what holds tensors, one entry a sample, as detectors take."""
+    lists = (node for node in _nodes(tree) if isinstance(node, list))
+    return {len(node) for node in lists if next(tensors(node), None) is not None}
+
+
+def _may_be_second(inputs: Inputs) -> bool:
+    """Return whether inputs may be ``(T, N, …)``, and not samples of features ``(N, D)``."""
+    return all(x.dim() > 2 or not x.is_floating_point() for x in tensors(inputs) if x.dim() > 1)
+
+
+def _ways(inputs: Inputs, labels: Any) -> dict[int, tuple[int, bool]]:
+    """Return axes of the inputs that may hold samples: how many, and whether each has one label."""
+    ways: dict[int, tuple[int, bool]] = {}
+    rows, lengths, told = {*_sizes(inputs, 0)}, _lengths(inputs), {*_sizes(labels, 0)}
+    common = rows & told
+    paired = lengths & (told if isinstance(labels, Tensor) else _lengths(labels))
+    if paired and isinstance(labels, list) and not isinstance(labels[0], Tensor):
+        common = set()  # a dictionary of boxes an image
+    elif len(common) == 1 and rows == told:
+        paired = set()  # lists of several inputs and labels of all samples
+    exact = common | paired
+    if len(exact) == 1:
+        ways[0] = exact.pop(), True
+    elif not exact and isinstance(labels, Tensor) and len(rows) == 1:
+        several = {n for n in rows | lengths if 0 < n < len(labels) and len(labels) % n == 0}
+        if len(several) == 1:
+            ways[0] = several.pop(), False
+    second = {*_sizes(inputs, 1)} & told if _may_be_second(inputs) else set[int]()
+    if len(second) == 1:
+        ways[1] = second.pop(), True
+    return ways
+
+
+def counted(
+    read: Iterable[tuple[Inputs, Any, int | None]], what: str, axis: int | None = None
+) -> Batches:
+    """Return batches with their numbers of samples, along one axis in all of them.
+
+    Raises `DataError` where shapes leave several axes open, or none.
     """
-    if isinstance(inputs, Tensor):
-        return len(inputs) if inputs.dim() else 0
-    if isinstance(inputs, list):
-        return len(inputs)
-    values = inputs.values() if isinstance(inputs, Mapping) else inputs
-    parts = (v for v in values if isinstance(v, (Tensor, list, tuple, Mapping)))
-    return next((n for n in map(n_samples, parts) if n), 0)
+    found = [*read]
+    ways = [_ways(inputs, labels) for inputs, labels, n in found if n is None]
+    axes = set.intersection(*(set(way) for way in ways)) if ways else {0}
+    if axis is None and axes == {0, 1} and all(way[0][1] for way in ways):
+        axes = {0}
+    batches = []
+    for inputs, labels, n in found:
+        if n is None and axis is not None:
+            rows, told = {*_sizes(inputs, axis)} | _lengths(inputs), {*_sizes(labels, 0)}
+            fits = rows if len(rows) == 1 else rows & told
+            n = fits.pop() if len(fits) == 1 else None
+        elif n is None and len(axes) == 1:
+            n = _ways(inputs, labels)[min(axes)][0]
+        if n is None:
+            shapes = [
+                ", ".join(str((*x.shape,)) if not x.is_nested else "nested" for x in tensors(tree))
+                for tree in (inputs, labels)
+            ]
+            raise DataError(
+                f"The samples of a {what} batch cannot be counted: inputs have the shapes "
+                f"{shapes[0]}, labels {shapes[1]}. Give one label per input. Or say along which "
+                "axis of the inputs samples lie, sample_axis=0 or 1 of BitSearch or read_batches, "
+                "or how many there are: hq_optuna.network.batches.Batch(inputs, labels, n)."
+            )
+        batches.append(Batch(inputs, labels, n))
+    return Batches(batches)
+
+
+@torch.no_grad()
+def check_sample_axis(network: nn.Module, batch: Batch) -> None:
+    """Refuse inputs ``(T, N, …)`` whose N samples shapes alone do not tell from T.
+
+    That is so where labels are ``(T, N, …)`` or ``(T·N, …)``. What is computed of the other samples
+    does not hang on the first one, that of the other time steps does. ``network`` is called in up
+    to three passes, and only where both axes fit; raises `DataError`.
+    """
+    if not all(map(is_plain, tensors((batch.inputs, batch.labels)))):
+        return
+    shapes = {x.shape[:2] for x in tensors(batch.inputs) if x.dim() > 1}
+    labels = [x.shape for x in tensors(batch.labels) if x.dim()]
+    if len(shapes) != 1 or min(shape := shapes.pop()) < 2 or shape[0] != batch.n:
+        return
+    if not labels or any(y[:2] != shape and y[0] != shape.numel() for y in labels):
+        return
+
+    def first_changed(x: Tensor, axis: int) -> Tensor:
+        if x.dim() < 2 or x.shape[:2] != shape:
+            return x
+        return torch.cat([x.narrow(axis, -1, 1), x.narrow(axis, 1, shape[axis] - 1)], axis)
+
+    def others(tree: Any, axis: int) -> list[Tensor]:
+        """Return the outputs without those of what lies first along an axis of the inputs."""
+        found = [x for x in tensors(tree) if x.is_floating_point() and x.dim()]
+        found = [x.reshape(*shape, -1) if len(x) == shape.numel() else x for x in found]
+        kept = [x for x in found if axis < x.dim() and x.size(axis) == shape[axis]]
+        return [x.narrow(axis, 1, shape[axis] - 1) for x in kept]
+
+    def keeps(axis: int) -> bool:
+        changed = map_tensors(batch.inputs, lambda x: first_changed(x, axis))
+        pairs = zip(others(straight, axis), others(forward(network, changed), axis), strict=False)
+        return all(bool((x - y).abs().max() <= 1e-3 * x.abs().max()) for x, y in pairs)
+
+    straight = forward(network, cloned(batch.inputs))
+    if not keeps(0) and keeps(1):
+        raise DataError(
+            f"Inputs of shape {tuple(shape)} and more were read as {batch.n} samples, but the "
+            f"network mixes what lies along axis 0, and not what lies along axis 1: {shape[1]} "
+            "samples seem to lie there. Say which: sample_axis=1 (or 0) of BitSearch or "
+            "read_batches."
+        )
 
 
 def _check(batches: Batches, what: str) -> None:
@@ -321,9 +486,14 @@ def _check(batches: Batches, what: str) -> None:
         if not batch.n:
             raise DataError(f"A batch of the {what} data is empty (batch {index}). Leave it out.")
         for name, tree in (("inputs", batch.inputs), ("labels", batch.labels)):
-            for tensor in tensors(tree):
-                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            for part in (part for tensor in tensors(tree) for part in strided(tensor)):
+                if not bool(torch.isfinite(part).all()) and (name == "labels" or not _masks(part)):
                     raise DataError(
                         f"The {what} {name} hold NaN or infinity (batch {index}). "
                         "Check the preprocessing."
                     )
+
+
+def _masks(part: Tensor) -> bool:
+    """Return whether a tensor is added to attention scores: it holds 0 and −inf alone."""
+    return not part.is_complex() and bool(((part == 0) | (part == -torch.inf)).all())

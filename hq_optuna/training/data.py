@@ -16,14 +16,15 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from hq_optuna.errors import DataError
 from hq_optuna.network.batches import (
     Batch,
-    Inputs,
-    digest_of,
-    map_tensors,
-    n_samples,
+    Whole,
+    bounded,
+    counted,
+    is_whole,
+    own_chance,
     pair_of,
     read_batches,
-    tensors,
 )
+from hq_optuna.network.containers import digest_of, leaves
 from hq_optuna.network.devices import preserve_rng_state
 
 Augment = Callable[[Any, torch.Generator], Any]
@@ -62,17 +63,16 @@ class TrainingData:
                 "augment, or teacher_views=1."
             )
         self.augment, self.views, self.blend = augment, views, blend
-        self._tensors: tuple[Inputs, Tensor] | None = None
+        self._whole: Whole | None = None
         self._dataset: Dataset[Any] | None = None
         self._iterable: Iterable[Any] = ()
         if isinstance(data, Tensor):
             raise DataError("The training data have no labels; give (inputs, labels).")
-        if isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], Tensor):
+        if is_whole(data):
+            self._whole = Whole.of(data, "training")
+            n = self._whole.n
             # Checks what can be wrong with tensors, in one batch.
-            read_batches(data, batch_size=max(len(data[1]), 1), what="training")
-            inputs, labels = data
-            self._tensors = tuple(inputs) if isinstance(inputs, list) else inputs, labels
-            n = len(data[1])
+            read_batches(data, batch_size=max(n, 1), what="training")
         elif isinstance(data, Dataset) and not isinstance(data, IterableDataset):
             n = len(data)  # type: ignore[arg-type]
             self._dataset = data
@@ -99,10 +99,10 @@ class TrainingData:
         """Return the batches of an epoch; learn the size of the first."""
         steps = 0
         with seeded(0):
-            for item in self._iterable:
+            for item in bounded(self._iterable, "training", MOST_STEPS):
                 if not steps:
                     self.batch_size = _labelled(item).n
-                    if isinstance(self._iterable, DataLoader) and not isinstance(
+                    if type(self._iterable) is DataLoader and not isinstance(
                         self._iterable.dataset, IterableDataset
                     ):
                         return len(self._iterable)
@@ -113,9 +113,9 @@ class TrainingData:
 
     def digest(self) -> str:
         """Return what tells these data from others: all of tensors, the size of anything else."""
-        if self._tensors is None:
+        if self._whole is None:
             return f"{self._n if self._n > 0 else self.steps} of {self.batch_size}"
-        return digest_of(("", tensor) for tensor in tensors(self._tensors))
+        return digest_of(("", leaf) for leaf in leaves((self._whole.inputs, self._whole.labels)))
 
     def epoch(self, generator: torch.Generator) -> Iterator[tuple[Batch, list[Any]]]:
         """Yield the batches of one epoch, and beside each the further views of its inputs.
@@ -132,18 +132,17 @@ class TrainingData:
             yield Batch(inputs[0], batch.labels, batch.n), inputs[1:]
 
     def _batches(self, generator: torch.Generator) -> Iterator[Batch]:
-        if self._tensors is not None:
-            inputs, labels = self._tensors
+        if self._whole is not None:
             order = torch.randperm(self._n, generator=generator, device="cpu")
             for step in range(self.steps):
                 taken = order[step * self.batch_size : (step + 1) * self.batch_size]
-                yield Batch(_take(inputs, taken), _take(labels, taken), len(taken))
+                yield Batch(*self._whole.take(taken), len(taken))
             return
         loader: Iterable[Any] = self._iterable
         if self._dataset is not None:
             shuffled = torch.randperm(self._n, generator=generator, device="cpu").tolist()
             loader = DataLoader(self._dataset, self.batch_size, sampler=shuffled, drop_last=True)
-        with _own_chance(loader, generator.initial_seed()):
+        with own_chance(loader, generator.initial_seed()):
             for item in loader:
                 yield _labelled(item)
 
@@ -181,21 +180,6 @@ def seeded(seed: int, *devices: torch.device) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _own_chance(loader: Iterable[Any], seed: int) -> Iterator[None]:
-    """Seed the generators that a loader has of its own, and put their states back."""
-    samplers = (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
-    found = (getattr(holder, "generator", None) for holder in (loader, *samplers))
-    kept = {g: g.get_state() for g in found if isinstance(g, torch.Generator)}
-    try:
-        for generator in kept:
-            generator.manual_seed(seed)
-        yield
-    finally:
-        for generator, state in kept.items():
-            generator.set_state(state)
-
-
 def epoch_seed(seed: int, epoch: int) -> int:
     """Return the seed of one epoch: no random state need be kept to go on from any of them."""
     text = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
@@ -205,14 +189,8 @@ def epoch_seed(seed: int, epoch: int) -> int:
 def _labelled(item: Any) -> Batch:
     if isinstance(item, Batch):
         return item
-    inputs, labels = pair_of(item, "training")
-    if isinstance(labels, (bool, int, float)) or (isinstance(labels, Tensor) and not labels.dim()):
-        raise DataError(
-            "A training batch has one number as its label: these look like samples. Give them as a "
-            "Dataset, or as batches; a plain list of samples is not batched for you."
-        )
-    return Batch(inputs, labels, n_samples(inputs))
+    return counted([(*pair_of(item, "training"), None)], "training")[0]
 
 
-def _take(tree: Any, indices: Tensor) -> Any:
-    return map_tensors(tree, lambda x: x[indices.to(x.device)])
+MOST_STEPS = 2**20
+"""Batches of an epoch of data that say no length; more have no end."""

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from hq_optuna.atomic_files import write_atomically
 from hq_optuna.errors import CheckpointError, DataError, TrainingError
-from hq_optuna.network.batches import Batch, autocast, digest_of, forward, move, outputs_in_single
+from hq_optuna.network.batches import Batch, autocast, forward, move, outputs_in_single
 from hq_optuna.network.checks import explain_errors
+from hq_optuna.network.containers import digest_of, is_plain
 from hq_optuna.network.copies import copied
 from hq_optuna.network.layer_types import BatchNorm
 from hq_optuna.network.losses import LossFunction
@@ -387,6 +388,12 @@ def check_trainable(
         raise DataError(
             "Steps of the optimizer vanish in half precision (float16), so this network cannot be "
             "trained. Give network.float(), and precision='bfloat16' for speed."
+        )
+    odd = [name for name, tensor in model.state_dict().items() if not is_plain(tensor)]
+    if odd:
+        raise DataError(
+            f"No checkpoint of a training can hold {odd[0]!r}, which is sparse or nested. Keep it "
+            "in a plain attribute of the network, or as a dense tensor."
         )
     reader = settings.data(data, augment)
     device = next(model.parameters()).device

@@ -23,7 +23,8 @@ from torch import nn
 
 import hq_optuna as hq
 from hq_optuna.errors import NetworkError
-from hq_optuna.network.batches import read_batches, tensors
+from hq_optuna.network.batches import read_batches
+from hq_optuna.network.containers import tensors
 from hq_optuna.network.copies import preserve_network
 from hq_optuna.network.introspection import introspect
 from hq_optuna.protocol.history import read_history

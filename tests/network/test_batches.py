@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from hq_optuna.errors import DataError, HqOptunaError
-from hq_optuna.network.batches import Batches, forward, merge, move, read_batches, tensors
+from hq_optuna.network.batches import Batches, forward, move, read_batches
+from hq_optuna.network.containers import tensors
 
 X = torch.arange(40.0, dtype=torch.float64).reshape(10, 4)
 Y = torch.arange(10) % 3
@@ -327,24 +328,13 @@ def test_an_empty_batch_among_others_is_named() -> None:
         read_batches([(X, Y), (X[:0], Y[:0])])
 
 
-def test_only_tensors_with_samples_are_joined() -> None:
-    graph = torch.tensor([[0, 1, 2], [1, 2, 0]])  # of edges, the same for all samples
-    batches = [((X[i : i + 5], graph), Y[i : i + 5]) for i in (0, 5)]
-    (merged,) = merge(read_batches(batches), 10)
-    assert torch.equal(merged.inputs[0], X[:10])
-    assert torch.equal(merged.inputs[1], graph)
-    other = [((X[:5], graph), Y[:5]), ((X[5:10], graph + 1), Y[5:10])]
-    assert len(merge(read_batches(other), 10)) == 2
-
-
 def test_named_tuples_stay_named() -> None:
     class Pair(NamedTuple):
         x: Tensor
         y: Tensor
 
     found = read_batches((Pair(X[:10], X[:10]), Y[:10]), batch_size=5)
-    (merged,) = merge(found, 10)
-    assert all(isinstance(batch.inputs, Pair) for batch in (*found, merged))
+    assert all(isinstance(batch.inputs, Pair) for batch in found)
 
 
 def test_a_loader_may_fill_the_same_memory_anew() -> None:
