@@ -26,7 +26,7 @@ import hq_optuna as hq
 from benchmarks.outcome import Outcome
 from hq_optuna.cli.session import plan_of
 from hq_optuna.network.batches import read_batches
-from hq_optuna.network.evaluation import accuracy
+from hq_optuna.network.evaluation import Accuracy
 from hq_optuna.protocol.history import read_history
 from hq_optuna.study_files.study_file import StudyFile, StudyParts, find_study
 from hq_optuna.training.plan import TrainingPlan
@@ -58,8 +58,8 @@ def measure(
         score = (untrained.trained or untrained.winner).score
         test = read_batches(parts.test(), batch_size=256)
         return {
-            "validation": 100 * accuracy(network, search.validation)["accuracy"],  # type: ignore[arg-type]
-            "test": 100 * accuracy(network, test)["accuracy"],
+            "validation": 100 * Accuracy()(network, search.validation)["accuracy"],  # type: ignore[arg-type]
+            "test": 100 * Accuracy()(network, test)["accuracy"],
             "score": score,
             "score_after": (last.trained or last.winner).score,
             "cost": last.winner.cost / history.info.int8,
@@ -144,7 +144,7 @@ def main() -> None:
     outcome.details = {
         "study": name,
         "budget": arguments.budget,
-        "float_test": 100 * accuracy(parts.network.eval(), test)["accuracy"],
+        "float_test": 100 * Accuracy()(parts.network.eval(), test)["accuracy"],
         "runs": found,
     }
     for method, rows in found.items():

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from hq_optuna.attributes import ANSWER, EIGHT, UNIFORM
 from hq_optuna.network.batches import Batches
 from hq_optuna.network.evaluation import (
+    Accuracy,
     Evaluate,
-    accuracy,
-    correct_predictions,
     mean_loss,
     measured_figures,
     share_correct,
@@ -46,7 +45,7 @@ def rows(
         One row each: ``{"method", "bits", "cost", "score", "evaluations", "seconds",
         "measured": {"loss": …, "accuracy": …}, "pairs": {"samples", "only_this", "only_answer"}}``.
         ``pairs`` counts the samples that only one of this row and the answer gets right; it is
-        there where `accuracy` is what is measured and there is one class a sample.
+        there where `Accuracy` is what is measured and there is one class a sample.
     """
     record = history.incumbent
     if record is None or not history.met:
@@ -88,7 +87,9 @@ class _Rows:
         found: dict[str, Any] = {"method": method, "bits": None, **more}
         network = self.objective.quantized(config) if network is None else network
         measured = mean_loss(network, self.data, self.objective.loss_fn)
-        mine = correct_predictions(network, self.data) if self.evaluate is accuracy else None
+        mine = None
+        if isinstance(self.evaluate, Accuracy):
+            mine = self.evaluate.of_samples(network, self.data)
         if mine is None:
             measured |= measured_figures(self.evaluate, network, self.data)
         else:

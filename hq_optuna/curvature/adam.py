@@ -52,11 +52,9 @@ def calibration_adam(
     number of batches. ``progress`` is called with (batches done, batches).
     """
     sweep = SquaredGradients(layers)
-    # Batches of which nothing counts have no gradient, and those left a larger one each.
-    counting = math.sqrt(sum(batch.n for batch in data if batch.share) / data.n_samples)
 
     def objective(outputs: Any, batch: Batch) -> Tensor:
-        return counting * batch_loss(loss_fn, outputs, batch)
+        return batch_loss(loss_fn, outputs, batch)
 
     with differentiable(network, layers, sweep.see) as (copied, weights):
         moments = {name: torch.zeros_like(in_single(w.detach())) for name, w in weights.items()}

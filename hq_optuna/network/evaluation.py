@@ -5,44 +5,83 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from hq_optuna.errors import DataError
-from hq_optuna.network.batches import Batches, cloned, forward
-from hq_optuna.network.checks import check_labels, explain_errors
+from hq_optuna.network.batches import Batches, forward
+from hq_optuna.network.checks import check_batch_loss, check_labels, explain_errors
 from hq_optuna.network.copies import copied
+from hq_optuna.network.loss_weights import batch_loss, only_class_axis, watched
 from hq_optuna.network.losses import LossFunction, ignored_label, is_cross_entropy
 
 Evaluate = Callable[[nn.Module, Batches], Mapping[str, float]]
 
 
-def _right_classes(outputs: Any, labels: Any) -> Tensor | None:
-    """Return which classes are right, of the labels' shape; ``None`` where there are no classes."""
-    if not (isinstance(outputs, Tensor) and isinstance(labels, Tensor)):
-        return None
-    if labels.is_floating_point() or labels.dim() != outputs.dim() - 1:
-        return None
-    if outputs.shape[1] == 1:  # one logit: its argmax is always 0
-        return None
-    return outputs.argmax(1) == labels
+@dataclass(frozen=True)
+class Accuracy:
+    """Measures ``{"accuracy": share of right classes}``, or nothing where there are no classes.
 
-
-@torch.no_grad()
-def correct_predictions(network: nn.Module, data: Batches) -> Tensor | None:
-    """Return for each sample whether its class is right, shape ``(N,)``.
-
-    ``None`` unless there is one class a sample (classes of pixels are not independent).
+    Which scores belong to which labels, and which labels are ignored, is what the loss itself
+    compares: its one cross-entropy, whatever it flattens, transposes or shifts before. Of a loss
+    that computes none only plain classes are understood: outputs ``(N, C, …)`` or ``(N, …, C)``
+    with labels ``(N, …)`` from 0 to C − 1, where only one axis can be that of the classes.
     """
-    found = []
-    for batch in data:
-        classes = _right_classes(forward(network, batch.inputs), batch.labels)
-        if classes is None or classes.dim() != 1:
+
+    loss_fn: LossFunction = functional.cross_entropy
+
+    @torch.no_grad()
+    def __call__(self, network: nn.Module, data: Batches) -> dict[str, float]:
+        """Measure a network on data; ignored labels do not count."""
+        n_right = total = 0
+        for batch in data:
+            right = self.right(forward(network, batch.inputs), batch.labels)
+            if right is None:
+                return {}
+            n_right += int(right.sum())
+            total += right.numel()
+        return {"accuracy": n_right / total} if total else {}
+
+    @torch.no_grad()
+    def of_samples(self, network: nn.Module, data: Batches) -> Tensor | None:
+        """Return for each sample that counts whether its class is right, shape ``(N,)``.
+
+        ``None`` unless there is one class a sample (classes of pixels are not independent).
+        """
+        found = []
+        for batch in data:
+            classes = self._classes(forward(network, batch.inputs), batch.labels)
+            if classes is None or classes[1].shape != (batch.n,):
+                return None
+            found.append(_right(*classes).cpu())
+        return torch.cat(found) if found and sum(map(len, found)) else None
+
+    def right(self, outputs: Any, labels: Any) -> Tensor | None:
+        """Return whether each class that counts is right, ``None`` where there are no classes."""
+        classes = self._classes(outputs, labels)
+        return None if classes is None else _right(*classes)
+
+    def _classes(self, outputs: Any, labels: Any) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return scores with their classes along axis 1, labels, and which of them count."""
+        if not isinstance(labels, Tensor) or labels.is_floating_point():
             return None
-        found.append(classes.cpu())
-    return torch.cat(found) if found else None
+        _, seen = watched(self.loss_fn, outputs, labels)
+        if len(seen) == 1:
+            scores, told, counts = seen[0].scores, seen[0].labels, seen[0].counts
+        else:
+            axis = only_class_axis(outputs, labels)
+            if axis is None or bool(((labels < 0) | (labels >= outputs.shape[axis])).any()):
+                return None
+            scores, told, counts = outputs.movedim(axis, 1), labels, torch.ones_like(labels) > 0
+        return None if scores.shape[1] == 1 else (scores, told, counts)  # the argmax of one is 0
+
+
+def _right(scores: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
+    return (scores.argmax(1) == labels)[counts]
 
 
 @torch.no_grad()
@@ -74,8 +113,8 @@ def check_validation(
         if is_cross_entropy(loss_fn):
             for batch in data:
                 check_labels(outputs, batch.labels, ignored_label(loss_fn), "validation")
-        float(loss_fn(cloned(outputs), data[0].labels))
-    if evaluate is not accuracy:
+        check_batch_loss(loss_fn, outputs, data[0].labels, 0, "validation")
+    if not isinstance(evaluate, Accuracy):
         check_evaluate(evaluate, model, data)
 
 
@@ -113,25 +152,10 @@ def check_evaluate(evaluate: Evaluate, model: nn.Module, data: Batches) -> None:
 
 
 @torch.no_grad()
-def accuracy(network: nn.Module, data: Batches) -> dict[str, float]:
-    """Return ``{"accuracy": share of right classes}``, or nothing where there are no classes.
-
-    Understands class scores ``(N, C, …)`` with integer labels ``(N, …)``.
-    """
-    n_right = total = 0
-    for batch in data:
-        classes = _right_classes(forward(network, batch.inputs), batch.labels)
-        if classes is None:
-            return {}
-        n_right += int(classes.sum())
-        total += classes.numel()
-    return {"accuracy": n_right / total} if total else {}
-
-
-@torch.no_grad()
 def mean_loss(network: nn.Module, data: Batches, loss_fn: LossFunction) -> dict[str, float]:
-    """Return ``{"loss": mean over the samples}``."""
-    losses = [float(loss_fn(forward(network, b.inputs), b.labels)) * b.n for b in data]
+    """Return ``{"loss": mean over all that counts}``; see `hq_optuna.network.loss_weights`."""
+    outputs = (forward(network, batch.inputs) for batch in data)
+    losses = [float(batch_loss(loss_fn, z, b)) * b.n for z, b in zip(outputs, data, strict=True)]
     return {"loss": math.fsum(losses) / data.n_samples}
 
 
@@ -141,7 +165,7 @@ def before_and_after(
     """Measure the float and the quantized network on the same data, which ``what`` names.
 
     Returns ``{"<what>_samples": …, "accuracy_before": …, "accuracy_after": …}``; names of figures
-    begin with ``what`` unless it is ``"validation"``. With `accuracy` and one class a sample there
+    begin with ``what`` unless it is ``"validation"``. With `Accuracy` and one class a sample there
     are also ``<what>_lost`` and ``<what>_gained``: samples that only the float network, or only the
     quantized one, gets right.
     """
@@ -149,9 +173,10 @@ def before_and_after(
     prefix = "" if what == "validation" else f"{what}_"
     original = copied(model)
     with _explained_on(what):
-        if evaluate is accuracy:
-            before, after = correct_predictions(original, data), correct_predictions(network, data)
+        if isinstance(evaluate, Accuracy):
+            before, after = (evaluate.of_samples(net, data) for net in (original, network))
             if before is not None and after is not None:
+                facts[f"{what}_samples"] = len(before)
                 facts[f"{prefix}accuracy_before"] = share_correct(before)
                 facts[f"{prefix}accuracy_after"] = share_correct(after)
                 facts[f"{what}_lost"] = int((before & ~after).sum())
@@ -164,5 +189,5 @@ def before_and_after(
 
 
 def share_correct(correct: Tensor) -> float:
-    """Return the accuracy from `correct_predictions`."""
+    """Return the accuracy from `Accuracy.of_samples`."""
     return int(correct.sum()) / len(correct)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import optuna
@@ -15,7 +14,7 @@ from torch import nn
 from hq_optuna import attributes
 from hq_optuna._version import __version__
 from hq_optuna.errors import ResumeError
-from hq_optuna.network.batches import digest_of
+from hq_optuna.network.containers import digest_of
 from hq_optuna.quantization.quantizer_choice import describe_quantizers
 from hq_optuna.settings import Group, SearchSettings, settings_of
 
@@ -46,23 +45,6 @@ def of_settings(owner: Any, group: Group) -> dict[str, Any]:
     if not found.get("train_every"):  # a search that never trains does not say so
         found.pop("train_every", None)
     return found
-
-
-def name_of(function: object) -> str:
-    """Return a function's name; of a module and of `functools.partial` also what it was made with.
-
-    What a function closes over, or reads from elsewhere, cannot be told.
-    """
-    if isinstance(function, partial):
-        given = ", ".join(f"{name}={value!r:.80}" for name, value in function.keywords.items())
-        return f"{name_of(function.func)}({given})"
-    name = str(getattr(function, "__qualname__", type(function).__name__))
-    if not isinstance(function, nn.Module):
-        return name
-    own = ((k, v) for k, v in vars(function).items() if not k.startswith("_"))
-    plain = {k: v for k, v in own if isinstance(v, (str, int, float)) and k != "training"}
-    held = network_digest(function) if function.state_dict() else ""
-    return f"{name}({', '.join(f'{k}={plain[k]}' for k in sorted(plain))}){held}"
 
 
 def quantizers(chosen: Mapping[str, str]) -> str:

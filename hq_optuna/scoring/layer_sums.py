@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hq_optuna.curvature import Curvature, calibration_adam, hutchinson, output_curvature, probe_of
 from hq_optuna.network.batches import Batches
+from hq_optuna.network.loss_weights import counting
 from hq_optuna.network.losses import LossFunction
 from hq_optuna.scoring.measured import with_measured
 from hq_optuna.scoring.sensitivity import Form, Sensitivity, measure_sensitivity
@@ -84,6 +85,7 @@ def measure_curvature(
     """Return the curvature that a named score is made from; see `measure_layer_sums`."""
     if name not in LAYER_SUMS:
         raise ValueError(f"A sum over layers is one of {', '.join(LAYER_SUMS)}; got {name!r}.")
+    data = counting(data)
     if name == "fisher":
         probe = probe_of(loss_fn)
         if probe is None:

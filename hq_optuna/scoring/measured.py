@@ -8,6 +8,7 @@ from torch import nn
 
 from hq_optuna.errors import DataError
 from hq_optuna.network.batches import Batches
+from hq_optuna.network.loss_weights import counting
 from hq_optuna.network.losses import LossFunction
 from hq_optuna.quantization.prepare import get_bits, set_bits
 from hq_optuna.quantization.statistics import statistics_places
@@ -34,7 +35,8 @@ def with_measured(
     Raises:
         DataError: No layer of the network moves the loss at all.
     """
-    part = Batches(data[place] for place in statistics_places(data, 1))
+    data = counting(data)
+    part = counting(Batches(data[place] for place in statistics_places(data, 1)))
     scorer = Scorer(prepared, table, part, loss_fn, output_rise=output_rise_of(loss_fn))
     before = get_bits(prepared)
     in_float = dict.fromkeys(before, LayerBits(FLOAT_BITS, FLOAT_BITS))

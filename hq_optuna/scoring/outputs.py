@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hq_optuna.network.batches import Batch
 from hq_optuna.network.losses import Places, is_cross_entropy, is_squared_error
 
 TEMPERATURE = 3.0
@@ -64,29 +65,32 @@ class CrossEntropyRise:
     def __call__(self, outputs: Tensor, moved: Tensor, labels: Any = None) -> Tensor:
         """Return the rise from class scores ``(N, C, …)`` of the float network and a candidate."""
         p = torch.softmax(outputs.double() / self.temperature, 1)
-        change = moved.double() - outputs.double()
+        # A class that is masked by −inf has no probability, wherever it moves.
+        change = torch.where(p > 0, moved.double() - outputs.double(), 0.0)
         centred = change - (p * change).sum(1, keepdim=True)
         per_place = 0.5 * (p * centred.square()).sum(1)  # (N, …)
-        counted = self.places.counted(outputs, labels)
-        if counted is not None:
-            per_place = per_place * counted
-        return (
-            self.scale * (per_place.flatten(1).mean(1) if per_place.dim() > 1 else per_place).sum()
-        )
+        per_place = self.places.applied(per_place, outputs, labels)
+        return self.scale * per_place.reshape(len(per_place), -1).mean(1).sum()
 
     def calibrated(
-        self, outputs: Sequence[Tensor], labels: Sequence[Any] | None = None
+        self, outputs: Sequence[Tensor], batches: Sequence[Batch] | None = None
     ) -> CrossEntropyRise:
         """Return the rise with the mean curvature that the unsoftened network has.
 
         Softening raises curvature everywhere. One factor, the same for all candidates, takes that
-        back, so that rises are in nats and ranks stay as they are.
+        back, so that rises are in nats and ranks stay as they are. Without the ``batches`` whose
+        outputs these are, all counts alike.
         """
-        told = [None] * len(outputs) if labels is None else labels
+        told = [(None, 1.0)] * len(outputs)
+        if batches is not None:
+            told = [(batch.labels, batch.share) for batch in batches]
 
         def curvature(temperature: float) -> float:
-            pairs = zip(outputs, told, strict=True)
-            return math.fsum(self.places.curvature(z, y, temperature) for z, y in pairs)
+            return math.fsum(
+                len(z) * share * self.places.curvature(z, labels, temperature)
+                for z, (labels, share) in zip(outputs, told, strict=True)
+                if share
+            )
 
         softened = curvature(self.temperature)
         scale = curvature(1.0) / softened if softened > 0 else 1.0

@@ -10,26 +10,34 @@ from torch import Tensor
 from torch.nn import functional
 
 from hq_optuna.errors import DataError
-from hq_optuna.network.losses import LossFunction, ignored_label, is_cross_entropy
+from hq_optuna.network.evaluation import Accuracy
+from hq_optuna.network.loss_weights import ObservedLoss, class_axes, nothing, observe_loss, watched
+from hq_optuna.network.losses import LossFunction, is_cross_entropy
 
 
 def class_axis(outputs: Any, labels: Any, loss_fn: LossFunction | None) -> int | None:
     """Return the axis of a network's outputs that holds class scores, or ``None``.
 
     Outputs are class scores where the loss is PyTorch's cross-entropy, or where labels are whole
-    numbers, one for each place of outputs ``(N, C, …)`` or ``(N, …, C)`` with C of 2 or more.
+    numbers, one for each place of outputs ``(N, C, …)`` or ``(N, …, C)`` with C of 2 or more. Where
+    both may be, the loss says which by the scores of its one cross-entropy.
     """
     if not isinstance(outputs, Tensor) or outputs.dim() < 2:
         return None
     if is_cross_entropy(loss_fn):
         return 1
-    if not isinstance(labels, Tensor) or labels.is_floating_point():
-        return None
-    for axis in (1, -1):
-        places = [n for i, n in enumerate(outputs.shape) if i != axis % outputs.dim()]
-        if outputs.shape[axis] > 1 and list(labels.shape) == places:
-            return axis
-    return None
+    axes = class_axes(outputs, labels)
+    if len(axes) > 1 and loss_fn is not None:
+        with torch.no_grad():
+            _, seen = watched(loss_fn, outputs, labels)
+        rows = [each.scores.movedim(1, -1).flatten(0, -2) for each in seen]
+        axes = [axis for axis in axes if any(_same(outputs.movedim(axis, -1), row) for row in rows)]
+        return axes[0] if len(axes) == 1 else None
+    return axes[0] if axes else None
+
+
+def _same(outputs: Tensor, rows: Tensor) -> bool:
+    return torch.equal(outputs.flatten(0, -2), rows)
 
 
 def distillation(outputs: Any, targets: Any, temperature: float, axis: int | None = 1) -> Tensor:
@@ -81,26 +89,23 @@ def training_loss(
     parts: list[Tensor] = []
     if label_weight:
         assert loss_fn is not None
-        parts.append(label_weight * loss_fn(outputs, labels))
+        found = observe_loss(loss_fn, outputs, labels)
+        if found.call is not None and not found.weight:  # the mean over no label is NaN
+            found = ObservedLoss(nothing(outputs), None)
+        parts.append(label_weight * found.loss)
     if targets is not None and label_weight < 1:
         axis = class_axis(targets, labels, loss_fn)
         parts.append((1 - label_weight) * distillation(outputs, targets, temperature, axis))
     return torch.stack(parts).sum() if len(parts) > 1 else parts[0]
 
 
+@torch.no_grad()
 def right_and_counted(outputs: Any, labels: Any, loss_fn: LossFunction | None) -> tuple[int, int]:
     """Return how many classes are right, and of how many; ``(0, 0)`` where there are none.
 
-    Ignored labels do not count. Nor does anything where the axis of the classes cannot be told:
-    outputs ``(N, T, C)`` with as many classes as places, and a loss that is not known.
+    As `hq_optuna.network.evaluation.Accuracy` counts them.
     """
-    axis = class_axis(outputs, labels, loss_fn)
-    if axis is None or not isinstance(labels, Tensor) or labels.is_floating_point():
-        return 0, 0
-    places = [n for i, n in enumerate(outputs.shape) if i != axis % outputs.dim()]
-    told = is_cross_entropy(loss_fn) or outputs.dim() == 2 or outputs.shape[1] != outputs.shape[-1]
-    if not told or list(labels.shape) != places or outputs.shape[axis] < 2:
-        return 0, 0
-    counted = labels != ignored_label(loss_fn)
-    right = (outputs.detach().argmax(axis) == labels) & counted
-    return int(right.sum()), int(counted.sum())
+    if loss_fn is None:  # distillation alone
+        loss_fn = functional.cross_entropy
+    right = Accuracy(loss_fn).right(outputs, labels)
+    return (0, 0) if right is None else (int(right.sum()), right.numel())

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from hq_optuna.errors import DataError, NetworkError
 from hq_optuna.network.batches import read_batches
 from hq_optuna.network.checks import IGNORED_LABEL, check_forward, check_labels, check_probabilities
+from hq_optuna.network.loss_weights import as_mean
 from tests.small_networks import ConvNet, Residual, assert_unchanged, make, seeded, snapshot
 
 X = torch.randn(9, 3, generator=seeded(0), dtype=torch.float64)
@@ -191,17 +192,22 @@ def test_a_loss_that_is_not_one_finite_number_is_refused(loss, words):
 
 
 def test_a_loss_function_that_sums_over_the_batch_is_warned_of():
-    found = check_forward(
-        make(Residual), data(), lambda z, y: F.cross_entropy(z, y, reduction="sum")
-    )
-    assert len(found) == 1
-    assert "sum over the batch" in found[0] and "reduction='mean'" in found[0]
+    def summed(z, y):
+        return F.cross_entropy(z, y, reduction="sum")
+
+    network = make(Residual)
+    loss, said = as_mean(network, data(), summed)
+    assert len(said) == 1
+    assert "sums over the batch" in said[0] and "reduction='mean'" in said[0]
+    z = network(X).detach()
+    assert float(loss(z, Y)) == pytest.approx(float(F.cross_entropy(z, Y)))
 
 
 @pytest.mark.parametrize("loss", [F.cross_entropy, lambda z, y: z.square().mean(), F.nll_loss])
 @pytest.mark.parametrize("batch_size", [1, 4, 9])
 def test_a_mean_loss_is_not_warned_of(loss, batch_size):
-    assert check_forward(make(Residual), data(batch_size=batch_size), loss) == []
+    batches = data(batch_size=batch_size)
+    assert as_mean(make(Residual), batches, loss) == (loss, [])
 
 
 def test_samples_with_several_labels_are_cut_between_samples():
@@ -209,11 +215,13 @@ def test_samples_with_several_labels_are_cut_between_samples():
     tokens = torch.randn(5, 4, 3, generator=seeded(2), dtype=torch.float64)
     batches = data(tokens, torch.arange(20).reshape(5, 4) % 3, batch_size=5)
     flat = [type(b)(b.inputs, b.labels.flatten(), b.n) for b in batches]
-    assert check_forward(network, type(batches)(flat), F.cross_entropy) == []
-    summed = check_forward(
-        network, type(batches)(flat), lambda z, y: F.cross_entropy(z, y, reduction="sum")
-    )
-    assert len(summed) == 1
+    batches = type(batches)(flat)
+    mean = lambda z, y: F.cross_entropy(z, y) + 0  # noqa: E731
+    assert as_mean(network, batches, mean) == (mean, [])
+    loss, said = as_mean(network, batches, lambda z, y: F.cross_entropy(z, y, reduction="sum"))
+    assert len(said) == 1
+    z, labels = network(tokens).detach(), torch.arange(20) % 3
+    assert float(loss(z, labels)) == pytest.approx(4 * float(F.cross_entropy(z, labels)))
 
 
 def test_a_network_made_for_one_batch_size_is_not_refused_for_it():

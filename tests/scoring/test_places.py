@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hq_optuna.curvature import calibration_adam, output_curvature, probe_of
-from hq_optuna.network.batches import read_batches
+from hq_optuna.network.batches import Batch, read_batches
 from hq_optuna.network.introspection import introspect
 from hq_optuna.network.losses import Places
 from hq_optuna.scoring.outputs import CrossEntropyRise, output_rise_of
@@ -116,7 +116,8 @@ def test_ignored_places_do_not_choose_the_bits():
         made = search(model=net, calibration=(x, given), correction=False).objective.prepare()
         scores[name] = made.score(search(model=net, calibration=(x, given)).space.config([4] * 3))
     assert scores["all"].total != pytest.approx(scores["quiet"].total, rel=0.1)
-    rise = output_rise_of(F.cross_entropy).calibrated([net(x).detach()], [quiet])
+    batch = Batch(x, quiet, len(x))
+    rise = output_rise_of(F.cross_entropy).calibrated([net(x).detach()], [batch])
     assert rise.scale != output_rise_of(F.cross_entropy).calibrated([net(x).detach()]).scale
 
 

@@ -18,6 +18,10 @@ def whole(*shape):
     return torch.zeros(shape, dtype=torch.long)
 
 
+def one_logit(z, y):
+    return F.binary_cross_entropy_with_logits(z[:, 0], y.float())
+
+
 @pytest.mark.parametrize(
     ("outputs", "labels", "loss_fn", "axis"),
     [
@@ -49,7 +53,7 @@ def test_class_scores_are_told_by_loss_and_labels(outputs, labels, loss_fn, axis
         ((5, 3, 3), whole(5, 3), lambda z, y: z.sum(), (0, 0)),  # one cannot tell
         ((5, 3, 3), whole(5, 3), F.cross_entropy, (15, 15)),
         ((5, 3, 2, 2), whole(5, 2, 2).fill_(-100), F.cross_entropy, (0, 0)),  # ignored
-        ((5, 1), whole(5), F.binary_cross_entropy_with_logits, (0, 0)),  # one logit
+        ((5, 1), whole(5), one_logit, (0, 0)),
         ((5, 3), torch.zeros(5, 3), F.cross_entropy, (0, 0)),  # probabilities
         ((5, 3), whole(5) + 1, F.cross_entropy, (0, 5)),
     ],
