@@ -12,6 +12,7 @@ from torch import nn
 from hq_optuna.errors import ScoreError
 from hq_optuna.network.batches import Batch, Batches, autocast, check_precision, cloned, forward
 from hq_optuna.network.copies import copied
+from hq_optuna.network.loss_weights import batch_loss
 from hq_optuna.network.losses import LossFunction
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.quantization.prepare import get_bits, set_bits
@@ -109,7 +110,7 @@ class Scorer:
                 if index > 0:
                     between_batches()
                 batch = self.data[index]
-                losses.append(float(self.loss_fn(cloned(outputs), batch.labels)) * batch.n)
+                losses.append(float(batch_loss(self.loss_fn, outputs, batch)) * batch.n)
                 if expected is not None:
                     rises.append(self._rise(expected[index], outputs, batch))
         n = self.data.n_samples
@@ -120,7 +121,7 @@ class Scorer:
         """Return the rise computed from a batch's outputs, summed over its samples."""
         assert self.output_rise is not None
         if isinstance(self.output_rise, CrossEntropyRise):
-            rise = float(self.output_rise(expected, outputs, batch.labels))
+            rise = batch.share * float(self.output_rise(expected, outputs, batch.labels))
         else:
             rise = float(self.output_rise(cloned(expected), cloned(outputs)))
             if self.output_rise is not squared_error_rise:
@@ -134,7 +135,7 @@ class Scorer:
         if self._float_loss is None:
             with autocast(self.prepared, self.precision):
                 losses = [
-                    float(self.loss_fn(cloned(outputs), batch.labels)) * batch.n
+                    float(batch_loss(self.loss_fn, outputs, batch)) * batch.n
                     for outputs, batch in zip(self._outputs_in_float(), self.data, strict=True)
                 ]
             self._float_loss = math.fsum(losses) / self.data.n_samples
@@ -142,11 +143,9 @@ class Scorer:
 
     def _run(self) -> Iterator[Any]:
         """Yield the outputs of each batch with the bits set now."""
+        seen = {} if self.correction is None else self.correction.apply()
         for index, batch in enumerate(self.data):
-            if index == 0 and self.correction is not None:
-                yield self.correction.apply()
-            else:
-                yield forward(self.prepared, batch.inputs)
+            yield seen.pop(index) if index in seen else forward(self.prepared, batch.inputs)
 
     def _outputs_in_float(self) -> list[Any]:
         if self._float_outputs is None:
@@ -161,9 +160,7 @@ class Scorer:
                 self._float_outputs = [forward(self.prepared, b.inputs) for b in self.data]
                 set_bits(self.prepared, before)
             if isinstance(self.output_rise, CrossEntropyRise):
-                self.output_rise = self.output_rise.calibrated(
-                    self._float_outputs, [batch.labels for batch in self.data]
-                )
+                self.output_rise = self.output_rise.calibrated(self._float_outputs, self.data)
         return self._float_outputs
 
 
