@@ -21,10 +21,13 @@ from hq_optuna.attributes import COMPARED
 from hq_optuna.dashboard import PageWriter
 from hq_optuna.errors import ArtifactError, ResumeError, SettingError
 from hq_optuna.network import evaluation
-from hq_optuna.network.batches import Batches, read_batches
-from hq_optuna.network.evaluation import Evaluate, accuracy, before_and_after
+from hq_optuna.network.batches import Batches, check_sample_axis, read_batches
+from hq_optuna.network.copies import copied
+from hq_optuna.network.evaluation import Accuracy, Evaluate, before_and_after
 from hq_optuna.network.introspection import introspect
-from hq_optuna.network.losses import LossFunction
+from hq_optuna.network.loss_weights import weighed
+from hq_optuna.network.losses import LossFunction, own_loss
+from hq_optuna.network.modes import own_modes
 from hq_optuna.objective.hessian import HessianObjective
 from hq_optuna.objective.publish import publish_artifacts, publish_facts, refuse_foreign_study
 from hq_optuna.objective.scorer_setup import Progress
@@ -68,6 +71,8 @@ class BitSearch:
         validation: Data on which the network is measured before and after.
         evaluate: What is measured there, from (network, batches); accuracy by default.
         batch_size: Samples a batch, where data come without batches.
+        sample_axis: Axis of the input tensors along which samples lie, where labels do not tell:
+            see `hq_optuna.network.batches.read_batches`.
         **changes: Settings by name, in place of those in ``settings``:
             ``bits=(8, 4), budget="0.2 bops"``.
 
@@ -80,6 +85,7 @@ class BitSearch:
         TypeError: There is no such setting.
     """
 
+    @own_modes()
     def __init__(
         self,
         model: nn.Module,
@@ -92,6 +98,7 @@ class BitSearch:
         validation: Any = None,
         evaluate: Evaluate | None = None,
         batch_size: int = 32,
+        sample_axis: int | None = None,
         **changes: Any,
     ) -> None:
         given = (settings or SearchSettings()).replace(**changes)
@@ -102,8 +109,11 @@ class BitSearch:
                 "train_every and final_epochs need training data: give BitSearch a plan, "
                 "training=hq_optuna.TrainingPlan(data=…, every=…)."
             )
-        data = read_batches(calibration, batch_size=batch_size)
-        seen = introspect(model, data[0].inputs)
+        self._sample_axis = sample_axis
+        data = read_batches(calibration, batch_size=batch_size, sample_axis=sample_axis)
+        seen = introspect(model, data)
+        if sample_axis is None and not isinstance(calibration, Batches):
+            check_sample_axis(copied(model), data[0])
         space_settings = ("bits", "activation_bits", "pin_first_last", "pins", "allowed", "tied")
         self.space = SearchSpace.build(
             seen.layers, **{name: getattr(self.settings, name) for name in space_settings}
@@ -111,10 +121,12 @@ class BitSearch:
         check_reachable(self.space, self.budget)
         self.training = training
         self.validation: Batches | None = None
-        self.evaluate: Evaluate = accuracy if evaluate is None else evaluate
+        called = own_loss(loss_fn)  # the objective takes a fresh copy
+        self.evaluate: Evaluate = Accuracy(called) if evaluate is None else evaluate
         if validation is not None:
-            read = read_batches(validation, batch_size=256, what="validation")
-            self.validation = read.to(next(model.parameters()).device)
+            read = self._read(validation, "validation").to(next(model.parameters()).device)
+            evaluation.check_validation(self.evaluate, model, read, called)
+            self.validation = weighed(model, read, called, "validation")
         self.objective = HessianObjective(
             model,
             data,
@@ -127,12 +139,14 @@ class BitSearch:
             evaluate=self.evaluate,
             skipped=tuple((s.name, s.kind, s.reason) for s in seen.skipped),
         )
-        if self.validation is not None:
-            evaluation.check_validation(self.evaluate, model, self.validation, loss_fn)
+        self.objective.warnings += seen.warnings
+
+    def _read(self, data: Any, what: str) -> Batches:
+        return read_batches(data, batch_size=256, what=what, sample_axis=self._sample_axis)
 
     def optimize(
         self,
-        storage: str | BaseStorage | None = None,
+        storage: str | Path | BaseStorage | None = None,
         study_name: str | None = None,
         *,
         on_progress: Callable[[StepLog], None] = lambda log: None,
@@ -143,7 +157,7 @@ class BitSearch:
         Several processes may call this on one storage: the history is the same as with one.
 
         Args:
-            storage: Storage URL, an Optuna storage, or ``None`` for memory.
+            storage: Storage URL, the path of a file, an Optuna storage, or ``None`` for memory.
             study_name: Name of the study; an existing one is resumed.
             on_progress: Called with the record of the search after each trial.
             **options: As for `open`.
@@ -157,9 +171,10 @@ class BitSearch:
         self.work(study, on_progress=on_progress)
         return study
 
+    @own_modes()
     def open(
         self,
-        storage: str | BaseStorage | None = None,
+        storage: str | Path | BaseStorage | None = None,
         study_name: str | None = None,
         *,
         artifacts: str | Path | Artifacts | None = None,
@@ -174,7 +189,7 @@ class BitSearch:
         Sensitivities are measured unless the study has them.
 
         Args:
-            storage: Storage URL, an Optuna storage, or ``None`` for memory.
+            storage: Storage URL, the path of a file, an Optuna storage, or ``None`` for memory.
             study_name: Name of the study; an existing one is resumed.
             artifacts: A folder or ``s3://bucket/prefix`` for what is too large for the storage; a
                 copy of the sensitivity table goes there, and what training gives. ``None``:
@@ -207,6 +222,7 @@ class BitSearch:
                 pruner=CostBudgetPruner(self.space, self.budget, limits),
                 load_if_exists=study_name is not None,
             )
+        with explain_errors_of(opened):
             refuse_foreign_study(study)
             if limits is not None:
                 refuse_lower_limits(study, limits)
@@ -237,6 +253,7 @@ class BitSearch:
             **{name: getattr(settings, name) for name in of_steps},
         )
 
+    @own_modes()
     def quantized(self, assignment: BitConfig) -> nn.Module:
         """Return a network with the bits of an assignment, fake-quantized and not trained.
 
@@ -248,6 +265,7 @@ class BitSearch:
         """
         return self.objective.quantized(assignment)
 
+    @own_modes()
     def work(
         self,
         study: Study,
@@ -271,6 +289,7 @@ class BitSearch:
         with explain_errors_of(storage_of(study)), writer as progress:
             work(study, self.objective, on_progress=progress, on_doing=on_doing)
 
+    @own_modes()
     def result(
         self,
         study: Study,
@@ -338,7 +357,7 @@ class BitSearch:
                 publish_facts(study, {COMPARED: compared})
         over = history.met and read_status(study).state in ("finished", "stopped")
         if test is not None and over and "test_samples" not in facts:
-            data = read_batches(test(), batch_size=256, what="test").to(self.objective.device)
+            data = self._read(test(), "test").to(self.objective.device)
             facts |= self.before_and_after(network, data, "test")
             publish_facts(study, {TEST_OF: answer})
         publish_facts(study, facts)
@@ -355,6 +374,7 @@ class BitSearch:
             **found,
         )
 
+    @own_modes()
     def exact(self, study: Study, budget: Budget | str | None = None) -> SearchResult:
         """Return the exact assignment for a budget: the least sum over layers, no search.
 
@@ -390,6 +410,7 @@ class BitSearch:
             facts=facts,
         )
 
+    @own_modes()
     def before_and_after(self, network: nn.Module, data: Batches, what: str) -> dict[str, float]:
         """Return what is measured of the float network and of a quantized one."""
         return before_and_after(self.evaluate, self.objective.model, network, data, what)

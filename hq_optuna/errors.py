@@ -57,7 +57,7 @@ class StudyFileError(HqOptunaError, ValueError):
 
 
 class RecipeError(HqOptunaError, ValueError):
-    """A saved result is incomplete, altered, or belongs to another network."""
+    """A result cannot be saved, or is incomplete, altered, or of another network."""
 
 
 class ResumeError(HqOptunaError, ValueError):

@@ -21,7 +21,10 @@ from torch import Tensor, nn
 from hq_optuna.answer.resolve import layers_digest
 from hq_optuna.atomic_files import write_atomically
 from hq_optuna.errors import RecipeError, SpaceError
+from hq_optuna.network.containers import load_state_, strided_state
 from hq_optuna.network.copies import copied
+from hq_optuna.network.modes import own_modes
+from hq_optuna.network.searchable import check_structure
 from hq_optuna.quantization.correction import SHIFT, add_shift
 from hq_optuna.quantization.functional import activation_grid, along
 from hq_optuna.quantization.modules import InputFakeQuantize
@@ -48,14 +51,18 @@ _OURS = (_SCALE, _CODES, _SHIFT)
 _PARAMETRIZED = ".parametrizations.weight.original"
 
 
+@own_modes()
 def save(
     folder: Path, network: nn.Module, layers: tuple[LayerSpec, ...], about: Mapping[str, Any]
 ) -> None:
     """Write a prepared network of these layers with the bits it has now, and ``about`` it.
 
-    Each file is written beside its place and then moved there, the recipe last, so a killed save
-    leaves the old result or the new one. ``about`` is further JSON data for the recipe: cost,
-    score, fingerprint, versions.
+    Each file is written beside its place and then moved there, the recipe last, and names the
+    weights by their hash, so `load` never takes a half of a killed save. ``about`` is further JSON
+    data for the recipe: cost, score, fingerprint, versions.
+
+    Raises:
+        RecipeError: The folder cannot be made or written.
     """
     config, tensors = get_bits(network), plain_state_dict(network)
     described = {
@@ -65,7 +72,6 @@ def save(
         for layer in layers
     }
     weights = safetensors.save(tensors)
-    write_atomically(folder / WEIGHTS, weights)
     recipe = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -75,7 +81,14 @@ def save(
         **about,
     }
     text = json.dumps(recipe, indent=1, ensure_ascii=False) + "\n"
-    write_atomically(folder / RECIPE, text.encode())
+    try:
+        write_atomically(folder / WEIGHTS, weights)
+        write_atomically(folder / RECIPE, text.encode())
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"The result cannot be saved in {folder}: {error}. Give a folder that can be made and "
+            f"written, with room for {len(weights) + len(text):,} bytes."
+        ) from error
 
 
 def _described(
@@ -111,6 +124,7 @@ def _described(
     return entry
 
 
+@own_modes()
 def load(folder: str | Path, network: nn.Module) -> nn.Module:
     """Return a copy of ``network`` with the weights, bits and ranges of a saved result.
 
@@ -121,8 +135,10 @@ def load(folder: str | Path, network: nn.Module) -> nn.Module:
     Raises:
         RecipeError: A file is missing, altered or of a newer format, or the network's structure
             is another one.
+        NetworkError: The network hides its layers, or is none.
     """
     folder = Path(folder)
+    check_structure(network)
     recipe = _read_recipe(folder)
     tensors = _read_weights(folder, recipe)
     prepared = _prepared(folder, network, recipe["layers"], tensors)
@@ -139,11 +155,24 @@ def _prepared(
     """Return a prepared copy of a network with a recipe's float weights."""
     own = copied(network)
     try:
-        own.load_state_dict({k: v for k, v in tensors.items() if not k.startswith(_OURS)})
+        load_state_(own, {k: v for k, v in tensors.items() if not k.startswith(_OURS)})
     except RuntimeError as error:
         raise RecipeError(
             f"The result in {folder} belongs to a network of another structure: {error}"
         ) from None
+    state = own.state_dict()
+    for name, tensor in tensors.items():
+        if name in state and state[name].dtype != tensor.dtype:
+            raise RecipeError(
+                f"The result in {folder} is of a network in {tensor.dtype}, and {name!r} of this "
+                f"one is {state[name].dtype}. Give network.to({tensor.dtype}) for the same outputs."
+            )
+    for name, entry in layers.items():
+        if (kind := type(own.get_submodule(name)).__name__) != entry["kind"]:
+            raise RecipeError(
+                f"The result in {folder} belongs to a network of another structure: {name!r} is "
+                f"a {entry['kind']} there and a {kind} here."
+            )
     named = {
         name: entry["weight_quantizer"]["name"]
         for name, entry in layers.items()
@@ -185,7 +214,7 @@ def plain_state_dict(network: nn.Module) -> dict[str, Tensor]:
     """Return a prepared network's float weights and buffers under the names users know."""
     names = prepared_names(network)
     state = {}
-    for key, value in network.state_dict().items():
+    for key, value in strided_state(network).items():
         layer = key.removesuffix(_PARAMETRIZED)
         if key.rpartition(".")[2] == SHIFT and key.rpartition(".")[0] in names:
             continue
@@ -203,10 +232,13 @@ def _read_recipe(folder: Path) -> dict[str, Any]:
     path = folder / RECIPE
     try:
         recipe = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise RecipeError(
-            f"{folder} holds no {RECIPE}; give a folder a result was saved in."
-        ) from None
+    except (FileNotFoundError, NotADirectoryError):
+        given = (
+            "the folder this file lies in" if folder.is_file() else "a folder a result was saved in"
+        )
+        raise RecipeError(f"{folder} holds no {RECIPE}; give {given}.") from None
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error}.") from None
     except ValueError as error:
         raise RecipeError(f"{path} is damaged: {error}.") from None
     if not isinstance(recipe, dict) or recipe.get("format") != FORMAT:
@@ -237,7 +269,9 @@ def _read_weights(folder: Path, recipe: Mapping[str, Any]) -> dict[str, Tensor]:
         if hashlib.sha256(content).hexdigest() != expected:
             raise RecipeError(f"{path} was altered after it was saved: its hash differs.")
         return safetensors.load(content)
-    except OSError:
+    except FileNotFoundError:
         raise RecipeError(f"{path} is missing; the recipe needs it.") from None
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error}.") from None
     except SafetensorError as error:
         raise RecipeError(f"{path} is damaged: {error}.") from None

@@ -65,7 +65,10 @@ class SearchResult:
         return text if self.met else f"{text} (budget not met)"
 
     def save(self, folder: str | Path) -> None:
-        """Write ``recipe.json`` and ``weights.safetensors``; `hq_optuna.load` reads them."""
+        """Write ``recipe.json`` and ``weights.safetensors``; `hq_optuna.load` reads them.
+
+        Raises `RecipeError` where the folder cannot be made or written.
+        """
         recipe.save(
             Path(folder),
             self.network,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -38,3 +39,27 @@ def own_modes() -> Iterator[None]:
         except Exception as error:
             note_caller(error)
             raise
+
+
+_fused_lock = threading.Lock()
+_fused_off: list[bool] = []
+"""How it was before, once for each thread that is inside `without_fused_attention`."""
+
+
+@contextmanager
+def without_fused_attention() -> Iterator[None]:
+    """Turn PyTorch's fused transformer layer off: it uses weights of layers that it never calls.
+
+    The switch is one for all threads: the first that comes turns it, the last puts it back.
+    """
+    with _fused_lock:
+        on = torch.backends.mha.get_fastpath_enabled()
+        _fused_off.append(_fused_off[0] if _fused_off else on)
+        torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        with _fused_lock:
+            before = _fused_off.pop()
+            if not _fused_off:
+                torch.backends.mha.set_fastpath_enabled(before)

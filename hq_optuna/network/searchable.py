@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hq_optuna.errors import NetworkError
-from hq_optuna.network.containers import strided
+from hq_optuna.network.containers import is_finite, strided
 from hq_optuna.network.devices import check_double_precision
 from hq_optuna.network.layer_types import QUANTIZABLE
 
@@ -29,6 +29,19 @@ def check_searchable(network: Any) -> None:
     Raises:
         NetworkError: Says what was given and what to give instead.
     """
+    check_structure(network)
+    for name, parameter in network.named_parameters():
+        if not is_finite(parameter):
+            found = [torch.isfinite(part) for part in strided(parameter)]
+            bad = sum(int((~part).sum()) for part in found)
+            raise NetworkError(
+                f"Parameter {name!r} holds {bad} NaN or infinite values of {parameter.numel()}. "
+                "Load a checkpoint whose training did not diverge."
+            )
+
+
+def check_structure(network: Any) -> None:
+    """Refuse what `check_searchable` does, but for the values of weights."""
     if not isinstance(network, nn.Module):
         raise NetworkError(_no_module(network))
     if not hasattr(network, "_modules"):
@@ -44,21 +57,16 @@ def check_searchable(network: Any) -> None:
                 f"A {type(module).__name__} holds a module under the name {dotted!r}, whose dot "
                 "reads as a module within a module. Call it by another name."
             )
+        weight = module._parameters.get("weight") if isinstance(module, QUANTIZABLE) else None
+        if weight is not None and not is_lazy(weight):
+            _check_weight(f"{name}.weight", weight)
     if type(network).forward is nn.Module.forward and "forward" not in vars(network):
         kind, hint = type(network).__name__, "Give it a forward that calls what it holds"
         if isinstance(network, nn.ModuleList):
             hint = "Give nn.Sequential(*modules), if each takes what the one before returns"
         raise NetworkError(f"The network is a {kind} without a forward. {hint}.")
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
-        holder = network.get_submodule(name.rpartition(".")[0])
-        _check_tensor(name, tensor, of_layer=isinstance(holder, QUANTIZABLE))
-    for name, parameter in network.named_parameters():
-        bad = sum(int((~torch.isfinite(part)).sum()) for part in strided(parameter))
-        if bad:
-            raise NetworkError(
-                f"Parameter {name!r} holds {bad} NaN or infinite values of {parameter.numel()}. "
-                "Load a checkpoint whose training did not diverge."
-            )
+        _check_tensor(name, tensor)
 
 
 def _no_module(given: Any) -> str:
@@ -172,31 +180,34 @@ def _quantized_before(module: nn.Module) -> str:
     return ""
 
 
-def _check_tensor(name: str, tensor: Tensor, *, of_layer: bool) -> None:
-    """Refuse a parameter or buffer without values of its own in memory; a layer's, if sparse."""
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    """Refuse a parameter or buffer without values of its own in memory."""
     if is_lazy(tensor):
         raise NetworkError(
             f"{name!r} is not initialized yet (a lazy module). Run the network once on an "
             "example input, or load its weights, before the search."
         )
-    if type(tensor).__name__ == "DTensor" or is_traceable_wrapper_subclass(tensor):
+    if type(tensor).__name__ == "DTensor":
         raise NetworkError(
-            f"{name!r} is a {type(tensor).__name__}, which stands for tensors that are elsewhere "
-            "or quantized. Give a network of plain tensors (of a DTensor: its full_tensor())."
+            f"{name!r} is a DTensor, which holds a part of the values. Give a network of whole "
+            "tensors: parameter.full_tensor()."
         )
     if tensor.is_meta:
         raise NetworkError(
             f"{name!r} is on the meta device and holds no values. Load it first: make the network "
             "on another device, or network.to_empty(device='cpu') and load_state_dict."
         )
-    if (of_layer and tensor.layout != torch.strided) or tensor.is_quantized or tensor.is_mkldnn:
-        how = "quantized" if tensor.is_quantized else "sparse"
-        way = "dequantize" if tensor.is_quantized else "to_dense"
-        raise NetworkError(
-            f"{name!r} is a {how} tensor. Give a network of plain tensors ({way}())."
-        )
-    if tensor.is_floating_point() and tensor.dtype not in FLOATS:
-        raise NetworkError(
-            f"{name!r} is {tensor.dtype}, in which PyTorch does not compute. Give network.float()."
-        )
     check_double_precision(tensor.device)
+
+
+def _check_weight(name: str, weight: Tensor) -> None:
+    """Refuse the weight of a layer that is no tensor of floating-point numbers in a row."""
+    what = "a sparse tensor (to_dense())" if weight.layout != torch.strided else ""
+    if weight.is_quantized:
+        what = "a quantized tensor (dequantize())"
+    elif is_traceable_wrapper_subclass(weight):
+        what = f"a {type(weight).__name__}, which stands for other tensors (dequantize())"
+    elif weight.is_floating_point() and weight.dtype not in FLOATS:
+        what = f"{weight.dtype}, in which PyTorch does not compute (network.float())"
+    if what and type(weight).__name__ != "DTensor":
+        raise NetworkError(f"{name!r} is {what}. Give a network whose layers have plain weights.")

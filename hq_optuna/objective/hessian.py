@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,12 +21,16 @@ from hq_optuna import attributes
 from hq_optuna.artifacts.store import Artifacts
 from hq_optuna.attributes import StudyInfo, Ticket
 from hq_optuna.errors import ResumeError, SpaceError
-from hq_optuna.network.batches import Batches, read_batches
+from hq_optuna.network.batches import Batches, check_sample_axis, read_batches
 from hq_optuna.network.checks import check_forward, check_rise
 from hq_optuna.network.copies import copied
 from hq_optuna.network.evaluation import Evaluate
-from hq_optuna.network.losses import LossFunction
+from hq_optuna.network.loss_weights import as_mean, weighed
+from hq_optuna.network.losses import LossFunction, own_loss
+from hq_optuna.network.modes import own_modes
+from hq_optuna.network.searchable import check_searchable
 from hq_optuna.objective import fingerprint
+from hq_optuna.objective.functions import name_of
 from hq_optuna.objective.publish import (
     budget_of,
     publish,
@@ -93,6 +98,7 @@ class HessianObjective:
         warnings: Sentences that a reader of the results must know.
     """
 
+    @own_modes()
     def __init__(
         self,
         model: nn.Module,
@@ -115,14 +121,24 @@ class HessianObjective:
             if one is not None and one.group != "scoring":
                 raise TypeError(f"{name} is a setting of the search, and not of its objective.")
         given = (settings or SearchSettings()).replace(**changes)
+        check_searchable(model)
         self.model = model
         self.space = space
-        self.loss_fn = loss_fn
+        self._loss = name_of(loss_fn)  # before it is called: it may count its calls
+        loss_fn = own_loss(loss_fn)
         self.device = next(model.parameters()).device
         self.data = read_batches(calibration, batch_size=batch_size).to(self.device)
+        if not isinstance(calibration, Batches):
+            check_sample_axis(copied(model), self.data[0])
         self.setup = ScorerSetup.checked(given, space, self.data, loss_fn, output_rise)
         self.settings = self.setup.settings
-        self.warnings = check_forward(model, self.data, loss_fn)
+        self.warnings = check_forward(
+            model, self.data, loss_fn, [layer.name for layer in space.layers]
+        )
+        self.data = weighed(model, self.data, loss_fn)
+        self.loss_fn, said = as_mean(model, self.data, loss_fn)
+        self.setup = replace(self.setup, data=self.data, loss_fn=self.loss_fn)
+        self.warnings += said
         if output_rise is not None:
             check_rise(model, self.data, output_rise)
         if given.scorer is None and self.settings.scorer == "diagonal":
@@ -144,6 +160,7 @@ class HessianObjective:
         # By storage, as studies of two storages may have the same id.
         self._settled: WeakKeyDictionary[BaseStorage, dict[int, bool]] = WeakKeyDictionary()
 
+    @own_modes()
     def quantized(self, config: BitConfig, scorer: Scorer | None = None) -> nn.Module:
         """Return a network of its own with these bits, its statistics corrected if they shall be.
 
@@ -162,11 +179,12 @@ class HessianObjective:
         set_bits(prepared, config)
         if correction is not None:
             correction.apply()
-        network = copy.deepcopy(prepared)
+        network = copied(prepared)
         if correction is not None:
             correction.reset()
         return network
 
+    @own_modes()
     def answer(self, study: Study, config: BitConfig) -> nn.Module:
         """Return the network of the last closed step: trained, where that step's record is."""
         records = read_history(study).records
@@ -177,6 +195,7 @@ class HessianObjective:
             return self.training.network(study, base, fresh)
         return network
 
+    @own_modes()
     def scorer_at(self, study: Study, base: int | None) -> Scorer:
         """Return the scorer of candidates made from a trained record, by its number.
 
@@ -193,6 +212,7 @@ class HessianObjective:
             )
         return self.training.scorer(study, base).scorer
 
+    @own_modes()
     def prepare(
         self,
         study: Study | None = None,
@@ -256,14 +276,14 @@ class HessianObjective:
             "data": self.data.digest(),
             "space": self.space.digest,
             "quantizers": fingerprint.quantizers(self.setup.quantizers),
-            "loss": fingerprint.name_of(self.loss_fn),
+            "loss": self._loss,
             **fingerprint.of_settings(self.settings, "scoring"),
         }
         rise = self.setup.output_rise
         if rise is not None:
             known = output_rise_of(self.loss_fn)
-            if fingerprint.name_of(rise) != fingerprint.name_of(known):
-                mine["output_rise"] = fingerprint.name_of(rise)
+            if name_of(rise) != name_of(known):
+                mine["output_rise"] = name_of(rise)
         if self.training is not None:
             mine["training"] = self.training.plan.digest()
         budget = budget_of(study)
@@ -298,6 +318,7 @@ class HessianObjective:
             warnings=tuple(self.warnings),
         )
 
+    @own_modes()
     def __call__(self, trial: Trial) -> float:
         """Score one trial.
 
@@ -323,7 +344,8 @@ class HessianObjective:
         assert isinstance(sampler, ProgressiveBitSampler)
         if not isinstance(trial, ClaimedTrial):  # that one was created with its parameters
             for name, (_, choices) in sampler.parameters(ticket).items():
-                trial.suggest_categorical(name, choices)
+                with contextlib.suppress(ValueError):  # others gave it other choices: not shown
+                    trial.suggest_categorical(name, choices)
         config = self.space.config(ticket.bits)
         if ticket.trains:
             return self._record_training(trial, ticket, config, started)
@@ -334,6 +356,7 @@ class HessianObjective:
         score = self.scorer_at(study, sampler.base(study)).score(config, look)
         return record(self.space, trial, config, score, ticket, started)
 
+    @own_modes()
     def obey(
         self, study: Study, order: Mapping[str, Any], needed: Callable[[], bool]
     ) -> tuple[float, dict[str, Any]]:
@@ -366,6 +389,7 @@ class HessianObjective:
         record(self.space, trial, config, score, ticket, started)
         return value
 
+    @own_modes()
     def trained(
         self, trial: Trial, ticket: Ticket, needed: Callable[[], bool], otherwise: Exception
     ) -> tuple[float, Score, dict[str, Any]]:
@@ -387,6 +411,8 @@ class HessianObjective:
     ) -> float:
         assert ticket.origin is not None
         value, found = winner_of(trial.study, ticket.origin)
+        if KEPT[0] not in found:  # told by others before this objective was called
+            raise optuna.TrialPruned("its work is no longer needed")
         score = Score(value, *(found[name] for name in KEPT))
         record(self.space, trial, config, score, ticket, started)
         return closing(value, found)[0]
