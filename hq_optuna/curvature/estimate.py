@@ -70,7 +70,8 @@ class Curvature:
         batch_size: The factor B in h = B · v̂, where the estimate needs it.
         no_gradient: Layers whose weight got no gradient at all, or zeros alone.
         unreached: Layers of which a call got no gradient in its input (it ran without gradients,
-            or what it returned was detached).
+            or what it returned was detached) → layers called before it, from which a gradient may
+            have been lost there.
         errors: Layer → standard errors of the mean curvature of its weights and of its inputs,
             relative to these means, without what all layers have in common (`MeanCurvatures`).
     """
@@ -80,7 +81,7 @@ class Curvature:
     batch_size: int
     n_samples: int
     no_gradient: tuple[str, ...]
-    unreached: tuple[str, ...] = ()
+    unreached: Mapping[str, frozenset[str]] = field(default_factory=dict)
     errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def with_weights(self, known: Mapping[str, Tensor]) -> Curvature:

@@ -131,8 +131,9 @@ def output_curvature(
 
     Batches are taken in a random order until no layer's relative standard error is above the
     tolerance (`MeanCurvatures`); the order is always the same, so the same data give the same stop
-    and the same numbers. A tolerance of 0 reads all data. The network's output is one tensor ``(N, …)``; labels tell only which places
-    count. ``progress`` is called with (batches done, batches); the last call may come early.
+    and the same numbers. A tolerance of 0 reads all data. The network's output is one tensor
+    ``(N, …)``; labels tell only which places count. ``progress`` is called with (batches done,
+    batches); the last call may come early.
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -131,7 +131,7 @@ class _Probes:
         }
         self._inputs: dict[str, list[InputCurvature]] = {name: [] for name in weights}
         self._has_gradient = dict.fromkeys(weights, False)
-        self._unreached: set[str] = set()
+        self._unreached: dict[str, frozenset[str]] = {}
         self._n = 0
 
     def add(
@@ -150,9 +150,10 @@ class _Probes:
             self._sums[name] += diagonal * n
             row[name] = (float(diagonal.double().mean()), 0.0)
         calls = dict.fromkeys(weights, 0)
-        for (name, x), g in zip(inputs, gradients[len(weights) :], strict=True):
+        for place, ((name, x), g) in enumerate(zip(inputs, gradients[len(weights) :], strict=True)):
             if g is None and x.numel():
-                self._unreached.add(name)
+                before = frozenset(layer for layer, _ in inputs[:place])
+                self._unreached[name] = self._unreached.get(name, before) | before
             if len(self._inputs[name]) == calls[name]:
                 self._inputs[name].append(InputCurvature())
             # The loss is a batch mean, so a sample's own Hessian is n times as large.
@@ -179,7 +180,7 @@ class _Probes:
             batch_size=data[0].n,
             n_samples=min(self._n, data.n_samples),
             no_gradient=tuple(name for name, any_ in self._has_gradient.items() if not any_),
-            unreached=tuple(sorted(self._unreached)),
+            unreached=self._unreached,
             errors=self.means.errors(),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -108,6 +109,15 @@ class Calls:
             found.trace = None  # it is repeated once
         return found
 
+    def unreached(self) -> dict[str, frozenset[str]]:
+        """Return the layers of which a call got no gradient → the layers called before it."""
+        names = [call.layer for call in self.forward]
+        return {
+            call.layer: frozenset(names[:place])
+            for place, call in enumerate(self.forward)
+            if not call.reached
+        }
+
     @contextmanager
     def going_back(self) -> Iterator[None]:
         """Take calls in the body for repeated ones."""
@@ -140,7 +150,7 @@ class SquaredGradients:
         self.inputs: dict[str, list[InputCurvature]] = {layer.name: [] for layer in layers}
         self.means = MeanCurvatures()
         self._calls = Calls()
-        self._unreached: set[str] = set()
+        self._unreached: dict[str, frozenset[str]] = {}
         self._seen: dict[str, float] = {}
         self._n = 0
 
@@ -156,12 +166,21 @@ class SquaredGradients:
         self._calls = Calls()
         self._seen = dict.fromkeys(self.inputs, 0.0)
         network.zero_grad(set_to_none=True)
-        with torch.enable_grad():
-            loss = objective(forward(network, batch.inputs), batch)
-            if loss.requires_grad:
-                with self._calls.going_back():
-                    loss.backward()  # type: ignore[no-untyped-call]
-        self._unreached |= {call.layer for call in self._calls.forward if not call.reached}
+        try:
+            with torch.enable_grad():
+                loss = objective(forward(network, batch.inputs), batch)
+                if loss.requires_grad:
+                    with self._calls.going_back():
+                        loss.backward()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            # An activation that writes over what another one needs on the way back: no gradient.
+            if not re.search("in-?place", str(error)):
+                raise
+            network.zero_grad(set_to_none=True)
+            for call in self._calls.forward:
+                call.reached = False
+        for layer, before in self._calls.unreached().items():
+            self._unreached[layer] = self._unreached.get(layer, frozenset()) | before
         row = {}
         for name, weight in weights.items():
             g = weight.grad
@@ -193,6 +212,6 @@ class SquaredGradients:
             batch_size=batch_size,
             n_samples=n_samples,
             no_gradient=tuple(name for name, h in weights.items() if not bool(h.any())),
-            unreached=tuple(sorted(self._unreached)),
+            unreached=self._unreached,
             errors=self.means.errors(),
         )

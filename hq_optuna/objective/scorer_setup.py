@@ -27,7 +27,6 @@ from hq_optuna.scoring import (
     measure_layer_sums,
     output_rise_of,
 )
-from hq_optuna.scoring.sensitivity import unknown_curvature_warnings
 from hq_optuna.settings import SearchSettings
 from hq_optuna.space.search_space import SearchSpace, bits_needed
 from hq_optuna.training.trained import TrainedNetwork
@@ -134,12 +133,13 @@ class ScorerSetup:
             warnings += uncompensated_warnings(self.quantizers)
         facts: dict[str, float] = {}
         if known is None:
-            known, curvature = measure_layer_sums(
+            sums = measure_layer_sums(
                 *(self._layer_sum, network, prepared, self.space, self.data, self.loss_fn),
                 progress=progress,
                 moments=moments,
             )
-            warnings += unknown_curvature_warnings(curvature, self.space.layers)
+            known, curvature = sums.sensitivity, sums.curvature
+            warnings += sums.warnings
             facts["curvature_samples"] = curvature.n_samples
             if math.isfinite(curvature.largest_error):  # one batch alone has none
                 facts["curvature_standard_error"] = round(curvature.largest_error, 4)

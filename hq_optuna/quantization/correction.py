@@ -220,7 +220,8 @@ def corrected_statistics(
     # A dead channel has no spread to match; its stored one stays.
     alive = (right[1] > _EPSILON) & (found[1] > _EPSILON)
     ratio = torch.where(alive, found[1] / right[1].clamp_min(_EPSILON), 1.0)
-    return found[0] - (right[0] - stored[0]) * ratio.sqrt(), stored[1] * ratio
+    # In this order a network that nothing moved keeps what it stored, bit for bit.
+    return (found[0] - right[0] * ratio.sqrt()) + stored[0] * ratio.sqrt(), stored[1] * ratio
 
 
 def add_shift(layer: nn.Module) -> None:

@@ -132,7 +132,8 @@ def follows_statistics(module: Any, x: Tensor) -> bool:
     if x.dim() < 2 or x.shape[1] != len(mean) or not x.numel():
         return False
     shape = [1, -1, *[1] * (x.dim() - 2)]
-    step = (var.sqrt() + mean.abs()) * torch.linspace(0.5, 1.5, len(mean)).to(mean)
+    factors = torch.linspace(0.5, 1.5, len(mean), device=mean.device).to(mean)
+    step = (var.sqrt() + mean.abs()) * factors
     try:
         expected = module.forward(x.clone())
         module.running_mean.copy_(mean + step)

@@ -27,10 +27,24 @@ Progress = Callable[[str, int, int], None]
 
 
 class LayerSums(NamedTuple):
-    """Predicted loss rises by layer and bits, and the curvature they were made from."""
+    """Predicted loss rises by layer and bits, and the curvature they were made from.
+
+    Those of the layers ``measured`` were measured.
+    """
 
     sensitivity: Sensitivity
     curvature: Curvature
+    measured: tuple[str, ...] = ()
+
+    @property
+    def warnings(self) -> list[str]:
+        """A sentence for each layer whose rises were measured."""
+        return [
+            f"Layer {name!r} gets no gradient on the calibration data, in a call or at all, or "
+            "feeds one that gets none (under no_grad, detached, written over in place, without "
+            "effect), so its loss rises are measured, by a forward pass for each number of bits."
+            for name in self.measured
+        ]
 
 
 def measure_layer_sums(
@@ -68,10 +82,10 @@ def measure_layer_sums(
         *(prepared, space, curvature, data, forms.get(name, "trace")),
         progress=lambda i, of: progress("sensitivity", i, of),
     )
+    measured: tuple[str, ...] = ()
     if curvature.unknown:
-        names = [layer.name for layer in space.layers if layer.name in curvature.unknown]
-        sensitivity = with_measured(sensitivity, names, prepared, data, loss_fn)
-    return LayerSums(sensitivity, curvature)
+        sensitivity, measured = with_measured(sensitivity, curvature, prepared, data, loss_fn)
+    return LayerSums(sensitivity, curvature, measured)
 
 
 def measure_curvature(

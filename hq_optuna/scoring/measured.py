@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from torch import nn
 
+from hq_optuna.curvature import Curvature
 from hq_optuna.errors import DataError
 from hq_optuna.network.batches import Batches
 from hq_optuna.network.loss_weights import counting
@@ -21,16 +20,18 @@ from hq_optuna.space.layers import FLOAT_BITS
 
 def with_measured(
     table: Sensitivity,
-    layers: Collection[str],
+    curvature: Curvature,
     prepared: nn.Module,
     data: Batches,
     loss_fn: LossFunction,
-) -> Sensitivity:
-    """Return a table in which the rises of these layers are measured, one forward pass each.
+) -> tuple[Sensitivity, tuple[str, ...]]:
+    """Return a table in which rises without curvature are measured, and the layers they are of.
 
-    A rise is that of the loss when this layer alone is rounded, its weights or what enters it: told
-    by the outputs where the loss is known, else the change of the loss itself. A random part of the
-    data is read. The bits of the prepared network are restored.
+    Where a layer that no gradient reaches has an effect, the layers before it have lost a part of
+    theirs and are measured too. Each number of bits costs a forward pass over a random part of the
+    data. A rise is that of the loss when this layer alone is rounded, its weights or what enters
+    it: told by the outputs where the loss is known, else the change of the loss itself. The bits of
+    the prepared network are restored.
 
     Raises:
         DataError: No layer of the network moves the loss at all.
@@ -47,9 +48,12 @@ def with_measured(
 
     weights, activations = dict(table.weights), dict(table.activations)
     try:
-        for name in layers:
+        todo = [name for name in weights if name in curvature.unknown]
+        for name in todo:
             weights[name] = {b: rise(name, LayerBits(b, FLOAT_BITS)) for b in weights[name]}
             activations[name] = {b: rise(name, LayerBits(FLOAT_BITS, b)) for b in activations[name]}
+            if any(weights[name].values()) or any(activations[name].values()):
+                todo += sorted(curvature.unreached.get(name, frozenset()) - set(todo))
     finally:
         set_bits(prepared, before)
     found = Sensitivity(weights, activations)
@@ -60,4 +64,4 @@ def with_measured(
             "gradient or measured, so layers cannot be compared. Check that the loss depends on "
             "the network's outputs, and that it is not exactly zero."
         )
-    return found
+    return found, tuple(todo)

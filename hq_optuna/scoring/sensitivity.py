@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from hq_optuna.curvature import Curvature, InputCurvature
 from hq_optuna.curvature.estimate import per_sample
-from hq_optuna.errors import ScoreError
+from hq_optuna.errors import ScoreError, SpaceError
 from hq_optuna.network.batches import Batches, forward
 from hq_optuna.quantization.observers import watch_inputs
 from hq_optuna.quantization.prepare import (
@@ -54,15 +54,26 @@ class Sensitivity:
     def score(self, config: Mapping[str, LayerBits]) -> tuple[float, float]:
         """Return the weights' and the activations' part of an assignment's score, in nats.
 
-        Summed exactly (`math.fsum`), so the order of the layers does not matter.
+        Summed exactly (`math.fsum`), so the order of the layers does not matter. Raises
+        `SpaceError` for bits that were not measured, as they are none of the layer's choices.
         """
 
-        def part(table: Table, bits: Iterable[tuple[str, int]]) -> float:
-            return math.fsum(table[name][b] for name, b in bits if b != FLOAT_BITS)
+        def part(table: Table, what: str, bits: Iterable[tuple[str, int]]) -> float:
+            values = []
+            for name, b in bits:
+                row = table.get(name, {})
+                if b != FLOAT_BITS and b not in row:
+                    known = ", ".join(map(str, sorted(row))) or "none"
+                    raise SpaceError(
+                        f"No loss rise is known of {b} bits for the {what} of layer {name!r}; its "
+                        f"choices are: {known}."
+                    )
+                values.append(0.0 if b == FLOAT_BITS else row[b])
+            return math.fsum(values)
 
         return (
-            part(self.weights, ((name, b.weight_bits) for name, b in config.items())),
-            part(self.activations, ((name, b.activation_bits) for name, b in config.items())),
+            part(self.weights, "weights", ((n, b.weight_bits) for n, b in config.items())),
+            part(self.activations, "inputs", ((n, b.activation_bits) for n, b in config.items())),
         )
 
     def to_json(self) -> dict[str, dict[str, dict[str, float]]]:
@@ -209,14 +220,3 @@ def _entry(known: Sequence[InputCurvature], call: int) -> InputCurvature:
     if call < len(known):
         return known[call]
     return InputCurvature(sum(entry.total for entry in known), sum(entry.count for entry in known))
-
-
-def unknown_curvature_warnings(curvature: Curvature, layers: Sequence[LayerSpec]) -> list[str]:
-    """Return a sentence for each layer whose curvature is unknown."""
-    return [
-        f"Layer {layer.name!r} gets no gradient on the calibration data, in a call or at all (it "
-        "runs under no_grad, or what it returns is detached or without effect), so its loss rises "
-        "are measured, by a forward pass for each number of bits."
-        for layer in layers
-        if layer.name in curvature.unknown
-    ]

@@ -149,12 +149,12 @@ def test_a_function_with_one_derivative_is_refused_where_two_are_needed(table):
 
 
 def test_a_call_without_gradients_whose_result_is_not_used_is_named_and_measured(table):
-    """A block called once more under no_grad: its rises are what they are, as in the plain one."""
+    """A block called once more under no_grad: measured, as all before it, and nearly as plain."""
     plain, _ = table("plain", "fisher")
     got, warnings = table("twice", "fisher")
     assert any("'blocks.0.0'" in each and "no gradient" in each for each in warnings)
-    assert got["stem"]["weights"][4] == pytest.approx(plain["stem"]["weights"][4], rel=1e-4)
-    for name in ("blocks.0.0", "blocks.1.2"):
+    assert got["head"]["weights"][4] == pytest.approx(plain["head"]["weights"][4], rel=1e-4)
+    for name in ("stem", "blocks.0.0", "blocks.1.2"):
         ratio = got[name]["weights"][4] / plain[name]["weights"][4]
         assert 1 / 3 < ratio < 3, name
 
@@ -200,6 +200,34 @@ def test_layers_without_gradient_have_the_rises_that_are_measured(table, scorer)
                 network, DATA, scorer=scorer, rounding="nearest", correction=False
             )[0][name]["weights"][3]
             assert 0.2 < got_one / by_hand < 5
+
+
+def test_layers_before_a_detached_branch_are_measured(table):
+    """What goes through the branch is in their rises, as in the same network that detaches not."""
+
+    class Branch(Network):
+        def forward(self, x):
+            h = self.stem(x)
+            through = self.blocks[0](h)
+            return self.head(h + 3 * (through.detach() if self.how == "detached" else through))
+
+    plain, _ = table(Branch("plain"), "fisher")
+    got, warnings = table(Branch("detached"), "fisher")
+    assert any("'stem'" in each for each in warnings)
+    for part in ("weights", "activations"):
+        assert 1 / 2 < got["stem"][part][4] / plain["stem"][part][4] < 2
+
+
+def test_activations_that_write_over_each_other_are_measured(table):
+    """ReLU and SiLU in place: no backward pass is possible, and the search goes on without."""
+
+    class InPlace(Network):
+        def block(self, block, x):
+            return block[2](nn.functional.silu(block[0](x).relu_(), inplace=True))
+
+    got, warnings = table(InPlace("plain"), "fisher")
+    assert len([each for each in warnings if "in place" in each]) == len(got)
+    assert all(row["weights"][2] > row["weights"][8] > 0 for row in got.values())
 
 
 def test_a_loss_without_gradient_is_measured_throughout(table):
