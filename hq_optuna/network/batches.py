@@ -165,7 +165,7 @@ def read_batches(
     # Reading one batch again is enough to catch shuffling and random augmentation.
     if not isinstance(data, (tuple, Iterator)):
         with preserve_rng_state([]), own_chance(data):
-            torch.rand(1)  # another state than at the first reading, or shuffles would repeat
+            torch.rand(1, device="cpu")  # another state than at first, or shuffles would repeat
             again = [*_read(data, batch_size, what, sample_axis, limit=1)]
         # Nothing comes again of a stream that can be read once, whatever its class.
         read = Batches(Batch(inputs, labels, first[0].n) for inputs, labels, _ in again)

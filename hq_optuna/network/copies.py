@@ -158,7 +158,7 @@ def _moves(network: nn.Module, layer: str, inputs: Inputs, *, by_output: bool = 
 def _moved(x: Tensor) -> Tensor:
     if not x.is_floating_point():
         return x
-    step = torch.linspace(-1, 1, x.numel(), dtype=torch.float32).to(x.device).reshape(x.shape)
+    step = torch.linspace(-1, 1, x.numel(), dtype=torch.float32, device=x.device).reshape(x.shape)
     return (x + step * (1 + x.abs().max())).to(x.dtype) if x.numel() else x
 
 
@@ -167,10 +167,10 @@ def preserve_network(network: nn.Module) -> Iterator[None]:
     """Put back what the body changes in a network.
 
     Training flags, parameters and buffers (values and identity), gradients by identity,
-    `requires_grad`, plain attributes and the containers directly in them, and the random state of
+    `requires_grad`, plain attributes and the containers in them, and the random state of
     PyTorch, NumPy and Python are as they were, bit for bit, also when the body raises. Costs one
-    copy of the parameters and buffers while it runs. What lies deeper in attributes that are not
-    tensors of the network (a cache of lists in lists) is not followed.
+    copy of the parameters and buffers while it runs. Objects of other classes in attributes are not
+    looked into.
     """
     tensors = [*network.parameters(), *network.buffers()]
     with (
@@ -185,12 +185,15 @@ def preserve_network(network: nn.Module) -> Iterator[None]:
 @contextmanager
 def _preserve_attributes(network: nn.Module) -> Iterator[None]:
     attributes = [(m, m.training, dict(vars(m))) for m in network.modules()]
-    containers = [
-        (value, value.copy())
-        for _, _, saved in attributes
-        for value in saved.values()
-        if type(value) in _CONTAINERS
-    ]
+    containers: list[tuple[Any, Any]] = []
+    todo = [value for _, _, saved in attributes for value in saved.values()]
+    seen: set[int] = set()
+    while todo:
+        value = todo.pop()
+        if type(value) in _CONTAINERS and id(value) not in seen:
+            seen.add(id(value))
+            containers.append((value, value.copy()))
+            todo += value.values() if isinstance(value, dict) else value
     try:
         yield
     finally:

@@ -138,7 +138,7 @@ def batch_loss(loss_fn: LossFunction, outputs: Any, batch: Batch) -> Tensor:
 def nothing(outputs: Any) -> Tensor:
     """Return a loss of 0 that outputs have a gradient of: 0 too."""
     empty = [z.flatten()[:0].sum() for z in tensors(outputs) if z.is_floating_point()]
-    return torch.stack([z.float() for z in empty]).sum() if empty else torch.zeros(())
+    return torch.stack([z.float() for z in empty]).sum() if empty else torch.zeros((), device="cpu")
 
 
 @torch.no_grad()

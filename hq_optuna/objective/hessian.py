@@ -14,13 +14,13 @@ import optuna
 from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import Trial
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from hq_optuna import attributes
 from hq_optuna.artifacts.store import Artifacts
 from hq_optuna.attributes import StudyInfo, Ticket
-from hq_optuna.errors import ResumeError, SpaceError
+from hq_optuna.errors import NetworkError, ResumeError, SpaceError
 from hq_optuna.network.batches import Batches, check_sample_axis, read_batches
 from hq_optuna.network.checks import check_forward, check_rise
 from hq_optuna.network.copies import copied
@@ -122,6 +122,7 @@ class HessianObjective:
                 raise TypeError(f"{name} is a setting of the search, and not of its objective.")
         given = (settings or SearchSettings()).replace(**changes)
         check_searchable(model)
+        _check_space(space, model)
         self.model = model
         self.space = space
         self._loss = name_of(loss_fn)  # before it is called: it may count its calls
@@ -416,6 +417,19 @@ class HessianObjective:
         score = Score(value, *(found[name] for name in KEPT))
         record(self.space, trial, config, score, ticket, started)
         return closing(value, found)[0]
+
+
+def _check_space(space: SearchSpace, network: nn.Module) -> None:
+    """Refuse the space of another network."""
+    modules = dict(network.named_modules(remove_duplicate=False))
+    for layer in space.layers:
+        weight = getattr(modules.get(layer.name), "weight", None)
+        if not isinstance(weight, Tensor) or tuple(weight.shape) != layer.weight_shape:
+            raise NetworkError(
+                f"The space has a layer {layer.name!r} with weights of shape {layer.weight_shape}, "
+                "and the network has none. Build the space from this network: "
+                "SearchSpace.build(introspect(network, inputs).layers)."
+            )
 
 
 def _every(seconds: float, needed: Callable[[], bool], otherwise: Exception) -> Callable[[], None]:

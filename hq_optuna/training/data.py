@@ -160,8 +160,8 @@ def blended(views: list[Any], share: float, generator: torch.Generator) -> list[
             )
     n = len(views[0])
     other = torch.randperm(n, generator=generator, device="cpu")
-    part = torch.rand(n, generator=generator, device="cpu")
-    part = torch.where(torch.rand(n, generator=generator, device="cpu") < share, part, 1.0)
+    drawn = torch.rand(2, n, generator=generator, device="cpu", dtype=torch.float32)
+    part = torch.where(drawn[1] < share, drawn[0], 1.0)
 
     def blend(inputs: Tensor) -> Tensor:
         own = part.to(inputs).reshape(-1, *[1] * (inputs.dim() - 1))
