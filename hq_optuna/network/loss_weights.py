@@ -161,7 +161,8 @@ def weighed(
         loss = observe_loss(loss_fn, forward(called, batch.inputs), batch.labels)
         if loss.call is None:
             return data
-        found.append((loss.call.labels.numel(), loss.weight))
+        told = batch.labels if isinstance(batch.labels, Tensor) else loss.call.labels
+        found.append((told.numel(), loss.weight))
     return _shared(data, found, what)
 
 

@@ -8,7 +8,9 @@ import enum
 import hashlib
 import re
 import sys
+from collections import deque
 from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
 from functools import partial
 from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
@@ -24,6 +26,8 @@ _SAID = (torch.dtype, torch.device, torch.layout, enum.Enum, range, slice)
 _OF_MODULES = {*vars(nn.Module()), "training"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _CALLED = ("forward", "__call__")
+_MAKERS = ("__init__", "__new__", "__post_init__", "__setstate__")
+_CHANGING = {"append", "extend", "insert", "pop", "update", "add", "clear", "setdefault"}
 _STANDARD = sys.stdlib_module_names - {"__main__"}
 _LONGEST = 200
 
@@ -114,6 +118,51 @@ def _is_library(kind: Any) -> bool:
     return code is not None and "site-packages" in code.co_filename
 
 
+@dataclass
+class _Code:
+    """What code reads and writes, in a form all versions of Python have.
+
+    What it writes is its state and no setting: variables and attributes that it sets, and of code
+    that changes lists, dictionaries or sets, those that it has at hand.
+    """
+
+    names: set[str] = field(default_factory=set)
+    globals: set[str] = field(default_factory=set)
+    constants: list[Any] = field(default_factory=list)
+    written: set[str] = field(default_factory=set)
+    mutates: bool = False
+
+    def read(self, code: CodeType) -> _Code:
+        """Take in code and what is defined in it."""
+        for step in dis.get_instructions(code):
+            if "CONST" in step.opname or "SMALL_INT" in step.opname:
+                self._gather(step.argval)
+            elif step.opname.startswith(("LOAD_GLOBAL", "LOAD_ATTR", "LOAD_METHOD", "LOAD_NAME")):
+                self.names.add(str(step.argval))
+                if step.opname.startswith(("LOAD_GLOBAL", "LOAD_NAME")):
+                    self.globals.add(str(step.argval))
+            elif step.opname in ("STORE_ATTR", "STORE_DEREF", "STORE_GLOBAL"):
+                self.written.add(str(step.argval))
+            self.mutates |= step.opname == "STORE_SUBSCR"
+        self.mutates |= not _CHANGING.isdisjoint(self.names)
+        return self
+
+    def _gather(self, value: Any) -> None:
+        if isinstance(value, CodeType):
+            self.read(value)
+        elif isinstance(value, (tuple, frozenset)):
+            for each in value if any(not isinstance(one, str) for one in value) else ():
+                self._gather(each)  # texts alone are the names of arguments
+        elif isinstance(value, _PLAIN) and value is not None:
+            self.constants.append(value)
+
+    def is_setting(self, name: str, value: Any) -> bool:
+        """Return whether what the code has by this name is nothing that it changes."""
+        return name not in self.written and not (
+            self.mutates and isinstance(value, (list, dict, set, deque))
+        )
+
+
 def _of_function(function: FunctionType) -> dict[str, Any]:
     """Return attributes and closure; of the user's own also defaults and what its code reads."""
     code, found = function.__code__, dict(vars(function))
@@ -126,42 +175,24 @@ def _of_function(function: FunctionType) -> dict[str, Any]:
     first = code.co_argcount - len(defaults)
     found |= dict(zip(code.co_varnames[first:], defaults, strict=False))
     found |= function.__kwdefaults__ or {}
-    read: set[str] = set()
-    constants: list[Any] = []
-    _read(code, read, constants)
-    found["reads"] = [*sorted(read), *constants]
-    for name in sorted(read & set(function.__globals__)):
+    read = _Code().read(code)
+    for name in sorted(read.globals & set(function.__globals__)):
         value = function.__globals__[name]
         if not isinstance(value, (type, ModuleType)):
             found[name] = value
-    return found
-
-
-def _read(code: CodeType, names: set[str], constants: list[Any]) -> None:
-    """Gather names, numbers and texts that code reads, in a form all versions of Python have."""
-    for step in dis.get_instructions(code):
-        if "CONST" in step.opname or "SMALL_INT" in step.opname:
-            _gather(step.argval, names, constants)
-        elif step.opname.startswith(("LOAD_GLOBAL", "LOAD_ATTR", "LOAD_METHOD", "LOAD_NAME")):
-            names.add(str(step.argval))
-
-
-def _gather(value: Any, names: set[str], constants: list[Any]) -> None:
-    if isinstance(value, CodeType):
-        _read(value, names, constants)
-    elif isinstance(value, (tuple, frozenset)):
-        for each in value if any(not isinstance(one, str) for one in value) else ():
-            _gather(each, names, constants)  # texts alone are the names of arguments
-    elif isinstance(value, _PLAIN) and value is not None:
-        constants.append(value)
+    found = {name: value for name, value in found.items() if read.is_setting(name, value)}
+    return {**found, "reads": [*sorted(read.names), *read.constants]}
 
 
 def _of_object(value: Any) -> dict[str, Any]:
     """Return what an object holds, also by its class, and what a class of the user's does."""
     kinds = [kind for kind in type(value).__mro__ if not _is_library(kind)]
-    found: dict[str, Any] = {}
+    code, found = _Code(), dict[str, Any]()
     for kind in reversed(kinds):
         found |= {n: v for n, v in vars(kind).items() if isinstance(v, _PLAIN) and n[0] != "_"}
+        for name, method in vars(kind).items():
+            if isinstance(method, FunctionType) and name not in _MAKERS:
+                code.read(method.__code__)
     slots = [slot for kind in type(value).__mro__ for slot in getattr(kind, "__slots__", ())]
     found |= {slot: getattr(value, slot) for slot in slots if hasattr(value, slot)}
     graph = getattr(value, "inlined_graph", None)  # of what is scripted
@@ -177,4 +208,5 @@ def _of_object(value: Any) -> dict[str, Any]:
     found = {n: v for n, v in sorted(found.items()) if not (n in _HOOKS and not v)}
     for kind in kinds:
         found |= {f"{kind.__qualname__}.{n}": vars(kind)[n] for n in _CALLED if n in vars(kind)}
-    return {n: v for n, v in found.items() if not n.startswith(("_torchdynamo", "_is_torch"))}
+    own = {n: v for n, v in found.items() if not n.startswith(("_torchdynamo", "_is_torch"))}
+    return {name: each for name, each in own.items() if code.is_setting(name, each)}

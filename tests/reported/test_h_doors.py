@@ -59,6 +59,7 @@ LOSSES = {
     "partial": partial(F.cross_entropy, ignore_index=255, label_smoothing=0.1),
     "nested": Wrapped(Wrapped(nn.CrossEntropyLoss(ignore_index=255))),
     "function": lambda z, y: F.cross_entropy(z, torch.where(y == 255, -100, y)),
+    "selected": lambda z, y: F.cross_entropy(z.movedim(1, -1)[y != 255], y[y != 255]),
     "nll": lambda z, y: F.nll_loss(z.log_softmax(1), y, WEIGHT, ignore_index=255),
 }
 
@@ -461,3 +462,27 @@ def test_a_study_of_a_loss_with_another_nested_setting_is_refused(tmp_path):
     assert product.history(found(0.1).study) == product.history(found(0.1).study)
     with pytest.raises(ValueError, match="the loss function"):
         found(0.2)
+
+
+def test_what_a_loss_writes_down_is_no_setting(tmp_path):
+    """A loss that counts its calls and keeps a log goes on with its own study."""
+    log, data = [], (torch.randn(64, 8), torch.randint(0, 3, (64,)))
+
+    class Counts:
+        def __init__(self):
+            self.n, self.gamma = 0, 2.0
+
+        def __call__(self, outputs, labels):
+            self.n += 1
+            log.append(self.n)
+            return self.gamma * F.cross_entropy(outputs, labels)
+
+    loss, url = Counts(), f"sqlite:///{tmp_path / 'study.db'}"
+    network = classifier()
+    _, again = (
+        product.search(network, data, loss, storage=url, name="s", limit=n) for n in (3, 6)
+    )
+    assert len(again.study.trials) > 3 and loss.n > 3
+    loss.gamma = 3.0
+    with pytest.raises(ValueError, match="the loss function"):
+        product.search(network, data, loss, storage=url, name="s", limit=9)
