@@ -139,7 +139,7 @@ class BitSearch:
             evaluate=self.evaluate,
             skipped=tuple((s.name, s.kind, s.reason) for s in seen.skipped),
         )
-        self.objective.warnings += seen.warnings
+        self.objective.warnings.extend(seen.warnings)
 
     def _read(self, data: Any, what: str) -> Batches:
         return read_batches(data, batch_size=256, what=what, sample_axis=self._sample_axis)

@@ -139,6 +139,8 @@ class StatisticsCorrection:
             mean, var = pooled(parts)
             if name in left | normed or mean is None or var is None:
                 continue  # also one that no sample reached (an expert, regions of which are none)
+            if sum(part.n for part in parts) == 1:
+                continue  # a mean of one value: with it, outputs would be right whatever the bits
             if name in layers:
                 self._means[name] = mean
             else:

@@ -326,7 +326,7 @@ def test_what_no_sample_reaches_stays_as_it_is_stored(in_float: bool) -> None:
     network = Experts().eval()
     x = torch.randn(8, 4).clamp(max=0.5)
     if not in_float:
-        x[0, 0] = 1.2  # the one sample that the expert sees
+        x[:2, 0] = 1.2  # the two samples that the expert sees
     data = read_batches((x, torch.zeros(8, dtype=torch.long)))
     prepared = prepare(network, introspect(network, x + 9).layers)
     correction = StatisticsCorrection(prepared, data)

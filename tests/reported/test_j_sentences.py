@@ -335,6 +335,17 @@ def test_the_space_of_another_network_is_refused():
         hq.HessianObjective(mlp(), (torch.ones(4, 6), torch.zeros(4, dtype=torch.long)), space)
 
 
+@pytest.mark.parametrize("scorer", [None, "loss"])
+def test_one_calibration_sample_tells_bits_apart(scorer):
+    """Statistics of one value are none: corrected by them, any bits would score 0."""
+    network, data = made()
+    one = data[0][:1], data[1][:1]
+    options = {"scorer": scorer, "correction": True, "budget": "0.9 bops"}
+    rises = {bits: product.score(network, one, bits, **options) for bits in (8, 3)}
+    assert abs(rises[3]) > 10 * abs(rises[8]) > 0
+    assert product.score(network, one, 3, **options) == rises[3]
+
+
 # Errors in the user's own code
 
 
