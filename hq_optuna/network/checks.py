@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hq_optuna.errors import DataError, HqOptunaError, NetworkError
-from hq_optuna.network.batches import Batches, cloned, forward, tensors
-from hq_optuna.network.copies import copied
+from hq_optuna.network.batches import Batches, cloned, forward
+from hq_optuna.network.containers import clone, same, strided, tensors
+from hq_optuna.network.copies import check_copy, copied, outputs_of_copy, preserve_network
+from hq_optuna.network.devices import preserve_rng_state
+from hq_optuna.network.loss_weights import observe_loss
 from hq_optuna.network.losses import IGNORED_LABEL, LossFunction, ignored_label, is_cross_entropy
-
-logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -35,15 +35,18 @@ def explain_errors(what: str, hint: str) -> Iterator[None]:
 
 
 @torch.no_grad()
-def check_forward(network: nn.Module, data: Batches, loss_fn: LossFunction) -> list[str]:
-    """Refuse what would make scores wrong or unrepeatable, from two passes over the first batch.
+def check_forward(
+    network: nn.Module, data: Batches, loss_fn: LossFunction, layers: Sequence[str] = ()
+) -> list[str]:
+    """Refuse what would make scores wrong or unrepeatable: two passes of one batch, one of all.
 
-    Calls a copy in eval mode. Returns warnings, a sentence each, about what is possible but
-    doubtful.
+    Calls a copy in eval mode, and proves that the weights of ``layers`` act there. Returns
+    warnings, a sentence each, about what is possible but doubtful.
 
     Raises:
         NetworkError: Two passes differ (dropout left on), outputs are NaN or infinite, or the
-            network writes into its input or cannot be copied.
+            network writes into its input or cannot be copied, or not so that the copy computes
+            with its own weights.
         DataError: Labels out of range, a loss that is not one finite number, or cross-entropy of
             outputs or labels that are no classes.
     """
@@ -54,26 +57,29 @@ def check_forward(network: nn.Module, data: Batches, loss_fn: LossFunction) -> l
                 f"The network's state holds {name!r}, a {type(value).__name__} and no tensor "
                 "(get_extra_state), which neither a result nor a checkpoint can hold."
             )
-    outputs = _repeatable_outputs(called, data)
-    for output in tensors(outputs):
-        if output.is_floating_point() and not bool(torch.isfinite(output).all()):
-            raise NetworkError(
-                "The network's outputs on the calibration data hold NaN or infinity. "
-                "Check the checkpoint and the normalization of the inputs."
-            )
+    outputs = _repeatable_outputs(network, called, data)
+    warnings = check_copy(network, called, layers, data[0].inputs)
     if is_cross_entropy(loss_fn):
         check_class_scores(outputs)
         for batch in data:
             check_labels(outputs, batch.labels, ignored_label(loss_fn))
             check_probabilities(outputs, batch.labels)
-    return _check_mean(called, data, loss_fn, _finite_loss(loss_fn, outputs, data[0].labels))
+    for index, batch in enumerate(data):
+        if index:
+            with explain_errors(
+                f"The network fails on calibration batch {index}, and not on the first",
+                "Batches are to be alike in types and shapes.",
+            ):
+                outputs = forward(called, cloned(batch.inputs))
+        check_batch_loss(loss_fn, outputs, batch.labels, index)
+    return warnings
 
 
-def _repeatable_outputs(network: nn.Module, data: Batches) -> Any:
-    """Return the outputs on the first batch, which a second pass must repeat."""
+def _repeatable_outputs(original: nn.Module, network: nn.Module, data: Batches) -> Any:
+    """Return a copy's outputs on the first batch, which a second pass must repeat."""
     inputs = data[0].inputs
-    before = [(t, t.clone(), _version(t)) for t in tensors(inputs)]
-    first = forward(network, inputs)
+    before = [(t, clone(t), _version(t)) for t in tensors(inputs)]
+    first = outputs_of_copy(original, network, inputs)
     _check_inputs_kept(before)
     if len(data) > 1:  # another batch may leave something behind
         with explain_errors(
@@ -88,9 +94,7 @@ def _repeatable_outputs(network: nn.Module, data: Batches) -> Any:
             "tensors. Scores must be repeatable; make eval mode deterministic."
         )
     for a, b in zip(*pair, strict=True):
-        if bool(torch.isnan(a).any()):  # never equal to itself, and refused later
-            break
-        if not torch.equal(a, b):
+        if not same(a, b):
             raise NetworkError(
                 "Two forward passes of the same images in eval mode differ: the network is random "
                 "(dropout with training=True, random augmentation inside forward?), or remembers "
@@ -100,21 +104,72 @@ def _repeatable_outputs(network: nn.Module, data: Batches) -> Any:
     return first
 
 
-def _finite_loss(loss_fn: LossFunction, outputs: Any, labels: Any) -> float:
-    """Return the loss of the first batch, refused where it is not one finite number."""
-    with explain_errors(
-        "The loss function failed on the first calibration batch",
-        "It is called with (outputs, labels).",
-    ):
-        loss = loss_fn(outputs, labels)
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise DataError(f"The loss function returns one number, the mean of a batch; got {shape}.")
+def check_batch_loss(
+    loss_fn: LossFunction, outputs: Any, labels: Any, index: int, what: str = "calibration"
+) -> None:
+    """Refuse a batch whose loss is not one finite number, the same each time; computed twice.
+
+    A batch of which nothing counts, as its labels are all ignored, passes where that is seen. An
+    infinity in the outputs, such as the score of a masked class, is refused where the loss is then
+    not finite, and NaN always.
+
+    Args:
+        loss_fn: The loss.
+        outputs: Those of the network on the batch, in float.
+        labels: The batch's labels.
+        index: The batch's place among all, from 0.
+        what: Which data these are.
+
+    Raises:
+        NetworkError: The outputs hold NaN, or an infinity that counts.
+        DataError: Anything else.
+    """
+    where = f"{what} batch {index}" if index else f"the first {what} batch"
+    bad = _first_of(outputs, torch.isnan)
+    loss: Any = None
+    if bad is None:
+        owner = preserve_network(loss_fn) if isinstance(loss_fn, nn.Module) else nullcontext()
+        devices = {tensor.device for tensor in tensors(outputs)}
+        hint = "It is called with (outputs, labels)."
+        said = explain_errors(f"The loss function failed on {where}", hint)
+        with said, owner, preserve_rng_state(devices), torch.no_grad():
+            first, again = (observe_loss(loss_fn, outputs, labels) for _ in range(2))
+        loss = first.loss
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise DataError(
+                f"The loss function returns one number, the mean of a batch; got {shape}."
+            )
+        if first.call is not None and not first.weight:
+            return
+        if not math.isfinite(float(loss)):
+            bad = _first_of(outputs, lambda x: ~torch.isfinite(x))
+    if bad is not None:
+        raise NetworkError(
+            f"The network's outputs on the {what} data hold NaN or infinity (batch {index}{bad}). "
+            "Check the checkpoint and the normalization of the inputs."
+        )
     if not math.isfinite(float(loss)):
         raise DataError(
-            f"The loss on the first calibration batch is {float(loss)}. Check labels and outputs."
+            f"The loss on {where} is {float(loss)}. Check labels and outputs. A mean over no label "
+            "at all, where all are ignored, is NaN: leave such a batch out, or return 0 for it."
         )
-    return float(loss)
+    rough = 1e-5 if loss.is_cuda else 0.0  # some sums on GPUs have no fixed order
+    if not math.isclose(float(loss), float(again.loss), rel_tol=rough):
+        raise DataError(
+            f"The loss on {where} differs when computed twice: {float(loss)!r}, then "
+            f"{float(again.loss)!r}. The loss function draws random numbers, or remembers what it "
+            "saw. Scores must be repeatable: give it a fixed seed, or eval mode (loss.eval())."
+        )
+
+
+def _first_of(tree: Any, bad: Callable[[Tensor], Tensor]) -> str | None:
+    """Return which of a tree's tensors is bad somewhere, in words; ``None``: none."""
+    all_of = list(tensors(tree))
+    for place, tensor in enumerate(all_of, 1):
+        if any(part.is_floating_point() and bool(bad(part).any()) for part in strided(tensor)):
+            return f", tensor {place} of {len(all_of)}" if len(all_of) > 1 else ""
+    return None
 
 
 def _version(tensor: Tensor) -> int:
@@ -130,7 +185,7 @@ def _check_inputs_kept(before: list[tuple[Tensor, Tensor, int]]) -> None:
     """
     written = [tensor for tensor, _, version in before if _version(tensor) > version]
     for tensor, values, _ in before:
-        if not torch.equal(tensor, values):
+        if not same(tensor, values):
             tensor.copy_(values)
             written.append(tensor)
     if written:
@@ -204,25 +259,3 @@ def check_labels(
             f"{what.capitalize()} labels run from {int(used.min())} to {int(used.max())}, but the "
             f"network has {n_classes} outputs (labels 0 to {n_classes - 1})."
         )
-
-
-def _check_mean(network: nn.Module, data: Batches, loss_fn: LossFunction, loss: float) -> list[str]:
-    """Warn if the loss looks like a sum over the batch rather than its mean."""
-    batch = data[0]
-    if not isinstance(batch.inputs, Tensor) or not isinstance(batch.labels, Tensor) or batch.n < 2:
-        return []
-    half = batch.n // 2
-    cut = half * (len(batch.labels) // batch.n)  # a sample may have several labels
-    try:
-        a = float(loss_fn(forward(network, batch.inputs[:half]), batch.labels[:cut]))
-        b = float(loss_fn(forward(network, batch.inputs[half:]), batch.labels[cut:]))
-    except Exception as error:  # a network or loss that is made for one batch size
-        logger.debug("Half a batch could not be tried: %s", error)
-        return []
-    mean = (a * half + b * (batch.n - half)) / batch.n
-    if abs(a + b - loss) < 1e-4 * abs(loss) and abs(mean - loss) > 1e-2 * abs(loss):
-        return [
-            "The loss function seems to sum over the batch; scores assume its mean "
-            "(reduction='mean'), so their size depends on the batch size here."
-        ]
-    return []
