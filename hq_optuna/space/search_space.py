@@ -119,6 +119,7 @@ class SearchSpace:
                 f"Nothing is left to search: each of the {len(names)} layers is pinned or has one "
                 "allowed number of bits. Remove a pin (pin_first_last=None) or allow more bits."
             )
+        _check_parameters([v.name for v in variables], names)
         return cls(tuple(layers), tuple(variables), BitConfig(start))
 
     @property
@@ -273,6 +274,18 @@ def _variables(
             Variable(f"{name}:activations", group, "activations", activations.notches),
         ]
     return [variable for variable in found if len(variable.bits) > 1]
+
+
+def _check_parameters(variables: Sequence[str], layers: Sequence[str]) -> None:
+    """Refuse names of layers that are those of Optuna's parameters of others."""
+    parts = {f"{name}:{part}" for name in layers for part in ("weights", "activations")}
+    tied = {name for name in variables if variables.count(name) > 1}
+    for name in layers:
+        if name in parts | tied:
+            raise SpaceError(
+                f"The layer {name!r} has the name of a parameter of other layers (`a=b` of tied "
+                "ones, `a:weights` of a part). Call it otherwise in the network."
+            )
 
 
 def _pin(value: Any, where: str, activations: _Activations) -> LayerBits:

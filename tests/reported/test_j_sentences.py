@@ -198,6 +198,13 @@ def test_the_name_of_what_holds_layers_is_told_how_to_write_it():
         pins(specs("block.0", "block.1"), {"block": 4})
 
 
+@pytest.mark.parametrize("name", ["a=b", "a:weights"])
+def test_a_name_that_is_a_parameter_of_other_layers_is_refused(name):
+    """Optuna knows what is tied as `a=b`, and a part as `a:weights`: one name for one thing."""
+    with pytest.raises(SpaceError, match=f"layer {name!r} has the name of a parameter"):
+        pins(specs("a", "b", name), {}, tied=[("a", "b")])
+
+
 def mlp():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
