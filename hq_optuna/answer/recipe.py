@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from hq_optuna.answer.resolve import layers_digest
 from hq_optuna.atomic_files import write_atomically
 from hq_optuna.errors import RecipeError, SpaceError
-from hq_optuna.network.containers import load_state_, strided_state
+from hq_optuna.network.containers import is_plain, load_state_, strided_state, unsaved_buffers
 from hq_optuna.network.copies import copied
 from hq_optuna.network.modes import own_modes
 from hq_optuna.network.searchable import check_structure
@@ -47,7 +47,8 @@ RECIPE, WEIGHTS = "recipe.json", "weights.safetensors"
 _SCALE = "hq_optuna.weight_scale."
 _CODES = "hq_optuna.weight_codes."
 _SHIFT = "hq_optuna.output_shift."
-_OURS = (_SCALE, _CODES, _SHIFT)
+_BUFFER = "hq_optuna.buffer."
+_OURS = (_SCALE, _CODES, _SHIFT, _BUFFER)
 _PARAMETRIZED = ".parametrizations.weight.original"
 
 
@@ -161,6 +162,10 @@ def _prepared(
             f"The result in {folder} belongs to a network of another structure: {error}"
         ) from None
     state = own.state_dict()
+    for name, buffer in unsaved_buffers(own).items():  # one that is not there yet makes itself
+        kept = tensors.get(f"{_BUFFER}{name}", buffer).to(buffer.device)
+        owner, _, key = name.rpartition(".")
+        setattr(own.get_submodule(owner), key, kept.clone())
     for name, tensor in tensors.items():
         if name in state and state[name].dtype != tensor.dtype:
             raise RecipeError(
@@ -221,6 +226,9 @@ def plain_state_dict(network: nn.Module) -> dict[str, Tensor]:
         plain = f"{layer}.weight" if key.endswith(_PARAMETRIZED) and layer in names else key
         # safetensors refuses tensors that share memory, as tied weights do.
         state[plain] = value.detach().cpu().contiguous().clone()
+    for key, buffer in unsaved_buffers(network).items():
+        if is_plain(buffer):
+            state[f"{_BUFFER}{key}"] = buffer.detach().cpu().contiguous().clone()
     return state
 
 

@@ -129,6 +129,7 @@ def _leaves(node: Any, seen: dict[int, tuple[Any, list[Any]]]) -> list[Any]:
     if isinstance(node, Tensor):
         found.append(node)
         if not _has_attributes(node):
+            seen[id(node)] = node, found
             return found
     children = _children(node)
     for child in children:
@@ -303,7 +304,8 @@ def strided(tensor: Tensor) -> tuple[Tensor, ...]:
     elif tensor.layout != torch.strided:
         parts = (tensor.to_dense(),)
     elif tensor.is_quantized and tensor.qscheme() == torch.per_tensor_affine:
-        parts = tensor.int_repr(), torch.tensor([tensor.q_scale(), tensor.q_zero_point()])
+        grid = torch.tensor([tensor.q_scale(), tensor.q_zero_point()], device="cpu")
+        parts = tensor.int_repr(), grid
     elif tensor.is_quantized:
         scales, zeros = tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()
         parts = tensor.int_repr(), scales, zeros
@@ -349,6 +351,12 @@ def strided_state(network: nn.Module) -> dict[str, Tensor]:
         else:
             state |= {f"{name}{_PART}{i}": part for i, part in enumerate(strided(tensor))}
     return state
+
+
+def unsaved_buffers(network: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that a network's state leaves out (``persistent=False``), by name."""
+    state = network.state_dict()
+    return {name: buffer for name, buffer in network.named_buffers() if name not in state}
 
 
 def same(a: Tensor, b: Tensor) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 from hq_optuna import attributes
 from hq_optuna._version import __version__
 from hq_optuna.errors import ResumeError
-from hq_optuna.network.containers import digest_of
+from hq_optuna.network.containers import digest_of, unsaved_buffers
 from hq_optuna.quantization.quantizer_choice import describe_quantizers
 from hq_optuna.settings import Group, SearchSettings, settings_of
 
@@ -62,7 +62,8 @@ def quantizers(chosen: Mapping[str, str]) -> str:
 
 def network_digest(network: nn.Module) -> str:
     """Return sixteen hexadecimal digits that name weights, buffers and the modules' text."""
-    return digest_of(sorted(network.state_dict().items()), about=str(network), digits=16)
+    held = {**network.state_dict(), **unsaved_buffers(network)}
+    return digest_of(sorted(held.items()), about=str(network), digits=16)
 
 
 def versions() -> dict[str, str]:

@@ -89,10 +89,19 @@ _ZERO = torch.tensor(0.0, device="cpu")
 
 
 def along(scale: Tensor, weight: Tensor, channel_axis: int) -> Tensor:
-    """Return the scale in the weight's precision, shaped to multiply it along an axis."""
+    """Return the scale in the weight's precision, shaped to multiply it along an axis.
+
+    A transposed convolution in groups has axis 1 for the outputs of one group, and one scale for
+    each output of all groups, in their order.
+    """
+    scale, n = scale.to(weight.dtype), weight.shape[channel_axis]
+    if len(scale) > n:
+        groups = scale.reshape(len(scale) // n, 1, n)
+        rows = groups.expand(-1, len(weight) // len(groups), n).reshape(len(weight), n)
+        return rows.reshape(*rows.shape, *[1] * (weight.dim() - 2))
     shape = [1] * weight.dim()
     shape[channel_axis] = -1
-    return scale.to(weight.dtype).reshape(shape)
+    return scale.reshape(shape)
 
 
 def straight_through(rounded: Tensor, smooth: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from hq_optuna.errors import SpaceError
 from hq_optuna.network.copies import copied
 from hq_optuna.quantization.modules import InputFakeQuantize, WeightFakeQuantize
 from hq_optuna.quantization.observers import InputHistogram, first_input, with_first_input
-from hq_optuna.quantization.quantizers import UNIFORM, quantizer_named
+from hq_optuna.quantization.quantizers import UNIFORM, ByGroup, quantizer_named
 from hq_optuna.settings import Observer
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.layers import FLOAT_BITS, MAX_BITS, MIN_BITS, LayerSpec, is_whole
@@ -55,7 +55,10 @@ def prepare(
     prepared = copied(network)
     for layer in layers:
         module = prepared.get_submodule(layer.name)
-        quantizer = WeightFakeQuantize(layer.channel_axis, chosen.get(layer.name, UNIFORM))
+        rounds, groups = chosen.get(layer.name, UNIFORM), getattr(module, "groups", 1)
+        if layer.channel_axis == 1 and groups > 1:
+            rounds = ByGroup(rounds, groups)
+        quantizer = WeightFakeQuantize(layer.channel_axis, rounds)
         parametrize.register_parametrization(module, "weight", quantizer, unsafe=True)
         histogram = None if inputs is None else inputs[layer.name]
         module.add_module(_INPUT, InputFakeQuantize(histogram, observer))

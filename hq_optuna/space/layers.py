@@ -30,7 +30,7 @@ class LayerSpec:
         kind: Class of the module, ``"Conv2d"``.
         weight_shape: Shape of the weight tensor.
         channel_axis: Axis of the weight that holds the output channels (1 for transposed
-            convolutions, else 0).
+            convolutions, where it holds those of one group, else 0).
         macs: Multiply-accumulates for one sample, summed over all calls.
         n_calls: How often one forward pass calls the layer.
         n_inputs: Input elements for one sample, summed over all calls.

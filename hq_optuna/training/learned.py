@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hq_optuna.quantization.functional import activation_grid
+from hq_optuna.quantization.functional import activation_grid, along
 from hq_optuna.quantization.modules import InputFakeQuantize
 from hq_optuna.quantization.prepare import (
     float_weight,
@@ -147,13 +147,13 @@ class LearnedWeight(nn.Module):
         self.channel_axis = channel_axis
         self.passes = passes
         self.quantizer = quantizer
-        self.shape = [1] * weight.dim()
-        self.shape[channel_axis] = -1
         start = scale.detach().to(weight.dtype)
         self.log_scale = nn.Parameter(start.log())
         n = weight.numel() // len(scale)
         self.largest = quantizer.largest_code(bits)
-        self.factor = (1 / (math.sqrt(n * self.largest) * start.square())).reshape(self.shape)
+        self.factor = along(
+            1 / (math.sqrt(n * self.largest) * start.square()), weight, channel_axis
+        )
 
     @property
     def scale(self) -> Tensor:
@@ -167,7 +167,7 @@ class LearnedWeight(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the rounded weight."""
-        log_scale = self.log_scale.reshape(self.shape)
+        log_scale = along(self.log_scale, weight, self.channel_axis)
         if not self.clips:
             rounded = self.quantizer.quantize(weight, self.scale, self.bits, self.channel_axis)
             scaled: Tensor = _Scaled.apply(rounded, log_scale, self.factor)
@@ -180,7 +180,7 @@ class LearnedWeight(nn.Module):
         """Return how many weights lie beyond the largest code; none where nothing clips."""
         if not self.clips:
             return 0
-        end = self.largest * self.log_scale.detach().exp().reshape(self.shape)
+        end = self.largest * along(self.log_scale.detach().exp(), weight, self.channel_axis)
         return int((weight.detach().abs() > end).sum())
 
 

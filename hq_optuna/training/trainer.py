@@ -33,6 +33,7 @@ from hq_optuna.network.containers import digest_of, is_plain
 from hq_optuna.network.copies import copied
 from hq_optuna.network.layer_types import BatchNorm
 from hq_optuna.network.losses import LossFunction
+from hq_optuna.quantization.functional import along
 from hq_optuna.quantization.prepare import float_weight, get_bits, prepared_layers, weight_quantizer
 from hq_optuna.quantization.quantizers import UNIFORM, WeightQuantizer
 from hq_optuna.space.layers import FLOAT_BITS
@@ -453,9 +454,8 @@ def start_weights_(network: nn.Module, start: Start) -> None:
         if start != "moved":
             begin = kept
         elif begin is None:
-            shape = [1] * weight.dim()
-            shape[quantizer.channel_axis] = -1
-            begin = moved(weight, kept, scale.reshape(shape), quantizer.bits, quantizer.quantizer)
+            step = along(scale, weight, quantizer.channel_axis)
+            begin = moved(weight, kept, step, quantizer.bits, quantizer.quantizer)
         weight.copy_(begin)
 
 

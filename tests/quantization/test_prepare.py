@@ -126,12 +126,15 @@ def test_a_quantized_copy_equals_the_network_with_rounded_weights_put_in(kind, x
     set_bits(prepared, uniform(prepared, 3, FLOAT_BITS))
     by_hand = copy.deepcopy(network)
     for layer in layers_of(network, x):
-        weight = by_hand.get_submodule(layer.name).weight
-        scale = weight_scale(weight, 3, layer.channel_axis)
-        zero = torch.zeros(len(scale), dtype=torch.int32)
-        weight.data = torch.fake_quantize_per_channel_affine(
-            weight.data, scale, zero, layer.channel_axis, -3, 3
-        )
+        module = by_hand.get_submodule(layer.name)
+        groups = module.groups if layer.channel_axis else 1
+        for part in module.weight.data.chunk(groups):  # of a transposed one, each with its scales
+            scale = weight_scale(part, 3, layer.channel_axis)
+            zero = torch.zeros(len(scale), dtype=torch.int32)
+            rounded = torch.fake_quantize_per_channel_affine(
+                part, scale, zero, layer.channel_axis, -3, 3
+            )
+            part.copy_(rounded)
     assert torch.equal(prepared(x), by_hand(x))
 
 

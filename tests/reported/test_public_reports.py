@@ -315,7 +315,6 @@ def test_a_convolution_that_standardizes_its_weight_rounds_what_it_stores():
     assert torch.allclose(quantized.b(x), wanted, atol=1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason="scales go by channel_axis, so groups share them")
 def test_a_grouped_transposed_convolution_has_a_scale_for_each_output_channel():
     """pytorch#47535, #54816; onnxruntime#19694; ppq#339: (inputs, outputs of a group, …)."""
 
@@ -511,10 +510,7 @@ class Remembers(nn.Module):
         return self.head(x + sum(kept))
 
 
-DEEP = pytest.mark.xfail(strict=True, reason="copies.preserve_network follows no nested lists")
-
-
-@pytest.mark.parametrize("where", ["buffer", "list", pytest.param("dict", marks=DEEP)])
+@pytest.mark.parametrize("where", ["buffer", "list", "dict"])
 def test_a_network_that_remembers_earlier_calls_is_refused_and_left_alone(where):
     """Model-Optimizer#2248: replayed batches attended to keys of their own earlier replay."""
     network = made(lambda: Remembers(where))
@@ -588,7 +584,6 @@ class Scaled(nn.Module):
         return self.net(x) * self.scale
 
 
-@pytest.mark.xfail(strict=True, reason="recipe and fingerprint read the state dict alone")
 def test_a_buffer_that_the_state_dict_leaves_out_is_part_of_the_network(tmp_path):
     """transformers#24576, pytorch#105233: loaded into another network, outputs were others."""
     x, url = vectors()[0], f"sqlite:///{tmp_path}/s.db"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hq_optuna.errors import SpaceError
-from hq_optuna.quantization.quantizers.base import WeightQuantizer
+from hq_optuna.quantization.quantizers.base import ByGroup, WeightQuantizer
 from hq_optuna.quantization.quantizers.binary import Binary
 from hq_optuna.quantization.quantizers.dorefa import Dorefa
 from hq_optuna.quantization.quantizers.midrise import Midrise
@@ -15,7 +15,7 @@ QUANTIZERS: dict[str, WeightQuantizer] = {
     quantizer.name: quantizer for quantizer in (UNIFORM, Binary(), Ternary(), Midrise(), Dorefa())
 }
 
-__all__ = ["QUANTIZERS", "UNIFORM", "WeightQuantizer", "quantizer_named"]
+__all__ = ["QUANTIZERS", "UNIFORM", "ByGroup", "WeightQuantizer", "quantizer_named"]
 
 
 def quantizer_named(name: str) -> WeightQuantizer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,10 +27,10 @@ class WeightQuantizer:
             again could end otherwise on another machine.
     """
 
-    name: ClassVar[str]
-    all_bits: ClassVar[range]
-    compensates: ClassVar[bool] = True
-    stores_codes: ClassVar[bool] = False
+    name: str
+    all_bits: range
+    compensates: bool = True
+    stores_codes: bool = False
 
     @property
     def bits_text(self) -> str:
@@ -67,6 +67,40 @@ class WeightQuantizer:
             "quant_min": -largest,
             "quant_max": largest,
         }
+
+
+class ByGroup(WeightQuantizer):
+    """Another quantizer, for transposed convolutions in groups: a scale for each output of each.
+
+    Their weights are ``(inputs, outputs of a group, …)``.
+    """
+
+    def __init__(self, inner: WeightQuantizer, groups: int) -> None:
+        self.inner, self.groups = inner, groups
+        self.name, self.all_bits, self.stores_codes = inner.name, inner.all_bits, inner.stores_codes
+        self.compensates = False
+
+    def largest_code(self, bits: int) -> int:
+        """Return the largest code of the other quantizer."""
+        return self.inner.largest_code(bits)
+
+    def _by_output(self, weight: Tensor) -> Tensor:
+        """Return the weight as ``(groups, outputs of a group, inputs of a group, …)``."""
+        return weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
+
+    def scale(self, weight: Tensor, bits: int, channel_axis: int) -> Tensor:
+        """Return the scales of all outputs."""
+        return self.inner.scale(self._by_output(weight).flatten(0, 1), bits, 0)
+
+    def quantize(self, weight: Tensor, scale: Tensor, bits: int, channel_axis: int) -> Tensor:
+        """Return the rounded weight."""
+        rows = self._by_output(weight)
+        rounded = self.inner.quantize(rows.flatten(0, 1).contiguous(), scale, bits, 0)
+        return rounded.reshape(rows.shape).transpose(1, 2).flatten(0, 1)
+
+    def nearest(self, values: Tensor, scale: Tensor, bits: int) -> Tensor:
+        """Return what the other quantizer does."""
+        return self.inner.nearest(values, scale, bits)
 
 
 def in_single(weight: Tensor) -> Tensor:
