@@ -215,6 +215,8 @@ def open_artifacts(location: str | Path, *, cache: Path | None = None) -> Artifa
         ArtifactError: The URL is none of these, or boto3 is not installed.
     """
     text = str(location)
+    if isinstance(location, Path) and re.match("s3:/", text):
+        raise ArtifactError(f"{text}: a URL is given as text, and not as a Path.")
     if "://" not in text:
         return Artifacts(FolderStore(Path(location)), text, cache=cache)
     url = urllib.parse.urlsplit(text)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 import threading
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -23,7 +22,13 @@ from hq_optuna.optuna_internals import id_of, storage_of
 from hq_optuna.protocol.start_options import StartOptions
 from hq_optuna.protocol.status import StatusReader
 from hq_optuna.settings import RunSettings
-from hq_optuna.storages import load_study, open_storage, redact_url, storage_exists
+from hq_optuna.storages import (
+    load_study,
+    open_storage,
+    redact_url,
+    sqlite_path,
+    storage_exists,
+)
 
 LOOKS, LOOK_EVERY_S = 4, 0.5
 """How often is looked before a search counts as one that nobody works on."""
@@ -74,7 +79,7 @@ def _open(study: str | None, run: RunSettings) -> tuple[BaseStorage, Study | Non
         url = str(run.storage)
         if not storage_exists(url):
             raise StorageError(f"There is no database at {redact_url(url)}. Was a search started?")
-        return open_storage(url), None, run.artifacts or _beside(url), url
+        return open_storage(url, reads=True), None, run.artifacts or _beside(url), url
     place = place_of(study or str(run.name), run, reads=True)
     found = load_study(place.storage, place.name)
     files = run.artifacts or StartOptions.read(found).settings.get("artifacts")
@@ -83,8 +88,9 @@ def _open(study: str | None, run: RunSettings) -> tuple[BaseStorage, Study | Non
 
 def _beside(storage: str) -> str | None:
     """Return the folder of artifacts beside a SQLite file, as a run leaves it, if there is one."""
-    path = Path(storage.removeprefix("sqlite:///")).parent / "artifacts"
-    return str(path) if storage.startswith("sqlite:///") and path.is_dir() else None
+    file = sqlite_path(storage)
+    path = None if file is None else file.parent / "artifacts"
+    return str(path) if path is not None and path.is_dir() else None
 
 
 def _refresh(study: Study, server: DashboardServer) -> None:

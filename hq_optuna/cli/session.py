@@ -24,7 +24,13 @@ from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.search import Limits
 from hq_optuna.settings import RunSettings, SearchSettings
 from hq_optuna.space.cost import macs
-from hq_optuna.storages import explain_storage_errors, load_study, redact_url, study_exists
+from hq_optuna.storages import (
+    explain_storage_errors,
+    load_study,
+    redact_url,
+    refuse_read_only,
+    study_exists,
+)
 from hq_optuna.study_files.options import parse
 from hq_optuna.study_files.study_file import StudyFile, StudyParts, find_study
 
@@ -110,6 +116,7 @@ def begin(
         HqOptunaError: Of the kind of what is wrong.
     """
     file, place = find(study, run)
+    refuse_read_only(place.storage)
     given_options = parse(file.options, arguments, file.path.name, beside=own_options())
     stored = StartOptions()
     if study_exists(place.storage, place.name):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import logging
 import math
 import time
 import warnings
@@ -31,7 +32,10 @@ from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.budget import Budget
 from hq_optuna.space.cost import CostModel, Metric
 from hq_optuna.space.search_space import SearchSpace
+from hq_optuna.storages import refuses_writing
 from hq_optuna.storages.writing import set_trial_attrs
+
+logger = logging.getLogger(__name__)
 
 SENSITIVITY = "sensitivity"
 """Name of the artifact that holds the table of predicted loss rises, by layer and bits."""
@@ -118,6 +122,7 @@ def publish_facts(study: Study, facts: dict[str, Any]) -> None:
     """Write what was measured at the end (accuracies, seconds) into the study, by name.
 
     Where validation data are among it, what an earlier measurement on such data said is gone.
+    Where the study can only be read, nothing is written.
     """
     stored = study.user_attrs
     if "validation_samples" in facts:
@@ -125,8 +130,15 @@ def publish_facts(study: Study, facts: dict[str, Any]) -> None:
         facts = {**dict.fromkeys(filter(is_validation_fact, known)), **facts}
     for name, value in facts.items():
         key = f"{attributes.REPORT}:{name}"
-        if stored.get(key) != value:
+        if stored.get(key) == value:
+            continue
+        try:
             study.set_user_attr(key, value)
+        except Exception as error:
+            if not refuses_writing(error):
+                raise
+            logger.warning("Study %r can only be read: figures stay unwritten.", study.study_name)
+            return
 
 
 def refuse_foreign_study(study: Study) -> None:

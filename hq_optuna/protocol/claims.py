@@ -21,6 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hq_optuna import attributes
 from hq_optuna.attributes import Ticket
+from hq_optuna.errors import StorageError
 from hq_optuna.optuna_internals import cached_trial, place_of, pop_waiting, trial_id_of
 from hq_optuna.protocol import worker_identity
 from hq_optuna.protocol.owners import HELD
@@ -152,6 +153,15 @@ def new_claim() -> int:
     return next(_numbers)
 
 
+def _refuse_another_study(study: Study, number: int, n_seen: int) -> None:
+    """Refuse a study in which a new trial has a number that was seen before: numbers only grow."""
+    if number < n_seen:
+        raise StorageError(
+            f"Study {study.study_name!r} was deleted and begun anew while it was in use. Start the "
+            "same command again to join the new one."
+        )
+
+
 @contextlib.contextmanager
 def _claiming(*tickets: Ticket) -> Iterator[None]:
     """Hold claims while their trials are created; what a failed try created is nobody's."""
@@ -166,11 +176,14 @@ def _claiming(*tickets: Ticket) -> Iterator[None]:
 
 def _create(view: StudyView, study: Study, ticket: Ticket) -> ClaimedTrial:
     storage, study_id = place_of(study)
+    n_seen = view.log.cursor.n
     with _claiming(ticket):
         trial_id = storage.create_new_trial(study_id, _template(view, ticket))
         HELD[ticket.claim] = trial_id
         view.tickets[trial_id] = ticket
-        return ClaimedTrial(study, trial_id, ticket.claim)
+        trial = ClaimedTrial(study, trial_id, ticket.claim)
+        _refuse_another_study(study, trial.number, n_seen)
+        return trial
 
 
 def _template(
@@ -216,7 +229,9 @@ def create_together(
         if ticket.kind == "candidate" or ticket.trains:
             del made.user_attrs[attributes.WORKER]
     with _claiming(*tickets):
+        n_seen = view.log.cursor.n
         created = create_trials(*place_of(study), templates)
+        _refuse_another_study(study, created[0][0], n_seen)
     HELD.update({t.claim: trial_id for t, (_, trial_id) in zip(tickets, created, strict=True)})
     return created
 

@@ -77,10 +77,13 @@ class Database(HookedRDBStorage):
             # only a write takes the lock.
             if connection.dialect.name == "sqlite":
                 same = sqlalchemy.update(_STUDIES).where(study)
-                connection.execute(same.values(study_name=_STUDIES.c.study_name))
+                same = same.values(study_name=_STUDIES.c.study_name)
+                there = connection.execute(same).rowcount == 1
             else:
                 locked = sqlalchemy.select(_STUDIES.c.study_id).where(study).with_for_update()
-                connection.execute(locked)
+                there = connection.execute(locked).first() is not None
+            if not there:  # SQLite does not ask whether the study of a trial exists
+                raise KeyError(f"There is no study {study_id}.")
             count = sqlalchemy.select(sqlalchemy.func.count()).select_from(_TRIALS)
             first = connection.execute(count.where(_TRIALS.c.study_id == study_id)).scalar_one()
             rows: _Rows = [

@@ -2,7 +2,8 @@
 
 URLs of what is no database follow SQLite's: ``journal:///search.log`` is beside you,
 ``journal:////data/search.log`` is not. A path that ends in ``.log`` or ``.journal`` is a journal
-file too. ``grpc://host:port`` is a proxy that somebody runs before a database.
+file too. ``grpc://host:port`` is a proxy that somebody runs before a database. Whoever only reads
+needs no right to write: neither the file, nor its folder, nor ``sqlite:///file:…?mode=ro&uri=true``.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import re
 import sqlite3
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import optuna
 import sqlalchemy
@@ -39,7 +40,7 @@ _Done = TypeVar("_Done")
 SQLITE_BUSY_TIMEOUT_S = 60  # how long a connection waits for another writer
 FIRST_USE_ATTEMPTS = 8  # how often tables that several processes create at once are looked for
 LOCKED_PAUSE_S = 0.02  # mean pause before SQLite is asked again that says at once it is locked
-_WAITS = {"timeout": SQLITE_BUSY_TIMEOUT_S}
+_WAITS: dict[str, Any] = {"timeout": SQLITE_BUSY_TIMEOUT_S}
 JOURNAL_SUFFIXES = (".log", ".journal")
 
 GRPC_PORT = 13000  # where Optuna's proxy listens unless told otherwise
@@ -80,7 +81,25 @@ def sqlite_url(path: Path) -> str:
     return f"sqlite:///{path.as_posix()}"
 
 
-def open_storage(storage: str | BaseStorage | None) -> BaseStorage:
+def url_of(storage: str | Path) -> str:
+    """Return the URL of a storage; a path is a SQLite file, or a journal by its ending.
+
+    Raises:
+        StorageError: A path that was a URL.
+
+    Example:
+        >>> url_of(Path("runs") / "study.db")
+        'sqlite:///runs/study.db'
+    """
+    text = str(storage)
+    if isinstance(storage, str) or text.endswith(JOURNAL_SUFFIXES):
+        return text
+    if re.match(r"[a-z][a-z0-9+]+:/", text):  # a Path has one slash less than the URL it was
+        raise StorageError(f"{redact_url(text)}: a URL is given as text, and not as a Path.")
+    return sqlite_url(storage)
+
+
+def open_storage(storage: str | Path | BaseStorage | None, *, reads: bool = False) -> BaseStorage:
     """Open a storage for a search.
 
     A SQLite file is put into WAL mode (readers never block writers, a commit costs a fraction) with
@@ -88,8 +107,9 @@ def open_storage(storage: str | BaseStorage | None) -> BaseStorage:
     database server there.
 
     Args:
-        storage: URL of a database, ``journal:///search.log``, ``grpc://host:port``, an open Optuna
-            storage (returned as it is), or ``None`` for memory.
+        storage: URL of a database, ``journal:///search.log``, ``grpc://host:port``, the path of a
+            file, an open Optuna storage (returned as it is), or ``None`` for memory.
+        reads: Whether a file that can only be read is opened as well.
 
     Raises:
         StorageError: The URL is broken, its driver is missing, or the database cannot be reached
@@ -99,15 +119,16 @@ def open_storage(storage: str | BaseStorage | None) -> BaseStorage:
         return optuna.storages.InMemoryStorage()
     if isinstance(storage, BaseStorage):
         return storage
+    storage = url_of(storage)
     if storage.startswith("grpc://"):
         return open_grpc(storage)
     if (path := journal_path(storage)) is not None:
-        return open_journal(path)
+        return open_journal(path, reads=reads)
     shown = redact_url(storage)
     url = _parse(storage)
     with explain_storage_errors(shown, url):
         if url.get_backend_name() == "sqlite":
-            return _open_sqlite(storage, url)
+            return _open_sqlite(storage, url, reads)
         return optuna.storages.get_storage(_create_tables(storage, {}))
 
 
@@ -139,20 +160,75 @@ def _make_folder_of(path: Path) -> None:
         raise StorageError(f"Cannot create the folder {path.parent}: {error.strerror}.") from None
 
 
-def open_journal(path: Path) -> BaseStorage:
-    """Open a journal file, made if need be; `StorageError` where it cannot be written."""
+class _JournalFile(JournalFileBackend):
+    """Optuna's journal file, which would begin anew where it is removed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self._check = _watched(path)
+
+    def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
+        self._check()
+        return super().read_logs(log_number_from)
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        self._check()
+        super().append_logs(logs)
+
+
+def _watched(path: Path) -> Callable[..., None]:
+    """Return what raises `StorageError` once this file is emptied, removed or replaced."""
+    opened = path.stat()
+    filled = opened.st_size > 0
+
+    def check(*_: Any) -> None:
+        nonlocal filled
+        with contextlib.suppress(OSError):
+            found = path.stat()
+            if os.path.samestat(found, opened) and (found.st_size or not filled):
+                filled |= found.st_size > 0
+                return
+        raise StorageError(
+            f"{path} was emptied, removed or replaced while it was in use. Put it back and start "
+            "the same command again to go on, or start it without the file to begin anew."
+        )
+
+    return check
+
+
+def open_journal(path: Path, *, reads: bool = False) -> BaseStorage:
+    """Open a journal file, made if need be; `StorageError` where it cannot be written, or read."""
     _make_folder_of(path)
     if path.is_dir():
         raise StorageError(f"{path} is a folder. Give the path of a file.")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise StorageError(f"{path} cannot be written. Give another --storage.")
+    if not reads:
+        refuse_read_only(str(path))
     try:
-        return JournalStorage(JournalFileBackend(str(path)))
+        return JournalStorage(_JournalFile(path))
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise StorageError(
             f"{path} is no journal of Optuna, or one of a later version ({type(error).__name__}: "
             f"{str(error).rstrip('.')}). Give the path of another file, or update Optuna."
         ) from None
+
+
+def refuse_read_only(storage: str | Path) -> None:
+    """Refuse a file that a search cannot write, where that can be told without opening it.
+
+    Raises:
+        StorageError: The file or its folder can only be read, or the URL says so.
+    """
+    storage = url_of(storage)
+    path = journal_path(storage)
+    if path is None:
+        url = _parse(storage) if not storage.startswith("grpc://") else None
+        path = None if url is None else _sqlite_file(url)
+        why = "" if url is None or path is None else _why_read_only(url, path)
+    else:
+        able = os.access(path if path.exists() else path.parent, os.W_OK)
+        why = "" if able else f"{path} cannot be written. Give another --storage."
+    if why and path is not None and path.parent.exists():  # else it will be made
+        raise StorageError(why)
 
 
 def open_grpc(storage: str) -> BaseStorage:
@@ -221,14 +297,13 @@ def _create_tables(storage: str, engine_kwargs: dict[str, Any]) -> Database:
             time.sleep(random.uniform(0.01, 0.025) * 2**attempt)
 
 
-def _open_sqlite(storage: str, url: sqlalchemy.URL) -> BaseStorage:
+def _open_sqlite(storage: str, url: sqlalchemy.URL, reads: bool) -> BaseStorage:
     path = _sqlite_file(url)
     if path is not None:
+        if reads and _why_read_only(url, path):
+            return optuna.storages.get_storage(_create_tables(storage, _reader(url, path)))
         _make_folder_of(path)
-        if path.exists() and not os.access(path, os.W_OK):
-            raise StorageError(f"{path} is read-only. Give a file that can be written.")
-        if not path.exists() and not os.access(path.parent, os.W_OK):
-            raise StorageError(f"The folder {path.parent} is read-only. Give another --storage.")
+        refuse_read_only(storage)
         # WAL is a property of the file; set it before Optuna's first connection.
         engine = sqlalchemy.create_engine(url, connect_args=_WAITS)
         _while_locked(lambda: _set_wal(engine))
@@ -237,12 +312,59 @@ def _open_sqlite(storage: str, url: sqlalchemy.URL) -> BaseStorage:
     if path is not None:  # a database in memory lives in the connection it has now
         sqlalchemy.event.listen(opened.engine, "connect", _tune_connection)
         opened.engine.dispose()  # the connections made so far do not have the setting
+        check = _watched(path)  # a connection goes on in a file that is no more, or makes a new one
+        for moment in ("do_connect", "checkout"):
+            sqlalchemy.event.listen(opened.engine, moment, check)
     return optuna.storages.get_storage(opened)
 
 
 def _sqlite_file(url: sqlalchemy.URL) -> Path | None:
-    in_file = url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:")
-    return Path(str(url.database)) if in_file else None
+    """Return the file of a database, ``None`` for one in memory or another kind of database."""
+    if url.get_backend_name() != "sqlite":
+        return None
+    path = url.database or ""
+    if path.startswith("file:") and "uri" in url.query:  # SQLite's own form
+        path = "" if url.query.get("mode") == "memory" else unquote(urlsplit(path).path)
+    return None if path in ("", ":memory:") else Path(path)
+
+
+def sqlite_path(storage: str) -> Path | None:
+    """Return the file of a SQLite database's URL, ``None`` for other URLs."""
+    return _sqlite_file(_parse(storage)) if storage.startswith("sqlite") else None
+
+
+def _why_read_only(url: sqlalchemy.URL, path: Path) -> str:
+    """Return why a SQLite file can only be read, empty where it can be written."""
+    if url.query.get("mode") == "ro" or "immutable" in url.query:
+        return f"{path} is opened for reading only. A search writes: give {sqlite_url(path)}."
+    if path.exists() and not os.access(path, os.W_OK):
+        return f"{path} is read-only. Give a file that can be written."
+    if not os.access(path.parent, os.W_OK):  # SQLite keeps files beside its own
+        return f"The folder {path.parent} is read-only. Give another --storage."
+    return ""
+
+
+def _reader(url: sqlalchemy.URL, path: Path) -> dict[str, Any]:
+    """Return the engine options that open a SQLite file for reading alone, wherever it lies.
+
+    A file in WAL mode needs another beside it even to be read, unless it is said never to change.
+    While nobody writes, and its log is empty, it does not; each connection looks anew.
+    """
+
+    def connect() -> sqlite3.Connection:
+        try:
+            with path.open("rb") as file:
+                in_wal_mode = file.read(20)[18:] == b"\2\2"
+            log = path.with_name(f"{path.name}-wal")
+            rests = in_wal_mode or "immutable" in url.query
+            rests = rests and not (log.exists() and log.stat().st_size)
+        except OSError as error:
+            raise StorageError(f"{path} cannot be read: {error.strerror}.") from None
+        name = f"file:{quote(path.absolute().as_posix())}?"
+        name += "immutable=1" if rests else "mode=ro"
+        return sqlite3.connect(name, uri=True, check_same_thread=False, **_WAITS)
+
+    return {"creator": connect, "poolclass": sqlalchemy.pool.NullPool}
 
 
 def _set_wal(engine: sqlalchemy.Engine) -> None:
@@ -312,6 +434,12 @@ def _advice(reason: str, error: BaseException) -> str:
     return next(found, "Check the URL, and that the database runs and can be reached.")
 
 
+def refuses_writing(error: BaseException) -> bool:
+    """Return whether a storage said that it can only be read."""
+    text = str(_innermost(error)).lower()
+    return isinstance(error, PermissionError) or "readonly" in text or "read-only" in text
+
+
 _ADVICE = {
     "no module named": "Install the driver, for example pip install 'hq_optuna[postgresql]' for "
     "postgresql+psycopg://, or 'hq_optuna[mysql]' for mysql+pymysql://.",
@@ -319,6 +447,8 @@ _ADVICE = {
     "was recorded stays.",
     "readonly|read-only|unable to open": "Check that the file and its folder exist and can be "
     "written.",
+    "no such table|does not exist|doesn't exist|unknown database": "Somebody removed it: restore a "
+    "copy, or begin anew in another database.",
     "malformed": "The file is damaged: restore a copy, or save what is left with sqlite3's "
     ".recover.",
     "not a database": "The file is not a SQLite database; give the path of another file.",
@@ -328,7 +458,7 @@ _ADVICE = {
 """What a driver says, as a pattern → what to do."""
 
 
-def study_exists(storage: str, name: str) -> bool:
+def study_exists(storage: str | Path, name: str) -> bool:
     """Return whether the storage holds a study of that name; creates nothing.
 
     Raises:
@@ -336,8 +466,8 @@ def study_exists(storage: str, name: str) -> bool:
     """
     if not storage_exists(storage):
         return False
-    opened = open_storage(storage)
-    with explain_storage_errors(redact_url(storage)):
+    opened = open_storage(storage, reads=True)
+    with explain_storage_errors(redact_url(url_of(storage))):
         try:
             opened.get_study_id_from_name(name)
         except KeyError:
@@ -349,18 +479,19 @@ def study_exists(storage: str, name: str) -> bool:
     return True
 
 
-def load_study(storage: str, name: str) -> Study:
-    """Open an existing study for reading; creates nothing.
+def load_study(storage: str | Path, name: str) -> Study:
+    """Open an existing study for reading; creates nothing, and needs no right to write.
 
     Raises:
         StorageError: The storage cannot be opened, or holds no such study.
     """
+    storage = url_of(storage)
     shown = redact_url(storage)
     if not _may_exist(storage):
         raise StorageError(f"There is no database at {shown}. Was a search started?")
     if not storage_exists(storage):
         raise StorageError(f"{shown} holds no study {name!r}. It holds: none.")
-    opened = open_storage(storage)
+    opened = open_storage(storage, reads=True)
     with explain_storage_errors(shown):
         try:
             return optuna.load_study(study_name=name, storage=opened)
@@ -378,21 +509,24 @@ def _may_exist(storage: str) -> bool:
     return path is None or path.exists()
 
 
-def storage_exists(storage: str) -> bool:
+def storage_exists(storage: str | Path) -> bool:
     """Return whether there is a storage that Optuna has used; creates nothing.
 
     Raises:
         StorageError: The storage cannot be opened.
     """
+    storage = url_of(storage)
     if not _may_exist(storage):
         return False
     if storage.startswith("grpc://") or journal_path(storage) is not None:
         return True
     url = _parse(storage)
-    sqlite = url.get_backend_name() == "sqlite"
-
+    path, sqlite = _sqlite_file(url), url.get_backend_name() == "sqlite"
+    options: dict[str, Any] = {"connect_args": _WAITS} if sqlite else {}
+    if path is not None and _why_read_only(url, path):
+        options = _reader(url, path)
     with explain_storage_errors(redact_url(storage), url):
-        engine = sqlalchemy.create_engine(url, connect_args=_WAITS if sqlite else {})
+        engine = sqlalchemy.create_engine(url, **options)
         try:
             return _while_locked(lambda: sqlalchemy.inspect(engine).has_table("studies"), sqlite)
         finally:

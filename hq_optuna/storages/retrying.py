@@ -15,16 +15,23 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import sqlalchemy.exc
 from optuna.exceptions import DuplicatedStudyError, StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage
-from optuna.study import StudyDirection
+from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from hq_optuna.errors import StorageError
-from hq_optuna.storages.opening import explain_storage_errors, open_storage, redact_url
+from hq_optuna.optuna_internals import id_of
+from hq_optuna.storages.opening import (
+    explain_storage_errors,
+    open_storage,
+    redact_url,
+    url_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +48,10 @@ _PASSING = (
     sqlalchemy.exc.TimeoutError,
     sqlalchemy.exc.InternalError,  # PostgreSQL that shuts down or recovers
 )
-_LASTING_SQLITE = ("readonly", "no such table", "no such column", "syntax error", "malformed")
+_LASTING = (
+    *("readonly", "no such table", "no such column", "syntax error", "malformed"),
+    *("does not exist", "unknown database"),
+)
 
 _T = TypeVar("_T")
 _P = ParamSpec("_P")
@@ -58,7 +68,7 @@ def may_pass(error: BaseException | None) -> bool:
     if isinstance(error, StorageInternalError):
         return may_pass(error.__cause__)
     if isinstance(error, sqlalchemy.exc.OperationalError | sqlalchemy.exc.InterfaceError):
-        return not any(words in str(error.orig).lower() for words in _LASTING_SQLITE)
+        return not any(words in str(error.orig).lower() for words in _LASTING)
     code = getattr(error, "code", None)  # gRPC's errors, without importing gRPC
     if callable(code) and type(error).__module__.startswith("grpc"):
         return getattr(code(), "name", "") in _PASSING_GRPC
@@ -287,23 +297,46 @@ def pausing(
     return contextlib.nullcontext()
 
 
-def open_retrying(storage: str | BaseStorage | None, retry_for_s: float) -> BaseStorage:
+def open_retrying(storage: str | Path | BaseStorage | None, retry_for_s: float) -> BaseStorage:
     """Return the storage at a URL, which is tried again when it does not answer.
 
     Args:
-        storage: Storage URL. An Optuna storage, or ``None`` for memory, is not tried again.
+        storage: Storage URL, or the path of a file. An Optuna storage, or ``None`` for memory, is
+            not tried again.
         retry_for_s: See `RetryingStorage`.
 
     Raises:
         StorageError: The storage cannot be opened.
     """
     opened = open_storage(storage)
-    if isinstance(storage, str):
-        return RetryingStorage(opened, redact_url(storage), retry_for_s=retry_for_s)
+    if isinstance(storage, (str, Path)):
+        return RetryingStorage(opened, redact_url(url_of(storage)), retry_for_s=retry_for_s)
     return opened
 
 
-def explain_errors_of(storage: BaseStorage) -> contextlib.AbstractContextManager[None]:
-    """Turn what a storage raises into `StorageError`s that name it, without a password."""
+@contextlib.contextmanager
+def explain_errors_of(storage: BaseStorage, study: Study | None = None) -> Iterator[None]:
+    """Turn what a storage raises into `StorageError`s that name it, without a password.
+
+    Where the ``study`` is no more, whatever was raised is told as that.
+    """
     named = storage.shown if isinstance(storage, RetryingStorage) else "the storage"
-    return explain_storage_errors(named)
+    try:
+        with explain_storage_errors(named):
+            yield
+    except Exception as error:
+        if isinstance(error, StorageError) or study is None or _is_there(storage, study):
+            raise
+        raise StorageError(
+            f"Storage {named}: study {study.study_name!r} was deleted while it was in use. Start "
+            "the same command again to begin it anew."
+        ) from None
+
+
+def _is_there(storage: BaseStorage, study: Study) -> bool:
+    """Return whether a study is in its storage, as far as that can be told."""
+    behind = storage.wrapped if isinstance(storage, RetryingStorage) else storage
+    try:
+        return any(id_of(found) == id_of(study) for found in behind.get_all_studies())
+    except Exception:
+        return True

@@ -35,7 +35,7 @@ from hq_optuna.protocol.step_log import OpenStep, StepLog
 from hq_optuna.protocol.tickets import candidate_ticket, closing, record_ticket, winner_of
 from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.search import Past, Result
-from hq_optuna.storages import pausing
+from hq_optuna.storages import explain_errors_of, pausing
 from hq_optuna.storages.database import Ended
 from hq_optuna.storages.writing import finish_trials, write_heartbeats, writes_together
 from hq_optuna.workers.dispatcher import Answer, Dispatcher, Order, RemoteWorker
@@ -83,7 +83,8 @@ class Coordinator:
         self.dispatcher.news.wait(wait_s)
         self.dispatcher.news.clear()
         # Ctrl-C ends a wait for the database too.
-        with held_interrupts() as held, pausing(self._storage, held.sleep):
+        told = explain_errors_of(self._storage, self._study)
+        with told, held_interrupts() as held, pausing(self._storage, held.sleep):
             while not self.over and self._turn() and not held.pending:
                 pass
             self._send_heartbeats()

@@ -20,7 +20,7 @@ from hq_optuna.optuna_internals import storage_of, trial_id_of
 from hq_optuna.protocol.claims import ClaimedTrial
 from hq_optuna.protocol.step_log import StepLog
 from hq_optuna.samplers import ProgressiveBitSampler
-from hq_optuna.storages import pausing
+from hq_optuna.storages import explain_errors_of, pausing
 from hq_optuna.workers.heartbeat import heartbeat
 from hq_optuna.workers.interrupts import held_interrupts
 
@@ -66,7 +66,8 @@ def work(
     ``on_progress`` is called with the record after each trial and each wait; ``on_doing`` before a
     candidate, a step record, one that trains, or a wait, and after a candidate. Raises what
     `ProgressiveBitSampler.ask` raises, ``ValueError`` where the objective returns no number, and
-    `StorageError` where the storage stayed away for as long as it is tried again.
+    `StorageError` where the storage stayed away for as long as it is tried again, or the study was
+    deleted.
     """
     sampler = study.sampler
     if not isinstance(sampler, ProgressiveBitSampler):
@@ -74,6 +75,17 @@ def work(
             f"This study has the sampler {type(sampler).__name__}: optuna.load_study does not know "
             "the search's. Open it by BitSearch.open, or give load_study the sampler."
         )
+    with explain_errors_of(storage_of(study), study):
+        _work(study, sampler, objective, on_progress, on_doing)
+
+
+def _work(
+    study: Study,
+    sampler: ProgressiveBitSampler,
+    objective: Callable[[Trial], float],
+    on_progress: Callable[[StepLog], None],
+    on_doing: Callable[[Doing], None],
+) -> None:
     wait_s, waited_s, alone = SHORTEST_WAIT_S, 0.0, set[int]()
     while True:
         log = sampler.log(study)
