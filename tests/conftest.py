@@ -23,6 +23,12 @@ settings.register_profile("patient", deadline=None, suppress_health_check=[Healt
 settings.load_profile("patient")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the size of what is drawn at random."""
+    told = "random networks that tests/reported/test_random_networks.py draws"
+    parser.addoption("--networks", type=int, default=40, metavar="N", help=told)
+
+
 @pytest.hookimpl(tryfirst=True)  # before the fixtures of any scope
 def pytest_runtest_setup() -> None:
     """A command run in this process, on two threads, must not change the next test's last bits."""
