@@ -28,6 +28,7 @@ from tests.reported import product
 
 MACS = {"0": 8 * 16, "2": 16 * 16, "4": 16 * 3}
 BITS = (8, 4, 2)
+search = product.search
 
 
 def network() -> nn.Module:
@@ -54,7 +55,7 @@ def url(folder: Path) -> str:
 @pytest.fixture(scope="module")
 def alone() -> dict[str, tuple[int, int]]:
     """The answer of the search that nobody disturbs."""
-    return product.search(network(), data()).bits
+    return search(network(), data()).bits
 
 
 def other(storage: Any, sampler: Any = None) -> optuna.Study:
@@ -124,8 +125,12 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("place", ["memory", "sqlite"])
+IN_A_FILE = ("ask, tell", "tell a running trial")
+
+
+@pytest.mark.parametrize(
+    ("way", "place"), [*((way, "memory") for way in WAYS), *((way, "sqlite") for way in IN_A_FILE)]
+)
 def test_what_others_do_to_a_running_search_changes_no_answer(
     way, place, tmp_path, alone, monkeypatch
 ):
@@ -138,12 +143,12 @@ def test_what_others_do_to_a_running_search_changes_no_answer(
     def during(study: optuna.Study) -> None:
         WAYS[way](study if place == "memory" else other(storage))
 
-    found = product.search(network(), data(), during=during, storage=storage, name="x")
+    found = search(network(), data(), during=during, storage=storage, name="x")
     assert found.bits == alone
     history = hq.read_history(found.study)
     assert all(math.isfinite(c.score_weights) and c.score > -1 for c in history.candidates)
     if place == "sqlite":
-        assert product.search(network(), data(), storage=storage, name="x").bits == alone
+        assert search(network(), data(), storage=storage, name="x").bits == alone
 
 
 def test_others_that_never_pause_do_not_hold_a_search_up(alone):
@@ -157,7 +162,7 @@ def test_others_that_never_pause_do_not_hold_a_search_up(alone):
     thread = threading.Thread(target=busy)
     try:
         start = lambda study: thread.start()  # noqa: E731
-        found = product.search(network(), data(), during=start, storage=storage, name="x")
+        found = search(network(), data(), during=start, storage=storage, name="x")
     finally:
         over.set()
         thread.join()
@@ -237,14 +242,14 @@ def test_ones_own_objective_with_our_sampler_and_pruner(encoding):
 
 def test_another_objective_in_a_study_of_ours_is_refused_and_not_run_for_ever(alone):
     """Its values are none of the search's, and the search's own objective goes on afterwards."""
-    search = product.opened(network(), data(), budget="0.25 bops")
-    study = search.open(None, "x", seed=0, n_candidates=3)
+    by = product.opened(network(), data(), budget="0.25 bops")
+    study = by.open(None, "x", seed=0, n_candidates=3)
     with pytest.raises(RuntimeError, match="this study's HessianObjective did not compute"):
         study.optimize(lambda trial: -1.0)
     with pytest.raises(ValueError, match="which this objective did not call"):
         loop.work(study, lambda trial: -1.0)
-    search.work(study)
-    assert dict(search.result(study).config) == alone
+    by.work(study)
+    assert dict(by.result(study).config) == alone
 
 
 def test_a_copied_study_goes_on_where_it_was_copied(tmp_path, alone):
@@ -264,8 +269,8 @@ def test_a_copied_study_goes_on_where_it_was_copied(tmp_path, alone):
         )
         storage.set_trial_state_values(number, TrialState.FAIL)
 
-    product.search(network(), data(), storage=url(tmp_path), name="x", during=during)
-    found = product.search(network(), data(), storage=copied, name="y")
+    search(network(), data(), storage=url(tmp_path), name="x", during=during)
+    found = search(network(), data(), storage=copied, name="y")
     assert found.bits == alone
     assert TrialState.RUNNING not in [t.state for t in found.study.trials]
 
@@ -276,15 +281,16 @@ def test_trials_of_another_network_with_the_same_settings_do_not_count(tmp_path,
     other = nn.Sequential(
         nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)
     )
-    theirs = product.search(other, data())
+    theirs = search(other, data())
     rest = theirs.study.trials
     assert theirs.bits != alone
-    found = product.search(
+    found = search(
         network(), data(), storage=url(tmp_path), name="x", during=lambda s: s.add_trials(rest)
     )
     assert found.bits == alone
 
 
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage")
 def test_a_trial_that_optunas_heartbeat_failed_is_retried(tmp_path, alone):
     """Its worker died; Optuna enqueues it again with the ticket, the bits and the constraint."""
     retry = RetryHeartbeatStaleTrialCallback(max_retry=1)
