@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import logging
 import math
 import time
 import warnings
@@ -21,10 +20,11 @@ from hq_optuna.artifacts.store import Artifacts, attach, attached
 from hq_optuna.attributes import Ticket
 from hq_optuna.errors import ResumeError
 from hq_optuna.network.evaluation import is_validation_fact
-from hq_optuna.optuna_internals import id_of, storage_of, trial_id_of
+from hq_optuna.optuna_internals import id_of, storage_of
 from hq_optuna.protocol import worker_identity
-from hq_optuna.protocol.claims import write_facts
-from hq_optuna.protocol.tickets import constrained, facts
+from hq_optuna.protocol.claims import write_constraint, write_facts
+from hq_optuna.protocol.study_view import write_user_attrs
+from hq_optuna.protocol.tickets import facts
 from hq_optuna.pruners import CostBudgetPruner
 from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.scoring import Score, Sensitivity
@@ -32,10 +32,6 @@ from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.budget import Budget
 from hq_optuna.space.cost import CostModel, Metric
 from hq_optuna.space.search_space import SearchSpace
-from hq_optuna.storages import refuses_writing
-from hq_optuna.storages.writing import set_trial_attrs
-
-logger = logging.getLogger(__name__)
 
 SENSITIVITY = "sensitivity"
 """Name of the artifact that holds the table of predicted loss rises, by layer and bits."""
@@ -128,17 +124,7 @@ def publish_facts(study: Study, facts: dict[str, Any]) -> None:
     if "validation_samples" in facts:
         known = (key.removeprefix(f"{attributes.REPORT}:") for key in stored)
         facts = {**dict.fromkeys(filter(is_validation_fact, known)), **facts}
-    for name, value in facts.items():
-        key = f"{attributes.REPORT}:{name}"
-        if stored.get(key) == value:
-            continue
-        try:
-            study.set_user_attr(key, value)
-        except Exception as error:
-            if not refuses_writing(error):
-                raise
-            logger.warning("Study %r can only be read: figures stay unwritten.", study.study_name)
-            return
+    write_user_attrs(study, {f"{attributes.REPORT}:{name}": fact for name, fact in facts.items()})
 
 
 def refuse_foreign_study(study: Study) -> None:
@@ -169,8 +155,7 @@ def record(
     known: dict[str, Any] = {} if ticket is None else facts(ticket, space, cost)
     write_facts(trial, known | {attributes.COST: cost} | shown(score, started))
     if ticket is None or ticket.kind == "free":  # others know their cost from the start
-        over = constrained(cost, metric, limit)
-        set_trial_attrs(trial.storage, trial_id_of(trial), over, system=True)
+        write_constraint(trial, cost, metric, limit)
     return score.total
 
 

@@ -27,7 +27,13 @@ from hq_optuna.protocol import worker_identity
 from hq_optuna.protocol.owners import HELD
 from hq_optuna.protocol.step_log import StepLog
 from hq_optuna.protocol.study_view import StudyView
-from hq_optuna.protocol.tickets import candidate_ticket, facts, parameters, record_ticket
+from hq_optuna.protocol.tickets import (
+    candidate_ticket,
+    constrained,
+    facts,
+    parameters,
+    record_ticket,
+)
 from hq_optuna.storages.writing import create_trials, finish_trial, set_trial_attrs
 
 ATTEMPTS = 3  # how often a worker tries to claim work before it waits
@@ -88,6 +94,12 @@ def write_facts(trial: optuna.Trial, facts: Mapping[str, Any]) -> None:
     cached_trial(trial).user_attrs.update(new)
     for key in facts.keys() - new.keys():  # a retried trial has those of its first life
         trial.set_user_attr(key, facts[key])
+
+
+def write_constraint(trial: optuna.Trial, cost: float, metric: str, limit: float) -> None:
+    """Write whether a running trial is over a budget; nothing where there is none."""
+    over = constrained(cost, metric, limit)
+    set_trial_attrs(trial.storage, trial_id_of(trial), over, system=True)
 
 
 def claim(view: StudyView, study: Study, waited_s: float = math.inf) -> ClaimedTrial | None:

@@ -8,17 +8,19 @@ number is the one thing they agree on.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial
 
 from hq_optuna import attributes
 from hq_optuna.attributes import Ticket
 from hq_optuna.errors import ResumeError
-from hq_optuna.optuna_internals import id_of, place_of, storage_of
+from hq_optuna.optuna_internals import id_of, place_of, storage_of, trial_id_of
 from hq_optuna.protocol.step_log import StepLog
 from hq_optuna.protocol.stopping import Failures
 from hq_optuna.protocol.tickets import constrained
@@ -26,8 +28,11 @@ from hq_optuna.search import Limits
 from hq_optuna.settings import Encoding
 from hq_optuna.space.budget import Budget
 from hq_optuna.space.search_space import SearchSpace
+from hq_optuna.storages import refuses_writing
 from hq_optuna.storages.trials import read_rows
-from hq_optuna.storages.writing import set_study_system_attrs
+from hq_optuna.storages.writing import set_study_system_attrs, set_trial_attrs
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -62,17 +67,29 @@ class StudyView:
         search = self.log.search
         return constrained(search.cost_of(bits), self.budget.metric, search.limit)
 
-    def constrained_by(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Return those of a trial that is none of the search, by its parameters.
+    def write_ticket(self, study: Study, trial_id: int, ticket: Ticket) -> None:
+        """Write a running trial's ticket, and whether it is over the budget.
+
+        So that is known whoever ends the trial, and whatever it is told.
+        """
+        over = self.constrained(ticket.bits) if ticket.bits else {}
+        said = over | {attributes.TICKET: ticket.to_json()}
+        set_trial_attrs(storage_of(study), trial_id, said, system=True)
+
+    def constrain(self, study: Study, trial: FrozenTrial) -> None:
+        """Write whether a running trial that is none of the search is over the budget.
 
         Variables that it does not have count at their widest bits.
         """
-        return self.constrained(
+        given, widest = trial.params, self.space.top
+        over = self.constrained(
             [
-                int(params[variable.name]) if params.get(variable.name) in variable.bits else widest
-                for variable, widest in zip(self.space.variables, self.space.top, strict=True)
+                int(given[variable.name]) if given.get(variable.name) in variable.bits else most
+                for variable, most in zip(self.space.variables, widest, strict=True)
             ]
         )
+        if not over.keys() <= trial.system_attrs.keys():
+            set_trial_attrs(storage_of(study), trial_id_of(trial), over, system=True)
 
     @property
     def is_mine(self) -> bool | None:
@@ -198,6 +215,21 @@ def write_limits(study: Study) -> None:
 def _store_limits(study: Study, limits: Limits) -> None:
     storage, study_id = place_of(study)
     storage.set_study_user_attr(study_id, attributes.LIMITS, limits.to_json())
+
+
+def write_user_attrs(study: Study, user_attrs: Mapping[str, Any]) -> None:
+    """Write into the study what it does not say already; nothing where it can only be read."""
+    stored = study.user_attrs
+    for key, value in user_attrs.items():
+        if stored.get(key) == value:
+            continue
+        try:
+            study.set_user_attr(key, value)
+        except Exception as error:
+            if not refuses_writing(error):
+                raise
+            logger.warning("Study %r can only be read: figures stay unwritten.", study.study_name)
+            return
 
 
 def refuse_lower_limits(study: Study, given: Limits) -> None:

@@ -56,7 +56,6 @@ from hq_optuna.settings import Encoding, Rule
 from hq_optuna.space.budget import Budget, check_reachable
 from hq_optuna.space.cost import CostModel
 from hq_optuna.space.search_space import SearchSpace
-from hq_optuna.storages.writing import set_trial_attrs
 
 logger = logging.getLogger(__name__)
 
@@ -291,10 +290,7 @@ class ProgressiveBitSampler(BaseSampler):
         storage = storage_of(study)
         try:
             ticket = self._new_ticket(study, trial)
-            # Whoever ends the trial, and whatever it is told: it is known to be over the budget.
-            over = self.view(study).constrained(ticket.bits) if ticket.bits else {}
-            said = over | {attributes.TICKET: ticket.to_json()}
-            set_trial_attrs(storage, trial_id, said, system=True)
+            self.view(study).write_ticket(study, trial_id, ticket)
         except BaseException:  # Ctrl-C too: what is raised here leaves a trial running for ever
             with contextlib.suppress(OptunaError):
                 storage.set_trial_state_values(trial_id, TrialState.FAIL)
@@ -372,9 +368,8 @@ class ProgressiveBitSampler(BaseSampler):
         ticket, view = self.ticket(study, trial), self.view(study)
         view.tickets.pop(trial_id_of(trial), None)
         if ticket is None or ticket.kind == "free":
-            over = view.constrained_by(trial.params)
-            if state == TrialState.COMPLETE and not over.keys() <= trial.system_attrs.keys():
-                set_trial_attrs(storage_of(study), trial_id_of(trial), over, system=True)
+            if state == TrialState.COMPLETE:
+                view.constrain(study, trial)
             return
         if ticket.kind == "surplus":
             return
