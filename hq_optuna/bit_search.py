@@ -22,12 +22,15 @@ from hq_optuna.dashboard import PageWriter
 from hq_optuna.errors import ArtifactError, ResumeError, SettingError
 from hq_optuna.network import evaluation
 from hq_optuna.network.batches import Batches, check_sample_axis, read_batches
+from hq_optuna.network.checks import LookOver
 from hq_optuna.network.copies import copied
+from hq_optuna.network.devices import device_of
 from hq_optuna.network.evaluation import Accuracy, Evaluate, before_and_after
 from hq_optuna.network.introspection import introspect
-from hq_optuna.network.loss_weights import weighed
+from hq_optuna.network.loss_weights import observed_losses, weighed
 from hq_optuna.network.losses import LossFunction, own_loss
 from hq_optuna.network.modes import own_modes
+from hq_optuna.network.searchable import check_searchable
 from hq_optuna.objective.hessian import HessianObjective
 from hq_optuna.objective.publish import publish_artifacts, publish_facts, refuse_foreign_study
 from hq_optuna.objective.scorer_setup import Progress
@@ -110,8 +113,12 @@ class BitSearch:
                 "training=hq_optuna.TrainingPlan(data=…, every=…)."
             )
         self._sample_axis = sample_axis
-        data = read_batches(calibration, batch_size=batch_size, sample_axis=sample_axis)
-        seen = introspect(model, data)
+        check_searchable(model)
+        device = device_of(model)
+        data = read_batches(calibration, batch_size=batch_size, sample_axis=sample_axis).to(device)
+        called = own_loss(loss_fn)  # the objective takes a fresh copy
+        look = LookOver(data, called)
+        seen = introspect(model, data, see=look.see)
         if sample_axis is None and not isinstance(calibration, Batches):
             check_sample_axis(copied(model), data[0])
         space_settings = ("bits", "activation_bits", "pin_first_last", "pins", "allowed", "tied")
@@ -121,15 +128,16 @@ class BitSearch:
         check_reachable(self.space, self.budget)
         self.training = training
         self.validation: Batches | None = None
-        called = own_loss(loss_fn)  # the objective takes a fresh copy
         self.evaluate: Evaluate = Accuracy(called) if evaluate is None else evaluate
         if validation is not None:
-            read = self._read(validation, "validation").to(next(model.parameters()).device)
+            read = self._read(validation, "validation").to(device)
             evaluation.check_validation(self.evaluate, model, read, called)
-            self.validation = weighed(model, read, called, "validation")
+            self.validation = weighed(
+                read, called, observed_losses(model, read, called), "validation"
+            )
         self.objective = HessianObjective(
             model,
-            data,
+            look.weighed(),
             self.space,
             loss_fn=loss_fn,
             settings=self.settings,
@@ -222,7 +230,7 @@ class BitSearch:
                 pruner=CostBudgetPruner(self.space, self.budget, limits),
                 load_if_exists=study_name is not None,
             )
-        with explain_errors_of(opened):
+        with explain_errors_of(opened, study):
             refuse_foreign_study(study)
             if limits is not None:
                 refuse_lower_limits(study, limits)
@@ -295,7 +303,7 @@ class BitSearch:
         study: Study,
         *,
         test: Callable[[], Any] | None = None,
-        artifacts: Artifacts | None = None,
+        artifacts: str | Path | Artifacts | None = None,
     ) -> SearchResult:
         """Return the answer of a finished search; of a running one, its incumbent.
 
@@ -312,6 +320,8 @@ class BitSearch:
         Raises:
             ResumeError: The study has no closed step yet.
         """
+        if isinstance(artifacts, (str, Path)):
+            artifacts = open_artifacts(artifacts)
         self.objective.prepare(study, artifacts=artifacts)
         history = read_history(study)
         record = history.incumbent

@@ -98,7 +98,7 @@ def _check_twice_differentiable(loss: Tensor) -> None:
     nodes = graph_of(loss)
     own = next((node for node in nodes if isinstance(node, BackwardCFunction)), None)
     if own is not None:
-        name = own.name().removesuffix("Backward")
+        name = type(own).__name__.removesuffix("Backward")
         raise NetworkError(_ONCE + f"the backward pass of {name} may have no gradient. " + _REMEDY)
 
 

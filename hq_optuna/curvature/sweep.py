@@ -73,6 +73,11 @@ class Call:
     trace: tuple[float, float] | None  # of an input that may come again, in the backward pass
     reached: bool
 
+    def repeated(self) -> Call:
+        """Return the call, which is not taken for a repeated one again."""
+        self.trace = None
+        return self
+
 
 class Calls:
     """The calls of layers in one forward pass, and those that its backward pass repeats.
@@ -105,9 +110,7 @@ class Calls:
                 off = max(abs(now[1] - call.trace[1]), (now[0] - call.trace[0]) ** 2 / x.numel())
                 if off < nearest * scale:
                     found, nearest = call, off / scale
-        if found is not None:
-            found.trace = None  # it is repeated once
-        return found
+        return None if found is None else found.repeated()
 
     def unreached(self) -> dict[str, frozenset[str]]:
         """Return the layers of which a call got no gradient → the layers called before it."""

@@ -115,7 +115,18 @@ class Batch:
 
 
 class Batches(tuple[Batch, ...]):
-    """A data set in memory: the same batches in the same order, each time."""
+    """A data set in memory: the same batches in the same order, each time.
+
+    ``is_looked_over`` says that `hq_optuna.network.checks.LookOver` has seen them.
+    """
+
+    is_looked_over: bool
+
+    def __new__(cls, batches: Iterable[Batch] = (), is_looked_over: bool = False) -> Batches:
+        """Hold batches."""
+        self = super().__new__(cls, batches)
+        self.is_looked_over = is_looked_over
+        return self
 
     @property
     def n_samples(self) -> int:
@@ -134,9 +145,8 @@ class Batches(tuple[Batch, ...]):
 
     def to(self, device: torch.device) -> Batches:
         """Return the same batches on ``device``."""
-        return Batches(
-            [Batch(move(b.inputs, device), move(b.labels, device), b.n, b.share) for b in self]
-        )
+        moved = [Batch(move(b.inputs, device), move(b.labels, device), b.n, b.share) for b in self]
+        return Batches(moved, self.is_looked_over)
 
 
 def read_batches(

@@ -15,7 +15,7 @@ from hq_optuna.network.batches import Batches, cloned, forward
 from hq_optuna.network.containers import clone, same, strided, tensors
 from hq_optuna.network.copies import check_copy, copied, outputs_of_copy, preserve_network
 from hq_optuna.network.devices import preserve_rng_state
-from hq_optuna.network.loss_weights import observe_loss
+from hq_optuna.network.loss_weights import ObservedLoss, observe_loss, weighed
 from hq_optuna.network.losses import IGNORED_LABEL, LossFunction, ignored_label, is_cross_entropy
 
 
@@ -38,7 +38,7 @@ def explain_errors(what: str, hint: str) -> Iterator[None]:
 def check_forward(
     network: nn.Module, data: Batches, loss_fn: LossFunction, layers: Sequence[str] = ()
 ) -> list[str]:
-    """Refuse what would make scores wrong or unrepeatable: two passes of one batch, one of all.
+    """Refuse what would make scores wrong or unrepeatable, from four passes of one batch.
 
     Calls a copy in eval mode, and proves that the weights of ``layers`` act there. Returns
     warnings, a sentence each, about what is possible but doubtful.
@@ -47,8 +47,7 @@ def check_forward(
         NetworkError: Two passes differ (dropout left on), outputs are NaN or infinite, or the
             network writes into its input or cannot be copied, or not so that the copy computes
             with its own weights.
-        DataError: Labels out of range, a loss that is not one finite number, or cross-entropy of
-            outputs or labels that are no classes.
+        DataError: As `LookOver.see`, of the first batch.
     """
     called = copied(network)
     for name, value in called.state_dict().items():
@@ -59,20 +58,50 @@ def check_forward(
             )
     outputs = _repeatable_outputs(network, called, data)
     warnings = check_copy(network, called, layers, data[0].inputs)
-    if is_cross_entropy(loss_fn):
-        check_class_scores(outputs)
-        for batch in data:
-            check_labels(outputs, batch.labels, ignored_label(loss_fn))
-            check_probabilities(outputs, batch.labels)
-    for index, batch in enumerate(data):
-        if index:
-            with explain_errors(
-                f"The network fails on calibration batch {index}, and not on the first",
-                "Batches are to be alike in types and shapes.",
-            ):
-                outputs = forward(called, cloned(batch.inputs))
-        check_batch_loss(loss_fn, outputs, batch.labels, index)
+    LookOver(data, loss_fn).see(0, outputs)
     return warnings
+
+
+class LookOver:
+    """Checks the outputs and losses of all batches, and learns how much each batch counts."""
+
+    def __init__(self, data: Batches, loss_fn: LossFunction) -> None:
+        self.data, self.loss_fn = data, loss_fn
+        self._observed: list[ObservedLoss] = []
+
+    @torch.no_grad()
+    def see(self, index: int, outputs: Any) -> None:
+        """Take in the float network's outputs on a batch.
+
+        Raises:
+            NetworkError: They hold NaN, or an infinity that counts.
+            DataError: Labels out of range, a loss that is not one finite number or is another each
+                time, or cross-entropy of outputs or labels that are no classes.
+        """
+        labels = self.data[index].labels
+        if is_cross_entropy(self.loss_fn):
+            check_class_scores(outputs)
+            check_labels(outputs, labels, ignored_label(self.loss_fn))
+            check_probabilities(outputs, labels)
+        self._observed.append(check_batch_loss(self.loss_fn, outputs, labels, index))
+
+    def weighed(self) -> Batches:
+        """Return the data, all of which were seen, each batch with its share in the mean loss."""
+        return Batches(weighed(self.data, self.loss_fn, self._observed), is_looked_over=True)
+
+
+@torch.no_grad()
+def look_over(network: nn.Module, data: Batches, loss_fn: LossFunction) -> Batches:
+    """Return the data with shares, after a pass of a copy over all of them; see `LookOver`."""
+    look, called = LookOver(data, loss_fn), copied(network)
+    for index, batch in enumerate(data):
+        with explain_errors(
+            f"The network fails on calibration batch {index}, and not on the first",
+            "Batches are to be alike in types and shapes.",
+        ):
+            outputs = forward(called, cloned(batch.inputs))
+        look.see(index, outputs)
+    return look.weighed()
 
 
 def _repeatable_outputs(original: nn.Module, network: nn.Module, data: Batches) -> Any:
@@ -106,8 +135,8 @@ def _repeatable_outputs(original: nn.Module, network: nn.Module, data: Batches) 
 
 def check_batch_loss(
     loss_fn: LossFunction, outputs: Any, labels: Any, index: int, what: str = "calibration"
-) -> None:
-    """Refuse a batch whose loss is not one finite number, the same each time; computed twice.
+) -> ObservedLoss:
+    """Return the loss of a batch; refuse one that is not one finite number, the same each time.
 
     A batch of which nothing counts, as its labels are all ignored, passes where that is seen. An
     infinity in the outputs, such as the score of a masked class, is refused where the loss is then
@@ -141,7 +170,7 @@ def check_batch_loss(
                 f"The loss function returns one number, the mean of a batch; got {shape}."
             )
         if first.call is not None and not first.weight:
-            return
+            return first
         if not math.isfinite(float(loss)):
             bad = _first_of(outputs, lambda x: ~torch.isfinite(x))
     if bad is not None:
@@ -161,6 +190,7 @@ def check_batch_loss(
             f"{float(again.loss)!r}. The loss function draws random numbers, or remembers what it "
             "saw. Scores must be repeatable: give it a fixed seed, or eval mode (loss.eval())."
         )
+    return first
 
 
 def _first_of(tree: Any, bad: Callable[[Tensor], Tensor]) -> str | None:

@@ -140,7 +140,7 @@ def _moves(network: nn.Module, layer: str, inputs: Inputs, *, by_output: bool = 
     weight = network.get_parameter(f"{layer}.weight")
 
     def run() -> list[Tensor]:
-        return cloned(list(tensors(forward(network, cloned(inputs)))))
+        return [t.clone() for t in tensors(forward(network, cloned(inputs)))]
 
     with preserve_network(network):
         network.eval()

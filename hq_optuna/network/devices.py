@@ -27,6 +27,11 @@ def preserve_rng_state(devices: Iterable[torch.device]) -> Iterator[None]:
         yield
 
 
+def device_of(network: nn.Module) -> torch.device:
+    """Return the device of a network's first parameter, or the CPU where it has none."""
+    return next((p.device for p in network.parameters()), torch.device("cpu"))
+
+
 def move_to(network: nn.Module, device: str) -> None:
     """Move a network to a device by its name, such as ``"cuda:1"``, if there is one here."""
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,7 @@ from hq_optuna.errors import HqOptunaError, NetworkError
 from hq_optuna.network.batches import Batches, Inputs, forward
 from hq_optuna.network.containers import map_tensors, tensors
 from hq_optuna.network.copies import preserve_network
+from hq_optuna.network.devices import device_of
 from hq_optuna.network.layer_types import (
     OTHER_NORMS,
     QUANTIZABLE,
@@ -80,9 +81,27 @@ class _Tally:
     n_inputs: int = 0
     unsteady: bool = False
 
+    def add_macs(self, macs: int, *, outside: bool = False) -> None:
+        """Count multiply-accumulates of the layer, or of a function outside it."""
+        self.macs += macs
+        self.outside += macs * outside
+
+    def add_call(self, n_calls: int, n_inputs: int) -> None:
+        """Count the so-manieth call of a forward pass."""
+        self.n_calls = max(self.n_calls, n_calls)
+        self.n_inputs += n_inputs
+
+    def compare(self, macs: int, expected: int) -> None:
+        """Take in the MACs of a batch, and those of an earlier one of the same shape."""
+        self.unsteady |= macs != expected
+
 
 def introspect(
-    network: nn.Module, example_input: Inputs | Batches, *, n_samples: int | None = None
+    network: nn.Module,
+    example_input: Inputs | Batches,
+    *,
+    n_samples: int | None = None,
+    see: Callable[[int, Any], None] = lambda index, outputs: None,
 ) -> Introspection:
     """Run the network once in evaluation mode and describe its quantizable layers.
 
@@ -108,6 +127,7 @@ def introspect(
         n_samples: Samples in the example. Default: first dimension of the first tensor, or the
             length of the first argument where that is a list (one tensor per image, as
             torchvision's detectors take them).
+        see: Called with the place of a batch and the network's outputs on it.
 
     Raises:
         NetworkError: Nothing in the network can be quantized, it holds uninitialized lazy modules,
@@ -131,7 +151,7 @@ def introspect(
     if n < 1:
         raise NetworkError(f"The example input holds {n} samples. Give at least one.")
     check_batch = n_samples is None and not isinstance(example_input, Batches)
-    tallies = _count(network, given, check_batch=check_batch)
+    tallies = _count(network, given, see, check_batch=check_batch)
     layers = _quantized_layers(names, tallies, n)
     skipped = _skipped_modules(network, names, tallies, layers, n)
     _check_found(layers, skipped)
@@ -224,12 +244,16 @@ _UNREGISTERED = (
 
 
 def _count(
-    network: nn.Module, given: Sequence[tuple[Inputs, int]], *, check_batch: bool
+    network: nn.Module,
+    given: Sequence[tuple[Inputs, int]],
+    see: Callable[[int, Any], None],
+    *,
+    check_batch: bool,
 ) -> dict[nn.Module, _Tally]:
     """Run the network on each batch, and return the counts of each layer that has any."""
     counter = _Counter(network)
     first_of: dict[Any, dict[nn.Module, int]] = {}  # MACs of the first batch of each shape
-    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    device = device_of(network)
     handles: list[Any] = []
     with preserve_network(network), torch.no_grad():
         network.eval()
@@ -245,12 +269,12 @@ def _count(
                 before = {module: tally.macs for module, tally in counter.tallies.items()}
                 with _explained(shapes, index if len(given) > 1 else None), counter:
                     counter.begin(example)
-                    forward(network, example)
+                    outputs = forward(network, example)
+                see(index, outputs)
                 now = {m: t.macs - before.get(m, 0) for m, t in counter.tallies.items()}
                 expected = first_of.setdefault((n, *shapes), now)
                 for module in now:
-                    if now[module] != expected.get(module, 0):
-                        counter.tallies[module].unsteady = True
+                    counter.tallies[module].compare(now[module], expected.get(module, 0))
                 if check_batch:
                     counter.check_batch(example)
         finally:
@@ -276,7 +300,7 @@ def _explained(shapes: Sequence[tuple[int, ...]], batch: int | None) -> Iterator
         ) from error
 
 
-class _Counter(WatchedWeights):
+class _Counter(WatchedWeights):  # type: ignore[no-untyped-call]
     """Counts what the layers of a network do while it runs; see `_Tally`."""
 
     def __init__(self, network: nn.Module) -> None:
@@ -309,11 +333,9 @@ class _Counter(WatchedWeights):
     def _use(self, name: str, use: WeightUse) -> None:
         for module, _ in reversed(self._running):  # it, or one that shares its weight
             if getattr(module, "weight", None) is self._layers[name].weight:
-                self._tally(module).macs += use.macs
+                self._tally(module).add_macs(use.macs)
                 return
-        tally = self._tally(self._layers[name])
-        tally.macs += use.macs
-        tally.outside += use.macs
+        self._tally(self._layers[name]).add_macs(use.macs, outside=True)
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not isinstance(module, QUANTIZABLE):
@@ -324,10 +346,9 @@ class _Counter(WatchedWeights):
             return
         tally = self._tally(module)
         self._calls[module] += 1
-        tally.n_calls = max(tally.n_calls, self._calls[module])
-        tally.n_inputs += taken.numel()
+        tally.add_call(self._calls[module], taken.numel())
         if tally.macs == before:  # its weight took no part: another one is computed from it
-            tally.macs += _macs_of_class(module, taken, given)
+            tally.add_macs(_macs_of_class(module, taken, given))
         n_batched = 2 if isinstance(module, nn.Linear) else len(module.kernel_size) + 2  # type: ignore[arg-type]
         first = self._first
         if first is not None and taken.shape == first.shape and taken.dim() < n_batched:
@@ -344,12 +365,9 @@ class _Counter(WatchedWeights):
 
 def _macs_of_class(module: Any, taken: Tensor, given: Tensor) -> int:
     """Return the multiply-accumulates of a call as its class computes."""
-    if isinstance(module, nn.Linear):
-        return given.numel() * module.in_features
-    kernel = math.prod(module.kernel_size)
-    if isinstance(module, TRANSPOSED):
-        return taken.numel() * (module.out_channels // module.groups) * kernel
-    return given.numel() * (module.in_channels // module.groups) * kernel
+    # All axes of the weight but that of the channels that are not multiplied with.
+    each: int = math.prod(module.weight.shape[1:])
+    return each * (taken if isinstance(module, TRANSPOSED) else given).numel()
 
 
 def _spec(module: nn.Module, names: list[str], tally: _Tally, n: int) -> LayerSpec:

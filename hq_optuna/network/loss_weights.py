@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any, NamedTuple
@@ -121,6 +121,16 @@ def observe_loss(loss_fn: LossFunction, outputs: Any, labels: Any) -> ObservedLo
     return ObservedLoss(loss, seen[0] if is_mean else None)
 
 
+@torch.no_grad()
+def observed_losses(
+    network: nn.Module, data: Batches, loss_fn: LossFunction
+) -> Iterator[ObservedLoss]:
+    """Yield the losses of a copy of the network on the batches, each when it is asked for."""
+    called = copied(network)
+    for batch in data:
+        yield observe_loss(loss_fn, forward(called, batch.inputs), batch.labels)
+
+
 def _weight(places: Places, labels: Tensor) -> float:
     return float(places.weights(labels).sum())
 
@@ -143,12 +153,15 @@ def nothing(outputs: Any) -> Tensor:
 
 @torch.no_grad()
 def weighed(
-    network: nn.Module, data: Batches, loss_fn: LossFunction, what: str = "calibration"
+    data: Batches,
+    loss_fn: LossFunction,
+    observed: Iterable[ObservedLoss],
+    what: str = "calibration",
 ) -> Batches:
     """Return the data, each batch with its share in the mean loss.
 
-    A pass over all data is made where a function of the user's returns a cross-entropy. Raises
-    `DataError` where no label counts at all.
+    ``observed`` are the losses of the batches, read as far as need be: of PyTorch's own
+    cross-entropy the labels tell all. Raises `DataError` where no label counts at all.
     """
     if is_cross_entropy(loss_fn):
         labels = [batch.labels for batch in data]
@@ -156,9 +169,8 @@ def weighed(
             return data
         places = Places.of(loss_fn)
         return _shared(data, [(y.numel(), _weight(places, y)) for y in labels], what)
-    called, found = copied(network), list[tuple[int, float]]()
-    for batch in data:
-        loss = observe_loss(loss_fn, forward(called, batch.inputs), batch.labels)
+    found = list[tuple[int, float]]()
+    for batch, loss in zip(data, observed, strict=False):
         if loss.call is None:
             return data
         told = batch.labels if isinstance(batch.labels, Tensor) else loss.call.labels

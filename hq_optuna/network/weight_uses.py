@@ -29,7 +29,7 @@ class WeightUse(NamedTuple):
     macs: int
 
 
-class WatchedWeights(TorchDispatchMode):
+class WatchedWeights(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Calls ``see(name, use)`` for each multiplication with one of the named weights.
 
     A view of a weight, or of a part of it, is the weight: it is known by its memory.
@@ -38,7 +38,7 @@ class WatchedWeights(TorchDispatchMode):
     def __init__(
         self, weights: Mapping[str, Tensor], see: Callable[[str, WeightUse], None]
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._at: dict[int, list[tuple[int, int, str]]] = {}
         for name, weight in weights.items():
             if _is_plain(weight):
@@ -55,7 +55,7 @@ class WatchedWeights(TorchDispatchMode):
         count = flop_registry.get(operator)
         for argument in args if count is not None else ():
             name = self._name_of(argument)
-            if name is not None:
+            if name is not None and count is not None:
                 macs = count(*args, **(kwargs or {}), out_val=found) // 2
                 self._see(name, WeightUse(operator, args, argument, int(macs)))
                 break

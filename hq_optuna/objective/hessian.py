@@ -22,10 +22,11 @@ from hq_optuna.artifacts.store import Artifacts
 from hq_optuna.attributes import StudyInfo, Ticket
 from hq_optuna.errors import NetworkError, ResumeError, SpaceError
 from hq_optuna.network.batches import Batches, check_sample_axis, read_batches
-from hq_optuna.network.checks import check_forward, check_rise
+from hq_optuna.network.checks import check_forward, check_rise, look_over
 from hq_optuna.network.copies import copied
+from hq_optuna.network.devices import device_of
 from hq_optuna.network.evaluation import Evaluate
-from hq_optuna.network.loss_weights import as_mean, weighed
+from hq_optuna.network.loss_weights import as_mean
 from hq_optuna.network.losses import LossFunction, own_loss
 from hq_optuna.network.modes import own_modes
 from hq_optuna.network.searchable import check_searchable
@@ -127,7 +128,7 @@ class HessianObjective:
         self.space = space
         self._loss = name_of(loss_fn)  # before it is called: it may count its calls
         loss_fn = own_loss(loss_fn)
-        self.device = next(model.parameters()).device
+        self.device = device_of(model)
         self.data = read_batches(calibration, batch_size=batch_size).to(self.device)
         if not isinstance(calibration, Batches):
             check_sample_axis(copied(model), self.data[0])
@@ -136,7 +137,8 @@ class HessianObjective:
         self.warnings = check_forward(
             model, self.data, loss_fn, [layer.name for layer in space.layers]
         )
-        self.data = weighed(model, self.data, loss_fn)
+        if not self.data.is_looked_over:
+            self.data = look_over(model, self.data, loss_fn)
         self.loss_fn, said = as_mean(model, self.data, loss_fn)
         self.setup = replace(self.setup, data=self.data, loss_fn=self.loss_fn)
         self.warnings += said

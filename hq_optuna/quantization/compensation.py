@@ -175,7 +175,8 @@ def _factored_with(moment: Tensor, order: Tensor, damping: float) -> tuple[Tenso
     damped = damped.gather(2, order[:, None, :].expand_as(damped))
     root, failed = torch.linalg.cholesky_ex(damped)
     # The inverse of what has no root may be an error.
-    root = torch.where((failed == 0)[:, None, None], root, torch.eye(root.shape[1]).to(root))
+    one = torch.eye(root.shape[1], dtype=root.dtype, device=root.device)
+    root = torch.where((failed == 0)[:, None, None], root, one)
     factor, again = torch.linalg.cholesky_ex(torch.cholesky_inverse(root), upper=True)
     return damped, factor, (failed == 0) & (again == 0) & factor.isfinite().all(2).all(1)
 

@@ -32,7 +32,6 @@ class Lockstep:
     def __init__(self, order: Sequence[str], settle: Callable[[str, list[Any]], None]) -> None:
         self._rank = {name: rank for rank, name in enumerate(order)}
         self._settle = settle
-        self._mine: Any = threading.local()
         self._passes: list[_Pass] = []
 
     def wait(self, name: str, what: Any) -> None:
@@ -40,13 +39,13 @@ class Lockstep:
         if not self._passes:  # a single batch
             self._settle(name, [what])
         else:
-            self._mine.one.wait_at(name, what)
+            _RUNNING.get().wait_at(name, what)
 
     def run(self, forwards: Sequence[Callable[[], Any]]) -> list[Any]:
         """Call one function a batch, which call `wait`, and return what they return."""
         if len(forwards) == 1:
             return [forwards[0]()]
-        self._passes = [_Pass(forward, self._mine) for forward in forwards]
+        self._passes = [_Pass(forward) for forward in forwards]
         try:
             going = list(self._passes)
             while going:
@@ -67,12 +66,12 @@ class Lockstep:
 class _Pass:
     """The forward pass of one batch, in a thread that runs only in `go_on`."""
 
-    def __init__(self, forward: Callable[[], Any], mine: Any) -> None:
+    def __init__(self, forward: Callable[[], Any]) -> None:
         self.at: str | None = None
         self.what: Any = None
         self.returned: Any = None
         self._error: BaseException | None = None
-        self._forward, self._mine, self._abandoned = forward, mine, False
+        self._forward, self._abandoned = forward, False
         self._may_run, self._stands = threading.Semaphore(0), threading.Semaphore(0)
         # What PyTorch keeps by thread.
         self._device = torch.get_default_device()
@@ -83,7 +82,7 @@ class _Pass:
 
     def _run(self) -> None:
         self._may_run.acquire()
-        self._mine.one = self
+        _RUNNING.set(self)
         inference, grad = self._modes
         try:
             if not self._abandoned:
@@ -118,3 +117,6 @@ class _Pass:
         while self._thread.is_alive():
             self._may_run.release()
             self._thread.join(0.05)
+
+
+_RUNNING: contextvars.ContextVar[_Pass] = contextvars.ContextVar("the pass of this thread")

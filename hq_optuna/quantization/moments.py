@@ -42,7 +42,7 @@ def input_moments(
     one at each call.
     """
     weights: dict[str, Tensor] = {
-        layer.name: network.get_submodule(layer.name).weight.detach()  # type: ignore[operator, union-attr]
+        layer.name: network.get_submodule(layer.name).weight.detach()  # type: ignore[operator]
         for layer in layers
         if can_have_moments(network.get_submodule(layer.name))
     }

@@ -362,7 +362,10 @@ def _reader(url: sqlalchemy.URL, path: Path) -> dict[str, Any]:
             raise StorageError(f"{path} cannot be read: {error.strerror}.") from None
         name = f"file:{quote(path.absolute().as_posix())}?"
         name += "immutable=1" if rests else "mode=ro"
-        return sqlite3.connect(name, uri=True, check_same_thread=False, **_WAITS)
+        opened: sqlite3.Connection = sqlite3.connect(
+            name, uri=True, check_same_thread=False, **_WAITS
+        )
+        return opened
 
     return {"creator": connect, "poolclass": sqlalchemy.pool.NullPool}
 

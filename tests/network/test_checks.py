@@ -7,7 +7,13 @@ from torch import Tensor, nn
 
 from hq_optuna.errors import DataError, NetworkError
 from hq_optuna.network.batches import read_batches
-from hq_optuna.network.checks import IGNORED_LABEL, check_forward, check_labels, check_probabilities
+from hq_optuna.network.checks import (
+    IGNORED_LABEL,
+    check_forward,
+    check_labels,
+    check_probabilities,
+    look_over,
+)
 from hq_optuna.network.loss_weights import as_mean
 from tests.small_networks import ConvNet, Residual, assert_unchanged, make, seeded, snapshot
 
@@ -96,7 +102,7 @@ def test_labels_of_later_batches_are_looked_at_too():
     labels = Y.clone()
     labels[-1] = 7
     with pytest.raises(DataError, match="labels run from 7 to 7"):
-        check_forward(make(Residual), data(y=labels), F.cross_entropy)
+        look_over(make(Residual), data(y=labels), F.cross_entropy)
 
 
 def test_the_label_that_cross_entropy_ignores_is_allowed():
@@ -149,7 +155,7 @@ def test_outputs_with_one_number_a_sample_are_no_class_scores(loss):
 )
 def test_numbers_to_be_predicted_are_no_labels_of_cross_entropy(labels):
     with pytest.raises(DataError, match=r"labels are no classes.*give loss.*mse_loss"):
-        check_forward(make(Residual), data(y=labels), F.cross_entropy)
+        look_over(make(Residual), data(y=labels), F.cross_entropy)
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.float16])

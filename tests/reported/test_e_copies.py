@@ -158,7 +158,7 @@ def test_a_network_whose_copy_uses_the_original_is_refused(make):
 @pytest.mark.parametrize("make", [merges, merged_before])
 def test_a_weight_that_is_kept_from_the_first_pass_is_refused(make):
     """What was merged once stays in float whatever the bits are: refused as such."""
-    with pytest.raises(ValueError, match="'b'.*is kept") as caught:
+    with pytest.raises(ValueError, match=r"'b'.*is kept") as caught:
         product.opened(make(), DATA)
     assert product.is_refusal(caught.value)
 

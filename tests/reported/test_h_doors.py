@@ -479,9 +479,7 @@ def test_what_a_loss_writes_down_is_no_setting(tmp_path):
 
     loss, url = Counts(), f"sqlite:///{tmp_path / 'study.db'}"
     network = classifier()
-    _, again = (
-        product.search(network, data, loss, storage=url, name="s", limit=n) for n in (3, 6)
-    )
+    _, again = (product.search(network, data, loss, storage=url, name="s", limit=n) for n in (3, 6))
     assert len(again.study.trials) > 3 and loss.n > 3
     loss.gamma = 3.0
     with pytest.raises(ValueError, match="the loss function"):

@@ -86,7 +86,7 @@ class ByGroup(WeightQuantizer):
 
     def _by_output(self, weight: Tensor) -> Tensor:
         """Return the weight as ``(groups, outputs of a group, inputs of a group, …)``."""
-        return weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
+        return weight.reshape(self.groups, -1, *weight.shape[1:]).transpose(1, 2)
 
     def scale(self, weight: Tensor, bits: int, channel_axis: int) -> Tensor:
         """Return the scales of all outputs."""
