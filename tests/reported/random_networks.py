@@ -449,9 +449,7 @@ def _draw_norm(module: Any) -> None:
 
 # --- the grammar -------------------------------------------------------------------------------
 
-LEFT_OUT: frozenset[str] = frozenset(
-    {"no backward pass", "corrected in float", "before no gradient", "random"}
-)
+LEFT_OUT: frozenset[str] = frozenset({"random"})
 """Features that the product does not treat right yet; nothing drawn has them."""
 
 
