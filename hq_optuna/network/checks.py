@@ -38,7 +38,7 @@ def explain_errors(what: str, hint: str) -> Iterator[None]:
 def check_forward(
     network: nn.Module, data: Batches, loss_fn: LossFunction, layers: Sequence[str] = ()
 ) -> list[str]:
-    """Refuse what would make scores wrong or unrepeatable, from four passes of one batch.
+    """Refuse what would make scores wrong or unrepeatable, from three passes of one batch.
 
     Calls a copy in eval mode, and proves that the weights of ``layers`` act there. Returns
     warnings, a sentence each, about what is possible but doubtful.
@@ -56,8 +56,7 @@ def check_forward(
                 f"The network's state holds {name!r}, a {type(value).__name__} and no tensor "
                 "(get_extra_state), which neither a result nor a checkpoint can hold."
             )
-    outputs = _repeatable_outputs(network, called, data)
-    warnings = check_copy(network, called, layers, data[0].inputs)
+    outputs, warnings = _repeatable_outputs(network, called, layers, data)
     LookOver(data, loss_fn).see(0, outputs)
     return warnings
 
@@ -104,18 +103,23 @@ def look_over(network: nn.Module, data: Batches, loss_fn: LossFunction) -> Batch
     return look.weighed()
 
 
-def _repeatable_outputs(original: nn.Module, network: nn.Module, data: Batches) -> Any:
-    """Return a copy's outputs on the first batch, which a second pass must repeat."""
+def _repeatable_outputs(
+    original: nn.Module, network: nn.Module, layers: Sequence[str], data: Batches
+) -> tuple[Any, list[str]]:
+    """Return a copy's outputs on the first batch, and warnings of the copy.
+
+    A second pass must repeat them after another batch, which may have left something behind.
+    """
     inputs = data[0].inputs
     before = [(t, clone(t), _version(t)) for t in tensors(inputs)]
     first = outputs_of_copy(original, network, inputs)
     _check_inputs_kept(before)
-    if len(data) > 1:  # another batch may leave something behind
-        with explain_errors(
-            "The network fails on the last calibration batch, and not on the first",
-            "Batches are to be alike in types and shapes.",
-        ):
-            forward(network, cloned(data[-1].inputs))
+    with explain_errors(
+        "The network fails on the last calibration batch, and not on the first",
+        "Batches are to be alike in types and shapes.",
+    ):
+        others = [batch.inputs for batch in reversed(data[-MOST_TRIED:])]
+        warnings = check_copy(original, network, layers, others)
     pair = list(tensors(first)), list(tensors(forward(network, inputs)))
     if len(pair[0]) != len(pair[1]):
         raise NetworkError(
@@ -130,7 +134,11 @@ def _repeatable_outputs(original: nn.Module, network: nn.Module, data: Batches) 
                 "what it saw (a buffer that forward updates and uses?). "
                 "Scores must be repeatable; make eval mode deterministic."
             )
-    return first
+    return first, warnings
+
+
+MOST_TRIED = 8
+"""Batches that are run at most until each layer was called once."""
 
 
 def check_batch_loss(

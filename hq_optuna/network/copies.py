@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -46,14 +46,15 @@ def _odd_copy(tensor: Tensor) -> Tensor:
 
 
 def check_copy(
-    network: nn.Module, copy: nn.Module, layers: Sequence[str], inputs: Inputs
+    network: nn.Module, copy: nn.Module, layers: Sequence[str], batches: Sequence[Inputs]
 ) -> list[str]:
     """Prove that a copy, which has run before, computes with its own weights and no others.
 
     Hooks, closures and replaced methods are not copied: they may hold the original network; a
     network may also keep what it computed from a weight. The graph of the outputs tells which
     weights they hang on. One that it does not show (a part without gradients, recomputation) is
-    moved, in the copy and then in the original. Returns a sentence for each layer without effect.
+    moved, in the copy and then in the original. Further batches run for layers that the first one
+    does not call. Returns a sentence for each layer without effect.
 
     Raises:
         NetworkError: Bits of a layer of the copy would not act, or not on the copy alone.
@@ -64,12 +65,19 @@ def check_copy(
         for parameter in (*network.parameters(), *copy.parameters()):
             if not parameter.is_inference():
                 parameter.requires_grad_(parameter.is_floating_point())
-        used = _leaves(copy, inputs)
+        used, ran = set[int](), dict[str, Inputs]()
+        for place, inputs in enumerate(batches):
+            if place and set(layers) <= set(ran):
+                break
+            with watched_calls(copy, layers) as called:
+                used |= _leaves(copy, inputs)
+            ran |= {name: inputs for name in called if name not in ran}
     foreign = [name for place, name in names.items() if place in used or place in own]
     if foreign:
         raise NetworkError(f"A copy of the network computes with {foreign[0]!r} of the {_HELD}")
     idle = []
     for name in layers:
+        inputs = ran.get(name, batches[0])
         if id(copy.get_parameter(f"{name}.weight")) in used or _moves(copy, name, inputs):
             continue
         if _moves(network, name, inputs):
@@ -84,8 +92,8 @@ def check_copy(
                 "weight), and bits would not act. Turn that off, or clear it."
             )
         idle.append(
-            f"Layer {name!r} has no effect on the network's outputs for the first calibration "
-            "batch; whatever its bits are there is no loss, so check that it is as it should be."
+            f"Layer {name!r} has no effect on the network's outputs in the calibration batches "
+            "that were tried; whatever its bits are there is no loss, so check that this is meant."
         )
     return idle
 
@@ -109,6 +117,18 @@ def outputs_of_copy(network: nn.Module, copy: nn.Module, inputs: Inputs) -> Any:
             f"A copy of the network fails where the network itself runs, with "
             f"{type(error).__name__}: {error}. Perhaps a part of it holds the {_HELD}"
         ) from error
+
+
+@contextmanager
+def watched_calls(network: nn.Module, layers: Sequence[str]) -> Iterator[set[str]]:
+    """Yield a set that gets the names of those layers that the body calls."""
+    called: set[str] = set()
+    with ExitStack() as stack:
+        for name in layers:
+            module = network.get_submodule(name)
+            hook = module.register_forward_pre_hook(lambda m, x, name=name: called.add(name))
+            stack.callback(hook.remove)
+        yield called
 
 
 def _leaves(network: nn.Module, inputs: Inputs) -> set[int]:
