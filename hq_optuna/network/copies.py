@@ -134,7 +134,9 @@ def watched_calls(network: nn.Module, layers: Sequence[str]) -> Iterator[set[str
 def _leaves(network: nn.Module, inputs: Inputs) -> set[int]:
     """Return the ids of the parameters in the graph of a network's outputs."""
     try:
-        with torch.enable_grad():
+        # Nobody goes back through this graph, so nothing needs to be kept for it.
+        nothing = torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda x: x)
+        with torch.enable_grad(), nothing:
             outputs = forward(network, cloned(inputs))
     except RuntimeError:  # it writes into what takes gradients, which is right without
         return set()

@@ -101,13 +101,7 @@ class Conv(Described):
         out = channels if keep or self.groups == 0 else self.out
         if axes == 0:
             return nn.Linear(channels, out, bias=self.bias)
-        least = min(x.shape[2:])
-        kernel, dilation = (self.kernel, self.dilation) if least > 2 else (1, 1)
-        same = self.padding == "same" or keep
-        if keep and self.transposed:
-            kernel, dilation = 1, 1
-        if not same and (kernel - 1) * dilation + 1 > least:
-            dilation, same = 1, kernel > least
+        kernel, dilation, same = self._window(min(x.shape[2:]), keep)
         stride = 1 if same else self.stride
         padding: Any = "same" if same else min(self.padding, kernel // 2)
         groups = channels if self.groups == 0 else self.groups
@@ -122,6 +116,15 @@ class Conv(Described):
         return CONVOLUTIONS[axes](
             *(channels, out, kernel, stride, padding, dilation, groups, self.bias, self.mode)
         )
+
+    def _window(self, least: int, keep: bool) -> tuple[int, int, bool]:
+        """Return kernel, dilation and whether places stay as many, for so many places at least."""
+        same = self.padding == "same" or keep
+        if least <= 2 or (keep and self.transposed):
+            return 1, 1, same
+        if not same and (self.kernel - 1) * self.dilation + 1 > least:
+            return self.kernel, 1, self.kernel > least
+        return self.kernel, self.dilation, same
 
 
 @dataclass(frozen=True, repr=False)

@@ -357,21 +357,25 @@ def check_cost(network, data, looked):
     uses = counted.count(data)
     n = sum(labels.shape[0] for _, labels in data)
     names = list(counted.network.named_modules(remove_duplicate=False))
+    known = set()
     for name, macs in looked.macs.items():
         module = counted.network.get_submodule(name)
+        known.add(id(module.weight))
         found = uses[id(module.weight)]
-        aliases = [k for k, m in names if m is module]
-        own, total = sum(found[a] for a in aliases), sum(found.values())
-        if macs != -(-total // n):
-            assert macs == -(-own // n), f"{name}: {macs} MACs, by hand {own / n}, {total / n}"
-            others = [str(k) for k, v in found.items() if k not in aliases]
-            assert any(word in looked.said for word in others), f"{name}: {others} are not told"
-    known = {id(counted.network.get_submodule(name).weight) for name in looked.macs}
+        if macs != -(-sum(found.values()) // n):
+            aliases = [k for k, m in names if m is module]
+            own, others = sum(found[a] for a in aliases), set(found) - set(aliases)
+            assert macs == -(-own // n), f"{name}: {macs} MACs, by hand {dict(found)} of {n}"
+            assert is_named(others, looked), f"{name}: uses by {others} are not told"
     for weight, found in uses.items():
         if weight not in known and sum(found.values()):
             owners = [k for k, p in counted.network.named_parameters() if id(p) == weight]
             owners = [k.split(".parametrizations")[0].removesuffix(".weight") for k in owners]
-            assert any(k in looked.said for k in owners), f"{owners} neither counted nor told"
+            assert is_named(owners, looked), f"{owners} neither counted nor told"
+
+
+def is_named(names, looked):
+    return any(repr(name) in looked.said for name in names)
 
 
 def check_rises(description, network, data, loss, looked):
