@@ -118,6 +118,11 @@ class Uses(TorchFunctionMode):
             self.kept.append(result)
         return result
 
+    def owners(self, weight):
+        """Return the names of the modules that hold a weight, or the parts that it is made of."""
+        held = [k for k, p in self.network.named_parameters() if id(p) == weight]
+        return [k.split(".parametrizations")[0].removesuffix(".weight") for k in held]
+
     def count(self, data):
         """Return MACs of all data: weight -> module name -> MACs."""
         handles = []
@@ -369,8 +374,7 @@ def check_cost(network, data, looked):
             assert is_named(others, looked), f"{name}: uses by {others} are not told"
     for weight, found in uses.items():
         if weight not in known and sum(found.values()):
-            owners = [k for k, p in counted.network.named_parameters() if id(p) == weight]
-            owners = [k.split(".parametrizations")[0].removesuffix(".weight") for k in owners]
+            owners = counted.owners(weight)
             assert is_named(owners, looked), f"{owners} neither counted nor told"
 
 
