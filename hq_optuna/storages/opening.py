@@ -440,7 +440,8 @@ def _advice(reason: str, error: BaseException) -> str:
 def refuses_writing(error: BaseException) -> bool:
     """Return whether a storage said that it can only be read."""
     text = str(_innermost(error)).lower()
-    return isinstance(error, PermissionError) or "readonly" in text or "read-only" in text
+    words = ("readonly", "read-only", "permission denied", "command denied")
+    return isinstance(error, PermissionError) or any(said in text for said in words)
 
 
 _ADVICE = {
@@ -450,6 +451,7 @@ _ADVICE = {
     "was recorded stays.",
     "readonly|read-only|unable to open": "Check that the file and its folder exist and can be "
     "written.",
+    "permission denied|command denied": "A search writes: give a user of the database that may.",
     "no such table|does not exist|doesn't exist|unknown database": "Somebody removed it: restore a "
     "copy, or begin anew in another database.",
     "malformed": "The file is damaged: restore a copy, or save what is left with sqlite3's "

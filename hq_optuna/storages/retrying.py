@@ -50,7 +50,7 @@ _PASSING = (
 )
 _LASTING = (
     *("readonly", "no such table", "no such column", "syntax error", "malformed"),
-    *("does not exist", "unknown database"),
+    *("does not exist", "unknown database", "permission denied", "command denied"),
 )
 
 _T = TypeVar("_T")
