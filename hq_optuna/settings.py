@@ -30,7 +30,9 @@ from hq_optuna.errors import SettingError, SpaceError
 from hq_optuna.space.budget import Budget, parse_budget
 from hq_optuna.space.layers import FLOAT_BITS
 
-ScorerName = Literal["gauss_newton", "loss", "diagonal", "trace", "fisher", "hutchinson"]
+ScorerName = Literal[
+    "gauss_newton", "loss", "hessian_trace", "diagonal", "trace", "fisher", "hutchinson"
+]
 Rule = Literal["min", "ratio"]
 Rounding = Literal["compensated", "nearest"]
 Observer = Literal["squared_error", "min_max", "percentile"]
@@ -367,7 +369,7 @@ class SearchSettings(_Settings):
     scorer: ScorerName | None = _scoring(
         None,
         "What ranks candidates: the rise that their outputs tell (gauss_newton), the measured "
-        "loss, or a sum over layers (diagonal, trace, fisher, hutchinson).",
+        "loss, or a sum over layers (hessian_trace, diagonal, trace, fisher, hutchinson).",
         shown_default="gauss_newton, for losses it knows",
         **{"differs": "the scorer", "example": '"gauss_newton"'},
     )

@@ -73,6 +73,10 @@ class Call:
     trace: tuple[float, float] | None  # of an input that may come again, in the backward pass
     reached: bool
 
+    def reach(self) -> None:
+        """Say that a gradient came."""
+        self.reached = True
+
     def repeated(self) -> Call:
         """Return the call, which is not taken for a repeated one again."""
         self.trace = None

@@ -14,7 +14,7 @@ from hq_optuna.errors import DataError, HqOptunaError, NetworkError
 from hq_optuna.network.batches import Batches, cloned, forward
 from hq_optuna.network.containers import clone, same, strided, tensors
 from hq_optuna.network.copies import check_copy, copied, outputs_of_copy, preserve_network
-from hq_optuna.network.devices import preserve_rng_state
+from hq_optuna.network.devices import device_of, preserve_rng_state
 from hq_optuna.network.loss_weights import ObservedLoss, observe_loss, weighed
 from hq_optuna.network.losses import IGNORED_LABEL, LossFunction, ignored_label, is_cross_entropy
 
@@ -49,6 +49,13 @@ def check_forward(
             with its own weights.
         DataError: As `LookOver.see`, of the first batch.
     """
+    with preserve_rng_state({device_of(network)}):
+        return _checked(network, data, loss_fn, layers)
+
+
+def _checked(
+    network: nn.Module, data: Batches, loss_fn: LossFunction, layers: Sequence[str]
+) -> list[str]:
     called = copied(network)
     for name, value in called.state_dict().items():
         if not isinstance(value, Tensor):
@@ -94,10 +101,12 @@ def look_over(network: nn.Module, data: Batches, loss_fn: LossFunction) -> Batch
     """Return the data with shares, after a pass of a copy over all of them; see `LookOver`."""
     look, called = LookOver(data, loss_fn), copied(network)
     for index, batch in enumerate(data):
-        with explain_errors(
+        kept = preserve_rng_state({device_of(network)})
+        said = explain_errors(
             f"The network fails on calibration batch {index}, and not on the first",
             "Batches are to be alike in types and shapes.",
-        ):
+        )
+        with kept, said:
             outputs = forward(called, cloned(batch.inputs))
         look.see(index, outputs)
     return look.weighed()
@@ -268,7 +277,8 @@ def check_probabilities(outputs: Any, labels: Any) -> None:
 @torch.no_grad()
 def check_rise(network: nn.Module, data: Batches, output_rise: Callable[..., Any]) -> None:
     """Refuse an ``output_rise`` that fails, or is not finite, on outputs that did not move."""
-    outputs = forward(copied(network), data[0].inputs)
+    with preserve_rng_state({device_of(network)}):
+        outputs = forward(copied(network), data[0].inputs)
     with explain_errors(
         "output_rise failed on the first calibration batch",
         "It is called with (outputs, moved) and returns one number, summed over the samples.",

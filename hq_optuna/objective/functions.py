@@ -202,8 +202,9 @@ def _of_object(value: Any) -> dict[str, Any]:
     else:
         found |= {n: v for n, v in getattr(value, "__dict__", {}).items() if n not in _OF_MODULES}
     if isinstance(value, nn.Module):
-        for held in (value._parameters, value._buffers, value._modules):
-            found |= dict(held.items())
+        own_tensors = value.named_parameters(recurse=False), value.named_buffers(recurse=False)
+        for part in (*own_tensors, value.named_children()):
+            found |= dict(part)
         found |= {name: list(getattr(value, name).values()) for name in _HOOKS}
     found = {n: v for n, v in sorted(found.items()) if not (n in _HOOKS and not v)}
     for kind in kinds:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -33,6 +34,10 @@ from hq_optuna.training.trained import TrainedNetwork
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, of)."""
+
+
+LEAST_TABLE_BATCHES = 4
+"""Batches that sensitivities are measured on at least, of 128 samples or more together."""
 
 
 class BuiltScorer(NamedTuple):
@@ -89,10 +94,10 @@ class ScorerSetup:
                 "study file that is loss = torch.nn.functional.cross_entropy, or a function "
                 "output_rise(outputs, moved)."
             )
-        if scorer == "fisher" and probe_of(loss_fn) is None:
+        if scorer in ("fisher", "hessian_trace") and probe_of(loss_fn) is None:
             raise ValueError(
-                "The scorer 'fisher' knows cross-entropy and squared error. For another loss use "
-                "scorer='diagonal' or 'hutchinson'."
+                f"The scorer {scorer!r} knows cross-entropy and squared error. For another loss "
+                "use scorer='diagonal' or 'hutchinson'."
             )
         return cls(
             settings.replace(scorer=scorer),
@@ -127,23 +132,25 @@ class ScorerSetup:
                 weights.discard(base.config[name].weight_bits)
         if self.settings.rounding == "compensated":
             compensate_weights(
-                *(prepared, self.space.layers, self.data, wanted),
+                *(prepared, self.space.layers, self.rounding_data, wanted),
                 progress=lambda done, of: progress("rounding", done, of),
             )
             warnings += uncompensated_warnings(self.quantizers)
         facts: dict[str, float] = {}
+        correction = self._correction(prepared, base)
         if known is None:
             sums = measure_layer_sums(
-                *(self._layer_sum, network, prepared, self.space, self.data, self.loss_fn),
+                *(self._layer_sum, network, prepared, self.space, self._table_data, self.loss_fn),
                 progress=progress,
                 moments=moments,
+                correction=correction,
             )
             known, curvature = sums.sensitivity, sums.curvature
             warnings += sums.warnings
             facts["curvature_samples"] = curvature.n_samples
             if math.isfinite(curvature.largest_error):  # one batch alone has none
                 facts["curvature_standard_error"] = round(curvature.largest_error, 4)
-        return BuiltScorer(self._scorer(prepared, known, base, teacher), warnings, facts)
+        return BuiltScorer(self._scorer(prepared, known, correction, teacher), warnings, facts)
 
     def score_of_trained(self, base: TrainedNetwork, teacher: nn.Module) -> float | None:
         """Return the score of a trained network at its own bits, before a scorer of it is built.
@@ -157,34 +164,41 @@ class ScorerSetup:
             {name: {bits.weight_bits: 0.0} for name, bits in base.config.items()},
             {name: {bits.activation_bits: 0.0} for name, bits in base.config.items()},
         )
-        scorer = self._scorer(self._observed(base.network, base), nothing, base, teacher)
+        prepared = self._observed(base.network, base)
+        scorer = self._scorer(prepared, nothing, self._correction(prepared, base), teacher)
         return scorer.score(base.config).total
 
     def _observed(self, network: nn.Module, base: TrainedNetwork | None) -> nn.Module:
         """Return a prepared copy with observed ranges and what a training learned."""
         names = [layer.name for layer in self.space.layers]
-        prepared = self.prepared(network, observe_inputs(network, names, self.data))
+        prepared = self.prepared(network, observe_inputs(network, names, self.rounding_data))
         if base is not None:
             base.restore_learned_(prepared)
         return prepared
+
+    def _correction(
+        self, prepared: nn.Module, base: TrainedNetwork | None
+    ) -> StatisticsCorrection | None:
+        if not self.settings.correction:
+            return None
+        at = None if base is None else base.config
+        return StatisticsCorrection(
+            *(prepared, self.data, self.settings.precision, at), places=self.statistics_places
+        )
 
     def _scorer(
         self,
         prepared: nn.Module,
         known: Sensitivity,
-        base: TrainedNetwork | None,
+        correction: StatisticsCorrection | None,
         teacher: nn.Module | None,
     ) -> Scorer:
-        correction, precision = None, self.settings.precision
-        if self.settings.correction:
-            at, places = None if base is None else base.config, self.statistics_places
-            correction = StatisticsCorrection(prepared, self.data, precision, at, places=places)
         return Scorer(
             *(prepared, known, self.data, self.loss_fn),
             output_rise=self.output_rise,
             by_loss=self.settings.scorer == "loss",
             correction=correction,
-            precision=precision,
+            precision=self.settings.precision,
             teacher=teacher,
         )
 
@@ -204,6 +218,25 @@ class ScorerSetup:
         if self.settings.scorer in LAYER_SUMS:
             return self.settings.scorer
         return "diagonal" if probe_of(self.loss_fn) is None else "fisher"
+
+    @cached_property
+    def _table_places(self) -> frozenset[int]:
+        """The batches that ``hessian_trace`` reads and rounding does not: it fits its own."""
+        if self._layer_sum != "hessian_trace":
+            return frozenset()
+        return frozenset(statistics_places(self.data, 1, least_batches=LEAST_TABLE_BATCHES))
+
+    @property
+    def _table_data(self) -> Batches:
+        """What layers' rises are measured on."""
+        chosen = self._table_places or range(len(self.data))
+        return Batches(batch for place, batch in enumerate(self.data) if place in chosen)
+
+    @property
+    def rounding_data(self) -> Batches:
+        """What ranges and rounding are found on; all data where too little would be left."""
+        rest = Batches(b for place, b in enumerate(self.data) if place not in self._table_places)
+        return rest if 2 * rest.n_samples >= self.data.n_samples else self.data
 
     @property
     def statistics_places(self) -> tuple[int, ...]:

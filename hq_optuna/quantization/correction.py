@@ -24,6 +24,8 @@ from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -66,6 +68,10 @@ class StatisticsCorrection:
     network, in eval mode, which a trained one imitates.
 
     The network keeps what `apply` set until `reset`, which restores the stored values bit for bit.
+
+    Attributes:
+        takes: Layer → 2 where the mean and the spread of its output's channels are corrected, by
+            the batch-norm behind it, or 1 for the mean alone. Layers not named are not corrected.
     """
 
     def __init__(
@@ -105,8 +111,9 @@ class StatisticsCorrection:
         layers = {name: network.get_submodule(name) for name in prepared_layers(self.prepared)}
         outputs: dict[int, tuple[str, Tensor]] = {}  # an id names a tensor as long as it lives
         found: dict[str, list[ChannelStatistics]] = {}
-        normed: set[str] = set()
+        normed: dict[str, str] = {}  # layers → the norm behind each
         calls = Counter[str]()
+        ways: list[list[str]] = []  # the modules that each batch calls, in order
         left: set[str] = set()
 
         def norm(name: str, x: Tensor) -> None:
@@ -115,7 +122,7 @@ class StatisticsCorrection:
                 left.add(name)
             found.setdefault(name, []).append(statistics_of(x, 1))
             if id(x) in outputs and name not in left:
-                normed.add(outputs[id(x)][0])
+                normed[outputs[id(x)][0]] = name
 
         def layer(name: str, module: nn.Module, output: Any) -> None:
             calls[name] += 1
@@ -133,11 +140,12 @@ class StatisticsCorrection:
                 forward(network, self.data[place].inputs)
                 # A module called twice has one set of statistics for two inputs.
                 left |= {name for name, n in calls.items() if n > 1}
+                ways.append(list(calls))
                 calls.clear()
                 outputs.clear()
         for name, parts in found.items():
             mean, var = pooled(parts)
-            if name in left | normed or mean is None or var is None:
+            if name in left or name in normed or mean is None or var is None:
                 continue  # also one that no sample reached (an expert, regions of which are none)
             if sum(part.n for part in parts) == 1:
                 continue  # a mean of one value: with it, outputs would be right whatever the bits
@@ -147,7 +155,13 @@ class StatisticsCorrection:
                 module: Any = norms[name]
                 stored = module.running_mean.clone(), module.running_var.clone()
                 self._norms[name] = _Norm(*stored, mean, var)
-        self._order = tuple(n for n in found if n in self._norms or n in self._means)
+        self._order = common_order(
+            [[n for n in way if n in self._norms or n in self._means] for way in ways]
+        )
+        self._norms = {n: s for n, s in self._norms.items() if n in self._order}
+        self._means = {n: m for n, m in self._means.items() if n in self._order}
+        self.takes = {n: 2 for n, norm in normed.items() if norm in self._norms}
+        self.takes |= dict.fromkeys(self._means, 1)
 
     @torch.no_grad()
     def apply(self, *, only: Container[str] | None = None) -> dict[int, Any]:
@@ -209,6 +223,26 @@ class StatisticsCorrection:
         held = (module.get_buffer(SHIFT),) if shift else (module.running_mean, module.running_var)
         for buffer, value in zip(held, values, strict=True):
             buffer.copy_(value)
+
+
+def common_order(ways: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """Return names in an order that agrees with all of the given ones; leave out what has none.
+
+    Example:
+        >>> common_order([["a", "c"], ["a", "b", "c"]])
+        ('a', 'b', 'c')
+    """
+    left: set[str] = set()
+    while True:
+        kept = [[name for name in way if name not in left] for way in ways]
+        sorter = TopologicalSorter[str]({name: () for way in kept for name in way})
+        for way in kept:
+            for before, after in pairwise(way):
+                sorter.add(after, before)
+        try:
+            return tuple(sorter.static_order())
+        except CycleError as error:
+            left |= set(error.args[1])
 
 
 def corrected_statistics(

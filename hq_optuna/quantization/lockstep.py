@@ -76,6 +76,7 @@ class _Pass:
         # What PyTorch keeps by thread.
         self._device = torch.get_default_device()
         self._modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+        self._threads = torch.get_num_threads()  # with another number the last bits may differ
         context = contextvars.copy_context()
         self._thread = threading.Thread(target=context.run, args=(self._run,), daemon=True)
         self._thread.start()
@@ -83,6 +84,7 @@ class _Pass:
     def _run(self) -> None:
         self._may_run.acquire()
         _RUNNING.set(self)
+        torch.set_num_threads(self._threads)
         inference, grad = self._modes
         try:
             if not self._abandoned:

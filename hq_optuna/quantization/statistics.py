@@ -29,7 +29,9 @@ MOST_ELEMENTS = 2**26
 """Elements of the largest tensor, all batches together: they go through the network together."""
 
 
-def statistics_places(data: Batches, largest: int) -> tuple[int, ...]:
+def statistics_places(
+    data: Batches, largest: int, least_batches: int = LEAST_BATCHES
+) -> tuple[int, ...]:
     """Return which batches statistics are measured on, in order: a seeded random part of all.
 
     ``largest`` are the elements of a sample's largest tensor. One batch is always taken.
@@ -38,7 +40,7 @@ def statistics_places(data: Batches, largest: int) -> tuple[int, ...]:
     places: list[int] = []
     n = 0
     for place in torch.randperm(len(data), generator=generator, device="cpu").tolist():
-        enough = n >= LEAST_SAMPLES and len(places) >= LEAST_BATCHES
+        enough = n >= LEAST_SAMPLES and len(places) >= least_batches
         if enough or (places and (n + data[place].n) * largest > MOST_ELEMENTS):
             break
         places.append(place)

@@ -11,16 +11,18 @@ from hq_optuna.curvature import Curvature, calibration_adam, hutchinson, output_
 from hq_optuna.network.batches import Batches
 from hq_optuna.network.loss_weights import counting
 from hq_optuna.network.losses import LossFunction
+from hq_optuna.quantization.correction import StatisticsCorrection
+from hq_optuna.scoring.hessian_trace import hessian_trace
 from hq_optuna.scoring.measured import with_measured
-from hq_optuna.scoring.sensitivity import Form, Sensitivity, measure_sensitivity
+from hq_optuna.scoring.sensitivity import Form, Sensitivity, check_finite, measure_sensitivity
 from hq_optuna.space.layers import LayerSpec
 from hq_optuna.space.search_space import SearchSpace
 
-LayerSumName = Literal["diagonal", "trace", "fisher", "hutchinson"]
-"""``diagonal`` and ``trace``: calibration Adam, element by element or by its mean over a layer.
+LayerSumName = Literal["hessian_trace", "diagonal", "trace", "fisher", "hutchinson"]
+"""``hessian_trace``: what each layer's error does to the outputs, by probes of their Hessian.
+``diagonal`` and ``trace``: calibration Adam, element by element or by its mean over a layer.
 ``fisher``: the mean of the Gauss-Newton diagonal from softened outputs, with weight errors as the
-layer's output feels them. ``hutchinson``: the true
-Hessian's."""
+layer's output feels them. ``hutchinson``: the true Hessian's."""
 LAYER_SUMS: tuple[LayerSumName, ...] = get_args(LayerSumName)
 
 Progress = Callable[[str, int, int], None]
@@ -57,31 +59,41 @@ def measure_layer_sums(
     *,
     progress: Progress = lambda what, done, of: None,
     moments: Mapping[str, Tensor] | None = None,
+    correction: StatisticsCorrection | None = None,
 ) -> LayerSums:
     """Return the predicted loss rise of every layer at every number of bits, by a named score.
 
     ``network`` is in float, ``prepared`` the same network prepared; its bits are restored
     afterwards. ``moments`` are curvature of weights, nats per weight², that is known already: the
-    second moments of a training, by layer. ``hutchinson`` does not take them. ``progress`` is
-    called with (what, done, of).
+    second moments of a training, by layer; ``hutchinson`` and ``hessian_trace`` do not take them.
+    ``correction`` is what will correct the network's statistics: ``hessian_trace`` counts only what
+    it leaves. ``progress`` is called with (what, done, of).
 
     Rises of layers whose curvature is unknown are measured.
 
     Raises:
-        ValueError: ``fisher`` with a loss whose Hessian in the outputs is not known.
+        ValueError: ``fisher`` or ``hessian_trace`` with a loss whose Hessian in the outputs is not
+            known.
         DataError: The loss does not depend on the network.
         ScoreError: A value that is NaN or infinite.
     """
-    curvature = measure_curvature(
-        name, network, space.layers, data, loss_fn, lambda i, of: progress("curvature", i, of)
-    )
-    if moments and name in ("diagonal", "trace", "fisher"):
-        curvature = curvature.with_weights(moments)
-    forms: dict[str, Form] = {"diagonal": "diagonal", "fisher": "output"}
-    sensitivity = measure_sensitivity(
-        *(prepared, space, curvature, data, forms.get(name, "trace")),
-        progress=lambda i, of: progress("sensitivity", i, of),
-    )
+    if name == "hessian_trace":
+        sensitivity, curvature = hessian_trace(
+            *(prepared, space, counting(data), loss_fn, correction),
+            progress=lambda i, of: progress("sensitivity", i, of),
+        )
+        check_finite(sensitivity)
+    else:
+        curvature = measure_curvature(
+            name, network, space.layers, data, loss_fn, lambda i, of: progress("curvature", i, of)
+        )
+        if moments and name in ("diagonal", "trace", "fisher"):
+            curvature = curvature.with_weights(moments)
+        forms: dict[str, Form] = {"diagonal": "diagonal", "fisher": "output"}
+        sensitivity = measure_sensitivity(
+            *(prepared, space, curvature, data, forms.get(name, "trace")),
+            progress=lambda i, of: progress("sensitivity", i, of),
+        )
     measured: tuple[str, ...] = ()
     if curvature.unknown:
         sensitivity, measured = with_measured(sensitivity, curvature, prepared, data, loss_fn)
@@ -96,7 +108,10 @@ def measure_curvature(
     loss_fn: LossFunction,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Curvature:
-    """Return the curvature that a named score is made from; see `measure_layer_sums`."""
+    """Return the curvature that a named score is made from; see `measure_layer_sums`.
+
+    ``hessian_trace`` is made from none.
+    """
     if name not in LAYER_SUMS:
         raise ValueError(f"A sum over layers is one of {', '.join(LAYER_SUMS)}; got {name!r}.")
     data = counting(data)

@@ -452,7 +452,7 @@ def _draw_norm(module: Any) -> None:
 
 # --- the grammar -------------------------------------------------------------------------------
 
-LEFT_OUT: frozenset[str] = frozenset({"corrected in float", "random"})
+LEFT_OUT: frozenset[str] = frozenset()
 """Features that the product does not treat right yet; nothing drawn has them."""
 
 
