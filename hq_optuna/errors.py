@@ -89,7 +89,7 @@ class ArtifactError(HqOptunaError, RuntimeError):
 
 
 class WorkerError(HqOptunaError, RuntimeError):
-    """Workers that were launched cannot go on; carries what they said."""
+    """Workers cannot go on; carries what they said."""
 
 
 class DashboardError(HqOptunaError, RuntimeError):

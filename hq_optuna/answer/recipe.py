@@ -25,6 +25,7 @@ from hq_optuna.network.containers import is_plain, load_state_, strided_state, u
 from hq_optuna.network.copies import copied
 from hq_optuna.network.modes import own_modes
 from hq_optuna.network.searchable import check_structure
+from hq_optuna.network.shipped import plain_settings
 from hq_optuna.quantization.correction import SHIFT, add_shift
 from hq_optuna.quantization.functional import activation_grid, along
 from hq_optuna.quantization.modules import InputFakeQuantize
@@ -78,6 +79,7 @@ def save(
         "format_version": FORMAT_VERSION,
         "layers": described,
         "layers_sha256": layers_digest(described),
+        "modules": plain_settings(network),
         "weights": {"file": WEIGHTS, "sha256": hashlib.sha256(weights).hexdigest()},
         **about,
     }
@@ -147,7 +149,20 @@ def load(folder: str | Path, network: nn.Module) -> nn.Module:
         _restore_(prepared.get_submodule(name), name, entry, tensors)
     bits = {n: (e["weight_bits"], e["activation_bits"]) for n, e in recipe["layers"].items()}
     set_bits(prepared, BitConfig(bits))
+    _check_modules(folder, recipe.get("modules", {}), prepared)
     return prepared
+
+
+def _check_modules(folder: Path, saved: Mapping[str, Any], network: nn.Module) -> None:
+    """Refuse a network whose modules are set in another way than when the result was saved."""
+    now = json.loads(json.dumps(plain_settings(network)))
+    other = [name for name in saved if name in now and repr(saved[name]) != repr(now[name])]
+    if other:
+        name = other[0]
+        raise RecipeError(
+            f"The result in {folder} is of a network whose {name!r} is {saved[name]!r}, and here it "
+            f"is {now[name]!r}, so outputs would be others. Make the network as it was."
+        )
 
 
 def _prepared(

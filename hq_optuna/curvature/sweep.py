@@ -180,8 +180,8 @@ class SquaredGradients:
                     with self._calls.going_back():
                         loss.backward()  # type: ignore[no-untyped-call]
         except RuntimeError as error:
-            # An activation that writes over what another one needs on the way back: no gradient.
-            if not re.search("in-?place", str(error)):
+            # Written over in place what the way back needs, or an operator that has no way back.
+            if not re.search("in-?place|derivative|not implemented", str(error)):
                 raise
             network.zero_grad(set_to_none=True)
             for call in self._calls.forward:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dis
+from types import FunctionType
+from typing import Any
+
 from torch import nn
 
 
@@ -27,3 +31,46 @@ def runs_forward_of(module: nn.Module, *classes: type[nn.Module]) -> bool:
             kept = all(getattr(mine, name) is getattr(shipped, name) for name in names)
             return kept and not any(name in vars(module) for name in names)
     return False
+
+
+def plain_settings(network: nn.Module) -> dict[str, Any]:
+    """Return the numbers, strings and tuples of them that modules hold as attributes, by name.
+
+    Those that code of the module's class writes outside ``__init__`` are no settings, such as a
+    counter of calls.
+
+    Example:
+        >>> plain_settings(nn.Sequential(nn.ReLU6()))
+        {'0.inplace': False, '0.max_val': 6.0, '0.min_val': 0.0}
+    """
+    found: dict[str, Any] = {}
+    for path, module in network.named_modules():
+        if type(module).__module__.startswith("hq_optuna."):
+            continue
+        written = {name for kind in type(module).__mro__ for name in _written(kind)}
+        for name, value in sorted(vars(module).items()):
+            kept = not name.startswith("_") and name != "training" and name not in written
+            if kept and _is_plain(value):
+                found[f"{path}.{name}" if path else name] = value
+    return found
+
+
+def _written(kind: type) -> set[str]:
+    """Return the attributes that functions of a class write, but for the one that sets it up."""
+    if kind.__module__.startswith("torch."):
+        return set()
+    functions = [
+        f for n, f in vars(kind).items() if isinstance(f, FunctionType) and n != "__init__"
+    ]
+    return {
+        str(step.argval)
+        for function in functions
+        for step in dis.get_instructions(function)
+        if step.opname == "STORE_ATTR"
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, (bool, int, float, str))

@@ -15,6 +15,7 @@ from hq_optuna import attributes
 from hq_optuna._version import __version__
 from hq_optuna.errors import ResumeError
 from hq_optuna.network.containers import digest_of, unsaved_buffers
+from hq_optuna.network.shipped import plain_settings
 from hq_optuna.quantization.quantizer_choice import describe_quantizers
 from hq_optuna.settings import Group, SearchSettings, settings_of
 
@@ -61,9 +62,10 @@ def quantizers(chosen: Mapping[str, str]) -> str:
 
 
 def network_digest(network: nn.Module) -> str:
-    """Return sixteen hexadecimal digits that name weights, buffers and the modules' text."""
+    """Return sixteen hexadecimal digits that name weights, buffers and the modules' settings."""
     held = {**network.state_dict(), **unsaved_buffers(network)}
-    return digest_of(sorted(held.items()), about=str(network), digits=16)
+    about = f"{network}{plain_settings(network)}"
+    return digest_of(sorted(held.items()), about=about, digits=16)
 
 
 def versions() -> dict[str, str]:

@@ -47,6 +47,7 @@ from hq_optuna.protocol.claims import ClaimedTrial, NotNeeded, write_facts
 from hq_optuna.protocol.history import read_history
 from hq_optuna.protocol.tickets import KEPT, closing, winner_of
 from hq_optuna.quantization import set_bits
+from hq_optuna.quantization.prepare import check_preparable
 from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.scoring import UNKNOWN_LOSS, OutputRise, Score, Scorer, output_rise_of
 from hq_optuna.settings import SearchSettings, settings_of
@@ -137,6 +138,7 @@ class HessianObjective:
         self.warnings = check_forward(
             model, self.data, loss_fn, [layer.name for layer in space.layers]
         )
+        check_preparable(self.setup.prepared(model))
         if not self.data.is_looked_over:
             self.data = look_over(model, self.data, loss_fn)
         self.loss_fn, said = as_mean(model, self.data, loss_fn)

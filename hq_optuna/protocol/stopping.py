@@ -6,6 +6,7 @@ from optuna.study import Study
 from optuna.trial import TrialState
 
 from hq_optuna.attributes import Ticket
+from hq_optuna.errors import WorkerError
 from hq_optuna.optuna_internals import loop_of
 from hq_optuna.protocol.step_log import StepLog
 from hq_optuna.space.search_space import SearchSpace
@@ -38,7 +39,7 @@ class Failures:
         of a trial counts in a loop alone, which goes on for ever; who asks by hand sees it.
 
         Raises:
-            RuntimeError: This process tried the ticket's work `MAX_FAILURES` times.
+            WorkerError: This process tried the ticket's work `MAX_FAILURES` times.
         """
         ended = self._ended.get(_key(ticket), [])
         ended = [state for state in ended if told or state != TrialState.COMPLETE]
@@ -54,7 +55,7 @@ class Failures:
         else:
             how = "the objective raised an error, or returned NaN or no number, in"
             then = "Return a number for it, infinity if it is of no use."
-        raise RuntimeError(
+        raise WorkerError(
             f"The search cannot go on without {_what(space, ticket)}: {how} {len(ended)} trials "
             f"for it. {then} Then start again: what was scored stays."
         )

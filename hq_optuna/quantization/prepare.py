@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from hq_optuna.errors import SpaceError
+from hq_optuna.errors import NetworkError, SpaceError
 from hq_optuna.network.copies import copied
 from hq_optuna.quantization.modules import InputFakeQuantize, WeightFakeQuantize
 from hq_optuna.quantization.observers import InputHistogram, first_input, with_first_input
@@ -65,6 +65,23 @@ def prepare(
         module.register_forward_pre_hook(_quantize_input, with_kwargs=True)
     prepared.eval()
     return prepared
+
+
+def check_preparable(prepared: nn.Module) -> None:
+    """Refuse a network whose copies are not prepared as it is, by a ``__deepcopy__`` of its own."""
+    names = list(prepared_layers(prepared))
+    try:
+        kept = list(prepared_layers(copied(prepared))) == names
+    except NetworkError as error:
+        raise NetworkError(_COPIES) from error
+    if not kept:
+        raise NetworkError(_COPIES)
+
+
+_COPIES = (
+    "Once its layers round, a copy of the network is not what it is: it has a __deepcopy__ (or "
+    "__reduce__) of its own that makes another network. Leave copying to PyTorch."
+)
 
 
 def _quantize_input(

@@ -163,6 +163,25 @@ def test_a_weight_that_is_kept_from_the_first_pass_is_refused(make):
     assert product.is_refusal(caught.value)
 
 
+def makes_its_copies_anew():
+    """A __deepcopy__ that builds a network and loads the weights: it knows of no rounding."""
+
+    class Anew(Plain):
+        def __deepcopy__(self, memo):
+            other = type(self)()
+            other.load_state_dict(self.state_dict(), strict=False)
+            return other
+
+    return Anew()
+
+
+def test_a_network_that_makes_its_copies_anew_is_refused():
+    """Its copies would be in float whatever the bits: refused with the method that does it."""
+    with pytest.raises(ValueError, match="__deepcopy__") as caught:
+        product.opened(makes_its_copies_anew(), DATA)
+    assert product.is_refusal(caught.value)
+
+
 def bound_method():
     net = Plain()
     net.forward = types.MethodType(Plain.forward, net)
@@ -221,6 +240,33 @@ def test_an_answer_leaves_the_original_alone():
     cross_entropy(found.network(DATA[0]), DATA[1]).backward()
     assert torch.equal(network(DATA[0]), before)
     assert all(p.grad is None for p in network.parameters())
+
+
+class Scaled(Plain):
+    """A number in an attribute, which no state dict holds; and one that forward counts."""
+
+    def __init__(self, by):
+        super().__init__()
+        self.by, self.calls = by, 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.by * super().forward(x)
+
+
+def test_a_number_in_an_attribute_belongs_to_the_network(tmp_path):
+    """Loaded into, or resumed with, a network of another number: refused by its name."""
+    url = f"sqlite:///{tmp_path}/s.db"
+    network = Scaled(2.0)
+    found = product.search(network, DATA, storage=url, name="s")
+    network(DATA[0])  # counts, which says nothing of what it computes
+    again = product.saved_and_loaded(found, network, tmp_path / "answer")
+    assert torch.equal(again(DATA[0]), found.network(DATA[0]))
+    product.search(network, DATA, storage=url, name="s")
+    with pytest.raises(ValueError, match=r"'by' is 2\.0, and here it is 3\.0"):
+        product.saved_and_loaded(found, Scaled(3.0), tmp_path / "answer")
+    with pytest.raises(ValueError, match="the network's weights"):
+        product.search(Scaled(3.0), DATA, storage=url, name="s")
 
 
 def test_a_layer_without_effect_is_named():
