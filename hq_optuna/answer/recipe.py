@@ -160,8 +160,8 @@ def _check_modules(folder: Path, saved: Mapping[str, Any], network: nn.Module) -
     if other:
         name = other[0]
         raise RecipeError(
-            f"The result in {folder} is of a network whose {name!r} is {saved[name]!r}, and here it "
-            f"is {now[name]!r}, so outputs would be others. Make the network as it was."
+            f"The result in {folder} is of a network whose {name!r} is {saved[name]!r}, and here "
+            f"it is {now[name]!r}, so outputs would be others. Make the network as it was."
         )
 
 

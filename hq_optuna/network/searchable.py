@@ -106,11 +106,12 @@ def _no_module(given: Any) -> str:
 
 def _wrapped(module: nn.Module) -> str:
     """Return what is said of a module around a network that runs it elsewhere, or compiled."""
-    if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None):
+    compiled = hasattr(type(module).forward, "_torchdynamo_orig_callable")
+    if compiled or hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None):
         return (
             "is compiled by torch.compile, and what is compiled does not tell which layers it "
             "calls. Give the network as it was before (a compiled network's _orig_mod; after "
-            "network.compile(), a deepcopy)."
+            "network.compile(), a deepcopy; a class without the decorator of its forward)."
         )
     kinds = {kind.__name__ for kind in type(module).__mro__}
     parallel = kinds & {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}

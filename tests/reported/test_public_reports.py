@@ -234,7 +234,6 @@ def test_what_is_compiled_is_refused_wherever_it_sits():
     assert set(product.macs(network, vectors())[0]) == {"0", "2", "4"}
 
 
-@pytest.mark.xfail(strict=True, reason="network/searchable.py looks at no compiled forward")
 def test_a_class_whose_forward_is_compiled_is_refused_as_such():
     """pytorch#142358: its hooks see calls or none, as the compiler has it."""
     refused(lambda: product.macs(made(ForwardCompiled), vectors()), "compiled by torch.compile")
