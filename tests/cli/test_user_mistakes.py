@@ -88,8 +88,8 @@ def test_an_option_that_the_study_file_has_no_more_is_named(study: Path, command
     ("what", "labels", "says"),
     [
         ("validation", "torch.arange(32) % 3 + 1", "Validation labels run from 1 to 3"),
-        ("validation", "(torch.arange(32) % 3).int()", "cannot be measured on the validation data"),
-        ("validation", "torch.zeros(32, 2).long()", "cannot be measured on the validation data"),
+        ("validation", "(torch.arange(32) % 3).int()", "failed on the first validation batch"),
+        ("validation", "torch.zeros(32, 2).long()", "failed on the first validation batch"),
         ("test", "torch.zeros(7).long()", "The test data hold 48 inputs and 7 labels"),
     ],
 )
@@ -116,7 +116,7 @@ def test_labels_that_do_not_fit_are_told_of(
         ),
         (
             "y = torch.arange(4) % 3\n    return [(torch.randn(4, c, 6, 6), y) for c in (1, 2)]",
-            "fails on the last calibration batch",
+            "does not run on batch 1 of the calibration data",
         ),
     ],
 )
