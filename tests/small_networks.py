@@ -7,11 +7,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hq_optuna.network.introspection import introspect
+from hq_optuna.quantization.ranges import weight_scale
 from hq_optuna.space.layers import LayerSpec
 
 
 def layers_of(network: nn.Module, x: Tensor) -> Sequence[LayerSpec]:
     return introspect(network, x).layers
+
+
+def rounded_by_hand(module: nn.Module, layer: LayerSpec, bits: int) -> Tensor:
+    """Return a layer's weight rounded to nearest, each group of a transposed one by itself."""
+    top = 2 ** (bits - 1) - 1
+    groups = getattr(module, "groups", 1) if layer.channel_axis else 1
+    parts = []
+    for part in module.weight.detach().chunk(groups):
+        scale = weight_scale(part, bits, layer.channel_axis)
+        zero = torch.zeros(len(scale), dtype=torch.int32)
+        given = part, scale, zero, layer.channel_axis, -top, top
+        parts.append(torch.fake_quantize_per_channel_affine(*given))
+    return torch.cat(parts)
 
 
 def seeded(seed: int) -> torch.Generator:

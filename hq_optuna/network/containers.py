@@ -234,7 +234,10 @@ def _set_attribute(name: str, new: Any, value: Any) -> None:
 
 def _has_attributes(tensor: Tensor) -> bool:
     """Return whether a tensor holds attributes of the user's, and not those it is made of."""
-    return bool(vars(tensor)) and not hasattr(type(tensor), "__tensor_flatten__")
+    # One with operators of its own is made of them, even without `__tensor_flatten__`.
+    own_operators = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    made_of = own_operators or hasattr(type(tensor), "__tensor_flatten__")
+    return bool(vars(tensor)) and not made_of
 
 
 def _base(node: Any) -> type:

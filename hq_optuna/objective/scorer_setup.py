@@ -36,10 +36,6 @@ Progress = Callable[[str, int, int], None]
 """Called with (what, done, of)."""
 
 
-LEAST_TABLE_BATCHES = 4
-"""Batches that sensitivities are measured on at least, of 128 samples or more together."""
-
-
 class BuiltScorer(NamedTuple):
     """A scorer, with sentences that a reader of the results must know, and figures for the record.
 
@@ -224,7 +220,9 @@ class ScorerSetup:
         """The batches that ``hessian_trace`` reads and rounding does not: it fits its own."""
         if self._layer_sum != "hessian_trace":
             return frozenset()
-        return frozenset(statistics_places(self.data, 1, least_batches=LEAST_TABLE_BATCHES))
+        n = self.data.n_samples
+        wanted = min(128, max(n // 4, min(64, n // 2)))
+        return frozenset(statistics_places(self.data, 1, least_samples=wanted, least_batches=1))
 
     @property
     def _table_data(self) -> Batches:
@@ -234,9 +232,9 @@ class ScorerSetup:
 
     @property
     def rounding_data(self) -> Batches:
-        """What ranges and rounding are found on; all data where too little would be left."""
+        """What ranges and rounding are found on: all else, or the one batch that there is."""
         rest = Batches(b for place, b in enumerate(self.data) if place not in self._table_places)
-        return rest if 2 * rest.n_samples >= self.data.n_samples else self.data
+        return rest or self.data
 
     @property
     def statistics_places(self) -> tuple[int, ...]:

@@ -30,7 +30,11 @@ MOST_ELEMENTS = 2**26
 
 
 def statistics_places(
-    data: Batches, largest: int, least_batches: int = LEAST_BATCHES
+    data: Batches,
+    largest: int,
+    *,
+    least_samples: int = LEAST_SAMPLES,
+    least_batches: int = LEAST_BATCHES,
 ) -> tuple[int, ...]:
     """Return which batches statistics are measured on, in order: a seeded random part of all.
 
@@ -40,7 +44,7 @@ def statistics_places(
     places: list[int] = []
     n = 0
     for place in torch.randperm(len(data), generator=generator, device="cpu").tolist():
-        enough = n >= LEAST_SAMPLES and len(places) >= least_batches
+        enough = n >= least_samples and len(places) >= least_batches
         if enough or (places and (n + data[place].n) * largest > MOST_ELEMENTS):
             break
         places.append(place)

@@ -78,7 +78,7 @@ class OutputHessian:
             # Each sample counts by its share, however many places it has.
             w = (w * (batch.share * len(z) / w.numel())).reshape(-1)
             p = torch.where(w[:, None] > 0, p.reshape(-1, c), 0.0)
-            diagonal += w @ p
+            diagonal += (w[:, None] * p).sum(0)
             outer += (p * w[:, None]).mT @ p
             total += len(z)
             own += len(z) * batch.share * places.curvature(z, batch.labels)
@@ -166,13 +166,13 @@ class _Layer:
         if takes and self.n:
             g0 = torch.cat(self.g0, 1)
             mean = part.sum / self.n
-            c = c - g0 @ mean
+            c = c - (g0 * mean).sum(2)
         if takes > 1 and self.n:
             mu, square = torch.as_tensor(self.sum) / self.n, torch.as_tensor(self.square) / self.n
             variance = square - mu.square()
             slope = (part.product / self.n - mean * mu) / variance.clamp_min(1e-30)
             slope = torch.where(variance > 1e-12 * square, slope, 0.0)
-            c = c - (torch.cat(self.gy, 1) - g0 * mu) @ slope
+            c = c - ((torch.cat(self.gy, 1) - g0 * mu) * slope).sum(2)
         return 0.5 * float(c.square().mean())
 
 
@@ -267,7 +267,7 @@ def _watched(network: nn.Module, names: Sequence[str], calls: Calls) -> Iterator
     def enter(_module: nn.Module, args: Any, kwargs: Any, name: str) -> Any:
         x = first_input(args, kwargs)
         call = calls.add(name, x)
-        running.append((call, *with_first_input(args, kwargs, x.detach())))
+        running.append((call, *with_first_input(args, kwargs, x.detach().clone())))
         if not x.requires_grad and x.is_floating_point():
             return with_first_input(args, kwargs, x.detach().requires_grad_(True))
         return None
@@ -276,7 +276,7 @@ def _watched(network: nn.Module, names: Sequence[str], calls: Calls) -> Iterator
         call, given, named = running.pop()
         if call is None or not isinstance(y, Tensor):
             return
-        one = _Seen(call, given, named, y.detach())
+        one = _Seen(call, given, named, y.detach().clone())  # an activation may write into it
         seen.append(one)
         if not y.requires_grad:
             return

@@ -162,7 +162,7 @@ def test_report_writes_html_where_told(study: Path, command: Command) -> None:
         (["run", "tiny.py", "--bits", "8,99"], "whole numbers from 1 to 16"),
         (["run", "tiny.py", "--bits", "few"], "are no bits"),
         (["run", "tiny.py", "--rule", "best"], "rule is one of min, ratio"),
-        (["run", "tiny.py", "--scorer", "magic"], "scorer is one of gauss_newton, loss, diagonal"),
+        (["run", "tiny.py", "--scorer", "magic"], "scorer is one of gauss_newton, loss"),
         (["run", "tiny.py", "--candidates", "0"], "n_candidates is at least 1"),
         (["run", "tiny.py", "--storage", "nonsense"], "is no storage URL"),
         (["run", "tiny.py", "--name", "a/b"], "is no name for a study"),

@@ -12,7 +12,6 @@ from hq_optuna.network.introspection import introspect
 from hq_optuna.quantization import get_bits, modules, observe_inputs, prepare, set_bits
 from hq_optuna.quantization.prepare import float_weight, prepared_layers
 from hq_optuna.quantization.quantizers import base as rounding
-from hq_optuna.quantization.ranges import weight_scale
 from hq_optuna.space.assignment import BitConfig, LayerBits
 from hq_optuna.space.layers import FLOAT_BITS
 from tests.small_networks import (
@@ -23,6 +22,7 @@ from tests.small_networks import (
     assert_unchanged,
     layers_of,
     make,
+    rounded_by_hand,
     seeded,
     snapshot,
 )
@@ -127,14 +127,7 @@ def test_a_quantized_copy_equals_the_network_with_rounded_weights_put_in(kind, x
     by_hand = copy.deepcopy(network)
     for layer in layers_of(network, x):
         module = by_hand.get_submodule(layer.name)
-        groups = module.groups if layer.channel_axis else 1
-        for part in module.weight.data.chunk(groups):  # of a transposed one, each with its scales
-            scale = weight_scale(part, 3, layer.channel_axis)
-            zero = torch.zeros(len(scale), dtype=torch.int32)
-            rounded = torch.fake_quantize_per_channel_affine(
-                part, scale, zero, layer.channel_axis, -3, 3
-            )
-            part.copy_(rounded)
+        module.weight.data = rounded_by_hand(module, layer, 3)
     assert torch.equal(prepared(x), by_hand(x))
 
 

@@ -194,6 +194,20 @@ def test_rises_of_a_layer_that_is_called_twice_are_those_of_both_calls():
         )
 
 
+def test_an_activation_that_writes_into_what_a_layer_returned_changes_nothing():
+    tables = []
+    for in_place in (False, True):
+        parts = Parts(
+            lambda in_place=in_place: nn.Sequential(
+                nn.Linear(6, 16), nn.ReLU(in_place), nn.Linear(16, 8), nn.ReLU(in_place),
+                nn.Linear(8, 3),
+            ),
+            drawn(64, 6), classes(64),
+        )  # fmt: skip
+        tables.append(parts.table()[0])
+    assert tables[0] == tables[1]
+
+
 def test_parameters_keep_their_gradients():
     parts = CASES["dense"]()
     parts.table()

@@ -12,13 +12,12 @@ from hq_optuna.curvature import calibration_adam
 from hq_optuna.errors import HqOptunaError, ScoreError, SpaceError
 from hq_optuna.network.batches import read_batches
 from hq_optuna.quantization import get_bits, observe_inputs, prepare
-from hq_optuna.quantization.ranges import weight_scale
 from hq_optuna.scoring import Scorer, Sensitivity, measure_sensitivity
 from hq_optuna.scoring.outputs import squared_error_rise
 from hq_optuna.space.assignment import BitConfig, LayerBits
 from hq_optuna.space.layers import FLOAT_BITS
 from hq_optuna.space.search_space import SearchSpace
-from tests.small_networks import ConvNet, layers_of, make, seeded
+from tests.small_networks import ConvNet, layers_of, make, rounded_by_hand, seeded
 
 X = torch.randn(10, 2, 5, 5, generator=seeded(0), dtype=torch.float64)
 Y = torch.arange(10) % 3
@@ -61,12 +60,8 @@ def test_the_calibration_loss_is_the_mean_over_samples_of_the_quantized_network(
     by_hand = copy.deepcopy(network)
     if bits != FLOAT_BITS:
         for layer in layers_of(network, X):
-            weight = by_hand.get_submodule(layer.name).weight
-            scale = weight_scale(weight, bits, layer.channel_axis)
-            top, zero = 2 ** (bits - 1) - 1, torch.zeros(len(scale), dtype=torch.int32)
-            weight.data = torch.fake_quantize_per_channel_affine(
-                weight.data, scale, zero, layer.channel_axis, -top, top
-            )
+            module = by_hand.get_submodule(layer.name)
+            module.weight.data = rounded_by_hand(module, layer, bits)
     losses = [
         float(F.cross_entropy(by_hand(X[i : i + 1]), Y[i : i + 1]).detach()) for i in range(10)
     ]

@@ -17,7 +17,6 @@ from hq_optuna.quantization import get_bits, observe_inputs, prepare, set_bits
 from hq_optuna.quantization.compensation import compensate_weights
 from hq_optuna.quantization.observers import watch_inputs
 from hq_optuna.quantization.prepare import input_quantizer
-from hq_optuna.quantization.ranges import weight_scale
 from hq_optuna.scoring import (
     Sensitivity,
     measure_layer_sums,
@@ -35,6 +34,7 @@ from tests.small_networks import (
     Twice,
     layers_of,
     make,
+    rounded_by_hand,
     seeded,
 )
 
@@ -125,11 +125,7 @@ def test_both_forms_are_the_sums_they_are_named_after(kind, shape, scorer):
         w = network.get_submodule(layer.name).weight.detach()
         h = curvature.weights[layer.name]
         for bits in range(2, 9):
-            scale = weight_scale(w, bits, layer.channel_axis)
-            top, zero = 2 ** (bits - 1) - 1, torch.zeros(len(scale), dtype=torch.int32)
-            e = w - torch.fake_quantize_per_channel_affine(
-                w, scale, zero, layer.channel_axis, -top, top
-            )
+            e = w - rounded_by_hand(network.get_submodule(layer.name), layer, bits)
             expected = h.mean() * e.square().sum() if scorer == "trace" else (h * e**2).sum()
             assert found.weights[layer.name][bits] == pytest.approx(float(expected) / 2, rel=1e-10)
 
