@@ -113,7 +113,7 @@ def test_an_unknown_network_is_refused_by_name(tmp_path):
 def test_the_smoke_mode_prints_one_json_line_last(tmp_path, capsys):
     data, out = shared_data("zoo.tar").parent, tmp_path / "out.json"
     n_threads = torch.get_num_threads()
-    options = ["--calibration", "64", "--unseen", "64", "--assignments", "6", "--budgets", "4"]
+    options = ["--calibration", "32", "--unseen", "64", "--assignments", "6", "--budgets", "4"]
     try:
         main(["--networks", "kws", *options, "--data", str(data), "--out", str(out)])
     finally:

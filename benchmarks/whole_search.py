@@ -1,0 +1,453 @@
+"""How well tables rank assignments of equal cost, and what their answers gain over uniform bits.
+
+A budget is the bit operations of uniform b bits, first and last layer at 8. The truth of an
+assignment is the smooth rise ½ Δzᵀ H̄ Δz on samples that nothing here has read, with H̄ the mean
+Hessian of their softmax at temperature 3, of the quantized network as the search would hand it
+over: rounded, and its statistics corrected. The KL divergence stands beside it.
+
+Ranking: assignments of nearly equal cost are drawn, half of them around uniform bits and half
+around the exact optima of all tables in turn. ``spearman_TABLE_NETWORK_b`` is a table's rank
+correlation with the truth. ``ceiling_NETWORK_b`` is the truth's reliability: the mean Spearman
+correlation r between two random halves of the unseen samples, stepped up to all of them by
+Spearman and Brown's 2r / (1 + r). A table without any error could reach its square root.
+
+The answer: the exact optimum of each table against uniform bits, ``smooth_ratio_TABLE_NETWORK_b``
+and ``kl_ratio_…`` (answer / uniform, below 1 is better), with the standard error of a bootstrap
+over samples, paired. ``uniform_ratio_NETWORK_b`` is the smooth rise of uniform bits where rounding
+leaves out the samples that the first table reads, over that where it reads all.
+
+Price: processor seconds of the search's preparation over those of a float pass over the calibration
+set, ``table_passes_TABLE_NETWORK`` of the table alone, ``passes_NETWORK`` of all of it.
+
+    python -m benchmarks.whole_search --networks resnet20 --budgets 4 3 --data DIR
+    python -m benchmarks.whole_search --networks resnet20 --activation-bits same --data DIR
+    python -m benchmarks.whole_search --quick
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+from benchmarks.outcome import Outcome
+from benchmarks.zoo import ZOO, Trained, data_folder, load_trained
+from hq_optuna import BitSearch
+from hq_optuna.network.batches import Batches, forward, read_batches
+from hq_optuna.objective import scorer_setup
+from hq_optuna.search.additive import Additive
+from hq_optuna.search.uniform import uniform_states
+from hq_optuna.space.assignment import BitConfig
+from hq_optuna.space.cost import CostModel
+from hq_optuna.space.search_space import SearchSpace
+
+TABLES = ("hessian_trace", "fisher", "diagonal")
+"""The first one is the search's own: figures without a table's name are of it."""
+PARTS = ("observe_inputs", "compensate_weights", "StatisticsCorrection", "measure_layer_sums")
+"""What preparation consists of, by its names in `hq_optuna.objective.scorer_setup`."""
+TABLE_PART = "measure_layer_sums"
+TEMPERATURE = 3.0
+REACH = 2  # notches that a drawn assignment may be away from its centre, in each variable
+TOLERANCE = 0.005  # of the cost, to begin with
+
+Array = NDArray[np.float64]
+State = tuple[int, ...]
+
+
+class Unseen:
+    """Samples that nothing has read, and what they say of a quantized network."""
+
+    def __init__(self, network: nn.Module, samples: tuple[Tensor, Tensor]) -> None:
+        self.data = read_batches(samples, batch_size=64)
+        self.labels = samples[1]
+        self.outputs = outputs_of(network, self.data).double()
+        p = (self.outputs / TEMPERATURE).softmax(1)
+        self.hessian = torch.diag(p.mean(0)) - p.T @ p / len(p)
+
+    def rises(self, network: nn.Module) -> Rises:
+        """Return what a network's outputs cost, sample by sample."""
+        moved = outputs_of(network, self.data).double()
+        change = moved - self.outputs
+        smooth = 0.5 * ((change @ self.hessian) * change).sum(1)
+        p, q = self.outputs.log_softmax(1), moved.log_softmax(1)
+        kl = (p.exp() * (p - q)).sum(1)
+        accuracy = float((moved.argmax(1) == self.labels).double().mean())
+        return Rises(smooth.numpy(), kl.numpy(), accuracy)
+
+
+@dataclass(frozen=True, eq=False)
+class Rises:
+    """The smooth rise and the KL divergence of each sample, and the accuracy."""
+
+    smooth: Array
+    kl: Array
+    accuracy: float
+
+
+@torch.inference_mode()
+def outputs_of(network: nn.Module, data: Batches) -> Tensor:
+    """Return a network's outputs on all samples."""
+    return torch.cat([forward(network, batch.inputs) for batch in data])
+
+
+def pass_seconds(network: nn.Module, data: Batches, n: int = 3) -> float:
+    """Return the processor seconds of a float pass over data, the median of some."""
+    seconds = []
+    for _ in range(n):
+        started = time.process_time()
+        outputs_of(network, data)
+        seconds.append(time.process_time() - started)
+    return statistics.median(seconds)
+
+
+@contextmanager
+def timed_parts() -> Iterator[dict[str, float]]:
+    """Give the processor seconds spent in each part of preparation while it runs."""
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, part: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            started = time.process_time()
+            try:
+                return part(*args, **kwargs)
+            finally:
+                seconds[name] = seconds.get(name, 0.0) + time.process_time() - started
+
+        return run
+
+    with ExitStack() as stack:
+        for name in PARTS:
+            if (part := getattr(scorer_setup, name, None)) is not None:
+                stack.enter_context(mock.patch.object(scorer_setup, name, timed(name, part)))
+        yield seconds
+
+
+class Prepared:
+    """A search with one scorer, prepared: its table, its networks, and what they took."""
+
+    def __init__(self, scorer: str, trained: Trained, activation_bits: Any) -> None:
+        self.search = BitSearch(
+            trained.network, trained.calibration, scorer=scorer, activation_bits=activation_bits
+        )
+        objective, self.space = self.search.objective, self.search.space
+        one = pass_seconds(trained.network, objective.data)
+        with timed_parts() as seconds:
+            started = time.process_time()
+            table = objective.prepare().sensitivity
+            spent = time.process_time() - started
+        one = min(one, pass_seconds(trained.network, objective.data))
+        self.passes = {name: value / one for name, value in seconds.items()}
+        self.passes["preparation"] = spent / one
+        by_layer = {
+            name: {"weights": table.weights[name], "activations": table.activations[name]}
+            for name in table.weights
+        }
+        costs = CostModel(self.space.layers)
+        self.table = Additive(self.space, by_layer, costs.layer_cost)
+        self.cost = costs.cost
+
+    def measured(self, config: BitConfig, unseen: Unseen) -> Rises:
+        """Return what the network of an assignment costs on unseen samples."""
+        return unseen.rises(self.search.objective.quantized(config))
+
+
+def state_of(space: SearchSpace, config: BitConfig) -> State:
+    """Return the bits of each variable in an assignment."""
+    return tuple(
+        config[v.layers[0]].activation_bits
+        if v.part == "activations"
+        else config[v.layers[0]].weight_bits
+        for v in space.variables
+    )
+
+
+def drawn(
+    space: SearchSpace,
+    cost: Callable[[BitConfig], float],
+    limit: float,
+    centre: State,
+    n: int,
+    draw: random.Random,
+    taken: set[State],
+) -> list[BitConfig]:
+    """Return assignments around one, within a small tolerance below the limit.
+
+    Some variables are moved by up to two notches, and then one at a time, up or down, until the
+    cost fits. The tolerance doubles where too few are found. ``taken`` are those to leave out;
+    what is found is added.
+    """
+    notches = []
+    for variable, bits in zip(space.variables, centre, strict=True):
+        at = variable.bits.index(bits)
+        notches.append(variable.bits[max(at - REACH, 0) : at + REACH + 1])  # widest first
+
+    def attempt(tolerance: float) -> State | None:
+        state = list(centre)
+        for v in draw.sample(range(len(state)), draw.randint(2, max(2, 2 * len(state) // 3))):
+            state[v] = draw.choice(notches[v])
+        for _ in range(20 * len(state)):
+            over = cost(space.config(state)) / limit - 1
+            if -tolerance <= over <= 0:
+                return tuple(state)
+            v = draw.randrange(len(state))
+            place = notches[v].index(state[v]) + (1 if over > 0 else -1)
+            if 0 <= place < len(notches[v]):
+                state[v] = notches[v][place]
+        return None
+
+    found: list[BitConfig] = []
+    tolerance = TOLERANCE
+    while len(found) < n and tolerance < 0.5:
+        for _ in range(20 * n):
+            state = attempt(tolerance)
+            if state is not None and state not in taken:
+                taken.add(state)
+                found.append(space.config(state))
+                if len(found) == n:
+                    break
+        tolerance *= 2
+    return found
+
+
+def reliability(per_sample: Array, n: int = 50) -> tuple[float, float]:
+    """Return the mean rank agreement of random halves of the samples, and that of all of them.
+
+    ``per_sample`` is ``(assignments, samples)``. The second value is Spearman and Brown's.
+    """
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(n):
+        order = rng.permutation(per_sample.shape[1])
+        a, b = np.array_split(order, 2)
+        found.append(spearmanr(per_sample[:, a].mean(1), per_sample[:, b].mean(1))[0])
+    half = float(np.mean(found))
+    return half, 2 * half / (1 + half)
+
+
+def ratio(answer: Array, uniform: Array, n: int = 1000) -> tuple[float, float]:
+    """Return the ratio of two means over the same samples, and its standard error."""
+    rng = np.random.default_rng(0)
+    picks = rng.integers(0, len(answer), (n, len(answer)))
+    ratios = answer[picks].mean(1) / uniform[picks].mean(1)
+    return float(answer.mean() / uniform.mean()), float(ratios.std(ddof=1))
+
+
+def rank_error(score: Array, truth: Array, n: int = 500) -> float:
+    """Return the standard error of a Spearman correlation, by a bootstrap over assignments."""
+    rng = np.random.default_rng(0)
+    picks = rng.integers(0, len(truth), (n, len(truth)))
+    return float(np.nanstd([spearmanr(score[p], truth[p])[0] for p in picks], ddof=1))
+
+
+class Bench:
+    """One network with its samples dealt, prepared for every table."""
+
+    def __init__(self, name: str, trained: Trained, activation_bits: Any, seed: int) -> None:
+        self.name, self.seed = name, seed
+        self.unseen = Unseen(trained.network, trained.unseen)
+        self.prepared = {t: Prepared(t, trained, activation_bits) for t in TABLES}
+        self.first = self.prepared[TABLES[0]]
+        self.space = self.first.space
+        uniform = uniform_states(self.space)
+        self.uniform = {b: self.space.config(state) for (b, a), state in uniform.items() if a == b}
+
+    def figures(self) -> dict[str, float]:
+        """Return the price of preparation."""
+        found = {f"passes_{self.name}": self.first.passes["preparation"]}
+        for table, prepared in self.prepared.items():
+            found[f"table_passes_{table}_{self.name}"] = prepared.passes.get(TABLE_PART, math.nan)
+        return found
+
+    def ranked(self, b: int, n: int) -> tuple[dict[str, float], dict[str, Any]]:
+        """Draw assignments of equal cost, and return how well each table ranks them."""
+        uniform, first = self.uniform[b], self.first
+        limit = first.cost(uniform)
+        optima = [self._optimum(table, limit) for table in TABLES]
+        centres = {"uniform": state_of(self.space, uniform)}
+        centres |= {
+            table: state_of(self.space, config)
+            for table, config in zip(TABLES, optima, strict=True)
+        }
+        draw = random.Random(1000 * self.seed + b)
+        taken = {*centres.values()}
+        configs, groups = [], []
+        for group, centre in centres.items():
+            shares = n // 2 if group == "uniform" else -(-(n - n // 2) // len(TABLES))
+            found = drawn(self.space, first.cost, limit, centre, shares, draw, taken)
+            configs += found
+            groups += ["uniform" if group == "uniform" else "optimum"] * len(found)
+        per_sample = np.stack([first.measured(config, self.unseen).smooth for config in configs])
+        truth = per_sample.mean(1)
+        half, ceiling = reliability(per_sample)
+        key = f"{self.name}_{b}"
+        figures = {f"ceiling_{key}": ceiling}
+        details: dict[str, Any] = {
+            "drawn": dict(Counter(groups)),
+            "cost_over_limit": [round(first.cost(config) / limit, 4) for config in configs],
+            "smooth": truth.tolist(),
+            "halves_agree": half,
+        }
+        details["spearman_cost"] = float(spearmanr(details["cost_over_limit"], truth)[0])
+        for table, prepared in self.prepared.items():
+            score = np.array([prepared.table.score(config) for config in configs])
+            figures[f"spearman_{table}_{key}"] = float(spearmanr(score, truth)[0])
+            details[table] = {
+                "standard_error": rank_error(score, truth),
+                "score": score.tolist(),
+                # How far the level is off, once one factor is taken out.
+                "log_residual": float(np.std(np.log(score) - np.log(truth))),
+                "level": float(np.exp(np.mean(np.log(score) - np.log(truth)))),
+            }
+            for group in ("uniform", "optimum"):
+                mine = [place for place, of in enumerate(groups) if of == group]
+                details[table][f"around_{group}"] = float(spearmanr(score[mine], truth[mine])[0])
+        return figures, details
+
+    def _optimum(self, table: str, limit: float) -> BitConfig:
+        found = self.prepared[table].table.exact(limit)
+        assert found is not None, "uniform bits are within the limit"
+        return found.config
+
+    def answered(self, b: int) -> tuple[dict[str, float], dict[str, Any]]:
+        """Return each table's exact answer over uniform bits of the same cost."""
+        key, limit = f"{self.name}_{b}", self.first.cost(self.uniform[b])
+        figures: dict[str, float] = {}
+        details: dict[str, Any] = {}
+        uniform: dict[str, Rises] = {}
+        for table, prepared in self.prepared.items():
+            config = self._optimum(table, limit)
+            answer = prepared.measured(config, self.unseen)
+            uniform[table] = prepared.measured(self.uniform[b], self.unseen)
+            for truth in ("smooth", "kl"):
+                value, error = ratio(getattr(answer, truth), getattr(uniform[table], truth))
+                figures[f"{truth}_ratio_{table}_{key}"] = value
+                figures[f"{truth}_ratio_{table}_{key}_standard_error"] = error
+            details[table] = {
+                "bits": [list(config[layer.name]) for layer in self.space.layers],
+                "cost_over_limit": prepared.cost(config) / limit,
+                # What the table says of the ratio.
+                "promised": prepared.table.score(config) / prepared.table.score(self.uniform[b]),
+                "accuracy_answer": answer.accuracy,
+                "accuracy_uniform": uniform[table].accuracy,
+                "kl_uniform": float(uniform[table].kl.mean()),
+                "smooth_uniform": float(uniform[table].smooth.mean()),
+            }
+        other = uniform[TABLES[1]]  # its rounding reads all calibration samples
+        figures[f"uniform_ratio_{key}"] = ratio(uniform[TABLES[0]].smooth, other.smooth)[0]
+        return figures, details
+
+
+def summed_up(figures: Mapping[str, float], cases: Sequence[str]) -> dict[str, float]:
+    """Return medians, geometric means and the worst over networks and budgets."""
+    found: dict[str, float] = {}
+
+    def of(what: str) -> list[float]:
+        return [figures[f"{what}_{case}"] for case in cases]
+
+    found["ceiling_median"] = statistics.median(of("ceiling"))
+    for table in TABLES:
+        found[f"spearman_{table}_median"] = statistics.median(of(f"spearman_{table}"))
+        for truth in ("smooth", "kl"):
+            values = of(f"{truth}_ratio_{table}")
+            found[f"{truth}_ratio_{table}_geomean"] = statistics.geometric_mean(values)
+    own = TABLES[0]
+    found["iso_spearman_median"] = found[f"spearman_{own}_median"]
+    for truth in ("smooth", "kl"):
+        found[f"{truth}_ratio_geomean"] = found[f"{truth}_ratio_{own}_geomean"]
+        found[f"{truth}_ratio_max"] = max(of(f"{truth}_ratio_{own}"))
+    found["uniform_better"] = sum(
+        figures[f"smooth_ratio_{own}_{case}"]
+        > 1 + 2 * figures[f"smooth_ratio_{own}_{case}_standard_error"]
+        for case in cases
+    )
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--networks", nargs="+", choices=list(ZOO), default=list(ZOO))
+    parser.add_argument("--budgets", nargs="+", type=int, default=[6, 5, 4, 3], metavar="BITS")
+    parser.add_argument("--data", type=Path, default=data_folder(), help="the shared data")
+    parser.add_argument("--assignments", type=int, default=42, help="drawn for each budget")
+    parser.add_argument("--calibration", type=int, help="samples; by default all")
+    parser.add_argument("--unseen", type=int, help="samples; by default all")
+    parser.add_argument(
+        "--activation-bits",
+        choices=["apart", "same"],
+        default="apart",
+        help="whether bits of a layer's input are searched apart from those of its weights",
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="figures are means over so many")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="the digits alone")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    networks = ["digits"] if arguments.quick else arguments.networks
+    activation_bits = range(2, 9) if arguments.activation_bits == "apart" else "same"
+
+    outcome = Outcome("whole_search")
+    outcome.details["options"] = {name: str(value) for name, value in vars(arguments).items()}
+    each: dict[str, list[float]] = {}
+    for name in networks:
+        for seed in range(arguments.seeds):
+            trained = load_trained(
+                name,
+                arguments.data,
+                seed=seed,
+                n_calibration=arguments.calibration,
+                n_unseen=arguments.unseen,
+            )
+            bench = Bench(name, trained, activation_bits, seed)
+            here = bench.figures()
+            details: dict[str, Any] = {
+                "calibration_samples": bench.first.search.objective.data.n_samples,
+                "unseen_samples": bench.unseen.data.n_samples,
+                "passes": {table: one.passes for table, one in bench.prepared.items()},
+            }
+            prices = ", ".join(f"{t} {here[f'table_passes_{t}_{name}']:.1f}" for t in TABLES)
+            print(f"{name}: {here[f'passes_{name}']:.1f} float passes; tables: {prices}")
+            for b in arguments.budgets:
+                ranked, details[f"ranked_{b}"] = bench.ranked(b, arguments.assignments)
+                answered, details[f"answered_{b}"] = bench.answered(b)
+                here |= ranked | answered
+                _tell(f"{name}_{b}", here)
+            outcome.details[f"{name}_seed{seed}"] = details
+            for figure, value in here.items():
+                each.setdefault(figure, []).append(value)
+    figures = {name: statistics.fmean(values) for name, values in each.items()}
+    cases = [f"{name}_{b}" for name in networks for b in arguments.budgets]
+    figures |= summed_up(figures, cases)
+    outcome.figures |= {name: round(value, 4) for name, value in figures.items()}
+    outcome.details["each_seed"] = each
+    outcome.finish(arguments.out)
+
+
+def _tell(case: str, figures: Mapping[str, float]) -> None:
+    print(f"{case}: ceiling {figures[f'ceiling_{case}']:.2f}")
+    for table in TABLES:
+        said = [f"spearman {figures[f'spearman_{table}_{case}']:+.2f}"]
+        for truth in ("smooth", "kl"):
+            name = f"{truth}_ratio_{table}_{case}"
+            said.append(f"{truth} {figures[name]:.3f} ± {figures[f'{name}_standard_error']:.3f}")
+        print(f"  {table:14} {'  '.join(said)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
