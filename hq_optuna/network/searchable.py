@@ -106,7 +106,8 @@ def _no_module(given: Any) -> str:
 
 def _wrapped(module: nn.Module) -> str:
     """Return what is said of a module around a network that runs it elsewhere, or compiled."""
-    compiled = hasattr(type(module).forward, "_torchdynamo_orig_callable")
+    forward = getattr(type(module), "forward", None)  # scripted classes have none
+    compiled = hasattr(forward, "_torchdynamo_orig_callable")
     if compiled or hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None):
         return (
             "is compiled by torch.compile, and what is compiled does not tell which layers it "

@@ -37,22 +37,28 @@ def plain_settings(network: nn.Module) -> dict[str, Any]:
     """Return the numbers, strings and tuples of them that modules hold as attributes, by name.
 
     Those that code of the module's class writes outside ``__init__`` are no settings, such as a
-    counter of calls.
+    counter of calls; nor are those that matter in training alone.
 
     Example:
         >>> plain_settings(nn.Sequential(nn.ReLU6()))
-        {'0.inplace': False, '0.max_val': 6.0, '0.min_val': 0.0}
+        {'0.max_val': 6.0, '0.min_val': 0.0}
     """
     found: dict[str, Any] = {}
     for path, module in network.named_modules():
         if type(module).__module__.startswith("hq_optuna."):
             continue
-        written = {name for kind in type(module).__mro__ for name in _written(kind)}
+        shipped = type(module).__module__.startswith("torch.")
+        written = set(_OF_TRAINING) if shipped else set[str]()
+        written |= {name for kind in type(module).__mro__ for name in _written(kind)}
         for name, value in sorted(vars(module).items()):
             kept = not name.startswith("_") and name != "training" and name not in written
             if kept and _is_plain(value):
                 found[f"{path}.{name}" if path else name] = value
     return found
+
+
+_OF_TRAINING = ("momentum", "p", "inplace")
+"""Attributes of PyTorch's own modules that say nothing of what they compute in evaluation mode."""
 
 
 def _written(kind: type) -> set[str]:
