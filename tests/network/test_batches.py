@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from hq_optuna.errors import DataError, HqOptunaError
-from hq_optuna.network.batches import Batches, forward, move, read_batches
+from hq_optuna.network.batches import Batches, check_sample_axis, forward, move, read_batches
 from hq_optuna.network.containers import tensors
 
 X = torch.arange(40.0, dtype=torch.float64).reshape(10, 4)
@@ -352,3 +352,22 @@ def test_a_loader_may_fill_the_same_memory_anew() -> None:
 def test_samples_are_those_of_the_first_input_that_has_some() -> None:
     inputs = {"scale": torch.tensor(2.0), "x": X[:5]}
     assert read_batches([(inputs, Y[:5])])[0].n == 5
+
+
+class Swapped(nn.Module):
+    """Gives the last axis to a norm as its channels."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return self.norm(x.transpose(1, 2)).transpose(1, 2)
+
+
+def test_batch_norm_by_the_batch_leaves_open_where_samples_lie():
+    """It mixes samples as a recurrent layer mixes time steps, and is no reason to refuse them."""
+    norm = nn.BatchNorm1d(4, track_running_stats=False)
+    network = nn.Sequential(nn.Embedding(5, 4), Swapped(norm), nn.Linear(4, 3)).eval()
+    labels = torch.arange(42).reshape(6, 7) % 3
+    check_sample_axis(network, read_batches([(labels, labels)])[0])
