@@ -60,42 +60,54 @@ def check_copy(
         NetworkError: Bits of a layer of the copy would not act, or not on the copy alone.
     """
     names = {id(p): name for name, p in network.named_parameters()}
-    own = {id(p): name for name, p in copy.named_parameters()}
+    own = {id(p) for p in copy.parameters()}
+    used, ran = _used(network, copy, layers, batches)
+    foreign = [name for place, name in names.items() if place in used or place in own]
+    if foreign:
+        raise NetworkError(f"A copy of the network computes with {foreign[0]!r} of the {_HELD}")
+    unseen = [n for n in layers if id(copy.get_parameter(f"{n}.weight")) not in used]
+    idle = (name for name in unseen if _is_idle(network, copy, name, ran.get(name, batches[0])))
+    return [
+        f"Layer {name!r} has no effect on the network's outputs in the calibration batches that "
+        "were tried; whatever its bits are there is no loss, so check that this is meant."
+        for name in idle
+    ]
+
+
+def _used(
+    network: nn.Module, copy: nn.Module, layers: Sequence[str], batches: Sequence[Inputs]
+) -> tuple[set[int], dict[str, Inputs]]:
+    """Return the ids of the parameters in a copy's graphs, and a batch for each layer that ran."""
+    used, ran = set[int](), dict[str, Inputs]()
     with _preserve_gradients(network), _preserve_gradients(copy):
         for parameter in (*network.parameters(), *copy.parameters()):
             if not parameter.is_inference():
                 parameter.requires_grad_(parameter.is_floating_point())
-        used, ran = set[int](), dict[str, Inputs]()
-        for place, inputs in enumerate(batches):
-            if place and set(layers) <= set(ran):
-                break
+        for inputs in batches:
             with watched_calls(copy, layers) as called:
                 used |= _leaves(copy, inputs)
             ran |= {name: inputs for name in called if name not in ran}
-    foreign = [name for place, name in names.items() if place in used or place in own]
-    if foreign:
-        raise NetworkError(f"A copy of the network computes with {foreign[0]!r} of the {_HELD}")
-    idle = []
-    for name in layers:
-        inputs = ran.get(name, batches[0])
-        if id(copy.get_parameter(f"{name}.weight")) in used or _moves(copy, name, inputs):
-            continue
-        if _moves(network, name, inputs):
-            raise NetworkError(
-                f"The weight of {name!r} has no effect in a copy of the network, as it has in the "
-                + _HELD
-            )
-        if _moves(copy, name, inputs, by_output=True):
-            raise NetworkError(
-                f"The network's outputs hang on what {name!r} returns, but not on its weight: "
-                "something that was computed from the weight is kept (a cache, a fused or merged "
-                "weight), and bits would not act. Turn that off, or clear it."
-            )
-        idle.append(
-            f"Layer {name!r} has no effect on the network's outputs in the calibration batches "
-            "that were tried; whatever its bits are there is no loss, so check that this is meant."
+            if set(layers) <= set(ran):
+                break
+    return used, ran
+
+
+def _is_idle(network: nn.Module, copy: nn.Module, name: str, inputs: Inputs) -> bool:
+    """Say whether a layer has no effect; refuse one whose weight has none alone, or in the copy."""
+    if _moves(copy, name, inputs):
+        return False
+    if _moves(network, name, inputs):
+        raise NetworkError(
+            f"The weight of {name!r} has no effect in a copy of the network, as it has in the "
+            + _HELD
         )
-    return idle
+    if _moves(copy, name, inputs, by_output=True):
+        raise NetworkError(
+            f"The network's outputs hang on what {name!r} returns, but not on its weight: "
+            "something that was computed from the weight is kept (a cache, a fused or merged "
+            "weight), and bits would not act. Turn that off, or clear it."
+        )
+    return True
 
 
 _HELD = (

@@ -48,18 +48,7 @@ def check_structure(network: Any) -> None:
         kind = type(network).__name__
         raise NetworkError(f"The {kind} is not set up: call super().__init__() in its __init__.")
     for name, module in network.named_modules():
-        for reason in (_wrapped, _without_layers, _quantized_before):
-            if said := reason(module):
-                raise NetworkError(f"{repr(name) if name else 'The network'} {said}")
-        dotted = next((child for child, _ in module.named_children() if "." in child), None)
-        if dotted is not None:
-            raise NetworkError(
-                f"A {type(module).__name__} holds a module under the name {dotted!r}, whose dot "
-                "reads as a module within a module. Call it by another name."
-            )
-        weight = module._parameters.get("weight") if isinstance(module, QUANTIZABLE) else None
-        if weight is not None and not is_lazy(weight):
-            _check_weight(f"{name}.weight", weight)
+        _check_module(name, module)
     if type(network).forward is nn.Module.forward and "forward" not in vars(network):
         kind, hint = type(network).__name__, "Give it a forward that calls what it holds"
         if isinstance(network, nn.ModuleList):
@@ -67,6 +56,21 @@ def check_structure(network: Any) -> None:
         raise NetworkError(f"The network is a {kind} without a forward. {hint}.")
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
         _check_tensor(name, tensor)
+
+
+def _check_module(name: str, module: nn.Module) -> None:
+    for reason in (_wrapped, _without_layers, _quantized_before):
+        if said := reason(module):
+            raise NetworkError(f"{repr(name) if name else 'The network'} {said}")
+    dotted = next((child for child, _ in module.named_children() if "." in child), None)
+    if dotted is not None:
+        raise NetworkError(
+            f"A {type(module).__name__} holds a module under the name {dotted!r}, whose dot "
+            "reads as a module within a module. Call it by another name."
+        )
+    weight = module._parameters.get("weight") if isinstance(module, QUANTIZABLE) else None
+    if weight is not None and not is_lazy(weight):
+        _check_weight(f"{name}.weight", weight)
 
 
 def _no_module(given: Any) -> str:

@@ -109,58 +109,23 @@ class StatisticsCorrection:
         """Read the statistics that are right; find the layers with batch-norm behind them."""
         norms = {name: m for name, m in network.named_modules() if has_statistics(m)}
         layers = {name: network.get_submodule(name) for name in prepared_layers(self.prepared)}
-        outputs: dict[int, tuple[str, Tensor]] = {}  # an id names a tensor as long as it lives
-        found: dict[str, list[ChannelStatistics]] = {}
-        normed: dict[str, str] = {}  # layers → the norm behind each
-        calls = Counter[str]()
-        ways: list[list[str]] = []  # the modules that each batch calls, in order
-        left: set[str] = set()
-
-        def norm(name: str, x: Tensor) -> None:
-            calls[name] += 1
-            if calls[name] == 1 and not follows_statistics(norms[name], x):
-                left.add(name)
-            found.setdefault(name, []).append(statistics_of(x, 1))
-            if id(x) in outputs and name not in left:
-                normed[outputs[id(x)][0]] = name
-
-        def layer(name: str, module: nn.Module, output: Any) -> None:
-            calls[name] += 1
-            # Some layers return several tensors.
-            if isinstance(output, Tensor) and has_known_axes(module):
-                outputs[id(output)] = name, output
-                axis = channel_axis(module, output)
-                found.setdefault(name, []).append(statistics_of(output, axis))
-            else:
-                left.add(name)
-
-        watched = watch_inputs(network, list(norms), norm)
-        with autocast(network, self.precision), watched, _watch_outputs(layers, layer):
+        seen = _Outputs(norms)
+        watched = watch_inputs(network, list(norms), seen.norm)
+        with autocast(network, self.precision), watched, _watch_outputs(layers, seen.layer):
             for place in self.places:
                 forward(network, self.data[place].inputs)
-                # A module called twice has one set of statistics for two inputs.
-                left |= {name for name, n in calls.items() if n > 1}
-                ways.append(list(calls))
-                calls.clear()
-                outputs.clear()
-        for name, parts in found.items():
-            mean, var = pooled(parts)
-            if name in left or name in normed or mean is None or var is None:
-                continue  # also one that no sample reached (an expert, regions of which are none)
-            if sum(part.n for part in parts) == 1:
-                continue  # a mean of one value: with it, outputs would be right whatever the bits
+                seen.end_batch()
+        right = seen.statistics()
+        self._order = common_order([[name for name in way if name in right] for way in seen.ways])
+        for name in self._order:
+            mean, var = right[name]
             if name in layers:
                 self._means[name] = mean
             else:
                 module: Any = norms[name]
                 stored = module.running_mean.clone(), module.running_var.clone()
                 self._norms[name] = _Norm(*stored, mean, var)
-        self._order = common_order(
-            [[n for n in way if n in self._norms or n in self._means] for way in ways]
-        )
-        self._norms = {n: s for n, s in self._norms.items() if n in self._order}
-        self._means = {n: m for n, m in self._means.items() if n in self._order}
-        self.takes = {n: 2 for n, norm in normed.items() if norm in self._norms}
+        self.takes = {n: 2 for n, norm in seen.normed.items() if norm in self._norms}
         self.takes |= dict.fromkeys(self._means, 1)
 
     @torch.no_grad()
@@ -223,6 +188,60 @@ class StatisticsCorrection:
         held = (module.get_buffer(SHIFT),) if shift else (module.running_mean, module.running_var)
         for buffer, value in zip(held, values, strict=True):
             buffer.copy_(value)
+
+
+class _Outputs:
+    """What enters the norms, and leaves the layers, of a network that runs batch by batch.
+
+    ``ways`` are the modules that each batch calls, in order; ``normed`` names the norm behind each
+    layer that has one.
+    """
+
+    def __init__(self, norms: Mapping[str, nn.Module]) -> None:
+        self.ways: list[list[str]] = []
+        self.normed: dict[str, str] = {}
+        self._norms = norms
+        self._calls = Counter[str]()
+        self._left: set[str] = set()  # of which nothing can be told
+        self._outputs: dict[int, tuple[str, Tensor]] = {}  # an id names a tensor while it lives
+        self._found: dict[str, list[ChannelStatistics]] = {}
+
+    def norm(self, name: str, x: Tensor) -> None:
+        """Take in what enters a norm."""
+        self._calls[name] += 1
+        if self._calls[name] == 1 and not follows_statistics(self._norms[name], x):
+            self._left.add(name)
+        self._found.setdefault(name, []).append(statistics_of(x, 1))
+        if id(x) in self._outputs and name not in self._left:
+            self.normed[self._outputs[id(x)][0]] = name
+
+    def layer(self, name: str, module: nn.Module, output: Any) -> None:
+        """Take in what a layer returns; some return several tensors."""
+        self._calls[name] += 1
+        if isinstance(output, Tensor) and has_known_axes(module):
+            self._outputs[id(output)] = name, output
+            axis = channel_axis(module, output)
+            self._found.setdefault(name, []).append(statistics_of(output, axis))
+        else:
+            self._left.add(name)
+
+    def end_batch(self) -> None:
+        """A module called twice has one set of statistics for two inputs, so it is left alone."""
+        self._left |= {name for name, n in self._calls.items() if n > 1}
+        self.ways.append(list(self._calls))
+        self._calls.clear()
+        self._outputs.clear()
+
+    def statistics(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return means and variances of what can be corrected.
+
+        That is nothing that no sample reached (an expert, regions of which there are none), and no
+        mean of one value: with it, outputs would be right whatever the bits.
+        """
+        chosen = self._found.keys() - self._left - self.normed.keys()
+        told = {n: parts for n, parts in self._found.items() if n in chosen}
+        both = {n: pooled(parts) for n, parts in told.items() if sum(p.n for p in parts) > 1}
+        return {n: (m, v) for n, (m, v) in both.items() if m is not None and v is not None}
 
 
 def common_order(ways: Sequence[Sequence[str]]) -> tuple[str, ...]:
