@@ -172,42 +172,48 @@ def check_batch_loss(
     """
     where = f"{what} batch {index}" if index else f"the first {what} batch"
     bad = _first_of(outputs, torch.isnan)
-    loss: Any = None
     if bad is None:
-        owner = preserve_network(loss_fn) if isinstance(loss_fn, nn.Module) else nullcontext()
-        devices = {tensor.device for tensor in tensors(outputs)}
-        hint = "It is called with (outputs, labels)."
-        said = explain_errors(f"The loss function failed on {where}", hint)
-        with said, owner, preserve_rng_state(devices), torch.no_grad():
-            first, again = (observe_loss(loss_fn, outputs, labels) for _ in range(2))
-        loss = first.loss
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise DataError(
-                f"The loss function returns one number, the mean of a batch; got {shape}."
-            )
+        first, again = _computed_twice(loss_fn, outputs, labels, where)
         if first.call is not None and not first.weight:
             return first
-        if not math.isfinite(float(loss)):
+        loss = float(first.loss)
+        if not math.isfinite(loss):
             bad = _first_of(outputs, lambda x: ~torch.isfinite(x))
     if bad is not None:
         raise NetworkError(
             f"The network's outputs on the {what} data hold NaN or infinity (batch {index}{bad}). "
             "Check the checkpoint and the normalization of the inputs."
         )
-    if not math.isfinite(float(loss)):
+    if not math.isfinite(loss):
         raise DataError(
-            f"The loss on {where} is {float(loss)}. Check labels and outputs. A mean over no label "
-            "at all, where all are ignored, is NaN: leave such a batch out, or return 0 for it."
+            f"The loss on {where} is {loss}. Check labels and outputs. A mean over no label at "
+            "all, where all are ignored, is NaN: leave such a batch out, or return 0 for it."
         )
-    rough = 1e-5 if loss.is_cuda else 0.0  # some sums on GPUs have no fixed order
-    if not math.isclose(float(loss), float(again.loss), rel_tol=rough):
+    rough = 1e-5 if first.loss.is_cuda else 0.0  # some sums on GPUs have no fixed order
+    if not math.isclose(loss, float(again.loss), rel_tol=rough):
         raise DataError(
-            f"The loss on {where} differs when computed twice: {float(loss)!r}, then "
+            f"The loss on {where} differs when computed twice: {loss!r}, then "
             f"{float(again.loss)!r}. The loss function draws random numbers, or remembers what it "
             "saw. Scores must be repeatable: give it a fixed seed, or eval mode (loss.eval())."
         )
     return first
+
+
+def _computed_twice(
+    loss_fn: LossFunction, outputs: Any, labels: Any, where: str
+) -> tuple[ObservedLoss, ObservedLoss]:
+    """Return a batch's loss from two calls, which leave nothing behind."""
+    owner = preserve_network(loss_fn) if isinstance(loss_fn, nn.Module) else nullcontext()
+    devices = {tensor.device for tensor in tensors(outputs)}
+    hint = "It is called with (outputs, labels)."
+    said = explain_errors(f"The loss function failed on {where}", hint)
+    with said, owner, preserve_rng_state(devices), torch.no_grad():
+        first, again = (observe_loss(loss_fn, outputs, labels) for _ in range(2))
+    loss = first.loss
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise DataError(f"The loss function returns one number, the mean of a batch; got {shape}.")
+    return first, again
 
 
 def _first_of(tree: Any, bad: Callable[[Tensor], Tensor]) -> str | None:
