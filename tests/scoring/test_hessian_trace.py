@@ -9,7 +9,8 @@ from hq_optuna.network.batches import read_batches
 from hq_optuna.network.introspection import introspect
 from hq_optuna.quantization import get_bits, observe_inputs, prepare
 from hq_optuna.quantization.correction import StatisticsCorrection
-from hq_optuna.scoring.hessian_trace import OutputHessian, hessian_trace
+from hq_optuna.scoring.hessian_trace import hessian_trace
+from hq_optuna.scoring.output_hessian import OutputHessian
 from hq_optuna.scoring.scorer import Scorer
 from hq_optuna.scoring.sensitivity import Sensitivity
 from hq_optuna.space.assignment import LayerBits
