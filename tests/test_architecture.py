@@ -2,7 +2,8 @@
 
     cli
     bit_search                               the whole search from one call
-    report   study_files   workers   answer
+    report   study_files   workers   export
+    answer                                   the answer of a search
     objective                                where a network meets a trial: both halves
     training scoring curvature               dashboard visualization samplers pruners
     quantization network                     artifacts protocol storages
@@ -36,7 +37,7 @@ TORCH = ("network", "quantization", "curvature", "scoring", "training")
 OPTUNA = (
     *("storages", "protocol", "pruners", "samplers", "artifacts", "visualization", "dashboard"),
 )
-BOTH = ("objective", "answer", "workers", "study_files", "report", "bit_search")
+BOTH = ("objective", "answer", "export", "workers", "study_files", "report", "bit_search")
 FACE = "hq_optuna"
 """The package's own `__init__`, which shows names of every room (lazily)."""
 
@@ -78,6 +79,9 @@ ROOMS: dict[str, set[str]] = {
     "answer": {
         *("errors", "atomic_files", "attributes", "space", "search"),
         *("network", "quantization", "protocol", "artifacts", "objective"),
+    },
+    "export": {
+        *("errors", "atomic_files", "_version", "space", "network", "quantization", "answer"),
     },
     "workers": {"errors", "attributes", INTERNALS, "search", "storages", "protocol", "samplers"},
     "study_files": {"errors", "settings"},
