@@ -231,62 +231,49 @@ def watched_codes(network: nn.Module) -> Iterator[dict[str, list[NDArray[np.int6
         yield found
 
 
-class Quantizer:
-    """One rounding of activations in a graph: its module's name, and that of its codes."""
-
-    def __init__(self, node: Any) -> None:
-        self.name = node.input[1].removesuffix(".scale")
-        self.node, self.codes = node, node.input[0]
-
-
-def quantizers_of(model: onnx.ModelProto) -> list[Quantizer]:
-    """Return the roundings of activations of a file in the order of its nodes."""
+def roundings(model: onnx.ModelProto) -> list[Any]:
+    """Return the nodes that make floats of rounded activations, in the order of the graph."""
     stored = {item.name for item in model.graph.initializer}
     nodes = [n for n in model.graph.node if n.op_type == "DequantizeLinear"]
-    return [Quantizer(n) for n in nodes if n.input[0] not in stored and ".scale" in n.input[1]]
+    return [n for n in nodes if n.input[0] not in stored and n.input[1].endswith(".scale")]
 
 
-def with_codes(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a model that also gives the codes of each rounding, as integers of 8 or 16 bits."""
-    changed, found = with_given_codes(model)
-    for i, one in enumerate(found):
-        one.node.input[0] = one.codes
-        del changed.graph.input[-1]
-        small = [n for n in changed.graph.node if list(n.output) == [f"given_{i}_small"]]
-        for node in small:
-            changed.graph.node.remove(node)
-    return changed
+def quantizer_of(node: Any) -> str:
+    """Return the name of the module that rounds, which its scale carries."""
+    return str(node.input[1]).removesuffix(".scale")
 
 
-def with_given_codes(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Quantizer]]:
-    """Return a model that takes the codes of each rounding as inputs, and gives its own as outputs.
+def with_codes(model: onnx.ModelProto, *, given: bool) -> tuple[onnx.ModelProto, list[str]]:
+    """Return a model that also gives the codes of each rounding, and the names of the roundings.
 
-    Both are integers of 8 or 16 bits. The given codes take the place of the computed ones.
+    Codes are integers of 8 or 16 bits. With ``given`` it takes codes as further inputs too, which
+    stand in the place of the computed ones.
     """
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
     kinds = {item.name: item.data_type for item in model.graph.initializer}
-    found = quantizers_of(changed)
-    for i, one in enumerate(found):
-        kind = kinds[one.node.input[2]]
-        seen, given = one.codes, f"given_{i}"
-        outside = TensorProto.UINT8 if kind in _SMALL else kind
-        if kind in _SMALL:
-            nodes = [
-                helper.make_node("Cast", [given], [f"{given}_small"], to=kind),
-                helper.make_node("Cast", [seen], [f"seen_{i}"], to=outside),
-            ]
-            at = list(changed.graph.node).index(one.node)
-            for node in nodes:
-                changed.graph.node.insert(at, node)
-            one.node = changed.graph.node[at + 2]
-            seen = f"seen_{i}"
-            one.node.input[0] = f"{given}_small"
-        else:
-            one.node.input[0] = given
-        changed.graph.input.append(helper.make_tensor_value_info(given, outside, None))
+    names, nodes = list[str](), list[Any]()
+    for i, node in enumerate(roundings(changed)):
+        kind, codes = kinds[node.input[2]], node.input[0]
+        small = kind in _SMALL
+        outside = TensorProto.UINT8 if small else kind
+        seen, taken = (f"seen_{i}", f"small_{i}") if small else (codes, f"given_{i}")
+        if small:
+            nodes.append(helper.make_node("Cast", [codes], [seen], to=outside))
         changed.graph.output.append(helper.make_tensor_value_info(seen, outside, None))
-    return changed, found
+        if given:
+            if small:
+                nodes.append(helper.make_node("Cast", [f"given_{i}"], [taken], to=kind))
+            changed.graph.input.append(helper.make_tensor_value_info(f"given_{i}", outside, None))
+            node.input[0] = taken
+        names.append(quantizer_of(node))
+    # Nodes are in the order of what they need; which place a Cast has, the runtime finds out.
+    ordered = [*changed.graph.node]
+    del changed.graph.node[:]
+    casts_of_given = [n for n in nodes if n.input[0].startswith("given_")]
+    casts_of_seen = [n for n in nodes if n not in casts_of_given]
+    changed.graph.node.extend([*casts_of_given, *ordered, *casts_of_seen])
+    return changed, names
 
 
 @dataclass
@@ -323,9 +310,10 @@ class _Comparison:
     def __init__(self, model: onnx.ModelProto, bits: Mapping[str, int], *, optimize: bool) -> None:
         self._bits = bits
         self.tally, self.optimize = _Tally(), optimize
-        given, self.quantizers = with_given_codes(model)
+        given, self.quantizers = with_codes(model, given=True)
         self._given = session(given.SerializeToString(), optimize=optimize)
-        free = model if optimize else with_codes(model)  # more outputs may keep kernels apart
+        # More outputs may keep kernels apart.
+        free = model if optimize else with_codes(model, given=False)[0]
         self._free = session(free.SerializeToString(), optimize=optimize)
         self._n = len(model.graph.output)
 
@@ -337,11 +325,11 @@ class _Comparison:
     ) -> None:
         """Compare one batch."""
         names = [item.name for item in self._given.get_inputs()]
-        places = dict.fromkeys((q.name for q in self.quantizers), 0)
+        places = dict.fromkeys(self.quantizers, 0)
         expected = []
-        for one in self.quantizers:
-            expected.append(codes[one.name][places[one.name]])
-            places[one.name] += 1
+        for name in self.quantizers:
+            expected.append(codes[name][places[name]])
+            places[name] += 1
         kinds = [item.type for item in self._given.get_inputs()][len(inputs) :]
         given = [
             e.astype(np.uint16 if "16" in k else np.uint8)
@@ -349,8 +337,8 @@ class _Comparison:
         ]
         found = self._given.run(None, dict(zip(names, [*inputs, *given], strict=True)))
         tally = self.tally
-        for one, e, f in zip(self.quantizers, expected, found[self._n :], strict=True):
-            bits = self._bits[one.name]
+        for name, e, f in zip(self.quantizers, expected, found[self._n :], strict=True):
+            bits = self._bits[name]
             tally.unequal_allowed += e.size * max(UNEQUAL_SHARE, 2.0 ** (bits - 22))
             difference = np.abs(e - f.astype(np.int64))
             tally.codes += e.size
@@ -429,10 +417,10 @@ def check_file(
     )
 
 
-def _last_step(quantizers: Sequence[Quantizer], layers: Mapping[str, DeployedLayer]) -> float:
+def _last_step(quantizers: Sequence[str], layers: Mapping[str, DeployedLayer]) -> float:
     """Return what one code of the last layer's input changes an output by, at most."""
-    for one in reversed(quantizers):
-        layer = layers.get(one.name.rpartition(".")[0])
+    for name in reversed(quantizers):
+        layer = layers.get(name.rpartition(".")[0])
         if layer is not None and layer.input_quantizer is not None:
             return float(layer.input_quantizer.scale) * float(layer.weight.abs().max())
     return 0.0

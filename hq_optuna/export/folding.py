@@ -102,22 +102,22 @@ def _fit(layer: Any, norm: Any, output: Node) -> bool:
     return own and axis_1 and quantized and runs_forward_of(norm, *shipped)
 
 
-def _fold_(layer: Any, norm: Any, name: str) -> None:
+def _fold_(module: Any, norm: Any, name: str) -> None:
     """Fold one batch-norm; see the formula above. In double precision, rounded once."""
     scale, bias = factors_of(norm)
-    step = scale.abs() * layer.weight_scale.double()
+    step = scale.abs() * module.weight_scale.double()
     signs = torch.where(step >= _TINY, scale.sign(), 0.0)
-    shape = [1] * layer.weight_codes.dim()
-    shape[layer.channel_axis] = -1
-    codes = layer.weight_codes * signs.reshape(shape).to(layer.weight_codes.dtype)
-    layer.register_buffer("weight_codes", codes)
-    layer.register_buffer(
+    shape = [1] * module.weight_codes.dim()
+    shape[module.channel_axis] = -1
+    codes = module.weight_codes * signs.reshape(shape).to(module.weight_codes.dtype)
+    module.register_buffer("weight_codes", codes)
+    module.register_buffer(
         "weight_scale", torch.where(signs == 0, 1.0, step.clamp_min(_TINY)).float()
     )
-    own = bias_of(layer)
+    own = bias_of(module)
     before = 0.0 if own is None else own.double()
-    set_bias_(layer, (scale * before + bias).float())
-    layer.folded = name
+    set_bias_(module, (scale * before + bias).float())
+    module.folded = name
 
 
 def factors_of(norm: Any) -> tuple[Tensor, Tensor]:

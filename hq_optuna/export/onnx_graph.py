@@ -191,10 +191,7 @@ def _add_zero_points_(model: ir.Model) -> None:
         scale = node.inputs[1]
         assert scale is not None and scale.const_value is not None
         zeros = np.zeros(scale.const_value.shape.numpy(), dtype=np.int8)
-        name = f"{codes.name}_zero_point"
-        value = ir.Value(name=name, const_value=ir.tensor(zeros, name=name))
-        value.dtype, value.shape = ir.DataType.INT8, ir.Shape(zeros.shape)
-        model.graph.initializers[name] = value
+        value = _stored(model, f"{codes.name}_zero_point", zeros, ir.DataType.INT8)
         node.resize_inputs(3)
         node.replace_input_with(2, value)
 
@@ -220,8 +217,9 @@ def _lay_weights_down_(model: ir.Model) -> None:
         _set_(codes, array, codes.const_value.dtype)
         axis = source.attributes["axis"].as_int()
         source.attributes["axis"] = ir.AttrInt64("axis", 1 - axis % 2)
-        source.outputs[0].shape = ir.Shape(array.shape)
-        node.outputs[0].replace_all_uses_with(source.outputs[0])
+        value = source.outputs[0]
+        value.shape = ir.Shape(array.shape)
+        node.outputs[0].replace_all_uses_with(value)
         graph.remove(node, safe=True)
 
 
@@ -241,21 +239,24 @@ def _set_biases_apart_(model: ir.Model, network: nn.Module, containers: Containe
             continue
         output = node.outputs[0]
         rank = len(output.shape) if output.shape is not None else 2
-        shape = np.array([-1, *[1] * (rank - 2)], dtype=np.int64)
-        apart = bias
-        if rank > 2:
-            array = bias.const_value.numpy().reshape(shape)
-            apart = ir.Value(name=f"{bias.name}_by_channel", const_value=ir.tensor(array))
-            apart.type, apart.shape = bias.type, ir.Shape(array.shape)
-            model.graph.initializers[str(apart.name)] = apart
         node.resize_inputs(2)
-        added = ir.node("Add", [output, apart], name=f"{node.name}_bias")
-        total = added.outputs[0]
-        total.name, total.shape = f"{output.name}_biased", output.shape
-        total.type = output.type
-        output.replace_all_uses_with(total, replace_graph_outputs=True)
+        if rank > 2:
+            by_channel = bias.const_value.numpy().reshape(-1, *[1] * (rank - 2))
+            bias = _stored(model, f"{bias.name}_by_channel", by_channel, bias.const_value.dtype)
+        added = ir.node("Add", [output, bias], name=f"{node.name}_bias")
+        value = added.outputs[0]
+        value.name, value.shape, value.type = f"{output.name}_biased", output.shape, output.type
+        output.replace_all_uses_with(value, replace_graph_outputs=True)
         added.replace_input_with(0, output)
         model.graph.insert_after(node, added)
+
+
+def _stored(model: ir.Model, name: str, array: Any, kind: ir.DataType) -> ir.Value:
+    """Add an initializer to a model."""
+    value = ir.Value(name=name)
+    _set_(value, array, kind)
+    model.graph.initializers[name] = value
+    return value
 
 
 def runs_in_integers(layer: DeployedLayer, containers: Containers) -> bool:
