@@ -108,12 +108,14 @@ class Given(Rise):
 
     def of_samples(self, outputs: Any, moved: Any, batch: Batch) -> Tensor:
         """Return one number: the function tells the sum alone."""
-        found = self.function(cloned(outputs), cloned(moved))
-        return torch.as_tensor(found, dtype=torch.float64).detach().reshape(-1)
+        found = torch.as_tensor(self.function(cloned(outputs), cloned(moved)))
+        if found.numel() != 1:
+            raise ValueError(f"expected one number, summed over samples; got {(*found.shape,)}")
+        return found.detach().double().reshape(-1)
 
     def of_batch(self, outputs: Any, moved: Any, batch: Batch) -> float:
         """Return what the function returned, one number."""
-        return float(self.function(cloned(outputs), cloned(moved)))
+        return float(self.of_samples(outputs, moved, batch))
 
     def draw(self, outputs: Any, batch: Batch, generator: torch.Generator) -> list[Probe]:
         """Raise `DataError`: nothing is known of the function's Hessian."""
