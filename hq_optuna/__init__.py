@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hq_optuna._version import __version__
 
 if TYPE_CHECKING:
-    from hq_optuna import artifacts, pruners, samplers, space, storages, visualization
+    from hq_optuna import artifacts, pruners, rises, samplers, space, storages, visualization
     from hq_optuna.answer.recipe import load
     from hq_optuna.answer.resolve import load_assignment, pareto, resolve
     from hq_optuna.answer.result import SearchResult
@@ -52,7 +52,7 @@ _HOME = {
     "set_bits": "quantization",
     "write_report": "report.page",
 }
-_ROOMS = ("artifacts", "pruners", "samplers", "space", "storages", "visualization")
+_ROOMS = ("artifacts", "pruners", "rises", "samplers", "space", "storages", "visualization")
 
 __all__ = [
     "FLOAT_BITS",
@@ -79,6 +79,7 @@ __all__ = [
     "pruners",
     "read_history",
     "resolve",
+    "rises",
     "samplers",
     "set_bits",
     "space",

@@ -1,7 +1,7 @@
 """The Hessian trace of each layer's error, seen from the outputs: what its bits cost, all at once.
 
 Rounding a layer moves the outputs z by Δz, which costs ½ Δzᵀ H̄ Δz, with H̄ the mean over samples of
-the loss's Hessian in the outputs (softened, as in `hq_optuna.scoring.outputs`). With random u of
+the loss's Hessian in the outputs (softened, as in `hq_optuna.rises`). With random u of
 covariance H̄ that is the mean of ½ ⟨u, Δz⟩²: half the trace of H̄ E[Δz Δzᵀ], by random probes. One
 backward pass from ⟨u, z⟩ gives the gradient g in every layer's output y, and ⟨u, Δz⟩ = ⟨g, Δy⟩ to
 first order, whatever moved y: a rounded weight, or a rounded input, at any number of bits.
@@ -21,7 +21,6 @@ Sources: Hutchinson 1989 (probes); Schraudolph 2002 (Gauss-Newton).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,9 +31,8 @@ from torch import Tensor, nn
 
 from hq_optuna.curvature import Curvature
 from hq_optuna.curvature.sweep import Call, Calls
-from hq_optuna.network.batches import Batch, Batches, forward
+from hq_optuna.network.batches import Batch, Batches
 from hq_optuna.network.layer_types import has_known_axes
-from hq_optuna.network.losses import LossFunction, is_cross_entropy, is_squared_error
 from hq_optuna.quantization.correction import StatisticsCorrection, channel_axis
 from hq_optuna.quantization.observers import first_input, with_first_input
 from hq_optuna.quantization.prepare import (
@@ -45,6 +43,7 @@ from hq_optuna.quantization.prepare import (
     weight_quantizer,
 )
 from hq_optuna.quantization.statistics import ChannelStatistics, pooled, statistics_of
+from hq_optuna.rises.base import Rise
 from hq_optuna.scoring.first_order import (
     applied,
     by_outer_products,
@@ -53,7 +52,6 @@ from hq_optuna.scoring.first_order import (
     outer,
     weight_changes,
 )
-from hq_optuna.scoring.output_hessian import OutputHessian
 from hq_optuna.scoring.sensitivity import Sensitivity
 from hq_optuna.space.assignment import LayerBits
 from hq_optuna.space.layers import FLOAT_BITS
@@ -296,7 +294,7 @@ def hessian_trace(
     prepared: nn.Module,
     space: SearchSpace,
     data: Batches,
-    loss_fn: LossFunction,
+    rise: Rise,
     correction: StatisticsCorrection | None,
     *,
     probes: int = PROBES,
@@ -307,12 +305,11 @@ def hessian_trace(
 
     Costs, for the data given, two passes forward, one back for each probe, and about as much again
     for all numbers of bits together. Layers that compute in a way of their own cost a forward pass
-    of theirs for each number of bits instead. The network's outputs are one tensor; its bits are
-    restored. ``progress`` is called with (batches done, batches). Raises `ValueError` for a loss
-    that is neither PyTorch's cross-entropy nor its mean squared error.
+    of theirs for each number of bits instead. The network's bits are restored. ``progress`` is
+    called with (batches done, batches). Raises `ValueError` for a rise that draws no probes.
     """
-    if not (is_cross_entropy(loss_fn) or is_squared_error(loss_fn)):
-        raise ValueError("'hessian_trace' knows cross-entropy and squared error, not this loss.")
+    if not rise.can_draw:
+        raise ValueError("'hessian_trace' needs a rise of hq_optuna.rises; got a function.")
     before = get_bits(prepared)
     in_float = dict.fromkeys(before, LayerBits(FLOAT_BITS, FLOAT_BITS))
     set_bits(prepared, in_float)
@@ -326,10 +323,9 @@ def hessian_trace(
     generator = torch.Generator().manual_seed(seed)
     try:
         with torch.no_grad():
-            outputs = [forward(prepared, batch.inputs) for batch in data]
-        hessian = OutputHessian.of(loss_fn, outputs, data)
+            rise = rise.fitted((rise.run(prepared, batch.inputs) for batch in data), data)
         for index, batch in enumerate(data):
-            seen = _probed(prepared, list(layers), batch, hessian, probes, generator, unreached)
+            seen = _probed(prepared, list(layers), batch, rise, probes, generator, unreached)
             for name, layer in layers.items():
                 # What is no longer needed is let go layer by layer.
                 layer.add(prepared.get_submodule(name), seen.pop(name, []), batch.n, step)
@@ -348,7 +344,7 @@ def _probed(
     network: nn.Module,
     names: Sequence[str],
     batch: Batch,
-    hessian: OutputHessian,
+    rise: Rise,
     probes: int,
     generator: torch.Generator,
     unreached: dict[str, frozenset[str]],
@@ -359,18 +355,15 @@ def _probed(
     while left:
         calls = Calls()
         with _watched(network, names, calls) as seen, torch.enable_grad():
-            z = forward(network, batch.inputs)
+            z = rise.run(network, batch.inputs)
             # What the backward pass calls once more is called so once.
             again = any(call.trace is not None for call in calls.forward)
             now = 1 if again else left
             for i in range(now):
-                u = hessian.draw(z.detach(), batch, generator)
-                if len(z) != batch.n:  # several rows of outputs a sample, such as its tokens
-                    u = u * math.sqrt(batch.n / len(z))
-                if z.requires_grad:
+                told = rise.projected(z, batch, generator)
+                if told.requires_grad:
                     with calls.going_back():
-                        change = (u * torch.where(u != 0, z, 0.0)).sum()
-                        change.backward(retain_graph=i + 1 < now)  # type: ignore[no-untyped-call]
+                        told.backward(retain_graph=i + 1 < now)  # type: ignore[no-untyped-call]
         left -= now
         for layer, earlier in calls.unreached().items():
             unreached[layer] = unreached.get(layer, frozenset()) | earlier

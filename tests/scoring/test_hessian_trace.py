@@ -10,9 +10,9 @@ from hq_optuna.network.batches import read_batches
 from hq_optuna.network.introspection import introspect
 from hq_optuna.quantization import get_bits, observe_inputs, prepare
 from hq_optuna.quantization.correction import StatisticsCorrection
+from hq_optuna.rises import Given, rise_of_loss
 from hq_optuna.scoring import hessian_trace as table_module
 from hq_optuna.scoring.hessian_trace import hessian_trace
-from hq_optuna.scoring.output_hessian import OutputHessian
 from hq_optuna.scoring.scorer import Scorer
 from hq_optuna.scoring.sensitivity import Sensitivity
 from hq_optuna.space.assignment import LayerBits
@@ -38,6 +38,7 @@ class Parts:
             torch.manual_seed(1)
             self.network = build().eval()
         self.data, self.loss = read_batches((x, y), batch_size=batch_size), loss
+        self.rise = rise_of_loss(loss)
         layers = introspect(self.network, self.data).layers
         self.space = SearchSpace.build(layers, bits=(8, 6, 4, 3), pin_first_last=None)
         names = [layer.name for layer in layers]
@@ -47,7 +48,7 @@ class Parts:
 
     def table(self, probes=2, **options):
         return hessian_trace(
-            *(self.prepared, self.space, self.data, self.loss, self.correction),
+            *(self.prepared, self.space, self.data, self.rise, self.correction),
             probes=probes,
             **options,
         )
@@ -56,18 +57,18 @@ class Parts:
         """The rise of the outputs with one layer rounded, and the rest as the correction has it."""
         with torch.no_grad():
             outputs = [self.network(batch.inputs) for batch in self.data]
-        hessian = OutputHessian.of(self.loss, outputs, self.data)
+        fitted = self.rise.fitted(outputs, self.data)
         empty = Sensitivity({}, {})
         scorer = Scorer(self.prepared, empty, self.data, self.loss, correction=self.correction)
 
         def rise(expected, moved):
             change = (moved - expected).double().movedim(1, -1)
             change = change.reshape(len(change), -1, change.shape[-1])
-            if hessian.factor is None:
+            if not hasattr(fitted, "factor"):
                 return change.flatten(1).square().mean(1).sum()
-            return 0.5 * (change @ hessian.factor).square().sum(-1).mean(1).sum()
+            return 0.5 * (change @ fitted.factor).square().sum(-1).mean(1).sum()
 
-        scorer.output_rise = rise
+        scorer.output_rise = Given(rise)
         _, found = scorer.measure({**dict.fromkeys(get_bits(self.prepared), FLOAT), name: bits})
         if self.correction is not None:
             self.correction.reset()
@@ -273,8 +274,8 @@ def test_parameters_keep_their_gradients():
     assert all(p.requires_grad and p.grad is None for p in parts.prepared.parameters())
 
 
-def test_other_losses_are_refused():
+def test_functions_are_refused_as_they_tell_no_hessian():
     parts = CASES["dense"]()
-    parts.loss = lambda z, y: cross_entropy(z, y) + 0
-    with pytest.raises(ValueError, match="'hessian_trace' knows cross-entropy and squared error"):
+    parts.rise = Given(lambda z, moved: 0.0)
+    with pytest.raises(ValueError, match=r"needs a rise of hq_optuna\.rises"):
         parts.table()
