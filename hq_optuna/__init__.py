@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hq_optuna.answer.resolve import load_assignment, pareto, resolve
     from hq_optuna.answer.result import SearchResult
     from hq_optuna.bit_search import BitSearch
+    from hq_optuna.network.evaluation import Metric
     from hq_optuna.network.introspection import introspect
     from hq_optuna.objective.hessian import HessianObjective
     from hq_optuna.protocol.history import assignment, read_history
@@ -34,6 +35,7 @@ _HOME = {
     "CostModel": "space",
     "FLOAT_BITS": "space",
     "HessianObjective": "objective.hessian",
+    "Metric": "network.evaluation",
     "LayerBits": "space",
     "LayerSpec": "space",
     "SearchResult": "answer.result",
@@ -63,6 +65,7 @@ __all__ = [
     "HessianObjective",
     "LayerBits",
     "LayerSpec",
+    "Metric",
     "SearchResult",
     "SearchSettings",
     "SearchSpace",

@@ -73,7 +73,8 @@ class BitSearch:
             where that is unknown or there is none, by the outputs; a warning says which and why.
         training: When winners are trained, how and on what, see `TrainingPlan`; ``None``: never.
         validation: Data on which the network is measured before and after.
-        evaluate: What is measured there, from (network, batches); accuracy by default.
+        evaluate: What is measured there: a `hq_optuna.Metric`, or a function that returns figures
+            by name from (network, batches); accuracy by default.
         batch_size: Samples a batch, where data come without batches.
         sample_axis: Axis of the input tensors along which samples lie, where labels do not tell:
             see `hq_optuna.network.batches.read_batches`.
@@ -437,6 +438,6 @@ class BitSearch:
         )
 
     @own_modes()
-    def before_and_after(self, network: nn.Module, data: Batches, what: str) -> dict[str, float]:
+    def before_and_after(self, network: nn.Module, data: Batches, what: str) -> dict[str, Any]:
         """Return what is measured of the float network and of a quantized one."""
         return before_and_after(self.evaluate, self.objective.model, network, data, what)
