@@ -5,7 +5,7 @@
     report   study_files   workers   export
     answer                                   the answer of a search
     objective                                where a network meets a trial: both halves
-    training scoring curvature               dashboard visualization samplers pruners
+    training scoring curvature rises         dashboard visualization samplers pruners
     quantization network                     artifacts protocol storages
     settings  search  space                  NumPy and SciPy only
     attributes  errors  atomic_files         standard library only
@@ -33,7 +33,7 @@ PACKAGE = ROOT / "hq_optuna"
 BASE = ("errors", "atomic_files", "_version", "attributes")
 INTERNALS = "optuna_internals"
 PLAIN = ("space", "search", "settings")
-TORCH = ("network", "quantization", "curvature", "scoring", "training")
+TORCH = ("network", "quantization", "rises", "curvature", "scoring", "training")
 OPTUNA = (
     *("storages", "protocol", "pruners", "samplers", "artifacts", "visualization", "dashboard"),
 )
@@ -52,8 +52,9 @@ ROOMS: dict[str, set[str]] = {
     "search": {"settings", "space"},
     "network": {"errors", "settings", "space"},
     "quantization": {"errors", "settings", "space", "network"},
-    "curvature": {"errors", "space", "network", "quantization"},
-    "scoring": {"errors", "settings", "space", "network", "quantization", "curvature"},
+    "rises": {"errors", "network"},
+    "curvature": {"errors", "space", "network", "quantization", "rises"},
+    "scoring": {"errors", "settings", "space", "network", "quantization", "rises", "curvature"},
     "training": {
         *("errors", "atomic_files", "settings", "space"),
         *("network", "quantization", "curvature"),
@@ -91,7 +92,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "bit_search": {
         *("errors", "attributes", INTERNALS, "settings", "space", "search"),
-        *("network", "scoring", "training", "storages", "protocol"),
+        *("network", "rises", "training", "storages", "protocol"),
         *("pruners", "samplers", "artifacts", "dashboard"),
         *("objective", "answer", "workers"),
     },

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from hq_optuna.errors import ScoreError
-from hq_optuna.network.batches import Batch, Batches, autocast, check_precision, cloned, forward
+from hq_optuna.network.batches import Batch, Batches, autocast, check_precision, forward
 from hq_optuna.network.copies import copied
 from hq_optuna.network.loss_weights import batch_loss
 from hq_optuna.network.losses import LossFunction
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.quantization.prepare import get_bits, set_bits
-from hq_optuna.scoring.outputs import CrossEntropyRise, OutputRise, squared_error_rise
+from hq_optuna.rises.base import Rise
 from hq_optuna.scoring.sensitivity import Sensitivity
 from hq_optuna.settings import Precision, ScorerName
 from hq_optuna.space.assignment import LayerBits
@@ -56,7 +56,7 @@ class Scorer:
         data: Batches,
         loss_fn: LossFunction,
         *,
-        output_rise: OutputRise | None = None,
+        output_rise: Rise | None = None,
         by_loss: bool = False,
         correction: StatisticsCorrection | None = None,
         precision: Precision = "float32",
@@ -120,14 +120,7 @@ class Scorer:
     def _rise(self, expected: Any, outputs: Any, batch: Batch) -> float:
         """Return the rise computed from a batch's outputs, summed over its samples."""
         assert self.output_rise is not None
-        if isinstance(self.output_rise, CrossEntropyRise):
-            rise = batch.share * float(self.output_rise(expected, outputs, batch.labels))
-        else:
-            rise = float(self.output_rise(cloned(expected), cloned(outputs)))
-            if self.output_rise is not squared_error_rise:
-                return rise  # the user's own is summed over samples already
-        # A sample may have several rows of outputs, such as its tokens.
-        return rise if len(outputs) == batch.n else rise * batch.n / len(outputs)
+        return self.output_rise.of_batch(expected, outputs, batch)
 
     @torch.no_grad()
     def float_loss(self) -> float:
@@ -159,8 +152,8 @@ class Scorer:
                     self.correction.reset()
                 self._float_outputs = [forward(self.prepared, b.inputs) for b in self.data]
                 set_bits(self.prepared, before)
-            if isinstance(self.output_rise, CrossEntropyRise):
-                self.output_rise = self.output_rise.calibrated(self._float_outputs, self.data)
+            if self.output_rise is not None:
+                self.output_rise = self.output_rise.fitted(self._float_outputs, self.data)
         return self._float_outputs
 
 
