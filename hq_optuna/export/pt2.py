@@ -31,6 +31,7 @@ def content(job: Job) -> tuple[bytes, int, Check | None]:
     program = traced(network, job.data[0]).run_decompositions(PLAIN)
     held = [*program.state_dict.values(), *program.constants.values()]
     stored = sum(x.nbytes for x in held if isinstance(x, torch.Tensor))
+    program.example_inputs = None  # samples of the user's
     for node in program.graph.nodes:  # paths of source files on this machine
         node.meta.pop("stack_trace", None)
     file = io.BytesIO()

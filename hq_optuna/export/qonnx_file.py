@@ -55,8 +55,8 @@ def _quant(
 ) -> New:
     names = [f"{name}.{part}" for part in ("scale", "zero_point", "bits")]
     arrays = (np.asarray(scale, np.float32), np.float32(zero), np.float32(bits))
-    kind |= {"domain": DOMAIN, "rounding_mode": "ROUND"}
-    node = helper.make_node("Quant", [source, *names], [output], **kind)
+    says: dict[str, Any] = {"domain": DOMAIN, "rounding_mode": "ROUND", **kind}
+    node = helper.make_node("Quant", [source, *names], [output], **says)
     return [node], {n: np.asarray(a) for n, a in zip(names, arrays, strict=True)}
 
 
