@@ -26,7 +26,7 @@ import onnx
 import onnxruntime
 import torch
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import helper
 from torch import Tensor, nn
 
 from hq_optuna.errors import ExportError
@@ -55,7 +55,6 @@ INTEGER_KERNELS = (
     *("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger"),
     *("ConvInteger", "DynamicQuantizeMatMul"),
 )
-_SMALL = (TensorProto.UINT4, TensorProto.UINT2)  # types that Python hands over as bytes
 
 
 @dataclass(frozen=True)
@@ -251,28 +250,14 @@ def with_codes(model: onnx.ModelProto, *, given: bool) -> tuple[onnx.ModelProto,
     """
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
-    kinds = {item.name: item.data_type for item in model.graph.initializer}
-    names, nodes = list[str](), list[Any]()
+    kinds, names = {i.name: i.data_type for i in model.graph.initializer}, list[str]()
     for i, node in enumerate(roundings(changed)):
         kind, codes = kinds[node.input[2]], node.input[0]
-        small = kind in _SMALL
-        outside = TensorProto.UINT8 if small else kind
-        seen, taken = (f"seen_{i}", f"small_{i}") if small else (codes, f"given_{i}")
-        if small:
-            nodes.append(helper.make_node("Cast", [codes], [seen], to=outside))
-        changed.graph.output.append(helper.make_tensor_value_info(seen, outside, None))
+        changed.graph.output.append(helper.make_tensor_value_info(codes, kind, None))
         if given:
-            if small:
-                nodes.append(helper.make_node("Cast", [f"given_{i}"], [taken], to=kind))
-            changed.graph.input.append(helper.make_tensor_value_info(f"given_{i}", outside, None))
-            node.input[0] = taken
+            node.input[0] = f"given_{i}"
+            changed.graph.input.append(helper.make_tensor_value_info(f"given_{i}", kind, None))
         names.append(quantizer_of(node))
-    # Nodes are in the order of what they need; which place a Cast has, the runtime finds out.
-    ordered = [*changed.graph.node]
-    del changed.graph.node[:]
-    casts_of_given = [n for n in nodes if n.input[0].startswith("given_")]
-    casts_of_seen = [n for n in nodes if n not in casts_of_given]
-    changed.graph.node.extend([*casts_of_given, *ordered, *casts_of_seen])
     return changed, names
 
 

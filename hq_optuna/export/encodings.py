@@ -1,8 +1,9 @@
 """The format ``encodings``: bits and scales as JSON beside a float ONNX file, for AIMET and QNN.
 
 Three files: ``NAME`` in the layout 1.0.0, ``NAME`` with ``.v2`` before its ending in the layout
-2.1.0, and an ONNX file in float whose tensors both name. Its weights lie on their grid already, so
-a tool that rounds them again gets our codes, compensated rounding included.
+2.1.0, and an ONNX file in float with the ending ``.float.onnx``, whose tensors both name. Its
+weights lie on their grid already, so a tool that rounds them again gets our codes, compensated
+rounding included.
 
 An encoding holds for a tensor, whoever reads it. Where something else reads a layer's input too,
 the layer gets a tensor of its own, by an Identity.
@@ -57,7 +58,7 @@ def content(job: Job) -> tuple[bytes, int, Check | None]:
     named = [(_name_in(proto, output), one) for output, one in inputs]
     first, second = _layout_1(named, weights), _layout_2(named, weights)
     found = _checked(proto, first, named, weights, job) if job.samples else None
-    job.beside[".onnx"] = proto.SerializeToString()
+    job.beside[".float.onnx"] = proto.SerializeToString()
     job.beside[".v2"] = _json(second)
     return _json(first), sum(len(i.raw_data) for i in proto.graph.initializer), found
 

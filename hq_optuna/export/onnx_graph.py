@@ -24,7 +24,6 @@ from torch.export import ExportedProgram
 from hq_optuna.errors import ExportError
 from hq_optuna.export.deployed import (
     CODES,
-    ActivationQuantizer,
     bias_step,
     deployed_layers,
 )
@@ -40,8 +39,6 @@ _INTEGERS: dict[int, tuple[ir.DataType, Any]] = {
     8: (ir.DataType.INT8, np.int8),
     16: (ir.DataType.INT16, np.int16),
 }
-ZERO_POINT = ".zero_point"
-
 op: Any = opset21  # whose annotations are narrower than ONNX
 
 
@@ -71,9 +68,12 @@ class Containers:
         return next(n for n in _INTEGERS if n >= least and largest_code < 2 ** (n - 1))
 
     def activation_bits(self, bits: int) -> int:
-        """Return the bits of the type of activations."""
-        if bits == 4 and self.weights != "int8":
-            return 4
+        """Return the bits of the type of activations.
+
+        4 bits have a type of their own, uint4, and take uint8 and a Clip all the same: no runtime
+        is faster with uint4, onnxruntime has no integer kernel for it, and OpenVINO 2026.4 rounds
+        it to other codes.
+        """
         return 8 if bits <= 8 else 16
 
 
@@ -161,19 +161,12 @@ def _is_plain(node: ir.Node) -> bool | None:
 
 
 def _set_types_(model: ir.Model, network: nn.Module, containers: Containers) -> None:
-    """Give weights, and zero points of 4 bits, their types."""
+    """Give weights their types."""
     layers = deployed_layers(network)
     for name, value in model.graph.initializers.items():
         if name.endswith(CODES) and (layer := layers.get(name.removesuffix(CODES))) is not None:
             kind, dtype = _INTEGERS[containers.weight_bits(layer.largest_code)]
             _set_(value, layer.weight_codes.numpy().astype(dtype), kind)
-        elif name.endswith(ZERO_POINT):
-            quantizer = network.get_submodule(name.removesuffix(ZERO_POINT))
-            if isinstance(quantizer, ActivationQuantizer):
-                bits = containers.activation_bits(quantizer.bits)
-                if bits == 4:
-                    zero = quantizer.zero_point.numpy().astype(ml_dtypes.uint4)
-                    _set_(value, zero, ir.DataType.UINT4)
 
 
 def _add_zero_points_(model: ir.Model) -> None:

@@ -158,10 +158,10 @@ def beside(path: Path, ending: str) -> Path:
     """Return the name of a further file.
 
     Example:
-        >>> [str(beside(Path("a/net.json"), ending)) for ending in (".onnx", ".v2")]
-        ['a/net.onnx', 'a/net.v2.json']
+        >>> [str(beside(Path("a/net.json"), ending)) for ending in (".float.onnx", ".v2")]
+        ['a/net.float.onnx', 'a/net.v2.json']
     """
-    return path.with_suffix(ending if ending == ".onnx" else f"{ending}{path.suffix}")
+    return path.with_suffix(ending if ending.endswith(".onnx") else f"{ending}{path.suffix}")
 
 
 def check_place(path: Path) -> None:
