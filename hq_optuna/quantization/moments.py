@@ -19,10 +19,10 @@ from hq_optuna.network.layer_types import TRANSPOSED
 from hq_optuna.network.weight_uses import WatchedWeights, WeightUse
 from hq_optuna.space.layers import LayerSpec
 
-PLACES_PER_INPUT = 16
+PLACES_PER_INPUT = 32
 """Places looked at for each column of the moment matrix: four times as many change the error that
 rounding leaves by about one percent."""
-LEAST_PLACES = 4096
+LEAST_PLACES = 8192
 MOST_COLUMNS = 8192
 """Widest layer whose moments are gathered: 512 MiB in double precision."""
 MOST_ELEMENTS = 2**24
