@@ -158,8 +158,8 @@ def _with_given_values(proto: onnx.ModelProto, quants: list[Any]) -> onnx.ModelP
             (changed.graph.input, f"given_{i}"),
             (changed.graph.output, f"seen_{i}"),
         ):
-            copy = where.add()
-            copy.CopyFrom(info)
-            copy.name = new
+            value = where.add()
+            value.CopyFrom(info)
+            value.name = new
         changed.graph.value_info.remove(info)
     return changed
