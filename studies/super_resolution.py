@@ -210,8 +210,8 @@ def network(data: Path = DATA, model: str = "rlfn") -> nn.Module:
 
 def calibration(
     data: Path = DATA, photographs: str = "coco/images/train2017", n_calibration: int = 32
-) -> Tensor:
-    """Return small crops ``(N, 3, 64, 64)`` of photographs made four times smaller, no labels.
+) -> list[Tensor]:
+    """Return small crops ``(8, 3, 64, 64)`` of photographs made four times smaller, no labels.
 
     Args:
         data: Folder with sr/.
@@ -223,7 +223,7 @@ def calibration(
     found = [image for image in small if image is not None][:n_calibration]
     if not found:
         raise DataError(f"{data / photographs} holds no *.jpg of 256 pixels or more.")
-    return torch.stack(found)
+    return [torch.stack(found[at : at + 8]) for at in range(0, len(found), 8)]
 
 
 def validation(data: Path = DATA) -> Batches:
