@@ -244,7 +244,7 @@ class BitSearch:
 
     def _sampler(self, changes: Mapping[str, Any]) -> ProgressiveBitSampler:
         known = settings_of(SearchSettings)
-        of_steps = ("n_candidates", "rule", "seed", "refine", "encoding")
+        of_steps = ("n_candidates", "rule", "seed", "refine", "verify", "encoding")
         for name in changes:
             if name in known and name not in of_steps:
                 raise TypeError(
@@ -252,6 +252,8 @@ class BitSearch:
                     f"{', '.join(of_steps)}."
                 )
         settings = self.settings.replace(**changes)
+        if not self.objective.is_table or settings.train_every:
+            settings = settings.replace(verify=0)  # candidates are measured, or change by training
         plan = self.training
         return ProgressiveBitSampler(
             self.space,

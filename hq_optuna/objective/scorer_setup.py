@@ -81,7 +81,8 @@ class ScorerSetup:
             output_rise = output_rise_of(loss_fn)
         scorer = settings.scorer
         if scorer is None:
-            scorer = "diagonal" if output_rise is None else "gauss_newton"
+            known = probe_of(loss_fn) is not None
+            scorer = "hessian_trace" if known else "gauss_newton" if output_rise else "diagonal"
         if scorer == "gauss_newton" and output_rise is None:
             raise ValueError(
                 "The scorer 'gauss_newton' knows cross-entropy and squared error: give "
@@ -154,7 +155,7 @@ class ScorerSetup:
         Digit for digit what that scorer says. ``None``: the score is a sum over layers, for which
         there is no way around their curvature.
         """
-        if self.output_rise is None and self.settings.scorer != "loss":
+        if not self.told_by_outputs:
             return None
         nothing = Sensitivity(
             {name: {bits.weight_bits: 0.0} for name, bits in base.config.items()},
@@ -163,6 +164,11 @@ class ScorerSetup:
         prepared = self._observed(base.network, base)
         scorer = self._scorer(prepared, nothing, self._correction(prepared, base), teacher)
         return scorer.score(base.config).total
+
+    @property
+    def told_by_outputs(self) -> bool:
+        """Whether an assignment's outputs or loss are its score, and not a sum over layers."""
+        return self.output_rise is not None or self.settings.scorer == "loss"
 
     def _observed(self, network: nn.Module, base: TrainedNetwork | None) -> nn.Module:
         """Return a prepared copy with observed ranges and what a training learned."""
@@ -193,6 +199,7 @@ class ScorerSetup:
             *(prepared, known, self.data, self.loss_fn),
             output_rise=self.output_rise,
             by_loss=self.settings.scorer == "loss",
+            measures=self.settings.measure_candidates,
             correction=correction,
             precision=self.settings.precision,
             teacher=teacher,
@@ -207,6 +214,16 @@ class ScorerSetup:
             observer=self.settings.observer,
             quantizers=self.quantizers,
         )
+
+    @property
+    def is_table(self) -> bool:
+        """Whether candidates are scored by a table, which needs no forward pass of theirs."""
+        return self.settings.scorer in LAYER_SUMS and not self.settings.measure_candidates
+
+    @property
+    def set_aside_places(self) -> tuple[int, ...]:
+        """The batches that finalists are measured on: rounding has not read them if any are."""
+        return tuple(sorted(self._table_places)) or self.statistics_places
 
     @property
     def _layer_sum(self) -> LayerSumName:

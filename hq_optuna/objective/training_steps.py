@@ -42,7 +42,7 @@ from hq_optuna.network.evaluation import Evaluate, mean_loss, measured_figures
 from hq_optuna.objective.scorer_setup import BuiltScorer, Progress, ScorerSetup
 from hq_optuna.optuna_internals import id_of, place_of, storage_of, trial_id_of
 from hq_optuna.protocol.step_log import StepLog
-from hq_optuna.protocol.tickets import KEPT, closing, winner_of
+from hq_optuna.protocol.tickets import closing, winner_of
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.scoring import Score, Sensitivity
 from hq_optuna.search.rules import keeps
@@ -173,6 +173,8 @@ class TrainedSteps:
         settings = self._settings_of(ticket.step, final)
         facts: dict[str, Any] = {"kind": "final" if final else "step", "epochs": settings.epochs}
         facts |= {f"{name}_before": value for name, value in self._measured(network).items()}
+        if not self.setup.told_by_outputs:
+            facts["calibration_loss_before"] = self._calibration_loss(network)
         self._correct_(network, settings)
         trainer = Trainer(
             *(network, self.plan.data, settings),
@@ -252,8 +254,9 @@ class TrainedSteps:
         facts["score"] = score.total
         kept = keeps(score.total, winner)
         if told is None:  # a sum over layers is of the trained network, and cannot tell harm
-            loss = winner_of(study, ticket.origin)[1].get(attributes.CALIBRATION_LOSS, math.inf)
-            kept = kept and keeps(score.calibration_loss, loss)
+            facts["calibration_loss_after"] = self._calibration_loss(network)
+            before = facts["calibration_loss_before"]
+            kept = kept and keeps(facts["calibration_loss_after"], before)
         return _Trained(tensors, built, score) if kept or final else None
 
     def _checkpointed(
@@ -316,6 +319,9 @@ class TrainedSteps:
             with contextlib.suppress(ArtifactError):  # it only takes room
                 self._store.discard(old)
 
+    def _calibration_loss(self, network: nn.Module) -> float:
+        return mean_loss(network, self.setup.data, self.setup.loss_fn)["loss"]
+
     def _measured(self, network: nn.Module) -> dict[str, float]:
         """Return loss and what else is measured on the validation data."""
         if self.validation is None:
@@ -331,7 +337,9 @@ def _untrained(study: Study, ticket: Ticket, log: StepLog) -> tuple[float, Score
     assert ticket.origin is not None
     _, found = winner_of(study, ticket.origin)
     winner = log.score_of(ticket.origin)
-    return closing(winner, found)[0], Score(winner, *(found[name] for name in KEPT))
+    parts = found[attributes.SCORE_WEIGHTS], found[attributes.SCORE_ACTIVATIONS]
+    score = Score(winner, *parts, found.get(attributes.CALIBRATION_LOSS))
+    return closing(winner, found, log)[0], score
 
 
 def _at(study: Study, number: int) -> tuple[BaseStorage, int, int]:

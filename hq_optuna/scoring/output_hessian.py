@@ -65,3 +65,16 @@ class OutputHessian:
         if counted is not None:
             u = torch.where(counted.unsqueeze(1) != 0, u * counted.sqrt().unsqueeze(1), 0.0)
         return (u * math.sqrt(batch.share / z[0, 0].numel())).to(z.dtype)
+
+    def rises(self, z: Tensor, moved: Tensor, batch: Batch) -> Tensor:
+        """Return ½ Δzᵀ H̄ Δz of each sample, ``(n,)`` float64, from outputs before and after."""
+        change = moved.double() - z.double()
+        if self.factor is None:
+            # A sample may have several rows of outputs, such as its tokens.
+            return change.square().reshape(batch.n, -1).mean(1)
+        change = torch.where(z.isfinite() & moved.isfinite(), change, 0.0)
+        per_place = 0.5 * (change.movedim(1, -1) @ self.factor).square().sum(-1)
+        counted = self.places.counted(z, batch.labels)
+        if counted is not None:
+            per_place = torch.where(counted != 0, per_place * counted, 0.0)
+        return batch.share * per_place.reshape(batch.n, -1).mean(1)
