@@ -382,7 +382,7 @@ class SearchSettings(_Settings):
         "What ranks candidates: a sum over layers, which needs no forward pass (hessian_trace, "
         "diagonal, trace, fisher, hutchinson), the rise that their outputs tell (gauss_newton), or "
         "the measured loss.",
-        shown_default="hessian_trace, for losses it knows",
+        shown_default="hessian_trace, for losses it knows; gauss_newton where winners are trained",
         **{"differs": "the scorer", "example": '"hessian_trace"'},
     )
     measure_candidates: bool = _scoring(

@@ -170,14 +170,14 @@ def test_the_incumbent_of_an_interrupted_search_can_be_had(path):
     assert result.config == hq.BitConfig.uniform(LAYERS, 8, 8)
 
 
-def test_progress_is_told_while_curvature_is_measured_and_after_each_trial():
+def test_progress_is_told_while_the_table_is_made_and_after_each_trial():
     told: list[tuple[str, int, int]] = []
     steps: list[int] = []
     run(
         progress=lambda *entry: told.append(entry),
         on_progress=lambda log: steps.append(len(log.closed)),
     )
-    assert ("curvature", 1, 1) in told
+    assert ("sensitivity", 1, 1) in told
     assert all(0 < done <= of for _, done, of in told)
     assert steps == sorted(steps)
 

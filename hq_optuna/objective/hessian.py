@@ -135,7 +135,10 @@ class HessianObjective:
         self.data = read_batches(calibration, batch_size=batch_size).to(self.device)
         if not isinstance(calibration, Batches):
             check_sample_axis(copied(model), self.data[0])
-        self.setup = ScorerSetup.checked(given, space, self.data, loss_fn, output_rise)
+        trains = training is not None and training.every > 0
+        self.setup = ScorerSetup.checked(
+            *(given, space, self.data, loss_fn, output_rise), trains=trains
+        )
         self.settings = self.setup.settings
         self.is_table = self.setup.is_table
         self.warnings = check_forward(

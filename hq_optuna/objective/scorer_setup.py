@@ -71,8 +71,13 @@ class ScorerSetup:
         data: Batches,
         loss_fn: LossFunction,
         output_rise: OutputRise | None,
+        *,
+        trains: bool = False,
     ) -> ScorerSetup:
         """Return the set-up for a loss; the scorer is chosen where it is ``None``.
+
+        Where a search ``trains`` winners and goes on from them, outputs tell what is left of their
+        rise, and a table of the trained network does not.
 
         Raises `ValueError` for a scorer that does not know the loss, and `SpaceError` for an
         unknown quantizer, or one that cannot do the bits of its layers.
@@ -81,8 +86,9 @@ class ScorerSetup:
             output_rise = output_rise_of(loss_fn)
         scorer = settings.scorer
         if scorer is None:
-            known = probe_of(loss_fn) is not None
-            scorer = "hessian_trace" if known else "gauss_newton" if output_rise else "diagonal"
+            by_table = probe_of(loss_fn) is not None and not trains
+            scorer = "gauss_newton" if output_rise else "diagonal"
+            scorer = "hessian_trace" if by_table else scorer
         if scorer == "gauss_newton" and output_rise is None:
             raise ValueError(
                 "The scorer 'gauss_newton' knows cross-entropy and squared error: give "

@@ -44,8 +44,9 @@ from hq_optuna.optuna_internals import id_of, place_of, storage_of, trial_id_of
 from hq_optuna.protocol.step_log import StepLog
 from hq_optuna.protocol.tickets import closing, winner_of
 from hq_optuna.quantization.correction import StatisticsCorrection
-from hq_optuna.scoring import Score, Sensitivity
+from hq_optuna.scoring import Score, Scorer, Sensitivity
 from hq_optuna.search.rules import keeps
+from hq_optuna.space.assignment import BitConfig
 from hq_optuna.training import Trainer, TrainingSettings, load_trained_, trained_tensors
 from hq_optuna.training.plan import TrainingPlan
 from hq_optuna.training.trained import TrainedNetwork, fold_shifts_, layers_without_bias, part_of
@@ -250,14 +251,21 @@ class TrainedSteps:
         if moments is not None:
             tensors |= {f"{_CURVATURE}{name}": h for name, h in moments.by_layer.items()}
         built = self._build(tensors, None)
-        score = built.scorer.score(self.setup.space.config(ticket.bits))
+        score = self._score_of(built.scorer, self.setup.space.config(ticket.bits), final)
         facts["score"] = score.total
         kept = keeps(score.total, winner)
-        if told is None:  # a sum over layers is of the trained network, and cannot tell harm
+        if not self.setup.told_by_outputs:
+            # A sum over layers is of the trained network, and cannot tell harm.
             facts["calibration_loss_after"] = self._calibration_loss(network)
             before = facts["calibration_loss_before"]
             kept = kept and keeps(facts["calibration_loss_after"], before)
         return _Trained(tensors, built, score) if kept or final else None
+
+    def _score_of(self, scorer: Scorer, config: BitConfig, final: bool) -> Score:
+        """Return the score of what training made: of the answer, as its finalists were measured."""
+        if final and self.setup.is_table:
+            return scorer.measured(config, self.setup.set_aside_places)
+        return scorer.score(config)
 
     def _checkpointed(
         self, trial: Trial, trainer: Trainer, last: Reference | None, otherwise: Exception | None

@@ -58,7 +58,12 @@ class Candidate:
     seconds: float  # of the evaluation
     worker: str  # `host:pid`
     counted: bool  # the first complete result of its slot, made for this search
-    rises: tuple[float, ...] = ()  # of a finalist, whose score is their mean: by blocks of samples
+    rises: tuple[float, ...] = ()  # of a finalist: measured, nats, by blocks of samples
+
+    @property
+    def measured(self) -> float | None:
+        """The measured rise of a finalist, nats; its score is what the table predicts."""
+        return math.fsum(self.rises) / len(self.rises) if self.rises else None
 
 
 TEST_OF = "test_of"  # the fact that names the answer which the test data were read for
@@ -264,6 +269,10 @@ def _candidates(
         if not whole or len(ticket.bits) != len(names):  # of a search refused here, or told by hand
             continue
         lowered = ticket.variable
+        parts = tuple(
+            user.get(name, math.nan)
+            for name in (attributes.SCORE_WEIGHTS, attributes.SCORE_ACTIVATIONS)
+        )
         found[number] = Candidate(
             number=number,
             step=ticket.step,
@@ -272,9 +281,9 @@ def _candidates(
             from_bits=ticket.from_bits,
             to_bits=ticket.bits[names.index(lowered)] if lowered in names else None,
             state=ticket.bits,
-            score=trial.value,
-            score_weights=user.get(attributes.SCORE_WEIGHTS, math.nan),
-            score_activations=user.get(attributes.SCORE_ACTIVATIONS, math.nan),
+            score=_predicted(trial.value, ticket, parts),
+            score_weights=parts[0],
+            score_activations=parts[1],
             calibration_loss=user.get(attributes.CALIBRATION_LOSS, math.nan),
             cost=costs[number] if number in costs else model.cost(space.config(ticket.bits)),
             seconds=user.get(attributes.SECONDS, trial.seconds or math.nan),
@@ -283,6 +292,12 @@ def _candidates(
             rises=trial.rises if ticket.measures else (),
         )
     return found
+
+
+def _predicted(value: float, ticket: Ticket, parts: Sequence[float]) -> float:
+    """Return the score of a trial: of a finalist what the table says, and not what was measured."""
+    whole = sum(parts)
+    return whole if ticket.measures and math.isfinite(whole) else value
 
 
 def _records(

@@ -38,6 +38,7 @@ class Closed:
     winner: int
     trained: bool = False
     worker: str = ""  # who recorded it
+    value: float = math.inf  # of the record, which may be a little below its winner's score
 
 
 @dataclass
@@ -299,7 +300,8 @@ class StepLog:
         trained = ticket.trains and (step.final or keeps(value, score))
         score = value if trained else score
         incumbent = Incumbent(step.step, result.state, score, result.cost, (from_step, slot))
-        self.closed.append(Closed(number, incumbent, ticket.origin, trained, ticket.worker))
+        taken = ticket.origin
+        self.closed.append(Closed(number, incumbent, taken, trained, ticket.worker, value))
         self._closed_keys.add(step.key)
         self.past.incumbents.append(incumbent)
         self.measured |= step.measures
@@ -362,11 +364,9 @@ class StepLog:
 
     def best_within_budget(self) -> float:
         """Return the smallest value of a trial within the budget, infinity where there is none."""
-        found: list[Result | Incumbent] = [*self.results.values()]
-        found += [closed.incumbent for closed in self.closed]
-        scores = [each.score for each in found if each.cost <= self.search.limit]
-        # A record may be one unit in the last place below its winner.
-        return math.nextafter(min(scores, default=math.inf), -math.inf)
+        scores = [each.score for each in self.results.values() if each.cost <= self.search.limit]
+        records = [c.value for c in self.closed if c.incumbent.cost <= self.search.limit]
+        return min([*scores, *records], default=math.inf)
 
     def attempts(self, ticket: Ticket) -> list[int]:
         """Return the ids of the trials that began a record's training, the latest first."""

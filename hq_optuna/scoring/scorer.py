@@ -46,6 +46,15 @@ BLOCKS = 32
 """Blocks of samples that a finalist's rises are recorded by: enough for a standard error."""
 
 
+class _Smooth(NamedTuple):
+    """What smooth rises on some batches are measured with."""
+
+    places: tuple[int, ...]
+    hessian: OutputHessian
+    expected: list[Any]  # outputs of the float network
+    correction: StatisticsCorrection | None
+
+
 class Scorer:
     """Scores assignments of one prepared network, whose bits it sets.
 
@@ -84,7 +93,7 @@ class Scorer:
         self.precision: Precision = precision
         self._float_outputs: list[Any] | None = None
         self._float_loss: float | None = None
-        self._smooth: tuple[tuple[int, ...], OutputHessian, list[Any]] | None = None
+        self._smooth: _Smooth | None = None
 
     def score(
         self, config: Mapping[str, LayerBits], between_batches: Callable[[], None] = lambda: None
@@ -137,20 +146,24 @@ class Scorer:
         That is ½ Δzᵀ H̄ Δz, with H̄ the mean over these samples of the loss's Hessian in the outputs.
         """
         with autocast(self.prepared, self.precision):
-            if self._smooth is None or self._smooth[0] != tuple(places):
+            if self._smooth is None or self._smooth.places != tuple(places):
                 some = Batches(self.data[place] for place in places)
                 outputs = self._in_float(places)
                 hessian = OutputHessian.of(self.loss_fn, outputs, some)
-                self._smooth = tuple(places), hessian, outputs
-            _, hessian, expected = self._smooth
+                # Statistics of the same samples: each finalist passes over them once.
+                correction = None if self.correction is None else self.correction.on(places)
+                self._smooth = _Smooth(tuple(places), hessian, outputs, correction)
+            _, hessian, expected, correction = self._smooth
             set_bits(self.prepared, config)
-            seen = {} if self.correction is None else self.correction.apply()
+            seen = {} if correction is None else correction.apply()
             found = []
             for place, before in zip(places, expected, strict=True):
                 between_batches()
                 batch = self.data[place]
                 moved = seen[place] if place in seen else forward(self.prepared, batch.inputs)
                 found.append(hessian.rises(before, moved, batch))
+            if correction is not None:
+                correction.reset()
             return torch.cat(found).cpu()
 
     @torch.no_grad()
