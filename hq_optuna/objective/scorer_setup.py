@@ -139,7 +139,8 @@ class ScorerSetup:
                 progress=lambda done, of: progress("rounding", done, of),
             )
             warnings += uncompensated_warnings(self.quantizers)
-        facts: dict[str, float] = {}
+        facts: dict[str, float] = {"rounding_samples": self.rounding_data.n_samples}
+        facts["set_aside_samples"] = sum(self.data[p].n for p in self.set_aside_places)
         correction = self._correction(prepared, base)
         if known is None:
             sums = measure_layer_sums(

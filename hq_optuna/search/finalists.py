@@ -53,8 +53,8 @@ def _all(
 ) -> Iterator[tuple[str, tuple[int, ...] | None]]:
     uniform = _uniform(sums, limit)
     yield UNIFORM, uniform
-    yield "incumbent", incumbent
-    yield "optimum", _optimum(sums, sums.table, limit)
+    yield "the incumbent", incumbent
+    yield "the optimum", _optimum(sums, sums.table, limit)
     yield "blended by a quarter", _optimum(sums, _blended(sums, 0.25), limit)
     if uniform is not None:
         yield "within a notch of uniform", _near(sums, uniform, limit)

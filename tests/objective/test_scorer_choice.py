@@ -39,7 +39,9 @@ def test_a_scorer_that_was_chosen_is_not_warned_of() -> None:
 def test_the_rise_of_a_loss_may_be_given_and_ranks_as_if_the_loss_were_known() -> None:
     made = search(loss_fn=around, output_rise=CrossEntropyRise())
     assert (made.objective.settings.scorer, made.objective.warnings) == ("gauss_newton", [])
-    scores, others = ([c[3] for c in facts(s.optimize(seed=0))[0]] for s in (made, search(scorer="gauss_newton")))
+    scores, others = (
+        [c[3] for c in facts(s.optimize(seed=0))[0]] for s in (made, search(scorer="gauss_newton"))
+    )
     assert scores == others
 
 
