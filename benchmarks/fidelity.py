@@ -37,8 +37,8 @@ from hq_optuna.network.introspection import introspect
 from hq_optuna.quantization import observe_inputs, prepare, set_bits
 from hq_optuna.quantization.compensation import ROUNDINGS, compensate_weights
 from hq_optuna.quantization.correction import StatisticsCorrection
+from hq_optuna.rises import CrossEntropy
 from hq_optuna.scoring import Sensitivity
-from hq_optuna.scoring.outputs import CrossEntropyRise
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.layers import FLOAT_BITS, LayerSpec
 from hq_optuna.space.search_space import SearchSpace
@@ -163,7 +163,7 @@ class Bench:
     def forward_scores(self, seen: Tensor) -> dict[str, float]:
         """Return the scores that a candidate's outputs on the calibration images tell."""
         scores = {
-            f"gauss_newton_t{t:g}": float(CrossEntropyRise(t)(self.float_seen, seen))
+            f"gauss_newton_t{t:g}": float(CrossEntropy(temperature=t)(self.float_seen, seen))
             for t in GAUSS_NEWTON
         }
         for t in DIVERGENCE:

@@ -35,7 +35,8 @@ from hq_optuna.network.introspection import introspect
 from hq_optuna.quantization import prepare, set_bits
 from hq_optuna.quantization.compensation import ROUNDINGS, compensate_weights
 from hq_optuna.quantization.correction import StatisticsCorrection
-from hq_optuna.scoring import Scorer, Sensitivity, output_rise_of
+from hq_optuna.rises import rise_of_loss
+from hq_optuna.scoring import Scorer, Sensitivity
 from hq_optuna.search import Additive, ProgressiveSearch
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.budget import Budget
@@ -154,7 +155,7 @@ def main() -> None:
                 next(iter(tables.values())),
                 correction.data,
                 functional.cross_entropy,
-                output_rise=output_rise_of(functional.cross_entropy),
+                output_rise=rise_of_loss(functional.cross_entropy),
                 correction=correction,
             )
             found = [

@@ -78,6 +78,7 @@ def names_of(room: str) -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "cli reference": cli_reference,
     "settings table": settings_table,
+    "names of rises": lambda: names_of("rises"),
     "names of storages": lambda: names_of("storages"),
     "names of artifacts": lambda: names_of("artifacts"),
     "names of visualization": lambda: names_of("visualization"),

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from hq_optuna._version import __version__
 
 if TYPE_CHECKING:
-    from hq_optuna import artifacts, pruners, samplers, space, storages, visualization
+    from hq_optuna import artifacts, pruners, rises, samplers, space, storages, visualization
     from hq_optuna.answer.recipe import load
     from hq_optuna.answer.resolve import load_assignment, pareto, resolve
     from hq_optuna.answer.result import SearchResult
     from hq_optuna.bit_search import BitSearch
+    from hq_optuna.network.evaluation import Metric
     from hq_optuna.network.introspection import introspect
     from hq_optuna.objective.hessian import HessianObjective
     from hq_optuna.protocol.history import assignment, read_history
@@ -34,6 +35,7 @@ _HOME = {
     "CostModel": "space",
     "FLOAT_BITS": "space",
     "HessianObjective": "objective.hessian",
+    "Metric": "network.evaluation",
     "LayerBits": "space",
     "LayerSpec": "space",
     "SearchResult": "answer.result",
@@ -52,7 +54,7 @@ _HOME = {
     "set_bits": "quantization",
     "write_report": "report.page",
 }
-_ROOMS = ("artifacts", "pruners", "samplers", "space", "storages", "visualization")
+_ROOMS = ("artifacts", "pruners", "rises", "samplers", "space", "storages", "visualization")
 
 __all__ = [
     "FLOAT_BITS",
@@ -63,6 +65,7 @@ __all__ = [
     "HessianObjective",
     "LayerBits",
     "LayerSpec",
+    "Metric",
     "SearchResult",
     "SearchSettings",
     "SearchSpace",
@@ -79,6 +82,7 @@ __all__ = [
     "pruners",
     "read_history",
     "resolve",
+    "rises",
     "samplers",
     "set_bits",
     "space",

@@ -43,8 +43,8 @@ from hq_optuna.protocol.status import read_status
 from hq_optuna.protocol.step_log import StepLog
 from hq_optuna.protocol.study_view import refuse_lower_limits, write_limits
 from hq_optuna.pruners import CostBudgetPruner
+from hq_optuna.rises import Rise, RiseLoss, decide, without_labels
 from hq_optuna.samplers import ProgressiveBitSampler
-from hq_optuna.scoring import OutputRise
 from hq_optuna.search import Limits
 from hq_optuna.settings import SearchSettings, settings_of
 from hq_optuna.space.assignment import BitConfig
@@ -64,16 +64,18 @@ class BitSearch:
 
     Args:
         model: Trained network. Left exactly as it is.
-        calibration: Labelled data that the scores read: ``(inputs, labels)`` tensors, a dataset, or
-            batches. Not the data the network is judged on later.
-        loss_fn: Mean loss of a batch from (outputs, labels).
+        calibration: Data that the scores read: ``(inputs, labels)`` tensors, a dataset, or batches;
+            or inputs alone. Not the data the network is judged on later.
+        loss_fn: Mean loss of a batch from (outputs, labels). ``None``: cross-entropy, or, where
+            there are no labels, none.
         settings: What is searched and how, see `hq_optuna.SearchSettings`.
-        output_rise: For the scorer ``"gauss_newton"`` with another loss than cross-entropy and
-            squared error: the loss rise, summed over samples, from the outputs of the float network
-            and of a candidate.
+        rise: How much worse outputs become that move, one of `hq_optuna.rises`, or a function that
+            returns it from (outputs, moved), summed over samples. By default that of the loss, or,
+            where that is unknown or there is none, by the outputs; a warning says which and why.
         training: When winners are trained, how and on what, see `TrainingPlan`; ``None``: never.
         validation: Data on which the network is measured before and after.
-        evaluate: What is measured there, from (network, batches); accuracy by default.
+        evaluate: What is measured there: a `hq_optuna.Metric`, or a function that returns figures
+            by name from (network, batches); accuracy by default.
         batch_size: Samples a batch, where data come without batches.
         sample_axis: Axis of the input tensors along which samples lie, where labels do not tell:
             see `hq_optuna.network.batches.read_batches`.
@@ -94,10 +96,10 @@ class BitSearch:
         self,
         model: nn.Module,
         calibration: Any,
-        loss_fn: LossFunction = functional.cross_entropy,
+        loss_fn: LossFunction | None = None,
         *,
         settings: SearchSettings | None = None,
-        output_rise: OutputRise | None = None,
+        rise: Rise | Callable[[Any, Any], Any] | None = None,
         training: TrainingPlan | None = None,
         validation: Any = None,
         evaluate: Evaluate | None = None,
@@ -116,8 +118,14 @@ class BitSearch:
         self._sample_axis = sample_axis
         check_searchable(model)
         device = device_of(model)
-        data = read_batches(calibration, batch_size=batch_size, sample_axis=sample_axis).to(device)
-        called = own_loss(loss_fn)  # the objective takes a fresh copy
+        data = read_batches(
+            calibration, batch_size=batch_size, sample_axis=sample_axis, labelled=False
+        ).to(device)
+        called = functional.cross_entropy if loss_fn is None else own_loss(loss_fn)
+        reason, self._without_labels = "", any(batch.labels is None for batch in data)
+        if self._without_labels:
+            data, loss_fn, rise, reason = decide(model, data, loss_fn, rise)
+            called = loss_fn
         look = LookOver(data, called)
         seen = introspect(model, data, see=look.see)
         if sample_axis is None and not isinstance(calibration, Batches):
@@ -132,6 +140,8 @@ class BitSearch:
         self.evaluate: Evaluate = Accuracy(called) if evaluate is None else evaluate
         if validation is not None:
             read = self._read(validation, "validation").to(device)
+            if isinstance(called, RiseLoss):
+                read = without_labels(model, read, called.rise)
             evaluation.check_validation(self.evaluate, model, read, called)
             self.validation = weighed(
                 read, called, observed_losses(model, read, called), "validation"
@@ -142,16 +152,23 @@ class BitSearch:
             self.space,
             loss_fn=loss_fn,
             settings=self.settings,
-            output_rise=output_rise,
+            rise=rise,
             training=training,
             validation=self.validation,
             evaluate=self.evaluate,
             skipped=tuple((s.name, s.kind, s.reason) for s in seen.skipped),
         )
         self.objective.warnings.extend(seen.warnings)
+        self.objective.warnings.extend([reason] if reason else [])
 
     def _read(self, data: Any, what: str) -> Batches:
-        return read_batches(data, batch_size=256, what=what, sample_axis=self._sample_axis)
+        return read_batches(
+            data,
+            batch_size=256,
+            what=what,
+            sample_axis=self._sample_axis,
+            labelled=not self._without_labels,
+        )
 
     def optimize(
         self,
@@ -253,7 +270,7 @@ class BitSearch:
                     f"{', '.join(of_steps)}."
                 )
         settings = self.settings.replace(**changes)
-        if not self.objective.is_table or settings.train_every:
+        if not self.objective.verifies or settings.train_every:
             settings = settings.replace(verify=0)  # candidates are measured, or change by training
         plan = self.training
         return ProgressiveBitSampler(
@@ -433,6 +450,6 @@ class BitSearch:
         )
 
     @own_modes()
-    def before_and_after(self, network: nn.Module, data: Batches, what: str) -> dict[str, float]:
+    def before_and_after(self, network: nn.Module, data: Batches, what: str) -> dict[str, Any]:
         """Return what is measured of the float network and of a quantized one."""
         return before_and_after(self.evaluate, self.objective.model, network, data, what)

@@ -64,8 +64,8 @@ loss = nn.functional.cross_entropy
 
 # Three more functions that may be left out:
 #
-#   def output_rise(outputs, moved):  for a loss of your own, its rise, summed over samples, when
-#                                     the network's outputs move; see docs/guides/study-files.md
+#   rise = hq_optuna.rises.…          for a loss of your own, or data without labels: what it costs
+#                                     that outputs move; see docs/guides/fields.md
 #   def test(...):                    data read once, when the search is over
 #   def evaluate(network, batches):   your own figures on the validation data, for example
 #                                     {"dice": 0.91}; the default is {"accuracy": ...}

@@ -4,7 +4,7 @@
     bit_search                               the whole search from one call
     report   study_files   workers   answer
     objective                                where a network meets a trial: both halves
-    training scoring curvature               dashboard visualization samplers pruners
+    training scoring curvature rises         dashboard visualization samplers pruners
     quantization network                     artifacts protocol storages
     settings  search  space                  NumPy and SciPy only
     attributes  errors  atomic_files         standard library only
@@ -32,7 +32,7 @@ PACKAGE = ROOT / "hq_optuna"
 BASE = ("errors", "atomic_files", "_version", "attributes")
 INTERNALS = "optuna_internals"
 PLAIN = ("space", "search", "settings")
-TORCH = ("network", "quantization", "curvature", "scoring", "training")
+TORCH = ("network", "quantization", "rises", "curvature", "scoring", "training")
 OPTUNA = (
     *("storages", "protocol", "pruners", "samplers", "artifacts", "visualization", "dashboard"),
 )
@@ -51,8 +51,9 @@ ROOMS: dict[str, set[str]] = {
     "search": {"settings", "space"},
     "network": {"errors", "settings", "space"},
     "quantization": {"errors", "settings", "space", "network"},
-    "curvature": {"errors", "space", "network", "quantization"},
-    "scoring": {"errors", "settings", "space", "network", "quantization", "curvature"},
+    "rises": {"errors", "network"},
+    "curvature": {"errors", "space", "network", "quantization", "rises"},
+    "scoring": {"errors", "settings", "space", "network", "quantization", "rises", "curvature"},
     "training": {
         *("errors", "atomic_files", "settings", "space"),
         *("network", "quantization", "curvature"),
@@ -87,7 +88,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "bit_search": {
         *("errors", "attributes", INTERNALS, "settings", "space", "search"),
-        *("network", "scoring", "training", "storages", "protocol"),
+        *("network", "rises", "training", "storages", "protocol"),
         *("pruners", "samplers", "artifacts", "dashboard"),
         *("objective", "answer", "workers"),
     },

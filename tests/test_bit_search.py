@@ -314,6 +314,9 @@ def broken() -> Network:
     return network
 
 
+UNLABELLED = {"calibration": torch.ones(2, 1, 7, 7)}
+
+
 @pytest.mark.parametrize(
     ("error", "words", "options"),
     [
@@ -322,7 +325,7 @@ def broken() -> Network:
         (SpaceError, "whole numbers from 1 to 16", {"bits": (17,)}),
         (BudgetError, "below the cheapest", {"budget": hq.Budget.fraction(bops=0.01)}),
         (DataError, "are empty", {"calibration": (torch.empty(0, 1, 7, 7), torch.empty(0))}),
-        (DataError, "no labels", {"calibration": torch.ones(2, 1, 7, 7)}),
+        (DataError, "no labels", {**UNLABELLED, "loss_fn": functional.mse_loss}),
         (DataError, "NaN", {"calibration": (data()[0] * torch.nan, data()[1])}),
         (DataError, "labels run from 1 to 3", {"calibration": (data()[0], data()[1] + 1)}),
         (NetworkError, "differ", {"model": Random()}),

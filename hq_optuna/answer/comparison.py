@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hq_optuna.attributes import ANSWER, EIGHT, UNIFORM
@@ -16,6 +17,7 @@ from hq_optuna.network.batches import Batches
 from hq_optuna.network.evaluation import (
     Accuracy,
     Evaluate,
+    Metric,
     mean_loss,
     measured_figures,
     share_correct,
@@ -45,7 +47,9 @@ def rows(
         One row each: ``{"method", "bits", "cost", "score", "evaluations", "seconds",
         "measured": {"loss": …, "accuracy": …}, "pairs": {"samples", "only_this", "only_answer"}}``.
         ``pairs`` counts the samples that only one of this row and the answer gets right; it is
-        there where `Accuracy` is what is measured and there is one class a sample.
+        there where `Accuracy` is what is measured and there is one class a sample. With a
+        `hq_optuna.Metric` there are ``"metric"``, its name, unit and direction, and where it has
+        records of samples ``"over_answer"``: this row − answer, ``{"value", "low", "high"}``.
     """
     record = history.incumbent
     if record is None or not history.met:
@@ -79,6 +83,7 @@ class _Rows:
         self.scorer = objective.prepare()
         self.rows: list[dict[str, Any]] = []
         self._answers: Tensor | None = None  # which samples the answer gets right
+        self._records: list[Any] | None = None  # the metric's, of the answer
 
     def add(
         self, method: str, config: BitConfig, network: nn.Module | None = None, **more: Any
@@ -90,7 +95,9 @@ class _Rows:
         mine = None
         if isinstance(self.evaluate, Accuracy):
             mine = self.evaluate.of_samples(network, self.data)
-        if mine is None:
+        if isinstance(self.evaluate, Metric):
+            found |= self._of_metric(self.evaluate, network, measured)
+        elif mine is None:
             measured |= measured_figures(self.evaluate, network, self.data)
         else:
             measured["accuracy"] = share_correct(mine)
@@ -103,3 +110,16 @@ class _Rows:
         found["cost"] = self.model.cost(config)
         found["score"] = more.get("score") or self.scorer.score(config).total
         self.rows.append({**found, "measured": measured})
+
+    @torch.no_grad()
+    def _of_metric(
+        self, metric: Metric, network: nn.Module, measured: dict[str, float]
+    ) -> dict[str, Any]:
+        """Add the metric's figure to what was measured; return what else a row says of it."""
+        records = metric.records(network, self.data)
+        if records is None:
+            measured |= metric(network, self.data)
+            return {"metric": metric.said()}
+        measured[metric.name] = metric.of(records)
+        answers = self._records = records if self._records is None else self._records
+        return {"metric": metric.said(), "over_answer": metric.difference(answers, records)}

@@ -63,6 +63,11 @@ class SearchResult:
         before, after = self.facts.get("accuracy_before"), self.facts.get("accuracy_after")
         if before is not None and after is not None:
             text += f"; accuracy {100 * before:.1f} % -> {100 * after:.1f} %"
+        metric = self.facts.get("validation_metric")
+        if metric is not None:
+            name, unit = metric["name"], f" {metric['unit']}".rstrip()
+            ends = (self.facts[f"{name}_{when}"] for when in ("before", "after"))
+            text += f"; {name} " + " -> ".join(f"{value:.4g}{unit}" for value in ends)
         return text if self.met else f"{text} (budget not met)"
 
     def save(self, folder: str | Path) -> None:

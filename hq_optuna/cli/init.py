@@ -64,7 +64,7 @@ def validation(data: Path, n_calibration: int = 256):
 # lets the search use its best scorer.
 loss = nn.functional.cross_entropy
 
-# Further functions that may be defined: test, train, augment, output_rise, evaluate.
+# Further functions that may be defined: test, train, augment, rise, evaluate.
 '''
 
 

@@ -171,7 +171,7 @@ def _load(
         parts.calibration,
         *(() if parts.loss is None else (parts.loss,)),
         settings=settings,
-        output_rise=parts.output_rise,
+        rise=parts.rise,
         validation=parts.validation,
         evaluate=parts.evaluate,
         training=plan_of(settings, parts.train, parts.augment, typed=given),

@@ -20,6 +20,7 @@ from hq_optuna.protocol.history import History, read_history
 from hq_optuna.protocol.status import SearchStatus, read_status
 from hq_optuna.report.comparison import warnings
 from hq_optuna.report.data import accuracies, layer_table
+from hq_optuna.report.text import of_metric
 from hq_optuna.space.budget import Budget
 from hq_optuna.space.cost import CostModel, format_cost, macs
 from hq_optuna.space.layers import FLOAT_BITS
@@ -151,6 +152,7 @@ def _measured_end(history: History) -> Iterator[str]:
 def _measured(facts: Mapping[str, Any]) -> Iterator[str]:
     """Yield a line for each figure that was measured before and after."""
     intervals = accuracies(facts)
+    metrics = {f["name"]: f for w in ("validation", "test") if (f := facts.get(f"{w}_metric"))}
     for name in sorted(n.removesuffix("_before") for n in facts if n.endswith("_before")):
         before, after = facts[f"{name}_before"], facts.get(f"{name}_after", float("nan"))
         what = "test" if name.startswith("test_") else "validation"
@@ -161,6 +163,9 @@ def _measured(facts: Mapping[str, Any]) -> Iterator[str]:
                 ends = intervals[what]["difference"]
                 value, low, high = (100 * ends[end] for end in ("value", "low", "high"))
                 points = f", {value:+.2f} points, 95 % interval {low:+.1f} to {high:+.1f}"
+        if named in metrics:
+            unit = f" {metrics[named]['unit']}".rstrip()
+            points = of_metric(facts.get(f"{what}_metric", {"unit": ""})).removeprefix(unit)
         yield (
             f"{escape(named):<9} {before:.2f}{unit} float -> [bold]{after:.2f}{unit}[/] quantized"
             f"{points} ({facts.get(f'{what}_samples', '?')} {what} samples)"
@@ -176,6 +181,10 @@ def _uniform(history: History) -> Iterator[str]:
             shown = {escape(name): f"{value:.4g}" for name, value in values.items()}
             if "accuracy" in values:
                 shown = {"accuracy": f"{100 * values['accuracy']:.2f} %"}
+            if (metric := row.get("metric")) is not None:
+                over = {**metric, "difference": row.get("over_answer")}
+                text = f"{values[metric['name']]:.4g}{of_metric(over)}"
+                shown = {escape(metric["name"]): text.replace(" (", ", over the answer (", 1)}
             figures = ", ".join(f"{name} {value}" for name, value in shown.items())
             cost = format_cost(row["cost"], history.info.metric)
             yield f"uniform   {row['bits']} cost {cost}: {figures} ({n} validation samples)"

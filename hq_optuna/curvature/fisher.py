@@ -9,7 +9,7 @@ the expectation of the mean over samples of each sample's own: mini-batches cost
 For cross-entropy H_z = diag(p) − p pᵀ = L Lᵀ with L = (1 − p 1ᵀ) diag(√p), and u = L r with random
 signs r. Drawing labels from p instead has the same expectation, but where the network is sure
 almost every draw is nearly 0, and a few are large: three times as many samples for the same
-standard error on ResNet-20. As in `hq_optuna.scoring.outputs` p is softened (T = 3), and one factor
+standard error on ResNet-20. As in `hq_optuna.rises` p is softened (T = 3), and one factor
 scales the result back to the mean curvature of the unsoftened outputs, so that it is in nats.
 
 In a network that is piecewise linear in each layer's weights and inputs (ReLU, batch-norm in eval
@@ -31,10 +31,11 @@ import torch
 from torch import Tensor, nn
 
 from hq_optuna.curvature.estimate import TOLERANCE, Curvature
-from hq_optuna.curvature.sweep import SquaredGradients, differentiable, signs
+from hq_optuna.curvature.sweep import SquaredGradients, differentiable
 from hq_optuna.network.batches import Batch, Batches
 from hq_optuna.network.losses import Places, is_cross_entropy, is_squared_error
 from hq_optuna.quantization.quantizers.base import in_single
+from hq_optuna.rises.base import signs
 from hq_optuna.space.layers import LayerSpec
 
 TEMPERATURE = 3.0

@@ -28,12 +28,13 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hq_optuna.curvature.estimate import TOLERANCE, Curvature, InputCurvature, MeanCurvatures
-from hq_optuna.curvature.sweep import differentiable, signs
+from hq_optuna.curvature.sweep import differentiable
 from hq_optuna.errors import NetworkError
 from hq_optuna.network.batches import Batches, forward
 from hq_optuna.network.copies import graph_of
 from hq_optuna.network.loss_weights import batch_loss
 from hq_optuna.network.losses import LossFunction
+from hq_optuna.rises.base import signs
 from hq_optuna.space.layers import LayerSpec
 
 MOST_SWEEPS = 8

@@ -144,12 +144,6 @@ def _trace(x: Tensor) -> tuple[float, float]:
     return float(values.sum()), float(values.square().sum())
 
 
-def signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Return random signs of a tensor's shape, type and device; the same ones on all devices."""
-    drawn = torch.randint(0, 2, like.shape, generator=generator, device="cpu")
-    return (2 * drawn - 1).to(like)
-
-
 class SquaredGradients:
     """Gathers squared gradients of inputs and weights from one backward pass a batch."""
 

@@ -218,7 +218,10 @@ def _measured(facts: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         name = key.removesuffix("_before").removeprefix("test_")
         if after is not None:
             named = f"{name}, {facts.get(f'{data}_samples', '?')} {data} samples"
-            found.append((named, _figure(name, facts[key]), _figure(name, after)))
+            metric = facts.get(f"{data}_metric") or {"name": None}
+            unit = f" {metric['unit']}".rstrip() if metric["name"] == name else ""
+            before = f"{_figure(name, facts[key])}{unit}"
+            found.append((named, before, f"{_figure(name, after)}{unit}"))
     return found
 
 

@@ -114,6 +114,14 @@ class Batch:
     share: float = 1.0
 
 
+@dataclass(frozen=True, eq=False)
+class FloatOutputs:
+    """What the float network returns on ``n`` samples, in place of the labels that they lack."""
+
+    outputs: Any
+    n: int
+
+
 class Batches(tuple[Batch, ...]):
     """A data set in memory: the same batches in the same order, each time.
 
@@ -141,7 +149,9 @@ class Batches(tuple[Batch, ...]):
 
     def digest(self) -> str:
         """Return twelve hexadecimal digits that name the data, labels and batch sizes."""
-        return digest_of(("", leaf) for b in self for leaf in leaves((b.inputs, b.labels)))
+        told = [None if isinstance(b.labels, FloatOutputs) else b.labels for b in self]
+        pairs = zip(self, told, strict=True)
+        return digest_of(("", leaf) for b, y in pairs for leaf in leaves((b.inputs, y)))
 
     def to(self, device: torch.device) -> Batches:
         """Return the same batches on ``device``."""
@@ -150,7 +160,12 @@ class Batches(tuple[Batch, ...]):
 
 
 def read_batches(
-    data: Any, *, batch_size: int = 32, what: str = "calibration", sample_axis: int | None = None
+    data: Any,
+    *,
+    batch_size: int = 32,
+    what: str = "calibration",
+    sample_axis: int | None = None,
+    labelled: bool = True,
 ) -> Batches:
     """Read data into memory as batches, twice over if they can be read twice.
 
@@ -161,6 +176,9 @@ def read_batches(
     ``sample_axis`` is the axis of the input tensors along which samples lie: 1 in ``(T, N, …)``.
     By default it is told by the labels, whose first axis is always of samples.
 
+    With ``labelled=False`` data may also have none: one tensor of all samples, or batches that are
+    tensors, mappings of arguments, or ``(input,)`` alone; a pair is always inputs and labels.
+
     Raises:
         DataError: Empty, unlabelled, NaN or inf, without end, or not the same on a second reading
             (a shuffling loader, random augmentation); or it is unclear where samples lie.
@@ -170,16 +188,17 @@ def read_batches(
     if batch_size < 1:
         raise ValueError(f"batch_size is at least 1; got {batch_size}.")
     with preserve_rng_state([]), own_chance(data):  # a DataLoader draws a base seed
-        first = counted(_read(data, batch_size, what, sample_axis), what, sample_axis)
+        read = _read(data, batch_size, what, sample_axis, labelled=labelled)
+        first = counted(read, what, sample_axis)
     _check(first, what)
     # Reading one batch again is enough to catch shuffling and random augmentation.
-    if not isinstance(data, (tuple, Iterator)):
+    if not isinstance(data, (tuple, Tensor, Iterator)):
         with preserve_rng_state([]), own_chance(data):
             torch.rand(1, device="cpu")  # another state than at first, or shuffles would repeat
-            again = [*_read(data, batch_size, what, sample_axis, limit=1)]
+            again = [*_read(data, batch_size, what, sample_axis, limit=1, labelled=labelled)]
         # Nothing comes again of a stream that can be read once, whatever its class.
-        read = Batches(Batch(inputs, labels, first[0].n) for inputs, labels, _ in again)
-        if again and read.digest() != Batches(first[:1]).digest():
+        second = Batches(Batch(inputs, labels, first[0].n) for inputs, labels, _ in again)
+        if again and second.digest() != Batches(first[:1]).digest():
             raise DataError(
                 f"The {what} data come out differently on a second reading. Turn off shuffling "
                 "(DataLoader(shuffle=False)) and random augmentation: scores must be repeatable."
@@ -188,9 +207,20 @@ def read_batches(
 
 
 def _read(
-    data: Any, batch_size: int, what: str, axis: int | None, limit: int | None = None
+    data: Any,
+    batch_size: int,
+    what: str,
+    axis: int | None,
+    limit: int | None = None,
+    *,
+    labelled: bool = True,
 ) -> Iterator[tuple[Inputs, Any, int | None]]:
     """Yield inputs, labels, and the number of samples where that was said."""
+    if isinstance(data, Tensor) and not labelled and data.dim():
+        along = (axis or 0) % data.dim()
+        for part in torch.split(data, batch_size, along):
+            yield part, None, part.size(along)
+        return
     if isinstance(data, Tensor):
         raise DataError(f"The {what} data have no labels; give (inputs, labels).")
     if is_whole(data):
@@ -209,7 +239,8 @@ def _read(
     most_bytes = None if in_memory else psutil.virtual_memory().available // 2
     for item in itertools.islice(bounded(data, what, MOST_BATCHES, most_bytes), limit):
         given = (item.inputs, item.labels, item.n) if isinstance(item, Batch) else None
-        inputs, labels, n = given or (*pair_of(item, what, _UNLABELLED), None)
+        alone = None if labelled else _unlabelled(item, axis)
+        inputs, labels, n = given or alone or (*pair_of(item, what, _UNLABELLED), None)
         # A loader may fill the same memory anew each time.
         yield (inputs, labels, n) if in_memory else (cloned(inputs), cloned(labels), n)
 
@@ -263,7 +294,17 @@ def own_chance(data: Any, seed: int | None = None) -> Iterator[None]:
             generator.set_state(state)
 
 
-_UNLABELLED = " Unlabelled data cannot give a loss."
+_UNLABELLED = " Unlabelled data cannot give a loss; leave the loss out to search without labels."
+
+
+def _unlabelled(item: Any, axis: int | None) -> tuple[Inputs, None, int] | None:
+    """Return inputs that come without labels, and how many samples they are."""
+    if isinstance(item, (tuple, list)) and len(item) == 1:
+        item = item[0] if isinstance(item[0], Tensor) else tuple(item)
+    elif not isinstance(item, (Tensor, Mapping)):
+        return None
+    sizes = {*_sizes(item, axis or 0)} | _lengths(item)
+    return (item, None, sizes.pop()) if len(sizes) == 1 else None
 
 
 def pair_of(item: Any, what: str, hint: str = "") -> tuple[Inputs, Any]:

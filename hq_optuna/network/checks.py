@@ -281,17 +281,17 @@ def check_probabilities(outputs: Any, labels: Any) -> None:
 
 
 @torch.no_grad()
-def check_rise(network: nn.Module, data: Batches, output_rise: Callable[..., Any]) -> None:
-    """Refuse an ``output_rise`` that fails, or is not finite, on outputs that did not move."""
+def check_rise(network: nn.Module, data: Batches, rise: Callable[..., Any]) -> None:
+    """Refuse a rise that fails, or is not finite, on outputs that did not move."""
     with preserve_rng_state({device_of(network)}):
         outputs = forward(copied(network), data[0].inputs)
     with explain_errors(
-        "output_rise failed on the first calibration batch",
+        "rise failed on the first calibration batch",
         "It is called with (outputs, moved) and returns one number, summed over the samples.",
     ):
-        found = float(output_rise(outputs, cloned(outputs)))
+        found = float(rise(outputs, cloned(outputs)))
     if not math.isfinite(found):
-        raise DataError(f"output_rise of outputs that did not move is {found}; it should be 0.")
+        raise DataError(f"rise of outputs that did not move is {found}; it should be 0.")
 
 
 def check_labels(

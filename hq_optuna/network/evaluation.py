@@ -1,13 +1,21 @@
-"""Measure a network on data the search did not read."""
+"""Measure a network on data the search did not read, by accuracy or by the field's own metric.
+
+Two networks that were measured on the same samples are compared sample by sample. Where a metric
+is a mean, the interval of the difference is Student's, of the paired differences. Where it is not
+(average precision, mean intersection over union, a rank correlation), samples are drawn anew with
+replacement, the same ones for both networks, and the middle 95 % of the differences are the
+interval (Efron 1979, the percentile bootstrap).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -80,6 +88,103 @@ class Accuracy:
         return None if scores.shape[1] == 1 else (scores, told, counts)  # the argmax of one is 0
 
 
+CONFIDENCE = 0.95
+RESAMPLES = 200
+"""Draws of the bootstrap: the ends of its interval are known to a tenth of its width."""
+
+
+class Metric:
+    """What a network is worth, measured on validation and test data; given as ``evaluate``.
+
+    Args:
+        figure: With ``per_sample`` the number from a list of records, one of each sample; ``None``:
+            their mean. Without it the number from (network, batches).
+        name: For people and for the record: ``"PSNR"``.
+        unit: Shown behind values, ``"dB"``, ``"%"``; values are shown as they are.
+        higher_is_better: The direction.
+        per_sample: From (network, batches) a record of each sample: a number, or whatever
+            ``figure`` reads. With it differences have intervals.
+
+    Example:
+        >>> metric = Metric(name="error", higher_is_better=False, per_sample=lambda net, data: [])
+        >>> metric.of([1.0, 3.0])
+        2.0
+    """
+
+    def __init__(
+        self,
+        figure: Callable[..., float] | None = None,
+        *,
+        name: str,
+        unit: str = "",
+        higher_is_better: bool = True,
+        per_sample: Callable[[nn.Module, Batches], Sequence[Any]] | None = None,
+    ) -> None:
+        if figure is None and per_sample is None:
+            raise ValueError("A metric needs figure, per_sample, or both; got neither.")
+        if not name or name == "loss" or name.endswith(("_before", "_after")):
+            raise ValueError(f"name is that of the metric, and not that of a fact; got {name!r}.")
+        self.figure, self.per_sample = figure, per_sample
+        self.name, self.unit, self.higher_is_better = name, unit, higher_is_better
+
+    def said(self) -> dict[str, Any]:
+        """Return name, unit and direction as JSON data."""
+        return {"name": self.name, "unit": self.unit, "higher_is_better": self.higher_is_better}
+
+    def records(self, network: nn.Module, data: Batches) -> list[Any] | None:
+        """Return a record of each sample; ``None`` where the metric has none.
+
+        Raises `DataError` where there are more or fewer than samples.
+        """
+        if self.per_sample is None:
+            return None
+        found = self.per_sample(network, data)
+        records = found.tolist() if isinstance(found, Tensor) else list(found)
+        if len(records) != data.n_samples:
+            raise DataError(
+                f"per_sample of the metric {self.name!r} returns {len(records)} records of "
+                f"{data.n_samples} samples. Return one of each, in their order."
+            )
+        return records
+
+    def of(self, records: Sequence[Any]) -> float:
+        """Return the number from records."""
+        if self.figure is not None:
+            return float(self.figure(records))
+        return math.fsum(float(record) for record in records) / len(records)
+
+    def __call__(self, network: nn.Module, data: Batches) -> dict[str, float]:
+        """Return ``{name: number}``."""
+        records = self.records(network, data)
+        if records is None:
+            assert self.figure is not None
+            return {self.name: float(self.figure(network, data))}
+        return {self.name: self.of(records)}
+
+    def difference(self, first: Sequence[Any], second: Sequence[Any]) -> dict[str, float]:
+        """Return second − first with the ends of its interval, from records of the same samples."""
+        low, high = self._interval(first, second)
+        return {"value": self.of(second) - self.of(first), "low": low, "high": high}
+
+    def _interval(self, first: Sequence[Any], second: Sequence[Any]) -> tuple[float, float]:
+        n = len(first)
+        if n < 2:
+            return -math.inf, math.inf
+        if self.figure is None:
+            from scipy.stats import t  # takes longer to import than a metric to compute
+
+            changes = np.asarray(second, dtype=float) - np.asarray(first, dtype=float)
+            half = float(t.ppf((1 + CONFIDENCE) / 2, n - 1) * changes.std(ddof=1) / math.sqrt(n))
+            return float(changes.mean()) - half, float(changes.mean()) + half
+        chance = np.random.default_rng(0)
+        found = []
+        for _ in range(RESAMPLES):
+            drawn = chance.integers(0, n, n)
+            found.append(self.of([second[i] for i in drawn]) - self.of([first[i] for i in drawn]))
+        low, high = np.nanquantile(found, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+        return float(low), float(high)
+
+
 def _right(scores: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
     return (scores.argmax(1) == labels)[counts]
 
@@ -92,7 +197,8 @@ def measured_figures(evaluate: Evaluate, network: nn.Module, data: Batches) -> d
 
 def is_validation_fact(fact: str) -> bool:
     """Return whether a study's fact of this name was measured on validation data."""
-    own = fact in ("validation_samples", "validation_lost", "validation_gained")
+    ends = ("samples", "lost", "gained", "metric")
+    own = fact in [f"validation_{end}" for end in ends]
     return own or (fact.endswith(("_before", "_after")) and not fact.startswith("test_"))
 
 
@@ -161,15 +267,16 @@ def mean_loss(network: nn.Module, data: Batches, loss_fn: LossFunction) -> dict[
 
 def before_and_after(
     evaluate: Evaluate, model: nn.Module, network: nn.Module, data: Batches, what: str
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Measure the float and the quantized network on the same data, which ``what`` names.
 
     Returns ``{"<what>_samples": …, "accuracy_before": …, "accuracy_after": …}``; names of figures
     begin with ``what`` unless it is ``"validation"``. With `Accuracy` and one class a sample there
     are also ``<what>_lost`` and ``<what>_gained``: samples that only the float network, or only the
-    quantized one, gets right.
+    quantized one, gets right. With a `Metric` there is ``<what>_metric``: its name, unit and
+    direction, and the difference after − before with its interval, where samples have records.
     """
-    facts: dict[str, float] = {f"{what}_samples": data.n_samples}
+    facts: dict[str, Any] = {f"{what}_samples": data.n_samples}
     prefix = "" if what == "validation" else f"{what}_"
     original = copied(model)
     with _explained_on(what):
@@ -182,10 +289,28 @@ def before_and_after(
                 facts[f"{what}_lost"] = int((before & ~after).sum())
                 facts[f"{what}_gained"] = int((after & ~before).sum())
                 return facts
+        if isinstance(evaluate, Metric):
+            return facts | _of_metric(evaluate, (original, network), data, prefix, what)
         for when, measured in (("before", original), ("after", network)):
             for name, value in measured_figures(evaluate, measured, data).items():
                 facts[f"{prefix}{name}_{when}"] = value
     return facts
+
+
+@torch.no_grad()
+def _of_metric(
+    metric: Metric, pair: tuple[nn.Module, nn.Module], data: Batches, prefix: str, what: str
+) -> dict[str, Any]:
+    """Return the metric's facts of the float network and of the quantized one."""
+    said = metric.said()
+    found = [metric.records(network, data) for network in pair]
+    if found[0] is None or found[1] is None:
+        values = [metric(network, data)[metric.name] for network in pair]
+    else:
+        values = [metric.of(records) for records in found if records is not None]
+        said["difference"] = metric.difference(found[0], found[1])
+    names = (f"{prefix}{metric.name}_before", f"{prefix}{metric.name}_after")
+    return {**dict(zip(names, values, strict=True)), f"{what}_metric": said}
 
 
 def share_correct(correct: Tensor) -> float:

@@ -27,7 +27,7 @@ _WORDS = {
     "space": "the search space (layers, allowed bits, pins or ties)",
     "quantizers": "the quantizers",
     "loss": "the loss function",
-    "output_rise": "the function output_rise",
+    "rise": "the rise",
     "training": "the training (its data or settings)",
 }
 """What differs, in words, beside settings, which say it themselves."""
@@ -89,7 +89,7 @@ def check_or_write(study: Study, mine: Mapping[str, Any], *, is_mine: bool | Non
     changed: tuple[str, ...] = ()
     if stored is not None:
         # Searches without these do not name them.
-        names = dict.fromkeys([*mine, "training", "output_rise"])
+        names = dict.fromkeys([*mine, "training", "rise"])
         changed = tuple(name for name in names if stored.get(name) != mine.get(name))
         if not changed:
             return False

@@ -49,8 +49,9 @@ from hq_optuna.protocol.history import read_history
 from hq_optuna.protocol.tickets import closing, winner_of
 from hq_optuna.quantization import set_bits
 from hq_optuna.quantization.prepare import check_preparable
+from hq_optuna.rises import Rise, RiseLoss, decide, rise_of_loss
 from hq_optuna.samplers import ProgressiveBitSampler
-from hq_optuna.scoring import UNKNOWN_LOSS, OutputRise, Score, Scorer, output_rise_of
+from hq_optuna.scoring import Score, Scorer
 from hq_optuna.settings import SearchSettings, settings_of
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.cost import CostModel
@@ -74,13 +75,15 @@ class HessianObjective:
 
     Args:
         model: Trained network. Left exactly as it is.
-        calibration: Labelled data, see `read_batches`.
+        calibration: Labelled data, or inputs alone, see `read_batches`.
         space: Search space of this network.
-        loss_fn: Mean loss of a batch from (outputs, labels); cross-entropy by default.
+        loss_fn: Mean loss of a batch from (outputs, labels); ``None``: cross-entropy, or, where
+            there are no labels, none.
         settings: How candidates are scored (``scorer``, ``rounding``, ``correction``, ``observer``,
             ``precision``, ``quantizers``); the others are not read here.
-        output_rise: For Gauss-Newton with another loss: the loss rise, summed over samples, from
-            the outputs of the float network and of a candidate.
+        rise: How much worse outputs become that move, see `hq_optuna.rises`; a function returns
+            it from (outputs, moved), summed over samples. By default that of the loss, or, where
+            that is unknown or there is none, by the outputs.
         batch_size: Samples a batch, where ``calibration`` has no batches of its own.
         training: When winners are trained, and how; the sampler must be told the same. ``None``:
             never.
@@ -98,7 +101,7 @@ class HessianObjective:
 
     Attributes:
         settings: As given, with the scorer that was chosen.
-        is_table: Whether candidates are scored by a table, so that finalists are worth measuring.
+        verifies: Whether candidates are scored by a table, so that finalists are worth measuring.
         warnings: Sentences that a reader of the results must know.
     """
 
@@ -109,9 +112,9 @@ class HessianObjective:
         calibration: Any,
         space: SearchSpace,
         *,
-        loss_fn: LossFunction = functional.cross_entropy,
+        loss_fn: LossFunction | None = None,
         settings: SearchSettings | None = None,
-        output_rise: OutputRise | None = None,
+        rise: Rise | Callable[[Any, Any], Any] | None = None,
         batch_size: int = 32,
         training: TrainingPlan | None = None,
         artifacts: Artifacts | None = None,
@@ -130,17 +133,21 @@ class HessianObjective:
         self.model = model
         self.space = space
         self._loss = name_of(loss_fn)  # before it is called: it may count its calls
-        loss_fn = own_loss(loss_fn)
         self.device = device_of(model)
-        self.data = read_batches(calibration, batch_size=batch_size).to(self.device)
+        read = read_batches(calibration, batch_size=batch_size, labelled=False).to(self.device)
+        self.data, loss_fn, self.rise, reason = decide(
+            model, read, None if loss_fn is None else own_loss(loss_fn), rise
+        )
+        if loss_fn is functional.cross_entropy or isinstance(loss_fn, RiseLoss):
+            self._loss = name_of(None if isinstance(loss_fn, RiseLoss) else loss_fn)
         if not isinstance(calibration, Batches):
             check_sample_axis(copied(model), self.data[0])
         trains = training is not None and training.every > 0
         self.setup = ScorerSetup.checked(
-            *(given, space, self.data, loss_fn, output_rise), trains=trains
+            *(given, space, self.data, loss_fn, self.rise), trains=trains
         )
         self.settings = self.setup.settings
-        self.is_table = self.setup.is_table
+        self.verifies = self.setup.is_table and self.rise is not None
         self.warnings = check_forward(
             model, self.data, loss_fn, [layer.name for layer in space.layers]
         )
@@ -150,10 +157,10 @@ class HessianObjective:
         self.loss_fn, said = as_mean(model, self.data, loss_fn)
         self.setup = replace(self.setup, data=self.data, loss_fn=self.loss_fn)
         self.warnings += said
-        if output_rise is not None:
-            check_rise(model, self.data, output_rise)
-        if given.scorer is None and self.settings.scorer == "diagonal":
-            self.warnings.append(UNKNOWN_LOSS)
+        if rise is not None and self.rise is not None and self.rise.reads_outputs:
+            check_rise(model, self.data, self.rise)
+        if reason and (given.scorer is None or self.settings.scorer == "hessian_trace"):
+            self.warnings.append(reason)
         self.skipped = skipped
         self._progress: Progress = lambda what, done, of: None
         self.training: TrainedSteps | None = None
@@ -290,11 +297,9 @@ class HessianObjective:
             "loss": self._loss,
             **fingerprint.of_settings(self.settings, "scoring"),
         }
-        rise = self.setup.output_rise
-        if rise is not None:
-            known = output_rise_of(self.loss_fn)
-            if name_of(rise) != name_of(known):
-                mine["output_rise"] = name_of(rise)
+        used = self.settings.scorer in ("gauss_newton", "hessian_trace")
+        if used and name_of(self.rise) != name_of(rise_of_loss(self.loss_fn)):
+            mine["rise"] = name_of(self.rise)
         if self.training is not None:
             mine["training"] = self.training.plan.digest()
         budget = budget_of(study)

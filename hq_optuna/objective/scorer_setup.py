@@ -19,18 +19,26 @@ from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.quantization.observers import InputHistogram
 from hq_optuna.quantization.quantizer_choice import choose_quantizers, uncompensated_warnings
 from hq_optuna.quantization.statistics import statistics_places
+from hq_optuna.rises import Rise, RiseLoss
 from hq_optuna.scoring import (
     LAYER_SUMS,
     LayerSumName,
-    OutputRise,
     Scorer,
     Sensitivity,
     measure_layer_sums,
-    output_rise_of,
 )
-from hq_optuna.settings import SearchSettings
+from hq_optuna.settings import ScorerName, SearchSettings
 from hq_optuna.space.search_space import SearchSpace, bits_needed
 from hq_optuna.training.trained import TrainedNetwork
+
+
+def _default(rise: Rise | None, trains: bool) -> ScorerName:
+    """Return the scorer that ranks best with what is known of the outputs."""
+    if rise is None:
+        return "diagonal"
+    by_outputs = rise.reads_outputs and (trains or not rise.can_draw)
+    return "gauss_newton" if by_outputs else "hessian_trace"
+
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, of)."""
@@ -51,8 +59,8 @@ class BuiltScorer(NamedTuple):
 class ScorerSetup:
     """How assignments are scored, and on what; see `hq_optuna.settings`.
 
-    ``settings`` have the scorer that was chosen, ``output_rise`` is ``None`` where it is not
-    Gauss-Newton. ``data`` are calibration batches on the network's device. ``quantizers`` names
+    ``settings`` have the scorer that was chosen, ``rise`` is that of the outputs, where there is
+    one. ``data`` are calibration batches on the network's device. ``quantizers`` names
     those of layers whose weights are not rounded uniformly.
     """
 
@@ -60,7 +68,7 @@ class ScorerSetup:
     space: SearchSpace
     data: Batches
     loss_fn: LossFunction
-    output_rise: OutputRise | None
+    rise: Rise | None
     quantizers: Mapping[str, str]
 
     @classmethod
@@ -70,7 +78,7 @@ class ScorerSetup:
         space: SearchSpace,
         data: Batches,
         loss_fn: LossFunction,
-        output_rise: OutputRise | None,
+        rise: Rise | None,
         *,
         trains: bool = False,
     ) -> ScorerSetup:
@@ -79,37 +87,35 @@ class ScorerSetup:
         Where a search ``trains`` winners and goes on from them, outputs tell what is left of their
         rise, and a table of the trained network does not.
 
-        Raises `ValueError` for a scorer that does not know the loss, and `SpaceError` for an
+        Raises `ValueError` for a scorer that does not know loss or rise, and `SpaceError` for an
         unknown quantizer, or one that cannot do the bits of its layers.
         """
-        if output_rise is None:
-            output_rise = output_rise_of(loss_fn)
         scorer = settings.scorer
         if scorer is None:
-            by_table = probe_of(loss_fn) is not None and not trains
-            scorer = "gauss_newton" if output_rise else "diagonal"
-            scorer = "hessian_trace" if by_table else scorer
-        if scorer == "gauss_newton" and output_rise is None:
+            scorer = _default(rise, trains)
+        if scorer == "gauss_newton" and (rise is None or not rise.reads_outputs):
             raise ValueError(
-                "The scorer 'gauss_newton' knows cross-entropy and squared error: give "
-                "torch.nn.functional.cross_entropy or mse_loss itself as the loss, and no function "
-                "around it. For another loss give output_rise, or use scorer='diagonal'. In a "
-                "study file that is loss = torch.nn.functional.cross_entropy, or a function "
-                "output_rise(outputs, moved)."
+                "The scorer 'gauss_newton' compares the network's outputs, and no rise tells how: "
+                "give rise=, one of hq_optuna.rises or a function of (outputs, moved), or use "
+                "scorer='diagonal'. In a study file that is rise = …"
             )
-        if scorer in ("fisher", "hessian_trace") and probe_of(loss_fn) is None:
+        if scorer == "hessian_trace" and (rise is None or not rise.can_draw):
             raise ValueError(
-                f"The scorer {scorer!r} knows cross-entropy and squared error. For another loss "
-                "use scorer='diagonal' or 'hutchinson'."
+                "The scorer 'hessian_trace' needs a rise of the outputs: give rise=, one of "
+                "hq_optuna.rises, or use scorer='diagonal'."
             )
-        return cls(
-            settings.replace(scorer=scorer),
-            space,
-            data,
-            loss_fn,
-            output_rise if scorer == "gauss_newton" else None,
-            choose_quantizers(settings.quantizers, space),
-        )
+        if scorer == "fisher" and probe_of(loss_fn) is None:
+            raise ValueError(
+                "The scorer 'fisher' knows cross-entropy and squared error. For another loss use "
+                "scorer='hessian_trace', 'diagonal' or 'hutchinson'."
+            )
+        if scorer in ("diagonal", "trace") and isinstance(loss_fn, RiseLoss):
+            raise ValueError(
+                f"The scorer {scorer!r} needs gradients of a loss, and the data have no labels. "
+                "Use scorer='hessian_trace' or 'gauss_newton', or give labels and a loss."
+            )
+        quantizers = choose_quantizers(settings.quantizers, space)
+        return cls(settings.replace(scorer=scorer), space, data, loss_fn, rise, quantizers)
 
     def build(
         self,
@@ -148,6 +154,7 @@ class ScorerSetup:
                 progress=progress,
                 moments=moments,
                 correction=correction,
+                rise=self.rise,
             )
             known, curvature = sums.sensitivity, sums.curvature
             warnings += sums.warnings
@@ -175,7 +182,7 @@ class ScorerSetup:
     @property
     def told_by_outputs(self) -> bool:
         """Whether an assignment's outputs or loss are its score, and not a sum over layers."""
-        return self.output_rise is not None or self.settings.scorer == "loss"
+        return self.settings.scorer in ("gauss_newton", "loss")
 
     def _observed(self, network: nn.Module, base: TrainedNetwork | None) -> nn.Module:
         """Return a prepared copy with observed ranges and what a training learned."""
@@ -204,7 +211,8 @@ class ScorerSetup:
     ) -> Scorer:
         return Scorer(
             *(prepared, known, self.data, self.loss_fn),
-            output_rise=self.output_rise,
+            output_rise=self.rise if self.settings.scorer == "gauss_newton" else None,
+            rise=self.rise,
             by_loss=self.settings.scorer == "loss",
             measures=self.settings.measure_candidates,
             correction=correction,
@@ -237,7 +245,10 @@ class ScorerSetup:
         """The sum over layers that is recorded of each candidate."""
         if self.settings.scorer in LAYER_SUMS:
             return self.settings.scorer
-        return "diagonal" if probe_of(self.loss_fn) is None else "fisher"
+        if probe_of(self.loss_fn) is not None:
+            return "fisher"
+        told = self.rise is not None and self.rise.can_draw
+        return "hessian_trace" if told else "diagonal"
 
     @cached_property
     def _table_places(self) -> frozenset[int]:

@@ -204,9 +204,9 @@ class InputFakeQuantize(nn.Module):
             self.ranges[bits] = self.histogram.range(bits, self.observer)
         return self.ranges[bits]
 
-    def quantized(self, x: Tensor, bits: int) -> Tensor:
-        """Return ``x`` rounded to ``bits``."""
-        return quantize_activation(x, *self.range(bits), bits)
+    def quantized(self, x: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
+        """Return ``x`` rounded to ``bits``, without gradient in ``out``."""
+        return quantize_activation(x, *self.range(bits), bits, out)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the input as the layer sees it."""

@@ -128,9 +128,18 @@ def _places(use: WeightUse, weight: Tensor) -> Tensor | None:
     if transposed:
         return None
     x = functional.pad(x, [p for p in reversed(padding) for _ in range(2)])
-    for axis in range(weight.dim() - 2):
-        size, step, gap = weight.shape[2 + axis], stride[axis], dilation[axis]
+    return patches(x, weight.shape[2:], stride, dilation, groups)
+
+
+def patches(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int
+) -> Tensor:
+    """Return a view of all patches of a padded ``(N, C, …)``, for a kernel of k axes.
+
+    Its shape is ``(N, places of each axis, groups, channels of a group, kernel of each axis)``.
+    """
+    axes = len(kernel)
+    for axis, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True)):
         x = x.unfold(2 + axis, (size - 1) * gap + 1, step)[..., ::gap]
-    axes = weight.dim() - 2
     x = x.reshape(len(x), groups, -1, *x.shape[2:])
     return x.movedim((1, 2), (1 + axes, 2 + axes))

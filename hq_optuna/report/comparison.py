@@ -23,7 +23,8 @@ _UNCLEAR = (
 def beaten_by_uniform(compared: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Return the rows of uniform bits that are measured to be better than the answer.
 
-    By accuracy where it was measured, else by the loss; where these are equal, by the cost.
+    By the metric or the accuracy where they were measured, else by the loss; where these are equal,
+    by the cost.
     """
     compared = list(compared)
     answer = next((row for row in compared if row["method"] == ANSWER), None)
@@ -33,7 +34,10 @@ def beaten_by_uniform(compared: Iterable[Mapping[str, Any]]) -> list[Mapping[str
 
 
 def _worth(row: Mapping[str, Any]) -> tuple[float, float]:
-    measured = row["measured"]
+    measured, metric = row["measured"], row.get("metric")
+    if metric is not None:
+        value = float(measured[metric["name"]])
+        return (value if metric["higher_is_better"] else -value), -row["cost"]
     worth = float(measured["accuracy"]) if "accuracy" in measured else -float(measured["loss"])
     return worth, -row["cost"]
 
@@ -45,6 +49,9 @@ def warnings(
     measured = {row["method"]: row["measured"] for row in compared}
     sentences = []
     for row in beaten_by_uniform(compared):
+        if row.get("metric") is not None:
+            sentences.append(_by_metric(row, measured[ANSWER], metric, n_samples))
+            continue
         name = "accuracy" if "accuracy" in row["measured"] else "loss"
         ours, theirs, pairs = measured[ANSWER][name], row["measured"][name], row.get("pairs")
         said, advice = _LOST
@@ -69,3 +76,25 @@ def warnings(
             f"the budget, and have validation {name} {figures}. {advice}"
         )
     return sentences
+
+
+def _by_metric(
+    row: Mapping[str, Any], answer: Mapping[str, Any], metric: Metric, n_samples: int | None
+) -> str:
+    """Return the sentence of a uniform assignment that is better by the study's own metric."""
+    said, unit = row["metric"], f" {row['metric']['unit']}".rstrip()
+    name, over = said["name"], row.get("over_answer")
+    verdict, advice = _LOST
+    figures = f"{row['measured'][name]:.4g}{unit} against {answer[name]:.4g}{unit}"
+    if over is not None:
+        low, high = over["low"], over["high"]
+        better = low > 0 if said["higher_is_better"] else high < 0
+        verdict, advice = (verdict, advice) if better else _UNCLEAR
+        figures += (
+            f" ({n_samples or '?'} samples, 95 % interval of the difference {low:+.3g} to "
+            f"{high:+.3g}{unit})"
+        )
+    return (
+        f"{verdict}: {row['bits']} everywhere cost {format_cost(row['cost'], metric)}, within the "
+        f"budget, and have validation {name} {figures}. {advice}"
+    )

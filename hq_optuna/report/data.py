@@ -282,8 +282,9 @@ def beside(history: History) -> list[dict[str, Any]]:
 
     Returns:
         One row each: ``{"name", "bops", "size_bytes", "of_int8", "of_float32", "loss", "accuracy",
-        "over_answer"}``. The last is how much more often than the answer it is right;
-        ``accuracy`` and ``over_answer`` are ``{"value", "low", "high"}`` or ``None``.
+        "metric", "over_answer"}``. The last is how much more often than the answer it is right, or
+        how far the study's own metric is over the answer's; ``accuracy`` and ``over_answer`` are
+        ``{"value", "low", "high"}`` or ``None``, ``metric`` a number.
     """
     facts, info, space = history.facts, history.info, history.space
     models = {metric: CostModel(space.layers, metric) for metric in METRICS}
@@ -317,6 +318,14 @@ def beside(history: History) -> list[dict[str, Any]]:
         answer = row("this answer", history.incumbent.config, measured.get((ANSWER, None)))
         if answer["accuracy"] is None and ours is not None:
             answer["accuracy"] = ours["after"]
+        if (said := facts.get("validation_metric")) is not None:
+            values = [facts.get(f"{said['name']}_{when}") for when in ("before", "after")]
+            rows[0]["metric"] = values[0]
+            answer["metric"] = values[1] if answer["metric"] is None else answer["metric"]
+            if (d := said.get("difference")) is not None:
+                rows[0]["over_answer"] = {
+                    "value": -d["value"], "low": -d["high"], "high": -d["low"]
+                }  # fmt: skip
         rows.append({**answer, "over_answer": None})
     return rows
 
@@ -328,7 +337,11 @@ def _measured(row: Mapping[str, Any]) -> dict[str, Any]:
     if accuracy and pairs:
         accuracy = _accuracy(measured["accuracy"], pairs["samples"])
         over = _difference(pairs["only_answer"], pairs["only_this"], pairs["samples"])
-    return {"loss": measured.get("loss"), "accuracy": accuracy, "over_answer": over}
+    found = {"loss": measured.get("loss"), "accuracy": accuracy, "over_answer": over}
+    metric = row.get("metric")
+    if metric is not None:
+        found |= {"metric": measured.get(metric["name"]), "over_answer": row.get("over_answer")}
+    return {"metric": None, **found}
 
 
 def with_intervals(compared: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -337,6 +350,8 @@ def with_intervals(compared: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     for row in compared:
         found = _measured(row)
         over = None if row["method"] == ANSWER else found["over_answer"]
+        if row["method"] != ANSWER and row.get("over_answer") is not None:
+            over = row["over_answer"]
         rows.append({**row, "accuracy": found["accuracy"], "over_answer": over})
     return rows
 

@@ -70,6 +70,9 @@ def _cells(rows: Sequence[Mapping[str, Any]], key: str, write: Callable[[Any], s
 
 
 def _over_answer(rows: Sequence[Mapping[str, Any]]) -> Column:
+    if any(row.get("metric") is not None for row in rows):
+        cells = _cells(rows, "over_answer", lambda found: interval(found, "{:+.3g}".format))
+        return "over the answer", cells
     cells = _cells(rows, "over_answer", lambda found: interval(found, points))
     return "over the answer, points", cells
 
@@ -90,8 +93,13 @@ def _beside(data: Mapping[str, Any]) -> Block:
     if accuracy:
         cells = [interval(row["accuracy"], hundredths) for row in rows]
         columns += [("validation accuracy, %", cells), _over_answer(rows)]
+    metric = data["facts"].get("validation_metric")
+    if metric is not None:
+        title = f"validation {metric['name']}" + (f", {metric['unit']}" if metric["unit"] else "")
+        columns += [(title, _cells(rows, "metric", "{:.4g}".format)), _over_answer(rows)]
     lines = _beside_lines(data, accuracy)
-    return Block("beside", "Cost and accuracy", columns, lines, last_stands_out=True)
+    name = "accuracy" if metric is None else metric["name"]
+    return Block("beside", f"Cost and {name}", columns, lines, last_stands_out=True)
 
 
 def _beside_lines(data: Mapping[str, Any], accuracy: bool) -> list[str]:
@@ -99,6 +107,8 @@ def _beside_lines(data: Mapping[str, Any], accuracy: bool) -> list[str]:
     if data["accuracies"]:
         confidence, methods = data["accuracies"]["confidence"], data["accuracies"]["methods"]
         lines.append(f"In brackets {100 * confidence:.0f} % intervals; {methods}.")
+    elif any(row["over_answer"] for row in data["beside"]):
+        lines.append("In brackets 95 % intervals, paired over the validation samples.")
     elif accuracy:
         lines.append("No intervals: how many samples were right is not in the study.")
     pinned = not all(row["searched"] for row in data["layers"])
@@ -176,11 +186,17 @@ def _answer(data: Mapping[str, Any]) -> Block:
     rows.append(("loss on the calibration set", loss))
     rows.append(("does the score rank as the measured loss?", ranks_agree(data["agreement"])))
     pairs = before_and_after(facts)
-    rows += [(f"{what}, before → after", f"{t}{counted(data, what)}") for what, t in pairs.items()]
+    found = (facts.get(f"{what}_metric") for what in ("test", "validation"))
+    metrics = {metric["name"]: metric for metric in found if metric}
+    for what, t in pairs.items():
+        metric = metrics.get(what.removeprefix("test "))
+        more = counted(data, what) if metric is None else of_metric(metric)
+        rows.append((f"{what}, before → after", t + more))
     if not pairs:
         rows.append(("validation accuracy, before → after", NOT_MEASURED))
     said = {f"{what.replace(' ', '_')}{end}" for what in pairs for end in ("_before", "_after")}
     said |= {f"{what}_{end}" for what in data["accuracies"] for end in ("lost", "gained")}
+    said |= {"validation_metric", "test_metric"}
     rows += [(k.replace("_", " "), fact(k, v)) for k, v in facts.items() if k not in said]
     return _pairs("answer", "In numbers", rows)
 
@@ -214,7 +230,7 @@ def compared(rows: Sequence[Mapping[str, Any]], metric: Metric) -> Block:
     ]
     for name in dict.fromkeys(name for row in rows for name in row["measured"]):
         columns.append((name, [_measured(row, name) for row in rows]))
-    if any(row.get("pairs") for row in rows):
+    if any(row.get("pairs") or row.get("over_answer") for row in rows):
         columns.append(_over_answer(rows))
     columns.append(("evaluations", [f"{row['evaluations']:,}" for row in rows]))
     columns.append(("seconds", _cells(rows, "seconds", "{:.3g}".format)))
@@ -238,7 +254,7 @@ def _compared_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = ["Measured on the validation data; all with the same score and statistics correction."]
     if any(row.get("trained") for row in rows):
         lines.append("The answer was trained at its bits, and has its score after that.")
-    if any(row.get("pairs") for row in rows):
+    if any(row.get("pairs") or row.get("over_answer") for row in rows):
         lines.append(f"In brackets {100 * CONFIDENCE:.0f} % intervals over the validation samples.")
     if EIGHT in methods:
         lines.append("Uniform 8 bits are over the budget and stand here for reference.")
@@ -474,6 +490,8 @@ def headline(data: Mapping[str, Any]) -> str:
         )
     measured = before_and_after(data["facts"])
     name = "accuracy" if "accuracy" in measured or not measured else next(iter(measured))
+    metric = data["facts"].get("validation_metric")
+    name = name if metric is None else metric["name"].replace("_", " ")
     text = (
         f"{_layers_at(data['layers'])}: {cost}, {rise}, "
         f"validation {name} {measured.get(name, NOT_MEASURED)}"
@@ -482,7 +500,23 @@ def headline(data: Mapping[str, Any]) -> str:
     if name == "accuracy" and found:
         value, low, high = (points(found["difference"][k]) for k in ("value", "low", "high"))
         text += f" ({value} points, 95 % interval {low} to {high})"
+    if metric is not None:
+        text += of_metric(metric)
     return f"{text}{'' if state['over'] else '; swaps still refine it'}."
+
+
+def of_metric(metric: Mapping[str, Any]) -> str:
+    """Return unit and difference of a study's own metric, in words.
+
+    Example:
+        >>> d = {"value": -0.1, "low": -0.3, "high": 0.1}
+        >>> of_metric({"unit": "dB", "difference": d})
+        ' dB (-0.1 dB, 95 % interval -0.3 to +0.1)'
+    """
+    unit, d = f" {metric['unit']}".rstrip(), metric.get("difference")
+    if d is None:
+        return unit
+    return f"{unit} ({d['value']:+.3g}{unit}, 95 % interval {d['low']:+.3g} to {d['high']:+.3g})"
 
 
 def _layers_at(layers: list[Mapping[str, Any]]) -> str:

@@ -1,7 +1,7 @@
 """The Hessian trace of each layer's error, seen from the outputs: what its bits cost, all at once.
 
 Rounding a layer moves the outputs z by Δz, which costs ½ Δzᵀ H̄ Δz, with H̄ the mean over samples of
-the loss's Hessian in the outputs (softened, as in `hq_optuna.scoring.outputs`). With random u of
+the loss's Hessian in the outputs (softened, as in `hq_optuna.rises`). With random u of
 covariance H̄ that is the mean of ½ ⟨u, Δz⟩²: half the trace of H̄ E[Δz Δzᵀ], by random probes. One
 backward pass from ⟨u, z⟩ gives the gradient g in every layer's output y, and ⟨u, Δz⟩ = ⟨g, Δy⟩ to
 first order, whatever moved y: a rounded weight, or a rounded input, at any number of bits.
@@ -21,8 +21,7 @@ Sources: Hutchinson 1989 (probes); Schraudolph 2002 (Gauss-Newton).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,13 +31,27 @@ from torch import Tensor, nn
 
 from hq_optuna.curvature import Curvature
 from hq_optuna.curvature.sweep import Call, Calls
-from hq_optuna.network.batches import Batch, Batches, forward
+from hq_optuna.network.batches import Batch, Batches
 from hq_optuna.network.layer_types import has_known_axes
-from hq_optuna.network.losses import LossFunction, is_cross_entropy, is_squared_error
 from hq_optuna.quantization.correction import StatisticsCorrection, channel_axis
 from hq_optuna.quantization.observers import first_input, with_first_input
-from hq_optuna.quantization.prepare import get_bits, set_bits
-from hq_optuna.scoring.output_hessian import OutputHessian
+from hq_optuna.quantization.prepare import (
+    float_weight,
+    get_bits,
+    input_quantizer,
+    set_bits,
+    weight_quantizer,
+)
+from hq_optuna.quantization.statistics import ChannelStatistics, pooled, statistics_of
+from hq_optuna.rises.base import Rise
+from hq_optuna.scoring.first_order import (
+    applied,
+    by_outer_products,
+    input_changes,
+    is_plain,
+    outer,
+    weight_changes,
+)
 from hq_optuna.scoring.sensitivity import Sensitivity
 from hq_optuna.space.assignment import LayerBits
 from hq_optuna.space.layers import FLOAT_BITS
@@ -46,89 +59,242 @@ from hq_optuna.space.search_space import SearchSpace, bits_needed
 
 PROBES = 2
 """Random vectors a sample; its places are many more."""
+LINE_SAMPLES = 16
+"""Samples at least on which Δy of a rounded input is regressed on y; each has many places."""
 
 
 @dataclass(eq=False)
 class _Seen:
     """A layer's call: what it was given, what it returned, and gradients of the probes there."""
 
-    call: Call
+    call: Call | None
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    y: Tensor
+    x: Tensor
+    y: Tensor = field(init=False)
     gradients: list[Tensor] = field(default_factory=list)
+    input_gradients: list[Tensor] = field(default_factory=list)
+
+    def returned(self, y: Tensor) -> None:
+        """Keep what came out, which an activation may write into."""
+        self.y = y.detach().clone()
+
+    def in_single_(self) -> None:
+        """Have outputs and their gradients in single precision at least."""
+        self.y = self.y.to(torch.promote_types(self.y.dtype, torch.float32))
+        self.gradients = [g.to(self.y.dtype) for g in self.gradients]
+
+    def unsqueeze_(self) -> None:
+        """Give all tensors an axis of one sample."""
+        self.x, self.y = self.x[None], self.y[None]
+        self.gradients = [g[None] for g in self.gradients]
+        self.input_gradients = [g[None] for g in self.input_gradients]
+
+    def is_plain(self, weight: Tensor) -> bool:
+        """Say whether input and output are laid out by samples, in the weight's precision."""
+        laid_out = self.y.dim() == max(weight.dim(), self.x.dim()) and len(self.x) == len(self.y)
+        return laid_out and self.x.dtype == weight.dtype == self.y.dtype
 
 
-class _Part:
-    """What was summed of one layer at one number of bits of its weights, or of its inputs."""
+class _Side:
+    """What was summed of one layer's weights, or of its inputs, at ``B`` numbers of bits."""
 
-    def __init__(self) -> None:
-        self.changes: list[Tensor] = []  # ⟨g, Δy⟩, (probes, samples) a batch
-        self.sum: Tensor | float = 0.0  # of Δy by channel
-        self.product: Tensor | float = 0.0  # of Δy · y by channel
+    def __init__(self, bits: set[int]) -> None:
+        self.bits = sorted(bits)
+        self._changes: list[Tensor] = []  # ⟨g, Δy⟩ of a batch, (B, probes, samples)
+        self._y: list[ChannelStatistics] = []
+        self._sums: Tensor | float = 0.0  # of Δy, and of Δy · y, by channel, (2, B, channels)
 
-    def add(self, change: Tensor, moved: Tensor | None, rows: Tensor | None) -> None:
-        """Add ⟨g, Δy⟩ of a batch, and Δy and y as ``(samples, places, channels)``."""
-        self.changes.append(change)
-        if moved is not None and rows is not None:
-            self.sum = self.sum + moved.sum((0, 1), dtype=torch.float64)
-            self.product = self.product + (moved * rows).sum((0, 1), dtype=torch.float64)
+    def add(self, changes: Tensor, n: int) -> None:
+        """Add ⟨g, Δy⟩ of a batch of ``n`` samples, ``(B, probes, rows)``."""
+        self._changes.append(changes.double().reshape(*changes.shape[:2], n, -1).sum(3))
 
+    def add_line(self, y: ChannelStatistics, sums: Tensor, products: Tensor) -> None:
+        """Add what a line needs: Σ Δy and Σ Δy · (y − mean of this batch), ``(B, channels)``."""
+        sums = sums.double()
+        self._y.append(y)
+        self._sums = self._sums + torch.stack([sums, products + sums * y.mean.double()])
 
-class _Layer:
-    """What was summed of one layer over all batches; channels are None where they are not known."""
-
-    def __init__(self, space_bits: tuple[set[int], set[int]]) -> None:
-        self.weights = {b: _Part() for b in sorted(space_bits[0])}
-        self.inputs = {b: _Part() for b in sorted(space_bits[1])}
-        self.g0: list[Tensor] = []  # (probes, samples, channels) a batch
-        self.gy: list[Tensor] = []
-        self.n = 0
-        self.sum: Tensor | float = 0.0
-        self.square: Tensor | float = 0.0
-
-    def add(self, rows: Tensor, grads: Tensor) -> None:
-        """Add y and g of a batch, ``(samples, places, channels)``, g for each probe."""
-        self.g0.append(grads.sum(2).double())
-        self.gy.append((grads * rows).sum(2).double())
-        self.n += rows.shape[0] * rows.shape[1]
-        self.sum = self.sum + rows.sum((0, 1), dtype=torch.float64)
-        self.square = self.square + rows.double().square().sum((0, 1))
-
-    def rises(self, takes: int) -> tuple[dict[int, float], dict[int, float]]:
-        """Return the rises of weights and inputs by bits.
+    def rises(self, takes: int, g0: Tensor, gy: Tensor) -> Tensor:
+        """Return the rises, ``(B,)``; Σ g and Σ g · y are ``(probes, samples, channels)``.
 
         ``takes`` is 2 where a correction takes mean and slope away, 1 for the mean alone.
         """
-        weights = {b: self._rise(part, takes) for b, part in self.weights.items()}
-        inputs = {
-            b: (self._rise(part, takes) + self._rise(part, 0)) / 2
-            for b, part in self.inputs.items()
-        }
-        return weights, inputs
+        if not self._changes:
+            return torch.zeros(len(self.bits))
+        c = torch.cat(self._changes, 2)
+        if takes and self._y:
+            mean, product = torch.as_tensor(self._sums) / sum(part.n for part in self._y)
+            undone = g0 @ mean.mT
+            if takes > 1:
+                mu, variance = (torch.as_tensor(v).double() for v in pooled(self._y))
+                slope = (product - mean * mu) / variance.clamp_min(1e-30)
+                slope = torch.where(variance > 1e-12 * mu.square(), slope, 0.0)
+                undone = undone + (gy - g0 * mu) @ slope.mT
+            c = c - undone.movedim(2, 0)
+        return 0.5 * c.square().mean((1, 2))
 
-    def _rise(self, part: _Part, takes: int) -> float:
-        if not part.changes:
-            return 0.0
-        c = torch.cat(part.changes, 1)
-        if takes and self.n:
-            g0 = torch.cat(self.g0, 1)
-            mean = part.sum / self.n
-            c = c - (g0 * mean).sum(2)
-        if takes > 1 and self.n:
-            mu, square = torch.as_tensor(self.sum) / self.n, torch.as_tensor(self.square) / self.n
-            variance = square - mu.square()
-            slope = (part.product / self.n - mean * mu) / variance.clamp_min(1e-30)
-            slope = torch.where(variance > 1e-12 * square, slope, 0.0)
-            c = c - ((torch.cat(self.gy, 1) - g0 * mu) * slope).sum(2)
-        return 0.5 * float(c.square().mean())
+
+class _Layer:
+    """What was summed of one layer over all batches; see `_Side.rises` for ``takes``."""
+
+    def __init__(self, bits: tuple[set[int], set[int]], takes: int) -> None:
+        self.weights, self.inputs = _Side(bits[0]), _Side(bits[1])
+        self.takes = takes
+        self._g: list[Tensor] = []  # Σ g and Σ g · y of a batch, (2, probes, samples, channels)
+
+    def rises(self) -> tuple[dict[int, float], dict[int, float]]:
+        """Return the rises of weights and inputs by bits."""
+        takes = self.takes if self._g else 0
+        g0, gy = torch.cat(self._g, 2) if takes else torch.zeros(2, 1, 1, 1)
+        of_weights = self.weights.rises(takes, g0, gy)
+        of_inputs = (self.inputs.rises(takes, g0, gy) + self.inputs.rises(0, g0, gy)) / 2
+        return (
+            dict(zip(self.weights.bits, of_weights.tolist(), strict=True)),
+            dict(zip(self.inputs.bits, of_inputs.tolist(), strict=True)),
+        )
+
+    @torch.no_grad()
+    def add(self, module: Any, seen: list[_Seen], n: int, step: int) -> None:
+        """Add what the layer's calls in a batch of ``n`` samples say of each number of bits.
+
+        What rounded inputs do is regressed on y in every ``step``-th sample.
+        """
+        seen = [one for one in seen if one.y.dim() and one.y.shape[0] % n == 0]
+        if not seen:
+            return
+        for one in seen:
+            one.in_single_()
+        axis = channel_axis(module, seen[0].y) if has_known_axes(module) else -1
+        if axis == 0:  # called without an axis of samples
+            if n > 1:
+                return
+            for one in seen:
+                one.unsqueeze_()
+            axis = 1
+        # A module called twice has one set of statistics, which the correction leaves alone.
+        if len(seen) > 1 or axis < 0:
+            self.takes = 0
+        line = axis if self.takes else None
+        if line is not None:
+            g = torch.stack(seen[0].gradients)
+            both = torch.stack([_by_channel(v, line + 1, 2).double() for v in (g, g * seen[0].y)])
+            self._g.append(both.reshape(2, len(g), n, -1, both.shape[-1]).sum(3))
+        weight = float_weight(module).detach()
+        plain = is_plain(module) and all(one.is_plain(weight) for one in seen)
+        if self.weights.bits:
+            self._add_weights(module, seen, n, line, weight if plain else None)
+        if self.inputs.bits and plain and all(one.input_gradients for one in seen):
+            self._add_inputs(module, seen, n, line, step, weight)
+        elif self.inputs.bits:
+            self._add_moved(self.inputs, seen, n, line, _again(module, False))
+
+    def _add_weights(
+        self, module: Any, seen: list[_Seen], n: int, axis: int | None, weight: Tensor | None
+    ) -> None:
+        side, rounded = self.weights, weight_quantizer(module)
+        if weight is None:
+            self._add_moved(side, seen, n, axis, _again(module, True))
+            return
+        changes = torch.stack([rounded.quantized(weight, b) - weight for b in side.bits])
+        if not all(by_outer_products(module, one.y) for one in seen):
+            at = dict(zip(side.bits, changes, strict=True))
+            self._add_moved(side, seen, n, axis, lambda one, b: applied(module, one.x, at[b]))
+            return
+        found = [weight_changes(module, one.x, one.gradients, changes) for one in seen]
+        side.add(torch.stack(found).sum(0), n)
+        if axis is not None:
+            x, y = seen[0].x, seen[0].y
+            statistics = statistics_of(y, axis)
+            centred = y - _along(statistics.mean, y, axis)
+            # What W x sums up to: Σ Δy = ΔW Σ x, and Σ Δy · y = ΔW Σ x y.
+            sums = outer(module, x.sum(0, keepdim=True), torch.ones_like(y[:1]), weight.shape)[0]
+            products = outer(module, x, centred, weight.shape, summed=True)
+            by_bits = [(changes * v).flatten(2).sum(2) for v in (sums, products)]
+            side.add_line(statistics, *by_bits)
+
+    def _add_inputs(
+        self, module: Any, seen: list[_Seen], n: int, axis: int | None, step: int, weight: Tensor
+    ) -> None:
+        side, rounded = self.inputs, input_quantizer(module)
+        found = [input_changes(o.x, o.input_gradients, side.bits, rounded.quantized) for o in seen]
+        side.add(torch.stack(found).sum(0), n)
+        if axis is not None:
+            x, y = seen[0].x[::step], seen[0].y[::step]
+            moved = (applied(module, rounded.quantized(x, b) - x, weight) for b in side.bits)
+            _add_line(side, moved, y, axis)
+
+    def _add_moved(
+        self,
+        side: _Side,
+        seen: list[_Seen],
+        n: int,
+        axis: int | None,
+        moved: Callable[[_Seen, int], Tensor],
+    ) -> None:
+        """Add Δy that ``moved(call, bits)`` computes."""
+        gradients = [torch.stack(one.gradients, 1).flatten(2) for one in seen]
+
+        def each() -> Iterator[Tensor]:
+            for b in side.bits:
+                change = [moved(one, b) for one in seen]
+                pairs = zip(gradients, change, strict=True)
+                found.append(sum((g @ v.flatten(1)[:, :, None]).squeeze(2).mT for g, v in pairs))
+                yield change[0]
+
+        found: list[Any] = []
+        if axis is None:
+            for _ in each():
+                pass
+        else:
+            _add_line(side, each(), seen[0].y, axis)
+        side.add(torch.stack(found), n)
+
+
+def _again(module: nn.Module, weights: bool) -> Callable[[_Seen, int], Tensor]:
+    """Return what calls a layer again with its weights, or its inputs, rounded to some bits."""
+
+    def moved(one: _Seen, b: int) -> Tensor:
+        in_float = LayerBits(FLOAT_BITS, FLOAT_BITS)
+        set_bits(module, {"": LayerBits(b, FLOAT_BITS) if weights else LayerBits(FLOAT_BITS, b)})
+        try:
+            y: Tensor = module(*one.args, **one.kwargs)
+        finally:
+            set_bits(module, {"": in_float})
+        return y.to(one.y.dtype) - one.y
+
+    return moved
+
+
+def _add_line(side: _Side, moved: Iterable[Tensor], y: Tensor, axis: int) -> None:
+    """Regress Δy at each number of bits on y."""
+    statistics = statistics_of(y, axis)
+    centred = y - _along(statistics.mean, y, axis)
+    sums = [(_by_channel(v, axis, 1), _by_channel(v * centred, axis, 1)) for v in moved]
+    both = (
+        torch.stack([v.sum(0, dtype=torch.float64) for v in part])
+        for part in zip(*sums, strict=True)
+    )
+    side.add_line(statistics, *both)
+
+
+def _by_channel(values: Tensor, axis: int, first: int) -> Tensor:
+    """Return the sums over all axes behind the ``first`` ones but that of channels."""
+    others = [a for a in range(first, values.dim()) if a != axis]
+    return values.sum(others) if others else values
+
+
+def _along(values: Tensor, like: Tensor, axis: int) -> Tensor:
+    shape = [1] * like.dim()
+    shape[axis] = -1
+    return values.to(like.dtype).reshape(shape)
 
 
 def hessian_trace(
     prepared: nn.Module,
     space: SearchSpace,
     data: Batches,
-    loss_fn: LossFunction,
+    rise: Rise,
     correction: StatisticsCorrection | None,
     *,
     probes: int = PROBES,
@@ -137,33 +303,36 @@ def hessian_trace(
 ) -> tuple[Sensitivity, Curvature]:
     """Return the predicted loss rises of all layers, and which layers no gradient reaches.
 
-    Costs, for the data given, two passes forward and back, and a forward pass of each layer for
-    each number of bits of its weights and of its inputs. The network's outputs are one tensor; its
-    bits are restored. ``progress`` is called with (batches done, batches). Raises `ValueError` for
-    a loss that is neither PyTorch's cross-entropy nor its mean squared error.
+    Costs, for the data given, two passes forward, one back for each probe, and about as much again
+    for all numbers of bits together. Layers that compute in a way of their own cost a forward pass
+    of theirs for each number of bits instead. The network's bits are restored. ``progress`` is
+    called with (batches done, batches). Raises `ValueError` for a rise that draws no probes.
     """
-    if not (is_cross_entropy(loss_fn) or is_squared_error(loss_fn)):
-        raise ValueError("'hessian_trace' knows cross-entropy and squared error, not this loss.")
+    if not rise.can_draw:
+        raise ValueError("'hessian_trace' needs a rise of hq_optuna.rises; got a function.")
     before = get_bits(prepared)
     in_float = dict.fromkeys(before, LayerBits(FLOAT_BITS, FLOAT_BITS))
     set_bits(prepared, in_float)
     needed = bits_needed(space)
-    layers = {layer.name: _Layer(needed[layer.name]) for layer in space.layers}
+    takes = {} if correction is None else correction.takes
+    layers = {
+        layer.name: _Layer(needed[layer.name], takes.get(layer.name, 0)) for layer in space.layers
+    }
+    step = max(1, data.n_samples // LINE_SAMPLES)
     unreached: dict[str, frozenset[str]] = {}
     generator = torch.Generator().manual_seed(seed)
     try:
         with torch.no_grad():
-            outputs = [forward(prepared, batch.inputs) for batch in data]
-        hessian = OutputHessian.of(loss_fn, outputs, data)
+            rise = rise.fitted((rise.run(prepared, batch.inputs) for batch in data), data)
         for index, batch in enumerate(data):
-            seen = _probed(prepared, list(layers), batch, hessian, probes, generator, unreached)
+            seen = _probed(prepared, list(layers), batch, rise, probes, generator, unreached)
             for name, layer in layers.items():
-                _add(prepared, [one for one in seen if one.call.layer == name], batch.n, layer)
+                # What is no longer needed is let go layer by layer.
+                layer.add(prepared.get_submodule(name), seen.pop(name, []), batch.n, step)
             progress(index + 1, len(data))
     finally:
         set_bits(prepared, before)
-    takes = {} if correction is None else correction.takes
-    rises = {name: layer.rises(takes.get(name, 0)) for name, layer in layers.items()}
+    rises = {name: layer.rises() for name, layer in layers.items()}
     idle = tuple(n for n, (w, a) in rises.items() if not any((*w.values(), *a.values())))
     weights, inputs = ({n: pair[part] for n, pair in rises.items()} for part in (0, 1))
     return Sensitivity(weights, inputs), Curvature(
@@ -175,63 +344,77 @@ def _probed(
     network: nn.Module,
     names: Sequence[str],
     batch: Batch,
-    hessian: OutputHessian,
+    rise: Rise,
     probes: int,
     generator: torch.Generator,
     unreached: dict[str, frozenset[str]],
-) -> list[_Seen]:
-    """Return the calls of layers in a batch with the gradients of all probes in their outputs."""
+) -> dict[str, list[_Seen]]:
+    """Return the calls of layers in a batch with the gradients of all probes there."""
     found: dict[tuple[str, int], _Seen] = {}
-    for _ in range(probes):
+    left = probes
+    while left:
         calls = Calls()
         with _watched(network, names, calls) as seen, torch.enable_grad():
-            z = forward(network, batch.inputs)
-            u = hessian.draw(z.detach(), batch, generator)
-            if len(z) != batch.n:  # several rows of outputs a sample, such as its tokens
-                u = u * math.sqrt(batch.n / len(z))
-            if z.requires_grad:
-                with calls.going_back():
-                    (u * torch.where(u != 0, z, 0.0)).sum().backward()  # type: ignore[no-untyped-call]
+            z = rise.run(network, batch.inputs)
+            # What the backward pass calls once more is called so once.
+            again = any(call.trace is not None for call in calls.forward)
+            now = 1 if again else left
+            for i in range(now):
+                told = rise.projected(z, batch, generator)
+                if told.requires_grad:
+                    with calls.going_back():
+                        told.backward(retain_graph=i + 1 < now)  # type: ignore[no-untyped-call]
+        left -= now
         for layer, earlier in calls.unreached().items():
             unreached[layer] = unreached.get(layer, frozenset()) | earlier
         for one in seen:
-            if one.call.reached and one.gradients:
-                key = one.call.layer, one.call.place
-                if key in found:
-                    found[key].gradients.extend(one.gradients)
-                else:
-                    found[key] = one
-    return [one for one in found.values() if len(one.gradients) == probes]
+            if one.call is not None and one.call.reached and one.gradients:
+                first = found.setdefault((one.call.layer, one.call.place), one)
+                if first is not one:
+                    first.gradients.extend(one.gradients)
+                    first.input_gradients.extend(one.input_gradients)
+    by_layer: dict[str, list[_Seen]] = {}
+    for (layer, _), one in found.items():
+        if len(one.gradients) == probes:
+            by_layer.setdefault(layer, []).append(one)
+    return by_layer
 
 
 @contextmanager
 def _watched(network: nn.Module, names: Sequence[str], calls: Calls) -> Iterator[list[_Seen]]:
-    """Note the calls of layers, with the gradients in what they return when these come."""
+    """Note the calls of layers, with the gradients in what they get and return when these come."""
     seen: list[_Seen] = []
-    running: list[tuple[Call | None, tuple[Any, ...], dict[str, Any]]] = []
+    running: list[_Seen] = []
     frozen = [p for p in network.parameters() if p.requires_grad]
     handles = []
 
-    def enter(_module: nn.Module, args: Any, kwargs: Any, name: str) -> Any:
+    def enter(module: nn.Module, args: Any, kwargs: Any, name: str) -> Any:
         x = first_input(args, kwargs)
         call = calls.add(name, x)
-        running.append((call, *with_first_input(args, kwargs, x.detach().clone())))
         if not x.requires_grad and x.is_floating_point():
-            return with_first_input(args, kwargs, x.detach().requires_grad_(True))
-        return None
+            x = x.detach().requires_grad_(True)
+        # A tensor of the layer's own: no other writes into it, or adds to its gradient.
+        own = x.clone()
+        kept = own.detach() if has_known_axes(module) else own.detach().clone()
+        one = _Seen(call, *with_first_input(args, kwargs, kept), kept)
+        if own.requires_grad:
+            own.register_hook(one.input_gradients.append)  # type: ignore[no-untyped-call]
+        running.append(one)
+        return with_first_input(args, kwargs, own)
 
-    def leave(_module: nn.Module, args: Any, kwargs: Any, y: Any) -> None:
-        call, given, named = running.pop()
+    def leave(_module: nn.Module, _args: Any, _kwargs: Any, y: Any) -> None:
+        one = running.pop()
+        call = one.call
         if call is None or not isinstance(y, Tensor):
             return
-        one = _Seen(call, given, named, y.detach().clone())  # an activation may write into it
+        one.returned(y)
         seen.append(one)
         if not y.requires_grad:
             return
 
         def keep(gradient: Tensor) -> None:
             call.reach()
-            one.gradients.append(gradient.detach())
+            one.gradients.append(gradient)
 
         y.register_hook(keep)  # type: ignore[no-untyped-call]
 
@@ -252,37 +435,3 @@ def _watched(network: nn.Module, names: Sequence[str], calls: Calls) -> Iterator
             handle.remove()
         for parameter in frozen:
             parameter.requires_grad_(True)
-
-
-@torch.no_grad()
-def _add(network: nn.Module, seen: Sequence[_Seen], n: int, layer: _Layer) -> None:
-    """Add what the calls of a layer in a batch say of each number of bits."""
-    seen = [one for one in seen if one.y.dim() and one.y.shape[0] % n == 0]
-    if not seen:
-        return
-    name = seen[0].call.layer
-    module = network.get_submodule(name)
-    ys = [one.y.to(torch.promote_types(one.y.dtype, torch.float32)) for one in seen]
-    gradients = [torch.stack(one.gradients).to(y.dtype) for one, y in zip(seen, ys, strict=True)]
-    # A module called twice has one set of statistics, which the correction leaves alone.
-    axis = channel_axis(module, ys[0]) if len(seen) == 1 and has_known_axes(module) else None
-
-    def by_channel(values: Tensor) -> Tensor:  # (…, samples, places, channels)
-        assert axis is not None
-        moved = values.movedim(axis - ys[0].dim(), -1)
-        return moved.reshape(*values.shape[: values.dim() - ys[0].dim()], n, -1, moved.shape[-1])
-
-    rows = None
-    if axis is not None:
-        rows, grads = by_channel(ys[0]), by_channel(gradients[0])
-        layer.add(rows, grads)
-    chosen = [(LayerBits(b, FLOAT_BITS), part) for b, part in layer.weights.items()]
-    chosen += [(LayerBits(FLOAT_BITS, b), part) for b, part in layer.inputs.items()]
-    for bits, part in chosen:
-        set_bits(network, {name: bits})
-        total = torch.zeros(len(gradients[0]), n, dtype=torch.float64, device=ys[0].device)
-        for one, y, g in zip(seen, ys, gradients, strict=True):
-            change = module(*one.args, **one.kwargs).to(y.dtype) - y
-            total += (g * change).reshape(len(g), n, -1).sum(2, dtype=torch.float64)
-        part.add(total, None if rows is None else by_channel(change), rows)
-    set_bits(network, {name: LayerBits(FLOAT_BITS, FLOAT_BITS)})

@@ -12,6 +12,7 @@ from hq_optuna.network.batches import Batches
 from hq_optuna.network.loss_weights import counting
 from hq_optuna.network.losses import LossFunction
 from hq_optuna.quantization.correction import StatisticsCorrection
+from hq_optuna.rises import Rise, rise_of_loss
 from hq_optuna.scoring.hessian_trace import hessian_trace
 from hq_optuna.scoring.measured import with_measured
 from hq_optuna.scoring.sensitivity import Form, Sensitivity, check_finite, measure_sensitivity
@@ -60,6 +61,7 @@ def measure_layer_sums(
     progress: Progress = lambda what, done, of: None,
     moments: Mapping[str, Tensor] | None = None,
     correction: StatisticsCorrection | None = None,
+    rise: Rise | None = None,
 ) -> LayerSums:
     """Return the predicted loss rise of every layer at every number of bits, by a named score.
 
@@ -67,7 +69,8 @@ def measure_layer_sums(
     afterwards. ``moments`` are curvature of weights, nats per weight², that is known already: the
     second moments of a training, by layer; ``hutchinson`` and ``hessian_trace`` do not take them.
     ``correction`` is what will correct the network's statistics: ``hessian_trace`` counts only what
-    it leaves. ``progress`` is called with (what, done, of).
+    it leaves. ``rise`` is that of the outputs, by default the loss's own. ``progress`` is called
+    with (what, done, of).
 
     Rises of layers whose curvature is unknown are measured.
 
@@ -77,9 +80,12 @@ def measure_layer_sums(
         DataError: The loss does not depend on the network.
         ScoreError: A value that is NaN or infinite.
     """
+    rise = rise_of_loss(loss_fn) if rise is None else rise
     if name == "hessian_trace":
+        if rise is None:
+            raise ValueError("'hessian_trace' knows no rise of this loss; give one of them.")
         sensitivity, curvature = hessian_trace(
-            *(prepared, space, counting(data), loss_fn, correction),
+            *(prepared, space, counting(data), rise, correction),
             progress=lambda i, of: progress("sensitivity", i, of),
         )
         check_finite(sensitivity)
@@ -96,7 +102,7 @@ def measure_layer_sums(
         )
     measured: tuple[str, ...] = ()
     if curvature.unknown:
-        sensitivity, measured = with_measured(sensitivity, curvature, prepared, data, loss_fn)
+        sensitivity, measured = with_measured(sensitivity, curvature, prepared, data, loss_fn, rise)
     return LayerSums(sensitivity, curvature, measured)
 
 

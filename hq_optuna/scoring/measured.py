@@ -11,7 +11,7 @@ from hq_optuna.network.loss_weights import counting
 from hq_optuna.network.losses import LossFunction
 from hq_optuna.quantization.prepare import get_bits, set_bits
 from hq_optuna.quantization.statistics import statistics_places
-from hq_optuna.scoring.outputs import output_rise_of
+from hq_optuna.rises.base import Rise
 from hq_optuna.scoring.scorer import Scorer
 from hq_optuna.scoring.sensitivity import Sensitivity
 from hq_optuna.space.assignment import LayerBits
@@ -24,21 +24,23 @@ def with_measured(
     prepared: nn.Module,
     data: Batches,
     loss_fn: LossFunction,
+    output_rise: Rise | None,
 ) -> tuple[Sensitivity, tuple[str, ...]]:
     """Return a table in which rises without curvature are measured, and the layers they are of.
 
     Where a layer that no gradient reaches has an effect, the layers before it have lost a part of
     theirs and are measured too. Each number of bits costs a forward pass over a random part of the
     data. A rise is that of the loss when this layer alone is rounded, its weights or what enters
-    it: told by the outputs where the loss is known, else the change of the loss itself. The bits of
-    the prepared network are restored.
+    it: told by the outputs where there is a rise of them, else the change of the loss itself. The
+    bits of the prepared network are restored.
 
     Raises:
         DataError: No layer of the network moves the loss at all.
     """
     data = counting(data)
     part = counting(Batches(data[place] for place in statistics_places(data, 1)))
-    scorer = Scorer(prepared, table, part, loss_fn, output_rise=output_rise_of(loss_fn))
+    told = output_rise if output_rise is not None and output_rise.reads_outputs else None
+    scorer = Scorer(prepared, table, part, loss_fn, output_rise=told)
     before = get_bits(prepared)
     in_float = dict.fromkeys(before, LayerBits(FLOAT_BITS, FLOAT_BITS))
 

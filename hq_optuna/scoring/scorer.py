@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from hq_optuna.errors import ScoreError
-from hq_optuna.network.batches import Batch, Batches, autocast, check_precision, cloned, forward
+from hq_optuna.network.batches import Batch, Batches, autocast, check_precision, forward
 from hq_optuna.network.copies import copied
 from hq_optuna.network.loss_weights import batch_loss
 from hq_optuna.network.losses import LossFunction
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.quantization.prepare import get_bits, set_bits
-from hq_optuna.scoring.output_hessian import OutputHessian
-from hq_optuna.scoring.outputs import CrossEntropyRise, OutputRise, squared_error_rise
+from hq_optuna.rises.base import Rise
 from hq_optuna.scoring.sensitivity import Sensitivity
 from hq_optuna.settings import Precision, ScorerName
 from hq_optuna.space.assignment import LayerBits
@@ -50,7 +49,7 @@ class _Smooth(NamedTuple):
     """What smooth rises on some batches are measured with."""
 
     places: tuple[int, ...]
-    hessian: OutputHessian
+    rise: Rise
     expected: list[Any]  # outputs of the float network
     correction: StatisticsCorrection | None
 
@@ -64,6 +63,7 @@ class Scorer:
     network, which is negative where fewer bits do better by chance. ``correction`` corrects the
     statistics of each candidate in its pass. A rise is measured against the outputs of ``teacher``,
     the network before it was trained at fewer bits, if that is not the prepared one in float.
+    Finalists are measured by ``rise``.
     """
 
     def __init__(
@@ -73,7 +73,8 @@ class Scorer:
         data: Batches,
         loss_fn: LossFunction,
         *,
-        output_rise: OutputRise | None = None,
+        output_rise: Rise | None = None,
+        rise: Rise | None = None,
         by_loss: bool = False,
         measures: bool = False,
         correction: StatisticsCorrection | None = None,
@@ -87,6 +88,7 @@ class Scorer:
         self.data = data
         self.loss_fn = loss_fn
         self.output_rise = output_rise
+        self.rise = rise
         self.correction = correction
         self.by_loss = by_loss
         self.is_table = output_rise is None and not by_loss and not measures
@@ -146,24 +148,28 @@ class Scorer:
         """Return the smooth loss rise of each sample of some batches, nats, ``(n,)`` float64.
 
         That is ½ Δzᵀ H̄ Δz, with H̄ the mean over these samples of the loss's Hessian in the outputs.
+        Of a rise that tells only the sum of a batch, the mean of each batch.
         """
+        assert self.rise is not None, "finalists are measured where there is a rise"
         with autocast(self.prepared, self.precision):
             if self._smooth is None or self._smooth.places != tuple(places):
                 some = Batches(self.data[place] for place in places)
-                outputs = self._in_float(places)
-                hessian = OutputHessian.of(self.loss_fn, outputs, some)
+                outputs = self._in_float(places, self.rise.run)
+                rise = self.rise.fitted(outputs, some).averaged()
                 # Statistics of the same samples: each finalist passes over them once.
                 correction = None if self.correction is None else self.correction.on(places)
-                self._smooth = _Smooth(tuple(places), hessian, outputs, correction)
-            _, hessian, expected, correction = self._smooth
+                self._smooth = _Smooth(tuple(places), rise, outputs, correction)
+            _, rise, expected, correction = self._smooth
             set_bits(self.prepared, config)
             seen = {} if correction is None else correction.apply()
             found = []
             for place, before in zip(places, expected, strict=True):
                 between_batches()
                 batch = self.data[place]
-                moved = seen[place] if place in seen else forward(self.prepared, batch.inputs)
-                found.append(hessian.rises(before, moved, batch))
+                known = rise.reads_outputs and place in seen
+                moved = seen[place] if known else rise.run(self.prepared, batch.inputs)
+                told = rise.of_samples(before, moved, batch)
+                found.append(told * batch.share / (1 if len(told) == batch.n else batch.n))
             if correction is not None:
                 correction.reset()
             return torch.cat(found).cpu()
@@ -195,14 +201,7 @@ class Scorer:
     def _rise(self, expected: Any, outputs: Any, batch: Batch) -> float:
         """Return the rise computed from a batch's outputs, summed over its samples."""
         assert self.output_rise is not None
-        if isinstance(self.output_rise, CrossEntropyRise):
-            rise = batch.share * float(self.output_rise(expected, outputs, batch.labels))
-        else:
-            rise = float(self.output_rise(cloned(expected), cloned(outputs)))
-            if self.output_rise is not squared_error_rise:
-                return rise  # the user's own is summed over samples already
-        # A sample may have several rows of outputs, such as its tokens.
-        return rise if len(outputs) == batch.n else rise * batch.n / len(outputs)
+        return self.output_rise.of_batch(expected, outputs, batch)
 
     @torch.no_grad()
     def float_loss(self) -> float:
@@ -225,20 +224,22 @@ class Scorer:
     def _outputs_in_float(self) -> list[Any]:
         if self._float_outputs is None:
             self._float_outputs = self._in_float(range(len(self.data)))
-            if isinstance(self.output_rise, CrossEntropyRise):
-                self.output_rise = self.output_rise.calibrated(self._float_outputs, self.data)
+            if self.output_rise is not None:
+                self.output_rise = self.output_rise.fitted(self._float_outputs, self.data)
         return self._float_outputs
 
-    def _in_float(self, places: Sequence[int]) -> list[Any]:
+    def _in_float(
+        self, places: Sequence[int], run: Callable[[nn.Module, Any], Any] = forward
+    ) -> list[Any]:
         """Return the outputs of some batches that rises are measured against."""
         if self._teacher is not None:
             teacher = copied(self._teacher)
-            return [forward(teacher, self.data[place].inputs) for place in places]
+            return [run(teacher, self.data[place].inputs) for place in places]
         before = get_bits(self.prepared)
         set_bits(self.prepared, dict.fromkeys(before, LayerBits(FLOAT_BITS, FLOAT_BITS)))
         if self.correction is not None:
             self.correction.reset()
-        outputs = [forward(self.prepared, self.data[place].inputs) for place in places]
+        outputs = [run(self.prepared, self.data[place].inputs) for place in places]
         set_bits(self.prepared, before)
         return outputs
 

@@ -1,7 +1,7 @@
 """Study files: a plain Python file that says which network is searched, and on which data.
 
 A study file defines `network` and `calibration`, perhaps `validation`, `test`, `train`, `augment`,
-`loss`, `output_rise`, `evaluate` and `SETTINGS`. The parameters of the first five are its options
+`loss`, `rise`, `evaluate` and `SETTINGS`. The parameters of the first five are its options
 on the command line: ``def network(checkpoint: Path)`` becomes ``--checkpoint PATH``; a parameter
 called ``folder`` receives the run's folder instead. Nothing here loads PyTorch before
 `StudyFile.build`.
@@ -29,7 +29,7 @@ from hq_optuna.study_files.options import FOLDER, Option, complete, parse, read_
 
 _REQUIRED = ("network", "calibration")
 _WITH_OPTIONS = (*_REQUIRED, "validation", "test", "train")
-_CALLED_LATER = ("loss", "output_rise", "evaluate", "augment")
+_CALLED_LATER = ("loss", "rise", "evaluate", "augment")
 
 
 @dataclass
@@ -45,7 +45,7 @@ class StudyParts:
         test: Returns the test data. A function, so that nothing reads them before the end.
         train: Returns the training data, which only a search that trains reads.
         augment: ``augment(inputs, generator)``, changes a batch of training inputs.
-        output_rise: ``output_rise(outputs, moved)``, the loss's rise over the batch.
+        rise: One of `hq_optuna.rises`, or ``rise(outputs, moved)``, summed over the batch.
     """
 
     network: Any
@@ -56,7 +56,7 @@ class StudyParts:
     test: Callable[[], Any] | None = None
     train: Callable[[], Any] | None = None
     augment: Callable[[Any, Any], Any] | None = None
-    output_rise: Callable[[Any, Any], Any] | None = None
+    rise: Callable[[Any, Any], Any] | None = None
 
 
 @dataclass(frozen=True)

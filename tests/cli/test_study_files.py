@@ -21,7 +21,7 @@ def loss(outputs, labels):
 
 RISE = """
 
-def output_rise(outputs, moved):
+def rise(outputs, moved):
     return (moved - outputs).square().sum()
 """
 

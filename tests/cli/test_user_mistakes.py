@@ -130,20 +130,18 @@ def test_data_that_fail_are_told_of(code: str, says: str, study: Path, command: 
 @pytest.mark.parametrize(
     ("code", "says"),
     [
-        ("raise KeyError('x')", "output_rise failed on the first calibration batch: KeyError"),
+        ("raise KeyError('x')", "rise failed on the first calibration batch: KeyError"),
         ("return (moved - outputs).square()", "returns one number"),
         ("return (moved - outputs).sum() / 0", "is nan"),
     ],
 )
-def test_an_output_rise_is_tried_before_the_search(
+def test_a_rise_is_tried_before_the_search(
     code: str, says: str, study: Path, command: Command
 ) -> None:
     loss = (
         "\n\ndef loss(outputs, labels):\n    return nn.functional.cross_entropy(outputs, labels)\n"
     )
-    study.write_text(
-        study.read_text() + loss + f"\n\ndef output_rise(outputs, moved):\n    {code}\n"
-    )
+    study.write_text(study.read_text() + loss + f"\n\ndef rise(outputs, moved):\n    {code}\n")
     result = command("run", study)
     assert result.exit_code == 1
     assert says in said(result)

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from hq_optuna.errors import ResumeError
 from hq_optuna.protocol.history import read_history
-from hq_optuna.scoring.outputs import CrossEntropyRise, squared_error_rise
+from hq_optuna.rises import CrossEntropy, SquaredError
 from tests.searches import facts, search
 
 
@@ -18,11 +18,11 @@ def around(outputs: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(outputs, labels)
 
 
-def test_an_unknown_loss_is_warned_of_with_the_ways_to_the_better_scorer() -> None:
+def test_an_unknown_loss_is_scored_by_the_outputs_and_the_reason_is_said() -> None:
     made = search(loss_fn=around)
-    assert made.objective.settings.scorer == "diagonal"
+    assert made.objective.settings.scorer == "hessian_trace"
     (warning,) = made.objective.warnings
-    for words in ("'diagonal'", "loss = torch.nn.functional.cross_entropy", "give output_rise"):
+    for words in ("classes that the labels name", "torch.nn.functional.cross_entropy", "rise="):
         assert words in warning
     assert warning in read_history(made.optimize(n_candidates=2)).info.warnings
 
@@ -37,29 +37,27 @@ def test_a_scorer_that_was_chosen_is_not_warned_of() -> None:
 
 
 def test_the_rise_of_a_loss_may_be_given_and_ranks_as_if_the_loss_were_known() -> None:
-    made = search(loss_fn=around, output_rise=CrossEntropyRise())
-    assert (made.objective.settings.scorer, made.objective.warnings) == ("gauss_newton", [])
-    scores, others = (
-        [c[3] for c in facts(s.optimize(seed=0))[0]] for s in (made, search(scorer="gauss_newton"))
-    )
+    made = search(loss_fn=around, rise=CrossEntropy(), scorer="gauss_newton")
+    assert made.objective.warnings == []
+    known = search(scorer="gauss_newton")
+    scores, others = ([c[3] for c in facts(s.optimize(seed=0))[0]] for s in (made, known))
     assert scores == others
 
 
-def test_another_output_rise_is_another_search() -> None:
+def test_another_rise_is_another_search() -> None:
     memory = optuna.storages.InMemoryStorage()
-    search(loss_fn=around, output_rise=CrossEntropyRise()).optimize(memory, "s")
-    with pytest.raises(ResumeError, match="the function output_rise"):
-        search(loss_fn=around, output_rise=squared_error_rise).optimize(memory, "s")
+    search(loss_fn=around, rise=CrossEntropy()).optimize(memory, "s")
+    with pytest.raises(ResumeError, match="the rise"):
+        search(loss_fn=around, rise=SquaredError()).optimize(memory, "s")
     plain = search(loss_fn=around, scorer="diagonal")
-    with pytest.raises(ResumeError, match=r"the scorer .*; the function output_rise"):
+    with pytest.raises(ResumeError, match=r"the scorer .*; the rise"):
         plain.optimize(memory, "s")
 
 
-def test_a_known_loss_has_no_output_rise_in_its_fingerprint() -> None:
-    assert "output_rise" not in read_fingerprint(search())
-    assert read_fingerprint(search(loss_fn=around, output_rise=CrossEntropyRise()))[
-        "output_rise"
-    ].startswith("CrossEntropyRise(")
+def test_a_known_loss_has_no_rise_in_its_fingerprint() -> None:
+    assert "rise" not in read_fingerprint(search())
+    given = read_fingerprint(search(loss_fn=around, rise=CrossEntropy()))
+    assert given["rise"].startswith("CrossEntropy(")
 
 
 def read_fingerprint(made) -> dict:

@@ -17,7 +17,7 @@ from hq_optuna.objective.scorer_setup import ScorerSetup
 from hq_optuna.objective.training_steps import get_tensors
 from hq_optuna.optuna_internals import database_of
 from hq_optuna.protocol.history import read_history
-from hq_optuna.scoring.outputs import CrossEntropyRise
+from hq_optuna.rises import CrossEntropy
 from hq_optuna.storages import sqlite_url
 from hq_optuna.training import TrainingSettings
 from hq_optuna.training.plan import TrainingPlan
@@ -42,7 +42,7 @@ def test_winners_and_answer_are_trained_and_recorded(alone):
     network = found.objective.answer(study, records[-1].config)
     with torch.no_grad():
         outputs, expected = network(data()[0]), Network().eval()(data()[0])
-    rise = CrossEntropyRise(3.0).calibrated([expected])(expected, outputs)
+    rise = CrossEntropy().fitted([expected])(expected, outputs)
     assert float(rise) / 24 == pytest.approx(records[-1].training["score"], rel=0.05)
     assert study.best_value <= records[-1].training["score"]
 

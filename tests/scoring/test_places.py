@@ -11,7 +11,7 @@ from hq_optuna.curvature import calibration_adam, output_curvature, probe_of
 from hq_optuna.network.batches import Batch, read_batches
 from hq_optuna.network.introspection import introspect
 from hq_optuna.network.losses import Places
-from hq_optuna.scoring.outputs import CrossEntropyRise, output_rise_of
+from hq_optuna.rises import CrossEntropy, rise_of_loss
 from tests.searches import search
 from tests.small_networks import seeded
 
@@ -49,7 +49,7 @@ def test_the_rise_is_that_of_the_places_that_count(weight):
     moved = z + 0.01 * drawn(200, 3, 5, seed=2)
     labels = masked(torch.randint(0, 3, (200, 5), generator=seeded(3)))
     loss = nn.CrossEntropyLoss(weight=None if weight is None else weight.double())
-    rise = CrossEntropyRise(1.0, places=Places.of(loss))
+    rise = CrossEntropy(temperature=1.0, marks=Places.of(loss))
     p = z.softmax(1)
     change = moved - z
     per_place = 0.5 * ((p * change**2).sum(1) - (p * change).sum(1) ** 2)
@@ -57,12 +57,12 @@ def test_the_rise_is_that_of_the_places_that_count(weight):
     if weight is not None:
         counts = counts * weight.double()[labels.clamp_min(0)]
     expected = 200 * float((counts * per_place).sum() / counts.sum())
-    assert float(rise(z, moved, labels)) == pytest.approx(expected, rel=1e-9)
+    assert (rise.of_batch(z, moved, Batch(z, labels, 200))) == pytest.approx(expected, rel=1e-9)
     assert float(rise(z, moved)) != pytest.approx(expected, rel=1e-3)
     # What no label asks for does not decide.
     wild = moved + 100 * (labels == -100).unsqueeze(1)
     wild[:, 0] += 50 * (labels == -100)
-    assert float(rise(z, wild, labels)) == pytest.approx(expected, rel=1e-9)
+    assert (rise.of_batch(z, wild, Batch(z, labels, 200))) == pytest.approx(expected, rel=1e-9)
 
 
 class Tokens(nn.Module):
@@ -117,8 +117,8 @@ def test_ignored_places_do_not_choose_the_bits():
         scores[name] = made.score(search(model=net, calibration=(x, given)).space.config([4] * 3))
     assert scores["all"].total != pytest.approx(scores["quiet"].total, rel=0.1)
     batch = Batch(x, quiet, len(x))
-    rise = output_rise_of(F.cross_entropy).calibrated([net(x).detach()], [batch])
-    assert rise.scale != output_rise_of(F.cross_entropy).calibrated([net(x).detach()]).scale
+    rise = rise_of_loss(F.cross_entropy).fitted([net(x).detach()], [batch])
+    assert rise.scale != rise_of_loss(F.cross_entropy).fitted([net(x).detach()]).scale
 
 
 def test_the_probe_has_the_curvature_of_the_places_that_count():

@@ -12,8 +12,8 @@ from hq_optuna.curvature import calibration_adam
 from hq_optuna.errors import HqOptunaError, ScoreError, SpaceError
 from hq_optuna.network.batches import read_batches
 from hq_optuna.quantization import get_bits, observe_inputs, prepare
+from hq_optuna.rises import SquaredError
 from hq_optuna.scoring import Scorer, Sensitivity, measure_sensitivity
-from hq_optuna.scoring.outputs import squared_error_rise
 from hq_optuna.space.assignment import BitConfig, LayerBits
 from hq_optuna.space.layers import FLOAT_BITS
 from hq_optuna.space.search_space import SearchSpace
@@ -156,7 +156,7 @@ def test_a_loss_may_write_into_outputs(parts):
         return loss
 
     scorer.loss_fn = writing
-    scorer.output_rise = squared_error_rise
+    scorer.output_rise = SquaredError()
     found = scorer.score(config(scorer, 4, 4))
     assert found.calibration_loss == expected.calibration_loss
     assert scorer.score(config(scorer, FLOAT_BITS, FLOAT_BITS)).total == 0.0 < found.total

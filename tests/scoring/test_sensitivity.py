@@ -17,11 +17,11 @@ from hq_optuna.quantization import get_bits, observe_inputs, prepare, set_bits
 from hq_optuna.quantization.compensation import compensate_weights
 from hq_optuna.quantization.observers import watch_inputs
 from hq_optuna.quantization.prepare import input_quantizer
+from hq_optuna.rises import rise_of_loss
 from hq_optuna.scoring import (
     Sensitivity,
     measure_layer_sums,
     measure_sensitivity,
-    output_rise_of,
 )
 from hq_optuna.space.assignment import BitConfig, LayerBits
 from hq_optuna.space.layers import FLOAT_BITS
@@ -201,7 +201,7 @@ def test_the_rises_of_a_layer_without_gradient_are_measured(name):
     found = sums.sensitivity
     assert sums.curvature.no_gradient == ("frozen",)
     outputs = [network(batch.inputs).detach() for batch in data]
-    rise = output_rise_of(F.cross_entropy).calibrated(outputs, data)
+    rise = rise_of_loss(F.cross_entropy).fitted(outputs, data)
     for bits in (2, 8):
         for row, pair in ((found.weights, (bits, 32)), (found.activations, (32, bits))):
             set_bits(prepared, {"frozen": pair})

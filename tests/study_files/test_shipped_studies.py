@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import hq_optuna
 from hq_optuna.cli.app import app
 from hq_optuna.network.batches import read_batches
-from hq_optuna.scoring import output_rise_of
+from hq_optuna.rises import rise_of_loss
 from hq_optuna.settings import SearchSettings
 from hq_optuna.space.budget import Budget
 from hq_optuna.study_files.study_file import StudyFile, find_study
@@ -35,7 +35,7 @@ def test_the_template_runs_as_it_is_and_its_network_is_always_right(tmp_path):
             assert torch.equal(outputs.argmax(dim=1), batch.labels)
             expected = torch.nn.functional.cross_entropy(outputs, batch.labels)
             assert torch.equal(parts.loss(outputs, batch.labels), expected)
-    assert output_rise_of(parts.loss) is not None  # so a copy has the default scorer
+    assert rise_of_loss(parts.loss) is not None  # so a copy has the default scorer
     again = template.build(tmp_path, {"n_calibration": 64})
     for name, tensor in parts.network.state_dict().items():
         assert torch.equal(again.network.state_dict()[name], tensor)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hq_optuna.errors import DataError, HqOptunaError, StudyFileError
 from hq_optuna.network.batches import read_batches
-from hq_optuna.scoring.outputs import output_rise_of, squared_error_rise
+from hq_optuna.rises import SquaredError, rise_of_loss
 from hq_optuna.settings import SearchSettings, settings_of
 from hq_optuna.space.budget import Budget
 from hq_optuna.space.search_space import SearchSpace
@@ -69,13 +69,13 @@ def test_the_smallest_study_has_two_functions_and_gives_network_and_data(study, 
     assert isinstance(parts.network, torch.nn.Linear)
     assert read_batches(parts.calibration).n_samples == 4
     assert (parts.validation, parts.loss, parts.evaluate, parts.test) == (None,) * 4
-    assert parts.output_rise is None
+    assert parts.rise is None
 
 
 @pytest.mark.parametrize("loss", ["nn.functional.mse_loss", "nn.MSELoss()"])
 def test_a_loss_of_pytorch_is_handed_on_as_it_is(study, tmp_path, loss):
     given = study(MINIMAL + f"from torch import nn\nloss = {loss}\n").build(tmp_path, {}).loss
-    assert output_rise_of(given) is squared_error_rise
+    assert isinstance(rise_of_loss(given), SquaredError)
 
 
 def test_optional_functions_are_handed_on_and_test_is_read_only_when_asked(study, tmp_path):
@@ -85,13 +85,13 @@ def test_optional_functions_are_handed_on_and_test_is_read_only_when_asked(study
         + "def validation(n: int = 2): return [n]\n"
         + "def test(n: int = 2): read.append(n); return [n * 10]\n"
         + "def loss(outputs, labels): return 7\n"
-        + "def output_rise(outputs, moved): return 8\n"
+        + "def rise(outputs, moved): return 8\n"
         + "def evaluate(network, batches): return {'dice': 0.5}\n"
     )
     parts = mine.build(tmp_path, {"n": 3})
     assert parts.validation == [3]
     assert parts.loss(None, None) == 7
-    assert parts.output_rise(None, None) == 8
+    assert parts.rise(None, None) == 8
     assert parts.evaluate(None, None) == {"dice": 0.5}
     assert mine._module.read == []
     assert parts.test() == [30]
