@@ -78,7 +78,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "answer": {
         *("errors", "atomic_files", "attributes", "space", "search"),
-        *("network", "quantization", "protocol", "artifacts", "objective"),
+        *("network", "quantization", "scoring", "protocol", "artifacts", "objective"),
     },
     "workers": {"errors", "attributes", INTERNALS, "search", "storages", "protocol", "samplers"},
     "study_files": {"errors", "settings"},
