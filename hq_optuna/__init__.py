@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 from hq_optuna._version import __version__
 
 if TYPE_CHECKING:
-    from hq_optuna import artifacts, pruners, rises, samplers, space, storages, visualization
+    from hq_optuna import (
+        artifacts,
+        export,
+        pruners,
+        rises,
+        samplers,
+        space,
+        storages,
+        visualization,
+    )
     from hq_optuna.answer.recipe import load
     from hq_optuna.answer.resolve import load_assignment, pareto, resolve
     from hq_optuna.answer.result import SearchResult
@@ -54,7 +63,16 @@ _HOME = {
     "set_bits": "quantization",
     "write_report": "report.page",
 }
-_ROOMS = ("artifacts", "pruners", "rises", "samplers", "space", "storages", "visualization")
+_ROOMS = (
+    "artifacts",
+    "export",
+    "pruners",
+    "rises",
+    "samplers",
+    "space",
+    "storages",
+    "visualization",
+)
 
 __all__ = [
     "FLOAT_BITS",
@@ -74,6 +92,7 @@ __all__ = [
     "__version__",
     "artifacts",
     "assignment",
+    "export",
     "introspect",
     "load",
     "load_assignment",

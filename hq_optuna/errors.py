@@ -60,6 +60,10 @@ class RecipeError(HqOptunaError, ValueError):
     """A result cannot be saved, or is incomplete, altered, or of another network."""
 
 
+class ExportError(HqOptunaError, ValueError):
+    """A network cannot be written in a format, or what was written computes something else."""
+
+
 class ResumeError(HqOptunaError, ValueError):
     """An existing study does not belong to this search.
 

@@ -2,7 +2,8 @@
 
     cli
     bit_search                               the whole search from one call
-    report   study_files   workers   answer
+    report   study_files   workers   export
+    answer                                   the answer of a search
     objective                                where a network meets a trial: both halves
     training scoring curvature rises         dashboard visualization samplers pruners
     quantization network                     artifacts protocol storages
@@ -36,7 +37,7 @@ TORCH = ("network", "quantization", "rises", "curvature", "scoring", "training")
 OPTUNA = (
     *("storages", "protocol", "pruners", "samplers", "artifacts", "visualization", "dashboard"),
 )
-BOTH = ("objective", "answer", "workers", "study_files", "report", "bit_search")
+BOTH = ("objective", "answer", "export", "workers", "study_files", "report", "bit_search")
 FACE = "hq_optuna"
 """The package's own `__init__`, which shows names of every room (lazily)."""
 
@@ -79,6 +80,9 @@ ROOMS: dict[str, set[str]] = {
     "answer": {
         *("errors", "atomic_files", "attributes", "space", "search"),
         *("network", "quantization", "scoring", "protocol", "artifacts", "objective"),
+    },
+    "export": {
+        *("errors", "atomic_files", "_version", "space", "network", "quantization", "answer"),
     },
     "workers": {"errors", "attributes", INTERNALS, "search", "storages", "protocol", "samplers"},
     "study_files": {"errors", "settings"},
@@ -363,6 +367,7 @@ def test_no_module_holds_two_ideas() -> None:
 THEIRS = {
     *("module", "parameter", "tensor", "ctx", "torch.backends.cudnn", "layers[name]"),  # PyTorch's
     *("axis", "console", "environment", "study", "trial"),  # of libraries; copies, or just made
+    *("options", "graph", "model", "node", "value"),  # onnxruntime's, and ONNX's parts of a graph
     *("called", "call"),  # functions that are being made
 }
 """Objects of libraries whose attributes are set because there is no other way."""

@@ -20,16 +20,18 @@ COMMANDS = {
     "dashboard": "Browse a search in optuna-dashboard, while it runs or later.",
     "resolve": "Solve for another budget, exactly, from what a search measured.",
     "pareto": "Show the least predicted loss rise for each cost, exactly.",
+    "export": "Write the answer as a file that another runtime reads, checked number by number.",
     "init": "Write a study file to fill in.",
 }
 """Commands by name, each with the beginning of its help."""
 
 
 def load(name: str) -> Any:
-    """Return a command, from ``hq_optuna.cli.NAME``."""
-    function = getattr(importlib.import_module(f"hq_optuna.cli.{name}"), name)
+    """Return a command, from ``hq_optuna.cli.NAME`` or the file that it shares with another."""
+    file = "resolve" if name == "pareto" else name
+    function = getattr(importlib.import_module(f"hq_optuna.cli.{file}"), name)
     alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    opens = name in ("run", "launch", "worker")
+    opens = name in ("run", "launch", "worker", "export")
     alone.command(name, context_settings=OPEN if opens else None)(function)
     return typer.main.get_command(alone)
 

@@ -35,7 +35,12 @@ from hq_optuna.network.batches import Batches, autocast, forward
 from hq_optuna.network.layer_types import has_known_axes, has_statistics
 from hq_optuna.quantization.lockstep import Lockstep
 from hq_optuna.quantization.observers import watch_inputs
-from hq_optuna.quantization.prepare import get_bits, prepared_layers, set_bits
+from hq_optuna.quantization.prepare import (
+    get_bits,
+    prepared_layers,
+    remove_hook_,
+    set_bits,
+)
 from hq_optuna.quantization.statistics import (
     ChannelStatistics,
     follows_statistics,
@@ -297,6 +302,13 @@ def add_shift(layer: nn.Module) -> None:
     n = getattr(layer, "out_channels", None) or weight.shape[0]
     layer.register_buffer(SHIFT, torch.zeros(n, dtype=weight.dtype, device=weight.device))
     layer.register_forward_hook(_add_shift)
+
+
+def without_shift_(layer: nn.Module) -> None:
+    """Take a layer's output shift away."""
+    if SHIFT in dict(layer.named_buffers(recurse=False)):
+        delattr(layer, SHIFT)
+        remove_hook_(layer._forward_hooks, _add_shift)
 
 
 def _add_shift(module: nn.Module, _args: Any, output: Any) -> Tensor | None:

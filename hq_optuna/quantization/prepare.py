@@ -91,6 +91,28 @@ def _quantize_input(
     return with_first_input(args, kwargs, x)
 
 
+def unprepared_(module: nn.Module) -> None:
+    """Take hook and quantizers from a prepared layer; it then has no weight at all.
+
+    `torch.nn.utils.parametrize.remove_parametrizations` would take the weight from copies too,
+    which share the layer's class.
+    """
+    del module.parametrizations["weight"]  # type: ignore[union-attr, operator]
+    if not module.parametrizations:
+        del module.parametrizations
+        module.__class__ = type(module).__bases__[0]
+    delattr(module, _INPUT)
+    remove_hook_(module._forward_pre_hooks, _quantize_input)
+    for key in set(module._forward_pre_hooks_with_kwargs) - set(module._forward_pre_hooks):
+        del module._forward_pre_hooks_with_kwargs[key]
+
+
+def remove_hook_(hooks: dict[int, Any], hook: Any) -> None:
+    """Take a function out of a module's hooks."""
+    for key in [key for key, function in hooks.items() if function is hook]:
+        del hooks[key]
+
+
 def weight_quantizer(module: nn.Module) -> WeightFakeQuantize:
     """Return the weight's quantizer of a prepared layer."""
     quantizer = module.parametrizations.weight[-1]  # type: ignore[union-attr, index]

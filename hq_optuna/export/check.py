@@ -1,0 +1,437 @@
+"""Does a written file compute what the network does? Asked of onnxruntime, code by code.
+
+Rounding is a cliff: where a value lies within float rounding of the middle between two codes, two
+correct programs round it differently, and everything after it differs by steps. A comparison of
+outputs alone says little then. So a file is run twice:
+
+- with *given* codes: every layer receives the codes that it receives in the network, and the codes
+  and outputs it computes from them are compared. Differences do not add up from layer to layer, so
+  each must be explained by float rounding alone.
+- *freely*, from the inputs to the outputs, as it will be used.
+
+Both without and with the runtime's optimizations, which run integer kernels.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+from torch import Tensor, nn
+
+from hq_optuna.errors import ExportError
+from hq_optuna.export.deployed import CODES, ActivationQuantizer, DeployedLayer, deployed_layers
+from hq_optuna.export.tracing import bound, rows
+from hq_optuna.network.batches import Batches, arguments, forward
+from hq_optuna.network.containers import tensors
+from hq_optuna.quantization.modules import InputFakeQuantize
+from hq_optuna.space.layers import FLOAT_BITS
+
+UNEQUAL_SHARE = 1e-4
+"""Largest share of unequal codes, given equal codes before; they are off by one. Above 8 bits a
+step is as small as float rounding of sums, and the share is 2ᵇ⁻²²."""
+OUTPUT_ERROR, OUTPUT_FLOOR = 1e-5, 1e-6
+"""Largest difference of outputs, given equal codes: so much of the largest output, and so much."""
+AGREEMENT = 0.995
+"""Least share of samples with the same class, optimized, beyond three times those that float
+rounding alone changes; one sample may always differ."""
+FREE_ERROR = 0.1
+"""Largest difference of optimized outputs, as a share of the largest one, or ten times what float
+rounding alone makes."""
+_ROWS = 32
+"""Samples that are run together."""
+
+INTEGER_KERNELS = (
+    *("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger"),
+    *("ConvInteger", "DynamicQuantizeMatMul"),
+)
+_SMALL = (TensorProto.UINT4, TensorProto.UINT2)  # types that Python hands over as bytes
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one level of optimization computes, beside the network.
+
+    Attributes:
+        codes: Codes compared, given equal codes before.
+        equal: Share of them that are equal.
+        least_equal: The least share that float rounding explains.
+        furthest: Largest difference of two codes, in steps.
+        given_error: Largest difference of outputs, given equal codes.
+        free_error: Largest difference of outputs, from the inputs on.
+        agreement: Share of samples with the same largest output, where outputs are ``(N, C)``.
+        equal_free: Share of equal codes, from the inputs on; without optimizations alone.
+    """
+
+    codes: int
+    equal: float
+    least_equal: float
+    furthest: int
+    given_error: float
+    free_error: float
+    agreement: float | None
+    equal_free: float | None
+
+
+@dataclass(frozen=True)
+class Check:
+    """What `check_file` found.
+
+    Attributes:
+        samples: Samples run.
+        largest: Largest magnitude of the network's outputs.
+        step: What one code of the last layer's input changes an output by, at most.
+        plain: Without optimizations.
+        optimized: With the runtime's defaults.
+        integer_layers: Layers that the optimized graph runs in integers.
+        layers: All deployed layers.
+        figures: The study's own metric of file and network, by name, as pairs.
+    """
+
+    samples: int
+    largest: float
+    step: float
+    plain: Run
+    optimized: Run
+    integer_layers: tuple[str, ...]
+    layers: tuple[str, ...]
+    figures: Mapping[str, tuple[float, float]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all of it as JSON data."""
+        return asdict(self)
+
+    @property
+    def sentence(self) -> str:
+        """Return what the check says, in plain words."""
+        share = 100 * self.plain.equal
+        said = (
+            f"The file rounds {share:.4f} % of {self.plain.codes:,} codes as the network does, and "
+            f"the others by one step, where a value lies between two."
+        )
+        if self.plain.agreement is None:
+            return said
+        return f"{said} {100 * (self.optimized.agreement or 0):.2f} % of samples keep their class."
+
+    @property
+    def failures(self) -> list[str]:
+        """Return what is wrong with the file, in sentences; none if it passes."""
+        found = []
+        limit = OUTPUT_ERROR * self.largest + OUTPUT_FLOOR
+        if self.plain.equal < self.plain.least_equal:
+            least = 100 * self.plain.least_equal
+            found.append(f"{100 * self.plain.equal:.3f} % of codes are equal, not {least:.2f} %")
+        if self.plain.furthest > 1:
+            found.append(f"a code is off by {self.plain.furthest} steps")
+        if not self.plain.given_error <= limit:
+            found.append(
+                f"an output is off by {self.plain.given_error:.3g}, given equal codes; float "
+                f"rounding explains {limit:.3g}"
+            )
+        if self.optimized.furthest > 1:
+            found.append(f"optimized, a code is off by {self.optimized.furthest} steps")
+        if not self.optimized.given_error <= max(limit, self.step):
+            found.append(
+                f"optimized, an output is off by {self.optimized.given_error:.3g}, given equal "
+                f"codes; one step of the last layer is {self.step:.3g}"
+            )
+        if self.plain.agreement is not None and self.optimized.agreement is not None:
+            others = self.samples * (1 - self.optimized.agreement)
+            by_rounding = self.samples * (1 - self.plain.agreement)
+            if others > 3 * by_rounding + max(1.01, (1 - AGREEMENT) * self.samples):
+                found.append(
+                    f"optimized, {others:.0f} of {self.samples} samples get another class, and "
+                    f"{by_rounding:.0f} without optimizations"
+                )
+        most = max(10 * self.plain.free_error, FREE_ERROR * self.largest)
+        if not self.optimized.free_error <= most:
+            found.append(
+                f"optimized, an output is off by {self.optimized.free_error:.3g}, where the "
+                f"largest is {self.largest:.3g}"
+            )
+        return found
+
+
+def session(model: bytes, *, optimize: bool, keep: Path | None = None) -> Any:
+    """Return an onnxruntime session on one thread, so that sums have one order.
+
+    Raises:
+        ExportError: onnxruntime refuses the file.
+    """
+    options = onnxruntime.SessionOptions()
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    if keep is not None:
+        options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(keep)
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of onnxruntime, which has classes of its own
+        said = " ".join(str(error).split())[:400]
+        version = onnxruntime.__version__
+        raise ExportError(f"onnxruntime {version} refuses the file: {said}") from error
+
+
+class OnnxNetwork(nn.Module):
+    """A file as a network: called as the network it was made from, with tensors."""
+
+    def __init__(self, model: bytes, like: nn.Module, *, optimize: bool = True) -> None:
+        super().__init__()
+        self._session = session(model, optimize=optimize)
+        self._like = [like]  # not a part of this network
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the file's first output, or all of them."""
+        given = tensors(bound(self._like[0], args, kwargs).arguments)
+        names = [item.name for item in self._session.get_inputs()]
+        feed = {n: x.numpy() for n, x in zip(names, given, strict=True)}
+        found = [torch.from_numpy(y) for y in self._session.run(None, feed)]
+        return found[0] if len(found) == 1 else tuple(found)
+
+
+@contextmanager
+def watched_codes(network: nn.Module) -> Iterator[dict[str, list[NDArray[np.int64]]]]:
+    """Yield a mapping that gets the codes of every quantizer of activations, call by call.
+
+    The network is a prepared or a deployed one; quantizers go by their names in the latter.
+    """
+    found: dict[str, list[NDArray[np.int64]]] = {}
+    with ExitStack() as stack:
+        for path, module in network.named_modules():
+            if isinstance(module, InputFakeQuantize):
+                if module.bits == FLOAT_BITS:
+                    continue
+                scale, zero = module.range(module.bits)
+                path = f"{path.rpartition('.')[0]}.input_quantizer"
+            elif isinstance(module, ActivationQuantizer):
+                scale, zero = float(module.scale), int(module.zero_point)
+            else:
+                continue
+
+            def see(
+                m: nn.Module, args: Any, x: Tensor, name: str = path,
+                scale: float = scale, zero: int = zero,
+            ) -> None:  # fmt: skip
+                codes = (x.detach().double() / float(np.float32(scale))).round() + zero
+                found.setdefault(name, []).append(codes.to(torch.int64).numpy())
+
+            stack.callback(module.register_forward_hook(see).remove)
+        yield found
+
+
+def roundings(model: onnx.ModelProto) -> list[Any]:
+    """Return the nodes that make floats of rounded activations, in the order of the graph."""
+    stored = {item.name for item in model.graph.initializer}
+    nodes = [n for n in model.graph.node if n.op_type == "DequantizeLinear"]
+    return [n for n in nodes if n.input[0] not in stored and n.input[1].endswith(".scale")]
+
+
+def quantizer_of(node: Any) -> str:
+    """Return the name of the module that rounds, which its scale carries."""
+    return str(node.input[1]).removesuffix(".scale")
+
+
+def with_codes(model: onnx.ModelProto, *, given: bool) -> tuple[onnx.ModelProto, list[str]]:
+    """Return a model that also gives the codes of each rounding, and the names of the roundings.
+
+    Codes are integers of 8 or 16 bits. With ``given`` it takes codes as further inputs too, which
+    stand in the place of the computed ones.
+    """
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    kinds = {item.name: item.data_type for item in model.graph.initializer}
+    names, nodes = list[str](), list[Any]()
+    for i, node in enumerate(roundings(changed)):
+        kind, codes = kinds[node.input[2]], node.input[0]
+        small = kind in _SMALL
+        outside = TensorProto.UINT8 if small else kind
+        seen, taken = (f"seen_{i}", f"small_{i}") if small else (codes, f"given_{i}")
+        if small:
+            nodes.append(helper.make_node("Cast", [codes], [seen], to=outside))
+        changed.graph.output.append(helper.make_tensor_value_info(seen, outside, None))
+        if given:
+            if small:
+                nodes.append(helper.make_node("Cast", [f"given_{i}"], [taken], to=kind))
+            changed.graph.input.append(helper.make_tensor_value_info(f"given_{i}", outside, None))
+            node.input[0] = taken
+        names.append(quantizer_of(node))
+    # Nodes are in the order of what they need; which place a Cast has, the runtime finds out.
+    ordered = [*changed.graph.node]
+    del changed.graph.node[:]
+    casts_of_given = [n for n in nodes if n.input[0].startswith("given_")]
+    casts_of_seen = [n for n in nodes if n not in casts_of_given]
+    changed.graph.node.extend([*casts_of_given, *ordered, *casts_of_seen])
+    return changed, names
+
+
+@dataclass
+class _Tally:
+    """Sums over samples of what `Run` says."""
+
+    codes: int = 0
+    equal: int = 0
+    unequal_allowed: float = 0.0
+    furthest: int = 0
+    given_error: float = 0.0
+    free_error: float = 0.0
+    agree: int = 0
+    classes: bool = True
+    codes_free: int = 0
+    equal_free: int = 0
+
+    def run(self, samples: int) -> Run:
+        return Run(
+            codes=self.codes,
+            equal=self.equal / max(self.codes, 1),
+            least_equal=1 - self.unequal_allowed / max(self.codes, 1),
+            furthest=self.furthest,
+            given_error=self.given_error,
+            free_error=self.free_error,
+            agreement=self.agree / samples if self.classes else None,
+            equal_free=self.equal_free / self.codes_free if self.codes_free else None,
+        )
+
+
+class _Comparison:
+    """Runs a file at one level of optimization beside a network."""
+
+    def __init__(self, model: onnx.ModelProto, bits: Mapping[str, int], *, optimize: bool) -> None:
+        self._bits = bits
+        self.tally, self.optimize = _Tally(), optimize
+        given, self.quantizers = with_codes(model, given=True)
+        self._given = session(given.SerializeToString(), optimize=optimize)
+        # More outputs may keep kernels apart.
+        free = model if optimize else with_codes(model, given=False)[0]
+        self._free = session(free.SerializeToString(), optimize=optimize)
+        self._n = len(model.graph.output)
+
+    def add(
+        self,
+        inputs: Sequence[NDArray[Any]],
+        codes: Mapping[str, Sequence[NDArray[np.int64]]],
+        outputs: Sequence[NDArray[Any]],
+    ) -> None:
+        """Compare one batch."""
+        names = [item.name for item in self._given.get_inputs()]
+        places = dict.fromkeys(self.quantizers, 0)
+        expected = []
+        for name in self.quantizers:
+            expected.append(codes[name][places[name]])
+            places[name] += 1
+        kinds = [item.type for item in self._given.get_inputs()][len(inputs) :]
+        given = [
+            e.astype(np.uint16 if "16" in k else np.uint8)
+            for e, k in zip(expected, kinds, strict=True)
+        ]
+        found = self._given.run(None, dict(zip(names, [*inputs, *given], strict=True)))
+        tally = self.tally
+        for name, e, f in zip(self.quantizers, expected, found[self._n :], strict=True):
+            bits = self._bits[name]
+            tally.unequal_allowed += e.size * max(UNEQUAL_SHARE, 2.0 ** (bits - 22))
+            difference = np.abs(e - f.astype(np.int64))
+            tally.codes += e.size
+            tally.equal += int((difference == 0).sum())
+            tally.furthest = max(tally.furthest, int(difference.max(initial=0)))
+        tally.given_error = max(tally.given_error, _furthest(found[: self._n], outputs))
+        free = self._free.run(None, dict(zip(names, inputs, strict=False)))
+        tally.free_error = max(tally.free_error, _furthest(free[: self._n], outputs))
+        for e, f in zip(expected, free[self._n :], strict=False):
+            tally.codes_free += e.size
+            tally.equal_free += int((e == f).sum())
+        if outputs[0].ndim == 2 and outputs[0].shape[1] > 1:
+            tally.agree += int((free[0].argmax(1) == outputs[0].argmax(1)).sum())
+        else:
+            tally.classes = False
+
+
+def _furthest(found: Sequence[NDArray[Any]], expected: Sequence[NDArray[Any]]) -> float:
+    """Return the largest difference; infinity where shapes differ or one is not a number."""
+    worst = 0.0
+    for f, e in zip(found, expected, strict=True):
+        if f.shape != e.shape:
+            return float("inf")
+        if e.size:
+            difference = np.abs(f.astype(np.float64) - e.astype(np.float64))
+            worst = max(worst, float(np.nan_to_num(difference, nan=np.inf).max()))
+    return worst
+
+
+@torch.no_grad()
+def check_file(
+    model: onnx.ModelProto,
+    network: nn.Module,
+    deployed: nn.Module,
+    data: Batches,
+    samples: int,
+    *,
+    figures: Mapping[str, tuple[float, float]] | None = None,
+) -> Check:
+    """Run a file beside the network that it was made from.
+
+    Args:
+        model: The file.
+        network: The answer's network, prepared or deployed.
+        deployed: The deployed network that was written.
+        data: Calibration data.
+        samples: How many of them to run, at least one.
+        figures: The study's own metric of file and network.
+
+    Raises:
+        ExportError: onnxruntime refuses the file, or calls another number of layers than the
+            network.
+    """
+    layers = deployed_layers(deployed)
+    bits = {n: m.bits for n, m in deployed.named_modules() if isinstance(m, ActivationQuantizer)}
+    comparisons = [_Comparison(model, bits, optimize=optimize) for optimize in (False, True)]
+    done, largest = 0, 0.0
+    for inputs, n in rows(data, samples):
+        with watched_codes(network) as codes:
+            outputs = [y.numpy() for y in tensors(forward(network, inputs))]
+        arrays = [x.numpy() for x in tensors(bound(network, *arguments(network, inputs)).arguments)]
+        largest = max(largest, *(float(np.abs(y).max(initial=0)) for y in outputs))
+        for one in comparisons:
+            one.add(arrays, codes, outputs)
+        done += n
+    plain, optimized = (one.tally.run(done) for one in comparisons)
+    return Check(
+        samples=done,
+        largest=largest,
+        step=_last_step(comparisons[0].quantizers, layers),
+        plain=plain,
+        optimized=optimized,
+        integer_layers=integer_layers(model, tuple(layers)),
+        layers=tuple(layers),
+        figures=dict(figures or {}),
+    )
+
+
+def _last_step(quantizers: Sequence[str], layers: Mapping[str, DeployedLayer]) -> float:
+    """Return what one code of the last layer's input changes an output by, at most."""
+    for name in reversed(quantizers):
+        layer = layers.get(name.rpartition(".")[0])
+        if layer is not None and layer.input_quantizer is not None:
+            return float(layer.input_quantizer.scale) * float(layer.weight.abs().max())
+    return 0.0
+
+
+def integer_layers(model: onnx.ModelProto, layers: Sequence[str]) -> tuple[str, ...]:
+    """Return the layers that the optimized graph runs in integers, read back from that graph."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimized.onnx"
+        session(model.SerializeToString(), optimize=True, keep=path)
+        nodes = onnx.load(path).graph.node
+    read = {name for n in nodes if n.op_type in INTEGER_KERNELS for name in n.input}
+    found = {name.partition(CODES)[0] for name in read if CODES in name}
+    return tuple(name for name in layers if name in found)
