@@ -13,7 +13,6 @@ to nearest is among what is tried, so a channel never gets worse by it.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, get_args
 
@@ -33,14 +32,17 @@ ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 
 DAMPINGS = (0.01, 0.1, 1.0)
 """Shares of the mean of E[x²] added to the diagonal: GPTQ's, and more where that is singular."""
-BLOCK = 128
+PRECISION = torch.float32
+"""Of the columns' loop; factors are found in double precision."""
+BLOCK = 32
+"""Columns after which the others take up the errors of all these together."""
 FEW_BITS = 4
 SCALES = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
 """Multiples of the scale with the least weight error that are tried up to `FEW_BITS`."""
 MOST_BITS = 8
 """Beyond this, rounding errors do not matter and weights are rounded to nearest."""
-MOST_ELEMENTS = 2**25
-"""Elements of weights rounded together."""
+MOST_ELEMENTS = 2**22
+"""Elements of weights rounded together, at all bits and scales."""
 MOST_BYTES = 2**30
 """Moments gathered in one pass; a network with more takes several passes."""
 
@@ -75,10 +77,10 @@ def compensate_weights(
                         "weights are rounded to nearest instead of compensated.",
                         *(layer.name, factored.n_singular, len(factored.usable)),
                     )
-                for b in compensable:
-                    start = quantizer.scale(weight, b)
-                    found = _round_groups(weight, factored, start, b, quantizer.quantizer)
-                    quantizer.keep(weight, b, *found)
+                scales = {b: quantizer.scale(weight, b) for b in compensable}
+                found = _round_groups(weight, factored, scales, quantizer.quantizer)
+                for b, one in found.items():
+                    quantizer.keep(weight, b, *one)
             done += 1
             progress(done, len(layers))
 
@@ -128,7 +130,7 @@ def compensated(
         >>> compensated(w, torch.ones(1, 2, 2).double(), scale, bits=3).weight.sum(1)
         tensor([1.2000])
     """
-    return _round_groups(weight, _factored(moment), scale, bits, quantizer)
+    return _round_groups(weight, _factored(moment), {bits: scale}, quantizer)[bits]
 
 
 class _Moments(NamedTuple):
@@ -182,92 +184,161 @@ def _factored_with(moment: Tensor, order: Tensor, damping: float) -> tuple[Tenso
 
 
 def _round_groups(
-    weight: Tensor, moments: _Moments, scale: Tensor, bits: int, quantizer: WeightQuantizer
-) -> Compensated:
-    """Round the usable groups with compensation, the others to nearest."""
-    nearest = quantizer.quantize(weight, scale, bits, 0)
+    weight: Tensor, moments: _Moments, scales: Mapping[int, Tensor], quantizer: WeightQuantizer
+) -> dict[int, Compensated]:
+    """Round the usable groups with compensation, the others to nearest, at all bits."""
+    nearest = {b: quantizer.quantize(weight, scale, b, 0) for b, scale in scales.items()}
     usable = moments.usable
     if not bool(usable.any()):
-        return Compensated(nearest, scale, None)
-    if bool(usable.all()):
-        return _best_of_scales(weight, moments, nearest, scale, bits, quantizer)
+        return {b: Compensated(nearest[b], scale, None) for b, scale in scales.items()}
     rows = usable.repeat_interleave(len(weight) // len(usable))
-    part = _best_of_scales(weight[rows], moments, nearest[rows], scale[rows], bits, quantizer)
-    assert part.output_error is not None
-    error = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
-    return Compensated(
-        nearest.index_put((rows,), part.weight),
-        scale.index_put((rows,), part.scale),
-        error.index_put((rows,), part.output_error),
-    )
+    part = weight[rows]
+    starts = [
+        _Start(quantizer, b, columns_first(nearest[b][rows], moments.order), scale[rows])
+        for b, scale in scales.items()
+    ]
+    found: dict[int, Compensated] = {}
+    for odd in (True, False):
+        alike = [start for start in starts if start.odd is odd]
+        if alike:
+            best = _best_of_scales(columns_first(part, moments.order), moments, alike)
+            found |= {
+                start.bits: _compensated(part, moments, *one)
+                for start, one in zip(alike, best, strict=True)
+            }
+    if bool(usable.all()):
+        return found
+    none = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
+    return {
+        b: Compensated(
+            nearest[b].index_put((rows,), one.weight),
+            scales[b].index_put((rows,), one.scale),
+            none.index_put((rows,), torch.as_tensor(one.output_error)),
+        )
+        for b, one in found.items()
+    }
+
+
+def columns_first(values: Tensor, order: Tensor) -> Tensor:
+    """Return a weight as ``(groups, d, channels)``, the largest input first."""
+    groups, d = order.shape
+    rows = values.flatten(1).to(PRECISION).reshape(groups, -1, d).mT
+    return rows.gather(1, order[:, :, None].expand_as(rows))
+
+
+class _Start:
+    """A number of bits with the weight rounded to nearest, columns first, and the scales tried."""
+
+    def __init__(
+        self, quantizer: WeightQuantizer, bits: int, nearest: Tensor, scale: Tensor
+    ) -> None:
+        self.bits, self.nearest, self.odd = bits, nearest, quantizer.has_odd_codes(bits)
+        self.largest = float(quantizer.largest_code(bits))
+        self.scale = scale.reshape(len(nearest), 1, -1)  # (groups, 1, channels)
+        tried = torch.tensor(SCALES if bits <= FEW_BITS else (1.0,), dtype=torch.float64)
+        # Scales in single precision, as they are kept, so that what is tried is what is meant.
+        self.scales = (self.scale.double() * tried.to(scale.device)[:, None]).float()
+
+
+class Grid(NamedTuple):
+    """Whole multiples of ``scale`` up to ``largest``, or ``odd`` ones; tensors that broadcast."""
+
+    scale: Tensor
+    largest: Tensor
+    odd: bool
+
+    def nearest(self, values: Tensor) -> Tensor:
+        """Return the values of the grid next to ``values``."""
+        if self.odd:
+            codes = (values / (2 * self.scale)).floor_().mul_(2).add_(1)
+        else:
+            codes = (values / self.scale).round_()
+        return codes.clamp_(-self.largest, self.largest).mul_(self.scale)
 
 
 def _best_of_scales(
-    weight: Tensor,
-    moments: _Moments,
-    nearest: Tensor,
-    scale: Tensor,
-    bits: int,
-    quantizer: WeightQuantizer,
-) -> Compensated:
-    """Return for each channel the rounding with the least output error, over `SCALES`."""
-    _, _, moment, order, damped, factor = moments
+    rows: Tensor, moments: _Moments, starts: Sequence[_Start]
+) -> list[tuple[Tensor, Tensor]]:
+    """Return for each channel the rounding with the least output error, and its scale.
+
+    ``rows`` are the weight, columns first. All bits and all `SCALES` go through the columns
+    together, for as many channels as fit `MOST_ELEMENTS`.
+    """
+    groups, d, channels = rows.shape
+    # Of any unit, so that single precision holds it: only errors of one group are compared.
+    unit = torch.frexp(moments.factor.diagonal(dim1=1, dim2=2).amax(1)).exponent[:, None, None]
+    factor = torch.ldexp(moments.factor, -unit).to(PRECISION)
+    damped = torch.ldexp(moments.damped, 2 * unit).to(PRECISION)
+    scales = torch.cat([start.scales for start in starts], 1)  # (groups, tried, channels)
+    counts = [start.scales.shape[1] for start in starts]
+    largest = torch.cat([torch.full((n,), s.largest) for n, s in zip(counts, starts, strict=True)])
+    best = [(s.nearest.clone(), s.scale[:, 0].clone()) for s in starts]
+    width = max(1, MOST_ELEMENTS // (groups * d * sum(counts)))
+    for first in range(0, channels, width):
+        these = slice(first, first + width)
+        w, tried = rows[:, :, these], scales[:, :, these]
+        tops = largest.to(rows).repeat_interleave(tried.shape[2])
+        grid = Grid(tried.flatten(1).to(PRECISION), tops, starts[0].odd)
+        rounded, errors = _round(w.repeat(1, 1, sum(counts)), factor, grid)
+        of_start = zip(
+            *(starts, best, torch.split(errors.reshape(tried.shape), counts, 1)),
+            torch.split(rounded.reshape(groups, d, *tried.shape[1:]), counts, 2),
+            torch.split(tried, counts, 1),
+            strict=True,
+        )
+        for start, (kept, scale), error, found, at in of_start:
+            least, which = error.min(1, keepdim=True)  # (groups, 1, channels)
+            nearest = start.nearest[:, :, these]
+            better = least < _output_error(nearest - w, damped)[:, None]
+            chosen = found.gather(2, which[:, None].expand(-1, d, -1, -1))[:, :, 0]
+            kept[:, :, these] = torch.where(better, chosen, nearest)
+            now = torch.where(better, at.gather(1, which), start.scale[:, :, these])
+            scale[:, these] = now[:, 0]
+    return best
+
+
+def _compensated(weight: Tensor, moments: _Moments, best: Tensor, scale: Tensor) -> Compensated:
+    """Return what was found, with its columns in order again."""
+    order, moment = moments.order, moments.moment
     groups, d = order.shape
-
-    def columns_first(values: Tensor) -> Tensor:  # (groups, d, channels), the largest input first
-        rows = values.flatten(1).double().reshape(groups, -1, d).mT
-        return rows.gather(1, order[:, :, None].expand_as(rows))
-
-    rows, best = columns_first(weight).contiguous(), columns_first(nearest)
-    channels = rows.shape[2]
-    first = scale.double().reshape(groups, channels)
-    best_scale = scale.reshape(groups, channels)
-    best_error = _output_error(best - rows, damped)
-    for factors in _together(SCALES if bits <= FEW_BITS else (1.0,), rows.numel()):
-        # Scales in single precision, as they are kept, so that what is tried is what is meant.
-        scales = torch.cat([(first * f).float() for f in factors], 1)
-        rounded = _round(rows.repeat(1, 1, len(factors)), factor, scales.double(), bits, quantizer)
-        errors = _output_error(rounded - rows.repeat(1, 1, len(factors)), damped)
-        for i in range(len(factors)):
-            these = slice(i * channels, (i + 1) * channels)
-            better = errors[:, these] < best_error
-            best = torch.where(better[:, None], rounded[:, :, these], best)
-            best_scale = torch.where(better, scales[:, these], best_scale)
-            best_error = torch.where(better, errors[:, these], best_error)
     back = torch.empty_like(best).scatter_(1, order[:, :, None].expand_as(best), best)
-    found = best_scale.flatten()
-    codes = (back.mT.reshape(weight.shape[0], d) / found.double()[:, None]).round()
+    found = scale.flatten()
+    codes = (back.mT.reshape(weight.shape[0], d) / found.to(back.dtype)[:, None]).round()
     result = codes.to(weight.dtype) * found[:, None].to(weight.dtype)
     change = (result.double() - weight.flatten(1).double()).reshape(groups, -1, d).mT
-    error = _output_error(change, moment) / moment.diagonal(dim1=1, dim2=2).mean(1)[:, None]
+    relative = moment / moment.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    error = _output_error(change.to(PRECISION), relative.to(PRECISION)).double()
     return Compensated(result.reshape(weight.shape).contiguous(), found, error.flatten())
 
 
-def _round(
-    rows: Tensor, factor: Tensor, scale: Tensor, bits: int, quantizer: WeightQuantizer
-) -> Tensor:
-    """Round ``(groups, d, R)`` column by column, ``scale`` being ``(groups, R)``."""
+def _round(rows: Tensor, factor: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Round ``(groups, d, R)`` column by column; ``rows`` are written over.
+
+    Returns what they are rounded to, and ΔW E[x xᵀ] ΔWᵀ, ``(groups, R)``: the sum of what each
+    column adds to it once those to come have taken up its error.
+    """
     rounded = torch.empty_like(rows)
+    total = rows.new_zeros(rows.shape[0], rows.shape[2])
     d = rows.shape[1]
+    shares = 1 / factor.diagonal(dim1=1, dim2=2)
     for start in range(0, d, BLOCK):
         end = min(start + BLOCK, d)
         errors = rows.new_empty(rows.shape[0], end - start, rows.shape[2])
         for j in range(start, end):
-            w = rows[:, j]
-            q = quantizer.nearest(w, scale, bits)
-            error = (w - q) / factor[:, j, j, None]
-            rows[:, j + 1 : end] -= factor[:, j, j + 1 : end, None] * error[:, None]
-            rounded[:, j], errors[:, j - start] = q, error
-        rows[:, end:] -= factor[:, start:end, end:].mT @ errors
-    return rounded
+            w = rows[:, j : j + 1]
+            if j > start:
+                before = factor[:, start:j, j : j + 1].mT
+                w = torch.baddbmm(w, before, errors[:, : j - start], alpha=-1)
+            w = w[:, 0]
+            q = grid.nearest(w)
+            torch.mul(w - q, shares[:, j : j + 1], out=errors[:, j - start])
+            rounded[:, j] = q
+        total += errors.square().sum(1)
+        if end < d:
+            rows[:, end:].baddbmm_(factor[:, start:end, end:].mT, errors, alpha=-1)
+    return rounded, total
 
 
 def _output_error(change: Tensor, moment: Tensor) -> Tensor:
     """Return ΔW E[x xᵀ] ΔWᵀ per channel, ``(groups, R)``, from ``(groups, d, R)``."""
     return (change * (moment @ change)).sum(1)
-
-
-def _together(factors: tuple[float, ...], elements: int) -> list[tuple[float, ...]]:
-    """Return the factors in parts that fit memory."""
-    size = max(1, min(len(factors), MOST_ELEMENTS // max(elements, 1)))
-    return [factors[i : i + size] for i in range(0, math.ceil(len(factors) / size) * size, size)]

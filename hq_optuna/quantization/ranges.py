@@ -112,12 +112,17 @@ def scale_over_steps(
 
 
 def searched_scale(
-    rows: Tensor, bits: int, largest_code: int, codes: Callable[[Tensor], Tensor]
+    rows: Tensor,
+    bits: int,
+    largest_code: int,
+    codes: Callable[[Tensor], Tensor],
+    half_step: float = 0.5,
 ) -> Tensor:
     """Return a nearly best scale of each channel, for any grid of whole multiples of a scale.
 
     ``rows`` are ``(channels, n)`` with largest magnitude 1. ``codes`` returns, in a new tensor, the
-    multiples that they are rounded to with scales ``(channels,)``; ``largest_code`` is the largest.
+    multiples that they are rounded to with scales ``(channels,)``; ``largest_code`` is the largest,
+    and two that are next to each other are at most twice ``half_step`` apart.
     """
     # With this scale nothing is clipped.
     full = (rows.abs().amax(1) / largest_code).clamp_min(TINY)
@@ -129,19 +134,25 @@ def searched_scale(
 
     best, best_error = full, error(full)
 
-    def consider(scale: Tensor) -> bool:
+    def consider(scale: Tensor) -> tuple[Tensor, Tensor]:
         nonlocal best, best_error
         candidate = error(scale)
         better = candidate < best_error
         best = torch.where(better, scale, best)
         best_error = torch.where(better, candidate, best_error)
-        return bool(better.any())
+        return candidate, better
 
     # One large weight among n small ones may be clipped down to about 1/√n, not further: its own
     # error would exceed that of all others rounded to zero.
     ratio = (0.5 / math.sqrt(rows.shape[1])) ** (1 / COARSE_POINTS)
     for power in range(1, COARSE_POINTS + 1):
-        consider(full * ratio**power)
+        scale = full * ratio**power
+        found, _ = consider(scale)
+        # All beyond rounding is clipping, which grows as the scale falls: where that alone is more
+        # than the least error, no smaller scale is better.
+        clipped = found.square() - rows.shape[1] * (half_step * scale).square()
+        if bool((clipped > best_error.square()).all()):
+            break
     centre = best
     fine = FINE_POINTS_PER_BIT * min(bits, 8)
     for power in np.linspace(-1, 1, fine + 2)[1:-1]:
@@ -149,7 +160,8 @@ def searched_scale(
     for _ in range(REFINEMENTS):
         q = codes(best)
         scale = torch.linalg.vecdot(rows, q) / torch.linalg.vecdot(q, q).clamp_min(1.0)
-        if not consider(torch.where(scale > 0, scale, best)):
+        _, better = consider(torch.where(scale > 0, scale, best))
+        if not bool(better.any()):
             break
     return best
 
@@ -172,12 +184,20 @@ def affine_range(low: float, high: float, bits: int) -> AffineRange:
         >>> affine_range(-1.0, 2.0, bits=2)
         AffineRange(scale=1.0, zero_point=1)
     """
-    low, high = min(low, 0.0), max(high, 0.0)
+    scales, zero_points = _affine_ranges(np.array([low]), np.array([high]), bits)
+    return AffineRange(float(scales[0]), int(zero_points[0]))
+
+
+def _affine_ranges(
+    low: NDArray[np.float64], high: NDArray[np.float64], bits: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return scales and zero points of many ranges."""
+    low, high = np.minimum(low, 0.0), np.maximum(high, 0.0)
     quant_min, quant_max = activation_grid(bits)
-    scale = max((high - low) / (quant_max - quant_min), TINY)
+    scales = np.maximum((high - low) / (quant_max - quant_min), TINY)
     # Round as PyTorch will: in single precision.
-    scale = float(np.float32(scale))
-    return AffineRange(scale, int(np.clip(round(-low / scale), quant_min, quant_max)))
+    scales = scales.astype(np.float32).astype(np.float64)
+    return scales, np.clip(np.rint(-low / scales), quant_min, quant_max)
 
 
 def histogram_range(
@@ -206,13 +226,14 @@ def histogram_range(
     for _ in range(3):
         lows = np.maximum(shrunk(lower, factors), low)
         highs = np.minimum(shrunk(upper, factors), high)
-        ends = [(float(a), float(b)) for a in lows for b in highs]
-        ranges = [affine_range(a, b, bits) for a, b in ends]
-        errors = bins.error(*np.array(ranges, dtype=np.float64).T)
+        ends = np.repeat(lows, len(highs)), np.tile(highs, len(lows))
+        scales, zero_points = _affine_ranges(*ends, bits)
+        errors = bins.error(scales, zero_points)
         winner = int(np.argmin(errors))
         if errors[winner] <= best_error:
-            best, best_error = ranges[winner], float(errors[winner])
-            lower, upper = ends[winner]
+            best = AffineRange(float(scales[winner]), int(zero_points[winner]))
+            best_error = float(errors[winner])
+            lower, upper = (float(end[winner]) for end in ends)
         n_fine = 7 if signed else 28
         factors = np.exp(np.linspace(-step, step, n_fine))
         step *= 2 / n_fine

@@ -124,6 +124,7 @@ def test_compensation_is_obq_in_the_order_of_the_inputs_size(seed, bits, d):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compensation, "SCALES", (1.0,))
         patch.setattr(compensation, "BLOCK", 16)
+        patch.setattr(compensation, "PRECISION", torch.float64)
         rounded, found, output_error = compensated(w, torch.from_numpy(moment)[None], scale, bits)
     nearest = quantize_weight(w, scale, bits, 0).double().numpy()
     damped = moment + 0.01 * np.mean(np.diag(moment)) * np.eye(d)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hq_optuna.quantization.functional import quantize_weight, weight_grid
@@ -52,11 +51,9 @@ class WeightQuantizer:
         """Return the rounded weight, differentiable as the quantizer was published."""
         return quantize_weight(weight, scale, bits, channel_axis)
 
-    def nearest(self, values: Tensor, scale: Tensor, bits: int) -> Tensor:
-        """Return the values of the grid next to ``values``; scale is broadcast, no gradient."""
-        if bits == 1:
-            return torch.where(values >= 0, scale, -scale)
-        return (values / scale).round_().clamp_(*weight_grid(bits)).mul_(scale)
+    def has_odd_codes(self, bits: int) -> bool:
+        """Say whether codes are odd numbers, as the signs of one bit are, or all numbers."""
+        return bits == 1
 
     def describe(self, bits: int) -> dict[str, Any]:
         """Return what a reader of a saved result needs to know of the grid, as JSON data."""
@@ -97,10 +94,6 @@ class ByGroup(WeightQuantizer):
         rows = self._by_output(weight)
         rounded = self.inner.quantize(rows.flatten(0, 1).contiguous(), scale, bits, 0)
         return rounded.reshape(rows.shape).transpose(1, 2).flatten(0, 1)
-
-    def nearest(self, values: Tensor, scale: Tensor, bits: int) -> Tensor:
-        """Return what the other quantizer does."""
-        return self.inner.nearest(values, scale, bits)
 
 
 def in_single(weight: Tensor) -> Tensor:

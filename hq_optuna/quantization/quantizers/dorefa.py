@@ -31,7 +31,6 @@ from torch import Tensor
 
 from hq_optuna.quantization.functional import along, straight_through
 from hq_optuna.quantization.quantizers.base import WeightQuantizer, in_single
-from hq_optuna.quantization.quantizers.midrise import odd_codes
 from hq_optuna.quantization.ranges import TINY
 
 
@@ -65,9 +64,9 @@ class Dorefa(WeightQuantizer):
         smooth = self.largest_code(bits) * along(scale, y, channel_axis) * (2 * y - 1)
         return straight_through(rounded, smooth.to(weight.dtype))
 
-    def nearest(self, values: Tensor, scale: Tensor, bits: int) -> Tensor:
-        """Return the values of the grid next to ``values``."""
-        return odd_codes(values, scale, self.largest_code(bits)).mul_(scale)
+    def has_odd_codes(self, bits: int) -> bool:
+        """Say that codes are odd numbers."""
+        return True
 
 
 def _squeezed(weight: Tensor, channel_axis: int) -> Tensor:

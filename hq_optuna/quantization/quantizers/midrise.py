@@ -50,7 +50,8 @@ class Midrise(WeightQuantizer):
                 return _exact_scale(rows, bits)
             largest = self.largest_code(bits)
             return searched_scale(
-                rows, bits, largest, lambda scale: odd_codes(rows, scale[:, None], largest)
+                *(rows, bits, largest, lambda scale: odd_codes(rows, scale[:, None], largest)),
+                half_step=1.0,
             )
 
         return scale_by_channel(weight, channel_axis, find)
@@ -68,9 +69,9 @@ class Midrise(WeightQuantizer):
         end = (largest + 1) * step
         return straight_through(rounded, torch.minimum(torch.maximum(weight, -end), end))
 
-    def nearest(self, values: Tensor, scale: Tensor, bits: int) -> Tensor:
-        """Return the values of the grid next to ``values``."""
-        return odd_codes(values, scale, self.largest_code(bits)).mul_(scale)
+    def has_odd_codes(self, bits: int) -> bool:
+        """Say that codes are odd numbers."""
+        return True
 
 
 def odd_codes(values: Tensor, scale: Tensor, largest: int) -> Tensor:
