@@ -65,8 +65,8 @@ def input_moments(
         picked = torch.arange(total, device="cpu")
         if total > most:
             generator = torch.Generator().manual_seed(counts[name])
-            drawn = torch.randperm(total, generator=generator, device="cpu")
-            picked = drawn[:most].sort().values
+            drawn = torch.randint(total, (most,), generator=generator, device="cpu")
+            picked = drawn.sort().values  # a place that comes twice counts twice
         for part in torch.split(picked, max(1, MOST_ELEMENTS // d)):
             index = torch.unravel_index(part.to(view.device), shape)
             rows = view[index].flatten(2).movedim(1, 0)  # (groups, places, d)

@@ -1,6 +1,6 @@
 """Observers: what values enter each layer, seen on the calibration set.
 
-Two passes over the data: the first finds the extremes, the second fills a histogram between them.
+One pass over the data fills a histogram between the extremes seen so far, which widens with them.
 From the histogram any number of bits gets its range without another look at the data.
 """
 
@@ -107,10 +107,9 @@ def observe_inputs(
 
     Raises `DataError` where a layer receives NaN or infinity.
     """
-    lows = dict.fromkeys(names, math.inf)
-    highs = dict.fromkeys(names, -math.inf)
+    seen = {name: _Counted() for name in names}
 
-    def extremes(name: str, x: Tensor) -> None:
+    def see(name: str, x: Tensor) -> None:
         if not x.numel():
             return
         low, high = (float(v) for v in torch.aminmax(x.detach()))
@@ -119,30 +118,34 @@ def observe_inputs(
                 f"Layer {name!r} receives NaN or infinity on the calibration data. "
                 "Check the data's normalization and the checkpoint."
             )
-        lows[name], highs[name] = min(lows[name], low), max(highs[name], high)
+        seen[name].add(x.detach(), low, high)
 
-    with watch_inputs(network, names, extremes):
+    with watch_inputs(network, names, see):
         for batch in data:
             forward(network, batch.inputs)
+    return {name: InputHistogram(one.counts, one.edges) for name, one in seen.items()}
 
-    bounds = {name: (min(lows[name], 0.0), max(highs[name], TINY_RANGE)) for name in names}
-    counts = {name: torch.zeros(N_BINS, dtype=torch.float64, device="cpu") for name in names}
 
-    def fill(name: str, x: Tensor) -> None:
-        low, high = bounds[name]
-        values = x.detach().float().flatten()
+class _Counted:
+    """A histogram that grows with what is seen; 0 lies within it."""
+
+    def __init__(self) -> None:
+        self.counts = np.zeros(N_BINS)
+        self.edges = np.linspace(0.0, TINY_RANGE, N_BINS + 1)
+
+    def add(self, x: Tensor, low: float, high: float) -> None:
+        """Count values, whose extremes are given."""
+        low, high = min(low, float(self.edges[0])), max(high, float(self.edges[-1]))
+        if (low, high) != (self.edges[0], self.edges[-1]):
+            edges = np.linspace(low, high, N_BINS + 1)
+            # What was counted is spread evenly over its narrower bin.
+            below = np.interp(edges, self.edges, np.concatenate([[0.0], self.counts.cumsum()]))
+            self.counts, self.edges = np.diff(below), edges
+        values = x.float().flatten()
         if torch.are_deterministic_algorithms_enabled():
             values = values.cpu()  # where `histc` is
         for part in torch.split(values, MOST_COUNTED):
-            counts[name] += torch.histc(part, N_BINS, low, high).double().cpu()
-
-    with watch_inputs(network, names, fill):
-        for batch in data:
-            forward(network, batch.inputs)
-    return {
-        name: InputHistogram(counts[name].numpy(), np.linspace(*bounds[name], N_BINS + 1))
-        for name in names
-    }
+            self.counts += torch.histc(part, N_BINS, low, high).double().cpu().numpy()
 
 
 MOST_COUNTED = 2**24

@@ -94,34 +94,47 @@ def channel_statistics(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """
     if x.dtype in (torch.bfloat16, torch.float16):
         x = x.float()
-    if not _is_rows(x, axis):
+    rows = _rows(x, axis)
+    if rows is None:
         others = [a for a in range(x.dim()) if a != axis % x.dim()]
         var, mean = torch.var_mean(x, others, correction=0)
         return mean, var
-    mean, square = _moments(x)
+    mean, square = _moments(*rows)
     var = square - mean.square()
     again = square > MOST_CANCELLATION * var  # also where rounding made it negative
     if bool(again.any()):
         places = again.nonzero().flatten()
         centre = mean[places].float()
-        shape = [1, -1, *[1] * (x.dim() - 2)]
-        rest, square = _moments(x.index_select(1, places).sub_(centre.reshape(shape)))
+        values, dim = rows
+        values = values.index_select(3 - dim, places).sub_(centre[:, None] if dim == 2 else centre)
+        rest, square = _moments(values, dim)
         mean[places], var[places] = centre + rest, (square - rest.square()).clamp_min(0)
     return mean.float(), var.float()
 
 
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+def _moments(rows: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Return the means of values and squares per channel in double precision, shape ``(C,)``."""
-    rows = x.flatten(2)  # (N, C, places)
-    n = x.shape[0] * rows.shape[2]
-    squares = torch.linalg.vector_norm(rows, dim=2).double().square()  # (N, C)
-    return rows.sum(2).double().sum(0) / n, squares.sum(0) / n
+    n = rows.shape[0] * rows.shape[dim]
+    if dim == 2:
+        squares = torch.linalg.vector_norm(rows, dim=2).double().square()
+    else:
+        squares = rows.square().sum(1).double()
+    return rows.sum(dim).double().sum(0) / n, squares.sum(0) / n
 
 
-def _is_rows(x: Tensor, axis: int) -> bool:
-    """Say whether each channel of each sample is one piece of memory on a CPU."""
-    single = x.dtype == torch.float32 and x.device.type == "cpu"
-    return single and x.dim() > 2 and axis == 1 and x.is_contiguous() and x.numel() > 0
+def _rows(x: Tensor, axis: int) -> tuple[Tensor, int] | None:
+    """Return a view by samples, ``(N, C, places)`` or ``(N, places, C)``, and where places are.
+
+    That is where memory of a CPU is laid out so; otherwise ``None``.
+    """
+    if x.dtype != torch.float32 or x.device.type != "cpu" or x.dim() < 3 or not x.numel():
+        return None
+    if axis == 1 and x.is_contiguous():
+        return x.flatten(2), 2
+    last = x.movedim(axis, -1)
+    if axis % x.dim() and last.is_contiguous():
+        return last.flatten(1, -2), 1
+    return None
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from hq_optuna import attributes
 from hq_optuna._version import __version__
 from hq_optuna.answer.agreement import agreement
 from hq_optuna.answer.intervals import CONFIDENCE, METHODS, paired, wilson
+from hq_optuna.answer.measured_end import measured_end
 from hq_optuna.attributes import ANSWER, COMPARED, EIGHT, UNIFORM
 from hq_optuna.optuna_internals import id_of, storage_of
 from hq_optuna.protocol.history import History, Reference, read_history
@@ -67,6 +68,7 @@ def report_data(
             "state": _state(history, read_status(study)),
             **_answer(history),
             "exact": _exact(history),
+            "measured_end": measured_end(history),
             "agreement": agreement(history),
             "accuracies": accuracies(facts),
             "beside": beside(history),

@@ -52,6 +52,8 @@ class Block:
 def blocks(data: Mapping[str, Any]) -> list[Block]:
     """Return the parts of the report in their order; the pictures go after ``"answer"``."""
     found = [_beside(data), _layers(data), _answer(data)]
+    if data["measured_end"] is not None:
+        found.append(_finalists(data["measured_end"], data["budget"]["metric"]))
     if data["compared"]:
         found.append(compared(data["compared"], data["budget"]["metric"]))
     if data["trainings"]:
@@ -199,6 +201,25 @@ def _answer(data: Mapping[str, Any]) -> Block:
     said |= {"validation_metric", "test_metric"}
     rows += [(k.replace("_", " "), fact(k, v)) for k, v in facts.items() if k not in said]
     return _pairs("answer", "In numbers", rows)
+
+
+def _finalists(found: Mapping[str, Any], metric: Metric) -> Block:
+    rows = found["rows"]
+    columns: list[Column] = [
+        ("", [f"{row['name']}{' (the answer)' if row['chosen'] else ''}" for row in rows]),
+        (NOUN[metric], [format_cost(row["cost"], metric) for row in rows]),
+        ("predicted, nats", [f"{row['predicted']:.3g}" for row in rows]),
+        ("measured, nats", [f"{row['measured']:.3g}" for row in rows]),
+    ]
+    if any(row["of_uniform"] is not None for row in rows):
+        cells = [
+            "" if row["of_uniform"] is None else f"{row['of_uniform']:.2f} ± {row['error']:.2f}"
+            for row in rows
+        ]
+        columns.append(("of uniform bits", cells))
+    sentence = found["sentence"]
+    lines = [f"{sentence[0].upper()}{sentence[1:]}."]
+    return Block("finalists", "Measured in the end", columns, lines)
 
 
 def compared(rows: Sequence[Mapping[str, Any]], metric: Metric) -> Block:

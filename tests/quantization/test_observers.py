@@ -8,6 +8,7 @@ from torch import nn
 from hq_optuna.errors import DataError
 from hq_optuna.network.batches import read_batches
 from hq_optuna.quantization import observers
+from hq_optuna.quantization.functional import quantize_activation
 from hq_optuna.quantization.observers import (
     N_BINS,
     TINY_RANGE,
@@ -41,11 +42,29 @@ def test_all_calls_of_a_layer_go_into_one_histogram():
     assert found["leave"].counts.sum() == 20 * 4
 
 
-def test_batches_do_not_change_the_histogram():
-    network = make(Twice, dtype=torch.float32)
-    whole, parts = (observe_inputs(network, ["enter"], data(X.float(), b)) for b in (20, 3))
-    assert np.array_equal(whole["enter"].counts, parts["enter"].counts)
-    assert np.array_equal(whole["enter"].edges, parts["enter"].edges)
+@pytest.mark.parametrize("rectified", [False, True])
+@pytest.mark.parametrize("growing", [False, True])
+def test_batches_hardly_change_the_histogram_and_what_its_ranges_cost(rectified, growing):
+    """A histogram that is widened spreads what was counted, by less than a bin."""
+    x = torch.randn(960, 40, generator=seeded(1))
+    if growing:  # every batch is wider than all before it
+        x *= torch.linspace(0.5, 1.5, 960)[:, None]
+    x = x.relu() if rectified else x
+    layer = nn.Linear(40, 1)
+    labels = torch.zeros(960, dtype=torch.int64)
+    whole, parts = (
+        observe_inputs(layer, [""], read_batches((x, labels), batch_size=n))[""] for n in (960, 32)
+    )
+    assert np.array_equal(whole.edges, parts.edges)
+    assert parts.counts.sum() == pytest.approx(x.numel())
+    below = np.abs(np.cumsum(whole.counts) - np.cumsum(parts.counts))
+    assert below.max() <= 2 * np.sort(whole.counts)[-2]  # the largest one holds the zeros
+    for bits in (2, 4, 8):
+        errors = [
+            (quantize_activation(x, *h.range(bits), bits) - x).double().square().sum()
+            for h in (parts, whole)
+        ]
+        assert errors[0] <= 1.01 * errors[1]
 
 
 def test_the_histogram_starts_at_zero_where_nothing_is_negative():

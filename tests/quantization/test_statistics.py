@@ -14,9 +14,12 @@ def exact(x: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("shape", [(64, 5, 24, 24), (7, 3, 50), (3, 4, 5, 6, 7), (1, 2, 1, 1)])
 @pytest.mark.parametrize("offset", [0.0, 2.0, -2.6, 5.0, 300.0])
-def test_mean_and_variance_are_those_of_double_precision(shape, offset):
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_mean_and_variance_are_those_of_double_precision(shape, offset, channels_last):
     # Up to 2.6 standard deviations the quick way serves, above it the slow one.
     x = torch.randn(shape, generator=seeded(0)) + offset
+    if channels_last:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
     mean, var = channel_statistics(x, 1)
     expected_mean, expected_var = exact(x, 1)
     assert mean.dtype == var.dtype == torch.float32
