@@ -40,12 +40,13 @@ ARTIFACT = "hq:artifact"  # prefix `hq:artifact:NAME`: {"id", "sha256", "bytes"}
 # User attributes of a study.
 FINGERPRINT = "hq:fingerprint"  # what the search depends on, by name (network, data, space, …)
 LIMITS = "hq:limits"  # what the search may spend on itself, `hq_optuna.search.Limits`
+EXPORTED = "hq:exported"  # files of the answer and what their checks found, one JSON object each
 STARTED = "hq:started"  # what was given on the command line that started the search
 INFO = "hq:info"  # `StudyInfo`, what people and reports want to know of the search
 REPORT = "hq:report"  # prefix `hq:report:…`: facts measured at the end (accuracy, skipped)
 
 # User attributes of a trial.
-KIND = "kind"  # "candidate" or "incumbent"
+KIND = "kind"  # "candidate", "finalist" or "incumbent"
 STEP = "step"
 SLOT = "slot"  # place among the step's candidates
 PARENT = "parent"  # number of the trial that recorded the incumbent the step started from
@@ -57,6 +58,9 @@ SCORE_WEIGHTS = "score_weights"  # nats
 SCORE_ACTIVATIONS = "score_activations"  # nats
 CALIBRATION_LOSS = "calibration_loss"
 COST = "cost"  # in the unit of the budget's metric
+RISES = "rises"
+"""Of a finalist: mean smooth rises of blocks of set-aside samples, nats, the same for all."""
+
 SECONDS = "seconds"
 WORKER = "worker"
 TRAINING = "training"
@@ -130,6 +134,12 @@ class StudyInfo:
     skipped: tuple[tuple[str, str, str], ...] = ()  # name, kind, reason of modules
     warnings: tuple[str, ...] = ()  # sentences that a reader of the results must know
 
+    @property
+    def scores_by_table(self) -> bool:
+        """Whether candidates are scored by a table of rises, without a forward pass."""
+        by_passes = self.settings.get("measure_candidates", False)
+        return self.settings.get("scorer") not in ("gauss_newton", "loss") and not by_passes
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> StudyInfo:
         """Rebuild from ``dataclasses.asdict`` after a round trip through JSON."""
@@ -170,6 +180,7 @@ class Ticket:
     search: str = ""  # what the search depends on, see `same_search`
     claim: int = 0  # number among its worker's claims, from 1; 0 where the trial was there before
     trains: bool = False  # of a record: its bits are trained, and its value is the score after it
+    measures: bool = False  # of a candidate: a finalist, whose rise is measured
 
     def to_json(self) -> dict[str, Any]:
         """Return the attribute's value."""

@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from hq_optuna import attributes
 from hq_optuna.answer.comparison import rows
-from hq_optuna.answer.resolve import resolve
+from hq_optuna.answer.measured_end import best_measured
+from hq_optuna.answer.resolve import resolve, sums_of
 from hq_optuna.answer.result import SearchResult
 from hq_optuna.artifacts.store import Artifacts, open_artifacts
 from hq_optuna.attributes import COMPARED
@@ -126,8 +127,9 @@ class BitSearch:
             data, loss_fn, rise, reason = decide(model, data, loss_fn, rise)
             called = loss_fn
         look = LookOver(data, called)
-        seen = introspect(model, data, see=look.see)
-        if sample_axis is None and not isinstance(calibration, Batches):
+        seen = self.seen = introspect(model, data, see=look.see)
+        by_shape = sample_axis is None and not isinstance(calibration, Batches)
+        if by_shape and not self._without_labels:
             check_sample_axis(copied(model), data[0])
         space_settings = ("bits", "activation_bits", "pin_first_last", "pins", "allowed", "tied")
         self.space = SearchSpace.build(
@@ -261,7 +263,7 @@ class BitSearch:
 
     def _sampler(self, changes: Mapping[str, Any]) -> ProgressiveBitSampler:
         known = settings_of(SearchSettings)
-        of_steps = ("n_candidates", "rule", "seed", "refine", "encoding")
+        of_steps = ("n_candidates", "rule", "seed", "refine", "verify", "encoding")
         for name in changes:
             if name in known and name not in of_steps:
                 raise TypeError(
@@ -269,6 +271,8 @@ class BitSearch:
                     f"{', '.join(of_steps)}."
                 )
         settings = self.settings.replace(**changes)
+        if not self.objective.verifies or settings.train_every:
+            settings = settings.replace(verify=0)  # candidates are measured, or change by training
         plan = self.training
         return ProgressiveBitSampler(
             self.space,
@@ -402,32 +406,41 @@ class BitSearch:
         )
 
     @own_modes()
-    def exact(self, study: Study, budget: Budget | str | None = None) -> SearchResult:
-        """Return the exact assignment for a budget: the least sum over layers, no search.
+    def exact(
+        self, study: Study, budget: Budget | str | None = None, *, verify: int = 0
+    ) -> SearchResult:
+        """Return the answer for a budget without a search: the least sum over layers.
 
-        Solved on the table in the study, then scored and measured like a search's answer. Nothing
-        is written into the study.
+        Solved on the table in the study. Nothing is written into the study.
 
         Args:
             study: What `optimize` returned, or any study of this search.
             budget: By default the search's own.
+            verify: As in the end of a search: so many assignments within the budget are measured on
+                set-aside samples, and the best is the answer. 0: the least sum is.
 
         Raises:
             BudgetError: The budget is below the cheapest assignment.
         """
         scorer = self.objective.prepare(study)
         found = resolve(study, self.budget if budget is None else budget)
-        network = self.objective.quantized(found.config)
-        score = scorer.score(found.config)
-        facts = {}
+        config, facts = found.config, dict[str, Any]()
+        if verify:
+            sums = sums_of(read_history(study), found.metric)
+            places = self.objective.setup.set_aside_places
+            config, facts["measured_end"] = best_measured(
+                *(scorer, places, sums, found.limit, verify)
+            )
+        network = self.objective.quantized(config)
+        score = scorer.score(config)
         if self.validation is not None:
-            facts = self.before_and_after(network, self.validation, "validation")
+            facts |= self.before_and_after(network, self.validation, "validation")
         return self._result(
             study,
             found.metric,
-            config=found.config,
+            config=config,
             network=network,
-            cost=found.cost,
+            cost=CostModel(self.space.layers, found.metric).cost(config),
             met=True,
             score=score.total,
             score_weights=score.weights,

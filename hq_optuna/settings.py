@@ -33,6 +33,7 @@ from hq_optuna.space.layers import FLOAT_BITS
 ScorerName = Literal[
     "gauss_newton", "loss", "hessian_trace", "diagonal", "trace", "fisher", "hutchinson"
 ]
+Method = Literal["default", "patent"]
 Rule = Literal["min", "ratio"]
 Rounding = Literal["compensated", "nearest"]
 Observer = Literal["squared_error", "min_max", "percentile"]
@@ -320,6 +321,16 @@ _further = functools.partial(
 _limit = functools.partial(setting, None, shown_default="no limit")
 
 
+PATENT: Mapping[str, Any] = {
+    "scorer": "diagonal",
+    "measure_candidates": True,
+    "rule": "min",
+    "refine": False,
+    "verify": 0,
+}
+"""Settings of the method of patent CN112183742B; each winner is trained too."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SearchSettings(_Settings):
     """What is searched, how candidates are scored and chosen, and when networks are trained.
@@ -368,10 +379,16 @@ class SearchSettings(_Settings):
     )
     scorer: ScorerName | None = _scoring(
         None,
-        "What ranks candidates: the rise that their outputs tell (gauss_newton), the measured "
-        "loss, or a sum over layers (hessian_trace, diagonal, trace, fisher, hutchinson).",
-        shown_default="gauss_newton, for losses it knows",
-        **{"differs": "the scorer", "example": '"gauss_newton"'},
+        "What ranks candidates: a sum over layers, which needs no forward pass (hessian_trace, "
+        "diagonal, trace, fisher, hutchinson), the rise that their outputs tell (gauss_newton), or "
+        "the measured loss.",
+        shown_default="hessian_trace, for losses it knows; gauss_newton where winners are trained",
+        **{"differs": "the scorer", "example": '"hessian_trace"'},
+    )
+    measure_candidates: bool = _scoring(
+        False,
+        "Measure each candidate's loss too, by a forward pass over the calibration set.",
+        differs="whether candidates' losses are measured",
     )
     rounding: Rounding = _scoring(
         "compensated",
@@ -419,12 +436,24 @@ class SearchSettings(_Settings):
         "Refine the answer by swaps once the budget is met.",
         differs="whether swaps refine the answer",
     )
+    verify: int = _steps(
+        8,
+        "Assignments within the budget that are measured in the end, where a sum over layers chose "
+        "until then; 0 for none.",
+        **{"unit": "assignments", "least": 0},
+        differs="how many assignments are measured in the end",
+    )
     encoding: Encoding | None = _steps(
         None,
         "How a candidate's bits are stored: as the parameters of all layers, which dashboards "
         "draw, or compact.",
         **{"shown_default": "layers, up to 30 of them", "example": '"layers"'},
         differs="the encoding of candidates",
+    )
+    method: Method = _steps(
+        "default",
+        "'patent' does what the patent's text says: the scorer diagonal, a forward pass per "
+        "candidate, the rule min, each winner trained, no swaps and nothing measured in the end.",
     )
     train_every: int = _steps(
         0,
@@ -450,6 +479,21 @@ class SearchSettings(_Settings):
         "Those that are others for the training of the answer.",
         example='{"blend": 0.5, "teacher_views": 6}',
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method != "patent":
+            return
+        for name, value in PATENT.items():
+            given, default = getattr(self, name), settings_of(type(self))[name].default
+            if given not in (default, value):
+                raise SettingError(
+                    f"The method 'patent' has {name} {value!r}; got {given!r}. Leave {name} out, "
+                    "or the method."
+                )
+            object.__setattr__(self, name, value)
+        if not self.train_every:
+            object.__setattr__(self, "train_every", 1)
 
 
 @dataclass(frozen=True, kw_only=True)

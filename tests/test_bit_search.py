@@ -101,6 +101,10 @@ def test_the_callers_network_is_left_as_it_was():
     assert all(not module._forward_pre_hooks for module in network.modules())
 
 
+OF_ONE_BATCH = {"curvature_samples": 24, "rounding_samples": 24, "set_aside_samples": 24}
+"""One batch cannot be split, and has no standard error."""
+
+
 def test_the_network_is_measured_before_and_after_as_anyone_would():
     x, labels = data(30, seed=7)
     by = search(validation=(x, labels))
@@ -111,7 +115,7 @@ def test_the_network_is_measured_before_and_after_as_anyone_would():
         right = float_network(x).argmax(1) == labels
         still = result.network(x).argmax(1) == labels
     assert result.facts == {
-        "curvature_samples": 24,  # one batch, so no standard error
+        **OF_ONE_BATCH,
         "validation_samples": 30,
         "accuracy_before": int(right.sum()) / 30,
         "accuracy_after": int(still.sum()) / 30,
@@ -132,7 +136,7 @@ def test_what_is_measured_may_be_anything():
     by = search(validation=data(10, seed=7), evaluate=evaluate)
     result = by.result(run(by=by))
     measured = {"validation_samples", "loss_before", "loss_after"}
-    assert set(result.facts) == {"curvature_samples", *measured}
+    assert set(result.facts) == {*OF_ONE_BATCH, *measured}
     with torch.no_grad():
         after = functional.cross_entropy(result.network(data(10, seed=7)[0]), data(10)[1])
     assert result.facts["loss_after"] == after.item()
@@ -140,7 +144,7 @@ def test_what_is_measured_may_be_anything():
 
 def test_without_validation_data_nothing_is_measured():
     by = search()
-    assert by.result(run(by=by)).facts == {"curvature_samples": 24}
+    assert by.result(run(by=by)).facts == OF_ONE_BATCH
 
 
 def test_a_search_without_a_closed_step_has_no_answer():
@@ -170,14 +174,14 @@ def test_the_incumbent_of_an_interrupted_search_can_be_had(path):
     assert result.config == hq.BitConfig.uniform(LAYERS, 8, 8)
 
 
-def test_progress_is_told_while_curvature_is_measured_and_after_each_trial():
+def test_progress_is_told_while_the_table_is_made_and_after_each_trial():
     told: list[tuple[str, int, int]] = []
     steps: list[int] = []
     run(
         progress=lambda *entry: told.append(entry),
         on_progress=lambda log: steps.append(len(log.closed)),
     )
-    assert ("curvature", 1, 1) in told
+    assert ("sensitivity", 1, 1) in told
     assert all(0 < done <= of for _, done, of in told)
     assert steps == sorted(steps)
 

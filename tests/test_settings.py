@@ -14,7 +14,7 @@ import pytest
 from docs.hooks import settings_table
 from hq_optuna import attributes
 from hq_optuna.cli.app import load
-from hq_optuna.cli.init import template
+from hq_optuna.cli.check import template
 from hq_optuna.errors import HqOptunaError, SettingError, SpaceError
 from hq_optuna.protocol.history import read_history
 from hq_optuna.report.data import report_data
@@ -74,7 +74,7 @@ def test_what_differs_is_said_for_every_setting_that_tells_searches_apart():
     # What these say is part of the space, of the quantizers by layer, or of the training.
     space = {"bits", "activation_bits", "pin_first_last", "pins", "allowed", "tied"}
     training = {"train_epochs", "final_epochs", "training", "final_training"}
-    assert set(settings_of(SearchSettings)) - apart == space | training | {"quantizers"}
+    assert set(settings_of(SearchSettings)) - apart == space | training | {"quantizers", "method"}
 
 
 def test_every_setting_is_in_the_template_of_a_study_file_and_its_example_is_a_value():
@@ -116,7 +116,7 @@ import hq_optuna as hq
 from docs.hooks import settings_table
 from hq_optuna import attributes
 from hq_optuna.cli.app import load
-from hq_optuna.cli.init import template
+from hq_optuna.cli.check import template
 from hq_optuna.errors import ResumeError
 from hq_optuna.report.data import report_data
 from hq_optuna.report.text import render_markdown

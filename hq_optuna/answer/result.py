@@ -33,7 +33,8 @@ class SearchResult:
         score_activations: The activations' part, nats.
         steps: Number of closed steps.
         candidates: Number of candidates scored.
-        facts: Measured on validation data, by name: ``accuracy_before``, ``accuracy_after``, ….
+        facts: Measured, by name: ``accuracy_before``, ``accuracy_after``, …; ``measured_end``: the
+            finalists (`hq_optuna.answer.measured_end.described`).
         fingerprint: What the search depends on.
     """
 

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from optuna.study import Study
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from hq_optuna.answer.resolve import Resolved
 from hq_optuna.answer.resolve import pareto as solve_pareto
 from hq_optuna.answer.resolve import resolve as solve
 from hq_optuna.cli import tables
 from hq_optuna.cli.options import Json, StudyOrNone, errors, reading, say, takes
+from hq_optuna.errors import StudyFileError
 from hq_optuna.protocol.history import History, read_history
 from hq_optuna.search import Point
 from hq_optuna.settings import RunSettings
 from hq_optuna.space.assignment import BitConfig
-from hq_optuna.space.budget import parse_budget
+from hq_optuna.space.budget import Budget, parse_budget
 from hq_optuna.space.cost import METRICS, CostModel, Metric, format_cost
 from hq_optuna.space.layers import FLOAT_BITS, LayerSpec
 from hq_optuna.visualization.pareto import pareto_figure, pareto_info
@@ -36,17 +40,32 @@ def resolve(
     out: Annotated[Path, typer.Option(help="File for the bits of every layer.")] = Path(
         "assignment.json"
     ),
+    measure: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Measure so many assignments for this budget, as in the end of a search, and save "
+            "the best one's network. STUDY is the study file then.",
+        ),
+    ] = 0,
+    result: Annotated[Path, typer.Option(help="Folder for the network that is measured.")] = Path(
+        "result"
+    ),
     as_json: Json = False,
 ) -> None:
     """Solve for another budget, exactly, from what a search measured. Needs no network or data.
 
-    The answer has the least sum of the layers' predicted loss rises within the budget.
+    The answer has the least sum of the layers' predicted loss rises within the budget; with
+    --measure, it is the best of some such that are measured on set-aside samples.
     """
     with errors(as_json), reading(study, run) as loaded:
-        found = solve(loaded, parse_budget(budget))
+        wanted = parse_budget(budget)
+        found, measured = solve(loaded, wanted), None
+        if measure:
+            found, measured = _measured(study, run, loaded, found, wanted, measure, result, as_json)
         found.save(out)
         if as_json:
-            typer.echo(json.dumps({**found.to_json(), "out": str(out)}))
+            typer.echo(json.dumps({**found.to_json(), "out": str(out), "measured_end": measured}))
             return
         console = Console()
         history = read_history(loaded)
@@ -56,8 +75,11 @@ def resolve(
             f"budget    {format_cost(found.limit, found.metric)}",
             f"cost      [bold]{format_cost(found.cost, found.metric)}[/], {share:.1f} % of "
             f"all-8-bit ({format_cost(found.int8, found.metric)})",
-            f"score     {found.score:.3g} nats, the least sum over layers",
+            f"score     {found.score:.3g} nats, "
+            + ("the sum over layers" if measured else "the least sum over layers"),
         ]
+        if measured is not None:
+            lines.append(f"measured  {measured['sentence']}")
         sums = history.additive(found.metric)
         if history.incumbent is not None and sums is not None:
             answer = history.incumbent.config
@@ -66,7 +88,36 @@ def resolve(
                 f"{format_cost(sums.cost(answer), found.metric)})"
             )
         lines.append(f"Assignment: {escape(str(out))}  (hq_optuna.load_assignment)")
+        if measured is not None:
+            lines.append(f"Result: {escape(str(result))}  (hq_optuna.load)")
         say(console, "\n".join(lines))
+
+
+def _measured(
+    study: str | None,
+    run: RunSettings,
+    loaded: Study,
+    found: Resolved,
+    budget: Budget,
+    n: int,
+    folder: Path,
+    quiet: bool,
+) -> tuple[Resolved, dict[str, Any]]:
+    """Measure assignments for the budget, save the network of the best, and return its bits."""
+    from hq_optuna.cli.session import begin
+
+    if study is None:
+        raise StudyFileError("--measure runs the network: give the study file too.")
+    session = begin(study, (), run, {}, Console(stderr=True, quiet=quiet))
+    answer = session.search.exact(loaded, budget, verify=n)
+    answer.save(folder)
+    better = replace(
+        found,
+        config=answer.config,
+        cost=answer.cost,
+        score=answer.score_weights + answer.score_activations,
+    )
+    return better, answer.facts["measured_end"]
 
 
 def _layers(history: History, config: BitConfig) -> Table:

@@ -13,6 +13,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from hq_optuna.answer.measured_end import measured_end
 from hq_optuna.attributes import COMPARED, UNIFORM, quantizers_text
 from hq_optuna.cli.options import Place, say
 from hq_optuna.protocol.history import History, read_history
@@ -126,6 +127,7 @@ def _summary(history: History, reason: str = "") -> str:
         f"score     {record.current.score:.3g} nats predicted loss rise "
         f"(by layers: weights {record.current.score_weights:.3g}, "
         f"activations {record.current.score_activations:.3g})",
+        *_measured_end(history),
         f"search    {len(history.records)} steps, "
         f"{sum(c.counted for c in history.candidates)} candidates, "
         + _trained(history)
@@ -140,6 +142,11 @@ def _summary(history: History, reason: str = "") -> str:
     if not history.met:
         lines.append("[bold red]The budget is not met.[/]")
     return "\n".join(lines)
+
+
+def _measured_end(history: History) -> Iterator[str]:
+    if (found := measured_end(history)) is not None:
+        yield f"measured  {found['sentence']}"
 
 
 def _measured(facts: Mapping[str, Any]) -> Iterator[str]:

@@ -34,6 +34,7 @@ from hq_optuna.objective import fingerprint
 from hq_optuna.objective.functions import name_of
 from hq_optuna.objective.publish import (
     budget_of,
+    by_whom,
     publish,
     publish_facts,
     record,
@@ -45,7 +46,7 @@ from hq_optuna.objective.training_steps import TrainedSteps
 from hq_optuna.optuna_internals import id_of, storage_of
 from hq_optuna.protocol.claims import ClaimedTrial, NotNeeded, write_facts
 from hq_optuna.protocol.history import read_history
-from hq_optuna.protocol.tickets import KEPT, closing, winner_of
+from hq_optuna.protocol.tickets import closing, winner_of
 from hq_optuna.quantization import set_bits
 from hq_optuna.quantization.prepare import check_preparable
 from hq_optuna.rises import Rise, RiseLoss, decide, rise_of_loss
@@ -100,6 +101,7 @@ class HessianObjective:
 
     Attributes:
         settings: As given, with the scorer that was chosen.
+        verifies: Whether candidates are scored by a table, so that finalists are worth measuring.
         warnings: Sentences that a reader of the results must know.
     """
 
@@ -138,10 +140,14 @@ class HessianObjective:
         )
         if loss_fn is functional.cross_entropy or isinstance(loss_fn, RiseLoss):
             self._loss = name_of(None if isinstance(loss_fn, RiseLoss) else loss_fn)
-        if not isinstance(calibration, Batches):
+        if not isinstance(calibration, Batches) and not isinstance(loss_fn, RiseLoss):
             check_sample_axis(copied(model), self.data[0])
-        self.setup = ScorerSetup.checked(given, space, self.data, loss_fn, self.rise)
+        trains = training is not None and training.every > 0
+        self.setup = ScorerSetup.checked(
+            *(given, space, self.data, loss_fn, self.rise), trains=trains
+        )
         self.settings = self.setup.settings
+        self.verifies = self.setup.is_table and self.rise is not None
         self.warnings = check_forward(
             model, self.data, loss_fn, [layer.name for layer in space.layers]
         )
@@ -348,7 +354,9 @@ class HessianObjective:
         if ticket is None or ticket.kind == "free":
             bits = [trial.suggest_categorical(v.name, v.bits) for v in self.space.variables]
             config = self.space.config(bits)
-            return record(self.space, trial, config, scorer.score(config), None, started)
+            score = scorer.score(config)
+            record(self.space, trial, config, shown(score, started), None)
+            return score.total
         if ticket.kind == "surplus" or trial.should_prune():
             raise optuna.TrialPruned("its work is no longer needed")
         assert isinstance(sampler, ProgressiveBitSampler)
@@ -363,8 +371,37 @@ class HessianObjective:
             return self._record_step(trial, ticket, config, started)
         pruned = optuna.TrialPruned("its work is no longer needed")
         look = _every(LOOK_EVERY_S, lambda: not trial.should_prune(), pruned)
-        score = self.scorer_at(study, sampler.base(study)).score(config, look)
-        return record(self.space, trial, config, score, ticket, started)
+        score = self._score(study, sampler.base(study), config, ticket.measures, look)
+        record(self.space, trial, config, shown(score, started), ticket)
+        return score.total
+
+    def _score(
+        self,
+        study: Study,
+        base: int | None,
+        config: BitConfig,
+        measures: bool,
+        look: Callable[[], None],
+    ) -> Score:
+        """Score a candidate, or measure a finalist."""
+        scorer = self.scorer_at(study, base)
+        if measures:
+            return scorer.measured(config, self.setup.set_aside_places, look)
+        return scorer.score(config, look)
+
+    @own_modes()
+    def look_up(
+        self, study: Study, base: int | None
+    ) -> Callable[[BitConfig], dict[str, Any]] | None:
+        """Return what scores candidates without a forward pass; ``None`` where each needs one.
+
+        It returns the user attributes of a trial with these bits, whose value is the sum of both
+        parts. ``base`` is as for `scorer_at`.
+        """
+        scorer = self.scorer_at(study, base)
+        if not scorer.is_table:
+            return None
+        return lambda config: shown(scorer.score(config), time.perf_counter())
 
     @own_modes()
     def obey(
@@ -386,8 +423,9 @@ class HessianObjective:
             assert ticket is not None
             value, score, said = self.trained(trial, ticket, needed, NotNeeded())
             return value, {**shown(score, started), attributes.TRAINING: said}
-        scorer = self.scorer_at(study, base)
-        score = scorer.score(self.space.config(order["bits"]), _every(0.0, needed, NotNeeded()))
+        look = _every(0.0, needed, NotNeeded())
+        config, measures = self.space.config(order["bits"]), "measures" in order
+        score = self._score(study, base, config, measures, look)
         return score.total, shown(score, started)
 
     def _record_training(
@@ -396,7 +434,7 @@ class HessianObjective:
         pruned = optuna.TrialPruned("its work is no longer needed")
         value, score, facts = self.trained(trial, ticket, lambda: not trial.should_prune(), pruned)
         write_facts(trial, {attributes.TRAINING: facts})
-        record(self.space, trial, config, score, ticket, started)
+        record(self.space, trial, config, shown(score, started), ticket)
         return value
 
     @own_modes()
@@ -421,11 +459,13 @@ class HessianObjective:
     ) -> float:
         assert ticket.origin is not None
         value, found = winner_of(trial.study, ticket.origin)
-        if KEPT[0] not in found:  # told by others before this objective was called
+        if attributes.SCORE_WEIGHTS not in found:  # told by others before this was called
             raise optuna.TrialPruned("its work is no longer needed")
-        score = Score(value, *(found[name] for name in KEPT))
-        record(self.space, trial, config, score, ticket, started)
-        return closing(value, found)[0]
+        sampler = trial.study.sampler
+        assert isinstance(sampler, ProgressiveBitSampler)
+        value, kept = closing(value, found, sampler.log(trial.study))
+        record(self.space, trial, config, {**kept, **by_whom(started)}, ticket)
+        return value
 
 
 def _check_space(space: SearchSpace, network: nn.Module) -> None:

@@ -145,26 +145,35 @@ def record(
     space: SearchSpace,
     trial: Trial,
     config: BitConfig,
-    score: Score,
+    found: Mapping[str, Any],
     ticket: Ticket | None,
-    started: float,
-) -> float:
-    """Write what a trial shows besides its value, which is returned."""
+) -> None:
+    """Write what a trial shows besides its value; ``found`` are user attributes of its scoring."""
     metric, limit = limit_of(trial.study, space)
     cost = CostModel(space.layers, metric).cost(config)
     known: dict[str, Any] = {} if ticket is None else facts(ticket, space, cost)
-    write_facts(trial, known | {attributes.COST: cost} | shown(score, started))
+    write_facts(trial, {**known, attributes.COST: cost, **found})
     if ticket is None or ticket.kind == "free":  # others know their cost from the start
         write_constraint(trial, cost, metric, limit)
-    return score.total
 
 
 def shown(score: Score, started: float) -> dict[str, Any]:
     """Return what a trial says of its scoring, which began at ``started`` (`time.perf_counter`)."""
-    return {
+    said = {
         attributes.SCORE_WEIGHTS: score.weights,
         attributes.SCORE_ACTIVATIONS: score.activations,
-        attributes.CALIBRATION_LOSS: score.calibration_loss,
+        **by_whom(started),
+    }
+    if score.calibration_loss is not None:
+        said[attributes.CALIBRATION_LOSS] = score.calibration_loss
+    if score.rises:
+        said[attributes.RISES] = list(score.rises)
+    return said
+
+
+def by_whom(started: float) -> dict[str, Any]:
+    """Return what a trial says of the work on it."""
+    return {
         attributes.SECONDS: round(time.perf_counter() - started, 6),
         attributes.WORKER: worker_identity.my_short_name(),
     }

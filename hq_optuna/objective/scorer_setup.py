@@ -32,13 +32,12 @@ from hq_optuna.space.search_space import SearchSpace, bits_needed
 from hq_optuna.training.trained import TrainedNetwork
 
 
-def _default(loss_fn: LossFunction, rise: Rise | None) -> ScorerName:
-    """Return the scorer that ranks best with what is known of loss and outputs."""
+def _default(rise: Rise | None, trains: bool) -> ScorerName:
+    """Return the scorer that ranks best with what is known of the outputs."""
     if rise is None:
         return "diagonal"
-    if probe_of(loss_fn) is None and rise.can_draw:
-        return "hessian_trace"
-    return "gauss_newton"
+    by_outputs = rise.reads_outputs and (trains or not rise.can_draw)
+    return "gauss_newton" if by_outputs else "hessian_trace"
 
 
 Progress = Callable[[str, int, int], None]
@@ -80,15 +79,20 @@ class ScorerSetup:
         data: Batches,
         loss_fn: LossFunction,
         rise: Rise | None,
+        *,
+        trains: bool = False,
     ) -> ScorerSetup:
         """Return the set-up for a loss; the scorer is chosen where it is ``None``.
+
+        Where a search ``trains`` winners and goes on from them, outputs tell what is left of their
+        rise, and a table of the trained network does not.
 
         Raises `ValueError` for a scorer that does not know loss or rise, and `SpaceError` for an
         unknown quantizer, or one that cannot do the bits of its layers.
         """
         scorer = settings.scorer
         if scorer is None:
-            scorer = _default(loss_fn, rise)
+            scorer = _default(rise, trains)
         if scorer == "gauss_newton" and (rise is None or not rise.reads_outputs):
             raise ValueError(
                 "The scorer 'gauss_newton' compares the network's outputs, and no rise tells how: "
@@ -141,7 +145,8 @@ class ScorerSetup:
                 progress=lambda done, of: progress("rounding", done, of),
             )
             warnings += uncompensated_warnings(self.quantizers)
-        facts: dict[str, float] = {}
+        facts: dict[str, float] = {"rounding_samples": self.rounding_data.n_samples}
+        facts["set_aside_samples"] = sum(self.data[p].n for p in self.set_aside_places)
         correction = self._correction(prepared, base)
         if known is None:
             sums = measure_layer_sums(
@@ -164,7 +169,7 @@ class ScorerSetup:
         Digit for digit what that scorer says. ``None``: the score is a sum over layers, for which
         there is no way around their curvature.
         """
-        if self.settings.scorer not in ("gauss_newton", "loss"):
+        if not self.told_by_outputs:
             return None
         nothing = Sensitivity(
             {name: {bits.weight_bits: 0.0} for name, bits in base.config.items()},
@@ -173,6 +178,11 @@ class ScorerSetup:
         prepared = self._observed(base.network, base)
         scorer = self._scorer(prepared, nothing, self._correction(prepared, base), teacher)
         return scorer.score(base.config).total
+
+    @property
+    def told_by_outputs(self) -> bool:
+        """Whether an assignment's outputs or loss are its score, and not a sum over layers."""
+        return self.settings.scorer in ("gauss_newton", "loss")
 
     def _observed(self, network: nn.Module, base: TrainedNetwork | None) -> nn.Module:
         """Return a prepared copy with observed ranges and what a training learned."""
@@ -202,7 +212,9 @@ class ScorerSetup:
         return Scorer(
             *(prepared, known, self.data, self.loss_fn),
             output_rise=self.rise if self.settings.scorer == "gauss_newton" else None,
+            rise=self.rise,
             by_loss=self.settings.scorer == "loss",
+            measures=self.settings.measure_candidates,
             correction=correction,
             precision=self.settings.precision,
             teacher=teacher,
@@ -217,6 +229,16 @@ class ScorerSetup:
             observer=self.settings.observer,
             quantizers=self.quantizers,
         )
+
+    @property
+    def is_table(self) -> bool:
+        """Whether candidates are scored by a table, which needs no forward pass of theirs."""
+        return self.settings.scorer in LAYER_SUMS and not self.settings.measure_candidates
+
+    @property
+    def set_aside_places(self) -> tuple[int, ...]:
+        """The batches that finalists are measured on: rounding has not read them if any are."""
+        return tuple(sorted(self._table_places)) or self.statistics_places
 
     @property
     def _layer_sum(self) -> LayerSumName:

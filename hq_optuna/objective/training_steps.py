@@ -42,10 +42,11 @@ from hq_optuna.network.evaluation import Evaluate, mean_loss, measured_figures
 from hq_optuna.objective.scorer_setup import BuiltScorer, Progress, ScorerSetup
 from hq_optuna.optuna_internals import id_of, place_of, storage_of, trial_id_of
 from hq_optuna.protocol.step_log import StepLog
-from hq_optuna.protocol.tickets import KEPT, closing, winner_of
+from hq_optuna.protocol.tickets import closing, winner_of
 from hq_optuna.quantization.correction import StatisticsCorrection
-from hq_optuna.scoring import Score, Sensitivity
+from hq_optuna.scoring import Score, Scorer, Sensitivity
 from hq_optuna.search.rules import keeps
+from hq_optuna.space.assignment import BitConfig
 from hq_optuna.training import Trainer, TrainingSettings, load_trained_, trained_tensors
 from hq_optuna.training.plan import TrainingPlan
 from hq_optuna.training.trained import TrainedNetwork, fold_shifts_, layers_without_bias, part_of
@@ -173,6 +174,8 @@ class TrainedSteps:
         settings = self._settings_of(ticket.step, final)
         facts: dict[str, Any] = {"kind": "final" if final else "step", "epochs": settings.epochs}
         facts |= {f"{name}_before": value for name, value in self._measured(network).items()}
+        if not self.setup.told_by_outputs:
+            facts["calibration_loss_before"] = self._calibration_loss(network)
         self._correct_(network, settings)
         trainer = Trainer(
             *(network, self.plan.data, settings),
@@ -248,13 +251,21 @@ class TrainedSteps:
         if moments is not None:
             tensors |= {f"{_CURVATURE}{name}": h for name, h in moments.by_layer.items()}
         built = self._build(tensors, None)
-        score = built.scorer.score(self.setup.space.config(ticket.bits))
+        score = self._score_of(built.scorer, self.setup.space.config(ticket.bits), final)
         facts["score"] = score.total
         kept = keeps(score.total, winner)
-        if told is None:  # a sum over layers is of the trained network, and cannot tell harm
-            loss = winner_of(study, ticket.origin)[1].get(attributes.CALIBRATION_LOSS, math.inf)
-            kept = kept and keeps(score.calibration_loss, loss)
+        if not self.setup.told_by_outputs:
+            # A sum over layers is of the trained network, and cannot tell harm.
+            facts["calibration_loss_after"] = self._calibration_loss(network)
+            before = facts["calibration_loss_before"]
+            kept = kept and keeps(facts["calibration_loss_after"], before)
         return _Trained(tensors, built, score) if kept or final else None
+
+    def _score_of(self, scorer: Scorer, config: BitConfig, final: bool) -> Score:
+        """Return the score of what training made: of the answer, as its finalists were measured."""
+        if final and self.setup.is_table:
+            return scorer.measured(config, self.setup.set_aside_places)
+        return scorer.score(config)
 
     def _checkpointed(
         self, trial: Trial, trainer: Trainer, last: Reference | None, otherwise: Exception | None
@@ -316,6 +327,9 @@ class TrainedSteps:
             with contextlib.suppress(ArtifactError):  # it only takes room
                 self._store.discard(old)
 
+    def _calibration_loss(self, network: nn.Module) -> float:
+        return mean_loss(network, self.setup.data, self.setup.loss_fn)["loss"]
+
     def _measured(self, network: nn.Module) -> dict[str, float]:
         """Return loss and what else is measured on the validation data."""
         if self.validation is None:
@@ -331,7 +345,9 @@ def _untrained(study: Study, ticket: Ticket, log: StepLog) -> tuple[float, Score
     assert ticket.origin is not None
     _, found = winner_of(study, ticket.origin)
     winner = log.score_of(ticket.origin)
-    return closing(winner, found)[0], Score(winner, *(found[name] for name in KEPT))
+    parts = found[attributes.SCORE_WEIGHTS], found[attributes.SCORE_ACTIVATIONS]
+    score = Score(winner, *parts, found.get(attributes.CALIBRATION_LOSS))
+    return closing(winner, found, log)[0], score
 
 
 def _at(study: Study, number: int) -> tuple[BaseStorage, int, int]:

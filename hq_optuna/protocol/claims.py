@@ -190,7 +190,7 @@ def _create(view: StudyView, study: Study, ticket: Ticket) -> ClaimedTrial:
     storage, study_id = place_of(study)
     n_seen = view.log.cursor.n
     with _claiming(ticket):
-        trial_id = storage.create_new_trial(study_id, _template(view, ticket))
+        trial_id = storage.create_new_trial(study_id, template(view, ticket))
         HELD[ticket.claim] = trial_id
         view.tickets[trial_id] = ticket
         trial = ClaimedTrial(study, trial_id, ticket.claim)
@@ -198,7 +198,7 @@ def _create(view: StudyView, study: Study, ticket: Ticket) -> ClaimedTrial:
         return trial
 
 
-def _template(
+def template(
     view: StudyView,
     ticket: Ticket,
     value: float | None = None,
@@ -226,7 +226,7 @@ def create_record(
     Should somebody else record it all the same, the record with the lower number counts, and both
     say the same. ``facts`` are user attributes beside those that the ticket knows.
     """
-    create_trials(*place_of(study), [_template(view, ticket, value, facts)])
+    create_trials(*place_of(study), [template(view, ticket, value, facts)])
 
 
 def create_together(
@@ -236,7 +236,7 @@ def create_together(
 
     What a candidate and a training show leaves the worker out: others will do them.
     """
-    templates = [_template(view, ticket) for ticket in tickets]
+    templates = [template(view, ticket) for ticket in tickets]
     for ticket, made in zip(tickets, templates, strict=True):
         if ticket.kind == "candidate" or ticket.trains:
             del made.user_attrs[attributes.WORKER]

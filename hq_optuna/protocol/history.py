@@ -5,6 +5,7 @@ Needs the storage alone: no network, no data, no sampler.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from hq_optuna.errors import ResumeError
 from hq_optuna.optuna_internals import id_of, storage_of, trial_id_of
 from hq_optuna.protocol import worker_identity
 from hq_optuna.protocol.step_log import StepLog
+from hq_optuna.protocol.table import Rows, rows_of, sums_over
 from hq_optuna.search import Additive, ProgressiveSearch
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.cost import CostModel, Metric
@@ -56,6 +58,12 @@ class Candidate:
     seconds: float  # of the evaluation
     worker: str  # `host:pid`
     counted: bool  # the first complete result of its slot, made for this search
+    rises: tuple[float, ...] = ()  # of a finalist: measured, nats, by blocks of samples
+
+    @property
+    def measured(self) -> float | None:
+        """The measured rise of a finalist, nats; its score is what the table predicts."""
+        return math.fsum(self.rises) / len(self.rises) if self.rises else None
 
 
 TEST_OF = "test_of"  # the fact that names the answer which the test data were read for
@@ -126,7 +134,7 @@ class History:
     info: StudyInfo  # budget, costs, settings
     candidates: tuple[Candidate, ...]  # all complete ones, by trial number
     records: tuple[StepRecord, ...]  # closed steps in order
-    sensitivity: Mapping[str, Mapping[str, Mapping[int, float]]]
+    sensitivity: Rows
     facts: Mapping[str, Any]  # measured at the end, by name ("accuracy_before", …)
     n_running: int  # trials that run now, or whose workers died unseen
     n_pruned: int  # trials that were not needed
@@ -149,11 +157,7 @@ class History:
         Counts what the search's budget counts unless told otherwise. ``None`` where the study does
         not hold a whole table of sensitivities.
         """
-        model = CostModel(self.space.layers, self.info.metric if metric is None else metric)
-        try:
-            return Additive(self.space, self.sensitivity, model.layer_cost)
-        except ValueError:
-            return None
+        return sums_over(self.space, self.sensitivity, metric or self.info.metric)
 
     def step(self, step: int) -> tuple[Candidate, ...]:
         """Return the counted candidates of one step, by slot."""
@@ -189,15 +193,15 @@ def read_history(study: Study) -> History:
     space = _space(study.study_name, system, user)
     trials = read_facts(storage, id_of(study), _FACTS)
     info = StudyInfo.from_json(user[attributes.INFO])
-    made = system.get(attributes.SETTINGS)
+    rows, made = rows_of(system), system.get(attributes.SETTINGS)
     log: StepLog | None = None
     if made is not None:
         rules = ProgressiveSearch.from_json(made, space, info.metric)
-        log = StepLog(rules, signed=attributes.FINGERPRINT in user)
+        sums = functools.partial(sums_over, space, rows, info.metric)
+        log = StepLog(rules, signed=attributes.FINGERPRINT in user, sums=sums)
         log.update(trials)
     candidates = _candidates(log, trials, space, info.metric)
     records = () if log is None else _records(log, trials, candidates)
-    table = attributes.join(attributes.SENSITIVITY, system) or {}
     states = [trial.state for trial in trials]
     counted = {c.number for c in candidates.values() if c.counted} | {r.number for r in records}
     return History(
@@ -206,13 +210,7 @@ def read_history(study: Study) -> History:
         info=info,
         candidates=tuple(candidates.values()),
         records=records,
-        sensitivity={
-            layer: {
-                part: {int(bits): float(nats) for bits, nats in row.items()}
-                for part, row in parts.items()
-            }
-            for layer, parts in table.items()
-        },
+        sensitivity=rows,
         facts=_facts(user, records),
         n_running=states.count(TrialState.RUNNING),
         n_pruned=states.count(TrialState.PRUNED),
@@ -271,6 +269,10 @@ def _candidates(
         if not whole or len(ticket.bits) != len(names):  # of a search refused here, or told by hand
             continue
         lowered = ticket.variable
+        parts = tuple(
+            user.get(name, math.nan)
+            for name in (attributes.SCORE_WEIGHTS, attributes.SCORE_ACTIVATIONS)
+        )
         found[number] = Candidate(
             number=number,
             step=ticket.step,
@@ -279,16 +281,23 @@ def _candidates(
             from_bits=ticket.from_bits,
             to_bits=ticket.bits[names.index(lowered)] if lowered in names else None,
             state=ticket.bits,
-            score=trial.value,
-            score_weights=user.get(attributes.SCORE_WEIGHTS, math.nan),
-            score_activations=user.get(attributes.SCORE_ACTIVATIONS, math.nan),
+            score=_predicted(trial.value, ticket, parts),
+            score_weights=parts[0],
+            score_activations=parts[1],
             calibration_loss=user.get(attributes.CALIBRATION_LOSS, math.nan),
             cost=costs[number] if number in costs else model.cost(space.config(ticket.bits)),
             seconds=user.get(attributes.SECONDS, trial.seconds or math.nan),
             worker=user.get(attributes.WORKER) or worker_identity.short_name(ticket.worker),
             counted=number in costs,
+            rises=trial.rises if ticket.measures else (),
         )
     return found
+
+
+def _predicted(value: float, ticket: Ticket, parts: Sequence[float]) -> float:
+    """Return the score of a trial: of a finalist what the table says, and not what was measured."""
+    whole = sum(parts)
+    return whole if ticket.measures and math.isfinite(whole) else value
 
 
 def _records(

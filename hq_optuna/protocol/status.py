@@ -16,6 +16,7 @@ from hq_optuna.optuna_internals import place_of
 from hq_optuna.protocol import worker_identity
 from hq_optuna.protocol.step_log import StepLog
 from hq_optuna.protocol.study_view import stored_limits
+from hq_optuna.protocol.table import stored_sums
 from hq_optuna.search import ProgressiveSearch
 from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.storages.trials import TrialRow, read_rows
@@ -98,7 +99,8 @@ class StatusReader:
             self._info = StudyInfo.from_json(info)
             space = SearchSpace.from_json(space_data)
             rules = ProgressiveSearch.from_json(made, space, self._info.metric)
-            self._log = StepLog(rules, signed=attributes.FINGERPRINT in user)
+            sums = stored_sums(self._study, rules)
+            self._log = StepLog(rules, signed=attributes.FINGERPRINT in user, sums=sums)
         return self._log
 
     def _count(self, log: StepLog, rows: Sequence[TrialRow]) -> None:

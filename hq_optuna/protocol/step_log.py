@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from optuna.trial import TrialState
@@ -20,7 +20,8 @@ from optuna.trial import TrialState
 from hq_optuna import attributes
 from hq_optuna.attributes import Ticket
 from hq_optuna.protocol.owners import Owners
-from hq_optuna.search import Incumbent, Limits, Past, ProgressiveSearch, Result
+from hq_optuna.search import Additive, Incumbent, Limits, Past, ProgressiveSearch, Result
+from hq_optuna.search.finalists import UNIFORM, Finalist, choose_finalist, finalists
 from hq_optuna.search.rules import keeps
 from hq_optuna.storages.trials import Cursor, TrialRow
 
@@ -37,6 +38,7 @@ class Closed:
     winner: int
     trained: bool = False
     worker: str = ""  # who recorded it
+    value: float = math.inf  # of the record, which may be a little below its winner's score
 
 
 @dataclass
@@ -50,6 +52,7 @@ class OpenStep:
     running: dict[int, list[int]] = field(default_factory=dict)  # slot → trials not known dead
     recording: list[int] = field(default_factory=list)  # running step records
     final: bool = False  # nothing is left but to train the answer: a step without candidates
+    names: tuple[str, ...] = ()  # of finalists: the step measures its candidates
 
     def note_running(self, running: Mapping[int, Ticket]) -> None:
         """Take in what runs now: trial number → ticket."""
@@ -74,6 +77,11 @@ class OpenStep:
         return self.step, self.parent
 
     @property
+    def measures(self) -> bool:
+        """Whether its candidates are finalists, which are measured."""
+        return bool(self.names)
+
+    @property
     def complete(self) -> bool:
         """Whether every candidate has its result."""
         return len(self.done) == len(self.states)
@@ -89,11 +97,19 @@ class StepLog:
     """Replays the trials of a study into the steps of a search with the study's own rules.
 
     Where the study's objective is this package's, trials count that it ``signed``: a value that
-    somebody else told of a trial, running or asked for, is none of the search's.
+    somebody else told of a trial, running or asked for, is none of the search's. ``sums`` returns
+    the table of rises that the study holds, which finalists are made from; ``None``: it has none.
     """
 
-    def __init__(self, search: ProgressiveSearch, *, signed: bool = False) -> None:
+    def __init__(
+        self,
+        search: ProgressiveSearch,
+        *,
+        signed: bool = False,
+        sums: Callable[[], Additive | None] = lambda: None,
+    ) -> None:
         self.search = search
+        self.sums = sums
         self.settings = search.to_json()  # once: its digest of the space takes milliseconds
         self.signed = signed
         self.cursor = Cursor()
@@ -112,6 +128,9 @@ class StepLog:
         self.stopped_by: str | None = None  # the limit that ended the search, in words
         self._finished_s = 0.0
         self._running_since: dict[int, float] = {}
+        self._rises: dict[int, tuple[float, ...]] = {}  # by number of a finalist
+        self._finalists: dict[tuple[int, ...], tuple[Finalist, ...]] = {}  # by the incumbent's bits
+        self.measured = False  # the finalists were, and one of them was chosen
         self._step: OpenStep | None = self._open_step(None)
 
     @property
@@ -177,6 +196,8 @@ class StepLog:
             elif ticket.kind == "candidate":
                 scored = self._candidates.setdefault(key, {}).setdefault(ticket.slot, [])
                 scored.append((row.number, row.value, ticket))
+                if row.rises:
+                    self._rises[row.number] = row.rises
                 late = self.results.get((ticket.step, ticket.slot))
                 if key in self._closed_keys and late is not None and late.state == ticket.bits:
                     # A late duplicate. Whoever reads the study afresh may name it in a record.
@@ -279,9 +300,11 @@ class StepLog:
         trained = ticket.trains and (step.final or keeps(value, score))
         score = value if trained else score
         incumbent = Incumbent(step.step, result.state, score, result.cost, (from_step, slot))
-        self.closed.append(Closed(number, incumbent, ticket.origin, trained, ticket.worker))
+        taken = ticket.origin
+        self.closed.append(Closed(number, incumbent, taken, trained, ticket.worker, value))
         self._closed_keys.add(step.key)
         self.past.incumbents.append(incumbent)
+        self.measured |= step.measures
         self._step = None if step.final else self._open_step(incumbent)
 
     def score_of(self, number: int) -> float:
@@ -303,13 +326,28 @@ class StepLog:
 
     def _open_step(self, incumbent: Incumbent | None) -> OpenStep | None:
         """Return the step after an incumbent, or ``None`` where the search ends with it."""
-        states = self.search.states(incumbent, self.past)
+        states = () if self.measured else self.search.states(incumbent, self.past)
+        found = () if states else self._to_measure(incumbent)
+        states = states or tuple(finalist.state for finalist in found)
         step = 0 if incumbent is None else incumbent.step + 1
         if not states and not self.search.final:
             return None
         left = (None, None) if incumbent is None else (incumbent.step, incumbent.state)
         parent = attributes.digest([self.settings, *left])
-        return OpenStep(step, parent, states, final=not states)
+        names = tuple(finalist.name for finalist in found)
+        return OpenStep(step, parent, states, final=not states, names=names)
+
+    def _to_measure(self, incumbent: Incumbent | None) -> tuple[Finalist, ...]:
+        """Return the finalists of a search whose steps end with an incumbent; none to compare."""
+        search = self.search
+        if not search.verify or self.measured or incumbent is None or not search.met(incumbent):
+            return ()
+        state = incumbent.state
+        if state not in self._finalists:
+            sums = self.sums()
+            found = finalists(sums, state, search.limit, search.verify) if sums else ()
+            self._finalists[state] = found if len(found) > 1 else ()
+        return self._finalists[state]
 
     @property
     def base(self) -> int | None:
@@ -326,11 +364,9 @@ class StepLog:
 
     def best_within_budget(self) -> float:
         """Return the smallest value of a trial within the budget, infinity where there is none."""
-        found: list[Result | Incumbent] = [*self.results.values()]
-        found += [closed.incumbent for closed in self.closed]
-        scores = [each.score for each in found if each.cost <= self.search.limit]
-        # A record may be one unit in the last place below its winner.
-        return math.nextafter(min(scores, default=math.inf), -math.inf)
+        scores = [each.score for each in self.results.values() if each.cost <= self.search.limit]
+        records = [c.value for c in self.closed if c.incumbent.cost <= self.search.limit]
+        return min([*scores, *records], default=math.inf)
 
     def attempts(self, ticket: Ticket) -> list[int]:
         """Return the ids of the trials that began a record's training, the latest first."""
@@ -340,11 +376,11 @@ class StepLog:
     def ends_with_open_step(self) -> bool:
         """Return whether the search is over once the complete open step is recorded."""
         assert self.open is not None
-        if self.open.final:
+        if self.open.final or self.open.measures:
             return True
         incumbent, _ = self.close_open_step()
         past = Past([*self.past.incumbents, incumbent], self.past.results)
-        return self.search.finished(incumbent, past)
+        return self.search.finished(incumbent, past) and not self._to_measure(incumbent)
 
     def close_open_step(self) -> tuple[Incumbent, int]:
         """Return what the complete open step leaves, and the number of the trial it takes."""
@@ -355,6 +391,25 @@ class StepLog:
         if self.open.final:
             assert self.incumbent is not None
             incumbent = replace(self.incumbent, step=step)
+        elif self.open.measures:
+            chosen = self._chosen(self.open)
+            won = results[chosen]
+            incumbent = Incumbent(step, won.state, won.score, won.cost, (step, chosen))
         else:
             incumbent = self.search.close(self.incumbent, results, self.comparable)
         return incumbent, self.counted[incumbent.origin]
+
+    def _chosen(self, step: OpenStep) -> int:
+        """Return the slot of the finalist that wins."""
+        sums = self.sums()
+        assert sums is not None, "finalists come from it"
+        predicted = [sums.score(self.search.space.config(state)) for state in step.states]
+        measured = [
+            self._rises.get(step.done[slot]) or (self.results[step.step, slot].score,)
+            for slot in range(len(step.states))
+        ]
+        same = len({len(blocks) for blocks in measured}) == 1
+        if not same:  # somebody told another value by hand: means alone compare
+            measured = [(math.fsum(blocks) / len(blocks),) for blocks in measured]
+        uniform = step.names.index(UNIFORM) if UNIFORM in step.names else None
+        return choose_finalist(predicted, measured, uniform)

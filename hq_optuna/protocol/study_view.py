@@ -57,8 +57,8 @@ class StudyView:
         """
         self.search = f"{self.search.partition('/')[0]}/{digest}"
         if not self.log.signed:
-            limits, self.log = self.log.limits, StepLog(self.log.search, signed=True)
-            self.log.limit(limits)
+            before, self.log = self.log, StepLog(self.log.search, signed=True, sums=self.log.sums)
+            self.log.limit(before.limits)
 
     def constrained(self, bits: Sequence[int]) -> dict[str, Any]:
         """Return the system attributes by which trials over the budget are known, of any bits."""

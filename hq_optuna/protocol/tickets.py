@@ -31,7 +31,9 @@ def candidate_ticket(log: StepLog, slot: int, search: str = "", claim: int = 0) 
     moves = changes(start, step.states[slot])
     names = [variable.name for variable in space.variables]
     lowered = moves[0] if len(moves) == 1 else None
-    if lowered is not None:
+    if step.measures:
+        lowered, said = None, step.names[slot]
+    elif lowered is not None:
         said = names[lowered.variable]
     else:
         said = ", ".join(f"{names[m.variable]} {m.from_bits} → {m.to_bits}" for m in moves)
@@ -47,6 +49,7 @@ def candidate_ticket(log: StepLog, slot: int, search: str = "", claim: int = 0) 
         worker=worker_identity.worker_id(),
         search=search,
         claim=claim,
+        measures=step.measures,
     )
 
 
@@ -81,7 +84,7 @@ def parameters(ticket: Ticket, space: SearchSpace, encoding: Encoding) -> Parame
     """Return ``{parameter: (value, choices)}`` that a trial with this ticket shows."""
     if ticket.kind == "free":
         return {}  # it has those it was enqueued with
-    if ticket.kind == "candidate" and encoding == "compact":
+    if ticket.kind == "candidate" and encoding == "compact" and not ticket.measures:
         names = tuple(variable.name for variable in space.variables)
         bits = tuple(sorted({b for v in space.variables for b in v.bits}, reverse=True))
         if ticket.variable not in names:
@@ -93,7 +96,8 @@ def parameters(ticket: Ticket, space: SearchSpace, encoding: Encoding) -> Parame
 
 def facts(ticket: Ticket, space: SearchSpace, cost: float) -> dict[str, Any]:
     """Return the user attributes that are known before a trial is scored."""
-    known: dict[str, Any] = {attributes.KIND: ticket.kind, attributes.STEP: ticket.step}
+    kind = "finalist" if ticket.measures else ticket.kind
+    known: dict[str, Any] = {attributes.KIND: kind, attributes.STEP: ticket.step}
     if ticket.kind == "incumbent":
         known[attributes.WINNER] = ticket.origin
     else:
@@ -132,7 +136,12 @@ def slot_for(step: OpenStep, untagged: int) -> int:
     return min(waiting, key=lambda slot: (len(step.running.get(slot, ())), slot))
 
 
-KEPT = (attributes.SCORE_WEIGHTS, attributes.SCORE_ACTIVATIONS, attributes.CALIBRATION_LOSS)
+KEPT = (
+    attributes.SCORE_WEIGHTS,
+    attributes.SCORE_ACTIVATIONS,
+    attributes.CALIBRATION_LOSS,
+    attributes.RISES,
+)
 """What a record repeats of its winner, where the winner has it."""
 
 
@@ -144,11 +153,15 @@ def winner_of(study: Study, number: int) -> tuple[float, Mapping[str, Any]]:
     return winner.value, winner.user_attrs
 
 
-def closing(value: float, winner: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
+def closing(value: float, winner: Mapping[str, Any], log: StepLog) -> tuple[float, dict[str, Any]]:
     """Return value and attributes of the record that takes a winner, given those of the winner.
 
     The value is one unit in the last place below the winner's, so that `study.best_trial` is the
-    record, which has the bits of all layers, and not the candidate it repeats.
+    record, which has the bits of all layers, and not the candidate it repeats. A finalist that was
+    chosen is the answer, so its record's value is below all within the budget.
     """
     facts = {name: winner[name] for name in KEPT if name in winner}
-    return math.nextafter(value, -math.inf), facts
+    value = math.nextafter(value, -math.inf)
+    if log.open is not None and log.open.measures:
+        value = min(value, math.nextafter(log.best_within_budget(), -math.inf))
+    return value, facts

@@ -96,6 +96,7 @@ class StatisticsCorrection:
         self._means: dict[str, Tensor] = {}  # float output means of layers without batch-norm
         for layer in prepared_layers(prepared).values():
             add_shift(layer)
+        self._reference = reference
         before = get_bits(prepared)
         in_float = dict.fromkeys(before, LayerBits(FLOAT_BITS, FLOAT_BITS))
         set_bits(prepared, in_float if reference is None else reference)
@@ -174,6 +175,15 @@ class StatisticsCorrection:
             stored, right = (seen.stored_mean, seen.stored_var), (seen.mean, seen.var)
             return corrected_statistics(stored, right, (mean, var))
         return (self._means[name] - mean,)
+
+    def on(self, places: Sequence[int]) -> StatisticsCorrection:
+        """Return the correction of the same network by the statistics of other batches.
+
+        The network is reset; of the two, one is applied at a time.
+        """
+        self.reset()
+        told = self.prepared, self.data, self.precision, self._reference
+        return StatisticsCorrection(*told, places=places)
 
     def reset(self) -> None:
         """Restore the stored statistics and take shifts away."""

@@ -20,6 +20,7 @@ from hq_optuna import attributes
 from hq_optuna._version import __version__
 from hq_optuna.answer.agreement import agreement
 from hq_optuna.answer.intervals import CONFIDENCE, METHODS, paired, wilson
+from hq_optuna.answer.measured_end import measured_end
 from hq_optuna.attributes import ANSWER, COMPARED, EIGHT, UNIFORM
 from hq_optuna.optuna_internals import id_of, storage_of
 from hq_optuna.protocol.history import History, Reference, read_history
@@ -67,6 +68,7 @@ def report_data(
             "state": _state(history, read_status(study)),
             **_answer(history),
             "exact": _exact(history),
+            "measured_end": measured_end(history),
             "agreement": agreement(history),
             "accuracies": accuracies(facts),
             "beside": beside(history),
@@ -74,6 +76,7 @@ def report_data(
             "layers": [dataclasses.asdict(row) for row in layer_table(history)],
             "facts": facts,
             "compared": with_intervals(compared),
+            "deploy": _deploy(study, history),
             "trainings": trainings(history),
             "settings": dict(info.settings),
             "quantizers": dict(info.quantizers),
@@ -91,6 +94,14 @@ def report_data(
         }
     )
     return {"headline": headline(data), **data}
+
+
+def _deploy(study: Study, history: History) -> list[dict[str, Any]]:
+    """Return the files that were written of the answer as it is now, and what checks found."""
+    if history.incumbent is None:
+        return []
+    digest, rows = history.incumbent.config.digest, study.user_attrs.get(attributes.EXPORTED, [])
+    return [row for row in rows if row["assignment"] == digest]
 
 
 def _answer(history: History) -> dict[str, Any]:

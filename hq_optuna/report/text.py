@@ -52,10 +52,14 @@ class Block:
 def blocks(data: Mapping[str, Any]) -> list[Block]:
     """Return the parts of the report in their order; the pictures go after ``"answer"``."""
     found = [_beside(data), _layers(data), _answer(data)]
+    if data["measured_end"] is not None:
+        found.append(_finalists(data["measured_end"], data["budget"]["metric"]))
     if data["compared"]:
         found.append(compared(data["compared"], data["budget"]["metric"]))
     if data["trainings"]:
         found.append(_trainings(data["trainings"]))
+    if data["deploy"]:
+        found.append(_deploy(data["deploy"]))
     return [
         *(*found, _settings(data), _counts(data["study"], data["counts"])),
         *(_reproduce(data), _not_counted(data), _warnings(data)),
@@ -199,6 +203,25 @@ def _answer(data: Mapping[str, Any]) -> Block:
     return _pairs("answer", "In numbers", rows)
 
 
+def _finalists(found: Mapping[str, Any], metric: Metric) -> Block:
+    rows = found["rows"]
+    columns: list[Column] = [
+        ("", [f"{row['name']}{' (the answer)' if row['chosen'] else ''}" for row in rows]),
+        (NOUN[metric], [format_cost(row["cost"], metric) for row in rows]),
+        ("predicted, nats", [f"{row['predicted']:.3g}" for row in rows]),
+        ("measured, nats", [f"{row['measured']:.3g}" for row in rows]),
+    ]
+    if any(row["of_uniform"] is not None for row in rows):
+        cells = [
+            "" if row["of_uniform"] is None else f"{row['of_uniform']:.2f} ± {row['error']:.2f}"
+            for row in rows
+        ]
+        columns.append(("of uniform bits", cells))
+    sentence = found["sentence"]
+    lines = [f"{sentence[0].upper()}{sentence[1:]}."]
+    return Block("finalists", "Measured in the end", columns, lines)
+
+
 def compared(rows: Sequence[Mapping[str, Any]], metric: Metric) -> Block:
     """Return the comparison of the answer with uniform bits, of rows as in the report's data."""
     uniform = (UNIFORM, EIGHT)
@@ -274,6 +297,30 @@ def _trained_column(rows: Sequence[Mapping[str, Any]], when: str, name: str) -> 
         return f"validation accuracy, %, {when}", [interval(v, hundredths) for v in values]
     title = "validation loss" if name == "loss" else name
     return f"{title}, {when}", [number(value, digits=4) for value in values]
+
+
+def _deploy(rows: Sequence[Mapping[str, Any]]) -> Block:
+    """Return the files that were written of the answer, each with what its check found."""
+    checks = [row["check"] for row in rows]
+
+    def cells(write: Callable[[Mapping[str, Any]], str]) -> list[str]:
+        return [NOT_MEASURED if check is None else write(check) for check in checks]
+
+    def same_class(check: Mapping[str, Any]) -> str:
+        agreement = check["agreement"]
+        return NOT_MEASURED if agreement is None else f"{100 * agreement:.2f} %"
+
+    columns: list[Column] = [
+        ("file", [row["file"] for row in rows]),
+        ("format", [row["format"] for row in rows]),
+        ("bytes", [f"{row['bytes']:,}" for row in rows]),
+        ("of numbers", [f"{row['stored_bytes']:,}" for row in rows]),
+        ("codes equal", cells(lambda check: f"{100 * check['equal']:.4f} %")),
+        ("same class, optimized", cells(same_class)),
+        ("layers in integers", cells(lambda check: f"{check['integers']} of {check['layers']}")),
+    ]
+    lines = [f"{row['file']}: {row['check']['sentence']}" for row in rows if row["check"]]
+    return Block("deploy", "Deploy", columns, lines, n_text_columns=2)
 
 
 def _settings(data: Mapping[str, Any]) -> Block:

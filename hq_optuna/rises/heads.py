@@ -135,6 +135,10 @@ class Heads(Rise):
         pairs = zip(self.rises.items(), sums, strict=True)
         return self._with(rises={name: rise.with_sums(own) for (name, rise), own in pairs})
 
+    def averaged(self) -> Self:
+        """Return the rise with each head's averaged one."""
+        return self._with(rises={name: rise.averaged() for name, rise in self.rises.items()})
+
     def _with(self, **changes: Any) -> Self:
         found = copy.copy(self)
         vars(found).update(changes)

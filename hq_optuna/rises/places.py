@@ -153,6 +153,7 @@ class CrossEntropy(OfPlaces):
     marks: Places = field(default_factory=Places)
     scale: float = 1.0
     factor: Tensor | None = None
+    by_mean: bool = False
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
@@ -168,12 +169,19 @@ class CrossEntropy(OfPlaces):
         return self.marks.counted(z, labels) if self.axis == 1 else None
 
     def costs(self, z: Tensor, moved: Tensor) -> Tensor:
-        """Return the quadratic form of each place's own Hessian."""
+        """Return the quadratic form of each place's own Hessian, or of the mean one."""
+        if self.by_mean and self.factor is not None:
+            moves = torch.where(torch.isfinite(z) & torch.isfinite(moved), moved - z, 0.0)
+            return 0.5 * (moves @ self.factor.to(z)).square().sum(1)
         p = torch.softmax(z / self.temperature, 1)
         # A class that is masked by −inf has no probability, wherever it moves.
         change = torch.where(p > 0, moved - z, 0.0)
         centred = change - (p * change).sum(1, keepdim=True)
         return 0.5 * self.scale * (p * centred.square()).sum(1)
+
+    def averaged(self) -> Self:
+        """Return the rise by the mean Hessian."""
+        return replace(self, by_mean=True)
 
     def sums(self, outputs: Any, batch: Batch, weights: Tensor | None = None) -> Sums:
         """Return Σ diag(p), Σ p pᵀ, the samples, and both traces; the matrix for few classes."""

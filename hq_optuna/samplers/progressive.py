@@ -40,6 +40,7 @@ from hq_optuna.protocol.claims import ClaimedTrial, claim
 from hq_optuna.protocol.step_log import StepLog
 from hq_optuna.protocol.stopping import stop
 from hq_optuna.protocol.study_view import StudyView, limits_of
+from hq_optuna.protocol.table import stored_sums
 from hq_optuna.protocol.tickets import (
     BITS,
     LAYER,
@@ -83,6 +84,9 @@ class ProgressiveBitSampler(BaseSampler):
         train_every: Steps after which the objective trains the winner, and the next ones are made
             from the trained network; 0 for never. The objective must know how.
         final: Whether the objective trains the answer when the search is over.
+        verify: Assignments within the budget that the objective measures when the steps are over,
+            and of which it takes the best (`hq_optuna.search.finalists`); 0 for none. The study
+            must hold the objective's table of rises.
         backs_up: Whether a trial for which nothing is free repeats what another one is running, so
             that a search goes on whose workers died unseen. Turned off, such a trial is of the kind
             ``"surplus"``.
@@ -126,6 +130,7 @@ class ProgressiveBitSampler(BaseSampler):
         refine: bool = True,
         train_every: int = 0,
         final: bool = False,
+        verify: int = 0,
         backs_up: bool = True,
         encoding: Encoding | None = None,
     ) -> None:
@@ -152,6 +157,7 @@ class ProgressiveBitSampler(BaseSampler):
         self.refine = refine
         self.train_every = train_every
         self.final = final
+        self.verify = verify
         self.encoding: Encoding = encoding
         self.backs_up = backs_up
         self._search(None)  # refuse bad settings now
@@ -182,7 +188,12 @@ class ProgressiveBitSampler(BaseSampler):
             studies = self._views.setdefault(storage, {})
             if study_id not in studies:
                 known = storage.get_study_user_attrs(study_id)
-                log = StepLog(self._search(study), signed=attributes.FINGERPRINT in known)
+                search = self._search(study)
+                log = StepLog(
+                    search,
+                    signed=attributes.FINGERPRINT in known,
+                    sums=stored_sums(study, search),
+                )
                 mine = attributes.digest(log.settings)
                 log.limit(limits_of(study))
                 studies[study_id] = StudyView(
@@ -249,6 +260,8 @@ class ProgressiveBitSampler(BaseSampler):
             refine=self.refine,
             train_every=self.train_every,
             final=self.final,
+            verify=self.verify,
+            metric=model.metric,
         )
 
     # Asking

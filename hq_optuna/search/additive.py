@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from hq_optuna.search.exact import Allocation, LayerCost
@@ -65,11 +65,14 @@ class Additive:
 
     def score(self, config: Mapping[str, LayerBits]) -> float:
         """Return the sum over layers, nats; the order of the layers does not matter."""
-        return math.fsum(
-            self._rise(name, part, bits)
-            for name, pair in config.items()
-            for part, bits in zip(("weights", "activations"), pair, strict=True)
-        )
+        weights, activations = self.parts(config)
+        return weights + activations
+
+    def parts(self, config: Mapping[str, LayerBits]) -> tuple[float, float]:
+        """Return the sums of the weights' and of the activations' rises, nats."""
+        weights = math.fsum(self._rise(n, "weights", b.weight_bits) for n, b in config.items())
+        inputs = ((n, b.activation_bits) for n, b in config.items())
+        return weights, math.fsum(self._rise(n, "activations", b) for n, b in inputs)
 
     def cost(self, config: Mapping[str, LayerBits]) -> float:
         """Return the cost of an assignment."""
@@ -81,10 +84,20 @@ class Additive:
 
     def exact(self, limit: float) -> Point | None:
         """Return the assignment with the least sum within the limit; ``None`` where none is."""
+        state = self.best(limit)
+        return None if state is None else self.point(self.space.config(state))
+
+    def best(self, limit: float) -> tuple[int, ...] | None:
+        """Return its bits of each variable."""
         if self._allocation is None:
             self._allocation = Allocation(self.space, self.rises, self.layer_cost)
-        state = self._allocation.best(limit)
-        return None if state is None else self.point(self.space.config(state))
+        return self._allocation.best(limit)
+
+    def best_for(
+        self, rises: Sequence[Mapping[int, float]], limit: float
+    ) -> tuple[int, ...] | None:
+        """Return the bits of each variable with the least sum of other rises, by variable."""
+        return Allocation(self.space, rises, self.layer_cost).best(limit)
 
     def frontier(self, limits: Iterable[float] = (), *, n: int = N_POINTS) -> list[Point]:
         """Return the exact Pareto curve of score against cost, the cheapest first.

@@ -54,7 +54,8 @@ class ProgressiveSearch:
     unit (``-inf`` lowers everything to the bottom). A step has ``n_candidates``, drawn with
     ``seed``, and `choose`'s ``rule`` picks its winner. With ``refine`` swaps refine the answer once
     the budget is met. Winners are trained after every ``train_every`` steps (0: never), the answer
-    where ``final`` is true.
+    where ``final`` is true. Up to ``verify`` finalists are measured in the end (0: none).
+    ``metric`` is what the cost counts, for their costs by layer.
     """
 
     space: SearchSpace
@@ -66,6 +67,8 @@ class ProgressiveSearch:
     refine: bool = False
     train_every: int = 0
     final: bool = False
+    verify: int = 0
+    metric: Metric = "bops"
     _costs: dict[tuple[int, ...], float] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -80,6 +83,8 @@ class ProgressiveSearch:
             raise ValueError(f"n_candidates is at least 1; got {self.n_candidates}.")
         if self.rule not in RULES:
             raise ValueError(f"rule is one of {', '.join(RULES)}; got {self.rule!r}.")
+        if not is_whole(self.verify) or self.verify < 0:
+            raise ValueError(f"verify is 0 (nothing is measured) or more; got {self.verify!r}.")
         if self.train_every < 0:
             raise ValueError(f"train_every is 0 (never) or more; got {self.train_every}.")
 
@@ -94,6 +99,7 @@ class ProgressiveSearch:
             "limit": self.limit if self.limit > -math.inf else None,  # JSON has no infinity
             "train_every": self.train_every,
             "final": self.final,
+            "verify": self.verify,
         }
 
     @classmethod
@@ -101,7 +107,7 @@ class ProgressiveSearch:
         """Return the search that `to_json` described; ``metric`` is what its budget counts."""
         limit = -math.inf if data["limit"] is None else data["limit"]
         told = {name: value for name, value in data.items() if name not in ("space", "limit")}
-        return cls(space, CostModel(space.layers, metric).cost, limit, **told)
+        return cls(space, CostModel(space.layers, metric).cost, limit, metric=metric, **told)
 
     def trains(self, step: int) -> bool:
         """Return whether the winner of a step is trained, as far as the step's number tells."""

@@ -7,6 +7,7 @@ asks for them in one query.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -37,6 +38,7 @@ class TrialRow:
     heartbeat: Any = None  # what its owner keeps changing while it runs long
     started: datetime | None = None  # by its creator's clock; `None` while it waits
     ended: datetime | None = None  # by the clock of the host that ended it; `None` while it runs
+    rises: tuple[float, ...] = ()  # of a finalist, by blocks of samples
     user_attrs: Mapping[str, Any] = field(default_factory=dict)  # those that were asked for
 
     @property
@@ -91,6 +93,7 @@ def row_of(trial: FrozenTrial) -> TrialRow:
         # Optuna hands out naive local times.
         trial.datetime_start and trial.datetime_start.astimezone(UTC),
         trial.datetime_complete and trial.datetime_complete.astimezone(UTC),
+        _rises(trial.user_attrs.get(attributes.RISES)),
     )
 
 
@@ -122,12 +125,18 @@ def read_facts(storage: BaseStorage, study_id: int, keys: Sequence[str]) -> list
 
 
 def _row_query(study_id: int, cursor: Cursor) -> sqlalchemy.Select[Any]:
-    trials, values = models.TrialModel.__table__, models.TrialValueModel.__table__
-    ticket, heartbeat = (models.TrialSystemAttributeModel.__table__.alias(n) for n in ("t", "h"))
-    signature = models.TrialUserAttributeModel.__table__
+    trials = models.TrialModel.__table__
     new = trials.c.trial_id > cursor.last_id
     if cursor.unfinished:
         new = new | trials.c.trial_id.in_(cursor.unfinished.values())
+    return _rows_of_all().where(trials.c.study_id == study_id, new)
+
+
+@functools.cache  # making it takes longer than asking it
+def _rows_of_all() -> sqlalchemy.Select[Any]:
+    trials, values = models.TrialModel.__table__, models.TrialValueModel.__table__
+    ticket, heartbeat = (models.TrialSystemAttributeModel.__table__.alias(n) for n in ("t", "h"))
+    signature, rises = (models.TrialUserAttributeModel.__table__.alias(n) for n in ("s", "r"))
     its_id, beats = trials.c.trial_id, trials.c.state == TrialState.RUNNING
     is_heartbeat = (heartbeat.c.key == attributes.HEARTBEAT) & beats
     is_signature = signature.c.key == attributes.SCORE_WEIGHTS
@@ -136,12 +145,13 @@ def _row_query(study_id: int, cursor: Cursor) -> sqlalchemy.Select[Any]:
         .outerjoin(ticket, (ticket.c.trial_id == its_id) & (ticket.c.key == attributes.TICKET))
         .outerjoin(heartbeat, (heartbeat.c.trial_id == its_id) & is_heartbeat)
         .outerjoin(signature, (signature.c.trial_id == its_id) & is_signature)
+        .outerjoin(rises, (rises.c.trial_id == its_id) & (rises.c.key == attributes.RISES))
     )
-    said = [c.value_json.label(n) for n, c in (("ticket", ticket.c), ("heartbeat", heartbeat.c))]
+    told = (("ticket", ticket.c), ("heartbeat", heartbeat.c), ("rises", rises.c))
+    said = [c.value_json.label(n) for n, c in told]
     known = [trials.c[n] for n in ("number", "state", "datetime_start", "datetime_complete")]
     known += [values.c.value, values.c.value_type, *said, signature.c.key.label("signature")]
-    query = sqlalchemy.select(its_id, *known)
-    return query.select_from(joined).where(trials.c.study_id == study_id, new).order_by(its_id)
+    return sqlalchemy.select(its_id, *known).select_from(joined).order_by(its_id)
 
 
 def _row(columns: sqlalchemy.Row[Any]) -> TrialRow:
@@ -159,7 +169,15 @@ def _row(columns: sqlalchemy.Row[Any]) -> TrialRow:
         columns.heartbeat,
         columns.datetime_start and columns.datetime_start.replace(tzinfo=UTC),
         columns.datetime_complete and columns.datetime_complete.replace(tzinfo=UTC),
+        _rises(None if columns.rises is None else json.loads(columns.rises)),
     )
+
+
+def _rises(stored: Any) -> tuple[float, ...]:
+    """Return the rises of a finalist; what is none of numbers is none."""
+    if not isinstance(stored, list) or not all(isinstance(one, (int, float)) for one in stored):
+        return ()
+    return tuple(map(float, stored))
 
 
 def select(engine: sqlalchemy.Engine, query: sqlalchemy.Select[Any]) -> list[Any]:

@@ -32,6 +32,7 @@ from hq_optuna.protocol import worker_identity
 from hq_optuna.protocol.claims import create_record, create_together, new_claim, own_slots
 from hq_optuna.protocol.owners import HEARTBEAT_S
 from hq_optuna.protocol.step_log import OpenStep, StepLog
+from hq_optuna.protocol.table_steps import is_looked_up, stored_look_up, write_step
 from hq_optuna.protocol.tickets import candidate_ticket, closing, record_ticket, winner_of
 from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.search import Past, Result
@@ -116,6 +117,9 @@ class Coordinator:
             self._end([*self._claimed.values(), *self._ahead.values()], TrialState.PRUNED)
             self.dispatcher.shutdown()
             return False
+        if is_looked_up(log) and (look_up := stored_look_up(self._study, log)) is not None:
+            write_step(self._view, self._study, look_up)
+            return True
         # Candidates of closed steps, and those that others have done.
         claimed = self._claimed.values()
         unneeded = [o for o in claimed if o.ticket is not None and not step.needs(o.ticket)]
@@ -163,7 +167,10 @@ class Coordinator:
         if not chosen:
             return
         early, self._ahead = self._ahead, {}
-        orders = [early.get(s) or Order(new_claim(), s, base=log.base) for s in states]
+        orders = [
+            early.get(s) or Order(new_claim(), s, base=log.base, measures=step.measures)
+            for s in states
+        ]
         tickets = [
             candidate_ticket(log, slot, self._view.search, order.claim)
             for slot, order in zip(chosen, orders, strict=True)
@@ -220,7 +227,7 @@ class Coordinator:
         if log is None or log.open is None or not answers or self._ahead or not self._is_alone(log):
             return
         step, search = log.open, log.search
-        if step.final or search.trains(step.step):
+        if step.final or step.measures or search.trains(step.step):
             return  # it is the last one, or the next one begins from what training gives
         found = self._found(log, step, answers)
         if len(found) < len(step.states):
@@ -257,7 +264,7 @@ class Coordinator:
                 self.dispatcher.submit([order])
             return False
         winner = self._facts.get(ticket.origin) or winner_of(self._study, ticket.origin)
-        value, facts = closing(*winner)
+        value, facts = closing(*winner, log)
         facts[attributes.SECONDS] = round(time.perf_counter() - began, 6)
         if self._is_alone(log):
             create_record(self._view, self._study, ticket, value, facts)

@@ -33,6 +33,7 @@ class Order:
     cancelled: bool = False  # nobody wants its result any more
     base: int | None = None  # the record whose trained network it is made from
     trains: bool = False  # the record of a step whose bits are to be trained
+    measures: bool = False  # a finalist
 
     def created_as(self, ticket: Ticket, number: int, trial_id: int) -> None:
         """Take the trial that was created for it."""
@@ -47,6 +48,8 @@ class Order:
         said: dict[str, Any] = {"claim": self.claim, "bits": list(self.bits)}
         if self.base is not None:
             said["base"] = self.base
+        if self.measures:
+            said["measures"] = True
         if self.trains:
             said["train"] = self.trial_id
         return said

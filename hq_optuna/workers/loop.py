@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -17,8 +17,10 @@ from optuna.trial import Trial, TrialState
 from hq_optuna import attributes
 from hq_optuna.errors import HqOptunaError, StorageError
 from hq_optuna.optuna_internals import storage_of, trial_id_of
-from hq_optuna.protocol.claims import ClaimedTrial
+from hq_optuna.protocol import worker_identity
+from hq_optuna.protocol.claims import PATIENCE_S, ClaimedTrial
 from hq_optuna.protocol.step_log import StepLog
+from hq_optuna.protocol.table_steps import LookUp, is_looked_up, write_step
 from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.storages import explain_errors_of, pausing
 from hq_optuna.workers.heartbeat import heartbeat
@@ -86,7 +88,7 @@ def _work(
     on_progress: Callable[[StepLog], None],
     on_doing: Callable[[Doing], None],
 ) -> None:
-    wait_s, waited_s, alone = SHORTEST_WAIT_S, 0.0, set[int]()
+    wait_s, waited_s, alone, n_seen = SHORTEST_WAIT_S, 0.0, set[int](), -1
     while True:
         log = sampler.log(study)
         on_progress(log)
@@ -95,14 +97,51 @@ def _work(
             alone |= log.owners.dead.keys()
         if log.open is None:
             return
-        to_do = log.anything_left() or log.owners.waiting
-        if to_do and _run_one(study, sampler, objective, on_doing, waited_s):
+        look_up = _look_up(study, objective, log)
+        if look_up is not None and log.cursor.n != n_seen:  # who leads is at work
+            wait_s, waited_s, n_seen = SHORTEST_WAIT_S, 0.0, log.cursor.n
+        if look_up is not None:
+            done = _write_step(study, sampler, look_up, on_doing, waited_s)
+        else:
+            to_do = log.anything_left() or log.owners.waiting
+            done = bool(to_do) and _run_one(study, sampler, objective, on_doing, waited_s)
+        if done:
             wait_s, waited_s = SHORTEST_WAIT_S, 0.0
         else:
             on_doing("waiting")
             time.sleep(wait_s)
             waited_s += wait_s
             wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+
+
+def _look_up(study: Study, objective: Any, log: StepLog) -> LookUp | None:
+    """Return what looks the open step's candidates up, if the objective has a table of them."""
+    if not is_looked_up(log) or log.owners.waiting or not hasattr(objective, "look_up"):
+        return None
+    found: LookUp | None = objective.look_up(study, log.base)
+    return found
+
+
+def _write_step(
+    study: Study,
+    sampler: ProgressiveBitSampler,
+    look_up: LookUp,
+    on_doing: Callable[[Doing], None],
+    waited_s: float,
+) -> bool:
+    """Write what the open step lacks, unless another worker leads; return whether it was written.
+
+    One of several workers is enough. The others take over where nothing is heard of it for a while.
+    """
+    view = sampler.view(study)
+    at_work = view.log.owners.at_work(worker_identity.worker_id(), last=2 * sampler.n_candidates)
+    if at_work[0] != worker_identity.worker_id() and waited_s < PATIENCE_S:
+        return False
+    on_doing("scoring")
+    storage = storage_of(study)
+    with held_interrupts() as held, pausing(storage, held.sleep):
+        write_step(view, study, look_up)
+    return True
 
 
 def _run_one(

@@ -86,7 +86,7 @@ def test_without_correction_the_statistics_are_those_of_the_network() -> None:
 
 def test_the_score_of_the_answer_is_what_its_network_gives_on_the_calibration_set() -> None:
     net = network()
-    bits = search(net)
+    bits = search(net, scorer="gauss_newton")
     study = bits.optimize()
     result = bits.result(study)
     x, y = data()
@@ -99,23 +99,13 @@ def test_the_score_of_the_answer_is_what_its_network_gives_on_the_calibration_se
 @pytest.mark.parametrize(
     ("loss", "scorer"),
     [
-        (functional.cross_entropy, "gauss_newton"),
-        (nn.CrossEntropyLoss(), "gauss_newton"),
-        (lambda z, y: functional.cross_entropy(z, y), "diagonal"),
+        (functional.cross_entropy, "hessian_trace"),
+        (nn.CrossEntropyLoss(), "hessian_trace"),
+        (lambda z, y: functional.cross_entropy(z, y), "hessian_trace"),
     ],
 )
 def test_the_scorer_follows_the_loss(loss: Any, scorer: str) -> None:
     assert search(network(), loss_fn=loss).objective.settings.scorer == scorer
-
-
-def test_gauss_newton_for_an_unknown_loss_is_refused_in_words() -> None:
-    def own(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return functional.cross_entropy(outputs, labels)
-
-    with pytest.raises(ValueError, match="give output_rise, or use scorer='diagonal'") as caught:
-        search(network(), loss_fn=own, scorer="gauss_newton")
-    assert "loss = torch.nn.functional.cross_entropy" in str(caught.value)
-    assert "output_rise(outputs, moved)" in str(caught.value)
 
 
 def test_correction_is_part_of_what_a_resumed_search_must_share() -> None:

@@ -34,7 +34,7 @@ def parts():
     space = SearchSpace.build(layers, pin_first_last=None)
     curvature = calibration_adam(network, layers, data, F.cross_entropy)
     sensitivity = measure_sensitivity(prepared, space, curvature, data)
-    return network, Scorer(prepared, sensitivity, data, F.cross_entropy)
+    return network, Scorer(prepared, sensitivity, data, F.cross_entropy, measures=True)
 
 
 def config(scorer: Scorer, bits: int, activation_bits: int) -> BitConfig:
