@@ -1,4 +1,4 @@
-"""The patent's method, to the letter (CN112183742B): random layers, Adam, a pass, the least, train."""
+"""The patent's method (CN112183742B): random layers, Adam, a pass, the least score, training."""
 
 import pytest
 import torch
