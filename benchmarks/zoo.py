@@ -8,24 +8,21 @@ digits, keywords and wake words. The other networks calibrate on images of their
 
 from __future__ import annotations
 
-import io
 import os
 import tarfile
 import tempfile
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from studies import cifar10_resnet20 as cifar10
-from studies import digits
+from studies import digits, efficientnet_lite0, keywords, visual_wake_words
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 IMAGE_SIZE = 128  # of EfficientNet-Lite0, which was trained at 224
@@ -45,134 +42,6 @@ class Trained:
     network: nn.Module
     calibration: Samples
     unseen: Samples
-
-
-class SamePad(nn.Module):
-    """TensorFlow's padding "SAME" for a convolution: the odd pixel goes right and below."""
-
-    def __init__(self, kernel: tuple[int, int], stride: int) -> None:
-        super().__init__()
-        self.kernel, self.stride = kernel, stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Pad ``(N, C, H, W)`` so that the outputs are ``H / stride`` by ``W / stride``, up."""
-        sides: list[int] = []
-        for size, kernel in zip(x.shape[:1:-1], self.kernel[::-1], strict=True):
-            total = max((-(-size // self.stride) - 1) * self.stride + kernel - size, 0)
-            sides += [total // 2, total - total // 2]
-        return functional.pad(x, sides) if any(sides) else x
-
-
-def _unit(
-    width: int, out: int, kernel: tuple[int, int], stride: int = 1, groups: int = 1
-) -> nn.Sequential:
-    conv = nn.Conv2d(width, out, kernel, stride, groups=groups)
-    norm = nn.BatchNorm2d(out, eps=1e-3)
-    pad = SamePad(kernel, stride)
-    return nn.Sequential(OrderedDict(pad=pad, conv=conv, bn=norm, act=nn.ReLU()))
-
-
-def _separable(width: int, out: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        _unit(width, width, (3, 3), stride, groups=width), _unit(width, out, (1, 1))
-    )
-
-
-class Keywords(nn.Module):
-    """DS-CNN of MLPerf Tiny, from features ``(N, 1, 49, 10)`` to ``(N, 12)``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = _unit(1, 64, (10, 4), 2)
-        self.blocks = nn.Sequential(*(_separable(64, 64) for _ in range(4)))
-        self.head = nn.Linear(64, 12)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits."""
-        x = self.blocks(self.first(x))
-        x = x[:, :, :24]  # the reference pools 24 of its 25 rows
-        return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
-
-
-class WakeWords(nn.Module):
-    """MobileNetV1 x0.25 of MLPerf Tiny, from images ``(N, 3, 96, 96)`` in [0, 1] to ``(N, 2)``."""
-
-    LAYERS = (
-        *((16, 1), (32, 2), (32, 1), (64, 2), (64, 1), (128, 2)),
-        *((128, 1), (128, 1), (128, 1), (128, 1), (128, 1), (256, 2), (256, 1)),
-    )
-    """Width and stride of each block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = _unit(3, 8, (3, 3), 2)
-        width, blocks = 8, []
-        for out, stride in self.LAYERS:
-            blocks.append(_separable(width, out, stride))
-            width = out
-        self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Linear(width, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits."""
-        return self.head(self.blocks(self.first(x)).mean((2, 3)))  # type: ignore[no-any-return]
-
-
-class InvertedResidual(nn.Module):
-    """Wider by a 1x1 convolution, depthwise, and narrow again (Sandler et al., 2018)."""
-
-    def __init__(self, width: int, out: int, kernel: int, stride: int, expansion: int) -> None:
-        super().__init__()
-        inner = width * expansion
-        self.wider = expansion > 1
-        if self.wider:
-            self._expand_conv = nn.Conv2d(width, inner, 1, bias=False)
-            self._bn0 = nn.BatchNorm2d(inner, eps=1e-3)
-        self.pad = SamePad((kernel, kernel), stride)
-        self._depthwise_conv = nn.Conv2d(inner, inner, kernel, stride, groups=inner, bias=False)
-        self._bn1 = nn.BatchNorm2d(inner, eps=1e-3)
-        self._project_conv = nn.Conv2d(inner, out, 1, bias=False)
-        self._bn2 = nn.BatchNorm2d(out, eps=1e-3)
-        self.residual = stride == 1 and width == out
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``(N, width, H, W)`` to ``(N, out, H / stride, W / stride)``."""
-        y = functional.relu6(self._bn0(self._expand_conv(x))) if self.wider else x
-        y = functional.relu6(self._bn1(self._depthwise_conv(self.pad(y))))
-        y = self._bn2(self._project_conv(y))
-        return x + y if self.residual else y  # type: ignore[no-any-return]
-
-
-class EfficientNetLite0(nn.Module):
-    """From images ``(N, 3, H, W)`` in about [-1, 1] to ``(N, 1000)``; H and W multiples of 32."""
-
-    STAGES = (
-        *((1, 16, 3, 1, 1), (2, 24, 3, 2, 6), (2, 40, 5, 2, 6), (3, 80, 3, 2, 6)),
-        *((3, 112, 5, 1, 6), (4, 192, 5, 2, 6), (1, 320, 3, 1, 6)),
-    )
-    """Blocks, width, kernel, stride of the first block, expansion."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pad = SamePad((3, 3), 2)
-        self._conv_stem = nn.Conv2d(3, 32, 3, 2, bias=False)
-        self._bn0 = nn.BatchNorm2d(32, eps=1e-3)
-        width, blocks = 32, []
-        for n, out, kernel, stride, expansion in self.STAGES:
-            for place in range(n):
-                step = stride if place == 0 else 1
-                blocks.append(InvertedResidual(width, out, kernel, step, expansion))
-                width = out
-        self._blocks = nn.Sequential(*blocks)
-        self._conv_head = nn.Conv2d(width, 1280, 1, bias=False)
-        self._bn1 = nn.BatchNorm2d(1280, eps=1e-3)
-        self._fc = nn.Linear(1280, 1000)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits."""
-        x = functional.relu6(self._bn0(self._conv_stem(self.pad(x))))
-        x = functional.relu6(self._bn1(self._conv_head(self._blocks(x))))
-        return self._fc(x.mean((2, 3)))  # type: ignore[no-any-return]
 
 
 class CifarResNet(nn.Module):
@@ -212,6 +81,17 @@ def _folder(data: Path, name: str, *parts: str) -> Iterator[Path]:
         yield Path(temporary) / name
 
 
+@contextmanager
+def unpacked(data: Path) -> Iterator[Path]:
+    """Give the zoo's folder: itself, within the data, or unpacked from its archive there."""
+    if (data / "kws").is_dir():
+        yield data
+    else:
+        with _folder(data, "zoo") as folder:
+            # Studies name folders within the zoo.
+            yield folder
+
+
 def _with_weights(network: nn.Module, path: Path) -> nn.Module:
     state = torch.load(path, map_location="cpu", weights_only=True)
     own = network.state_dict()
@@ -248,53 +128,24 @@ def _resnet(blocks: int) -> Callable[[Path, int], Trained]:
 
 def _kws(data: Path, seed: int) -> Trained:
     with _folder(data, "zoo", "kws") as folder:
-        network = _with_weights(Keywords(), folder / "kws" / "kws_dscnn.pt")
-        with np.load(folder / "kws" / "mfcc.npz") as stored:
-            x, y = torch.from_numpy(stored["x"]), torch.from_numpy(stored["y"])
-    # Zero point and scale of the 8-bit features.
-    x = (x.float().reshape(-1, 1, 49, 10) - 83) * 0.5847029089927673
-    return Trained(network, *_dealt((x, y.long()), seed, 200))
+        return _of_study(keywords, folder, split_seed=seed)
 
 
 def _vww(data: Path, seed: int) -> Trained:
     with _folder(data, "zoo", "vww") as folder:
-        network = _with_weights(WakeWords(), folder / "vww" / "vww_mobilenet.pt")
-        with np.load(folder / "vww" / "vww.npz") as stored:
-            x, y = torch.from_numpy(stored["x"]), torch.from_numpy(stored["y"])
-    x = x.movedim(-1, 1).float() / 255
-    return Trained(network, *_dealt((x, y.long()), seed, 200))
+        return _of_study(visual_wake_words, folder, split_seed=seed)
 
 
 def _efficientnet_lite0(data: Path, seed: int) -> Trained:
     with _folder(data, "zoo", "efficientnet_lite0", "imagenet") as folder:
-        (path,) = (folder / "efficientnet_lite0").glob("*.pth")
-        network = _with_weights(EfficientNetLite0(), path)
-        images = folder / "imagenet"
-        lines = (images / "val" / "labels.csv").read_text().split()
-        rows = [line.split(",") for line in lines]
-        unseen = _images([images / "val" / name for name, _ in rows], 224 / 227)
-        files = sorted((images / "calibration").glob("*.jpg"))  # named after their classes
-        seen = _images(files, 224 / 256)
-    labels = torch.tensor([int(file.stem) for file in files])
-    calibration, _ = _dealt((seen, labels), seed, len(files))
-    _, rest = _dealt((unseen, torch.tensor([int(label) for _, label in rows])), seed, 0)
-    return Trained(network, calibration, rest)
+        return _of_study(efficientnet_lite0, folder, split_seed=seed, size=IMAGE_SIZE)
 
 
-def _images(paths: list[Path], share: float) -> Tensor:
-    """Return the middle of images, the given share of their shorter side, made smaller."""
-    from PIL import Image
-
-    found = []
-    for path in paths:
-        with Image.open(io.BytesIO(path.read_bytes())) as stored:
-            image: Any = stored.convert("RGB")
-        side = share * min(image.size)
-        left, top = ((size - side) / 2 for size in image.size)
-        box = (left, top, left + side, top + side)
-        small = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC, box)
-        found.append(torch.from_numpy(np.array(small)).movedim(-1, 0))
-    return (torch.stack(found).float() - 127) / 128
+def _of_study(study: Any, folder: Path, **options: Any) -> Trained:
+    network = study.network(folder)
+    return Trained(
+        network, study.calibration(folder, **options), study.validation(folder, **options)
+    )
 
 
 ZOO: dict[str, Callable[[Path, int], Trained]] = {

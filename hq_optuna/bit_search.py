@@ -127,8 +127,9 @@ class BitSearch:
             data, loss_fn, rise, reason = decide(model, data, loss_fn, rise)
             called = loss_fn
         look = LookOver(data, called)
-        seen = introspect(model, data, see=look.see)
-        if sample_axis is None and not isinstance(calibration, Batches):
+        seen = self.seen = introspect(model, data, see=look.see)
+        by_shape = sample_axis is None and not isinstance(calibration, Batches)
+        if by_shape and not self._without_labels:
             check_sample_axis(copied(model), data[0])
         space_settings = ("bits", "activation_bits", "pin_first_last", "pins", "allowed", "tied")
         self.space = SearchSpace.build(

@@ -14,7 +14,7 @@ import pytest
 from docs.hooks import settings_table
 from hq_optuna import attributes
 from hq_optuna.cli.app import load
-from hq_optuna.cli.init import template
+from hq_optuna.cli.check import template
 from hq_optuna.errors import HqOptunaError, SettingError, SpaceError
 from hq_optuna.protocol.history import read_history
 from hq_optuna.report.data import report_data
@@ -116,7 +116,7 @@ import hq_optuna as hq
 from docs.hooks import settings_table
 from hq_optuna import attributes
 from hq_optuna.cli.app import load
-from hq_optuna.cli.init import template
+from hq_optuna.cli.check import template
 from hq_optuna.errors import ResumeError
 from hq_optuna.report.data import report_data
 from hq_optuna.report.text import render_markdown

@@ -22,16 +22,17 @@ COMMANDS = {
     "pareto": "Show the least predicted loss rise for each cost, exactly.",
     "export": "Write the answer as a file that another runtime reads, checked number by number.",
     "init": "Write a study file to fill in.",
+    "check": "Look a study over before any search, in a few passes: ready, or what to change.",
 }
 """Commands by name, each with the beginning of its help."""
 
 
 def load(name: str) -> Any:
     """Return a command, from ``hq_optuna.cli.NAME`` or the file that it shares with another."""
-    file = "resolve" if name == "pareto" else name
+    file = {"pareto": "resolve", "init": "check"}.get(name, name)
     function = getattr(importlib.import_module(f"hq_optuna.cli.{file}"), name)
     alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    opens = name in ("run", "launch", "worker", "export")
+    opens = name in ("run", "launch", "worker", "export", "check")
     alone.command(name, context_settings=OPEN if opens else None)(function)
     return typer.main.get_command(alone)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hq_optuna.errors import DataError
-from hq_optuna.network.batches import Batches, forward
+from hq_optuna.network.batches import Batches, FloatOutputs, forward
 from hq_optuna.network.checks import check_batch_loss, check_labels, explain_errors
 from hq_optuna.network.copies import copied
 from hq_optuna.network.loss_weights import batch_loss, only_class_axis, watched
@@ -259,7 +259,14 @@ def check_evaluate(evaluate: Evaluate, model: nn.Module, data: Batches) -> None:
 
 @torch.no_grad()
 def mean_loss(network: nn.Module, data: Batches, loss_fn: LossFunction) -> dict[str, float]:
-    """Return ``{"loss": mean over all that counts}``; see `hq_optuna.network.loss_weights`."""
+    """Return ``{"loss": mean over all that counts}``; see `hq_optuna.network.loss_weights`.
+
+    Nothing where the loss compares with the float network's outputs, and the data have labels.
+    """
+    if getattr(loss_fn, "of_float_outputs", False):
+        told = (b.labels for b in data)
+        if not all(isinstance(y, FloatOutputs) and y.outputs is not None for y in told):
+            return {}
     outputs = (forward(network, batch.inputs) for batch in data)
     losses = [float(batch_loss(loss_fn, z, b)) * b.n for z, b in zip(outputs, data, strict=True)]
     return {"loss": math.fsum(losses) / data.n_samples}

@@ -38,6 +38,43 @@ from hq_optuna.space.layers import LayerSpec, SkippedModule
 
 
 @dataclass(frozen=True, slots=True)
+class OtherProduct:
+    """Multiplications within a module that no weight of a searched layer takes part in.
+
+    Attributes:
+        module: The innermost module that they run in; empty: the network's own forward.
+        operator: PyTorch's name, such as ``bmm`` for products of activations.
+        macs: Multiply-accumulates for one sample.
+    """
+
+    module: str
+    operator: str
+    macs: int
+
+    def __str__(self) -> str:
+        what = _operation(self.operator)
+        return f"{what} in {self.module or 'the network itself'!r}"
+
+
+_OPERATORS = {
+    **dict.fromkeys(("bmm", "baddbmm"), "products of activations (attention)"),
+    **dict.fromkeys(("mm", "addmm"), "matrix products"),
+    **dict.fromkeys(("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn"), "a recurrent layer"),
+    **dict.fromkeys(("convolution", "_convolution"), "convolutions with computed weights"),
+}
+
+
+def _operation(operator: str) -> str:
+    """Return an operator in words."""
+    attention = operator.startswith("_scaled_dot_product")
+    return _OPERATORS["bmm"] if attention else _OPERATORS.get(operator, operator)
+
+
+MOST_UNSEEN = 0.05
+"""Share of the operations from which it is a warning that they stay in float."""
+
+
+@dataclass(frozen=True, slots=True)
 class Introspection:
     """What `introspect` found.
 
@@ -47,7 +84,9 @@ class Introspection:
             network registers them. Normalization layers are not listed.
         n_parameters: Elements of all parameters of the network, each counted once.
         n_samples: Samples that were seen; MACs and inputs were divided by it.
-        warnings: Sentences about costs that hang on the data, or that bits do not tell.
+        warnings: Sentences about costs that hang on the data, or that bits do not tell, and where
+            many of the operations are in no layer.
+        others: Multiplications that no layer's weight takes part in, the most first.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -55,6 +94,13 @@ class Introspection:
     n_parameters: int
     n_samples: int
     warnings: tuple[str, ...] = ()
+    others: tuple[OtherProduct, ...] = ()
+
+    @property
+    def share_of_others(self) -> float:
+        """Share of all multiply-accumulates that stay in float, in no layer that is searched."""
+        others = sum(other.macs for other in self.others)
+        return others / max(others + self.macs, 1)
 
     @property
     def macs(self) -> int:
@@ -151,15 +197,73 @@ def introspect(
     if n < 1:
         raise NetworkError(f"The example input holds {n} samples. Give at least one.")
     check_batch = n_samples is None and not isinstance(example_input, Batches)
-    tallies = _count(network, given, see, check_batch=check_batch)
+    counter = _count(network, given, see, check_batch=check_batch)
+    tallies = counter.tallies
     layers = _quantized_layers(names, tallies, n)
+    others = _others(names, counter, layers, n)
+    total = sum(x.macs for x in layers.values()) + sum(x.macs for x in others)
     skipped = _skipped_modules(network, names, tallies, layers, n)
     _check_found(layers, skipped)
+    skipped = _with_shares(skipped, others, total)
     n_parameters = sum(p.numel() for p in network.parameters())
     found = {layer.name: tallies[module] for module, layer in layers.items()}
+    said = (*_warnings(found, n), *_unseen(others, total))
     return Introspection(
-        tuple(layers.values()), tuple(skipped), n_parameters, n, _warnings(found, n)
+        tuple(layers.values()), tuple(skipped), n_parameters, n, said, tuple(others)
     )
+
+
+def _others(
+    names: Mapping[nn.Module, list[str]],
+    counter: _Counter,
+    layers: Mapping[nn.Module, LayerSpec],
+    n: int,
+) -> list[OtherProduct]:
+    """Return what is multiplied in no searched layer, the most first."""
+    found: Counter[tuple[str, str]] = Counter()
+    for (module, operator), macs in counter.others.items():
+        name = "" if module is None else names.get(module, ["(unregistered)"])[0]
+        found[name, operator] += macs
+    for module, tally in counter.tallies.items():
+        if module not in layers and tally.macs:
+            found[names.get(module, ["(unregistered)"])[0], type(module).__name__] += tally.macs
+    each = [OtherProduct(*key, -(-macs // n)) for key, macs in found.items() if macs]
+    return sorted(each, key=lambda other: (-other.macs, other.module, other.operator))
+
+
+def _with_shares(
+    skipped: Sequence[SkippedModule], others: Sequence[OtherProduct], total: int
+) -> list[SkippedModule]:
+    """Return what is not quantized with its share of all operations, products of none added."""
+    left = {(other.module, other.operator): other for other in others}
+    found = []
+    for one in skipped:
+        own = "" if one.name == "(network)" else one.name
+        within = [k for k in left if k[0] == own or (own and k[0].startswith(f"{own}."))]
+        macs = sum(left.pop(key).macs for key in within)
+        text = f"{one.reason}; {100 * macs / total:.2g} % of all operations" if macs else one.reason
+        found.append(SkippedModule(one.name, one.kind, text))
+    for other in left.values():
+        reason = (
+            f"{_operation(other.operator)}, not quantized; "
+            f"{100 * other.macs / total:.2g} % of all operations"
+        )
+        found.append(SkippedModule(other.module or "(network)", other.operator, reason))
+    return found
+
+
+def _unseen(others: Sequence[OtherProduct], total: int) -> list[str]:
+    """Return a sentence where many of the operations stay in float."""
+    share = sum(other.macs for other in others) / max(total, 1)
+    if share <= MOST_UNSEEN:
+        return []
+    most = ", ".join(f"{x} ({100 * x.macs / total:.1f} %)" for x in others[:3])
+    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+    return [
+        f"{100 * share:.1f} % of the multiply-accumulates are in no layer that is searched, stay "
+        f"in float and are not counted in the cost: {most}{more}. The bits of the answer say "
+        "nothing of these."
+    ]
 
 
 def _warnings(tallies: Mapping[str, _Tally], n: int) -> tuple[str, ...]:
@@ -249,7 +353,7 @@ def _count(
     see: Callable[[int, Any], None],
     *,
     check_batch: bool,
-) -> dict[nn.Module, _Tally]:
+) -> _Counter:
     """Run the network on each batch, and return the counts of each layer that has any."""
     counter = _Counter(network)
     first_of: dict[Any, dict[nn.Module, int]] = {}  # MACs of the first batch of each shape
@@ -280,7 +384,7 @@ def _count(
         finally:
             for handle in handles:
                 handle.remove()
-    return counter.tallies
+    return counter
 
 
 @contextmanager
@@ -311,7 +415,10 @@ class _Counter(WatchedWeights):  # type: ignore[no-untyped-call]
             if isinstance(module, QUANTIZABLE) and not _computed(module)
         }
         weights: dict[str, Tensor] = {name: m.weight for name, m in self._layers.items()}  # type: ignore[misc]
-        super().__init__(weights, self._use)
+        super().__init__(weights, self._use, self._use_other)
+        self.others: Counter[tuple[nn.Module | None, str]] = Counter()
+        self._aside: Counter[tuple[nn.Module | None, str]] = Counter()  # within a layer's own call
+        self._within: list[nn.Module] = []
         self._running: list[tuple[nn.Module, int]] = []  # layers, and the MACs of each before
         self._calls = Counter[nn.Module]()
         self._first: Tensor | None = None
@@ -321,9 +428,12 @@ class _Counter(WatchedWeights):  # type: ignore[no-untyped-call]
         """Prepare for a forward pass."""
         self._first = next(tensors(_arguments(example)), None)
         self._running.clear()
+        self._within.clear()
+        self._aside.clear()
         self._calls.clear()
 
     def enter(self, module: nn.Module, args: Any) -> None:
+        self._within.append(module)
         if isinstance(module, QUANTIZABLE):
             self._running.append((module, self._tally(module).macs))
 
@@ -337,7 +447,14 @@ class _Counter(WatchedWeights):  # type: ignore[no-untyped-call]
                 return
         self._tally(self._layers[name]).add_macs(use.macs, outside=True)
 
+    def _use_other(self, operator: str, macs: int) -> None:
+        module = self._within[-1] if self._within else None
+        held = self._aside if self._running and module is self._running[-1][0] else self.others
+        held[module, operator] += macs
+
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self._within:
+            self._within.pop()
         if not isinstance(module, QUANTIZABLE):
             return
         _, before = self._running.pop() if self._running else (module, 0)
@@ -349,6 +466,9 @@ class _Counter(WatchedWeights):  # type: ignore[no-untyped-call]
         tally.add_call(self._calls[module], taken.numel())
         if tally.macs == before:  # its weight took no part: another one is computed from it
             tally.add_macs(_macs_of_class(module, taken, given))
+        else:
+            self.others.update(self._aside)
+        self._aside.clear()
         n_batched = 2 if isinstance(module, nn.Linear) else len(module.kernel_size) + 2  # type: ignore[arg-type]
         first = self._first
         if first is not None and taken.shape == first.shape and taken.dim() < n_batched:

@@ -29,14 +29,22 @@ class WeightUse(NamedTuple):
     macs: int
 
 
+_RECURRENT = ("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn")
+"""Operators that run a recurrent layer whole; the flop counter does not know them."""
+
+
 class WatchedWeights(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Calls ``see(name, use)`` for each multiplication with one of the named weights.
 
-    A view of a weight, or of a part of it, is the weight: it is known by its memory.
+    A view of a weight, or of a part of it, is the weight: it is known by its memory. Of all other
+    multiplications ``see_other(operator, macs)`` is called.
     """
 
     def __init__(
-        self, weights: Mapping[str, Tensor], see: Callable[[str, WeightUse], None]
+        self,
+        weights: Mapping[str, Tensor],
+        see: Callable[[str, WeightUse], None],
+        see_other: Callable[[str, int], None] = lambda operator, macs: None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._at: dict[int, list[tuple[int, int, str]]] = {}
@@ -45,7 +53,7 @@ class WatchedWeights(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 begin, place = weight.data_ptr(), weight.untyped_storage().data_ptr()
                 end = begin + weight.numel() * weight.element_size()
                 self._at.setdefault(place, []).append((begin, end, name))
-        self._see = see
+        self._see, self._see_other = see, see_other
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -53,12 +61,22 @@ class WatchedWeights(TorchDispatchMode):  # type: ignore[no-untyped-call]
         found = func(*args, **(kwargs or {}))
         operator = getattr(func, "overloadpacket", None)
         count = flop_registry.get(operator)
-        for argument in args if count is not None else ():
+        if count is None:
+            name = getattr(operator, "__name__", "")
+            if name in _RECURRENT:
+                self._see_other(name, _of_recurrent(args))
+            elif name.startswith("_scaled_dot_product"):
+                q, k, v = args[:3]  # (…, places, width)
+                self._see_other(name, q.numel() // q.shape[-1] * k.shape[-2] * _widths(q, v))
+            return found
+        macs = int(count(*args, **(kwargs or {}), out_val=found) // 2)
+        for argument in args:
             name = self._name_of(argument)
-            if name is not None and count is not None:
-                macs = count(*args, **(kwargs or {}), out_val=found) // 2
-                self._see(name, WeightUse(operator, args, argument, int(macs)))
+            if name is not None:
+                self._see(name, WeightUse(operator, args, argument, macs))
                 break
+        else:
+            self._see_other(getattr(operator, "__name__", "?"), macs)
         return found
 
     def _name_of(self, argument: Any) -> str | None:
@@ -67,6 +85,20 @@ class WatchedWeights(TorchDispatchMode):  # type: ignore[no-untyped-call]
         held = self._at.get(argument.untyped_storage().data_ptr(), ())
         begin = argument.data_ptr() if held else 0
         return next((name for first, end, name in held if first <= begin < end), None)
+
+
+def _of_recurrent(args: tuple[Any, ...]) -> int:
+    """Return the multiply-accumulates of a recurrent layer: its weights at each step of each row.
+
+    Inputs are ``(steps, rows, features)``, or ``(rows, steps, features)``.
+    """
+    x, given, other, *_ = args
+    weights = given if isinstance(given, (list, tuple)) else (given, other)
+    return int(x.shape[0] * x.shape[1] * sum(w.numel() for w in weights if w.dim() == 2))
+
+
+def _widths(q: Tensor, v: Tensor) -> int:
+    return q.shape[-1] + v.shape[-1]
 
 
 def _is_plain(x: Any) -> bool:

@@ -140,7 +140,7 @@ class HessianObjective:
         )
         if loss_fn is functional.cross_entropy or isinstance(loss_fn, RiseLoss):
             self._loss = name_of(None if isinstance(loss_fn, RiseLoss) else loss_fn)
-        if not isinstance(calibration, Batches):
+        if not isinstance(calibration, Batches) and not isinstance(loss_fn, RiseLoss):
             check_sample_axis(copied(model), self.data[0])
         trains = training is not None and training.every > 0
         self.setup = ScorerSetup.checked(

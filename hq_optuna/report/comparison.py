@@ -38,7 +38,7 @@ def _worth(row: Mapping[str, Any]) -> tuple[float, float]:
     if metric is not None:
         value = float(measured[metric["name"]])
         return (value if metric["higher_is_better"] else -value), -row["cost"]
-    worth = float(measured["accuracy"]) if "accuracy" in measured else -float(measured["loss"])
+    worth = float(measured["accuracy"]) if "accuracy" in measured else -measured.get("loss", 0.0)
     return worth, -row["cost"]
 
 
@@ -53,6 +53,8 @@ def warnings(
             sentences.append(_by_metric(row, measured[ANSWER], metric, n_samples))
             continue
         name = "accuracy" if "accuracy" in row["measured"] else "loss"
+        if name not in row["measured"]:
+            continue
         ours, theirs, pairs = measured[ANSWER][name], row["measured"][name], row.get("pairs")
         said, advice = _LOST
         if name == "loss":

@@ -118,16 +118,16 @@ def _like_classes(heads: list[Tensor]) -> bool:
 class RiseLoss:
     """A loss for data without labels: the mean rise over the float network's own outputs, nats.
 
-    It is 0 where the rise reads modules, which the outputs do not tell.
+    It is 0 where the rise reads modules, which the outputs do not tell, and of labelled data, on
+    which a metric of the user's own is measured.
     """
 
     rise: Rise
+    of_float_outputs = True
 
     def __call__(self, outputs: Any, labels: Any) -> Tensor:
         """Return the mean over the samples of a batch whose labels are `FloatOutputs`."""
-        if not isinstance(labels, FloatOutputs):
-            raise DataError("Data with labels and data without do not go together.")
-        if labels.outputs is None:
+        if not isinstance(labels, FloatOutputs) or labels.outputs is None:
             return nothing(outputs)
         found = self.rise.of_samples(labels.outputs, outputs, Batch((), None, labels.n))
         return found.sum() / labels.n

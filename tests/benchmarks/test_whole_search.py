@@ -19,8 +19,9 @@ from benchmarks.whole_search import (
     reliability,
     state_of,
 )
-from benchmarks.zoo import SamePad, load_trained
+from benchmarks.zoo import load_trained
 from hq_optuna.space.cost import CostModel
+from studies.keywords import SamePad
 from tests.fake_search import fake_space
 from tests.real_data import shared_data
 from tests.small_networks import seeded

@@ -27,7 +27,7 @@ def rise(outputs, moved):
 
 
 @pytest.mark.parametrize(
-    ("more", "scorer"), [(AROUND, "diagonal"), (AROUND + RISE, "gauss_newton")]
+    ("more", "scorer"), [(AROUND, "hessian_trace"), (AROUND + RISE, "gauss_newton")]
 )
 def test_a_loss_that_is_not_known_is_warned_of_unless_its_rise_is_given(
     study: Path, command: Command, more: str, scorer: str
@@ -37,8 +37,8 @@ def test_a_loss_that_is_not_known_is_warned_of_unless_its_rise_is_given(
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
     assert data["settings"]["scorer"] == scorer
-    warned = "Warning: The scorer is 'diagonal'" in " ".join(result.stderr.split())
-    assert warned == (scorer == "diagonal")
+    warned = "Warning: Nothing is known of this loss" in " ".join(result.stderr.split())
+    assert warned == (scorer == "hessian_trace")
 
 
 OPTION = '''

@@ -1,0 +1,193 @@
+"""Before a search: ``hq-optuna init`` writes a study file, ``hq-optuna check`` looks it over."""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from hq_optuna.cli.options import Given, Json, Study, errors, say, takes
+from hq_optuna.cli.session import begin
+from hq_optuna.errors import StudyFileError
+from hq_optuna.settings import RunSettings, SearchSettings, settings_of
+
+TEMPLATE = '''"""My network on my data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+# What is searched, and how. Uncomment a line to change a default; options of the command line go
+# before what stands here.
+SETTINGS = {{
+{settings}
+}}
+
+
+def network(checkpoint: Path) -> nn.Module:
+    """Return the trained float network.
+
+    The parameters become options on the command line, here --checkpoint.
+
+    Args:
+        checkpoint: State dict saved by torch.save.
+    """
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))  # yours
+    net.load_state_dict(torch.load(checkpoint, weights_only=True))
+    return net.eval()
+
+
+def calibration(data: Path, n_calibration: int = 256):
+    """Return labelled samples that the score reads, no training and no test data.
+
+    Args:
+        data: Tensors (inputs, labels) saved by torch.save.
+        n_calibration: How many samples are read.
+    """
+    inputs, labels = torch.load(data, weights_only=True)
+    return inputs[:n_calibration], labels[:n_calibration]
+
+
+def validation(data: Path, n_calibration: int = 256):
+    """Return labelled samples on which the answer is measured. May be left out."""
+    inputs, labels = torch.load(data, weights_only=True)
+    return inputs[n_calibration:], labels[n_calibration:]
+
+
+# The mean loss over a batch, from (outputs, labels). PyTorch's cross_entropy or mse_loss itself
+# lets the search use its best scorer.
+loss = nn.functional.cross_entropy
+
+# Further functions that may be defined: test, train, augment, rise, evaluate.
+'''
+
+
+def template() -> str:
+    """Return the text of a study file with every setting as a comment."""
+    lines = []
+    for one in settings_of(SearchSettings).values():
+        unit = f" ({one.unit})" if one.unit else ""
+        comment = f"{one.help} Default{unit}: {one.shown_default}."
+        lines += textwrap.wrap(comment, 94, initial_indent="    # ", subsequent_indent="    # ")
+        lines.append(f'    # "{one.name}": {one.example},')
+    return TEMPLATE.format(settings="\n".join(lines))
+
+
+def init(
+    file: Annotated[Path, typer.Argument(help="Where to write it.", show_default=False)] = Path(
+        "study.py"
+    ),
+) -> None:
+    """Write a study file to fill in. Never writes over a file."""
+    with errors(as_json=False):
+        if file.suffix != ".py":
+            raise StudyFileError(f"A study file is a Python file; got {file}. Write {file}.py.")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with file.open("x", encoding="utf-8") as opened:
+                opened.write(template())
+        except FileExistsError:
+            raise StudyFileError(
+                f"{file} exists, and is not written over. Name another file."
+            ) from None
+        name = escape(str(file))
+        next_step = f"Fill in network() and calibration(), then: hq-optuna run {name}"
+        say(Console(), f"Wrote {name}. {next_step}")
+
+
+@takes(search=True)
+def check(
+    context: typer.Context,
+    study: Study,
+    run: RunSettings,
+    given: Given,
+    as_json: Json = False,
+) -> None:
+    """Look a study over before any search: layers, outputs, float metric, gradients, duration.
+
+    Takes a few passes and the same options as run. Ends with "ready", or with what to change and
+    exit status 1.
+    """
+    started = time.perf_counter()
+    with errors(as_json):
+        console = Console(stderr=as_json)
+        session = begin(study, context.args, run, given, console)
+        from hq_optuna.objective.readiness import readiness  # loads torch
+
+        search = session.search
+        with console.status("running a few passes"):
+            found = readiness(search.objective, search.settings, search.validation, search.evaluate)
+        seconds = time.perf_counter() - started
+        if as_json:
+            typer.echo(json.dumps(_as_json(search, found, seconds)))
+        else:
+            say(console, "\n".join(_lines(search, found, seconds)))
+        if found.problems:
+            raise typer.Exit(1)
+
+
+def _as_json(search: Any, found: Any, seconds: float) -> dict[str, Any]:
+    named = ("outputs", "rise", "unreached", "figures", "n_measured", "pass_s", "prepare_s")
+    more = ("search_s", "memory_bytes", "free_bytes", "problems")
+    return {
+        "ready": not found.problems,
+        "layers": len(search.space.layers),
+        "not_quantized": [list(each) for each in search.objective.skipped],
+        "share_not_quantized": search.seen.share_of_others,
+        "warnings": list(search.objective.warnings),
+        "seconds": seconds,
+        **{name: getattr(found, name) for name in (*named, *more)},
+    }
+
+
+def _lines(search: Any, found: Any, seconds: float) -> list[str]:
+    """Return what a check found, a line each, its verdict last."""
+    objective, seen = search.objective, search.seen
+    shapes = ", ".join(f"{name} {shape}".strip() for name, shape in found.outputs.items())
+    lines = [
+        f"layers      {len(search.space.layers)} found, {seen.macs:,} MACs a sample; "
+        f"{100 * seen.share_of_others:.1f} % of all multiply-accumulates in none of them",
+        *(f"            {escape(name)} ({kind}): {escape(why)}" for name, kind, why in
+          objective.skipped[:8]),
+        f"outputs     {escape(shapes)}",
+        f"rise        {escape(found.rise)}; scorer {objective.settings.scorer}",
+    ]  # fmt: skip
+    if found.figures:
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in found.figures.items())
+        lines.append(f"float       {escape(figures)} on {found.n_measured:,} validation samples")
+    else:
+        lines.append("float       not measured: the study has no validation()")
+    reached = "reach every layer"
+    if found.unreached:
+        reached = (
+            f"reach no weight of {len(found.unreached)} layers ({', '.join(found.unreached[:3])}); "
+            "their rises are measured, a pass for each number of bits"
+        )
+    lines.append(f"gradients   {escape(reached)}")
+    low, high = found.prepare_s
+    steps = "looked up" if found.search_s is None else f"at most {_time(found.search_s)}"
+    lines += [
+        f"duration    a pass over the {objective.data.n_samples:,} calibration samples "
+        f"{found.pass_s:.2g} s; preparation {_time(low)} to {_time(high)}, steps {steps}",
+        f"memory      {found.memory_bytes / 2**20:,.0f} MiB in use, "
+        f"{found.free_bytes / 2**20:,.0f} MiB free",
+    ]
+    if found.problems:
+        lines += [f"[bold red]not ready:[/] {escape(text)}." for text in found.problems]
+    else:
+        lines.append(f"[bold green]ready[/] (checked in {seconds:.0f} s)")
+    return lines
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{math.ceil(seconds / 60):,} min"
