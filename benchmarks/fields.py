@@ -113,6 +113,7 @@ class Bench:
             *(network, calibration, getattr(one.study, "loss", None)),
             rise=getattr(one.study, "rise", None),
             bits=one.bits,
+            activation_bits=one.bits,
             budget="1 bops",
             scorer="hessian_trace",
         )

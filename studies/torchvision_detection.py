@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -101,8 +102,6 @@ def _as_tensors(rows: list[tuple[list[float], int]]) -> tuple[Tensor, Tensor]:
 
 
 def _batches(folder: Path, pairs: list[tuple[str, Any]], size: int = 8) -> Batches:
-    from torchvision.io import ImageReadMode, decode_image
-
     if not pairs:
         raise DataError("--annotations names too few images for --n-calibration and validation.")
     batches = []
@@ -111,10 +110,17 @@ def _batches(folder: Path, pairs: list[tuple[str, Any]], size: int = 8) -> Batch
         for file, _ in part:
             if not (folder / file).is_file():
                 raise DataError(f"--images {folder} has no {file!r}, which the annotations name.")
-        images = [decode_image(str(folder / file), ImageReadMode.RGB) / 255 for file, _ in part]
+        images = [_image(folder / file) for file, _ in part]
         told = [label for _, label in part] if part[0][1] is not None else None
         batches.append(Batch((images,), told, len(part)))
     return Batches(batches)
+
+
+def _image(path: Path) -> Tensor:
+    from PIL import Image
+
+    with Image.open(path) as stored:
+        return torch.from_numpy(np.array(stored.convert("RGB"))).movedim(-1, 0).float() / 255
 
 
 def matches(net: nn.Module, batches: Batches) -> list[list[Any]]:
