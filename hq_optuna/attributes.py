@@ -40,6 +40,7 @@ ARTIFACT = "hq:artifact"  # prefix `hq:artifact:NAME`: {"id", "sha256", "bytes"}
 # User attributes of a study.
 FINGERPRINT = "hq:fingerprint"  # what the search depends on, by name (network, data, space, …)
 LIMITS = "hq:limits"  # what the search may spend on itself, `hq_optuna.search.Limits`
+EXPORTED = "hq:exported"  # files of the answer and what their checks found, one JSON object each
 STARTED = "hq:started"  # what was given on the command line that started the search
 INFO = "hq:info"  # `StudyInfo`, what people and reports want to know of the search
 REPORT = "hq:report"  # prefix `hq:report:…`: facts measured at the end (accuracy, skipped)

@@ -367,7 +367,7 @@ def test_no_module_holds_two_ideas() -> None:
 THEIRS = {
     *("module", "parameter", "tensor", "ctx", "torch.backends.cudnn", "layers[name]"),  # PyTorch's
     *("axis", "console", "environment", "study", "trial"),  # of libraries; copies, or just made
-    *("options", "graph", "model", "node", "value"),  # onnxruntime's, and ONNX's parts of a graph
+    *("options", "graph", "model", "node", "program", "value"),  # of ONNX, its runtime, PyTorch
     *("called", "call"),  # functions that are being made
 }
 """Objects of libraries whose attributes are set because there is no other way."""

@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from hq_optuna import attributes
 from hq_optuna.cli import tables
 from hq_optuna.cli.options import Json, Study, errors, say, takes
 from hq_optuna.cli.session import begin, wait_for_study
+from hq_optuna.protocol.study_view import write_user_attrs
 from hq_optuna.settings import RunSettings
 
 if TYPE_CHECKING:  # these load torch
@@ -67,6 +69,10 @@ def export(
                 check=check,
                 evaluate=session.search.evaluate,
             )
+        rows = found.user_attrs.get(attributes.EXPORTED, [])
+        row = _row(written, result.config.digest)
+        kept = [old for old in rows if old["file"] != row["file"]][-(MOST_ROWS - 1) :]
+        write_user_attrs(found, {attributes.EXPORTED: [*kept, row]})
         if as_json:
             typer.echo(json.dumps(to_json(written)))
             return
@@ -74,6 +80,28 @@ def export(
             console.print(_table(written.check))
         for line in _lines(written):
             say(console, line)
+
+
+MOST_ROWS = 8
+"""Files that a study remembers: those written last."""
+
+
+def _row(written: Written, assignment: str) -> dict[str, Any]:
+    """Return what the study's report says of a file."""
+    check = written.check
+    seen = None
+    if check is not None:
+        seen = {
+            "equal": check.plain.equal,
+            "agreement": check.optimized.agreement,
+            "integers": len(check.integer_layers),
+            "layers": len(check.layers),
+            "sentence": check.sentence,
+        }
+    return {
+        **{"file": written.path.name, "format": written.format, "assignment": assignment},
+        **{"bytes": written.bytes, "stored_bytes": written.stored_bytes, "check": seen},
+    }
 
 
 def to_json(written: Written) -> dict[str, Any]:

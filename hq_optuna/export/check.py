@@ -26,7 +26,7 @@ import onnx
 import onnxruntime
 import torch
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import helper
 from torch import Tensor, nn
 
 from hq_optuna.errors import ExportError
@@ -55,7 +55,6 @@ INTEGER_KERNELS = (
     *("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger"),
     *("ConvInteger", "DynamicQuantizeMatMul"),
 )
-_SMALL = (TensorProto.UINT4, TensorProto.UINT2)  # types that Python hands over as bytes
 
 
 @dataclass(frozen=True)
@@ -251,33 +250,19 @@ def with_codes(model: onnx.ModelProto, *, given: bool) -> tuple[onnx.ModelProto,
     """
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
-    kinds = {item.name: item.data_type for item in model.graph.initializer}
-    names, nodes = list[str](), list[Any]()
+    kinds, names = {i.name: i.data_type for i in model.graph.initializer}, list[str]()
     for i, node in enumerate(roundings(changed)):
         kind, codes = kinds[node.input[2]], node.input[0]
-        small = kind in _SMALL
-        outside = TensorProto.UINT8 if small else kind
-        seen, taken = (f"seen_{i}", f"small_{i}") if small else (codes, f"given_{i}")
-        if small:
-            nodes.append(helper.make_node("Cast", [codes], [seen], to=outside))
-        changed.graph.output.append(helper.make_tensor_value_info(seen, outside, None))
+        changed.graph.output.append(helper.make_tensor_value_info(codes, kind, None))
         if given:
-            if small:
-                nodes.append(helper.make_node("Cast", [f"given_{i}"], [taken], to=kind))
-            changed.graph.input.append(helper.make_tensor_value_info(f"given_{i}", outside, None))
-            node.input[0] = taken
+            node.input[0] = f"given_{i}"
+            changed.graph.input.append(helper.make_tensor_value_info(f"given_{i}", kind, None))
         names.append(quantizer_of(node))
-    # Nodes are in the order of what they need; which place a Cast has, the runtime finds out.
-    ordered = [*changed.graph.node]
-    del changed.graph.node[:]
-    casts_of_given = [n for n in nodes if n.input[0].startswith("given_")]
-    casts_of_seen = [n for n in nodes if n not in casts_of_given]
-    changed.graph.node.extend([*casts_of_given, *ordered, *casts_of_seen])
     return changed, names
 
 
 @dataclass
-class _Tally:
+class Tally:
     """Sums over samples of what `Run` says."""
 
     codes: int = 0
@@ -291,10 +276,27 @@ class _Tally:
     codes_free: int = 0
     equal_free: int = 0
 
+    def add_codes(self, expected: NDArray[np.int64], found: NDArray[np.int64], bits: int) -> None:
+        """Compare codes, given equal codes before."""
+        difference = np.abs(expected - found)
+        self.codes += expected.size
+        self.equal += int((difference == 0).sum())
+        self.unequal_allowed += expected.size * max(UNEQUAL_SHARE, 2.0 ** (bits - 22))
+        self.furthest = max(self.furthest, int(difference.max(initial=0)))
+
+    def add_free(self, found: Sequence[NDArray[Any]], outputs: Sequence[NDArray[Any]]) -> None:
+        """Compare outputs, from the inputs on."""
+        self.free_error = max(self.free_error, furthest(found, outputs))
+        if outputs[0].ndim == 2 and outputs[0].shape[1] > 1:
+            self.agree += int((found[0].argmax(1) == outputs[0].argmax(1)).sum())
+        else:
+            self.classes = False
+
     def run(self, samples: int) -> Run:
+        """Return what was found on so many samples."""
         return Run(
             codes=self.codes,
-            equal=self.equal / max(self.codes, 1),
+            equal=self.equal / self.codes if self.codes else 1.0,
             least_equal=1 - self.unequal_allowed / max(self.codes, 1),
             furthest=self.furthest,
             given_error=self.given_error,
@@ -309,7 +311,7 @@ class _Comparison:
 
     def __init__(self, model: onnx.ModelProto, bits: Mapping[str, int], *, optimize: bool) -> None:
         self._bits = bits
-        self.tally, self.optimize = _Tally(), optimize
+        self.tally, self.optimize = Tally(), optimize
         given, self.quantizers = with_codes(model, given=True)
         self._given = session(given.SerializeToString(), optimize=optimize)
         # More outputs may keep kernels apart.
@@ -338,25 +340,16 @@ class _Comparison:
         found = self._given.run(None, dict(zip(names, [*inputs, *given], strict=True)))
         tally = self.tally
         for name, e, f in zip(self.quantizers, expected, found[self._n :], strict=True):
-            bits = self._bits[name]
-            tally.unequal_allowed += e.size * max(UNEQUAL_SHARE, 2.0 ** (bits - 22))
-            difference = np.abs(e - f.astype(np.int64))
-            tally.codes += e.size
-            tally.equal += int((difference == 0).sum())
-            tally.furthest = max(tally.furthest, int(difference.max(initial=0)))
-        tally.given_error = max(tally.given_error, _furthest(found[: self._n], outputs))
+            tally.add_codes(e, f.astype(np.int64), self._bits[name])
+        tally.given_error = max(tally.given_error, furthest(found[: self._n], outputs))
         free = self._free.run(None, dict(zip(names, inputs, strict=False)))
-        tally.free_error = max(tally.free_error, _furthest(free[: self._n], outputs))
+        tally.add_free(free[: self._n], outputs)
         for e, f in zip(expected, free[self._n :], strict=False):
             tally.codes_free += e.size
             tally.equal_free += int((e == f).sum())
-        if outputs[0].ndim == 2 and outputs[0].shape[1] > 1:
-            tally.agree += int((free[0].argmax(1) == outputs[0].argmax(1)).sum())
-        else:
-            tally.classes = False
 
 
-def _furthest(found: Sequence[NDArray[Any]], expected: Sequence[NDArray[Any]]) -> float:
+def furthest(found: Sequence[NDArray[Any]], expected: Sequence[NDArray[Any]]) -> float:
     """Return the largest difference; infinity where shapes differ or one is not a number."""
     worst = 0.0
     for f, e in zip(found, expected, strict=True):
@@ -408,7 +401,7 @@ def check_file(
     return Check(
         samples=done,
         largest=largest,
-        step=_last_step(comparisons[0].quantizers, layers),
+        step=last_step(comparisons[0].quantizers, layers),
         plain=plain,
         optimized=optimized,
         integer_layers=integer_layers(model, tuple(layers)),
@@ -417,7 +410,7 @@ def check_file(
     )
 
 
-def _last_step(quantizers: Sequence[str], layers: Mapping[str, DeployedLayer]) -> float:
+def last_step(quantizers: Sequence[str], layers: Mapping[str, DeployedLayer]) -> float:
     """Return what one code of the last layer's input changes an output by, at most."""
     for name in reversed(quantizers):
         layer = layers.get(name.rpartition(".")[0])

@@ -29,6 +29,8 @@ class Job:
     evaluate: Evaluate | None
     about: dict[str, str]
     notes: list[str] = field(default_factory=list)
+    beside: dict[str, bytes] = field(default_factory=dict)
+    """Further files, by what comes into their name: `writing.beside`."""
 
     @property
     def reference(self) -> nn.Module:

@@ -24,13 +24,10 @@ from torch.export import ExportedProgram
 from hq_optuna.errors import ExportError
 from hq_optuna.export.deployed import (
     CODES,
-    ActivationQuantizer,
-    DeployedLayer,
     bias_step,
     deployed_layers,
 )
 from hq_optuna.export.job import Weights
-from hq_optuna.space.layers import FLOAT_BITS
 
 OPSET, OPSET_INT2 = 21, 25
 IR_VERSIONS = {OPSET: 10, OPSET_INT2: 13}
@@ -42,8 +39,6 @@ _INTEGERS: dict[int, tuple[ir.DataType, Any]] = {
     8: (ir.DataType.INT8, np.int8),
     16: (ir.DataType.INT16, np.int16),
 }
-ZERO_POINT = ".zero_point"
-
 op: Any = opset21  # whose annotations are narrower than ONNX
 
 
@@ -73,9 +68,12 @@ class Containers:
         return next(n for n in _INTEGERS if n >= least and largest_code < 2 ** (n - 1))
 
     def activation_bits(self, bits: int) -> int:
-        """Return the bits of the type of activations."""
-        if bits == 4 and self.weights != "int8":
-            return 4
+        """Return the bits of the type of activations.
+
+        4 bits have a type of their own, uint4, and take uint8 and a Clip all the same: no runtime
+        is faster with uint4, onnxruntime has no integer kernel for it, and OpenVINO 2026.4 rounds
+        it to other codes.
+        """
         return 8 if bits <= 8 else 16
 
 
@@ -163,19 +161,12 @@ def _is_plain(node: ir.Node) -> bool | None:
 
 
 def _set_types_(model: ir.Model, network: nn.Module, containers: Containers) -> None:
-    """Give weights, and zero points of 4 bits, their types."""
+    """Give weights their types."""
     layers = deployed_layers(network)
     for name, value in model.graph.initializers.items():
         if name.endswith(CODES) and (layer := layers.get(name.removesuffix(CODES))) is not None:
             kind, dtype = _INTEGERS[containers.weight_bits(layer.largest_code)]
             _set_(value, layer.weight_codes.numpy().astype(dtype), kind)
-        elif name.endswith(ZERO_POINT):
-            quantizer = network.get_submodule(name.removesuffix(ZERO_POINT))
-            if isinstance(quantizer, ActivationQuantizer):
-                bits = containers.activation_bits(quantizer.bits)
-                if bits == 4:
-                    zero = quantizer.zero_point.numpy().astype(ml_dtypes.uint4)
-                    _set_(value, zero, ir.DataType.UINT4)
 
 
 def _add_zero_points_(model: ir.Model) -> None:
@@ -233,8 +224,12 @@ def _set_biases_apart_(model: ir.Model, network: nn.Module, containers: Containe
     for node in list(model.graph):
         layer = layer_of(node, network) if node.op_type in ("Conv", "ConvTranspose", "Gemm") else ""
         bias = node.inputs[2] if layer and len(node.inputs) > 2 else None
-        if bias is None or bias.const_value is None or runs_in_integers(
-            deployed_layers(network)[layer], containers
+        if bias is None or bias.const_value is None:
+            continue
+        step, output_step = bias_step(deployed_layers(network)[layer]), _next_step(node)
+        exact = step is None and deployed_layers(network)[layer].input_quantizer is None
+        if exact or output_step is None or (
+            step is not None and float(step.max()) <= FINE * output_step
         ):  # fmt: skip
             continue
         output = node.outputs[0]
@@ -259,21 +254,24 @@ def _stored(model: ir.Model, name: str, array: Any, kind: ir.DataType) -> ir.Val
     return value
 
 
-def runs_in_integers(layer: DeployedLayer, containers: Containers) -> bool:
-    """Say whether a runtime may well run a layer in integers of 8 bits, rounding its bias."""
-    inputs = layer.input_quantizer
-    if inputs is None or layer.weight_bits == FLOAT_BITS:
-        return False
-    in_bytes = (
-        containers.weight_bits(layer.largest_code) == 8
-        and containers.activation_bits(inputs.bits) == 8
-    )
-    return in_bytes and layer.weight_bits + inputs.bits >= _FINE and bias_step(layer) is not None
+def _next_step(node: ir.Node) -> float | None:
+    """Return the step that a layer's output is rounded to next, ``None`` where others read it."""
+    value = node.outputs[0]
+    while len(value.uses()) == 1 and not value.is_graph_output():
+        (reader,) = (use.node for use in value.uses())
+        if reader.op_type == "QuantizeLinear":
+            scale = reader.inputs[1]
+            assert scale is not None and scale.const_value is not None
+            return float(scale.const_value.numpy())
+        if reader.op_type not in ("Relu", "Clip"):
+            return None
+        value = reader.outputs[0]
+    return None
 
 
-_FINE = 14
-"""Bits of weights and activations together from which on a bias can be rounded to their product:
-the error is then a hundredth of an 8-bit step or less, as sums of products reach far beyond one."""
+FINE = 1 / 128
+"""Input scale × weight scale, as a share of the output's step, up to which a bias may be rounded to
+it: of thousand values one is then rounded to the next code."""
 
 
 def layer_of(node: ir.Node, network: nn.Module) -> str:

@@ -65,20 +65,22 @@ def bound(
 
 
 @own_modes()
-def traced(network: nn.Module, batch: Batch) -> ExportedProgram:
+def traced(network: nn.Module, batch: Batch, *, fixed: bool = False) -> ExportedProgram:
     """Return the graph of a deployed network, with the number of samples left open.
+
+    With ``fixed`` it is for one sample.
 
     Raises:
         ExportError: What the network computes depends on values or on the number of samples, or
             its arguments are no tensors.
     """
     axis = sample_axis(batch)
-    args, kwargs = arguments(network, take(batch.inputs, axis, 0, _FEW))
+    args, kwargs = arguments(network, take(batch.inputs, axis, 0, 1 if fixed else _FEW))
     size = Dim("batch", min=1)
 
     def dynamic(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return {axis: size}
+            return None if fixed else {axis: size}
         if isinstance(value, (tuple, list)):
             return [dynamic(item) for item in value]
         if isinstance(value, dict):

@@ -99,6 +99,8 @@ def write(
             raise ExportError(f"{name} is one of {', '.join(choices)}; got {value!r}.")
     if check < 0:
         raise ExportError(f"check is a number of samples, or 0 for no check; got {check}.")
+    if format == "encodings" and path.suffix == ".onnx":
+        raise ExportError(f"Encodings are JSON, beside an ONNX file: give {path.stem}.json.")
     writer = _writer(format)
     check_place(path)
     network = answer.network if isinstance(answer, SearchResult) else answer
@@ -119,6 +121,10 @@ def write(
             f"was not written to {path}."
         )
     try:
+        for ending, data in job.beside.items():
+            other = beside(path, ending)
+            write_atomically(other, data)
+            job.notes.append(f"Beside it: {other}")
         write_atomically(path, content)
     except OSError as error:
         raise ExportError(f"{path} cannot be written: {error}.") from error
@@ -146,6 +152,16 @@ def _about(answer: SearchResult | nn.Module, ready: nn.Module) -> dict[str, str]
 def activation_bits(layer: DeployedLayer) -> int:
     """Return the bits of what enters a layer, 32 where it stays in float."""
     return 32 if layer.input_quantizer is None else layer.input_quantizer.bits
+
+
+def beside(path: Path, ending: str) -> Path:
+    """Return the name of a further file.
+
+    Example:
+        >>> [str(beside(Path("a/net.json"), ending)) for ending in (".float.onnx", ".v2")]
+        ['a/net.float.onnx', 'a/net.v2.json']
+    """
+    return path.with_suffix(ending if ending.endswith(".onnx") else f"{ending}{path.suffix}")
 
 
 def check_place(path: Path) -> None:

@@ -65,8 +65,9 @@ def input_moments(
         picked = torch.arange(total, device="cpu")
         if total > most:
             generator = torch.Generator().manual_seed(counts[name])
-            drawn = torch.randint(total, (most,), generator=generator, device="cpu")
-            picked = drawn.sort().values  # a place that comes twice counts twice
+            # One at random of each of as many equal stretches.
+            drawn = torch.rand(most, generator=generator, dtype=torch.float64, device="cpu")
+            picked = ((picked[:most] + drawn) * (total / most)).long().clamp_max(total - 1)
         for part in torch.split(picked, max(1, MOST_ELEMENTS // d)):
             index = torch.unravel_index(part.to(view.device), shape)
             rows = view[index].flatten(2).movedim(1, 0)  # (groups, places, d)
@@ -81,7 +82,7 @@ def input_moments(
             n = batch.n
             forward(network, batch.inputs)
     return {
-        name: total / counts[name]
+        name: _channels_first(total / counts[name], weights[name])
         for name, total in sums.items()
         if name not in unknown and counts[name]
     }
@@ -119,7 +120,8 @@ def _places(use: WeightUse, weight: Tensor) -> Tensor | None:
     """Return a view of what a weight was multiplied with; ``None`` where it was in another way.
 
     For a linear layer ``(places, 1, d)``; for a convolution of k axes ``(N, places of each axis,
-    groups, channels of a group, kernel of each axis)``.
+    groups, channels of a group, kernel of each axis)``, or, with one group, channels last: many
+    numbers that lie next to each other are fetched faster.
     """
     if use.operator in (torch.ops.aten.mm, torch.ops.aten.addmm):
         x, by = use.arguments[-2:]
@@ -133,7 +135,19 @@ def _places(use: WeightUse, weight: Tensor) -> Tensor | None:
     if transposed:
         return None
     x = functional.pad(x, [p for p in reversed(padding) for _ in range(2)])
-    return patches(x, weight.shape[2:], stride, dilation, groups)
+    if groups > 1:
+        return patches(x, weight.shape[2:], stride, dilation, groups)
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    found = patches(x, weight.shape[2:], stride, dilation, groups)
+    return found.movedim(weight.dim(), -1)
+
+
+def _channels_first(moment: Tensor, weight: Tensor) -> Tensor:
+    """Return moments as `_places` shows the columns, in the order of the weight's."""
+    c, k = weight.shape[1], math.prod(weight.shape[2:])
+    if len(moment) > 1 or k == 1:
+        return moment
+    return moment.reshape(1, k, c, k, c).permute(0, 2, 1, 4, 3).reshape(moment.shape)
 
 
 def patches(

@@ -76,6 +76,7 @@ def report_data(
             "layers": [dataclasses.asdict(row) for row in layer_table(history)],
             "facts": facts,
             "compared": with_intervals(compared),
+            "deploy": _deploy(study, history),
             "trainings": trainings(history),
             "settings": dict(info.settings),
             "quantizers": dict(info.quantizers),
@@ -93,6 +94,14 @@ def report_data(
         }
     )
     return {"headline": headline(data), **data}
+
+
+def _deploy(study: Study, history: History) -> list[dict[str, Any]]:
+    """Return the files that were written of the answer as it is now, and what checks found."""
+    if history.incumbent is None:
+        return []
+    digest, rows = history.incumbent.config.digest, study.user_attrs.get(attributes.EXPORTED, [])
+    return [row for row in rows if row["assignment"] == digest]
 
 
 def _answer(history: History) -> dict[str, Any]:

@@ -58,6 +58,8 @@ def blocks(data: Mapping[str, Any]) -> list[Block]:
         found.append(compared(data["compared"], data["budget"]["metric"]))
     if data["trainings"]:
         found.append(_trainings(data["trainings"]))
+    if data["deploy"]:
+        found.append(_deploy(data["deploy"]))
     return [
         *(*found, _settings(data), _counts(data["study"], data["counts"])),
         *(_reproduce(data), _not_counted(data), _warnings(data)),
@@ -295,6 +297,30 @@ def _trained_column(rows: Sequence[Mapping[str, Any]], when: str, name: str) -> 
         return f"validation accuracy, %, {when}", [interval(v, hundredths) for v in values]
     title = "validation loss" if name == "loss" else name
     return f"{title}, {when}", [number(value, digits=4) for value in values]
+
+
+def _deploy(rows: Sequence[Mapping[str, Any]]) -> Block:
+    """Return the files that were written of the answer, each with what its check found."""
+    checks = [row["check"] for row in rows]
+
+    def cells(write: Callable[[Mapping[str, Any]], str]) -> list[str]:
+        return [NOT_MEASURED if check is None else write(check) for check in checks]
+
+    def same_class(check: Mapping[str, Any]) -> str:
+        agreement = check["agreement"]
+        return NOT_MEASURED if agreement is None else f"{100 * agreement:.2f} %"
+
+    columns: list[Column] = [
+        ("file", [row["file"] for row in rows]),
+        ("format", [row["format"] for row in rows]),
+        ("bytes", [f"{row['bytes']:,}" for row in rows]),
+        ("of numbers", [f"{row['stored_bytes']:,}" for row in rows]),
+        ("codes equal", cells(lambda check: f"{100 * check['equal']:.4f} %")),
+        ("same class, optimized", cells(same_class)),
+        ("layers in integers", cells(lambda check: f"{check['integers']} of {check['layers']}")),
+    ]
+    lines = [f"{row['file']}: {row['check']['sentence']}" for row in rows if row["check"]]
+    return Block("deploy", "Deploy", columns, lines, n_text_columns=2)
 
 
 def _settings(data: Mapping[str, Any]) -> Block:

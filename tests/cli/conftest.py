@@ -15,7 +15,8 @@ STUDY = '''
 import torch
 from torch import nn
 
-SETTINGS = {"bits": (8, 4, 2), "budget": "0.3 bops", "n_candidates": 2, "pin_first_last": None}
+SETTINGS = {"bits": (8, 4, 2), "budget": "0.3 bops", "n_candidates": 2, "pin_first_last": None,
+            "measure_candidates": True}  # a forward pass each, so that tests can interrupt them
 
 
 def network(seed_of_weights: int = 0) -> nn.Module:

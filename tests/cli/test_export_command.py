@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import onnx
 
@@ -37,6 +38,17 @@ def test_a_search_that_does_not_exist_and_a_network_that_changed_are_refused(stu
     result = command("export", study, "--seed-of-weights", "1", "--out", "net.onnx")
     assert result.exit_code == 1
     assert "network" in result.output
-    import pathlib
+    assert not Path("net.onnx").exists()
 
-    assert not pathlib.Path("net.onnx").exists()
+
+def test_the_report_has_a_section_of_what_was_written_and_none_before(study, command):
+    assert command("run", study).exit_code == 0
+    before = command("report", study, "--format", "markdown").output
+    assert "Deploy" not in before
+    for name, check in (("net.onnx", 16), ("other.onnx", 0), ("net.onnx", 8)):
+        assert command("export", study, "--out", name, "--check", check).exit_code == 0
+    text = command("report", study, "--format", "markdown").output
+    section = text.partition("## Deploy")[2].partition("## ")[0]
+    assert section.count("| net.onnx | onnx |") == 1
+    assert "| other.onnx | onnx |" in section and "not measured" in section
+    assert f"{Path('net.onnx').stat().st_size:,}" in section

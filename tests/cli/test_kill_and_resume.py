@@ -40,10 +40,24 @@ main()
 """
 
 
-def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+FINALISTS = """
+import sys, time
+from hq_optuna.scoring import Scorer
+measured = Scorer.measured
+def slowly(self, *more):
+    time.sleep(0.3)
+    return measured(self, *more)
+Scorer.measured = slowly
+from hq_optuna.cli import main
+sys.argv[0] = "hq-optuna"
+main()
+"""
+
+
+def start(*arguments: str, code: str = SLOW, **environment: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.Popen(
-        [sys.executable, "-c", SLOW, *arguments],
+        [sys.executable, "-c", code, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -123,6 +137,37 @@ def test_a_killed_search_goes_on_at_its_candidate_and_ends_the_same(
     ]
     assert recipes[0]["layers"] == recipes[1]["layers"]
     assert recipes[0]["weights"] == recipes[1]["weights"]
+
+
+def test_a_search_by_table_that_is_killed_among_its_finalists_ends_the_same(study: Path) -> None:
+    by_table = study.read_text().replace(
+        '"measure_candidates": True', '"activation_bits": (8, 4, 2)'
+    )
+    study.write_text(by_table)
+    alone = start("run", str(study), "--name", "alone", code=FINALISTS)
+    assert alone.wait(timeout=300) == 0, alone.communicate()[0]
+    undisturbed = history("alone")
+    finalists = [c for c in undisturbed.candidates if c.rises]
+    assert len(finalists) >= 2
+    n_before = len(undisturbed.candidates) - len(finalists) + len(undisturbed.records) - 1
+    for done in (0, 1):
+        process = start("run", str(study), "--name", "killed", code=FINALISTS)
+        deadline = time.monotonic() + 120
+        while n_complete("killed") < n_before + done:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    process = start("run", str(study), "--name", "killed", code=FINALISTS)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    found = history("killed")
+    assert steps(found) == steps(undisturbed)
+    assert tried(found) == tried(undisturbed)
+    assert [c.rises for c in found.candidates if c.counted and c.rises] == [
+        c.rises for c in finalists
+    ]
+    assert found.n_running == 0
 
 
 def test_three_processes_on_one_sqlite_file_have_the_history_of_one(
