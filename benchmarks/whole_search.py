@@ -17,10 +17,14 @@ over samples, paired. ``uniform_ratio_NETWORK_b`` is the smooth rise of uniform 
 leaves out the samples that the first table reads, over that where it reads all.
 
 Price: processor seconds of the search's preparation over those of a float pass over the calibration
-set, ``table_passes_TABLE_NETWORK`` of the table alone, ``passes_NETWORK`` of all of it.
+set, ``table_passes_TABLE_NETWORK`` of the table alone, ``passes_NETWORK`` of all of it. ``--price``
+measures nothing else, and of the search's own table only; ``passes_door_NETWORK`` are the checks
+before it, and ``passes_prepare_mobilenet_v2`` are both, of torchvision's MobileNetV2 with random
+weights on 64 images of 160 pixels. Details hold the parts, and the rise of the peak of memory.
 
     python -m benchmarks.whole_search --networks resnet20 --budgets 4 3 --data DIR
     python -m benchmarks.whole_search --networks resnet20 --activation-bits same --data DIR
+    python -m benchmarks.whole_search --price --networks resnet20 mobilenet_v2 --data DIR
     python -m benchmarks.whole_search --quick
 """
 
@@ -29,6 +33,7 @@ from __future__ import annotations
 import argparse
 import math
 import random
+import resource
 import statistics
 import time
 from collections import Counter
@@ -61,6 +66,7 @@ TABLES = ("hessian_trace", "fisher", "diagonal")
 PARTS = ("observe_inputs", "compensate_weights", "StatisticsCorrection", "measure_layer_sums")
 """What preparation consists of, by its names in `hq_optuna.objective.scorer_setup`."""
 TABLE_PART = "measure_layer_sums"
+MOBILENET = "mobilenet_v2"
 TEMPERATURE = 3.0
 REACH = 2  # notches that a drawn assignment may be away from its centre, in each variable
 TOLERANCE = 0.005  # of the cost, to begin with
@@ -141,18 +147,23 @@ class Prepared:
     """A search with one scorer, prepared: its table, its networks, and what they took."""
 
     def __init__(self, scorer: str, trained: Trained, activation_bits: Any) -> None:
+        started = time.process_time()
         self.search = BitSearch(
             trained.network, trained.calibration, scorer=scorer, activation_bits=activation_bits
         )
+        door = time.process_time() - started
         objective, self.space = self.search.objective, self.search.space
         one = pass_seconds(trained.network, objective.data)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         with timed_parts() as seconds:
             started = time.process_time()
             table = objective.prepare().sensitivity
             spent = time.process_time() - started
+        self.peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         one = min(one, pass_seconds(trained.network, objective.data))
         self.passes = {name: value / one for name, value in seconds.items()}
         self.passes["preparation"] = spent / one
+        self.passes["door"] = door / one
         by_layer = {
             name: {"weights": table.weights[name], "activations": table.activations[name]}
             for name in table.weights
@@ -352,6 +363,31 @@ class Bench:
         return figures, details
 
 
+def mobilenet_v2() -> Trained:
+    """Return torchvision's network with random weights, for its price alone."""
+    import torchvision
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = torchvision.models.mobilenet_v2(weights=None).eval()
+        samples = torch.randn(64, 3, 160, 160), torch.randint(0, 1000, (64,))
+    return Trained(network, samples, samples)
+
+
+def priced(name: str, trained: Trained, activation_bits: Any, outcome: Outcome) -> None:
+    """Measure what a search prepares, and its checks before."""
+    one = Prepared(TABLES[0], trained, activation_bits)
+    price, door = one.passes["preparation"], one.passes["door"]
+    found = {f"passes_{name}": price, f"passes_door_{name}": door}
+    found[f"table_passes_{TABLES[0]}_{name}"] = one.passes[TABLE_PART]
+    if name == MOBILENET:
+        found[f"passes_prepare_{name}"] = price + door
+    outcome.figures |= {figure: round(value, 4) for figure, value in found.items()}
+    outcome.details[name] = {"passes": one.passes, "peak_kib": one.peak_kib}
+    parts = ", ".join(f"{part} {value:.1f}" for part, value in one.passes.items())
+    print(f"{name}: {parts}; peak of memory +{one.peak_kib / 1024:.0f} MiB", flush=True)
+
+
 def summed_up(figures: Mapping[str, float], cases: Sequence[str]) -> dict[str, float]:
     """Return medians, geometric means and the worst over networks and budgets."""
     found: dict[str, float] = {}
@@ -381,7 +417,8 @@ def summed_up(figures: Mapping[str, float], cases: Sequence[str]) -> dict[str, f
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--networks", nargs="+", choices=list(ZOO), default=list(ZOO))
+    parser.add_argument("--networks", nargs="+", choices=[*ZOO, MOBILENET], default=list(ZOO))
+    parser.add_argument("--price", action="store_true", help="the price of preparation alone")
     parser.add_argument("--budgets", nargs="+", type=int, default=[6, 5, 4, 3], metavar="BITS")
     parser.add_argument("--data", type=Path, default=data_folder(), help="the shared data")
     parser.add_argument("--assignments", type=int, default=42, help="drawn for each budget")
@@ -404,6 +441,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     outcome = Outcome("whole_search")
     outcome.details["options"] = {name: str(value) for name, value in vars(arguments).items()}
+    if arguments.price:
+        for name in networks:
+            trained = (
+                mobilenet_v2()
+                if name == MOBILENET
+                else load_trained(name, arguments.data, n_calibration=arguments.calibration)
+            )
+            priced(name, trained, activation_bits, outcome)
+        outcome.finish(arguments.out)
+        return
+    if MOBILENET in networks:
+        parser.error(f"{MOBILENET} has random weights: give --price.")
     each: dict[str, list[float]] = {}
     for name in networks:
         for seed in range(arguments.seeds):

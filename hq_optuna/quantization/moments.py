@@ -23,6 +23,7 @@ PLACES_PER_INPUT = 32
 """Places looked at for each column of the moment matrix: four times as many change the error that
 rounding leaves by about one percent."""
 LEAST_PLACES = 8192
+"""Of a layer in one group; an eighth at least of one in many, whose matrices are small."""
 MOST_COLUMNS = 8192
 """Widest layer whose moments are gathered: 512 MiB in double precision."""
 MOST_ELEMENTS = 2**24
@@ -60,7 +61,8 @@ def input_moments(
         d = columns(network.get_submodule(name))
         # Axes of places first; groups, channels and the kernel's axes behind them.
         shape = view.shape[: 1 if weights[name].dim() == 2 else view.dim() // 2]
-        total, wanted = math.prod(shape), max(PLACES_PER_INPUT * d, LEAST_PLACES)
+        least = max(LEAST_PLACES // view.shape[len(shape)], LEAST_PLACES // 8)
+        total, wanted = math.prod(shape), max(PLACES_PER_INPUT * d, least)
         most = math.ceil(wanted * n / data.n_samples)
         picked = torch.arange(total, device="cpu")
         if total > most:
