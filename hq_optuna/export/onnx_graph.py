@@ -102,12 +102,14 @@ def onnx_graph(network: nn.Module, program: ExportedProgram, containers: Contain
     assert written is not None
     model = written.model
     _set_types_(model, network, containers)
-    _lay_weights_down_(model)
-    _set_biases_apart_(model, network, containers)
-    _add_zero_points_(model)
+    # Constants first: until they are folded, they read the values that they are cast like.
     fold_constants(model, should_fold=_is_plain)
     ir.passes.common.RemoveUnusedNodesPass()(model)
     ir.passes.common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    _lay_weights_down_(model)
+    _set_biases_apart_(model, network, containers)
+    _add_zero_points_(model)
+    ir.passes.common.RemoveUnusedNodesPass()(model)
     _strip_(model)
     model.ir_version = IR_VERSIONS[containers.opset]
     return model
