@@ -42,9 +42,12 @@ UNEQUAL_SHARE = 1e-4
 step is as small as float rounding of sums, and the share is 2ᵇ⁻²²."""
 OUTPUT_ERROR, OUTPUT_FLOOR = 1e-5, 1e-6
 """Largest difference of outputs, given equal codes: so much of the largest output, and so much."""
-AGREEMENT = 0.995
+AGREEMENT = 0.95
 """Least share of samples with the same class, optimized, beyond three times those that float
-rounding alone changes; one sample may always differ."""
+rounding alone changes; three samples may always differ. Deep networks with many classes change a
+few percent of them when a thousandth of their codes flips, so this only finds what is grossly
+wrong: what is wrong in a layer, the comparison with given codes finds.
+"""
 FREE_ERROR = 0.1
 """Largest difference of optimized outputs, as a share of the largest one, or ten times what float
 rounding alone makes."""
@@ -147,7 +150,7 @@ class Check:
         if self.plain.agreement is not None and self.optimized.agreement is not None:
             others = self.samples * (1 - self.optimized.agreement)
             by_rounding = self.samples * (1 - self.plain.agreement)
-            if others > 3 * by_rounding + max(1.01, (1 - AGREEMENT) * self.samples):
+            if others > 3 * by_rounding + max(3.01, (1 - AGREEMENT) * self.samples):
                 found.append(
                     f"optimized, {others:.0f} of {self.samples} samples get another class, and "
                     f"{by_rounding:.0f} without optimizations"
