@@ -14,6 +14,7 @@ are points (or dB) below the float network; ``uniform_…`` is the same figure o
 from __future__ import annotations
 
 import argparse
+import inspect
 import statistics
 import time
 from collections.abc import Sequence
@@ -35,11 +36,10 @@ from studies import (
     espnet,
     fastestdet,
     keywords,
+    sentences,
     super_resolution,
     visual_wake_words,
 )
-
-BITS = range(2, 9)
 
 
 @torch.no_grad()
@@ -66,6 +66,7 @@ class Field:
     network: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     final: str = "validation"
+    bits: Sequence[int] = range(2, 9)
     absolute: bool = False
 
 
@@ -73,16 +74,22 @@ FIELDS: dict[str, Field] = {
     "kws": Field(keywords, ((4, 4), (3, 3)), "accuracy_loss_kws_{}"),
     "vww": Field(visual_wake_words, ((4, 4), (3, 3)), "accuracy_loss_vww_{}"),
     "rlfn": Field(
-        super_resolution, ((8, 8), (4, 4)), "psnr_loss_rlfn_{}", super_resolution.evaluate
+        *(super_resolution, ((8, 8), (4, 4)), "psnr_loss_rlfn_{}", super_resolution.evaluate),
+        bits=range(2, 13),
     ),
     "mobilesr": Field(
         *(super_resolution, ((8, 8), (4, 4)), "psnr_loss_mobilesr_{}", super_resolution.evaluate),
         network={"model": "mobilesr"},
+        bits=range(2, 13),
     ),
     "fastestdet": Field(
         *(fastestdet, ((6, 6), (4, 4)), "ap50_fastestdet_{}", fastestdet.evaluate), absolute=True
     ),
     "espnet": Field(espnet, ((6, 6), (4, 4)), "miou_loss_espnet_{}", espnet.evaluate, final="test"),
+    "minilm": Field(
+        *(sentences, ((4, 8),), "spearman_loss_minilm_{}", sentences.evaluate),
+        bits=(2, 3, 4, 5, 6, 8),
+    ),
     "lite0": Field(
         *(efficientnet_lite0, ((6, 6), (4, 4)), "top1_loss_lite0_{}"),
         calibration={"n_calibration": 128},
@@ -95,15 +102,18 @@ class Bench:
 
     def __init__(self, one: Field, data: Path) -> None:
         self.one = one
-        network = one.study.network(data, **one.network)
-        started = time.process_time()
+        given = dict(one.network)
+        if "data" in inspect.signature(one.study.network).parameters:
+            given["data"] = data
+        network = one.study.network(**given)
         calibration = one.study.calibration(data, **one.calibration)
         self.unseen = read_batches(getattr(one.study, one.final)(data), batch_size=64)
         started = time.process_time()
         self.search = BitSearch(
             *(network, calibration, getattr(one.study, "loss", None)),
             rise=getattr(one.study, "rise", None),
-            bits=BITS,
+            bits=one.bits,
+            activation_bits=one.bits,
             budget="1 bops",
             scorer="hessian_trace",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from optuna.study import Study
@@ -20,7 +21,7 @@ from hq_optuna.protocol.history import History, read_history
 from hq_optuna.protocol.status import SearchStatus, read_status
 from hq_optuna.report.comparison import warnings
 from hq_optuna.report.data import accuracies, layer_table
-from hq_optuna.report.text import of_metric
+from hq_optuna.report.text import most_costly, of_metric
 from hq_optuna.space.budget import Budget
 from hq_optuna.space.cost import CostModel, format_cost, macs
 from hq_optuna.space.layers import FLOAT_BITS
@@ -135,6 +136,8 @@ def _summary(history: History, reason: str = "") -> str:
     ]
     if quantizers:
         lines.append(quantizers)
+    if most := most_costly([asdict(row) for row in layer_table(history)]):
+        lines.append(f"layers    most of the predicted rise is in {escape(most)}")
     lines += [*_measured(history.facts), *_uniform(history)]
     counted = history.facts.get("validation_samples")
     compared = warnings(history.facts.get(COMPARED, ()), info.metric, counted)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -179,6 +180,7 @@ def _answer(data: Mapping[str, Any]) -> Block:
         ("budget", f"{amount(budget['limit'])} ({budget['text']})"),
         ("cost", amount(cost["answer"]) + ("" if cost["answer"] is None else f" = {parts}")),
         ("predicted loss rise", rise),
+        ("layers that cost most of it", most_costly(data["layers"]) or NOT_MEASURED),
         ("by layers: weights", number(score["weights"], "nats")),
         ("by layers: activations", number(score["activations"], "nats")),
     ]
@@ -528,7 +530,28 @@ def headline(data: Mapping[str, Any]) -> str:
         text += f" ({value} points, 95 % interval {low} to {high})"
     if metric is not None:
         text += of_metric(metric)
+    if most := most_costly(data["layers"]):
+        text += f"; most of the predicted rise is in {most}"
     return f"{text}{'' if state['over'] else '; swaps still refine it'}."
+
+
+def most_costly(layers: Sequence[Mapping[str, Any]], n: int = 3) -> str:
+    """Return the layers that cost most at their bits, with their shares of the sum over layers.
+
+    By the predicted loss rise; empty where the study does not hold it, or there is none.
+
+    Example:
+        >>> rows = [{"name": "a", "sensitivity": 3.0}, {"name": "b", "sensitivity": 1.0}]
+        >>> most_costly(rows, n=1)
+        'a (75 %)'
+    """
+    known = [(row["sensitivity"] or 0.0, row["name"]) for row in layers]
+    total = math.fsum(rise for rise, _ in known)
+    if total <= 0:
+        return ""
+    most = sorted(known, key=lambda pair: -pair[0])[:n]
+    shares = [(name, 100 * rise / total) for rise, name in most]
+    return ", ".join(f"{name} ({share:.0f} %)" for name, share in shares if share >= 0.5)
 
 
 def of_metric(metric: Mapping[str, Any]) -> str:

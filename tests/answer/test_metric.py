@@ -120,3 +120,12 @@ def test_records_that_are_not_one_a_sample_are_refused() -> None:
 def test_what_is_no_metric_is_refused(options: dict) -> None:
     with pytest.raises(ValueError, match="metric"):
         hq.Metric(**options)
+
+
+def test_the_answer_names_the_layers_that_cost_most() -> None:
+    made = search(budget=hq.Budget.fraction(bops=0.3))
+    report = report_data(made.optimize(seed=0))
+    rises = {row["name"]: row["sensitivity"] for row in report["layers"]}
+    most = max(rises, key=lambda name: rises[name])
+    share = 100 * rises[most] / sum(rises.values())
+    assert f"most of the predicted rise is in {most} ({share:.0f} %)" in headline(report)

@@ -73,7 +73,8 @@ def test_headline_and_tables_say_the_intervals():
     found = report_data(known(facts=COUNTED))
     low, high = (f"{100 * end:+.1f}".replace("-", "−") for end in paired(6, 2, 200))
     assert found["headline"].endswith(
-        f"validation accuracy 90.0 % → 88.0 % (−2.0 points, 95 % interval {low} to {high})."
+        f"validation accuracy 90.0 % → 88.0 % (−2.0 points, 95 % interval {low} to {high}); "
+        "most of the predicted rise is in layer1.0.conv (66 %), layer3.1.conv (33 %)."
     )
     text = render_markdown(found)
     assert (
