@@ -6,6 +6,7 @@ import json
 import math
 import textwrap
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -111,6 +112,10 @@ def check(
     study: Study,
     run: RunSettings,
     given: Given,
+    halves: Annotated[
+        bool,
+        typer.Option("--halves", help="Also prepare, and say whether calibration data are enough."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Look a study over before any search: layers, outputs, float metric, gradients, duration.
@@ -128,10 +133,20 @@ def check(
         with console.status("running a few passes"):
             found = readiness(search.objective, search.settings, search.validation, search.evaluate)
         seconds = time.perf_counter() - started
+        stable = None
+        if halves:
+            from hq_optuna.answer.stability import stability
+
+            with console.status("comparing halves of the calibration data"):
+                stable = stability(search.objective, search.budget)
         if as_json:
-            typer.echo(json.dumps(_as_json(search, found, seconds)))
+            more = None if stable is None else asdict(stable)
+            typer.echo(json.dumps({**_as_json(search, found, seconds), "stability": more}))
         else:
-            say(console, "\n".join(_lines(search, found, seconds)))
+            lines = _lines(search, found, seconds)
+            if stable is not None:
+                lines.insert(-1, f"data        {stable}")
+            say(console, "\n".join(lines))
         if found.problems:
             raise typer.Exit(1)
 

@@ -150,7 +150,7 @@ class ScorerSetup:
         correction = self._correction(prepared, base)
         if known is None:
             sums = measure_layer_sums(
-                *(self._layer_sum, network, prepared, self.space, self._table_data, self.loss_fn),
+                *(self._layer_sum, network, prepared, self.space, self.table_data, self.loss_fn),
                 progress=progress,
                 moments=moments,
                 correction=correction,
@@ -260,7 +260,7 @@ class ScorerSetup:
         return frozenset(statistics_places(self.data, 1, least_samples=wanted, least_batches=1))
 
     @property
-    def _table_data(self) -> Batches:
+    def table_data(self) -> Batches:
         """What layers' rises are measured on."""
         chosen = self._table_places or range(len(self.data))
         return Batches(batch for place, batch in enumerate(self.data) if place in chosen)
