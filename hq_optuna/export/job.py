@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import nn
 
-from hq_optuna.network.batches import Batches
+from hq_optuna.network.batches import Batches, FloatOutputs
 from hq_optuna.network.evaluation import Evaluate, measured_figures
 
 Format = Literal["onnx", "encodings", "qonnx", "pt2"]
@@ -40,7 +40,7 @@ class Job:
 
 def compared_figures(job: Job, file: nn.Module) -> dict[str, tuple[float, float]]:
     """Return what the study measures, of a file and of the network, by name."""
-    if job.evaluate is None:
+    if job.evaluate is None or any(isinstance(b.labels, FloatOutputs) for b in job.data):
         return {}
     of_file = measured_figures(job.evaluate, file, job.data)
     of_network = measured_figures(job.evaluate, job.network, job.data)

@@ -70,9 +70,8 @@ class Containers:
     def activation_bits(self, bits: int) -> int:
         """Return the bits of the type of activations.
 
-        4 bits have a type of their own, uint4, and take uint8 and a Clip all the same: no runtime
-        is faster with uint4, onnxruntime has no integer kernel for it, and OpenVINO 2026.4 rounds
-        it to other codes.
+        4 bits have a type of their own, uint4, and take uint8 and a Clip all the same: onnxruntime
+        has no integer kernel for it, and OpenVINO 2026.4 corrupts its memory and dies.
         """
         return 8 if bits <= 8 else 16
 
@@ -103,12 +102,14 @@ def onnx_graph(network: nn.Module, program: ExportedProgram, containers: Contain
     assert written is not None
     model = written.model
     _set_types_(model, network, containers)
-    _lay_weights_down_(model)
-    _set_biases_apart_(model, network, containers)
-    _add_zero_points_(model)
+    # Constants first: until they are folded, they read the values that they are cast like.
     fold_constants(model, should_fold=_is_plain)
     ir.passes.common.RemoveUnusedNodesPass()(model)
     ir.passes.common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    _lay_weights_down_(model)
+    _set_biases_apart_(model, network, containers)
+    _add_zero_points_(model)
+    ir.passes.common.RemoveUnusedNodesPass()(model)
     _strip_(model)
     model.ir_version = IR_VERSIONS[containers.opset]
     return model
@@ -218,8 +219,8 @@ def _set_biases_apart_(model: ir.Model, network: nn.Module, containers: Containe
     """Add a float bias in a node of its own, where a runtime would round it to integers.
 
     onnxruntime's optimizer makes a float bias of Conv, ConvTranspose and Gemm a multiple of input
-    scale × weight scale. That is fine for 8-bit integers, and coarse for few bits: DS-CNN at 3-bit
-    weights and 4-bit activations loses 17 % of its answers. An Add it leaves alone.
+    scale × weight scale. Where that is coarse beside the step that the output is rounded to
+    (few bits, or few products a sum), codes would be off by many steps. An Add it leaves alone.
     """
     for node in list(model.graph):
         layer = layer_of(node, network) if node.op_type in ("Conv", "ConvTranspose", "Gemm") else ""
@@ -263,11 +264,17 @@ def _next_step(node: ir.Node) -> float | None:
             scale = reader.inputs[1]
             assert scale is not None and scale.const_value is not None
             return float(scale.const_value.numpy())
-        if reader.op_type not in ("Relu", "Clip"):
+        if reader.op_type not in _PASSING:
             return None
         value = reader.outputs[0]
     return None
 
+
+_PASSING = (
+    *("Relu", "Clip", "LeakyRelu", "Identity", "MaxPool", "Pad", "Resize"),
+    *("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Expand", "Gather"),
+)
+"""Operators that an optimizer may move a rounding across, up to the layer before them."""
 
 FINE = 1 / 128
 """Input scale × weight scale, as a share of the output's step, up to which a bias may be rounded to

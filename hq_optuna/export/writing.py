@@ -22,6 +22,7 @@ from hq_optuna.export.folding import fold_batch_norm_, widen_dead_scales_
 from hq_optuna.export.job import Bias, Format, Job, Weights
 from hq_optuna.export.tracing import traced
 from hq_optuna.network.batches import read_batches
+from hq_optuna.network.copies import copied
 from hq_optuna.network.evaluation import Evaluate
 from hq_optuna.network.modes import own_modes
 
@@ -111,7 +112,8 @@ def write(
     notes = []
     if bias == "int32" and (left := round_biases_(ready)):
         notes.append(f"Biases that stay in float: {', '.join(left)}.")
-    reference = network.cpu() if next(network.parameters()).is_cuda else network
+    away = any(x.device.type != "cpu" for x in (*network.parameters(), *network.buffers()))
+    reference = copied(network).cpu() if away else network
     said = _about(answer, ready) | {f"hq_optuna.{k}": _json(v) for k, v in (about or {}).items()}
     job = Job(reference, ready, batches, weights, bias, check, evaluate, said, notes)
     content, stored, found = writer(job)

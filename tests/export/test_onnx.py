@@ -14,6 +14,7 @@ from torch import nn
 
 from hq_optuna import export
 from hq_optuna.errors import ExportError
+from hq_optuna.export import onnx_graph
 from hq_optuna.export.check import check_file
 from hq_optuna.export.deployed import deployed, deployed_layers
 from hq_optuna.export.folding import factors_of
@@ -148,13 +149,16 @@ def test_integer_biases_are_multiples_of_input_scale_times_weight_scale(tmp_path
     )
 
 
-def test_few_bits_keep_a_float_bias_when_optimized(tmp_path):
-    """onnxruntime would round it to multiples of input scale × weight scale."""
+def test_few_bits_keep_a_float_bias_when_optimized(tmp_path, monkeypatch):
+    """onnxruntime rounds it to multiples of input scale × weight scale, unless it stands apart."""
     x = images()
     answer = answer_of(everything(), x, (3, 3))
     model = written(answer, x, tmp_path / "net.onnx")
     (plain,), (optimized,) = run(model, x), run(model, x, optimize=True)
     np.testing.assert_allclose(optimized, plain, rtol=0, atol=1e-4)
+    monkeypatch.setattr(onnx_graph, "_set_biases_apart_", lambda *parts: None)
+    with pytest.raises(ExportError, match="optimized"):
+        export.write(answer, tmp_path / "other.onnx", data_of(x))
 
 
 def test_a_file_says_its_bits_and_nothing_of_the_machine_it_was_written_on(tmp_path):
