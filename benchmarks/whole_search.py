@@ -22,7 +22,14 @@ measures nothing else, and of the search's own table only; ``passes_door_NETWORK
 before it, and ``passes_prepare_mobilenet_v2`` are both, of torchvision's MobileNetV2 with random
 weights on 64 images of 160 pixels. Details hold the parts, and the rise of the peak of memory.
 
+``--search`` runs whole searches with the measured end instead: ``passes_search_NETWORK`` from the
+checks to the answer at uniform 4 bits' cost (without the dashboard's pages),
+``passes_another_budget_NETWORK`` for each further budget, and the answers' ratios as
+``answer_smooth_NETWORK_b`` and ``answer_kl_NETWORK_b``, with standard errors. ``uniform_better``
+counts the cases where uniform bits are better beyond two of them, in either.
+
     python -m benchmarks.whole_search --networks resnet20 --budgets 4 3 --data DIR
+    python -m benchmarks.whole_search --search --networks resnet20 kws vww --data DIR
     python -m benchmarks.whole_search --networks resnet20 --activation-bits same --data DIR
     python -m benchmarks.whole_search --price --networks resnet20 mobilenet_v2 --data DIR
     python -m benchmarks.whole_search --quick
@@ -52,9 +59,11 @@ from torch import Tensor, nn
 
 from benchmarks.outcome import Outcome
 from benchmarks.zoo import ZOO, Trained, data_folder, load_trained
-from hq_optuna import BitSearch
+from hq_optuna import BitSearch, Budget
+from hq_optuna.answer.measured_end import measured_end
 from hq_optuna.network.batches import Batches, forward, read_batches
 from hq_optuna.objective import scorer_setup
+from hq_optuna.protocol.history import read_history
 from hq_optuna.search.additive import Additive
 from hq_optuna.search.uniform import uniform_states
 from hq_optuna.space.assignment import BitConfig
@@ -363,6 +372,79 @@ class Bench:
         return figures, details
 
 
+def searched(
+    name: str, trained: Trained, activation_bits: Any, budgets: Sequence[int]
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Return price and gain of whole searches: one, and further budgets of its study."""
+    unseen = Unseen(trained.network, trained.unseen)
+    first = 4 if 4 in budgets else budgets[0]
+    started = time.process_time()
+    space = BitSearch(trained.network, trained.calibration, activation_bits=activation_bits).space
+    uniform = {b: space.config(s) for (b, a), s in uniform_states(space).items() if a == b}
+    limits = {b: Budget.absolute(bops=CostModel(space.layers).cost(uniform[b])) for b in budgets}
+    door = time.process_time() - started
+    search = BitSearch(
+        trained.network, trained.calibration, activation_bits=activation_bits, budget=limits[first]
+    )
+    started = time.process_time()
+    study = search.open()
+    search.work(study, pages=False)
+    whole = door + time.process_time() - started
+    one = pass_seconds(trained.network, search.objective.data)
+    figures, details = {f"passes_search_{name}": whole / one}, dict[str, Any]()
+    others = list[float]()
+    for b in budgets:
+        started = time.process_time()
+        if b == first:
+            found = search.result(study)
+            end = measured_end(read_history(study))
+        else:
+            found = search.exact(study, limits[b], verify=6)
+            end = found.facts["measured_end"]
+            others.append((time.process_time() - started) / one)
+        answer = unseen.rises(found.network)
+        beside = unseen.rises(search.quantized(uniform[b]))
+        for truth in ("smooth", "kl"):
+            value, error = ratio(getattr(answer, truth), getattr(beside, truth))
+            figures[f"answer_{truth}_{name}_{b}"] = value
+            figures[f"answer_{truth}_{name}_{b}_standard_error"] = error
+        details[str(b)] = {
+            "accuracy_answer": answer.accuracy,
+            "accuracy_uniform": beside.accuracy,
+            "kl_uniform": float(beside.kl.mean()),
+            "measured_end": end,
+        }
+        smooth, kl = (figures[f"answer_{truth}_{name}_{b}"] for truth in ("smooth", "kl"))
+        print(
+            f"{name}_{b}: smooth {smooth:.3f}  kl {kl:.3f}  accuracy {beside.accuracy:.4f} -> "
+            f"{answer.accuracy:.4f}",
+            flush=True,
+        )
+    if others:
+        figures[f"passes_another_budget_{name}"] = statistics.fmean(others)
+    print(f"{name}: {whole / one:.1f} float passes, another budget {others}", flush=True)
+    return figures, details
+
+
+def answers_summed_up(figures: Mapping[str, float]) -> dict[str, float]:
+    """Return geometric means, the worst, and how often uniform bits are better."""
+    found: dict[str, float] = {}
+    worse = set[str]()
+    for truth in ("smooth", "kl"):
+        cases = {
+            key.removeprefix(f"answer_{truth}_"): value
+            for key, value in figures.items()
+            if key.startswith(f"answer_{truth}_") and not key.endswith("_standard_error")
+        }
+        found[f"{truth}_ratio_geomean"] = statistics.geometric_mean(cases.values())
+        found[f"{truth}_ratio_max"] = max(cases.values())
+        for case, value in cases.items():
+            if value > 1 + 2 * figures[f"answer_{truth}_{case}_standard_error"]:
+                worse.add(case)
+    found["uniform_better"] = len(worse)
+    return found
+
+
 def mobilenet_v2() -> Trained:
     """Return torchvision's network with random weights, for its price alone."""
     import torchvision
@@ -419,6 +501,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--networks", nargs="+", choices=[*ZOO, MOBILENET], default=list(ZOO))
     parser.add_argument("--price", action="store_true", help="the price of preparation alone")
+    parser.add_argument("--search", action="store_true", help="whole searches and their answers")
     parser.add_argument("--budgets", nargs="+", type=int, default=[6, 5, 4, 3], metavar="BITS")
     parser.add_argument("--data", type=Path, default=data_folder(), help="the shared data")
     parser.add_argument("--assignments", type=int, default=42, help="drawn for each budget")
@@ -449,6 +532,19 @@ def main(argv: Sequence[str] | None = None) -> None:
                 else load_trained(name, arguments.data, n_calibration=arguments.calibration)
             )
             priced(name, trained, activation_bits, outcome)
+        outcome.finish(arguments.out)
+        return
+    if arguments.search:
+        figures = dict[str, float]()
+        for name in networks:
+            samples = {"n_calibration": arguments.calibration, "n_unseen": arguments.unseen}
+            trained = load_trained(name, arguments.data, **samples)
+            here, outcome.details[name] = searched(
+                name, trained, activation_bits, arguments.budgets
+            )
+            figures |= here
+        figures |= answers_summed_up(figures)
+        outcome.figures |= {name: round(value, 4) for name, value in figures.items()}
         outcome.finish(arguments.out)
         return
     if MOBILENET in networks:

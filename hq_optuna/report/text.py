@@ -187,8 +187,9 @@ def _answer(data: Mapping[str, Any]) -> Block:
     if exact is not None:
         untrained = "; all of the network before any training" if data["trainings"] else ""
         rows.append(("gap to the exact optimum", gap_text(exact, amount) + untrained))
-    rows.append(("loss on the calibration set", loss))
-    rows.append(("does the score rank as the measured loss?", ranks_agree(data["agreement"])))
+    if data["measured_end"] is None:  # else candidates are look-ups, and none was measured
+        rows.append(("loss on the calibration set", loss))
+        rows.append(("does the score rank as the measured loss?", ranks_agree(data["agreement"])))
     pairs = before_and_after(facts)
     found = (facts.get(f"{what}_metric") for what in ("test", "validation"))
     metrics = {metric["name"]: metric for metric in found if metric}

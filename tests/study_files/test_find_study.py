@@ -45,7 +45,10 @@ def test_a_study_that_is_not_found_lists_what_was_tried_and_what_there_is(tmp_pa
     assert "There is no study 'digit'" in message
     assert str(tmp_path / "studies" / "digit.py") in message
     assert str(CHECKOUT / "studies" / "digit.py") in message
-    assert "cifar10_resnet20, digits, my_own, template" in message
+    named = message.rsplit(": ", 1)[1].removesuffix(".").split(", ")
+    assert {"cifar10_resnet20", "digits", "my_own", "template"} < set(named)
+    assert named == sorted(named)
+    assert "_private" not in named
     for name in ("digit.py", "studies", "no/digits", str(tmp_path), "", ".."):
         with pytest.raises(StudyFileError, match="There is no study"):
             find_study(name)
