@@ -60,8 +60,8 @@ from hq_optuna.space.search_space import SearchSpace, bits_needed
 PROBES = 2
 """Random vectors a sample; its places are many more."""
 LINE_SAMPLES = 64
-"""Samples at least on which Δy of a rounded input is regressed on y. With an eighth of them a keyword
-network's assignments ranked 0.82 in place of 0.88; a quarter made no clear difference."""
+"""Samples at least on which Δy of a rounded input is regressed on y. With an eighth of them a
+keyword network's assignments ranked 0.82 in place of 0.88; a quarter made no clear difference."""
 
 
 @dataclass(eq=False)
