@@ -235,7 +235,9 @@ class _Start:
         self.bits, self.nearest, self.odd = bits, nearest, quantizer.has_odd_codes(bits)
         self.largest = float(quantizer.largest_code(bits))
         self.scale = scale.reshape(len(nearest), 1, -1)  # (groups, 1, channels)
-        tried = torch.tensor(SCALES if bits <= FEW_BITS else (1.0,), dtype=torch.float64)
+        tried = torch.tensor(
+            SCALES if bits <= FEW_BITS else (1.0,), dtype=torch.float64, device="cpu"
+        )
         # Scales in single precision, as they are kept, so that what is tried is what is meant.
         self.scales = (self.scale.double() * tried.to(scale.device)[:, None]).float()
 

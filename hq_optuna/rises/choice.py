@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from hq_optuna.errors import DataError
 from hq_optuna.network.batches import Batch, Batches, FloatOutputs, cloned, forward
+from hq_optuna.network.containers import tensors
 from hq_optuna.network.copies import copied
 from hq_optuna.network.loss_weights import nothing, only_class_axis
 from hq_optuna.network.losses import LossFunction, Places, is_cross_entropy, is_squared_error
@@ -60,7 +61,9 @@ def rise_of_outputs(outputs: list[Any], data: Batches) -> Chosen:
         heads = [part[name] for part in found]
         kinds[name] = _kind(heads, batches)
     if len(kinds) == 1:
-        rise, said = next(iter(kinds.values()))
+        [(name, (rise, said))] = kinds.items()
+        if sum(z.is_floating_point() for z in tensors(outputs[0])) > 1:  # one of them has a name
+            rise = Heads({name: rise})
         return Chosen(rise, f"{said[0].upper()}{said[1:]}.")
     said = "; ".join(f"{name}: {what}" for name, (_, what) in kinds.items())
     return Chosen(Heads({n: rise for n, (rise, _) in kinds.items()}), f"The sum of {said}.")

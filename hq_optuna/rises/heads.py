@@ -41,9 +41,11 @@ def parts_of(outputs: Any, n: int | None = None) -> dict[str, Tensor]:
     return found
 
 
-def _walk(node: Any, name: str) -> list[tuple[str, Tensor]]:
+def _walk(node: Any, name: str, above: tuple[Any, ...] = ()) -> list[tuple[str, Tensor]]:
     if isinstance(node, Tensor):
         return [(name, node)]
+    if any(node is one for one in above):  # an object that holds itself
+        return []
     if isinstance(node, Mapping):
         children = [(str(key), value) for key, value in node.items()]
     elif hasattr(node, "_fields"):
@@ -57,7 +59,8 @@ def _walk(node: Any, name: str) -> list[tuple[str, Tensor]]:
     else:
         return []
     prefix = f"{name}." if name else ""
-    return [pair for key, child in children for pair in _walk(child, prefix + key)]
+    above = (*above, node)
+    return [pair for key, child in children for pair in _walk(child, prefix + key, above)]
 
 
 def _one_a_sample(outputs: Any, n: int) -> bool:

@@ -188,7 +188,7 @@ class CrossEntropy(OfPlaces):
         view = self.view(outputs).detach()
         z, n = self.places(view.double()), rows_of(view, batch.n) * batch.n
         counts = self._weights(view, batch.labels, weights)
-        w = torch.ones(len(z)).to(z) if counts is None else counts.to(z)
+        w = z.new_ones(len(z)) if counts is None else counts.to(z)
         # Each sample counts by its share, however many places it has.
         w = w * (batch.share * n / max(len(w), 1))
         soft, own = (torch.softmax(z / t, 1) for t in (self.temperature, 1.0))

@@ -122,10 +122,11 @@ class _Side:
         ``takes`` is 2 where a correction takes mean and slope away, 1 for the mean alone.
         """
         if not self._changes:
-            return torch.zeros(len(self.bits))
+            return torch.zeros(len(self.bits), device="cpu")
         c = torch.cat(self._changes, 2)
-        if takes and self._y:
-            mean, product = torch.as_tensor(self._sums) / sum(part.n for part in self._y)
+        n_values = sum(part.n for part in self._y)
+        if takes and n_values:  # no sample may have come here
+            mean, product = torch.as_tensor(self._sums) / n_values
             undone = g0 @ mean.mT
             if takes > 1:
                 mu, variance = (torch.as_tensor(v).double() for v in pooled(self._y))
@@ -147,7 +148,7 @@ class _Layer:
     def rises(self) -> tuple[dict[int, float], dict[int, float]]:
         """Return the rises of weights and inputs by bits."""
         takes = self.takes if self._g else 0
-        g0, gy = torch.cat(self._g, 2) if takes else torch.zeros(2, 1, 1, 1)
+        g0, gy = torch.cat(self._g, 2) if takes else torch.zeros(2, 1, 1, 1, device="cpu")
         of_weights = self.weights.rises(takes, g0, gy)
         of_inputs = (self.inputs.rises(takes, g0, gy) + self.inputs.rises(0, g0, gy)) / 2
         return (

@@ -17,6 +17,7 @@ import hq_optuna as hq
 from hq_optuna.errors import HqOptunaError, ResumeError, StorageError
 from hq_optuna.report.data import report_data
 from hq_optuna.report.page import write_report
+from hq_optuna.rises import rise_of_loss
 from hq_optuna.search import Limits
 
 optuna.logging.set_verbosity(optuna.logging.CRITICAL)
@@ -40,6 +41,11 @@ def is_refusal(error):
 
 def opened(network, data, loss=cross_entropy, **options):
     """Hand network, data and loss over; all that can be wrong with them is to be said here."""
+    if "scorer" not in options and not options.get("training"):
+        # These situations are told by a pass per candidate, or by gradients of the loss itself.
+        by_outputs = rise_of_loss(loss) is not None or options.get("rise") is not None
+        options["scorer"] = "gauss_newton" if by_outputs else "diagonal"
+        options["measure_candidates"] = True
     return hq.BitSearch(network, data, loss, **{"pin_first_last": None, **options})
 
 

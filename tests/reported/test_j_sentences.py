@@ -402,6 +402,7 @@ def trapped(where, step):
         return data
 
     options = {"bits": (8, 4, 2), "pin_first_last": None, "budget": "0.3 bops"}
+    options |= {"scorer": "diagonal", "measure_candidates": True}
     search = hq.BitSearch(Network(), Samples(), loss, validation=data, evaluate=evaluate, **options)
     trap.now = "preparing"
     study = search.open(seed=0, n_candidates=3)

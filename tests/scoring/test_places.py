@@ -96,8 +96,9 @@ def test_rows_of_a_sample_are_one_sample(loss_fn, scorer):
         made = found.objective.prepare()
         config = found.space.config([4] * len(found.space.variables))
         scores.append(made.score(config).total)
-    # Vectors of the layer sums are drawn anew for another shape.
-    assert scores[1] == pytest.approx(scores[0], rel=1e-6 if scorer == "gauss_newton" else 0.5)
+    # Vectors of the layer sums are drawn anew for another shape, and ranges are of histograms
+    # that begin with the first batch.
+    assert scores[1] == pytest.approx(scores[0], rel=1e-4 if scorer == "gauss_newton" else 0.5)
 
 
 def test_ignored_places_do_not_choose_the_bits():
