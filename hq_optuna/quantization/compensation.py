@@ -273,7 +273,9 @@ def _best_of_scales(
     damped = torch.ldexp(moments.damped, 2 * unit).to(PRECISION)
     scales = torch.cat([start.scales for start in starts], 1)  # (groups, tried, channels)
     counts = [start.scales.shape[1] for start in starts]
-    largest = torch.cat([torch.full((n,), s.largest) for n, s in zip(counts, starts, strict=True)])
+    largest = torch.cat(
+        [torch.full((n,), s.largest, device="cpu") for n, s in zip(counts, starts, strict=True)]
+    )
     best = [(s.nearest.clone(), s.scale[:, 0].clone()) for s in starts]
     width = max(1, MOST_ELEMENTS // (groups * d * sum(counts)))
     for first in range(0, channels, width):
