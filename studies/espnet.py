@@ -22,7 +22,7 @@ from hq_optuna.errors import DataError
 from hq_optuna.network.batches import Batch, Batches
 
 DATA = Path(os.environ.get("HQ_OPTUNA_ZOO", "zoo"))
-SETTINGS: dict[str, Any] = {"bits": range(2, 9), "budget": "0.25 bops", "scorer": "hessian_trace"}
+SETTINGS: dict[str, Any] = {"bits": range(2, 9), "budget": "0.25 bops"}
 FILES = "espnet/espnet_p_2_q_8_camvid.pth and espnet/CamVid"
 CLASSES = 11
 VOID = 255  # pixels of no class

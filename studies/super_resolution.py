@@ -24,7 +24,7 @@ from hq_optuna.errors import DataError
 from hq_optuna.network.batches import Batch, Batches
 
 DATA = Path(os.environ.get("HQ_OPTUNA_ZOO", "zoo"))
-SETTINGS: dict[str, Any] = {"bits": range(2, 9), "budget": "0.25 bops", "scorer": "hessian_trace"}
+SETTINGS: dict[str, Any] = {"bits": range(2, 9), "budget": "0.25 bops"}
 SCALE = 4
 FILES = "sr/team04_rlfn.pth, sr/team20_mobilesr.pth, sr/Set5 and sr/Set5_LR/x4"
 

@@ -20,7 +20,7 @@ import hq_optuna
 from hq_optuna.errors import DataError
 from hq_optuna.network.batches import Batch, Batches
 
-SETTINGS: dict[str, Any] = {"bits": range(2, 9), "budget": "0.25 bops", "scorer": "hessian_trace"}
+SETTINGS: dict[str, Any] = {"bits": range(2, 9), "budget": "0.25 bops"}
 MODELS = (
     *("ssdlite320_mobilenet_v3_large", "ssd300_vgg16", "fcos_resnet50_fpn"),
     *("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2"),

@@ -20,7 +20,7 @@ from torch.nn import functional
 from hq_optuna.errors import DataError
 
 DATA = Path(os.environ.get("HQ_OPTUNA_ZOO", "zoo"))
-SETTINGS: dict[str, Any] = {"bits": range(2, 9), "budget": "0.25 bops", "scorer": "hessian_trace"}
+SETTINGS: dict[str, Any] = {"bits": range(2, 9), "budget": "0.25 bops"}
 
 N_SAMPLES = 500
 FILES = "vww/vww_mobilenet.pt and vww/vww.npz"

@@ -151,7 +151,8 @@ class Heads(Rise):
         """Return the weighted sum of the heads' rises."""
         z, other = (self._parts(each, batch.n) for each in (outputs, moved))
         found = [
-            self.weights[name] * rise.of_samples(z[name], other[name], batch)
+            self.weights[name]
+            * rise.of_samples(z[name], other[name], batch, **self._weights_of(name, z))
             for name, rise in self.rises.items()
         ]
         return torch.stack(found).sum(0)
@@ -162,8 +163,12 @@ class Heads(Rise):
         return [
             Probe(z, u * self.weights[name] ** 0.5)
             for name, rise in self.rises.items()
-            for z, u in rise.draw(parts[name], batch, generator)
+            for z, u in rise.draw(parts[name], batch, generator, **self._weights_of(name, parts))
         ]
+
+    def _weights_of(self, name: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return how much each place of a head counts, if not all alike, as a keyword."""
+        return {}
 
 
 class At(Heads):
@@ -288,22 +293,3 @@ class Detection(Heads):
 
     def _weights_of(self, name: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {} if name == "objectness" else {"weights": self._presence(parts) / self.mean}
-
-    def of_samples(self, outputs: Any, moved: Any, batch: Batch) -> Tensor:
-        """Return the weighted sum of the three rises."""
-        z, other = (self._parts(each, batch.n) for each in (outputs, moved))
-        found = [
-            self.weights[name]
-            * rise.of_samples(z[name], other[name], batch, **self._weights_of(name, z))
-            for name, rise in self.rises.items()
-        ]
-        return torch.stack(found).sum(0)
-
-    def draw(self, outputs: Any, batch: Batch, generator: torch.Generator) -> list[Probe]:
-        """Return the probes of all three."""
-        parts = self._parts(outputs, batch.n)
-        return [
-            Probe(z, u * self.weights[name] ** 0.5)
-            for name, rise in self.rises.items()
-            for z, u in rise.draw(parts[name], batch, generator, **self._weights_of(name, parts))
-        ]
