@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hq_optuna.study_files.published import load_weights
 from studies import cifar10_resnet20 as cifar10
 from studies import digits, efficientnet_lite0, keywords, visual_wake_words
 
@@ -92,14 +93,6 @@ def unpacked(data: Path) -> Iterator[Path]:
             yield folder
 
 
-def _with_weights(network: nn.Module, path: Path) -> nn.Module:
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    own = network.state_dict()
-    counters = {name: tensor for name, tensor in own.items() if name.endswith("batches_tracked")}
-    network.load_state_dict(counters | dict(state))
-    return network.eval()
-
-
 def _dealt(samples: Samples, seed: int, n_calibration: int) -> tuple[Samples, Samples]:
     """Return the calibration samples and all others, in a random order."""
     order = torch.randperm(len(samples[1]), generator=torch.Generator().manual_seed(seed))
@@ -118,7 +111,7 @@ def _digits(data: Path, seed: int) -> Trained:
 def _resnet(blocks: int) -> Callable[[Path, int], Trained]:
     def load(data: Path, seed: int) -> Trained:
         path = data / f"resnet{6 * blocks + 2}_cifar10.pt"
-        network = _with_weights(CifarResNet(blocks), path)
+        network = load_weights(CifarResNet(blocks), path)
         with _folder(data, "cifar10_subset") as images:
             seen = cifar10.calibration(images, split_seed=seed)
             return Trained(network, seen, cifar10.test(images))

@@ -9,7 +9,6 @@ validation set, ``imagenet/val/labels.csv`` with lines ``FILE,CLASS``.
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hq_optuna.errors import DataError
+from hq_optuna.study_files.published import DATA, SamePad, dealt, load_weights, needed
 
-DATA = Path(os.environ.get("HQ_OPTUNA_ZOO", "zoo"))
 SETTINGS: dict[str, Any] = {"bits": range(2, 9), "budget": "0.25 bops"}
 
 FILES = "efficientnet_lite0/*.pth, imagenet/calibration and imagenet/val/labels.csv"
 
 loss = functional.cross_entropy
-
-
-class SamePad(nn.Module):
-    """TensorFlow's padding "SAME" for a convolution: the odd pixel goes right and below."""
-
-    def __init__(self, kernel: tuple[int, int], stride: int) -> None:
-        super().__init__()
-        self.kernel, self.stride = kernel, stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Pad ``(N, C, H, W)`` so that the outputs are ``H / stride`` by ``W / stride``, up."""
-        sides: list[int] = []
-        for size, kernel in zip(x.shape[:1:-1], self.kernel[::-1], strict=True):
-            total = max((-(-size // self.stride) - 1) * self.stride + kernel - size, 0)
-            sides += [total // 2, total - total // 2]
-        return functional.pad(x, sides) if any(sides) else x
 
 
 class InvertedResidual(nn.Module):
@@ -107,10 +90,10 @@ def network(data: Path = DATA) -> nn.Module:
     Args:
         data: Folder with efficientnet_lite0/*.pth and imagenet/.
     """
-    paths = sorted(_needed(data / "efficientnet_lite0", FILES).glob("*.pth"))
+    paths = sorted(needed(data / "efficientnet_lite0", FILES).glob("*.pth"))
     if len(paths) != 1:
         raise DataError(f"{data / 'efficientnet_lite0'} holds {len(paths)} *.pth; give one.")
-    return _with_weights(EfficientNetLite0(), paths[0])
+    return load_weights(EfficientNetLite0(), paths[0])
 
 
 def calibration(
@@ -124,8 +107,8 @@ def calibration(
         n_calibration: Images that the score reads.
         split_seed: What shuffles the images.
     """
-    files = sorted(_needed(data / "imagenet" / "calibration", FILES).glob("*.jpg"))
-    order = _order(len(files), split_seed)[:n_calibration]
+    files = sorted(needed(data / "imagenet" / "calibration", FILES).glob("*.jpg"))
+    order = dealt(len(files), split_seed)[:n_calibration]
     chosen = [files[place] for place in order]
     labels = torch.tensor([int(file.stem.partition("_")[0]) for file in chosen])
     return _images(chosen, 224 / 256, size), labels
@@ -143,16 +126,11 @@ def validation(
         split_seed: What shuffles the images.
     """
     folder = data / "imagenet" / "val"
-    lines = _needed(folder / "labels.csv", FILES).read_text("utf-8").split()
+    lines = needed(folder / "labels.csv", FILES).read_text("utf-8").split()
     rows = [line.split(",") for line in lines]
-    chosen = [rows[place] for place in _order(len(rows), split_seed)[:n_validation]]
+    chosen = [rows[place] for place in dealt(len(rows), split_seed)[:n_validation]]
     images = _images([folder / name for name, _ in chosen], 224 / 227, size)
     return images, torch.tensor([int(label) for _, label in chosen])
-
-
-def _order(n: int, seed: int) -> list[int]:
-    found: list[int] = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
-    return found
 
 
 def _images(paths: list[Path], share: float, size: int) -> Tensor:
@@ -169,19 +147,3 @@ def _images(paths: list[Path], share: float, size: int) -> Tensor:
         small = image.resize((size, size), Image.Resampling.BICUBIC, box)
         found.append(torch.from_numpy(np.array(small)).movedim(-1, 0))
     return (torch.stack(found).float() - 127) / 128
-
-
-def _needed(path: Path, what: str) -> Path:
-    if not path.exists():
-        raise DataError(
-            f"{path} is missing. Give --data FOLDER (or set HQ_OPTUNA_ZOO) with {what}."
-        )
-    return path
-
-
-def _with_weights(network: nn.Module, path: Path) -> nn.Module:
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    own = network.state_dict()
-    counters = {name: tensor for name, tensor in own.items() if name.endswith("batches_tracked")}
-    network.load_state_dict(counters | dict(state))
-    return network.eval()

@@ -7,7 +7,6 @@ in {train,val,test}annot. Training images calibrate; validation and test images 
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import hq_optuna
-from hq_optuna.errors import DataError
 from hq_optuna.network.batches import Batch, Batches
+from hq_optuna.study_files.published import DATA, needed
 
-DATA = Path(os.environ.get("HQ_OPTUNA_ZOO", "zoo"))
 SETTINGS: dict[str, Any] = {"bits": range(2, 9), "budget": "0.25 bops"}
 FILES = "espnet/espnet_p_2_q_8_camvid.pth and espnet/CamVid"
 CLASSES = 11
@@ -180,7 +178,7 @@ def network(data: Path = DATA) -> nn.Module:
     Args:
         data: Folder with espnet/.
     """
-    path = _needed(data / "espnet" / "espnet_p_2_q_8_camvid.pth")
+    path = needed(data / "espnet" / "espnet_p_2_q_8_camvid.pth", FILES)
     state = torch.load(path, map_location="cpu", weights_only=True)
     net = ESPNet(len(state["classifier.weight"]))
     net.load_state_dict(state)
@@ -221,13 +219,13 @@ def _batches(data: Path, split: str, n: int, size: int = 4) -> Batches:
     from PIL import Image
 
     folder = data / "espnet" / "CamVid"
-    paths = sorted(_needed(folder / split).glob("*.png"))
+    paths = sorted(needed(folder / split, FILES).glob("*.png"))
     step = max(len(paths) // n, 1)  # neighbours are frames of one film
     xs, ys = [], []
     for path in paths[::step][:n]:
         with Image.open(path) as stored:
             pixels = np.array(stored.convert("RGB"))[:, :, ::-1].copy()
-        with Image.open(_needed(folder / f"{split}annot" / path.name)) as stored:
+        with Image.open(needed(folder / f"{split}annot" / path.name, FILES)) as stored:
             y = torch.from_numpy(np.array(stored)).long()
         x = (torch.from_numpy(pixels).float() - torch.tensor(MEAN)) / torch.tensor(STD) / 255
         xs.append(x.movedim(-1, 0))
@@ -235,14 +233,6 @@ def _batches(data: Path, split: str, n: int, size: int = 4) -> Batches:
     parts = range(0, len(xs), size)
     pairs = ((torch.stack(xs[i : i + size]), torch.stack(ys[i : i + size])) for i in parts)
     return Batches(Batch(x, y, len(x)) for x, y in pairs)
-
-
-def _needed(path: Path) -> Path:
-    if not path.exists():
-        raise DataError(
-            f"{path} is missing. Give --data FOLDER (or set HQ_OPTUNA_ZOO) with {FILES}."
-        )
-    return path
 
 
 def tables(net: nn.Module, batches: Batches) -> list[Tensor]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,9 @@ import torch
 from torch import Tensor, nn
 
 import hq_optuna
-from hq_optuna.errors import DataError
 from hq_optuna.network.batches import Batch, Batches
+from hq_optuna.study_files.published import DATA, needed
 
-DATA = Path(os.environ.get("HQ_OPTUNA_ZOO", "zoo"))
 SETTINGS: dict[str, Any] = {"bits": range(2, 9), "budget": "0.25 bops"}
 FILES = "fastestdet/fastestdet_coco.pth, coco/images and coco/object_detection/labels/val2017"
 CLASSES = 80
@@ -159,7 +157,7 @@ def network(data: Path = DATA) -> nn.Module:
     Args:
         data: Folder with fastestdet/ and coco/.
     """
-    path = _needed(data / "fastestdet" / "fastestdet_coco.pth")
+    path = needed(data / "fastestdet" / "fastestdet_coco.pth", FILES)
     net = FastestDet()
     net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return net.eval()
@@ -172,7 +170,7 @@ def calibration(data: Path = DATA, n_calibration: int = 64) -> Tensor:
         data: Folder with fastestdet/ and coco/.
         n_calibration: Images that the score reads.
     """
-    paths = sorted(_needed(data / "coco" / "images" / "train2017").glob("*.jpg"))
+    paths = sorted(needed(data / "coco" / "images" / "train2017", FILES).glob("*.jpg"))
     return torch.stack([_image(path) for path in paths[:n_calibration]])
 
 
@@ -184,8 +182,8 @@ def validation(data: Path = DATA, n_validation: int = 64) -> Batches:
         n_validation: Images that the network is judged by.
     """
     coco = data / "coco"
-    paths = sorted(_needed(coco / "images" / "val2017").glob("*.jpg"))[:n_validation]
-    texts = _needed(coco / "object_detection" / "labels" / "val2017")
+    paths = sorted(needed(coco / "images" / "val2017", FILES).glob("*.jpg"))[:n_validation]
+    texts = needed(coco / "object_detection" / "labels" / "val2017", FILES)
     batches = []
     for at in range(0, len(paths), 16):
         part = paths[at : at + 16]
@@ -204,19 +202,11 @@ def _image(path: Path) -> Tensor:
 
 def _boxes(path: Path) -> tuple[Tensor, Tensor]:
     """Return corners ``(n, 4)`` in shares of the image, and classes."""
-    lines = _needed(path).read_text("utf-8").split("\n")
+    lines = needed(path, FILES).read_text("utf-8").split("\n")
     rows = torch.tensor([[float(x) for x in line.split()] for line in lines if line])
     rows = rows.reshape(-1, 5)
     centre, half = rows[:, 1:3], rows[:, 3:5] / 2
     return torch.cat([centre - half, centre + half], 1), rows[:, 0].long()
-
-
-def _needed(path: Path) -> Path:
-    if not path.exists():
-        raise DataError(
-            f"{path} is missing. Give --data FOLDER (or set HQ_OPTUNA_ZOO) with {FILES}."
-        )
-    return path
 
 
 def detections(outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:

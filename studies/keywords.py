@@ -7,7 +7,6 @@ calibration and validation, dealt by a seed.
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hq_optuna.errors import DataError
+from hq_optuna.study_files.published import DATA, SamePad, dealt, load_weights, needed
 
-DATA = Path(os.environ.get("HQ_OPTUNA_ZOO", "zoo"))
 SETTINGS: dict[str, Any] = {"bits": range(2, 9), "budget": "0.25 bops"}
 
 N_SAMPLES = 500
@@ -27,22 +25,6 @@ FILES = "kws/kws_dscnn.pt and kws/mfcc.npz"
 ZERO_POINT, SCALE = 83, 0.5847029089927673  # of the 8-bit features
 
 loss = functional.cross_entropy
-
-
-class SamePad(nn.Module):
-    """TensorFlow's padding "SAME" for a convolution: the odd pixel goes right and below."""
-
-    def __init__(self, kernel: tuple[int, int], stride: int) -> None:
-        super().__init__()
-        self.kernel, self.stride = kernel, stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Pad ``(N, C, H, W)`` so that the outputs are ``H / stride`` by ``W / stride``, up."""
-        sides: list[int] = []
-        for size, kernel in zip(x.shape[:1:-1], self.kernel[::-1], strict=True):
-            total = max((-(-size // self.stride) - 1) * self.stride + kernel - size, 0)
-            sides += [total // 2, total - total // 2]
-        return functional.pad(x, sides) if any(sides) else x
 
 
 def _unit(
@@ -82,7 +64,7 @@ def network(data: Path = DATA) -> nn.Module:
     Args:
         data: Folder with kws/kws_dscnn.pt and kws/mfcc.npz.
     """
-    return _with_weights(Keywords(), _needed(data / "kws" / "kws_dscnn.pt", FILES))
+    return load_weights(Keywords(), needed(data / "kws" / "kws_dscnn.pt", FILES))
 
 
 def calibration(
@@ -95,7 +77,7 @@ def calibration(
         n_calibration: Samples that the score reads.
         split_seed: What deals samples to calibration and validation.
     """
-    (x, y), order = _samples(data), _order(split_seed)
+    (x, y), order = _samples(data), dealt(N_SAMPLES, split_seed)
     return x[order[:n_calibration]], y[order[:n_calibration]]
 
 
@@ -109,31 +91,11 @@ def validation(
         n_calibration: Samples that the score reads.
         split_seed: What deals samples to calibration and validation.
     """
-    (x, y), order = _samples(data), _order(split_seed)
+    (x, y), order = _samples(data), dealt(N_SAMPLES, split_seed)
     return x[order[n_calibration:]], y[order[n_calibration:]]
 
 
-def _order(seed: int) -> Tensor:
-    return torch.randperm(N_SAMPLES, generator=torch.Generator().manual_seed(seed))
-
-
 def _samples(data: Path) -> tuple[Tensor, Tensor]:
-    with np.load(_needed(data / "kws" / "mfcc.npz", FILES)) as stored:
+    with np.load(needed(data / "kws" / "mfcc.npz", FILES)) as stored:
         x, y = torch.from_numpy(stored["x"]), torch.from_numpy(stored["y"])
     return (x.float().reshape(-1, 1, 49, 10) - ZERO_POINT) * SCALE, y.long()
-
-
-def _needed(path: Path, what: str) -> Path:
-    if not path.exists():
-        raise DataError(
-            f"{path} is missing. Give --data FOLDER (or set HQ_OPTUNA_ZOO) with {what}."
-        )
-    return path
-
-
-def _with_weights(network: nn.Module, path: Path) -> nn.Module:
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    own = network.state_dict()
-    counters = {name: tensor for name, tensor in own.items() if name.endswith("batches_tracked")}
-    network.load_state_dict(counters | dict(state))
-    return network.eval()

@@ -21,7 +21,7 @@ from benchmarks.whole_search import (
 )
 from benchmarks.zoo import load_trained
 from hq_optuna.space.cost import CostModel
-from studies.keywords import SamePad
+from hq_optuna.study_files.published import SamePad
 from tests.fake_search import fake_space
 from tests.real_data import shared_data
 from tests.small_networks import seeded
