@@ -17,12 +17,12 @@ over samples, paired. ``uniform_ratio_NETWORK_b`` is the smooth rise of uniform 
 leaves out the samples that the first table reads, over that where it reads all.
 
 Price: processor seconds of the search's preparation over those of a float pass over the calibration
-set, ``table_passes_TABLE_NETWORK`` of the table alone, ``passes_NETWORK`` of all of it. ``--price``
-measures nothing else, and of the search's own table only; ``passes_door_NETWORK`` are the checks
-before it, and ``passes_prepare_mobilenet_v2`` are both, of torchvision's MobileNetV2 with random
-weights on 64 images of 160 pixels. Details hold the parts, and the rise of the peak of memory.
+set, ``table_passes_TABLE_NETWORK`` of the table alone, ``passes_prepare_NETWORK`` of all of it.
+``--price`` measures nothing else, of the search's own table only; ``passes_door_NETWORK`` are the
+checks before it. ``mobilenet_v2`` is torchvision's with random weights, on 64 images of 160 pixels.
+Details hold the parts, and the rise of the peak of memory.
 
-``--search`` runs whole searches with the measured end instead: ``passes_search_NETWORK`` from the
+``--search`` runs whole searches with the measured end instead: ``passes_NETWORK`` from the
 checks to the answer at uniform 4 bits' cost (without the dashboard's pages),
 ``passes_another_budget_NETWORK`` for each further budget, and the answers' ratios as
 ``answer_smooth_NETWORK_b`` and ``answer_kl_NETWORK_b``, with standard errors. ``uniform_better``
@@ -288,7 +288,7 @@ class Bench:
 
     def figures(self) -> dict[str, float]:
         """Return the price of preparation."""
-        found = {f"passes_{self.name}": self.first.passes["preparation"]}
+        found = {f"passes_prepare_{self.name}": self.first.passes["preparation"]}
         for table, prepared in self.prepared.items():
             found[f"table_passes_{table}_{self.name}"] = prepared.passes.get(TABLE_PART, math.nan)
         return found
@@ -391,7 +391,7 @@ def searched(
     search.work(study, pages=False)
     whole = door + time.process_time() - started
     one = pass_seconds(trained.network, search.objective.data)
-    figures, details = {f"passes_search_{name}": whole / one}, dict[str, Any]()
+    figures, details = {f"passes_{name}": whole / one}, dict[str, Any]()
     others = list[float]()
     for b in budgets:
         started = time.process_time()
@@ -460,10 +460,8 @@ def priced(name: str, trained: Trained, activation_bits: Any, outcome: Outcome) 
     """Measure what a search prepares, and its checks before."""
     one = Prepared(TABLES[0], trained, activation_bits)
     price, door = one.passes["preparation"], one.passes["door"]
-    found = {f"passes_{name}": price, f"passes_door_{name}": door}
+    found = {f"passes_prepare_{name}": price, f"passes_door_{name}": door}
     found[f"table_passes_{TABLES[0]}_{name}"] = one.passes[TABLE_PART]
-    if name == MOBILENET:
-        found[f"passes_prepare_{name}"] = price + door
     outcome.figures |= {figure: round(value, 4) for figure, value in found.items()}
     outcome.details[name] = {"passes": one.passes, "peak_kib": one.peak_kib}
     parts = ", ".join(f"{part} {value:.1f}" for part, value in one.passes.items())
@@ -567,7 +565,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "passes": {table: one.passes for table, one in bench.prepared.items()},
             }
             prices = ", ".join(f"{t} {here[f'table_passes_{t}_{name}']:.1f}" for t in TABLES)
-            print(f"{name}: {here[f'passes_{name}']:.1f} float passes; tables: {prices}")
+            print(f"{name}: {here[f'passes_prepare_{name}']:.1f} float passes; tables: {prices}")
             for b in arguments.budgets:
                 ranked, details[f"ranked_{b}"] = bench.ranked(b, arguments.assignments)
                 answered, details[f"answered_{b}"] = bench.answered(b)

@@ -228,7 +228,7 @@ class BitSearch:
             start: What was given on the command line, for workers that join by theirs.
             progress: Called with (what, done, of) while curvature is measured.
             **changes: Settings of the steps in place of this search's: ``n_candidates``, ``rule``,
-                ``seed``, ``refine``, ``encoding``.
+                ``seed``, ``refine``, ``verify``, ``encoding``.
 
         Raises:
             StorageError: The storage cannot be opened, read or written.

@@ -65,10 +65,10 @@ LOOK_EVERY_S = 2.0
 class HessianObjective:
     """An Optuna objective: the predicted loss rise of a trial's bits, in nats.
 
-    One candidate costs one forward pass over the calibration set. What all candidates share
-    (ranges, curvature, sensitivities) is computed once, when it is first needed; a worker that
-    joins an existing study takes the sensitivities from there, so all workers rank by the same
-    numbers.
+    What all candidates share (ranges, rounded weights, the table of rises by layer and bits) is
+    computed once, when it is first needed; a worker that joins an existing study takes the table
+    from there, so all workers rank by the same numbers. With a scorer that is a sum over layers a
+    candidate is a look-up; a finalist, and a candidate of another scorer, costs a forward pass.
 
     With `ProgressiveBitSampler` the trial's ticket says what to do. With any other sampler the
     objective asks for the bits of each variable of the space, so TPE or NSGA-II can be compared.

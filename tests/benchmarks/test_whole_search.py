@@ -128,7 +128,7 @@ def test_the_smoke_mode_prints_one_json_line_last(tmp_path, capsys):
         for truth in ("smooth", "kl"):
             assert figures[f"{truth}_ratio_{table}_kws_4"] > 0
             assert figures[f"{truth}_ratio_{table}_kws_4_standard_error"] > 0
-    assert figures["passes_kws"] > figures[f"table_passes_{TABLES[0]}_kws"]
+    assert figures["passes_prepare_kws"] > figures[f"table_passes_{TABLES[0]}_kws"]
     assert figures["iso_spearman_median"] == figures[f"spearman_{TABLES[0]}_median"]
     stored = json.loads(out.read_text())
     assert stored["figures"] == figures
