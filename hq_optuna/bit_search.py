@@ -421,7 +421,13 @@ class BitSearch:
 
         Raises:
             BudgetError: The budget is below the cheapest assignment.
+            SettingError: ``verify`` where nothing tells what moved outputs cost.
         """
+        if verify and self.objective.rise is None:
+            raise SettingError(
+                "verify measures what moved outputs cost, and no rise tells that of this network: "
+                "give BitSearch rise=, one of hq_optuna.rises, or leave verify out."
+            )
         scorer = self.objective.prepare(study)
         found = resolve(study, self.budget if budget is None else budget)
         config, facts = found.config, dict[str, Any]()

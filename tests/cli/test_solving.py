@@ -42,6 +42,40 @@ def test_resolve_prints_the_layers_and_saves_what_loads(searched: Path, command:
     assert hq_optuna.load_assignment(data["out"]) == config
 
 
+def test_resolve_measures_for_another_budget_and_saves_the_network(
+    study: Path, command: Command
+) -> None:
+    assert command("run", study).exit_code == 0
+    arguments = ("resolve", study, "--budget", "0.2 bops", "--measure", 4, "--result", "found")
+    result = command(*arguments)
+    assert result.exit_code == 0, result.output
+    assert "measured  " in result.output
+    assert "Result: found" in result.output
+    data = json.loads(command(*arguments, "--json").stdout)
+    rows = data["measured_end"]["rows"]
+    assert 1 <= len(rows) <= 4
+    assert rows[0]["name"] == "uniform bits"
+    assert sum(row["chosen"] for row in rows) == 1
+    assert all(row["cost"] <= 0.2 * data["cost"]["all_8_bit"] for row in rows)
+    saved = json.loads(Path("found/recipe.json").read_text())
+    bits = {n: [e["weight_bits"], e["activation_bits"]] for n, e in saved["layers"].items()}
+    assert bits == data["assignment"]
+    assert saved["measured"]["measured_end"]["rows"] == rows
+
+
+def test_resolve_measures_nothing_without_the_study_file(searched: Path, command: Command) -> None:
+    result = command("resolve", searched, "--budget", "0.2 bops", "--measure", 4)
+    assert result.exit_code == 1
+    assert "There is no study" in result.output
+    storage = "sqlite:///hq-optuna-runs/tiny/study.db"
+    result = command(
+        *("resolve", "--storage", storage, "--name", "tiny"),
+        *("--budget", "0.2 bops", "--measure", 4),
+    )
+    assert result.exit_code == 1
+    assert "give the study file too" in result.output
+
+
 def test_pareto_prints_costs_and_sums_and_draws(searched: Path, command: Command) -> None:
     result = command("pareto", searched, "--points", 4, "--out", "p/curve.html")
     assert result.exit_code == 0, result.output
