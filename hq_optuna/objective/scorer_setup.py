@@ -155,6 +155,7 @@ class ScorerSetup:
                 moments=moments,
                 correction=correction,
                 rise=self.rise,
+                whole=self.data,
             )
             known, curvature = sums.sensitivity, sums.curvature
             warnings += sums.warnings

@@ -62,6 +62,7 @@ def measure_layer_sums(
     moments: Mapping[str, Tensor] | None = None,
     correction: StatisticsCorrection | None = None,
     rise: Rise | None = None,
+    whole: Batches | None = None,
 ) -> LayerSums:
     """Return the predicted loss rise of every layer at every number of bits, by a named score.
 
@@ -72,7 +73,8 @@ def measure_layer_sums(
     it leaves. ``rise`` is that of the outputs, by default the loss's own. ``progress`` is called
     with (what, done, of).
 
-    Rises of layers whose curvature is unknown are measured.
+    Rises of layers whose curvature is unknown are measured, on the ``whole`` data where ``data``
+    are a part of them.
 
     Raises:
         ValueError: ``fisher`` or ``hessian_trace`` with a loss whose Hessian in the outputs is not
@@ -102,7 +104,9 @@ def measure_layer_sums(
         )
     measured: tuple[str, ...] = ()
     if curvature.unknown:
-        sensitivity, measured = with_measured(sensitivity, curvature, prepared, data, loss_fn, rise)
+        sensitivity, measured = with_measured(
+            *(sensitivity, curvature, prepared, whole or data, loss_fn, rise)
+        )
     return LayerSums(sensitivity, curvature, measured)
 
 

@@ -30,9 +30,10 @@ def with_measured(
 
     Where a layer that no gradient reaches has an effect, the layers before it have lost a part of
     theirs and are measured too. Each number of bits costs a forward pass over a random part of the
-    data. A rise is that of the loss when this layer alone is rounded, its weights or what enters
-    it: told by the outputs where there is a rise of them, else the change of the loss itself. The
-    bits of the prepared network are restored.
+    data, and over all of them where that part shows no effect: few samples may come to a layer.
+    A rise is that of the loss when this layer alone is rounded, its weights or what enters it: told
+    by the outputs where there is a rise of them, else the change of the loss itself. The bits of
+    the prepared network are restored.
 
     Raises:
         DataError: No layer of the network moves the loss at all.
@@ -40,11 +41,12 @@ def with_measured(
     data = counting(data)
     part = counting(Batches(data[place] for place in statistics_places(data, 1)))
     told = output_rise if output_rise is not None and output_rise.reads_outputs else None
-    scorer = Scorer(prepared, table, part, loss_fn, output_rise=told)
+    scorers = [Scorer(prepared, table, some, loss_fn, output_rise=told) for some in (part, data)]
+    scorers = scorers[: 1 + (len(part) < len(data))]
     before = get_bits(prepared)
     in_float = dict.fromkeys(before, LayerBits(FLOAT_BITS, FLOAT_BITS))
 
-    def rise(name: str, bits: LayerBits) -> float:
+    def rise(scorer: Scorer, name: str, bits: LayerBits) -> float:
         loss, found = scorer.measure({**in_float, name: bits})
         return abs(loss - scorer.float_loss()) if found is None else max(found, 0.0)
 
@@ -52,9 +54,13 @@ def with_measured(
     try:
         todo = [name for name in weights if name in curvature.unknown]
         for name in todo:
-            weights[name] = {b: rise(name, LayerBits(b, FLOAT_BITS)) for b in weights[name]}
-            activations[name] = {b: rise(name, LayerBits(FLOAT_BITS, b)) for b in activations[name]}
-            if any(weights[name].values()) or any(activations[name].values()):
+            for s in scorers:
+                weights[name] = {b: rise(s, name, LayerBits(b, FLOAT_BITS)) for b in weights[name]}
+                inputs = {b: rise(s, name, LayerBits(FLOAT_BITS, b)) for b in activations[name]}
+                activations[name] = inputs
+                if any((*weights[name].values(), *inputs.values())):
+                    break
+            if any((*weights[name].values(), *activations[name].values())):
                 todo += sorted(curvature.unreached.get(name, frozenset()) - set(todo))
     finally:
         set_bits(prepared, before)

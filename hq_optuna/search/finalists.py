@@ -42,13 +42,13 @@ def finalists(
     stay within one notch of uniform bits, or in which the inputs' part counts more or less.
     """
     found: dict[tuple[int, ...], str] = {}
-    for name, state in _all(sums, incumbent, limit):
+    for name, state in _by_priority(sums, incumbent, limit):
         if state is not None and len(found) < n:
             found.setdefault(state, name)
     return tuple(Finalist(name, state) for state, name in found.items())
 
 
-def _all(
+def _by_priority(
     sums: Additive, incumbent: tuple[int, ...], limit: float
 ) -> Iterator[tuple[str, tuple[int, ...] | None]]:
     uniform = _uniform(sums, limit)

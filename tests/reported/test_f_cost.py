@@ -65,6 +65,17 @@ def test_an_expert_without_samples_is_not_searched():
     assert "experts.3" not in product.search(network, by_expert(network)).bits
 
 
+@pytest.mark.parametrize("scorer", ["hessian_trace", "diagonal"])
+def test_an_expert_that_few_samples_need_is_not_free(scorer):
+    """Sorted, so that the samples which a table reads may need one expert alone."""
+    network = made(Experts)
+    table, _ = product.rise_table(network, by_expert(network), scorer=scorer)
+    for number in range(3):
+        rows = table[f"experts.{number}"]
+        assert rows["weights"][2] > rows["weights"][8] > 0
+        assert rows["activations"][2] > 0
+
+
 class Twice(nn.Module):
     """A layer is called once for each of so many steps as the batch has."""
 

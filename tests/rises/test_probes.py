@@ -287,3 +287,17 @@ def test_the_rise_is_chosen_by_the_outputs(outputs, labels, kind, said: str) -> 
     found, reason = rises.rise_of_outputs([outputs], (Batch((), labels, n),))
     assert isinstance(found, kind)
     assert pytest.importorskip("re").search(said, reason)
+
+
+class HoldsItself:
+    """Its logits, and itself: as an object that keeps what it came from does."""
+
+    def __init__(self, z: Tensor) -> None:
+        self.logits, self.owner = z, self
+
+
+def test_an_object_that_holds_itself_has_its_tensors_once() -> None:
+    z = torch.zeros(4, 3)
+    assert {name: part is z for name, part in rises.parts_of(HoldsItself(z)).items()} == {
+        "logits": True
+    }
