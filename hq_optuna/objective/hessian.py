@@ -156,7 +156,7 @@ class HessianObjective:
             self.data = look_over(model, self.data, loss_fn)
         self.loss_fn, said = as_mean(model, self.data, loss_fn)
         self.setup = replace(self.setup, data=self.data, loss_fn=self.loss_fn)
-        self.warnings += said
+        self.warnings += said + self.setup.order_warnings()
         if rise is not None and self.rise is not None and self.rise.reads_outputs:
             check_rise(model, self.data, self.rise)
         if reason and (given.scorer is None or self.settings.scorer == "hessian_trace"):

@@ -32,6 +32,16 @@ from hq_optuna.space.search_space import SearchSpace, bits_needed
 from hq_optuna.training.trained import TrainedNetwork
 
 
+def _classes(data: Batches) -> set[int]:
+    """Return the labels of data with one whole number a sample; none of other data."""
+    found = set[int]()
+    for batch in data:
+        labels = batch.labels
+        if isinstance(labels, Tensor) and labels.dim() == 1 and not labels.is_floating_point():
+            found.update(labels.tolist())
+    return found
+
+
 def _default(rise: Rise | None, trains: bool) -> ScorerName:
     """Return the scorer that ranks best with what is known of the outputs."""
     if rise is None:
@@ -265,6 +275,17 @@ class ScorerSetup:
         """What layers' rises are measured on."""
         chosen = self._table_places or range(len(self.data))
         return Batches(batch for place, batch in enumerate(self.data) if place in chosen)
+
+    def order_warnings(self) -> list[str]:
+        """Return a sentence where the samples that the table reads lack half of the classes."""
+        part, whole = (_classes(data) for data in (self.table_data, self.data))
+        if not self._table_places or 2 * len(part) >= len(whole):
+            return []
+        return [
+            f"The {self.table_data.n_samples} calibration samples that are set aside for the table "
+            f"of rises have {len(part)} of {len(whole)} classes: the data come in the order of "
+            "their labels. Shuffle them, so that the table stands for all classes."
+        ]
 
     @property
     def rounding_data(self) -> Batches:

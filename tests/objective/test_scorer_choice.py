@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import optuna
 import pytest
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -62,3 +63,15 @@ def test_a_known_loss_has_no_rise_in_its_fingerprint() -> None:
 
 def read_fingerprint(made) -> dict:
     return made.objective.fingerprint(made.open())
+
+
+def test_data_in_the_order_of_their_labels_are_warned_of() -> None:
+    network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 16)).eval()
+    x, labels = torch.randn(256, 4, generator=torch.Generator().manual_seed(0)), torch.arange(256)
+    dealt, in_order = labels % 16, labels // 16
+    [said] = search(model=network, calibration=(x, in_order)).objective.warnings
+    assert "have 4 of 16 classes" in said
+    assert "Shuffle them" in said
+    assert search(model=network, calibration=(x, dealt)).objective.warnings == []
+    by_passes = search(model=network, calibration=(x, in_order), scorer="gauss_newton")
+    assert by_passes.objective.warnings == []  # reads all samples
