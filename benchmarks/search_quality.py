@@ -118,7 +118,7 @@ def main() -> None:
         uniform = BitConfig.uniform([layer.name for layer in space.layers], bits, 32)
         report(outcome, "uniform", str(bits), [(0.0, uniform, 1)], measure, "")
     for name, average in AVERAGES.items():
-        limit = Budget.fraction(size_bytes=average / 8).limit(space.layers)
+        limit = Budget.fraction(size_bytes=average / 8).limit(space)
         for scorer, table in tables.items() if sums else ():
             best = exact_config(space, table, limit)
             optimum = sum(table.score(best))
@@ -217,7 +217,7 @@ def tables_of(
 def exact_config(space: SearchSpace, table: Sensitivity, limit: float) -> BitConfig:
     """Return the assignment with the least layer sum within the limit."""
     table_json = {n: {"weights": table.weights[n], "activations": {}} for n in table.weights}
-    sums = Additive(space, table_json, CostModel(space.layers, "size_bytes").layer_cost)
+    sums = Additive(space, table_json, CostModel(space.layers, "size_bytes"))
     best = sums.exact(limit)
     assert best is not None
     return best.config

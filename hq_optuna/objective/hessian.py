@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from hq_optuna import attributes
 from hq_optuna.artifacts.store import Artifacts
-from hq_optuna.attributes import StudyInfo, Ticket
+from hq_optuna.attributes import Beside, StudyInfo, Ticket
 from hq_optuna.errors import NetworkError, ResumeError, SpaceError
 from hq_optuna.network.batches import Batches, check_sample_axis, read_batches
 from hq_optuna.network.checks import check_forward, check_rise, look_over
@@ -54,7 +54,6 @@ from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.scoring import Score, Scorer
 from hq_optuna.settings import SearchSettings, settings_of
 from hq_optuna.space.assignment import BitConfig
-from hq_optuna.space.cost import CostModel
 from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.training.plan import TrainingPlan
 
@@ -313,7 +312,7 @@ class HessianObjective:
         """Return what a study says of its search."""
         budget, sampler = budget_of(study), study.sampler
         metric = "bops" if budget is None else budget.metric
-        model = CostModel(self.space.layers, metric)
+        model = self.space.costs(metric)
         settings = self.settings.to_json()
         if budget is not None:
             settings["budget"] = budget.text
@@ -323,7 +322,7 @@ class HessianObjective:
             settings |= {"rule": type(sampler).__name__, "n_candidates": 1}
         return StudyInfo(
             metric=metric,
-            limit=model.float32 if budget is None else budget.limit(self.space.layers),
+            limit=model.float32 if budget is None else budget.limit(self.space),
             budget="none" if budget is None else str(budget),
             int8=model.int8,
             float32=model.float32,
@@ -332,6 +331,10 @@ class HessianObjective:
             training=None if self.training is None else self.training.plan.to_json(),
             skipped=self.skipped,
             warnings=tuple(self.warnings),
+            beside=tuple(
+                Beside(b.metric, b.limit, b.text, b.model.int8)
+                for b in ([] if budget is None else budget.bounds(self.space)[1:])
+            ),
         )
 
     @own_modes()

@@ -285,7 +285,7 @@ def test_other_samplers_search_the_same_space_under_the_same_constraint(by):
         sampler=SAMPLERS[by](), pruner=hq.pruners.CostBudgetPruner(searched, BUDGET)
     )
     free.optimize(objective(searched), n_trials=14)
-    limit, model = BUDGET.limit(searched.layers), CostModel(searched.layers)
+    limit, model = BUDGET.limit(searched), CostModel(searched.layers)
     assert {trial.state for trial in free.trials} == {TrialState.COMPLETE}
     for trial in free.trials:
         assert set(trial.params) == {"first", "middle", "last"}
