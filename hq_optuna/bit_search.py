@@ -49,7 +49,7 @@ from hq_optuna.search import Limits
 from hq_optuna.settings import SearchSettings, settings_of
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.budget import Budget, check_reachable
-from hq_optuna.space.cost import CostModel, Metric
+from hq_optuna.space.cost import Metric
 from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.storages import RETRY_FOR_S, explain_errors_of, open_retrying
 from hq_optuna.training.plan import TrainingPlan
@@ -395,7 +395,7 @@ class BitSearch:
         return facts
 
     def _result(self, study: Study, metric: Metric, **found: Any) -> SearchResult:
-        costs = CostModel(self.space.layers, metric)
+        costs = self.space.costs(metric)
         return SearchResult(
             space=self.space,
             metric=metric,
@@ -446,7 +446,7 @@ class BitSearch:
             found.metric,
             config=config,
             network=network,
-            cost=CostModel(self.space.layers, found.metric).cost(config),
+            cost=self.space.costs(found.metric).cost(config),
             met=True,
             score=score.total,
             score_weights=score.weights,

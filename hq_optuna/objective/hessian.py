@@ -54,7 +54,6 @@ from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.scoring import Score, Scorer
 from hq_optuna.settings import SearchSettings, settings_of
 from hq_optuna.space.assignment import BitConfig
-from hq_optuna.space.cost import CostModel
 from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.training.plan import TrainingPlan
 
@@ -313,7 +312,7 @@ class HessianObjective:
         """Return what a study says of its search."""
         budget, sampler = budget_of(study), study.sampler
         metric = "bops" if budget is None else budget.metric
-        model = CostModel(self.space.layers, metric)
+        model = self.space.costs(metric)
         settings = self.settings.to_json()
         if budget is not None:
             settings["budget"] = budget.text
@@ -323,7 +322,7 @@ class HessianObjective:
             settings |= {"rule": type(sampler).__name__, "n_candidates": 1}
         return StudyInfo(
             metric=metric,
-            limit=model.float32 if budget is None else budget.limit(self.space.layers),
+            limit=model.float32 if budget is None else budget.limit(self.space),
             budget="none" if budget is None else str(budget),
             int8=model.int8,
             float32=model.float32,

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from hq_optuna.errors import SpaceError
 from hq_optuna.space.assignment import BitConfig, LayerBits
+from hq_optuna.space.cost import CostModel, Metric
 from hq_optuna.space.layers import FLOAT_BITS, MAX_BITS, MIN_BITS, LayerSpec, is_whole
 
 Part = Literal["both", "weights", "activations"]
@@ -137,6 +138,10 @@ class SearchSpace:
         """All bits that a layer may have, pinned ones too, fewest first."""
         found = {bits for variable in self.variables for bits in variable.bits}
         return tuple(sorted(found | {bits for pair in self.start.values() for bits in pair}))
+
+    def costs(self, metric: Metric) -> CostModel:
+        """Return what assignments of this space cost in a metric."""
+        return CostModel(self.layers, metric)
 
     def config(self, state: Sequence[int]) -> BitConfig:
         """Return the bits of all layers when the variables have the bits ``state``."""
