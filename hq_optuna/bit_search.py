@@ -21,6 +21,7 @@ from hq_optuna.artifacts.store import Artifacts, open_artifacts
 from hq_optuna.attributes import COMPARED
 from hq_optuna.dashboard import PageWriter
 from hq_optuna.errors import ArtifactError, ResumeError, SettingError
+from hq_optuna.hardware import read_hardware, space_on
 from hq_optuna.network import evaluation
 from hq_optuna.network.batches import Batches, check_sample_axis, read_batches
 from hq_optuna.network.checks import LookOver
@@ -50,7 +51,6 @@ from hq_optuna.settings import SearchSettings, settings_of
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.budget import Budget, parse_budget
 from hq_optuna.space.cost import Metric
-from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.storages import RETRY_FOR_S, explain_errors_of, open_retrying
 from hq_optuna.training.plan import TrainingPlan
 from hq_optuna.workers.loop import Doing, work
@@ -86,6 +86,8 @@ class BitSearch:
         NetworkError: Nothing to quantize, NaN weights, random forward pass.
         DataError: Empty, unlabelled, unrepeatable or non-finite data; labels out of range.
         SpaceError: Unknown layers, impossible bits.
+        HardwareError: The hardware is not known, its description is wrong, or knows no layers of a
+            kind that the network has.
         BudgetError: The budget is below the cheapest assignment.
         SettingError: A setting, or a budget as text, that cannot be read.
         TypeError: There is no such setting.
@@ -131,10 +133,7 @@ class BitSearch:
         by_shape = sample_axis is None and not isinstance(calibration, Batches)
         if by_shape and not self._without_labels:
             check_sample_axis(copied(model), data[0])
-        space_settings = ("bits", "activation_bits", "pin_first_last", "pins", "allowed", "tied")
-        self.space = SearchSpace.build(
-            seen.layers, **{name: getattr(self.settings, name) for name in space_settings}
-        )
+        self.space = space_on(read_hardware(self.settings.hardware), seen.layers, self.settings)
         check_reachable(self.space, self.budget)
         self.training = training
         self.validation: Batches | None = None
