@@ -33,6 +33,7 @@ from hq_optuna.network.loss_weights import observed_losses, weighed
 from hq_optuna.network.losses import LossFunction, own_loss
 from hq_optuna.network.modes import own_modes
 from hq_optuna.network.searchable import check_searchable
+from hq_optuna.network.unfused import unfused
 from hq_optuna.objective.hessian import HessianObjective
 from hq_optuna.objective.publish import publish_artifacts, publish_facts, refuse_foreign_study
 from hq_optuna.objective.scorer_setup import Progress
@@ -119,6 +120,7 @@ class BitSearch:
             )
         self._sample_axis = sample_axis
         check_searchable(model)
+        model = unfused(model)
         device = device_of(model)
         data = read_batches(
             calibration, batch_size=batch_size, sample_axis=sample_axis, labelled=False

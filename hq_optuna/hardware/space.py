@@ -30,7 +30,7 @@ def space_on(
         HardwareError: The hardware knows no layers of a kind, or pins what is no layer.
         SpaceError: As for `SearchSpace.build`, or the settings leave nothing of the hardware's.
     """
-    taken = ("activation_bits", "pin_first_last", "pins", "allowed")
+    taken = ("activation_bits", "pin_first_last", "pins", "allowed", "tie_inputs")
     told = {name: getattr(settings, name) for name in taken} | known
     told["tied"] = (*settings.tied, *hardware.ties)
     fixed = hardware.pin_of(layers)

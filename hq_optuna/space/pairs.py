@@ -8,6 +8,7 @@ operations down.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from hq_optuna.space.search_space import (
     groups_of,
     notches,
     read_pin,
+    same_input,
 )
 
 Pairs = tuple[LayerBits, ...]
@@ -40,6 +42,7 @@ def space_of_pairs(
     fixed: Mapping[str, LayerBits] | None = None,
     allowed: Mapping[str, Iterable[int]] | None = None,
     tied: Iterable[Sequence[str]] = (),
+    tie_inputs: bool = True,
     **known: Any,
 ) -> SearchSpace:
     """Return the space in which each layer has some pairs of bits.
@@ -55,6 +58,8 @@ def space_of_pairs(
         fixed: Layer name to the pair that the hardware pins it at.
         allowed: Layer name or glob to the weight bits to leave there.
         tied: Groups of layer names that share their pair.
+        tie_inputs: Whether layers that read the same tensor share its bits: one variable of their
+            activations where these are searched apart, else of their pairs.
         **known: What else the space is told of the network.
 
     Raises:
@@ -77,7 +82,9 @@ def space_of_pairs(
                 "pin_first_last)."
             )
     variables: list[Variable] = []
-    for group in groups_of(layers, tied, start):
+    groups = groups_of(layers, tied, start)
+    readers = same_input(layers, groups, left) if tie_inputs else {}
+    for group in _joined(groups, readers, left):
         one = left[group[0]]
         for name in group:
             if set(left[name]) != set(one):
@@ -85,7 +92,7 @@ def space_of_pairs(
                     f"Tied layers must allow the same bits: {group[0]!r} has {_said(one)}, "
                     f"{name!r} has {_said(left[name])}."
                 )
-        found, widest = _variables(group, one)
+        found, widest = _variables(group, one, readers.get(group[0], group))
         variables += found
         start |= dict.fromkeys(group, widest)
     if not variables:
@@ -125,19 +132,44 @@ def _left(
     return found
 
 
-def _variables(group: tuple[str, ...], pairs: Pairs) -> tuple[list[Variable], LayerBits]:
-    """Return what can be searched in a group of tied layers, and its widest pair."""
+def _joined(
+    groups: Sequence[tuple[str, ...]],
+    readers: Mapping[str, tuple[str, ...]],
+    left: Mapping[str, Pairs],
+) -> list[tuple[str, ...]]:
+    """Return the groups, those joined that read one tensor whose bits go with their weights'."""
+    return list(
+        dict.fromkeys(
+            group if _is_product(left[group[0]]) else readers.get(group[0], group)
+            for group in groups
+        )
+    )
+
+
+def _is_product(pairs: Pairs) -> bool:
+    parts = zip(*pairs, strict=True)
+    return len(pairs) == math.prod(len(set(part)) for part in parts)
+
+
+def _variables(
+    group: tuple[str, ...], pairs: Pairs, readers: tuple[str, ...]
+) -> tuple[list[Variable], LayerBits]:
+    """Return what can be searched in a group of tied layers, and its widest pair.
+
+    ``readers`` share the bits of their input; these are searched with the first of them.
+    """
     weights = sorted({pair.weight_bits for pair in pairs}, reverse=True)
     inputs = sorted({pair.activation_bits for pair in pairs}, reverse=True)
     name, widest = "=".join(group), LayerBits(weights[0], inputs[0])
-    if len(pairs) == len(weights) * len(inputs):
-        parts = [("weights", weights), ("activations", inputs)]
-        free = [(part, bits) for part, bits in parts if len(bits) > 1]
-        apart = len(free) > 1 or (free and free[0][0] == "activations")
-        return [
-            Variable(f"{name}:{part}" if apart else name, group, part, tuple(bits))  # type: ignore[arg-type]
-            for part, bits in free
-        ], widest
+    if _is_product(pairs):
+        found = []
+        if len(weights) > 1:
+            shown = f"{name}:weights" if len(inputs) > 1 else name
+            found.append(Variable(shown, group, "weights", tuple(weights)))
+        if len(inputs) > 1 and readers[0] == group[0]:
+            shown = f"{'='.join(readers)}:activations"
+            found.append(Variable(shown, readers, "activations", tuple(inputs)))
+        return found, widest
     if all(pair.weight_bits == pair.activation_bits for pair in pairs):
         return [Variable(name, group, "both", tuple(weights))], widest
     # Fewer bits in both parts always come later, so that each notch is lower than those before.
