@@ -107,6 +107,20 @@ def observe_inputs(
 
     Raises `DataError` where a layer receives NaN or infinity.
     """
+    with observed_inputs(network, names) as found:
+        for batch in data:
+            forward(network, batch.inputs)
+    return found
+
+
+@contextmanager
+def observed_inputs(
+    network: nn.Module, names: Sequence[str]
+) -> Iterator[dict[str, InputHistogram]]:
+    """Give the histograms of `observe_inputs`, which are there when the body has run the network.
+
+    Raises `DataError` where a layer receives NaN or infinity.
+    """
     seen = {name: _Counted() for name in names}
 
     def see(name: str, x: Tensor) -> None:
@@ -120,10 +134,10 @@ def observe_inputs(
             )
         seen[name].add(x.detach(), low, high)
 
+    found: dict[str, InputHistogram] = {}
     with watch_inputs(network, names, see):
-        for batch in data:
-            forward(network, batch.inputs)
-    return {name: InputHistogram(one.counts, one.edges) for name, one in seen.items()}
+        yield found
+    found |= {name: InputHistogram(one.counts, one.edges) for name, one in seen.items()}
 
 
 class _Counted:
