@@ -23,7 +23,7 @@ from hq_optuna.report.comparison import warnings
 from hq_optuna.report.data import accuracies, layer_table
 from hq_optuna.report.text import most_costly, of_metric
 from hq_optuna.space.budget import Budget
-from hq_optuna.space.cost import CostModel, format_cost, macs
+from hq_optuna.space.cost import format_cost, macs
 from hq_optuna.space.layers import FLOAT_BITS
 from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.storages import redact_url
@@ -39,7 +39,7 @@ def opening(
 ) -> None:
     """Say what is searched, before the work."""
     layers, metric = space.layers, budget.metric
-    int8, limit = CostModel(layers, metric).int8, budget.limit(layers)
+    int8, limit = space.costs(metric).int8, budget.limit(space)
     lines = [
         f"{len(layers)} layers, {macs(layers):,} MACs, "
         f"{sum(layer.n_weights for layer in layers):,} weights; {len(space.variables)} searched",

@@ -30,7 +30,7 @@ from hq_optuna.report.comparison import warnings
 from hq_optuna.report.text import headline
 from hq_optuna.search import uniform_within
 from hq_optuna.space.assignment import BitConfig, LayerBits
-from hq_optuna.space.cost import METRICS, CostModel, shares
+from hq_optuna.space.cost import METRICS, shares
 from hq_optuna.space.layers import FLOAT_BITS
 
 PACKAGES = ("optuna", "torch", "numpy", "scipy", "sqlalchemy", "plotly")
@@ -213,7 +213,7 @@ class LayerRow:
 def layer_table(history: History) -> list[LayerRow]:
     """Return the layers of the answer in network order."""
     space = history.space
-    model = CostModel(space.layers, history.info.metric)
+    model = space.costs(history.info.metric)
     config = space.start if history.incumbent is None else history.incumbent.config
     eight = BitConfig.uniform([layer.name for layer in space.layers], 8, 8)
     before, after = (shares(model.per_layer(bits)).tolist() for bits in (eight, config))
@@ -296,7 +296,7 @@ def beside(history: History) -> list[dict[str, Any]]:
         ``{"value", "low", "high"}`` or ``None``, ``metric`` a number.
     """
     facts, info, space = history.facts, history.info, history.space
-    models = {metric: CostModel(space.layers, metric) for metric in METRICS}
+    models = {metric: space.costs(metric) for metric in METRICS}
     model = models[info.metric]
     measured = {(row["method"], row["bits"]): row for row in facts.get(COMPARED, ())}
     ours = accuracies(facts).get("validation")
