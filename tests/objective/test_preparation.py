@@ -267,4 +267,3 @@ def test_the_note_and_the_status_of_a_study_say_how_far_its_preparation_is(tmp_p
     assert lines[0].startswith(f"preparing: 0 of {n} pieces, 0 % of the work")
     assert f"preparing: {n - 1} of {n} pieces" in lines[-2]
     assert "1 worker" in lines[-2]
-    assert "preparing" not in line(read_status(study))
