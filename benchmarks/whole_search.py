@@ -29,8 +29,8 @@ checks to the answer at uniform 4 bits' cost (without the dashboard's pages),
 ``answer_points_NETWORK_b``, with paired standard errors. ``uniform_better`` counts the cases where
 uniform bits are better beyond two of them in any. With ``--seeds`` figures and errors are means.
 
-Networks that tell no class a sample are judged by their own rise: by H̄ for the smooth rise, and in
-full in place of the divergence.
+Networks that tell no class a sample are judged by their own rise: by H̄ for the smooth rise, and by
+each sample's Hessian in place of the divergence.
 
     python -m benchmarks.whole_search --networks resnet20 --budgets 4 3 --data DIR
     python -m benchmarks.whole_search --search --networks resnet20 kws vww --data DIR
@@ -93,7 +93,7 @@ State = tuple[int, ...]
 class Rises:
     """The smooth rise and the KL divergence of each sample, and whether its class is right.
 
-    Of outputs that are no classes of a sample: the rise by H̄, and the rise itself.
+    Of outputs that are no classes of a sample: the rise by H̄, and by each sample's own Hessian.
     """
 
     smooth: Array
