@@ -14,12 +14,13 @@ from torch.nn import functional
 
 from hq_optuna import attributes
 from hq_optuna.answer.comparison import rows
+from hq_optuna.answer.layer_errors import layer_errors
 from hq_optuna.answer.measured_end import best_measured
 from hq_optuna.answer.resolve import resolve, sums_for
 from hq_optuna.answer.result import SearchResult
 from hq_optuna.artifacts.store import Artifacts, open_artifacts
-from hq_optuna.attributes import COMPARED
-from hq_optuna.dashboard import PageWriter
+from hq_optuna.attributes import COMPARED, LAYER_ERRORS
+from hq_optuna.dashboard import PageWriter, PreparationNote
 from hq_optuna.errors import ArtifactError, ResumeError, SettingError
 from hq_optuna.hardware import read_hardware, space_on
 from hq_optuna.network import evaluation
@@ -35,8 +36,8 @@ from hq_optuna.network.modes import own_modes
 from hq_optuna.network.searchable import check_searchable
 from hq_optuna.network.unfused import unfused
 from hq_optuna.objective.hessian import HessianObjective
+from hq_optuna.objective.preparation import Progress
 from hq_optuna.objective.publish import publish_artifacts, publish_facts, refuse_foreign_study
-from hq_optuna.objective.scorer_setup import Progress
 from hq_optuna.objective.training_steps import NO_STORE
 from hq_optuna.optuna_internals import storage_of
 from hq_optuna.protocol.history import TEST_OF, History, read_history
@@ -55,6 +56,9 @@ from hq_optuna.space.cost import Metric
 from hq_optuna.storages import RETRY_FOR_S, explain_errors_of, open_retrying
 from hq_optuna.training.plan import TrainingPlan
 from hq_optuna.workers.loop import Doing, work
+
+_APART = COMPARED, LAYER_ERRORS
+"""Facts that are no figures of the answer's network."""
 
 
 class BitSearch:
@@ -220,8 +224,9 @@ class BitSearch:
             storage: Storage URL, the path of a file, an Optuna storage, or ``None`` for memory.
             study_name: Name of the study; an existing one is resumed.
             artifacts: A folder or ``s3://bucket/prefix`` for what is too large for the storage; a
-                copy of the sensitivity table goes there, and what training gives. ``None``:
-                nowhere, and a search that trains is refused.
+                copy of the sensitivity table goes there, what training gives, and what workers
+                prepare for each other. ``None``: nowhere; each worker prepares for itself then, and
+                a search that trains is refused.
             limits: What the search may spend on itself. They are kept in the study; who goes on
                 with it may raise them.
             retry_for_s: How long a storage given by URL is tried again when it does not answer, or
@@ -257,7 +262,14 @@ class BitSearch:
                 write_limits(study)
             if start is not None:
                 start.remember(study)
-            self.objective.prepare(study, artifacts=artifacts, progress=progress)
+            note = PreparationNote(study)
+
+            def told(what: str, done: int, of: int) -> None:
+                if progress is not None:
+                    progress(what, done, of)
+                note()
+
+            self.objective.prepare(study, artifacts=artifacts, progress=told)
             if artifacts is not None:
                 publish_artifacts(study, artifacts)
         return study
@@ -336,8 +348,7 @@ class BitSearch:
             study: What `optimize` returned.
             test: Returns the test data. They are read when the search is over and never before,
                 once for each answer: figures that the study holds are not measured again.
-            artifacts: Where a search that trained keeps weights, for a study that `open` did not
-                open.
+            artifacts: As for `open`, for a study that `open` did not open.
 
         Raises:
             ResumeError: The study has no closed step yet.
@@ -371,6 +382,21 @@ class BitSearch:
             facts=facts,
         )
 
+    @own_modes()
+    def layer_errors(self, study: Study, result: SearchResult) -> dict[str, Any]:
+        """Measure what each layer's bits do, write it into the study, and return it.
+
+        Signal-to-noise ratios in dB, see `hq_optuna.answer.layer_errors.layer_errors`; two passes a
+        layer over some calibration samples. The report shows those of its answer.
+
+        Args:
+            study: What `optimize` returned.
+            result: What `result` returned of it.
+        """
+        found = layer_errors(self.objective, result.config, result.network)
+        publish_facts(study, {LAYER_ERRORS: found})
+        return found
+
     def _measured(
         self,
         study: Study,
@@ -380,7 +406,7 @@ class BitSearch:
         test: Callable[[], Any] | None,
     ) -> dict[str, Any]:
         """Measure the answer's network, write the figures into the study, and return them."""
-        facts = {name: fact for name, fact in history.facts.items() if name != COMPARED}
+        facts = {name: fact for name, fact in history.facts.items() if name not in _APART}
         if self.validation is not None:
             facts = {n: f for n, f in facts.items() if not evaluation.is_validation_fact(n)}
             facts |= self.before_and_after(network, self.validation, "validation")
@@ -408,7 +434,12 @@ class BitSearch:
 
     @own_modes()
     def exact(
-        self, study: Study, budget: Budget | str | None = None, *, verify: int = 0
+        self,
+        study: Study,
+        budget: Budget | str | None = None,
+        *,
+        verify: int = 0,
+        artifacts: str | Path | Artifacts | None = None,
     ) -> SearchResult:
         """Return the answer for a budget without a search: the least sum over layers.
 
@@ -419,6 +450,7 @@ class BitSearch:
             budget: By default the search's own.
             verify: As in the end of a search: so many assignments within the budget are measured on
                 set-aside samples, and the best is the answer. 0: the least sum is.
+            artifacts: Where the search's workers left what they prepared, as for `open`.
 
         Raises:
             BudgetError: The budget is below the cheapest assignment.
@@ -429,7 +461,9 @@ class BitSearch:
                 "verify measures what moved outputs cost, and no rise tells that of this network: "
                 "give BitSearch rise=, one of hq_optuna.rises, or leave verify out."
             )
-        scorer = self.objective.prepare(study)
+        if isinstance(artifacts, (str, Path)):
+            artifacts = open_artifacts(artifacts)
+        scorer = self.objective.prepare(study, artifacts=artifacts)
         budget = self.budget if budget is None else parse_budget(budget)
         found = resolve(study, budget)
         config, facts = found.config, dict[str, Any]()
