@@ -17,6 +17,11 @@ from hq_optuna.quantization import observe_inputs, prepare
 from hq_optuna.quantization.compensation import compensate_weights
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.quantization.observers import InputHistogram
+from hq_optuna.quantization.outputs import (
+    add_output_quantizers_,
+    output_quantizers,
+    outputs_always,
+)
 from hq_optuna.quantization.quantizer_choice import choose_quantizers, uncompensated_warnings
 from hq_optuna.quantization.statistics import statistics_places
 from hq_optuna.rises import Rise, RiseLoss
@@ -26,6 +31,7 @@ from hq_optuna.scoring import (
     Scorer,
     Sensitivity,
     measure_layer_sums,
+    with_outputs,
 )
 from hq_optuna.settings import ScorerName, SearchSettings
 from hq_optuna.space.search_space import SearchSpace, bits_needed
@@ -157,17 +163,22 @@ class ScorerSetup:
             warnings += uncompensated_warnings(self.quantizers)
         facts: dict[str, float] = {"rounding_samples": self.rounding_data.n_samples}
         facts["set_aside_samples"] = sum(self.data[p].n for p in self.set_aside_places)
+        if outputs := output_quantizers(prepared):
+            facts["output_quantizers"] = len(outputs)
         correction = self._correction(prepared, base)
         if known is None:
-            sums = measure_layer_sums(
-                *(self._layer_sum, network, prepared, self.space, self.table_data, self.loss_fn),
-                progress=progress,
-                moments=moments,
-                correction=correction,
-                rise=self.rise,
-                whole=self.data,
-            )
+            with outputs_always(prepared, False):  # a table is of one layer at a time
+                sums = measure_layer_sums(
+                    *(self._layer_sum, network, prepared, self.space, self.table_data),
+                    self.loss_fn,
+                    progress=progress,
+                    moments=moments,
+                    correction=correction,
+                    rise=self.rise,
+                    whole=self.data,
+                )
             known, curvature = sums.sensitivity, sums.curvature
+            known = with_outputs(known, prepared, self.table_data, self.loss_fn, self.rise)
             warnings += sums.warnings
             facts["curvature_samples"] = curvature.n_samples
             if math.isfinite(curvature.largest_error):  # one batch alone has none
@@ -199,6 +210,9 @@ class ScorerSetup:
         """Return a prepared copy with observed ranges and what a training learned."""
         names = [layer.name for layer in self.space.layers]
         prepared = self.prepared(network, observe_inputs(network, names, self.rounding_data))
+        if self.settings.output_bits is not None:
+            how = self.settings.output_bits, self.settings.observer
+            add_output_quantizers_(prepared, names, self.rounding_data, *how)
         if base is not None:
             base.restore_learned_(prepared)
         return prepared

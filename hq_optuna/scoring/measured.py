@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from torch import nn
 
 from hq_optuna.curvature import Curvature
@@ -9,6 +11,7 @@ from hq_optuna.errors import DataError
 from hq_optuna.network.batches import Batches
 from hq_optuna.network.loss_weights import counting
 from hq_optuna.network.losses import LossFunction
+from hq_optuna.quantization.outputs import output_quantizers, outputs_always
 from hq_optuna.quantization.prepare import get_bits, set_bits
 from hq_optuna.quantization.statistics import statistics_places
 from hq_optuna.rises.base import Rise
@@ -16,6 +19,38 @@ from hq_optuna.scoring.scorer import Scorer
 from hq_optuna.scoring.sensitivity import Sensitivity
 from hq_optuna.space.assignment import LayerBits
 from hq_optuna.space.layers import FLOAT_BITS
+
+
+def with_outputs(
+    table: Sensitivity,
+    prepared: nn.Module,
+    data: Batches,
+    loss_fn: LossFunction,
+    output_rise: Rise | None,
+) -> Sensitivity:
+    """Return a table to which the rise of rounded outputs is added, where a network has those.
+
+    It is the same whatever bits layers have, and is measured once, with all layers in float. Layers
+    share it by how many outputs are rounded behind them; it counts with what enters them, or with
+    their weights where that stays in float.
+    """
+    layers = [name.rpartition(".")[0] for name in output_quantizers(prepared)]
+    if not layers:
+        return table
+    told = output_rise if output_rise is not None and output_rise.reads_outputs else None
+    scorer, before = Scorer(prepared, table, data, loss_fn, output_rise=told), get_bits(prepared)
+    in_float = dict.fromkeys(before, LayerBits(FLOAT_BITS, FLOAT_BITS))
+    float_loss = scorer.float_loss()
+    with outputs_always(prepared, True):
+        loss, found = scorer.measure(in_float)
+    set_bits(prepared, before)
+    rise = loss - float_loss if found is None else found
+    weights, activations = dict(table.weights), dict(table.activations)
+    for name, n in Counter(layers).items():
+        side = activations if activations[name] else weights
+        share = max(rise, 0.0) * n / len(layers)
+        side[name] = {bits: value + share for bits, value in side[name].items()}
+    return Sensitivity(weights, activations)
 
 
 def with_measured(
