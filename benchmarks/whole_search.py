@@ -67,7 +67,6 @@ from hq_optuna.protocol.history import read_history
 from hq_optuna.search.additive import Additive
 from hq_optuna.search.uniform import uniform_states
 from hq_optuna.space.assignment import BitConfig
-from hq_optuna.space.cost import CostModel
 from hq_optuna.space.search_space import SearchSpace
 
 TABLES = ("hessian_trace", "fisher", "diagonal")
@@ -177,7 +176,7 @@ class Prepared:
             name: {"weights": table.weights[name], "activations": table.activations[name]}
             for name in table.weights
         }
-        costs = CostModel(self.space.layers)
+        costs = self.space.costs("bops")
         self.table = Additive(self.space, by_layer, costs.layer_cost)
         self.cost = costs.cost
 
@@ -381,7 +380,7 @@ def searched(
     started = time.process_time()
     space = BitSearch(trained.network, trained.calibration, activation_bits=activation_bits).space
     uniform = {b: space.config(s) for (b, a), s in uniform_states(space).items() if a == b}
-    limits = {b: Budget.absolute(bops=CostModel(space.layers).cost(uniform[b])) for b in budgets}
+    limits = {b: Budget.absolute(bops=space.costs("bops").cost(uniform[b])) for b in budgets}
     door = time.process_time() - started
     search = BitSearch(
         trained.network, trained.calibration, activation_bits=activation_bits, budget=limits[first]

@@ -425,9 +425,7 @@ def check_file(
     )
 
 
-def last_steps(
-    quantizers: Sequence[str], layers: Mapping[str, DeployedLayer]
-) -> dict[str, float]:
+def last_steps(quantizers: Sequence[str], layers: Mapping[str, DeployedLayer]) -> dict[str, float]:
     """Return `Check.step` and `Check.output_step` of a graph with these quantizers, in order."""
     output_step = 0.0
     for name in reversed(quantizers):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -43,21 +43,32 @@ _SAME = {"iadd": "add", "radd": "add", "imul": "mul", "rmul": "mul", "multiply":
 
 
 class _State(threading.local):
-    counting: Counting | None = None
-    suspended: int = 0
+    """Who counts the calls of this thread, and whether they are counted now."""
+
+    def __init__(self) -> None:
+        self.counting: Counting | None = None
+        self.suspended = 0
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        self.suspended += 1
+        try:
+            yield
+        finally:
+            self.suspended -= 1
+
+    def begin(self, counting: Counting | None) -> Counting | None:
+        """Have another one count; return who did so far."""
+        before, self.counting = self.counting, counting
+        return before
 
 
 _STATE = _State()
 
 
-@contextmanager
-def uncounted() -> Iterator[None]:
+def uncounted() -> AbstractContextManager[None]:
     """Leave out calls of the body, which are none of the network's own."""
-    _STATE.suspended += 1
-    try:
-        yield
-    finally:
-        _STATE.suspended -= 1
+    return _STATE.pause()
 
 
 def count(kind: str, x: Tensor) -> Tensor:
@@ -96,14 +107,14 @@ class Counting(TorchFunctionMode):
 
     def __enter__(self) -> Counting:
         """Count from here on."""
-        self._outer, _STATE.counting = _STATE.counting, self
+        self._outer = _STATE.begin(self)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
         """Count no more."""
         super().__exit__(*error)  # type: ignore[no-untyped-call]
-        _STATE.counting = self._outer
+        _STATE.begin(self._outer)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -179,10 +179,10 @@ def put_output_quantizers_(
         owner, _, name = place.name.rpartition(".")
         quantizer = InputFakeQuantize(None, ranges={bits: ranges[place.name]})
         prepared.get_submodule(owner).add_module(name, quantizer)
-    network: Any = prepared
-    network.__class__ = _with_rounding(type(prepared))
-    network.output_bits, network.outputs_always = bits, None
-    network.output_places, network.output_calls = tuple(places), dict(calls)
+    module: Any = prepared
+    module.__class__ = _with_rounding(type(prepared))
+    module.output_bits, module.outputs_always = bits, None
+    module.output_places, module.output_calls = tuple(places), dict(calls)
 
 
 def output_quantizers(network: nn.Module) -> dict[str, Any]:
@@ -197,21 +197,21 @@ def set_outputs(network: nn.Module, *, rounded: bool) -> None:
     assert isinstance(network, RoundsOutputs)
     always = network.outputs_always
     bits = network.output_bits if (rounded if always is None else always) else FLOAT_BITS
-    for quantizer in output_quantizers(network).values():
-        quantizer.bits = bits
+    for module in output_quantizers(network).values():
+        module.bits = bits
 
 
 @contextmanager
-def outputs_always(network: nn.Module, rounded: bool) -> Iterator[None]:
-    """Round outputs in the body, or leave them in float, whatever bits layers get there."""
-    if not isinstance(network, RoundsOutputs):
+def outputs_always(module: nn.Module, rounded: bool) -> Iterator[None]:
+    """Round a network's outputs in the body, or leave them, whatever bits layers get there."""
+    if not isinstance(module, RoundsOutputs):
         yield
         return
-    network.outputs_always = rounded
+    module.outputs_always = rounded
     try:
         yield
     finally:
-        network.outputs_always = None
+        module.outputs_always = None
 
 
 @dataclass
@@ -235,6 +235,10 @@ class _Call:
     inside: bool
     readers: list[_Call | str | None] = field(default_factory=list)
     of_layer: int | None = None
+
+    def is_returned(self, n: int) -> None:
+        """Note that the result is what a layer returns from its n-th call."""
+        self.of_layer = n
 
     @property
     def can_be_rounded(self) -> bool:
@@ -291,7 +295,7 @@ class _Recording(Counting):
         """Note that a layer is done."""
         call = self.maker(output) if isinstance(output, Tensor) else None
         if call is not None:
-            call.of_layer = self._layer_calls[self.layer]
+            call.is_returned(self._layer_calls[self.layer])
         self._layer_calls[self.layer] += 1
         self.layer = ""
 

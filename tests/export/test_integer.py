@@ -1,4 +1,4 @@
-"""Integer end to end: with output quantizers every layer runs in integers, with the same numbers."""
+"""With output quantizers every layer runs in integers, with the same numbers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def answer():
 
 
 def test_every_layer_addition_product_and_concatenation_runs_in_integers(answer, tmp_path):
-    """With integer biases, as integer hardware has them: some of these are too coarse for floats."""
+    """With integer biases: in float some of these would be added apart."""
     path, data = tmp_path / "net.onnx", data_of(images())
     written = export.write(answer, path, data, bias="int32", check=32)
     assert written.check.integer_layers == written.check.layers
