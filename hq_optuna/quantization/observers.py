@@ -109,11 +109,24 @@ def observe_inputs(
 
     Raises `DataError` where a layer receives NaN or infinity.
     """
-    histograms = Histograms(names)
-    with watch_inputs(network, names, histograms.see):
+    with observed_inputs(network, names) as found:
         for batch in data:
             forward(network, batch.inputs)
-    return histograms.found()
+    return found
+
+
+@contextmanager
+def observed_inputs(
+    network: nn.Module, names: Sequence[str]
+) -> Iterator[dict[str, InputHistogram]]:
+    """Give the histograms of `observe_inputs`, which are there when the body has run the network.
+
+    Raises `DataError` where a layer receives NaN or infinity.
+    """
+    found, histograms = dict[str, InputHistogram](), Histograms(names)
+    with watch_inputs(network, names, histograms.see):
+        yield found
+    found |= histograms.found()
 
 
 class Histograms:

@@ -1,7 +1,6 @@
 """Scores: the predicted loss rise of an assignment, in nats, without training."""
 
 from hq_optuna.scoring.layer_sums import LAYER_SUMS, LayerSumName, measure_layer_sums
-from hq_optuna.scoring.measured import with_outputs
 from hq_optuna.scoring.scorer import SCORERS, Score, Scorer
 from hq_optuna.scoring.sensitivity import Sensitivity, measure_sensitivity
 
@@ -14,5 +13,4 @@ __all__ = [
     "Sensitivity",
     "measure_layer_sums",
     "measure_sensitivity",
-    "with_outputs",
 ]
