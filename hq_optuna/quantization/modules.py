@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from hq_optuna.quantization.calls import uncounted
 from hq_optuna.quantization.functional import quantize_activation
-from hq_optuna.quantization.input_grids import ANY_GRID, InputGrid
 from hq_optuna.quantization.observers import InputHistogram
 from hq_optuna.quantization.quantizers import UNIFORM, WeightQuantizer
-from hq_optuna.quantization.ranges import AffineRange
+from hq_optuna.quantization.ranges import ANY_GRID, AffineRange, InputGrid
 from hq_optuna.settings import Observer
 from hq_optuna.space.layers import FLOAT_BITS
 

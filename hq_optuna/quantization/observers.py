@@ -20,8 +20,14 @@ from torch import Tensor, nn
 from hq_optuna.errors import DataError
 from hq_optuna.network.batches import Batches, forward
 from hq_optuna.quantization.calls import uncounted
-from hq_optuna.quantization.input_grids import ANY_GRID, InputGrid, fitted_range
-from hq_optuna.quantization.ranges import AffineRange, affine_range, histogram_range
+from hq_optuna.quantization.ranges import (
+    ANY_GRID,
+    AffineRange,
+    InputGrid,
+    affine_range,
+    fitted_range,
+    histogram_range,
+)
 from hq_optuna.settings import Observer
 
 N_BINS = 2048

@@ -12,11 +12,11 @@ from hq_optuna.errors import NetworkError, SpaceError
 from hq_optuna.network.copies import copied
 from hq_optuna.network.unfused import unfused
 from hq_optuna.quantization.calls import uncounted
-from hq_optuna.quantization.input_grids import ANY_GRID, InputGrid
 from hq_optuna.quantization.modules import InputFakeQuantize, WeightFakeQuantize
 from hq_optuna.quantization.observers import InputHistogram, first_input, with_first_input
 from hq_optuna.quantization.outputs import RoundsOutputs, set_outputs
 from hq_optuna.quantization.quantizers import UNIFORM, ByGroup, quantizer_named
+from hq_optuna.quantization.ranges import ANY_GRID, InputGrid
 from hq_optuna.settings import Observer
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.layers import FLOAT_BITS, MAX_BITS, MIN_BITS, LayerSpec, is_whole
