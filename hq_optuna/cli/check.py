@@ -6,7 +6,7 @@ import json
 import math
 import textwrap
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +18,7 @@ from hq_optuna.cli.options import Given, Json, Study, errors, say, takes
 from hq_optuna.cli.session import begin
 from hq_optuna.errors import StudyFileError
 from hq_optuna.settings import RunSettings, SearchSettings, settings_of
+from hq_optuna.study_files.study_file import StudyParts
 
 TEMPLATE = '''"""My network on my data."""
 
@@ -126,12 +127,25 @@ def check(
     started = time.perf_counter()
     with errors(as_json):
         console = Console(stderr=as_json)
-        session = begin(study, context.args, run, given, console)
-        from hq_optuna.objective.readiness import readiness  # loads torch
+        parts: dict[str, Any] = {}
+
+        def cut(of: StudyParts) -> StudyParts:
+            from hq_optuna.objective.readiness import part_of  # loads torch
+
+            parts["calibration"] = part_of(of.network, of.calibration, "calibration")
+            if of.validation is not None:
+                parts["validation"] = part_of(of.network, of.validation, "validation")
+            return replace(of, **{name: part.data for name, part in parts.items()})
+
+        session = begin(study, context.args, run, given, console, *(() if halves else (cut,)))
+        from hq_optuna.objective.readiness import readiness
 
         search = session.search
         with console.status("running a few passes"):
-            found = readiness(search.objective, search.settings, search.validation, search.evaluate)
+            found = readiness(
+                *(search.objective, search.settings, search.validation, search.evaluate),
+                parts.get("calibration"),
+            )
         seconds = time.perf_counter() - started
         stable = None
         if halves:
@@ -153,7 +167,8 @@ def check(
 
 def _as_json(search: Any, found: Any, seconds: float) -> dict[str, Any]:
     named = ("outputs", "rise", "unreached", "figures", "n_measured", "pass_s", "prepare_s")
-    more = ("search_s", "memory_bytes", "free_bytes", "problems")
+    more: tuple[str, ...] = ("search_s", "n_read", "n_calibration")
+    more += ("memory_bytes", "needed_bytes", "free_bytes", "problems")
     return {
         "ready": not found.problems,
         "layers": len(search.space.layers),
@@ -192,11 +207,16 @@ def _lines(search: Any, found: Any, seconds: float) -> list[str]:
     low, high = found.prepare_s
     steps = "looked up" if found.search_s is None else f"at most {_time(found.search_s)}"
     lines += [
-        f"duration    a pass over the {objective.data.n_samples:,} calibration samples "
+        f"duration    a pass over the {found.n_calibration:,} calibration samples "
         f"{found.pass_s:.2g} s; preparation {_time(low)} to {_time(high)}, steps {steps}",
-        f"memory      {found.memory_bytes / 2**20:,.0f} MiB in use, "
-        f"{found.free_bytes / 2**20:,.0f} MiB free",
+        f"memory      {found.memory_bytes / 2**20:,.0f} MiB in use; a search needs about "
+        f"{found.needed_bytes / 2**20:,.0f} MiB more, {found.free_bytes / 2**20:,.0f} MiB are free",
     ]
+    if found.n_read < found.n_calibration:
+        lines.append(
+            f"data        {found.n_read:,} of the calibration samples were read, as passes over "
+            "all take long; a search reads all"
+        )
     if found.problems:
         lines += [f"[bold red]not ready:[/] {escape(text)}." for text in found.problems]
     else:
