@@ -6,6 +6,7 @@ import json
 import math
 import textwrap
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ from hq_optuna.cli.options import Given, Json, Study, errors, say, takes
 from hq_optuna.cli.session import begin
 from hq_optuna.errors import StudyFileError
 from hq_optuna.settings import RunSettings, SearchSettings, settings_of
+from hq_optuna.space.cost import format_cost
 from hq_optuna.study_files.study_file import StudyParts
 
 TEMPLATE = '''"""My network on my data."""
@@ -174,6 +176,8 @@ def _as_json(search: Any, found: Any, seconds: float) -> dict[str, Any]:
         "layers": len(search.space.layers),
         "not_quantized": [list(each) for each in search.objective.skipped],
         "share_not_quantized": search.seen.share_of_others,
+        "bops_not_quantized": search.seen.bops_of_others,
+        "elements_not_quantized": dict(search.seen.elements),
         "warnings": list(search.objective.warnings),
         "seconds": seconds,
         **{name: getattr(found, name) for name in (*named, *more)},
@@ -189,6 +193,7 @@ def _lines(search: Any, found: Any, seconds: float) -> list[str]:
         f"{100 * seen.share_of_others:.1f} % of all multiply-accumulates in none of them",
         *(f"            {escape(name)} ({kind}): {escape(why)}" for name, kind, why in
           objective.skipped[:8]),
+        *_in_float(search),
         f"outputs     {escape(shapes)}",
         f"rise        {escape(found.rise)}; scorer {objective.settings.scorer}",
     ]  # fmt: skip
@@ -222,6 +227,19 @@ def _lines(search: Any, found: Any, seconds: float) -> list[str]:
     else:
         lines.append(f"[bold green]ready[/] (checked in {seconds:.0f} s)")
     return lines
+
+
+def _in_float(search: Any) -> Iterator[str]:
+    """Yield what stays in float and what that would cost, beside the budget."""
+    seen, budget = search.seen, search.budget
+    if seen.bops_of_others and budget.metric == "bops":
+        yield (
+            f"in float    products in no layer are {format_cost(seen.bops_of_others, 'bops')} at "
+            f"32 bits, beside the budget of {format_cost(budget.limit(search.space), 'bops')}"
+        )
+    if seen.elements:
+        listed = ", ".join(f"{what} {n:,}" for what, n in seen.elements)
+        yield f"by element  {listed} elements a sample, in float"
 
 
 def _time(seconds: float) -> str:
