@@ -123,11 +123,11 @@ def same_search(one: str, other: str) -> bool:
 class StudyInfo:
     """What a search is about, for people and reports."""
 
-    metric: Literal["bops", "size_bytes"]
+    metric: Literal["bops", "size_bytes", "activation_bytes", "latency_s"]
     limit: float  # the budget in that unit
     budget: str  # in words
     int8: float  # cost with 8 bits everywhere
-    float32: float  # cost without quantization
+    float32: float | None  # cost without quantization, where it is known
     settings: Mapping[str, Any]  # all `hq_optuna.settings.SearchSettings`
     quantizers: Mapping[str, str] = field(default_factory=dict)  # by layer; not "uniform"
     training: Mapping[str, Any] | None = None  # see `hq_optuna.training.plan`

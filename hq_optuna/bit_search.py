@@ -50,6 +50,7 @@ from hq_optuna.settings import SearchSettings, settings_of
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.budget import Budget, check_reachable
 from hq_optuna.space.cost import Metric
+from hq_optuna.space.latency import read_latency
 from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.storages import RETRY_FOR_S, explain_errors_of, open_retrying
 from hq_optuna.training.plan import TrainingPlan
@@ -133,7 +134,10 @@ class BitSearch:
             check_sample_axis(copied(model), data[0])
         space_settings = ("bits", "activation_bits", "pin_first_last", "pins", "allowed", "tied")
         self.space = SearchSpace.build(
-            seen.layers, **{name: getattr(self.settings, name) for name in space_settings}
+            seen.layers,
+            **{name: getattr(self.settings, name) for name in space_settings},
+            memory=seen.memory,
+            latency=None if self.settings.latency is None else read_latency(self.settings.latency),
         )
         check_reachable(self.space, self.budget)
         self.training = training

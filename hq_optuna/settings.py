@@ -345,8 +345,9 @@ class SearchSettings(_Settings):
     budget: Budget = _steps(
         "0.25 bops",
         "Most that the answer may cost: a share of the all-8-bit cost ('0.25 bops', "
-        "'40% size_bytes') or an amount ('24 GBOPs', '64 KiB').",
-        **{"kind": BUDGET, "unit": "BOPs or bytes", "differs": "the budget", "read": parse_budget},
+        "'40% size_bytes') or an amount ('24 GBOPs', '64 KiB', '8 ms', '128 KiB activations').",
+        **{"kind": BUDGET, "unit": "BOPs, bytes or seconds", "differs": "the budget"},
+        read=parse_budget,
     )
     bits: tuple[int, ...] = _space(
         tuple(range(2, 9)),
@@ -376,6 +377,13 @@ class SearchSettings(_Settings):
         "Groups of layers that share their bits.",
         **{"kind": GROUPS, "option": "", "shown_default": "none"},
         **{"example": '[("q", "k")]', "read": _groups},
+    )
+    latency: Path | None = _space(
+        None,
+        "CSV or JSON file of how long each layer takes at each of its bits, for budgets such as "
+        "'8 ms'; `hq-optuna profile` writes one.",
+        **{"kind": PATH, "metavar": "FILE", "shown_default": "none", "example": '"latency.csv"'},
+        read=lambda value: None if value is None else Path(value),
     )
     scorer: ScorerName | None = _scoring(
         None,

@@ -29,9 +29,15 @@ def rows_of(system_attrs: Mapping[str, Any]) -> Rows:
 
 
 def sums_over(space: SearchSpace, rows: Rows, metric: Metric) -> Additive | None:
-    """Return the sums over layers of a table, ``None`` where it is not whole."""
+    """Return the sums over layers of a table, ``None`` where it is not whole.
+
+    ``None`` too where the cost is no plain sum over layers: peak memory, or a latency with a rest.
+    """
     try:
-        return Additive(space, rows, space.costs(metric).layer_cost)
+        model = space.costs(metric)
+        if len(model.rows) > 1 or model.rows[0].fixed:
+            return None
+        return Additive(space, rows, model.layer_cost)
     except ValueError:
         return None
 
