@@ -15,7 +15,7 @@ from torch.nn import functional
 from hq_optuna import attributes
 from hq_optuna.answer.comparison import rows
 from hq_optuna.answer.measured_end import best_measured
-from hq_optuna.answer.resolve import resolve, sums_of
+from hq_optuna.answer.resolve import resolve, sums_for
 from hq_optuna.answer.result import SearchResult
 from hq_optuna.artifacts.store import Artifacts, open_artifacts
 from hq_optuna.attributes import COMPARED
@@ -45,10 +45,10 @@ from hq_optuna.protocol.study_view import refuse_lower_limits, write_limits
 from hq_optuna.pruners import CostBudgetPruner
 from hq_optuna.rises import Rise, RiseLoss, decide, without_labels
 from hq_optuna.samplers import ProgressiveBitSampler
-from hq_optuna.search import Limits
+from hq_optuna.search import Limits, check_reachable
 from hq_optuna.settings import SearchSettings, settings_of
 from hq_optuna.space.assignment import BitConfig
-from hq_optuna.space.budget import Budget, check_reachable
+from hq_optuna.space.budget import Budget, parse_budget
 from hq_optuna.space.cost import Metric
 from hq_optuna.space.latency import read_latency
 from hq_optuna.space.search_space import SearchSpace
@@ -433,10 +433,11 @@ class BitSearch:
                 "give BitSearch rise=, one of hq_optuna.rises, or leave verify out."
             )
         scorer = self.objective.prepare(study)
-        found = resolve(study, self.budget if budget is None else budget)
+        budget = self.budget if budget is None else parse_budget(budget)
+        found = resolve(study, budget)
         config, facts = found.config, dict[str, Any]()
         if verify:
-            sums = sums_of(read_history(study), found.metric)
+            sums = sums_for(read_history(study), budget)
             places = self.objective.setup.set_aside_places
             config, facts["measured_end"] = best_measured(
                 *(scorer, places, sums, found.limit, verify)

@@ -63,7 +63,10 @@ QUANTIZERS: Kind = (
 )
 GROUPS: Kind = ("a sequence of groups of layer names, [('q', 'k')]", (list, tuple, set))
 FURTHER: Kind = ("a dict of settings of training, {'learning_rate': 1e-3}", (Mapping,))
-BUDGET: Kind = ("text, '0.25 bops', a number or a Budget", (str, int, float, Budget))
+BUDGET: Kind = (
+    "text, '0.25 bops', a number, a Budget, or several of them",
+    (str, int, float, Budget, list, tuple),
+)
 
 _KINDS: dict[Any, Kind] = {int: WHOLE, float: NUMBER, bool: SWITCH, str: WORD, Path: PATH}
 """Kinds of settings that their annotation tells."""
@@ -345,9 +348,10 @@ class SearchSettings(_Settings):
     budget: Budget = _steps(
         "0.25 bops",
         "Most that the answer may cost: a share of the all-8-bit cost ('0.25 bops', "
-        "'40% size_bytes') or an amount ('24 GBOPs', '64 KiB', '8 ms', '128 KiB activations').",
+        "'40% size_bytes') or an amount ('24 GBOPs', '64 KiB', '8 ms', '128 KiB activations'). "
+        "Several limits hold at once.",
         **{"kind": BUDGET, "unit": "BOPs, bytes or seconds", "differs": "the budget"},
-        read=parse_budget,
+        **{"read": parse_budget, "repeats": True, "metavar": "TEXT"},
     )
     bits: tuple[int, ...] = _space(
         tuple(range(2, 9)),

@@ -49,7 +49,7 @@ ROOMS: dict[str, set[str]] = {
     "settings": {"errors", "space"},
     INTERNALS: set(),
     "space": {"errors"},
-    "search": {"settings", "space"},
+    "search": {"errors", "settings", "space"},
     "network": {"errors", "settings", "space"},
     "quantization": {"errors", "settings", "space", "network"},
     "rises": {"errors", "network"},

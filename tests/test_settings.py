@@ -203,7 +203,7 @@ def test_quantizers_are_read_as_typed():
         ({"scorer": "fit"}, "scorer is one of gauss_newton, loss, .*; got 'fit'"),
         ({"refine": 1}, "refine is True or False; got 1"),
         ({"bits": None}, "bits is a sequence of whole numbers"),
-        ({"budget": None}, "budget is text, .* or a Budget; got None"),
+        ({"budget": None}, "budget is text, .* or several of them; got None"),
         ({"tied": "ab"}, "tied is a sequence of groups"),
     ],
 )

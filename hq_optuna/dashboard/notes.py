@@ -133,7 +133,9 @@ def trial_note(
         ended = "not needed any more" if state == "PRUNED" else "failed, or was given back"
         return f"{what} It was {ended}; it does not count."
     cost = float(trial.get(attributes.COST, math.nan))
-    within = "within budget" if cost <= info.limit else "over budget"
+    further = ((trial.get(f"{attributes.COST}:{b.metric}", 0.0), b.limit) for b in info.beside)
+    fits = all(spent <= limit for spent, limit in ((cost, info.limit), *further))
+    within = "within budget" if fits else "over budget"
     said = trial.get(attributes.TRAINING) or {}
     if said.get("kept", True):
         score = float(said.get("score", score))  # the value of the answer is made the best

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from hq_optuna import attributes
 from hq_optuna.artifacts.store import Artifacts
-from hq_optuna.attributes import StudyInfo, Ticket
+from hq_optuna.attributes import Beside, StudyInfo, Ticket
 from hq_optuna.errors import NetworkError, ResumeError, SpaceError
 from hq_optuna.network.batches import Batches, check_sample_axis, read_batches
 from hq_optuna.network.checks import check_forward, check_rise, look_over
@@ -331,6 +331,10 @@ class HessianObjective:
             training=None if self.training is None else self.training.plan.to_json(),
             skipped=self.skipped,
             warnings=tuple(self.warnings),
+            beside=tuple(
+                Beside(b.metric, b.limit, b.text, b.model.int8)
+                for b in ([] if budget is None else budget.bounds(self.space)[1:])
+            ),
         )
 
     @own_modes()

@@ -65,7 +65,7 @@ class StudyView:
         if self.budget is None:
             return {}
         search = self.log.search
-        return constrained(search.cost_of(bits), self.budget.metric, search.limit)
+        return constrained(search.costs_of(bits), search.limits)
 
     def write_ticket(self, study: Study, trial_id: int, ticket: Ticket) -> None:
         """Write a running trial's ticket, and whether it is over the budget.

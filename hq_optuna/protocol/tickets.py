@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -94,7 +94,7 @@ def parameters(ticket: Ticket, space: SearchSpace, encoding: Encoding) -> Parame
     return dict(space.parameters(ticket.bits))
 
 
-def facts(ticket: Ticket, space: SearchSpace, cost: float) -> dict[str, Any]:
+def facts(ticket: Ticket, space: SearchSpace, costs: Mapping[Any, float]) -> dict[str, Any]:
     """Return the user attributes that are known before a trial is scored."""
     kind = "finalist" if ticket.measures else ticket.kind
     known: dict[str, Any] = {attributes.KIND: kind, attributes.STEP: ticket.step}
@@ -108,21 +108,35 @@ def facts(ticket: Ticket, space: SearchSpace, cost: float) -> dict[str, Any]:
         if ticket.variable in names:  # one change, not a swap
             known[attributes.FROM_BITS] = ticket.from_bits
             known[attributes.TO_BITS] = ticket.bits[names.index(ticket.variable)]
-    known[attributes.COST] = cost
+    known |= costs_shown(costs)
     known[attributes.WORKER] = worker_identity.short_name(ticket.worker)
     return known
 
 
-def constrained(cost: float, metric: str, limit: float) -> dict[str, Any]:
-    """Return system attributes that say by which part a cost is over a limit; none without one.
+def costs_shown(costs: Mapping[Any, float]) -> dict[str, float]:
+    """Return the user attributes that tell what a trial costs, by metric, the first limit's first.
+
+    Example:
+        >>> costs_shown({"bops": 8.0, "size_bytes": 2.0})
+        {'cost': 8.0, 'cost:size_bytes': 2.0}
+    """
+    names = [
+        attributes.COST if not place else f"{attributes.COST}:{m}" for place, m in enumerate(costs)
+    ]
+    return dict(zip(names, costs.values(), strict=True))
+
+
+def constrained(costs: Sequence[float], limits: Mapping[Any, float]) -> dict[str, Any]:
+    """Return system attributes that say by which part costs are over limits; none without any.
 
     `study.best_trial` takes none that is. The older form is what optuna-dashboard 0.21 reads.
     """
-    if math.isinf(limit):
+    pairs = zip(costs, limits.items(), strict=True)
+    over = {metric: cost / most - 1 for cost, (metric, most) in pairs if not math.isinf(most)}
+    if not over:
         return {}
-    over = cost / limit - 1
-    made = optuna.create_trial(state=TrialState.RUNNING, constraints={metric: over})
-    return {**made.system_attrs, attributes.OLD_CONSTRAINTS: [over]}
+    made = optuna.create_trial(state=TrialState.RUNNING, constraints=over)
+    return {**made.system_attrs, attributes.OLD_CONSTRAINTS: list(over.values())}
 
 
 def slot_for(step: OpenStep, untagged: int) -> int:

@@ -33,10 +33,8 @@ def _widest(bits: Sequence[int], wanted: int) -> int:
     return max((b for b in bits if b <= wanted), default=bits[-1])
 
 
-def uniform_within(
-    space: SearchSpace, cost: Callable[[BitConfig], float], limit: float
-) -> dict[str, BitConfig]:
-    """Return the widest uniform assignments within a limit, by name (``"4 bits"``, ``"W4A8"``).
+def uniform_within(space: SearchSpace, fits: Callable[[BitConfig], bool]) -> dict[str, BitConfig]:
+    """Return the widest uniform assignments that fit, by name (``"4 bits"``, ``"W4A8"``).
 
     Where weights and activations are searched apart there may be several, none of which is wider in
     both than another. Empty where even the fewest bits cost more.
@@ -44,7 +42,7 @@ def uniform_within(
     fitting = {
         pair: config
         for pair, state in uniform_states(space).items()
-        if cost(config := space.config(state)) <= limit
+        if fits(config := space.config(state))
     }
     widest = {
         pair: config

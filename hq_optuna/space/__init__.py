@@ -1,7 +1,7 @@
 """What may be chosen and what it costs: layers, bits, assignments, costs, budgets. NumPy only."""
 
 from hq_optuna.space.assignment import BitConfig, LayerBits
-from hq_optuna.space.budget import Budget, check_reachable
+from hq_optuna.space.budget import Bound, Budget
 from hq_optuna.space.cost import METRICS, CostModel, Metric, format_cost, macs
 from hq_optuna.space.latency import LatencyTable, read_latency
 from hq_optuna.space.layers import FLOAT_BITS, LayerSpec
@@ -12,6 +12,7 @@ __all__ = [
     "FLOAT_BITS",
     "METRICS",
     "BitConfig",
+    "Bound",
     "Budget",
     "CostModel",
     "LatencyTable",
@@ -20,7 +21,6 @@ __all__ = [
     "MemoryMap",
     "Metric",
     "SearchSpace",
-    "check_reachable",
     "format_cost",
     "macs",
     "read_latency",
