@@ -157,6 +157,17 @@ class CostModel:
     def _rest(self) -> float:
         return self._latency.rest_s if self.metric == "latency_s" and self._latency else 0.0
 
+    def excess(self, config: Mapping[str, LayerBits], limit: float) -> float:
+        """Return by what share the assignment is over a limit; of a peak, summed over all moments.
+
+        Lowering one of several equal peaks leaves the cost as it is, and this is less.
+        """
+        over = [self.cost(config)]
+        if self.metric == "activation_bytes":
+            assert self._memory is not None
+            over = self._memory.profile(config).tolist()
+        return math.fsum(max(each / limit - 1, 0.0) for each in over)
+
     def uniform(self, weight_bits: int, activation_bits: int) -> float:
         """Return the cost with the same bits everywhere, pinned layers too."""
         return self.cost(dict.fromkeys(self._names, LayerBits(weight_bits, activation_bits)))
