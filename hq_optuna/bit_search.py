@@ -32,6 +32,7 @@ from hq_optuna.network.loss_weights import observed_losses, weighed
 from hq_optuna.network.losses import LossFunction, own_loss
 from hq_optuna.network.modes import own_modes
 from hq_optuna.network.searchable import check_searchable
+from hq_optuna.network.unfused import unfused
 from hq_optuna.objective.hessian import HessianObjective
 from hq_optuna.objective.publish import publish_artifacts, publish_facts, refuse_foreign_study
 from hq_optuna.objective.scorer_setup import Progress
@@ -55,6 +56,8 @@ from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.storages import RETRY_FOR_S, explain_errors_of, open_retrying
 from hq_optuna.training.plan import TrainingPlan
 from hq_optuna.workers.loop import Doing, work
+
+_SPACE = {name for name, one in settings_of(SearchSettings).items() if one.group == "space"}
 
 
 class BitSearch:
@@ -118,6 +121,7 @@ class BitSearch:
             )
         self._sample_axis = sample_axis
         check_searchable(model)
+        model = unfused(model)
         device = device_of(model)
         data = read_batches(
             calibration, batch_size=batch_size, sample_axis=sample_axis, labelled=False
@@ -132,13 +136,10 @@ class BitSearch:
         by_shape = sample_axis is None and not isinstance(calibration, Batches)
         if by_shape and not self._without_labels:
             check_sample_axis(copied(model), data[0])
-        space_settings = ("bits", "activation_bits", "pin_first_last", "pins", "allowed", "tied")
-        self.space = SearchSpace.build(
-            seen.layers,
-            **{name: getattr(self.settings, name) for name in space_settings},
-            memory=seen.memory,
-            latency=None if self.settings.latency is None else read_latency(self.settings.latency),
-        )
+        chosen = {n: s for n, s in vars(self.settings).items() if n in _SPACE}
+        if self.settings.latency is not None:
+            chosen["latency"] = read_latency(self.settings.latency)
+        self.space = SearchSpace.build(seen.layers, **chosen, memory=seen.memory)
         check_reachable(self.space, self.budget)
         self.training = training
         self.validation: Batches | None = None

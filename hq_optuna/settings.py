@@ -389,6 +389,11 @@ class SearchSettings(_Settings):
         **{"kind": PATH, "metavar": "FILE", "shown_default": "none", "example": '"latency.csv"'},
         read=lambda value: None if value is None else Path(value),
     )
+    tie_inputs: bool = _space(
+        True,
+        "Layers of one module that read the same tensor, as queries, keys and values do, share the "
+        "bits of their input.",
+    )
     scorer: ScorerName | None = _scoring(
         None,
         "What ranks candidates: a sum over layers, which needs no forward pass (hessian_trace, "

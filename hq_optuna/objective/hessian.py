@@ -30,6 +30,7 @@ from hq_optuna.network.loss_weights import as_mean
 from hq_optuna.network.losses import LossFunction, own_loss
 from hq_optuna.network.modes import own_modes
 from hq_optuna.network.searchable import check_searchable
+from hq_optuna.network.unfused import unfused
 from hq_optuna.objective import fingerprint
 from hq_optuna.objective.functions import name_of
 from hq_optuna.objective.publish import (
@@ -128,6 +129,7 @@ class HessianObjective:
                 raise TypeError(f"{name} is a setting of the search, and not of its objective.")
         given = (settings or SearchSettings()).replace(**changes)
         check_searchable(model)
+        model = unfused(model)
         _check_space(space, model)
         self.model = model
         self.space = space
