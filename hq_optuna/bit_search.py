@@ -14,11 +14,12 @@ from torch.nn import functional
 
 from hq_optuna import attributes
 from hq_optuna.answer.comparison import rows
+from hq_optuna.answer.layer_errors import layer_errors
 from hq_optuna.answer.measured_end import best_measured
 from hq_optuna.answer.resolve import resolve, sums_for
 from hq_optuna.answer.result import SearchResult
 from hq_optuna.artifacts.store import Artifacts, open_artifacts
-from hq_optuna.attributes import COMPARED
+from hq_optuna.attributes import COMPARED, LAYER_ERRORS
 from hq_optuna.dashboard import PageWriter
 from hq_optuna.errors import ArtifactError, ResumeError, SettingError
 from hq_optuna.network import evaluation
@@ -56,6 +57,9 @@ from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.storages import RETRY_FOR_S, explain_errors_of, open_retrying
 from hq_optuna.training.plan import TrainingPlan
 from hq_optuna.workers.loop import Doing, work
+
+_APART = COMPARED, LAYER_ERRORS
+"""Facts that are no figures of the answer's network."""
 
 _SPACE = {name for name, one in settings_of(SearchSettings).items() if one.group == "space"}
 
@@ -375,6 +379,21 @@ class BitSearch:
             facts=facts,
         )
 
+    @own_modes()
+    def layer_errors(self, study: Study, result: SearchResult) -> dict[str, Any]:
+        """Measure what each layer's bits do, write it into the study, and return it.
+
+        Signal-to-noise ratios in dB, see `hq_optuna.answer.layer_errors.layer_errors`; two passes a
+        layer over some calibration samples. The report shows those of its answer.
+
+        Args:
+            study: What `optimize` returned.
+            result: What `result` returned of it.
+        """
+        found = layer_errors(self.objective, result.config, result.network)
+        publish_facts(study, {LAYER_ERRORS: found})
+        return found
+
     def _measured(
         self,
         study: Study,
@@ -384,7 +403,7 @@ class BitSearch:
         test: Callable[[], Any] | None,
     ) -> dict[str, Any]:
         """Measure the answer's network, write the figures into the study, and return them."""
-        facts = {name: fact for name, fact in history.facts.items() if name != COMPARED}
+        facts = {name: fact for name, fact in history.facts.items() if name not in _APART}
         if self.validation is not None:
             facts = {n: f for n, f in facts.items() if not evaluation.is_validation_fact(n)}
             facts |= self.before_and_after(network, self.validation, "validation")

@@ -545,6 +545,11 @@ class RunSettings(_Settings):
         "Seconds to try again when the storage does not answer, or its disk is full.",
         **{"unit": "seconds", "least": 0},
     )
+    layer_errors: bool = setting(
+        False,
+        "Measure the signal-to-noise ratio of each layer of the answer, alone and among the "
+        "others; two passes a layer over some samples.",
+    )
     max_trials: int | None = _limit(
         "Trials (candidates and step records) at most.", **{"unit": "trials", "least": 1}
     )

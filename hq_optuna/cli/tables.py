@@ -21,7 +21,7 @@ from hq_optuna.protocol.history import History, read_history
 from hq_optuna.protocol.status import SearchStatus, read_status
 from hq_optuna.report.comparison import warnings
 from hq_optuna.report.data import accuracies, layer_table
-from hq_optuna.report.text import most_costly, of_metric
+from hq_optuna.report.text import ERROR_COLUMNS, decibels, most_costly, of_metric
 from hq_optuna.space.budget import Budget
 from hq_optuna.space.cost import format_cost, macs
 from hq_optuna.space.layers import FLOAT_BITS
@@ -92,9 +92,12 @@ def result(console: Console, study: Study) -> None:
     history = read_history(study)
     levels = history.space.levels
     titles = ["layer", "kind", "weights", "MACs", "W bits", "A bits", "cost", "rise, nats"]
+    rows = layer_table(history)
+    errors = list(ERROR_COLUMNS) if any(row.errors for row in rows) else []
+    titles += ["own, dB", "net, dB", "own in all", "net without"][: len(errors)]
     titles += ["rounded"] if history.info.quantizers else []
     table = new_table(*titles, left=("kind", "rounded"))
-    for row in layer_table(history):
+    for row in rows:
         table.add_row(
             escape(row.name),
             row.kind,
@@ -104,6 +107,7 @@ def result(console: Console, study: Study) -> None:
             bits_text(row.activation_bits, levels),
             f"{100 * row.share_after:.1f} %",
             "-" if row.sensitivity is None else f"{row.sensitivity:.2g}",
+            *(decibels(row.errors, key) for key in errors),
             *((row.quantizer,) if history.info.quantizers else ()),
         )
     print_whole(console, table)

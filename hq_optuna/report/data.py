@@ -21,7 +21,7 @@ from hq_optuna._version import __version__
 from hq_optuna.answer.agreement import agreement
 from hq_optuna.answer.intervals import CONFIDENCE, METHODS, paired, wilson
 from hq_optuna.answer.measured_end import measured_end
-from hq_optuna.attributes import ANSWER, COMPARED, EIGHT, UNIFORM
+from hq_optuna.attributes import ANSWER, COMPARED, EIGHT, LAYER_ERRORS, UNIFORM
 from hq_optuna.optuna_internals import id_of, storage_of
 from hq_optuna.protocol.history import History, Reference, read_history
 from hq_optuna.protocol.start_options import StartOptions, mask
@@ -61,7 +61,7 @@ def report_data(
     info = history.info
     command = command or StartOptions.read(study).command or None
     facts = dict(history.facts)
-    compared = facts.pop(COMPARED, [])
+    compared, errors = facts.pop(COMPARED, []), facts.pop(LAYER_ERRORS, None)
     data = _json(
         {
             "study": history.study_name,
@@ -73,6 +73,7 @@ def report_data(
             "accuracies": accuracies(facts),
             "beside": beside(history),
             "levels": history.space.levels,
+            "output_error": errors and {k: errors[k] for k in ("samples", "output")},
             "layers": [dataclasses.asdict(row) for row in layer_table(history)],
             "facts": facts,
             "compared": with_intervals(compared),
@@ -224,6 +225,7 @@ class LayerRow:
     share_after: float  # in the cost with these bits
     sensitivity: float | None  # predicted loss rise at its bits, nats; None where not in the study
     quantizer: str = "uniform"  # what rounds its weights
+    errors: Mapping[str, float | None] | None = None  # dB; None where they were not measured
 
 
 def layer_table(history: History) -> list[LayerRow]:
@@ -234,6 +236,8 @@ def layer_table(history: History) -> list[LayerRow]:
     eight = BitConfig.uniform([layer.name for layer in space.layers], 8, 8)
     before, after = (shares(model.per_layer(bits)).tolist() for bits in (eight, config))
     searched = {name for variable in space.variables for name in variable.layers}
+    measured = history.facts.get(LAYER_ERRORS)
+    errors = measured["layers"] if measured and measured["of"] == config.digest else {}
     return [
         LayerRow(
             name=layer.name,
@@ -247,6 +251,7 @@ def layer_table(history: History) -> list[LayerRow]:
             share_after=after[i],
             sensitivity=_sensitivity(history, layer.name, config),
             quantizer=history.info.quantizers.get(layer.name, "uniform"),
+            errors=errors.get(layer.name),
         )
         for i, layer in enumerate(space.layers)
     ]
