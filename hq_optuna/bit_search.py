@@ -22,6 +22,7 @@ from hq_optuna.artifacts.store import Artifacts, open_artifacts
 from hq_optuna.attributes import COMPARED, LAYER_ERRORS
 from hq_optuna.dashboard import PageWriter
 from hq_optuna.errors import ArtifactError, ResumeError, SettingError
+from hq_optuna.hardware import read_hardware, space_on
 from hq_optuna.network import evaluation
 from hq_optuna.network.batches import Batches, check_sample_axis, read_batches
 from hq_optuna.network.checks import LookOver
@@ -53,15 +54,12 @@ from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.budget import Budget, parse_budget
 from hq_optuna.space.cost import Metric
 from hq_optuna.space.latency import read_latency
-from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.storages import RETRY_FOR_S, explain_errors_of, open_retrying
 from hq_optuna.training.plan import TrainingPlan
 from hq_optuna.workers.loop import Doing, work
 
 _APART = COMPARED, LAYER_ERRORS
 """Facts that are no figures of the answer's network."""
-
-_SPACE = {name for name, one in settings_of(SearchSettings).items() if one.group == "space"}
 
 
 class BitSearch:
@@ -94,6 +92,8 @@ class BitSearch:
         NetworkError: Nothing to quantize, NaN weights, random forward pass.
         DataError: Empty, unlabelled, unrepeatable or non-finite data; labels out of range.
         SpaceError: Unknown layers, impossible bits.
+        HardwareError: The hardware is not known, its description is wrong, or knows no layers of a
+            kind that the network has.
         BudgetError: The budget is below the cheapest assignment.
         SettingError: A setting, or a budget as text, that cannot be read.
         TypeError: There is no such setting.
@@ -140,10 +140,12 @@ class BitSearch:
         by_shape = sample_axis is None and not isinstance(calibration, Batches)
         if by_shape and not self._without_labels:
             check_sample_axis(copied(model), data[0])
-        chosen = {n: s for n, s in vars(self.settings).items() if n in _SPACE}
-        if self.settings.latency is not None:
-            chosen["latency"] = read_latency(self.settings.latency)
-        self.space = SearchSpace.build(seen.layers, **chosen, memory=seen.memory)
+        table = self.settings.latency
+        self.space = space_on(
+            *(read_hardware(self.settings.hardware), seen.layers, self.settings),
+            memory=seen.memory,
+            latency=None if table is None else read_latency(table),
+        )
         check_reachable(self.space, self.budget)
         self.training = training
         self.validation: Batches | None = None

@@ -353,6 +353,13 @@ class SearchSettings(_Settings):
         **{"kind": BUDGET, "unit": "BOPs, bytes or seconds", "differs": "the budget"},
         **{"read": parse_budget, "repeats": True, "metavar": "TEXT"},
     )
+    hardware: str | Path = _space(
+        "any",
+        "What the answer is to run on: a name ('cmsis-nn') or a YAML file, which says which pairs "
+        "of weight and activation bits each kind of layer has. Bits below narrow them down.",
+        **{"kind": ("a name or the path of a file", (str, Path)), "metavar": "NAME_OR_FILE"},
+        choices=(),
+    )
     bits: tuple[int, ...] = _space(
         tuple(range(2, 9)),
         "Bits that a layer may have: '2-8' or '8,4,2', each 1 to 16.",

@@ -188,7 +188,8 @@ def _changed(layer: str | None, before: Any, after: Any) -> str:
         return "the start, every layer at its widest bits"
     if after is None:
         return f"a swap, `{layer}`"  # in words already
-    return f"`{layer}` from {_bits(before)} to {_bits(after)} bits"
+    unit = "" if str(after).startswith("W") else " bits"  # a pair in words
+    return f"`{layer}` from {_bits(before)} to {_bits(after)}{unit}"
 
 
 _STATES = {

@@ -11,11 +11,13 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from hq_optuna.curvature import probe_of
+from hq_optuna.hardware import read_hardware
 from hq_optuna.network.batches import Batches
 from hq_optuna.network.losses import LossFunction
 from hq_optuna.quantization import observe_inputs, prepare
 from hq_optuna.quantization.compensation import compensate_weights
 from hq_optuna.quantization.correction import StatisticsCorrection
+from hq_optuna.quantization.input_grids import InputGrid
 from hq_optuna.quantization.observers import InputHistogram
 from hq_optuna.quantization.quantizer_choice import choose_quantizers, uncompensated_warnings
 from hq_optuna.quantization.statistics import statistics_places
@@ -81,6 +83,12 @@ class ScorerSetup:
     rise: Rise | None
     quantizers: Mapping[str, str]
 
+    @cached_property
+    def grid(self) -> InputGrid:
+        """Which ranges of inputs the hardware takes."""
+        target = read_hardware(self.settings.hardware)
+        return InputGrid(target.symmetric_bits, target.unsigned, target.power_of_two)
+
     @classmethod
     def checked(
         cls,
@@ -123,6 +131,11 @@ class ScorerSetup:
             raise ValueError(
                 f"The scorer {scorer!r} needs gradients of a loss, and the data have no labels. "
                 "Use scorer='hessian_trace' or 'gauss_newton', or give labels and a loss."
+            )
+        if trains and read_hardware(settings.hardware).power_of_two:
+            raise ValueError(
+                f"Training learns the scales of inputs, which are powers of two on "
+                f"{settings.hardware!s}. Search without training (train_every=0, final_epochs=0)."
             )
         quantizers = choose_quantizers(settings.quantizers, space)
         return cls(settings.replace(scorer=scorer), space, data, loss_fn, rise, quantizers)
@@ -198,7 +211,9 @@ class ScorerSetup:
     def _observed(self, network: nn.Module, base: TrainedNetwork | None) -> nn.Module:
         """Return a prepared copy with observed ranges and what a training learned."""
         names = [layer.name for layer in self.space.layers]
-        prepared = self.prepared(network, observe_inputs(network, names, self.rounding_data))
+        prepared = self.prepared(
+            network, observe_inputs(network, names, self.rounding_data, self.grid)
+        )
         if base is not None:
             base.restore_learned_(prepared)
         return prepared

@@ -48,8 +48,8 @@ class Candidate:
     step: int
     slot: int  # its place in the step
     variable: str | None  # what was changed, of a swap in words; `None` for the start
-    from_bits: int | None  # `None` for a swap
-    to_bits: int | None  # `None` for a swap
+    from_bits: int | str | None  # as the variable shows it; `None` for a swap
+    to_bits: int | str | None  # likewise
     state: tuple[int, ...]  # bits of each variable of the space
     score: float  # predicted loss rise, nats
     score_weights: float  # the weights' part, nats; NaN where unknown
@@ -295,8 +295,11 @@ def _candidates(
             step=ticket.step,
             slot=ticket.slot,
             variable=lowered,
-            from_bits=ticket.from_bits,
-            to_bits=ticket.bits[names.index(lowered)] if lowered in names else None,
+            from_bits=_shown(space, lowered, ticket.from_bits),
+            to_bits=_shown(
+                *(space, lowered),
+                ticket.bits[names.index(lowered)] if lowered in names else None,
+            ),
             state=ticket.bits,
             score=_predicted(trial.value, ticket, parts),
             score_weights=parts[0],
@@ -309,6 +312,12 @@ def _candidates(
             rises=trial.rises if ticket.measures else (),
         )
     return found
+
+
+def _shown(space: SearchSpace, name: str | None, bits: int | None) -> int | str | None:
+    """Return what a variable shows of its bits."""
+    variable = next((v for v in space.variables if v.name == name), None)
+    return bits if variable is None or bits is None else variable.shown(bits)
 
 
 def _predicted(value: float, ticket: Ticket, parts: Sequence[float]) -> float:

@@ -84,7 +84,7 @@ class StudyView:
         given, widest = trial.params, self.space.top
         over = self.constrained(
             [
-                int(given[variable.name]) if given.get(variable.name) in variable.bits else most
+                most if (bits := variable.read(given.get(variable.name))) is None else bits
                 for variable, most in zip(self.space.variables, widest, strict=True)
             ]
         )

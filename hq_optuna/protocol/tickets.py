@@ -15,7 +15,7 @@ from hq_optuna.attributes import Kind, Ticket
 from hq_optuna.optuna_internals import place_of
 from hq_optuna.protocol import worker_identity
 from hq_optuna.protocol.step_log import OpenStep, StepLog
-from hq_optuna.search import changes
+from hq_optuna.search import Move, changes
 from hq_optuna.settings import Encoding
 from hq_optuna.space.search_space import SearchSpace
 
@@ -36,7 +36,7 @@ def candidate_ticket(log: StepLog, slot: int, search: str = "", claim: int = 0) 
     elif lowered is not None:
         said = names[lowered.variable]
     else:
-        said = ", ".join(f"{names[m.variable]} {m.from_bits} → {m.to_bits}" for m in moves)
+        said = ", ".join(described(space, move) for move in moves)
     return Ticket(
         "candidate",
         step.step,
@@ -51,6 +51,12 @@ def candidate_ticket(log: StepLog, slot: int, search: str = "", claim: int = 0) 
         claim=claim,
         measures=step.measures,
     )
+
+
+def described(space: SearchSpace, move: Move) -> str:
+    """Return what a move changes, in words."""
+    variable = space.variables[move.variable]
+    return f"{variable.name} {variable.shown(move.from_bits)} → {variable.shown(move.to_bits)}"
 
 
 def record_ticket(log: StepLog, search: str = "", claim: int = 0) -> Ticket:
@@ -86,11 +92,12 @@ def parameters(ticket: Ticket, space: SearchSpace, encoding: Encoding) -> Parame
         return {}  # it has those it was enqueued with
     if ticket.kind == "candidate" and encoding == "compact" and not ticket.measures:
         names = tuple(variable.name for variable in space.variables)
-        bits = tuple(sorted({b for v in space.variables for b in v.bits}, reverse=True))
+        bits = {b: v.shown(b) for v in space.variables for b in v.bits}
         if ticket.variable not in names:
             return {}
         to_bits = ticket.bits[names.index(ticket.variable)]
-        return {LAYER: (ticket.variable, names), BITS: (to_bits, bits)}
+        shown = tuple(bits[b] for b in sorted(bits, reverse=True))
+        return {LAYER: (ticket.variable, names), BITS: (bits[to_bits], shown)}
     return dict(space.parameters(ticket.bits))
 
 
@@ -106,8 +113,14 @@ def facts(ticket: Ticket, space: SearchSpace, costs: Mapping[Any, float]) -> dic
             known |= {attributes.PARENT: ticket.origin, attributes.LAYER: ticket.variable}
         names = [variable.name for variable in space.variables]
         if ticket.variable in names:  # one change, not a swap
-            known[attributes.FROM_BITS] = ticket.from_bits
-            known[attributes.TO_BITS] = ticket.bits[names.index(ticket.variable)]
+            variable, now = next(
+                (v, b)
+                for v, b in zip(space.variables, ticket.bits, strict=True)
+                if v.name == ticket.variable
+            )
+            assert ticket.from_bits is not None
+            known[attributes.FROM_BITS] = variable.shown(ticket.from_bits)
+            known[attributes.TO_BITS] = variable.shown(now)
     known |= costs_shown(costs)
     known[attributes.WORKER] = worker_identity.short_name(ticket.worker)
     return known

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hq_optuna.errors import DataError
 from hq_optuna.network.batches import Batches, forward
+from hq_optuna.quantization.input_grids import ANY_GRID, InputGrid, fitted_range
 from hq_optuna.quantization.ranges import AffineRange, affine_range, histogram_range
 from hq_optuna.settings import Observer
 
@@ -31,17 +32,28 @@ class InputHistogram:
     """Histogram of the values that entered a layer, all calls together.
 
     ``counts`` are ``(bins,)``, ``edges`` ``(bins + 1,)``; the first and last are the extremes seen.
+    ``grid`` is what the target takes.
     """
 
     counts: NDArray[np.float64]
     edges: NDArray[np.float64]
+    grid: InputGrid = ANY_GRID
 
     def range(self, bits: int, observer: Observer = "squared_error") -> AffineRange:
         """Return scale and zero point for a number of bits.
 
         They have the least squared error (``"squared_error"``), cover all values seen
-        (``"min_max"``), or all but 0.01 % of the values at either end (``"percentile"``).
+        (``"min_max"``), or all but 0.01 % of the values at either end (``"percentile"``), as far
+        as the target's grid allows.
         """
+        found = self._any_range(bits, observer)
+        if not self.grid.constrains(bits):
+            return found
+        covers = observer != "squared_error"
+        return fitted_range(found, self.grid, self.counts, self.edges, bits, covers)
+
+    def _any_range(self, bits: int, observer: Observer) -> AffineRange:
+        """Return scale and zero point without a target's limits."""
         if observer == "squared_error":
             return histogram_range(self.counts, self.edges, bits)
         if observer == "min_max":
@@ -101,9 +113,11 @@ def watch_inputs(
 
 @torch.no_grad()
 def observe_inputs(
-    network: nn.Module, names: Sequence[str], data: Batches
+    network: nn.Module, names: Sequence[str], data: Batches, grid: InputGrid = ANY_GRID
 ) -> dict[str, InputHistogram]:
     """Return the histogram of what enters each named layer of a network in eval mode.
+
+    ``grid`` is what the target takes; by default any scale and zero point.
 
     Raises `DataError` where a layer receives NaN or infinity.
     """
@@ -123,7 +137,7 @@ def observe_inputs(
     with watch_inputs(network, names, see):
         for batch in data:
             forward(network, batch.inputs)
-    return {name: InputHistogram(one.counts, one.edges) for name, one in seen.items()}
+    return {name: InputHistogram(one.counts, one.edges, grid) for name, one in seen.items()}
 
 
 class _Counted:

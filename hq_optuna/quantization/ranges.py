@@ -209,7 +209,7 @@ def histogram_range(
     end is 0 and the grid unsigned.
     """
     low, high = min(float(edges[0]), 0.0), max(float(edges[-1]), 0.0)
-    bins = _Bins(counts, edges, bits)
+    bins = Bins(counts, edges, bits)
     signed = low < 0
     if not len(bins.counts):
         return affine_range(low, high, bits)
@@ -251,7 +251,7 @@ def histogram_range(
     return best
 
 
-class _Bins:
+class Bins:
     """The filled bins of a histogram, and the squared error of quantizing them."""
 
     def __init__(self, counts: NDArray[np.float64], edges: NDArray[np.float64], bits: int) -> None:

@@ -61,8 +61,9 @@ class Additive:
         self.rises = [
             {
                 bits: math.fsum(
-                    self._rise(name, part, bits)
+                    self._rise(name, part, _bits_of(pair, part))
                     for name in variable.layers
+                    for pair in [variable.applied(space.start[name], bits)]
                     for part in _parts(variable.part)
                 )
                 for bits in variable.bits
@@ -173,5 +174,9 @@ class Additive:
         return best
 
 
+def _bits_of(pair: LayerBits, part: str) -> int:
+    return pair.weight_bits if part == "weights" else pair.activation_bits
+
+
 def _parts(part: str) -> tuple[str, ...]:
-    return ("weights", "activations") if part == "both" else (part,)
+    return ("weights", "activations") if part in ("both", "pair") else (part,)

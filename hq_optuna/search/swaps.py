@@ -40,7 +40,8 @@ def learn_rises(
                 continue
             bits = space.variables[v].bits
             low, high = sorted((bits.index(a), bits.index(b)), reverse=True)
-            signed += [((v, bits[i]), 1 if b < a else -1) for i in range(high + 1, low + 1)]
+            down = bits.index(b) > bits.index(a)
+            signed += [((v, bits[i]), 1 if down else -1) for i in range(high + 1, low + 1)]
         unknown = [entry for entry in signed if entry[0] not in rises]
         if len(signed) == 1:
             unknown = signed
@@ -60,16 +61,18 @@ def expected_rise(space: SearchSpace, rises: Mapping[Notch, float], notch: Notch
     if notch in rises:
         return rises[notch]
     v, low = notch
-    bits = space.variables[v].bits
+    variable, bits = space.variables[v], space.variables[v].bits
 
     def weight(b: int) -> float:
-        return 4.0**-b - 4.0 ** -bits[bits.index(b) - 1]
+        return variable.error(b) - variable.error(bits[bits.index(b) - 1])
 
-    seen = [b for b in bits if (v, b) in rises]
+    seen = [b for b in bits[1:] if (v, b) in rises]
     if not seen:
         return 0.0
-    nearest = min(seen, key=lambda b: (abs(b - low), b))
-    return rises[v, nearest] * weight(low) / weight(nearest)
+    place = bits.index(low)
+    near = (lambda b: abs(bits.index(b) - place)) if variable.part == "pair" else None
+    nearest = min(seen, key=lambda b: (near(b) if near else abs(b - low), b))
+    return rises[v, nearest] * weight(low) / weight(nearest) if weight(nearest) else 0.0
 
 
 def propose_swaps(
@@ -147,7 +150,8 @@ def _parts(
         choices = space.variables[v].bits
         place = choices.index(bits) + step
         if 0 <= place < len(choices):
-            rise = step * expected_rise(space, rises, (v, min(bits, choices[place])))
+            lower = choices[max(place, place - step)]
+            rise = step * expected_rise(space, rises, (v, lower))
             after = [*state[:v], choices[place], *state[v + 1 :]]
             change = tuple(c - n for c, n in zip(costs(after), now, strict=True))
             parts.append(_Part(rise, change, v, choices[place]))
