@@ -263,11 +263,15 @@ def sensible_threads(macs_per_sample: int) -> int:
     return max(1, min(n_cores(), macs_per_sample // 5_000_000))
 
 
-def wait_for_study(place: Place, seconds: float) -> None:
-    """Wait until the study exists and its sensitivities are measured; with 0 seconds, look once.
+def _is_told(study: optuna.Study) -> bool:
+    return not {attributes.FINGERPRINT, attributes.INFO}.isdisjoint(study.user_attrs)
 
-    A study that exists is joined when the time is over, measured or not: the process that measures
-    may have died, and a worker can do it as well.
+
+def wait_for_study(place: Place, seconds: float) -> None:
+    """Wait until the study exists and says of which search it is; with 0 seconds, look once.
+
+    A study that exists is joined when the time is over all the same: the process that made it may
+    have died, and a worker can go on as well.
 
     Raises:
         StorageError: The study does not exist by then, or its storage cannot be opened.
@@ -280,7 +284,7 @@ def wait_for_study(place: Place, seconds: float) -> None:
             with explain_storage_errors(redact_url(place.storage)):
                 if found is None and study_exists(place.storage, place.name):
                     found = load_study(place.storage, place.name)
-                if found is not None and (attributes.INFO in found.user_attrs or last):
+                if found is not None and (_is_told(found) or last):
                     return
         except KeyError:  # deleted meanwhile
             found = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -34,6 +35,7 @@ from hq_optuna.network.searchable import check_searchable
 from hq_optuna.network.unfused import unfused
 from hq_optuna.objective import fingerprint
 from hq_optuna.objective.functions import name_of
+from hq_optuna.objective.preparation import Progress, Shared
 from hq_optuna.objective.publish import (
     budget_of,
     by_whom,
@@ -43,7 +45,7 @@ from hq_optuna.objective.publish import (
     shown,
     stored_sensitivity,
 )
-from hq_optuna.objective.scorer_setup import Progress, ScorerSetup
+from hq_optuna.objective.scorer_setup import ScorerSetup
 from hq_optuna.objective.training_steps import TrainedSteps
 from hq_optuna.optuna_internals import id_of, storage_of
 from hq_optuna.protocol.claims import ClaimedTrial, NotNeeded, write_facts
@@ -58,6 +60,8 @@ from hq_optuna.settings import SearchSettings, settings_of
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.search_space import SearchSpace, Variable
 from hq_optuna.training.plan import TrainingPlan
+
+logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 2.0
 """How often a worker asks whether the candidate that it scores is still needed."""
@@ -247,7 +251,8 @@ class HessianObjective:
         Args:
             study: Where sensitivities are taken from if another worker measured them, and where
                 they are written otherwise.
-            artifacts: Where a search that trains keeps weights.
+            artifacts: Where a search that trains keeps weights, and where workers of a study
+                share what they prepare; without it each prepares for itself.
             progress: Called with (what, done, of) from here on.
 
         Raises:
@@ -265,7 +270,9 @@ class HessianObjective:
                 write_over = self._settle(study)
         if self._scorer is None:
             known = None if study is None else stored_sensitivity(study)
-            built = self.setup.build(copied(self.model), known, self._progress)
+            built = self.setup.build(
+                *(copied(self.model), known, self._progress), shared=self._shared(study, artifacts)
+            )
             self.warnings += built.warnings
             self._scorer, self._facts = built.scorer, built.facts
         if study is not None and write_over is not None:
@@ -274,6 +281,15 @@ class HessianObjective:
             publish(study, self.space, self._info(study), table, again=write_over)
             settled[id_of(study)] = another
         return self._scorer
+
+    def _shared(self, study: Study | None, artifacts: Artifacts | None) -> Shared | None:
+        """Return where workers share what they prepare, if they can."""
+        if study is None:
+            return None
+        if artifacts is None:
+            logger.info("There is no artifact store, so this worker prepares for itself.")
+            return None
+        return Shared(study, artifacts, attributes.digest(self.fingerprint(study)))
 
     def _settle(self, study: Study) -> bool:
         """Refuse the study of another search; return whether what it says must be written over."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,23 +13,17 @@ from hq_optuna.curvature import probe_of
 from hq_optuna.hardware import read_hardware
 from hq_optuna.network.batches import Batches
 from hq_optuna.network.losses import LossFunction
+from hq_optuna.objective.preparation import Preparation, Progress, Shared
 from hq_optuna.quantization import observe_inputs, prepare
-from hq_optuna.quantization.compensation import compensate_weights
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.quantization.input_grids import InputGrid
 from hq_optuna.quantization.observers import InputHistogram
 from hq_optuna.quantization.quantizer_choice import choose_quantizers, uncompensated_warnings
 from hq_optuna.quantization.statistics import statistics_places
 from hq_optuna.rises import Rise, RiseLoss
-from hq_optuna.scoring import (
-    LAYER_SUMS,
-    LayerSumName,
-    Scorer,
-    Sensitivity,
-    measure_layer_sums,
-)
+from hq_optuna.scoring import LAYER_SUMS, LayerSumName, Scorer, Sensitivity
 from hq_optuna.settings import ScorerName, SearchSettings
-from hq_optuna.space.search_space import SearchSpace, bits_needed
+from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.training.trained import TrainedNetwork
 
 
@@ -50,10 +43,6 @@ def _default(rise: Rise | None, trains: bool) -> ScorerName:
         return "diagonal"
     by_outputs = rise.reads_outputs and (trains or not rise.can_draw)
     return "gauss_newton" if by_outputs else "hessian_trace"
-
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what, done, of)."""
 
 
 class BuiltScorer(NamedTuple):
@@ -149,43 +138,28 @@ class ScorerSetup:
         base: TrainedNetwork | None = None,
         teacher: nn.Module | None = None,
         moments: Mapping[str, Tensor] | None = None,
+        shared: Shared | None = None,
     ) -> BuiltScorer:
         """Return a scorer of a float network in eval mode.
 
-        Sensitivities are measured unless another worker did and they are ``known``. Of a trained
+        Sensitivities are measured, by ``shared`` pieces where other workers help, unless they are
+        ``known``; what else it takes to measure an assignment then waits until one is. Of a trained
         network: what its training learned is ``base``, rises are measured against ``teacher``, and
         ``moments`` are the curvature of weights that the training told, by layer.
         """
-        prepared = self._observed(network, base)
-        warnings: list[str] = []
-        wanted = {name: set(weights) for name, (weights, _) in bits_needed(self.space).items()}
-        if base is not None:
-            for name, weights in wanted.items():
-                weights.discard(base.config[name].weight_bits)
-        if self.settings.rounding == "compensated":
-            compensate_weights(
-                *(prepared, self.space.layers, self.rounding_data, wanted),
-                progress=lambda done, of: progress("rounding", done, of),
-            )
-            warnings += uncompensated_warnings(self.quantizers)
+        preparation = Preparation(
+            *(self, network), base=base, moments=moments, shared=shared, progress=progress
+        )
         facts: dict[str, float] = {"rounding_samples": self.rounding_data.n_samples}
         facts["set_aside_samples"] = sum(self.data[p].n for p in self.set_aside_places)
-        correction = self._correction(prepared, base)
+        compensated = self.settings.rounding == "compensated"
+        warnings = uncompensated_warnings(self.quantizers) if compensated else []
         if known is None:
-            sums = measure_layer_sums(
-                *(self._layer_sum, network, prepared, self.space, self.table_data, self.loss_fn),
-                progress=progress,
-                moments=moments,
-                correction=correction,
-                rise=self.rise,
-                whole=self.data,
-            )
-            known, curvature = sums.sensitivity, sums.curvature
-            warnings += sums.warnings
-            facts["curvature_samples"] = curvature.n_samples
-            if math.isfinite(curvature.largest_error):  # one batch alone has none
-                facts["curvature_standard_error"] = round(curvature.largest_error, 4)
-        return BuiltScorer(self._scorer(prepared, known, correction, teacher), warnings, facts)
+            table = preparation.table()
+            known = table.sensitivity
+            warnings += table.warnings
+            facts |= table.facts
+        return BuiltScorer(self._scorer(preparation.network, known, teacher), warnings, facts)
 
     def score_of_trained(self, base: TrainedNetwork, teacher: nn.Module) -> float | None:
         """Return the score of a trained network at its own bits, before a scorer of it is built.
@@ -199,8 +173,16 @@ class ScorerSetup:
             {name: {bits.weight_bits: 0.0} for name, bits in base.config.items()},
             {name: {bits.activation_bits: 0.0} for name, bits in base.config.items()},
         )
-        prepared = self._observed(base.network, base)
-        scorer = self._scorer(prepared, nothing, self._correction(prepared, base), teacher)
+        names = [layer.name for layer in self.space.layers]
+        prepared = self.prepared(
+            base.network, observe_inputs(base.network, names, self.rounding_data)
+        )
+        base.restore_learned_(prepared)
+        correction = None
+        if self.settings.correction:
+            given = prepared, self.data, self.settings.precision, base.config
+            correction = StatisticsCorrection(*given, places=self.statistics_places)
+        scorer = self._scorer(lambda: (prepared, correction), nothing, teacher)
         return scorer.score(base.config).total
 
     @property
@@ -208,31 +190,10 @@ class ScorerSetup:
         """Whether an assignment's outputs or loss are its score, and not a sum over layers."""
         return self.settings.scorer in ("gauss_newton", "loss")
 
-    def _observed(self, network: nn.Module, base: TrainedNetwork | None) -> nn.Module:
-        """Return a prepared copy with observed ranges and what a training learned."""
-        names = [layer.name for layer in self.space.layers]
-        prepared = self.prepared(
-            network, observe_inputs(network, names, self.rounding_data, self.grid)
-        )
-        if base is not None:
-            base.restore_learned_(prepared)
-        return prepared
-
-    def _correction(
-        self, prepared: nn.Module, base: TrainedNetwork | None
-    ) -> StatisticsCorrection | None:
-        if not self.settings.correction:
-            return None
-        at = None if base is None else base.config
-        return StatisticsCorrection(
-            *(prepared, self.data, self.settings.precision, at), places=self.statistics_places
-        )
-
     def _scorer(
         self,
-        prepared: nn.Module,
+        prepared: Callable[[], tuple[nn.Module, StatisticsCorrection | None]],
         known: Sensitivity,
-        correction: StatisticsCorrection | None,
         teacher: nn.Module | None,
     ) -> Scorer:
         return Scorer(
@@ -241,7 +202,6 @@ class ScorerSetup:
             rise=self.rise,
             by_loss=self.settings.scorer == "loss",
             measures=self.settings.measure_candidates,
-            correction=correction,
             precision=self.settings.precision,
             teacher=teacher,
         )
@@ -254,6 +214,7 @@ class ScorerSetup:
             *(network, self.space.layers, inputs),
             observer=self.settings.observer,
             quantizers=self.quantizers,
+            grid=self.grid,
         )
 
     @property
@@ -267,7 +228,7 @@ class ScorerSetup:
         return tuple(sorted(self._table_places)) or self.statistics_places
 
     @property
-    def _layer_sum(self) -> LayerSumName:
+    def layer_sum(self) -> LayerSumName:
         """The sum over layers that is recorded of each candidate."""
         if self.settings.scorer in LAYER_SUMS:
             return self.settings.scorer
@@ -279,7 +240,7 @@ class ScorerSetup:
     @cached_property
     def _table_places(self) -> frozenset[int]:
         """The batches that ``hessian_trace`` reads and rounding does not: it fits its own."""
-        if self._layer_sum != "hessian_trace":
+        if self.layer_sum != "hessian_trace":
             return frozenset()
         n = self.data.n_samples
         wanted = min(128, max(n // 4, min(64, n // 2)))

@@ -32,14 +32,14 @@ class InputHistogram:
     """Histogram of the values that entered a layer, all calls together.
 
     ``counts`` are ``(bins,)``, ``edges`` ``(bins + 1,)``; the first and last are the extremes seen.
-    ``grid`` is what the target takes.
     """
 
     counts: NDArray[np.float64]
     edges: NDArray[np.float64]
-    grid: InputGrid = ANY_GRID
 
-    def range(self, bits: int, observer: Observer = "squared_error") -> AffineRange:
+    def range(
+        self, bits: int, observer: Observer = "squared_error", grid: InputGrid = ANY_GRID
+    ) -> AffineRange:
         """Return scale and zero point for a number of bits.
 
         They have the least squared error (``"squared_error"``), cover all values seen
@@ -47,10 +47,10 @@ class InputHistogram:
         as the target's grid allows.
         """
         found = self._any_range(bits, observer)
-        if not self.grid.constrains(bits):
+        if not grid.constrains(bits):
             return found
         covers = observer != "squared_error"
-        return fitted_range(found, self.grid, self.counts, self.edges, bits, covers)
+        return fitted_range(found, grid, self.counts, self.edges, bits, covers)
 
     def _any_range(self, bits: int, observer: Observer) -> AffineRange:
         """Return scale and zero point without a target's limits."""
@@ -113,11 +113,23 @@ def watch_inputs(
 
 @torch.no_grad()
 def observe_inputs(
-    network: nn.Module, names: Sequence[str], data: Batches, grid: InputGrid = ANY_GRID
+    network: nn.Module, names: Sequence[str], data: Batches
 ) -> dict[str, InputHistogram]:
     """Return the histogram of what enters each named layer of a network in eval mode.
 
-    ``grid`` is what the target takes; by default any scale and zero point.
+    Raises `DataError` where a layer receives NaN or infinity.
+    """
+    with observed_inputs(network, names) as found:
+        for batch in data:
+            forward(network, batch.inputs)
+    return found
+
+
+@contextmanager
+def observed_inputs(
+    network: nn.Module, names: Sequence[str]
+) -> Iterator[dict[str, InputHistogram]]:
+    """Give the histograms of `observe_inputs`, which are there when the body has run the network.
 
     Raises `DataError` where a layer receives NaN or infinity.
     """
@@ -134,10 +146,10 @@ def observe_inputs(
             )
         seen[name].add(x.detach(), low, high)
 
+    found: dict[str, InputHistogram] = {}
     with watch_inputs(network, names, see):
-        for batch in data:
-            forward(network, batch.inputs)
-    return {name: InputHistogram(one.counts, one.edges, grid) for name, one in seen.items()}
+        yield found
+    found |= {name: InputHistogram(one.counts, one.edges) for name, one in seen.items()}
 
 
 class _Counted:

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from hq_optuna.errors import NetworkError, SpaceError
 from hq_optuna.network.copies import copied
 from hq_optuna.network.unfused import unfused
+from hq_optuna.quantization.input_grids import ANY_GRID, InputGrid
 from hq_optuna.quantization.modules import InputFakeQuantize, WeightFakeQuantize
 from hq_optuna.quantization.observers import InputHistogram, first_input, with_first_input
 from hq_optuna.quantization.quantizers import UNIFORM, ByGroup, quantizer_named
@@ -28,6 +29,7 @@ def prepare(
     *,
     observer: Observer = "squared_error",
     quantizers: Mapping[str, str] | None = None,
+    grid: InputGrid = ANY_GRID,
 ) -> nn.Module:
     """Return a copy of the network whose layers can be set to any number of bits.
 
@@ -43,6 +45,7 @@ def prepare(
             can only stay in float.
         observer: How activation ranges are found.
         quantizers: Layer → name of its weight's quantizer; ``"uniform"`` for layers not named.
+        grid: Which ranges of inputs the target takes.
 
     Raises:
         SpaceError: A quantizer, or a layer of ``quantizers``, that does not exist.
@@ -63,7 +66,7 @@ def prepare(
         quantizer = WeightFakeQuantize(layer.channel_axis, rounds)
         parametrize.register_parametrization(module, "weight", quantizer, unsafe=True)
         histogram = None if inputs is None else inputs[layer.name]
-        module.add_module(_INPUT, InputFakeQuantize(histogram, observer))
+        module.add_module(_INPUT, InputFakeQuantize(histogram, observer, grid=grid))
         module.register_forward_pre_hook(_quantize_input, with_kwargs=True)
     prepared.eval()
     return prepared

@@ -64,11 +64,14 @@ class Scorer:
     statistics of each candidate in its pass. A rise is measured against the outputs of ``teacher``,
     the network before it was trained at fewer bits, if that is not the prepared one in float.
     Finalists are measured by ``rise``.
+
+    ``prepared`` may be a function that returns the network and the correction: it is called when
+    something is first measured, which a table may never do.
     """
 
     def __init__(
         self,
-        prepared: nn.Module,
+        prepared: nn.Module | Callable[[], tuple[nn.Module, StatisticsCorrection | None]],
         sensitivity: Sensitivity,
         data: Batches,
         loss_fn: LossFunction,
@@ -83,19 +86,34 @@ class Scorer:
     ) -> None:
         check_precision(precision)
         self._teacher = teacher
-        self.prepared = prepared
+        self._made = (prepared, correction) if isinstance(prepared, nn.Module) else prepared
         self.sensitivity = sensitivity
         self.data = data
         self.loss_fn = loss_fn
         self.output_rise = output_rise
         self.rise = rise
-        self.correction = correction
         self.by_loss = by_loss
         self.is_table = output_rise is None and not by_loss and not measures
         self.precision: Precision = precision
         self._float_outputs: list[Any] | None = None
         self._float_loss: float | None = None
         self._smooth: _Smooth | None = None
+
+    @property
+    def prepared(self) -> nn.Module:
+        """The prepared network."""
+        return self._parts[0]
+
+    @property
+    def correction(self) -> StatisticsCorrection | None:
+        """What corrects its statistics."""
+        return self._parts[1]
+
+    @property
+    def _parts(self) -> tuple[nn.Module, StatisticsCorrection | None]:
+        if not isinstance(self._made, tuple):
+            self._made = self._made()
+        return self._made
 
     def score(
         self, config: Mapping[str, LayerBits], between_batches: Callable[[], None] = lambda: None
