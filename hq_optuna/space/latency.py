@@ -83,6 +83,10 @@ class LatencyTable:
         """Return whether the table has this pair of a layer."""
         return (layer, *bits) in self._known
 
+    def total(self, config: Mapping[str, LayerBits]) -> float:
+        """Return how long an assignment takes, in seconds."""
+        return math.fsum([self.rest_s, *(self.seconds(n, bits) for n, bits in config.items())])
+
     def check(self, layers: Sequence[LayerSpec], pairs: Mapping[str, Iterable[LayerBits]]) -> None:
         """Refuse a table that does not belong to these layers, or lacks a pair that they may have.
 
