@@ -4,7 +4,7 @@ The network is exported with the same bits everywhere, once for each pair of bit
 with the pairs dealt out in turn, so that each layer is seen beside others. Each file is cut where
 codes enter a layer: a piece is a layer and what follows it up to the next rounding, with batch
 normalization, activation function and additions. Pieces that compute the same are timed once; a
-layer's time is the mean of its pieces. Sums of pieces are not the network yet: a session has its own
+layer's time is the mean of its pieces. Sums of pieces are not the network: a session has its own
 cost, and an optimizer works across cuts. So the whole files are timed too, in the same turns, and
 the pieces of each pair are scaled so that their sums come nearest to what whole files take.
 """

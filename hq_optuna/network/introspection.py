@@ -36,7 +36,7 @@ from hq_optuna.network.operators.liveness import Recorder, memory_map
 from hq_optuna.network.operators.weight_uses import WatchedWeights, WeightUse
 from hq_optuna.network.searchable import check_searchable
 from hq_optuna.network.unfused import unfused
-from hq_optuna.space.layers import LayerSpec, SkippedModule
+from hq_optuna.space.layers import FLOAT_BITS, LayerSpec, SkippedModule
 from hq_optuna.space.memory import MemoryMap
 
 
@@ -91,6 +91,8 @@ class Introspection:
             many of the operations are in no layer.
         others: Multiplications that no layer's weight takes part in, the most first.
         memory: What is in memory at each moment of a pass over the first batch, for one sample.
+        elements: What computes element by element and stays in float, the most first: additions,
+            concatenations, softmax, normalization, embeddings; with elements for one sample.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -100,6 +102,12 @@ class Introspection:
     warnings: tuple[str, ...] = ()
     others: tuple[OtherProduct, ...] = ()
     memory: MemoryMap = field(default_factory=MemoryMap)
+    elements: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def bops_of_others(self) -> int:
+        """Bit operations of what stays in float, at 32 bits by 32: no part of any cost."""
+        return sum(other.macs for other in self.others) * FLOAT_BITS**2
 
     @property
     def share_of_others(self) -> float:
@@ -217,7 +225,8 @@ def introspect(
     said = (*_warnings(found, n), *_unseen(others, total))
     memory = memory_map(record, {module: layer.name for module, layer in layers.items()})
     return Introspection(
-        tuple(layers.values()), tuple(skipped), n_parameters, n, said, tuple(others), memory
+        *(tuple(layers.values()), tuple(skipped), n_parameters, n, said, tuple(others), memory),
+        elements=tuple((what, -(-total // n)) for what, total in counter.elements.most_common()),
     )
 
 
@@ -431,7 +440,8 @@ class _Counter(WatchedWeights):  # type: ignore[no-untyped-call]
             if isinstance(module, QUANTIZABLE) and not _computed(module)
         }
         weights: dict[str, Tensor] = {name: m.weight for name, m in self._layers.items()}  # type: ignore[misc]
-        super().__init__(weights, self._use, self._use_other)
+        self.elements = Counter[str]()
+        super().__init__(weights, self._use, self._use_other, self._use_elements)
         self.others: Counter[tuple[nn.Module | None, str]] = Counter()
         self._aside: Counter[tuple[nn.Module | None, str]] = Counter()  # within a layer's own call
         self._within: list[nn.Module] = []
@@ -469,6 +479,9 @@ class _Counter(WatchedWeights):  # type: ignore[no-untyped-call]
         module = self._within[-1] if self._within else None
         held = self._aside if self._running and module is self._running[-1][0] else self.others
         held[module, operator] += macs
+
+    def _use_elements(self, what: str, elements: int) -> None:
+        self.elements[what] += elements
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._within:

@@ -16,9 +16,9 @@ from hq_optuna.network.losses import LossFunction
 from hq_optuna.objective.preparation import Preparation, Progress, Shared
 from hq_optuna.quantization import observe_inputs, prepare
 from hq_optuna.quantization.correction import StatisticsCorrection
-from hq_optuna.quantization.input_grids import InputGrid
 from hq_optuna.quantization.observers import InputHistogram
 from hq_optuna.quantization.quantizer_choice import choose_quantizers, uncompensated_warnings
+from hq_optuna.quantization.ranges import InputGrid
 from hq_optuna.quantization.statistics import statistics_places
 from hq_optuna.rises import Rise, RiseLoss
 from hq_optuna.scoring import LAYER_SUMS, LayerSumName, Scorer, Sensitivity

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hq_optuna.quantization.calls import uncounted
 from hq_optuna.quantization.functional import quantize_activation
-from hq_optuna.quantization.input_grids import ANY_GRID, InputGrid
 from hq_optuna.quantization.observers import InputHistogram
 from hq_optuna.quantization.quantizers import UNIFORM, WeightQuantizer
-from hq_optuna.quantization.ranges import AffineRange
+from hq_optuna.quantization.ranges import ANY_GRID, AffineRange, InputGrid
 from hq_optuna.settings import Observer
 from hq_optuna.space.layers import FLOAT_BITS
 
@@ -207,6 +207,10 @@ class WeightFakeQuantize(nn.Module):
         """Return the weight as the layer uses it."""
         if self.bits == FLOAT_BITS:
             return weight
+        with uncounted():
+            return self._rounding(weight)
+
+    def _rounding(self, weight: Tensor) -> Tensor:
         if torch.is_grad_enabled() and weight.requires_grad:
             scale = self.scale(weight, self.bits)
             nearest = self.quantizer.quantize(weight, scale, self.bits, self.channel_axis)

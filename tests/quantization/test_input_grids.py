@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from hq_optuna.quantization.input_grids import InputGrid
 from hq_optuna.quantization.observers import N_BINS, InputHistogram
+from hq_optuna.quantization.ranges import InputGrid
 
 SIGNED = np.random.default_rng(0).normal(0.3, 1.0, 20_000)
 POSITIVE = np.maximum(SIGNED, 0.0)
