@@ -266,7 +266,7 @@ class HessianObjective:
         if study is not None:
             another = self._met_another(study)
             if settled.get(id_of(study)) != another:
-                write_over = self._settle(study)
+                write_over = self.settle(study)
         if self._scorer is None:
             known = None if study is None else stored_sensitivity(study)
             built = self.setup.build(
@@ -290,8 +290,14 @@ class HessianObjective:
             return None
         return Shared(study, artifacts, attributes.digest(self.fingerprint(study)))
 
-    def _settle(self, study: Study) -> bool:
-        """Refuse the study of another search; return whether what it says must be written over."""
+    def settle(self, study: Study) -> bool:
+        """Say in a new study which search it is of; return whether another was begun in it.
+
+        What the study says of that one is to be written over.
+
+        Raises:
+            ResumeError: The study belongs to another search.
+        """
         mine, sampler, is_mine = self.fingerprint(study), study.sampler, None
         if isinstance(sampler, ProgressiveBitSampler):
             sampler.name_search(study, attributes.digest(mine))
