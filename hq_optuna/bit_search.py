@@ -83,7 +83,8 @@ class BitSearch:
         validation: Data on which the network is measured before and after.
         evaluate: What is measured there: a `hq_optuna.Metric`, or a function that returns figures
             by name from (network, batches); accuracy by default.
-        batch_size: Samples a batch, where data come without batches.
+        batch_size: Samples a batch, where data come without batches; by default 32, or fewer where
+            a sample is large.
         sample_axis: Axis of the input tensors along which samples lie, where labels do not tell:
             see `hq_optuna.network.batches.read_batches`.
         **changes: Settings by name, in place of those in ``settings``:
@@ -110,7 +111,7 @@ class BitSearch:
         training: TrainingPlan | None = None,
         validation: Any = None,
         evaluate: Evaluate | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         sample_axis: int | None = None,
         **changes: Any,
     ) -> None:

@@ -88,7 +88,8 @@ class HessianObjective:
         rise: How much worse outputs become that move, see `hq_optuna.rises`; a function returns
             it from (outputs, moved), summed over samples. By default that of the loss, or, where
             that is unknown or there is none, by the outputs.
-        batch_size: Samples a batch, where ``calibration`` has no batches of its own.
+        batch_size: Samples a batch, where ``calibration`` has no batches of its own; by default
+            32, or fewer where a sample is large.
         training: When winners are trained, and how; the sampler must be told the same. ``None``:
             never.
         artifacts: Where a search that trains keeps weights.
@@ -119,7 +120,7 @@ class HessianObjective:
         loss_fn: LossFunction | None = None,
         settings: SearchSettings | None = None,
         rise: Rise | Callable[[Any, Any], Any] | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         training: TrainingPlan | None = None,
         artifacts: Artifacts | None = None,
         validation: Batches | None = None,
