@@ -20,8 +20,9 @@ which is bias correction (Nagel et al., 2019) with measured means.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from graphlib import CycleError, TopologicalSorter
@@ -123,6 +124,7 @@ class StatisticsCorrection:
                 seen.end_batch()
         right = seen.statistics()
         self._order = common_order([[name for name in way if name in right] for way in seen.ways])
+        self.called_once = common_order(seen.called_once())
         for name in self._order:
             mean, var = right[name]
             if name in layers:
@@ -175,6 +177,39 @@ class StatisticsCorrection:
             stored, right = (seen.stored_mean, seen.stored_var), (seen.mean, seen.var)
             return corrected_statistics(stored, right, (mean, var))
         return (self._means[name] - mean,)
+
+    def of(self, network: nn.Module) -> StatisticsCorrection:
+        """Return this correction for another copy of the prepared network."""
+        found = copy.copy(self)
+        found.prepared = network
+        return found
+
+    @contextmanager
+    def watched(
+        self, network: nn.Module, see: Callable[[str, Tensor, int], None]
+    ) -> Iterator[None]:
+        """Call ``see(name, values, channel axis)`` of each module before it goes on."""
+        norms = [name for name in self.modules if name in self._norms]
+        layers = {n: network.get_submodule(n) for n in self.modules if n in self._means}
+
+        def shift(name: str, module: nn.Module, output: Tensor) -> Tensor:
+            see(name, output, channel_axis(module, output))
+            return _shifted(module, output)
+
+        with (
+            watch_inputs(network, norms, lambda name, x: see(name, x, 1)),
+            _watch_outputs(layers, shift),
+        ):
+            yield
+
+    def settle_(
+        self, name: str, parts: Sequence[ChannelStatistics], agreement: Tensor | None = None
+    ) -> None:
+        """Correct a module from what it sees; ``agreement`` is that with the float network."""
+        mean, var = pooled(parts)
+        if agreement is not None and var is not None and name in self._norms:
+            var = var / agreement.to(var)
+        self._set(name, self._corrected(name, mean, var))
 
     def on(self, places: Sequence[int]) -> StatisticsCorrection:
         """Return the correction of the same network by the statistics of other batches.
@@ -246,6 +281,10 @@ class _Outputs:
         self.ways.append(list(self._calls))
         self._calls.clear()
         self._outputs.clear()
+
+    def called_once(self) -> list[list[str]]:
+        """Return the modules of each way of which something can be told."""
+        return [[name for name in way if name not in self._left] for way in self.ways]
 
     def statistics(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return means and variances of what can be corrected.
