@@ -30,7 +30,6 @@ from benchmarks.zoo import data_folder, unpacked
 from hq_optuna import BitSearch, Budget, Metric
 from hq_optuna.network.batches import Batches, forward, read_batches
 from hq_optuna.search.uniform import uniform_states
-from hq_optuna.space.cost import CostModel
 from studies import (
     efficientnet_lite0,
     espnet,
@@ -131,7 +130,7 @@ class Bench:
 
     def case(self, bits: tuple[int, int]) -> dict[str, Any]:
         """Return the metric of float, uniform bits and the answer, and their differences."""
-        metric, model = self.one.metric, CostModel(self.space.layers, "bops")
+        metric, model = self.one.metric, self.space.costs("bops")
         uniform = self.space.config(uniform_states(self.space)[bits])
         limit = model.cost(uniform)
         answer = self.search.exact(self.study, Budget.absolute(bops=limit))

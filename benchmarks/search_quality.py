@@ -40,7 +40,6 @@ from hq_optuna.scoring import Scorer, Sensitivity
 from hq_optuna.search import Additive, ProgressiveSearch
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.budget import Budget
-from hq_optuna.space.cost import CostModel
 from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.study_files.study_file import StudyFile, find_study
 
@@ -94,7 +93,7 @@ def main() -> None:
         parts.network, data, sums, arguments.rounding, arguments.quantizer
     )
     correction = StatisticsCorrection(prepared, data)
-    model = CostModel(space.layers, "size_bytes")
+    model = space.costs("size_bytes")
     outcome.details["float"] = Accuracy()(copy.deepcopy(parts.network).eval(), test)["accuracy"]
     outcome.details |= {"n_calibration": data.n_samples, "rounding": arguments.rounding}
     outcome.details["quantizer"] = arguments.quantizer
@@ -118,7 +117,7 @@ def main() -> None:
         uniform = BitConfig.uniform([layer.name for layer in space.layers], bits, 32)
         report(outcome, "uniform", str(bits), [(0.0, uniform, 1)], measure, "")
     for name, average in AVERAGES.items():
-        limit = Budget.fraction(size_bytes=average / 8).limit(space.layers)
+        limit = Budget.fraction(size_bytes=average / 8).limit(space)
         for scorer, table in tables.items() if sums else ():
             best = exact_config(space, table, limit)
             optimum = sum(table.score(best))
@@ -217,7 +216,7 @@ def tables_of(
 def exact_config(space: SearchSpace, table: Sensitivity, limit: float) -> BitConfig:
     """Return the assignment with the least layer sum within the limit."""
     table_json = {n: {"weights": table.weights[n], "activations": {}} for n in table.weights}
-    sums = Additive(space, table_json, CostModel(space.layers, "size_bytes").layer_cost)
+    sums = Additive(space, table_json, space.costs("size_bytes").layer_cost)
     best = sums.exact(limit)
     assert best is not None
     return best.config

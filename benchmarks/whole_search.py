@@ -25,8 +25,12 @@ Details hold the parts, and the rise of the peak of memory.
 ``--search`` runs whole searches with the measured end instead: ``passes_NETWORK`` from the
 checks to the answer at uniform 4 bits' cost (without the dashboard's pages),
 ``passes_another_budget_NETWORK`` for each further budget, and the answers' ratios as
-``answer_smooth_NETWORK_b`` and ``answer_kl_NETWORK_b``, with standard errors. ``uniform_better``
-counts the cases where uniform bits are better beyond two of them, in either.
+``answer_smooth_NETWORK_b`` and ``answer_kl_NETWORK_b``, the accuracy gained as
+``answer_points_NETWORK_b``, with paired standard errors. ``uniform_better`` counts the cases where
+uniform bits are better beyond two of them in any. With ``--seeds`` figures and errors are means.
+
+Networks that tell no class a sample are judged by their own rise: by H̄ for the smooth rise, and by
+each sample's Hessian in place of the divergence.
 
     python -m benchmarks.whole_search --networks resnet20 --budgets 4 3 --data DIR
     python -m benchmarks.whole_search --search --networks resnet20 kws vww --data DIR
@@ -38,6 +42,7 @@ counts the cases where uniform bits are better beyond two of them, in either.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import random
 import resource
@@ -64,13 +69,13 @@ from hq_optuna.answer.measured_end import measured_end
 from hq_optuna.network.batches import Batches, forward, read_batches
 from hq_optuna.objective import scorer_setup
 from hq_optuna.protocol.history import read_history
+from hq_optuna.rises import Rise
 from hq_optuna.search.additive import Additive
 from hq_optuna.search.uniform import uniform_states
 from hq_optuna.space.assignment import BitConfig
-from hq_optuna.space.cost import CostModel
 from hq_optuna.space.search_space import SearchSpace
 
-TABLES = ("hessian_trace", "fisher", "diagonal")
+TABLES = ("hessian_trace", "diagonal")
 """The first one is the search's own: figures without a table's name are of it."""
 PARTS = ("observe_inputs", "compensate_weights", "StatisticsCorrection", "measure_layer_sums")
 """What preparation consists of, by its names in `hq_optuna.objective.scorer_setup`."""
@@ -84,40 +89,74 @@ Array = NDArray[np.float64]
 State = tuple[int, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Rises:
+    """The smooth rise and the KL divergence of each sample, and whether its class is right.
+
+    Of outputs that are no classes of a sample: the rise by H̄, and by each sample's own Hessian.
+    """
+
+    smooth: Array
+    kl: Array
+    right: Array | None = None
+
+    @property
+    def accuracy(self) -> float:
+        """The share of samples whose class is right; NaN where samples have none."""
+        return math.nan if self.right is None else float(self.right.mean())
+
+
 class Unseen:
     """Samples that nothing has read, and what they say of a quantized network."""
 
-    def __init__(self, network: nn.Module, samples: tuple[Tensor, Tensor]) -> None:
-        self.data = read_batches(samples, batch_size=64)
-        self.labels = samples[1]
-        self.outputs = outputs_of(network, self.data).double()
+    def __init__(self, trained: Trained) -> None:
+        self.data = read_batches(trained.unseen, batch_size=64, labelled=False)
+        self.network, self.rise = trained.network, trained.rise
+        if self.rise is not None:
+            outputs = (self.rise.run(self.network, batch.inputs) for batch in self.data)
+            with torch.inference_mode():
+                self.rise = self.rise.fitted(outputs, self.data)
+            return
+        self.labels = trained.unseen[1]
+        self.outputs = outputs_of(self.network, self.data).double()
         p = (self.outputs / TEMPERATURE).softmax(1)
         self.hessian = torch.diag(p.mean(0)) - p.T @ p / len(p)
 
     def rises(self, network: nn.Module) -> Rises:
         """Return what a network's outputs cost, sample by sample."""
+        if self.rise is not None:
+            return self._by_rise(network, self.rise)
         moved = outputs_of(network, self.data).double()
         change = moved - self.outputs
         smooth = 0.5 * ((change @ self.hessian) * change).sum(1)
         p, q = self.outputs.log_softmax(1), moved.log_softmax(1)
         kl = (p.exp() * (p - q)).sum(1)
-        accuracy = float((moved.argmax(1) == self.labels).double().mean())
-        return Rises(smooth.numpy(), kl.numpy(), accuracy)
+        right = (moved.argmax(1) == self.labels).double()
+        return Rises(smooth.numpy(), kl.numpy(), right.numpy())
 
-
-@dataclass(frozen=True, eq=False)
-class Rises:
-    """The smooth rise and the KL divergence of each sample, and the accuracy."""
-
-    smooth: Array
-    kl: Array
-    accuracy: float
+    @torch.inference_mode()
+    def _by_rise(self, network: nn.Module, rise: Rise) -> Rises:
+        found = list[tuple[Tensor, Tensor]]()
+        for batch in self.data:
+            z, moved = (rise.run(net, batch.inputs) for net in (self.network, network))
+            ways = (rise.averaged(), rise)
+            one, other = (way.of_samples(z, moved, batch) for way in ways)
+            found.append((one, other))
+        smooth, kl = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
+        return Rises(smooth, kl)
 
 
 @torch.inference_mode()
 def outputs_of(network: nn.Module, data: Batches) -> Tensor:
-    """Return a network's outputs on all samples."""
+    """Return a network's outputs on all samples, one tensor."""
     return torch.cat([forward(network, batch.inputs) for batch in data])
+
+
+@torch.inference_mode()
+def run_all(network: nn.Module, data: Batches) -> None:
+    """Run a network on all samples."""
+    for batch in data:
+        forward(network, batch.inputs)
 
 
 def pass_seconds(network: nn.Module, data: Batches, n: int = 3) -> float:
@@ -125,7 +164,7 @@ def pass_seconds(network: nn.Module, data: Batches, n: int = 3) -> float:
     seconds = []
     for _ in range(n):
         started = time.process_time()
-        outputs_of(network, data)
+        run_all(network, data)
         seconds.append(time.process_time() - started)
     return statistics.median(seconds)
 
@@ -152,14 +191,20 @@ def timed_parts() -> Iterator[dict[str, float]]:
         yield seconds
 
 
+def search_of(trained: Trained, activation_bits: Any, **options: Any) -> BitSearch:
+    """Return the search of a network's bits, by its rise where it has one."""
+    options |= {} if trained.rise is None else {"rise": trained.rise}
+    return BitSearch(
+        trained.network, trained.calibration, activation_bits=activation_bits, **options
+    )
+
+
 class Prepared:
     """A search with one scorer, prepared: its table, its networks, and what they took."""
 
     def __init__(self, scorer: str, trained: Trained, activation_bits: Any) -> None:
         started = time.process_time()
-        self.search = BitSearch(
-            trained.network, trained.calibration, scorer=scorer, activation_bits=activation_bits
-        )
+        self.search = search_of(trained, activation_bits, scorer=scorer)
         door = time.process_time() - started
         objective, self.space = self.search.objective, self.search.space
         one = pass_seconds(trained.network, objective.data)
@@ -177,7 +222,7 @@ class Prepared:
             name: {"weights": table.weights[name], "activations": table.activations[name]}
             for name in table.weights
         }
-        costs = CostModel(self.space.layers)
+        costs = self.space.costs("bops")
         self.table = Additive(self.space, by_layer, costs.layer_cost)
         self.cost = costs.cost
 
@@ -267,6 +312,12 @@ def ratio(answer: Array, uniform: Array, n: int = 1000) -> tuple[float, float]:
     return float(answer.mean() / uniform.mean()), float(ratios.std(ddof=1))
 
 
+def points(gained: Array) -> tuple[float, float]:
+    """Return the mean of paired differences in percentage points, and its standard error."""
+    error = float(gained.std(ddof=1)) / math.sqrt(len(gained))
+    return 100 * float(gained.mean()), 100 * error
+
+
 def rank_error(score: Array, truth: Array, n: int = 500) -> float:
     """Return the standard error of a Spearman correlation, by a bootstrap over assignments."""
     rng = np.random.default_rng(0)
@@ -279,8 +330,9 @@ class Bench:
 
     def __init__(self, name: str, trained: Trained, activation_bits: Any, seed: int) -> None:
         self.name, self.seed = name, seed
-        self.unseen = Unseen(trained.network, trained.unseen)
-        self.prepared = {t: Prepared(t, trained, activation_bits) for t in TABLES}
+        self.unseen = Unseen(trained)
+        known = TABLES if trained.rise is None else TABLES[:1]  # others need labels
+        self.prepared = {t: Prepared(t, trained, activation_bits) for t in known}
         self.first = self.prepared[TABLES[0]]
         self.space = self.first.space
         uniform = uniform_states(self.space)
@@ -297,17 +349,17 @@ class Bench:
         """Draw assignments of equal cost, and return how well each table ranks them."""
         uniform, first = self.uniform[b], self.first
         limit = first.cost(uniform)
-        optima = [self._optimum(table, limit) for table in TABLES]
+        optima = [self._optimum(table, limit) for table in self.prepared]
         centres = {"uniform": state_of(self.space, uniform)}
         centres |= {
             table: state_of(self.space, config)
-            for table, config in zip(TABLES, optima, strict=True)
+            for table, config in zip(self.prepared, optima, strict=True)
         }
         draw = random.Random(1000 * self.seed + b)
         taken = {*centres.values()}
         configs, groups = [], []
         for group, centre in centres.items():
-            shares = n // 2 if group == "uniform" else -(-(n - n // 2) // len(TABLES))
+            shares = n // 2 if group == "uniform" else -(-(n - n // 2) // len(self.prepared))
             found = drawn(self.space, first.cost, limit, centre, shares, draw, taken)
             configs += found
             groups += ["uniform" if group == "uniform" else "optimum"] * len(found)
@@ -367,27 +419,25 @@ class Bench:
                 "kl_uniform": float(uniform[table].kl.mean()),
                 "smooth_uniform": float(uniform[table].smooth.mean()),
             }
-        other = uniform[TABLES[1]]  # its rounding reads all calibration samples
-        figures[f"uniform_ratio_{key}"] = ratio(uniform[TABLES[0]].smooth, other.smooth)[0]
+        if (other := uniform.get("diagonal")) is not None:  # rounding reads all samples there
+            figures[f"uniform_ratio_{key}"] = ratio(uniform[TABLES[0]].smooth, other.smooth)[0]
         return figures, details
 
 
 def searched(
-    name: str, trained: Trained, activation_bits: Any, budgets: Sequence[int]
+    name: str, trained: Trained, activation_bits: Any, budgets: Sequence[int], seed: int
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Return price and gain of whole searches: one, and further budgets of its study."""
-    unseen = Unseen(trained.network, trained.unseen)
+    unseen = Unseen(trained)
     first = 4 if 4 in budgets else budgets[0]
     started = time.process_time()
-    space = BitSearch(trained.network, trained.calibration, activation_bits=activation_bits).space
+    space = search_of(trained, activation_bits).space
     uniform = {b: space.config(s) for (b, a), s in uniform_states(space).items() if a == b}
-    limits = {b: Budget.absolute(bops=CostModel(space.layers).cost(uniform[b])) for b in budgets}
+    limits = {b: Budget.absolute(bops=space.costs("bops").cost(uniform[b])) for b in budgets}
     door = time.process_time() - started
-    search = BitSearch(
-        trained.network, trained.calibration, activation_bits=activation_bits, budget=limits[first]
-    )
+    search = search_of(trained, activation_bits, budget=limits[first])
     started = time.process_time()
-    study = search.open()
+    study = search.open(seed=seed)
     search.work(study, pages=False)
     whole = door + time.process_time() - started
     one = pass_seconds(trained.network, search.objective.data)
@@ -408,6 +458,10 @@ def searched(
             value, error = ratio(getattr(answer, truth), getattr(beside, truth))
             figures[f"answer_{truth}_{name}_{b}"] = value
             figures[f"answer_{truth}_{name}_{b}_standard_error"] = error
+        if answer.right is not None and beside.right is not None:
+            value, error = points(answer.right - beside.right)
+            figures[f"answer_points_{name}_{b}"] = value
+            figures[f"answer_points_{name}_{b}_standard_error"] = error
         details[str(b)] = {
             "accuracy_answer": answer.accuracy,
             "accuracy_uniform": beside.accuracy,
@@ -430,16 +484,18 @@ def answers_summed_up(figures: Mapping[str, float]) -> dict[str, float]:
     """Return geometric means, the worst, and how often uniform bits are better."""
     found: dict[str, float] = {}
     worse = set[str]()
-    for truth in ("smooth", "kl"):
+    for truth, sign, even in (("smooth", 1, 1.0), ("kl", 1, 1.0), ("points", -1, 0.0)):
         cases = {
             key.removeprefix(f"answer_{truth}_"): value
             for key, value in figures.items()
             if key.startswith(f"answer_{truth}_") and not key.endswith("_standard_error")
         }
-        found[f"{truth}_ratio_geomean"] = statistics.geometric_mean(cases.values())
-        found[f"{truth}_ratio_max"] = max(cases.values())
+        if truth != "points":
+            found[f"{truth}_ratio_geomean"] = statistics.geometric_mean(cases.values())
+            found[f"{truth}_ratio_max"] = max(cases.values())
         for case, value in cases.items():
-            if value > 1 + 2 * figures[f"answer_{truth}_{case}_standard_error"]:
+            error = figures[f"answer_{truth}_{case}_standard_error"]
+            if sign * (value - even) > 2 * error:
                 worse.add(case)
     found["uniform_better"] = len(worse)
     return found
@@ -473,10 +529,11 @@ def summed_up(figures: Mapping[str, float], cases: Sequence[str]) -> dict[str, f
     found: dict[str, float] = {}
 
     def of(what: str) -> list[float]:
-        return [figures[f"{what}_{case}"] for case in cases]
+        """Return a figure of all cases that have it: those without labels have one table."""
+        return [figures[f"{what}_{case}"] for case in cases if f"{what}_{case}" in figures]
 
     found["ceiling_median"] = statistics.median(of("ceiling"))
-    for table in TABLES:
+    for table in (t for t in TABLES if of(f"spearman_{t}")):
         found[f"spearman_{table}_median"] = statistics.median(of(f"spearman_{table}"))
         for truth in ("smooth", "kl"):
             values = of(f"{truth}_ratio_{table}")
@@ -533,14 +590,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         outcome.finish(arguments.out)
         return
     if arguments.search:
-        figures = dict[str, float]()
-        for name in networks:
+        found: dict[str, list[float]] = {}
+        for name, seed in itertools.product(networks, range(arguments.seeds)):
             samples = {"n_calibration": arguments.calibration, "n_unseen": arguments.unseen}
-            trained = load_trained(name, arguments.data, **samples)
-            here, outcome.details[name] = searched(
-                name, trained, activation_bits, arguments.budgets
+            trained = load_trained(name, arguments.data, seed=seed, **samples)
+            here, outcome.details[f"{name}_seed{seed}"] = searched(
+                name, trained, activation_bits, arguments.budgets, seed
             )
-            figures |= here
+            for figure, value in here.items():
+                found.setdefault(figure, []).append(value)
+        outcome.details["each_seed"] = found
+        figures = {name: statistics.fmean(values) for name, values in found.items()}
         figures |= answers_summed_up(figures)
         outcome.figures |= {name: round(value, 4) for name, value in figures.items()}
         outcome.finish(arguments.out)
@@ -564,7 +624,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "unseen_samples": bench.unseen.data.n_samples,
                 "passes": {table: one.passes for table, one in bench.prepared.items()},
             }
-            prices = ", ".join(f"{t} {here[f'table_passes_{t}_{name}']:.1f}" for t in TABLES)
+            prices = ", ".join(
+                f"{t} {here[f'table_passes_{t}_{name}']:.1f}" for t in bench.prepared
+            )
             print(f"{name}: {here[f'passes_prepare_{name}']:.1f} float passes; tables: {prices}")
             for b in arguments.budgets:
                 ranked, details[f"ranked_{b}"] = bench.ranked(b, arguments.assignments)
@@ -585,6 +647,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _tell(case: str, figures: Mapping[str, float]) -> None:
     print(f"{case}: ceiling {figures[f'ceiling_{case}']:.2f}")
     for table in TABLES:
+        if f"spearman_{table}_{case}" not in figures:
+            continue
         said = [f"spearman {figures[f'spearman_{table}_{case}']:+.2f}"]
         for truth in ("smooth", "kl"):
             name = f"{truth}_ratio_{table}_{case}"

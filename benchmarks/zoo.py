@@ -13,7 +13,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hq_optuna.network.batches import Batch, Batches
+from hq_optuna.rises import CrossEntropy, Rise
 from hq_optuna.study_files.published import load_weights
 from studies import cifar10_resnet20 as cifar10
-from studies import digits, efficientnet_lite0, keywords, visual_wake_words
+from studies import (
+    digits,
+    efficientnet_lite0,
+    espnet,
+    fastestdet,
+    keywords,
+    visual_wake_words,
+)
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 IMAGE_SIZE = 128  # of EfficientNet-Lite0, which was trained at 224
@@ -38,11 +47,15 @@ def data_folder() -> Path:
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """A trained network in eval mode, what scores may read, and what they never see."""
+    """A trained network in eval mode, what scores may read, and what they never see.
+
+    Networks without a class a sample say the rise of their outputs.
+    """
 
     network: nn.Module
-    calibration: Samples
-    unseen: Samples
+    calibration: Any
+    unseen: Any
+    rise: Rise | None = None
 
 
 class CifarResNet(nn.Module):
@@ -134,6 +147,22 @@ def _efficientnet_lite0(data: Path, seed: int) -> Trained:
         return _of_study(efficientnet_lite0, folder, split_seed=seed, size=IMAGE_SIZE)
 
 
+def _fastestdet(data: Path, seed: int) -> Trained:
+    with _folder(data, "zoo", "fastestdet", "coco") as folder:
+        seen, unseen = fastestdet.calibration(folder), fastestdet.validation(folder)
+        return Trained(fastestdet.network(folder), seen, _unlabelled(unseen), fastestdet.rise)
+
+
+def _espnet(data: Path, seed: int) -> Trained:
+    with _folder(data, "zoo", "espnet") as folder:
+        seen, unseen = _unlabelled(espnet.calibration(folder)), _unlabelled(espnet.test(folder))
+        return Trained(espnet.network(folder), seen, unseen, CrossEntropy())
+
+
+def _unlabelled(data: Batches) -> Batches:
+    return Batches(replace(batch, labels=None) for batch in data)
+
+
 def _of_study(study: Any, folder: Path, **options: Any) -> Trained:
     network = study.network(folder)
     return Trained(
@@ -148,6 +177,8 @@ ZOO: dict[str, Callable[[Path, int], Trained]] = {
     "resnet20": _resnet(3),
     "resnet32": _resnet(5),
     "efficientnet_lite0": _efficientnet_lite0,
+    "fastestdet": _fastestdet,
+    "espnet": _espnet,
 }
 
 
@@ -167,6 +198,25 @@ def load_trained(
         raise ValueError(f"A network is one of {', '.join(ZOO)}; got {name!r}.")
     with torch.random.fork_rng(devices=[]):
         found = ZOO[name](data, seed)
-    (x, y), (u, v) = found.calibration, found.unseen
-    seen = x[:n_calibration], y[:n_calibration]
-    return Trained(found.network, seen, (u[:n_unseen], v[:n_unseen]))
+    return replace(
+        found,
+        calibration=_first(found.calibration, n_calibration),
+        unseen=_first(found.unseen, n_unseen),
+    )
+
+
+def _first(samples: Any, n: int | None) -> Any:
+    """Return the first samples of tensors, and the first batches that hold so many."""
+    if n is None:
+        return samples
+    if isinstance(samples, Tensor):
+        return samples[:n]
+    if not isinstance(samples, Batches):
+        return tuple(part[:n] for part in samples)
+    found, held = list[Batch](), 0
+    for batch in samples:
+        if held >= n:
+            break
+        found.append(batch)
+        held += batch.n
+    return Batches(found)

@@ -71,6 +71,9 @@ COMPARED = "compared"
 """The fact that holds what the answer was compared with: JSON objects, each with ``"method"``,
 ``"bits"``, ``"cost"`` and ``"measured"``, see `hq_optuna.answer.comparison.rows`."""
 
+LAYER_ERRORS = "layer_errors"
+"""The fact that holds each layer's signal-to-noise ratios, see `hq_optuna.answer.layer_errors`."""
+
 ANSWER, UNIFORM, EIGHT = "answer", "uniform", "8 bits"  # methods of those rows
 
 PROTOCOL = 1  # version of the tickets

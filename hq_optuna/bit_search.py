@@ -14,11 +14,12 @@ from torch.nn import functional
 
 from hq_optuna import attributes
 from hq_optuna.answer.comparison import rows
+from hq_optuna.answer.layer_errors import layer_errors
 from hq_optuna.answer.measured_end import best_measured
 from hq_optuna.answer.resolve import resolve, sums_of
 from hq_optuna.answer.result import SearchResult
 from hq_optuna.artifacts.store import Artifacts, open_artifacts
-from hq_optuna.attributes import COMPARED
+from hq_optuna.attributes import COMPARED, LAYER_ERRORS
 from hq_optuna.dashboard import PageWriter
 from hq_optuna.errors import ArtifactError, ResumeError, SettingError
 from hq_optuna.network import evaluation
@@ -32,6 +33,7 @@ from hq_optuna.network.loss_weights import observed_losses, weighed
 from hq_optuna.network.losses import LossFunction, own_loss
 from hq_optuna.network.modes import own_modes
 from hq_optuna.network.searchable import check_searchable
+from hq_optuna.network.unfused import unfused
 from hq_optuna.objective.hessian import HessianObjective
 from hq_optuna.objective.publish import publish_artifacts, publish_facts, refuse_foreign_study
 from hq_optuna.objective.scorer_setup import Progress
@@ -49,11 +51,16 @@ from hq_optuna.search import Limits
 from hq_optuna.settings import SearchSettings, settings_of
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.budget import Budget, check_reachable
-from hq_optuna.space.cost import CostModel, Metric
+from hq_optuna.space.cost import Metric
 from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.storages import RETRY_FOR_S, explain_errors_of, open_retrying
 from hq_optuna.training.plan import TrainingPlan
 from hq_optuna.workers.loop import Doing, work
+
+_APART = COMPARED, LAYER_ERRORS
+"""Facts that are no figures of the answer's network."""
+
+_SPACE = {name for name, one in settings_of(SearchSettings).items() if one.group == "space"}
 
 
 class BitSearch:
@@ -117,6 +124,7 @@ class BitSearch:
             )
         self._sample_axis = sample_axis
         check_searchable(model)
+        model = unfused(model)
         device = device_of(model)
         data = read_batches(
             calibration, batch_size=batch_size, sample_axis=sample_axis, labelled=False
@@ -131,10 +139,8 @@ class BitSearch:
         by_shape = sample_axis is None and not isinstance(calibration, Batches)
         if by_shape and not self._without_labels:
             check_sample_axis(copied(model), data[0])
-        space_settings = ("bits", "activation_bits", "pin_first_last", "pins", "allowed", "tied")
-        self.space = SearchSpace.build(
-            seen.layers, **{name: getattr(self.settings, name) for name in space_settings}
-        )
+        chosen = {n: s for n, s in vars(self.settings).items() if n in _SPACE}
+        self.space = SearchSpace.build(seen.layers, **chosen)
         check_reachable(self.space, self.budget)
         self.training = training
         self.validation: Batches | None = None
@@ -370,6 +376,21 @@ class BitSearch:
             facts=facts,
         )
 
+    @own_modes()
+    def layer_errors(self, study: Study, result: SearchResult) -> dict[str, Any]:
+        """Measure what each layer's bits do, write it into the study, and return it.
+
+        Signal-to-noise ratios in dB, see `hq_optuna.answer.layer_errors.layer_errors`; two passes a
+        layer over some calibration samples. The report shows those of its answer.
+
+        Args:
+            study: What `optimize` returned.
+            result: What `result` returned of it.
+        """
+        found = layer_errors(self.objective, result.config, result.network)
+        publish_facts(study, {LAYER_ERRORS: found})
+        return found
+
     def _measured(
         self,
         study: Study,
@@ -379,7 +400,7 @@ class BitSearch:
         test: Callable[[], Any] | None,
     ) -> dict[str, Any]:
         """Measure the answer's network, write the figures into the study, and return them."""
-        facts = {name: fact for name, fact in history.facts.items() if name != COMPARED}
+        facts = {name: fact for name, fact in history.facts.items() if name not in _APART}
         if self.validation is not None:
             facts = {n: f for n, f in facts.items() if not evaluation.is_validation_fact(n)}
             facts |= self.before_and_after(network, self.validation, "validation")
@@ -395,7 +416,7 @@ class BitSearch:
         return facts
 
     def _result(self, study: Study, metric: Metric, **found: Any) -> SearchResult:
-        costs = CostModel(self.space.layers, metric)
+        costs = self.space.costs(metric)
         return SearchResult(
             space=self.space,
             metric=metric,
@@ -446,7 +467,7 @@ class BitSearch:
             found.metric,
             config=config,
             network=network,
-            cost=CostModel(self.space.layers, found.metric).cost(config),
+            cost=self.space.costs(found.metric).cost(config),
             met=True,
             score=score.total,
             score_weights=score.weights,

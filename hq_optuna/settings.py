@@ -377,6 +377,11 @@ class SearchSettings(_Settings):
         **{"kind": GROUPS, "option": "", "shown_default": "none"},
         **{"example": '[("q", "k")]', "read": _groups},
     )
+    tie_inputs: bool = _space(
+        True,
+        "Layers of one module that read the same tensor, as queries, keys and values do, share the "
+        "bits of their input.",
+    )
     scorer: ScorerName | None = _scoring(
         None,
         "What ranks candidates: a sum over layers, which needs no forward pass (hessian_trace, "
@@ -527,6 +532,11 @@ class RunSettings(_Settings):
         300.0,
         "Seconds to try again when the storage does not answer, or its disk is full.",
         **{"unit": "seconds", "least": 0},
+    )
+    layer_errors: bool = setting(
+        False,
+        "Measure the signal-to-noise ratio of each layer of the answer, alone and among the "
+        "others; two passes a layer over some samples.",
     )
     max_trials: int | None = _limit(
         "Trials (candidates and step records) at most.", **{"unit": "trials", "least": 1}

@@ -130,7 +130,7 @@ def fake_study(
     table, model = fake_table(space), CostModel(space.layers, budget.metric)
     info = StudyInfo(
         metric=budget.metric,
-        limit=budget.limit(space.layers),
+        limit=budget.limit(space),
         budget=str(budget),
         int8=model.int8,
         float32=model.float32,

@@ -79,7 +79,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "answer": {
         *("errors", "atomic_files", "attributes", "space", "search"),
-        *("network", "quantization", "scoring", "protocol", "artifacts", "objective"),
+        *("network", "quantization", "rises", "scoring", "protocol", "artifacts", "objective"),
     },
     "export": {
         *("errors", "atomic_files", "_version", "space", "network", "quantization", "answer"),

@@ -11,6 +11,7 @@ import pytest
 import sqlalchemy
 import torch
 from optuna.trial import TrialState
+from torch import Tensor, nn
 from torch.nn import functional
 
 import hq_optuna as hq
@@ -395,3 +396,34 @@ def test_the_default_budget_is_a_quarter_of_the_bops():
         bops=0.25
     )
     assert search().budget == BUDGET
+
+
+class Mixed(nn.Module):
+    """A transformer layer and an LSTM, as PyTorch ships them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4, 8)
+        self.attend = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+        self.rnn, self.head = nn.LSTM(8, 6, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(self.attend(self.embed(x)))[0][:, -1])
+
+
+def test_attention_and_recurrent_layers_are_searched_saved_and_loaded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = Mixed().eval()
+    x, y = torch.randn(48, 5, 4), torch.arange(48) % 3
+    found_by = hq.BitSearch(network, (x, y), bits=(8, 4), activation_bits=(8, 4), budget="0.5 bops")
+    result = found_by.result(found_by.optimize())
+    attention = {f"attend.self_attn.{part}_proj" for part in ("q", "k", "v", "out")}
+    assert attention | {"rnn.ih_l0", "rnn.hh_l0"} <= set(result.config)
+    assert len({result.config[f"attend.self_attn.{p}_proj"].activation_bits for p in "qkv"}) == 1
+    with torch.no_grad():
+        floats = found_by.objective.model(x)
+        assert torch.allclose(floats, network(x), atol=1e-5)
+        found = result.network(x)
+        assert 0 < (found - floats).square().mean() < floats.var()
+        result.save(tmp_path)
+        assert torch.equal(hq.load(tmp_path, network)(x), found)

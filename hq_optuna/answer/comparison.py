@@ -55,7 +55,7 @@ def rows(
     if record is None or not history.met:
         return []
     counted = [c for c in history.candidates if c.counted]
-    model = CostModel(history.space.layers, history.info.metric)
+    model = history.space.costs(history.info.metric)
     table = _Rows(objective, data, evaluate, model)
     table.add(
         *(ANSWER, record.config, answer),

@@ -23,9 +23,10 @@ from hq_optuna.atomic_files import write_atomically
 from hq_optuna.errors import RecipeError, SpaceError
 from hq_optuna.network.containers import is_plain, load_state_, strided_state, unsaved_buffers
 from hq_optuna.network.copies import copied
+from hq_optuna.network.layer_types import plain_settings
 from hq_optuna.network.modes import own_modes
 from hq_optuna.network.searchable import check_structure
-from hq_optuna.network.shipped import plain_settings
+from hq_optuna.network.unfused import unfused
 from hq_optuna.quantization.correction import SHIFT, add_shift
 from hq_optuna.quantization.functional import activation_grid, along
 from hq_optuna.quantization.modules import InputFakeQuantize
@@ -169,7 +170,7 @@ def _prepared(
     folder: Path, network: nn.Module, layers: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> nn.Module:
     """Return a prepared copy of a network with a recipe's float weights."""
-    own = copied(network)
+    own = copied(unfused(network))
     try:
         load_state_(own, {k: v for k, v in tensors.items() if not k.startswith(_OURS)})
     except RuntimeError as error:

@@ -22,7 +22,7 @@ from hq_optuna.protocol.history import History, read_history
 from hq_optuna.search import Additive, Point
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.budget import Budget, check_reachable, parse_budget
-from hq_optuna.space.cost import CostModel, Metric
+from hq_optuna.space.cost import Metric
 
 FORMAT = "hq_optuna assignment"
 FORMAT_VERSION = 1
@@ -109,7 +109,7 @@ def resolve(study: Study, budget: Budget | str) -> Resolved:
     history = read_history(study)
     sums = sums_of(history, budget.metric)
     check_reachable(history.space, budget)
-    limit = budget.limit(history.space.layers)
+    limit = budget.limit(history.space)
     found = sums.exact(limit)
     assert found is not None, "the budget was found reachable"
     return Resolved(
@@ -119,7 +119,7 @@ def resolve(study: Study, budget: Budget | str) -> Resolved:
         metric=budget.metric,
         limit=limit,
         cost=found.cost,
-        int8=CostModel(history.space.layers, budget.metric).int8,
+        int8=history.space.costs(budget.metric).int8,
         score=found.score,
         fingerprint=study.user_attrs.get(attributes.FINGERPRINT),
     )

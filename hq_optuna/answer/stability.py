@@ -12,7 +12,6 @@ from hq_optuna.objective.hessian import HessianObjective
 from hq_optuna.scoring import Sensitivity, measure_layer_sums
 from hq_optuna.search import Additive
 from hq_optuna.space.budget import Budget, check_reachable
-from hq_optuna.space.cost import CostModel
 
 RESAMPLES = 4
 """Ways to deal batches into halves."""
@@ -70,7 +69,7 @@ def stability(objective: HessianObjective, budget: Budget) -> Stability:
         order = chance.sample(range(len(data)), len(data))
         parts = (order[::2], order[1::2])
         sums = [_table(objective, Batches(data[i] for i in sorted(part)), budget) for part in parts]
-        limit = budget.limit(objective.space.layers)
+        limit = budget.limit(objective.space)
         found = [one.exact(limit) for one in sums]
         assert found[0] is not None and found[1] is not None, "the budget is reachable"
         ours, theirs = found[0].config, found[1].config
@@ -96,5 +95,5 @@ def _table(objective: HessianObjective, data: Batches, budget: Budget) -> Additi
         name: {"weights": found.weights[name], "activations": found.activations[name]}
         for name in found.weights
     }
-    model = CostModel(objective.space.layers, budget.metric)
+    model = objective.space.costs(budget.metric)
     return Additive(objective.space, table, model.layer_cost)

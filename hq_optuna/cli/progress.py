@@ -14,7 +14,7 @@ from hq_optuna.cli.options import say
 from hq_optuna.cli.tables import strips
 from hq_optuna.protocol.step_log import StepLog
 from hq_optuna.space.budget import Budget
-from hq_optuna.space.cost import CostModel, format_cost
+from hq_optuna.space.cost import format_cost
 from hq_optuna.space.search_space import SearchSpace
 
 LINE_EVERY_S = 10.0
@@ -34,8 +34,8 @@ class SearchProgress:
         self.console = console
         self.space = space
         self.metric = budget.metric
-        self.limit = budget.limit(space.layers)
-        self.start_cost = CostModel(space.layers, budget.metric).cost(space.start)
+        self.limit = budget.limit(space)
+        self.start_cost = space.costs(budget.metric).cost(space.start)
         self.live = console.is_terminal
         self._bars = Progress(
             TextColumn("{task.description}"),

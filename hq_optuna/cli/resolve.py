@@ -25,8 +25,9 @@ from hq_optuna.search import Point
 from hq_optuna.settings import RunSettings
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.budget import Budget, parse_budget
-from hq_optuna.space.cost import METRICS, CostModel, Metric, format_cost
-from hq_optuna.space.layers import FLOAT_BITS, LayerSpec
+from hq_optuna.space.cost import METRICS, Metric, format_cost
+from hq_optuna.space.layers import FLOAT_BITS
+from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.visualization.pareto import pareto_figure, pareto_info
 
 
@@ -164,14 +165,15 @@ def pareto(
             typer.echo(json.dumps({"metric": chosen, "pareto": rows}))
             return
         console = Console()
-        console.print(_points(found, history.space.layers, chosen))
+        console.print(_points(found, history.space, chosen))
         if out is not None:
             say(console, f"Picture: {escape(str(out))}")
 
 
-def _points(points: Sequence[Point], layers: Sequence[LayerSpec], metric: Metric) -> Table:
+def _points(points: Sequence[Point], space: SearchSpace, metric: Metric) -> Table:
     table = tables.new_table("cost", "of all-8-bit", "least sum, nats", "mean W bits")
-    int8, total = CostModel(layers, metric).int8, sum(layer.n_weights for layer in layers)
+    layers, int8 = space.layers, space.costs(metric).int8
+    total = sum(layer.n_weights for layer in layers)
     for point in points:
         bits = sum(layer.n_weights * point.config[layer.name].weight_bits for layer in layers)
         table.add_row(

@@ -105,6 +105,8 @@ def _finish(
     with console.status("measuring on validation and test data"):
         before = found.user_attrs
         result = session.search.result(found, test=session.parts.test)
+        if session.run.layer_errors:
+            session.search.layer_errors(found, result)
         changed = changed or found.user_attrs != before
     report, saved = folder / "report.html", folder / "result"
     if changed or not (report.exists() and _is_of(result, saved / RECIPE)):

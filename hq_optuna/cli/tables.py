@@ -21,9 +21,9 @@ from hq_optuna.protocol.history import History, read_history
 from hq_optuna.protocol.status import SearchStatus, read_status
 from hq_optuna.report.comparison import warnings
 from hq_optuna.report.data import accuracies, layer_table
-from hq_optuna.report.text import most_costly, of_metric
+from hq_optuna.report.text import ERROR_COLUMNS, decibels, most_costly, of_metric
 from hq_optuna.space.budget import Budget
-from hq_optuna.space.cost import CostModel, format_cost, macs
+from hq_optuna.space.cost import format_cost, macs
 from hq_optuna.space.layers import FLOAT_BITS
 from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.storages import redact_url
@@ -39,7 +39,7 @@ def opening(
 ) -> None:
     """Say what is searched, before the work."""
     layers, metric = space.layers, budget.metric
-    int8, limit = CostModel(layers, metric).int8, budget.limit(layers)
+    int8, limit = space.costs(metric).int8, budget.limit(space)
     lines = [
         f"{len(layers)} layers, {macs(layers):,} MACs, "
         f"{sum(layer.n_weights for layer in layers):,} weights; {len(space.variables)} searched",
@@ -89,9 +89,12 @@ def result(console: Console, study: Study) -> None:
     history = read_history(study)
     levels = history.space.levels
     titles = ["layer", "kind", "weights", "MACs", "W bits", "A bits", "cost", "rise, nats"]
+    rows = layer_table(history)
+    errors = list(ERROR_COLUMNS) if any(row.errors for row in rows) else []
+    titles += ["own, dB", "net, dB", "own in all", "net without"][: len(errors)]
     titles += ["rounded"] if history.info.quantizers else []
     table = new_table(*titles, left=("kind", "rounded"))
-    for row in layer_table(history):
+    for row in rows:
         table.add_row(
             escape(row.name),
             row.kind,
@@ -101,6 +104,7 @@ def result(console: Console, study: Study) -> None:
             bits_text(row.activation_bits, levels),
             f"{100 * row.share_after:.1f} %",
             "-" if row.sensitivity is None else f"{row.sensitivity:.2g}",
+            *(decibels(row.errors, key) for key in errors),
             *((row.quantizer,) if history.info.quantizers else ()),
         )
     print_whole(console, table)

@@ -28,7 +28,7 @@ from hq_optuna.dashboard.pages import FIGURES, NOTE, artifacts_in
 from hq_optuna.optuna_internals import ARTIFACTS_ATTR_PREFIX, FrozenStudy, id_of
 from hq_optuna.protocol.status import StatusReader
 from hq_optuna.search import Additive
-from hq_optuna.space.cost import CostModel, format_cost
+from hq_optuna.space.cost import format_cost
 from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.storages import RetryingStorage
 
@@ -95,7 +95,7 @@ class ShownStorage(RetryingStorage):
             layer: {part: {int(b): nats for b, nats in row.items()} for part, row in parts.items()}
             for layer, parts in table.items()
         }
-        model = CostModel(space.layers, info.metric)
+        model = space.costs(info.metric)
         try:
             sums = Additive(space, rises, model.layer_cost)
         except ValueError:

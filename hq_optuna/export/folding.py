@@ -17,8 +17,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from hq_optuna.export.deployed import DeployedLayer, bias_of, deployed_layers, has_hooks, set_bias_
-from hq_optuna.network.layer_types import CONVOLUTIONS, BatchNorm
-from hq_optuna.network.shipped import runs_forward_of
+from hq_optuna.network.layer_types import CONVOLUTIONS, BatchNorm, runs_forward_of
 from hq_optuna.space.layers import FLOAT_BITS
 
 _LAYERS = (

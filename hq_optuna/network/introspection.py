@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from hq_optuna.network.layer_types import (
     UNSUPPORTED,
 )
 from hq_optuna.network.searchable import check_searchable
+from hq_optuna.network.unfused import unfused
 from hq_optuna.network.weight_uses import WatchedWeights, WeightUse
 from hq_optuna.space.layers import LayerSpec, SkippedModule
 
@@ -160,7 +161,8 @@ def introspect(
     A module registered under several names is one layer. Two *modules* that share one weight
     tensor are not: bits of their own would leave two copies of a weight that is stored once. The
     first called is quantized, the others stay in float and are listed; register one module under
-    both names to quantize them together.
+    both names to quantize them together. `nn.MultiheadAttention` and recurrent modules are
+    described as the linear layers they consist of, see `hq_optuna.network.unfused`.
 
     Training flags, buffers, parameters, gradients, hooks, plain attributes and the random state of
     PyTorch, NumPy and Python are put back, also when the network raises.
@@ -186,6 +188,7 @@ def introspect(
         [('0', 'Conv2d', 7776), ('2', 'Linear', 2880)]
     """
     check_searchable(network)
+    network = unfused(network)
     names: dict[nn.Module, list[str]] = {}
     for name, module in network.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
@@ -199,7 +202,7 @@ def introspect(
     check_batch = n_samples is None and not isinstance(example_input, Batches)
     counter = _count(network, given, see, check_batch=check_batch)
     tallies = counter.tallies
-    layers = _quantized_layers(names, tallies, n)
+    layers = counter.readers.told(_quantized_layers(names, tallies, n))
     others = _others(names, counter, layers, n)
     total = sum(x.macs for x in layers.values()) + sum(x.macs for x in others)
     skipped = _skipped_modules(network, names, tallies, layers, n)
@@ -239,7 +242,7 @@ def _with_shares(
     found = []
     for one in skipped:
         own = "" if one.name == "(network)" else one.name
-        within = [k for k in left if k[0] == own or (own and k[0].startswith(f"{own}."))]
+        within = [k for k in left if k[0] == own]
         macs = sum(left.pop(key).macs for key in within)
         text = f"{one.reason}; {100 * macs / total:.2g} % of all operations" if macs else one.reason
         found.append(SkippedModule(one.name, one.kind, text))
@@ -421,6 +424,7 @@ class _Counter(WatchedWeights):  # type: ignore[no-untyped-call]
         self._within: list[nn.Module] = []
         self._running: list[tuple[nn.Module, int]] = []  # layers, and the MACs of each before
         self._calls = Counter[nn.Module]()
+        self.readers = _Readers(network)
         self._first: Tensor | None = None
         self._alone: list[nn.Module] = []  # took the example itself for a single sample
 
@@ -431,6 +435,7 @@ class _Counter(WatchedWeights):  # type: ignore[no-untyped-call]
         self._within.clear()
         self._aside.clear()
         self._calls.clear()
+        self.readers.forget()
 
     def enter(self, module: nn.Module, args: Any) -> None:
         self._within.append(module)
@@ -461,6 +466,7 @@ class _Counter(WatchedWeights):  # type: ignore[no-untyped-call]
         taken, given = next(tensors((args, kwargs)), None), next(tensors(output), None)
         if taken is None or given is None:
             return
+        self.readers.see(module, taken)
         tally = self._tally(module)
         self._calls[module] += 1
         tally.add_call(self._calls[module], taken.numel())
@@ -481,6 +487,57 @@ class _Counter(WatchedWeights):  # type: ignore[no-untyped-call]
                 f"The example input {tuple(self._first.shape)} has no batch dimension: a "
                 f"{type(self._alone[0]).__name__} took it for a single sample. Give example[None]."
             )
+
+
+MOST_READERS = 3
+"""Layers that share an input's bits: the exact search enumerates all bits of those together."""
+
+
+class _Readers:
+    """Finds linear layers of one module that read the very same tensor in every call."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._parent: dict[nn.Module, str] = {
+            module: name.rpartition(".")[0]
+            for name, module in network.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+        self._last: dict[str, tuple[tuple[Any, ...], Tensor, nn.Module]] = {}
+        self._calls = Counter[nn.Module]()
+        self._joined = Counter[tuple[nn.Module, nn.Module]]()
+
+    def forget(self) -> None:
+        """Prepare for a forward pass."""
+        self._last.clear()
+
+    def see(self, module: nn.Module, x: Tensor) -> None:
+        """Take in what a layer was called with."""
+        parent = self._parent.get(module)
+        if parent is None or x.layout is not torch.strided or x.is_meta:
+            return
+        self._calls[module] += 1
+        version = 0 if x.is_inference() else x._version
+        key = (x.data_ptr(), x.shape, x.stride(), x.dtype, version)
+        before = self._last.get(parent)
+        if before is not None and before[0] == key:
+            self._joined[before[2], module] += 1
+        else:  # the tensor is held, so that no other comes to lie in its place
+            self._last[parent] = key, x, module
+
+    def told(self, layers: dict[nn.Module, LayerSpec]) -> dict[nn.Module, LayerSpec]:
+        """Return the layers with whose input theirs is."""
+        groups: dict[nn.Module, list[nn.Module]] = {}
+        for (first, module), n in self._joined.items():
+            always = self._calls[first] == self._calls[module] == n
+            if always and first in layers and module in layers:
+                groups.setdefault(first, []).append(module)
+        first_of = {
+            module: layers[first].name
+            for first, others in groups.items()
+            for module in others
+            if len(others) < MOST_READERS
+        }
+        return {m: replace(x, input_of=first_of.get(m, "")) for m, x in layers.items()}
 
 
 def _macs_of_class(module: Any, taken: Tensor, given: Tensor) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hq_optuna.network.shipped import runs_forward_of
+from hq_optuna.network.layer_types import runs_forward_of
 
 LossFunction = Callable[[Any, Any], Tensor]
 """Mean loss of a batch, a scalar, from outputs and labels."""

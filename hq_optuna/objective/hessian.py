@@ -30,6 +30,7 @@ from hq_optuna.network.loss_weights import as_mean
 from hq_optuna.network.losses import LossFunction, own_loss
 from hq_optuna.network.modes import own_modes
 from hq_optuna.network.searchable import check_searchable
+from hq_optuna.network.unfused import unfused
 from hq_optuna.objective import fingerprint
 from hq_optuna.objective.functions import name_of
 from hq_optuna.objective.publish import (
@@ -54,7 +55,6 @@ from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.scoring import Score, Scorer
 from hq_optuna.settings import SearchSettings, settings_of
 from hq_optuna.space.assignment import BitConfig
-from hq_optuna.space.cost import CostModel
 from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.training.plan import TrainingPlan
 
@@ -129,6 +129,7 @@ class HessianObjective:
                 raise TypeError(f"{name} is a setting of the search, and not of its objective.")
         given = (settings or SearchSettings()).replace(**changes)
         check_searchable(model)
+        model = unfused(model)
         _check_space(space, model)
         self.model = model
         self.space = space
@@ -313,7 +314,7 @@ class HessianObjective:
         """Return what a study says of its search."""
         budget, sampler = budget_of(study), study.sampler
         metric = "bops" if budget is None else budget.metric
-        model = CostModel(self.space.layers, metric)
+        model = self.space.costs(metric)
         settings = self.settings.to_json()
         if budget is not None:
             settings["budget"] = budget.text
@@ -323,7 +324,7 @@ class HessianObjective:
             settings |= {"rule": type(sampler).__name__, "n_candidates": 1}
         return StudyInfo(
             metric=metric,
-            limit=model.float32 if budget is None else budget.limit(self.space.layers),
+            limit=model.float32 if budget is None else budget.limit(self.space),
             budget="none" if budget is None else str(budget),
             int8=model.int8,
             float32=model.float32,

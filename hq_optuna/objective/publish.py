@@ -30,7 +30,7 @@ from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.scoring import Score, Sensitivity
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.budget import Budget
-from hq_optuna.space.cost import CostModel, Metric
+from hq_optuna.space.cost import Metric
 from hq_optuna.space.search_space import SearchSpace
 
 SENSITIVITY = "sensitivity"
@@ -150,7 +150,7 @@ def record(
 ) -> None:
     """Write what a trial shows besides its value; ``found`` are user attributes of its scoring."""
     metric, limit = limit_of(trial.study, space)
-    cost = CostModel(space.layers, metric).cost(config)
+    cost = space.costs(metric).cost(config)
     known: dict[str, Any] = {} if ticket is None else facts(ticket, space, cost)
     write_facts(trial, {**known, attributes.COST: cost, **found})
     if ticket is None or ticket.kind == "free":  # others know their cost from the start
@@ -185,7 +185,7 @@ def limit_of(study: Study, space: SearchSpace) -> tuple[Metric, float]:
     A study that was loaded without its sampler and pruner says it itself.
     """
     if (budget := budget_of(study)) is not None:
-        return budget.metric, budget.limit(space.layers)
+        return budget.metric, budget.limit(space)
     data = study.user_attrs.get(attributes.INFO)
     if data is None or data["budget"] == "none":
         return "bops", math.inf

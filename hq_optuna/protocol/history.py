@@ -25,7 +25,7 @@ from hq_optuna.protocol.step_log import StepLog
 from hq_optuna.protocol.table import Rows, rows_of, sums_over
 from hq_optuna.search import Additive, ProgressiveSearch
 from hq_optuna.space.assignment import BitConfig
-from hq_optuna.space.cost import CostModel, Metric
+from hq_optuna.space.cost import Metric
 from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.storages.trials import TrialRow, read_facts
 
@@ -258,7 +258,7 @@ def _candidates(
     log: StepLog | None, trials: Sequence[TrialRow], space: SearchSpace, metric: Metric
 ) -> dict[int, Candidate]:
     """Return the complete candidates by trial number."""
-    names, model = [variable.name for variable in space.variables], CostModel(space.layers, metric)
+    names, model = [variable.name for variable in space.variables], space.costs(metric)
     costs = {} if log is None else {n: log.results[place].cost for place, n in log.counted.items()}
     found: dict[int, Candidate] = {}
     for trial in trials:

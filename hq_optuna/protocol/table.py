@@ -10,7 +10,7 @@ from optuna.study import Study
 from hq_optuna import attributes
 from hq_optuna.optuna_internals import place_of
 from hq_optuna.search import Additive, ProgressiveSearch
-from hq_optuna.space.cost import CostModel, Metric
+from hq_optuna.space.cost import Metric
 from hq_optuna.space.search_space import SearchSpace
 
 Rows = Mapping[str, Mapping[str, Mapping[int, float]]]
@@ -31,7 +31,7 @@ def rows_of(system_attrs: Mapping[str, Any]) -> Rows:
 def sums_over(space: SearchSpace, rows: Rows, metric: Metric) -> Additive | None:
     """Return the sums over layers of a table, ``None`` where it is not whole."""
     try:
-        return Additive(space, rows, CostModel(space.layers, metric).layer_cost)
+        return Additive(space, rows, space.costs(metric).layer_cost)
     except ValueError:
         return None
 

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from hq_optuna.errors import NetworkError, SpaceError
 from hq_optuna.network.copies import copied
+from hq_optuna.network.unfused import unfused
 from hq_optuna.quantization.modules import InputFakeQuantize, WeightFakeQuantize
 from hq_optuna.quantization.observers import InputHistogram, first_input, with_first_input
 from hq_optuna.quantization.quantizers import UNIFORM, ByGroup, quantizer_named
@@ -30,7 +31,8 @@ def prepare(
 ) -> nn.Module:
     """Return a copy of the network whose layers can be set to any number of bits.
 
-    The copy is in eval mode and starts in float: its outputs equal the network's bit for bit. The
+    The copy is in eval mode and starts in float: its outputs equal the network's bit for bit, or
+    those of `hq_optuna.network.unfused`. The
     weights become `torch.nn.utils.parametrize` parametrizations, so ``layer.weight`` is the rounded
     weight wherever it is read, and training reaches the float weight behind it.
 
@@ -52,7 +54,7 @@ def prepare(
             f"quantizers: {unknown[0]!r} is none of the layers to prepare: "
             f"{', '.join(layer.name for layer in layers)}."
         )
-    prepared = copied(network)
+    prepared = copied(unfused(network))
     for layer in layers:
         module = prepared.get_submodule(layer.name)
         rounds, groups = chosen.get(layer.name, UNIFORM), getattr(module, "groups", 1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hq_optuna.network.batches import Batches
-from hq_optuna.network.shipped import runs_forward_of
+from hq_optuna.network.layer_types import runs_forward_of
 
 MOST_CANCELLATION = 8.0
 """Mean square over variance above which a channel is centred first. Relative errors measured

@@ -21,7 +21,7 @@ from hq_optuna._version import __version__
 from hq_optuna.answer.agreement import agreement
 from hq_optuna.answer.intervals import CONFIDENCE, METHODS, paired, wilson
 from hq_optuna.answer.measured_end import measured_end
-from hq_optuna.attributes import ANSWER, COMPARED, EIGHT, UNIFORM
+from hq_optuna.attributes import ANSWER, COMPARED, EIGHT, LAYER_ERRORS, UNIFORM
 from hq_optuna.optuna_internals import id_of, storage_of
 from hq_optuna.protocol.history import History, Reference, read_history
 from hq_optuna.protocol.start_options import StartOptions, mask
@@ -30,7 +30,7 @@ from hq_optuna.report.comparison import warnings
 from hq_optuna.report.text import headline
 from hq_optuna.search import uniform_within
 from hq_optuna.space.assignment import BitConfig, LayerBits
-from hq_optuna.space.cost import METRICS, CostModel, shares
+from hq_optuna.space.cost import METRICS, shares
 from hq_optuna.space.layers import FLOAT_BITS
 
 PACKAGES = ("optuna", "torch", "numpy", "scipy", "sqlalchemy", "plotly")
@@ -61,7 +61,7 @@ def report_data(
     info = history.info
     command = command or StartOptions.read(study).command or None
     facts = dict(history.facts)
-    compared = facts.pop(COMPARED, [])
+    compared, errors = facts.pop(COMPARED, []), facts.pop(LAYER_ERRORS, None)
     data = _json(
         {
             "study": history.study_name,
@@ -73,6 +73,7 @@ def report_data(
             "accuracies": accuracies(facts),
             "beside": beside(history),
             "levels": history.space.levels,
+            "output_error": errors and {k: errors[k] for k in ("samples", "output")},
             "layers": [dataclasses.asdict(row) for row in layer_table(history)],
             "facts": facts,
             "compared": with_intervals(compared),
@@ -208,16 +209,19 @@ class LayerRow:
     share_after: float  # in the cost with these bits
     sensitivity: float | None  # predicted loss rise at its bits, nats; None where not in the study
     quantizer: str = "uniform"  # what rounds its weights
+    errors: Mapping[str, float | None] | None = None  # dB; None where they were not measured
 
 
 def layer_table(history: History) -> list[LayerRow]:
     """Return the layers of the answer in network order."""
     space = history.space
-    model = CostModel(space.layers, history.info.metric)
+    model = space.costs(history.info.metric)
     config = space.start if history.incumbent is None else history.incumbent.config
     eight = BitConfig.uniform([layer.name for layer in space.layers], 8, 8)
     before, after = (shares(model.per_layer(bits)).tolist() for bits in (eight, config))
     searched = {name for variable in space.variables for name in variable.layers}
+    measured = history.facts.get(LAYER_ERRORS)
+    errors = measured["layers"] if measured and measured["of"] == config.digest else {}
     return [
         LayerRow(
             name=layer.name,
@@ -231,6 +235,7 @@ def layer_table(history: History) -> list[LayerRow]:
             share_after=after[i],
             sensitivity=_sensitivity(history, layer.name, config),
             quantizer=history.info.quantizers.get(layer.name, "uniform"),
+            errors=errors.get(layer.name),
         )
         for i, layer in enumerate(space.layers)
     ]
@@ -296,7 +301,7 @@ def beside(history: History) -> list[dict[str, Any]]:
         ``{"value", "low", "high"}`` or ``None``, ``metric`` a number.
     """
     facts, info, space = history.facts, history.info, history.space
-    models = {metric: CostModel(space.layers, metric) for metric in METRICS}
+    models = {metric: space.costs(metric) for metric in METRICS}
     model = models[info.metric]
     measured = {(row["method"], row["bits"]): row for row in facts.get(COMPARED, ())}
     ours = accuracies(facts).get("validation")

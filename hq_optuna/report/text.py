@@ -147,14 +147,46 @@ def _layers(data: Mapping[str, Any]) -> Block:
         ("sensitivity (nats)", [*(number(row["sensitivity"]) for row in rows), ""]),
     ]
     lines = ["Sensitivities are those of the network before any training."]
+    lines = lines if data["trainings"] else []
+    if any(row["errors"] for row in rows):
+        columns += [
+            (f"{title} (dB)", [*(decibels(row["errors"], key) for row in rows), ""])
+            for key, title in ERROR_COLUMNS.items()
+        ]
+        output, n = data["output_error"]["output"], data["output_error"]["samples"]
+        lines.append(
+            f"dB are signal-to-noise ratios on {n:,} calibration samples, at the layer's own "
+            "output and at the network's. Alone: only this layer is quantized. Without it: all "
+            "others "
+            + ("are." if output is None else f"are; with all layers it is {output:.1f} dB.")
+        )
     return Block(
         "layers",
         "Layers",
         columns,
-        lines if data["trainings"] else (),
+        lines,
         n_text_columns=3 if named else 2,
         last_stands_out=True,
     )
+
+
+ERROR_COLUMNS = {
+    "own_alone": "own output, alone",
+    "output_alone": "network, alone",
+    "own_in_answer": "own output, in the answer",
+    "output_without": "network, without it",
+}
+
+
+def decibels(errors: Mapping[str, float | None] | None, key: str) -> str:
+    """Return a measured ratio of a layer; where nothing changes it is exact.
+
+    Example:
+        >>> decibels({"own_alone": 31.25}, "own_alone"), decibels({"own_alone": None}, "own_alone")
+        ('31.2', 'exact')
+    """
+    value = (errors or {}).get(key)
+    return "exact" if value is None else f"{value:.1f}"
 
 
 def _pairs(key: str, title: str, rows: Sequence[tuple[str, str]], **more: Any) -> Block:

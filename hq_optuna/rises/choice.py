@@ -56,10 +56,15 @@ def rise_of_outputs(outputs: list[Any], data: Batches) -> Chosen:
     names = list(found[0])
     if not names:
         raise DataError("The network returns no tensor of floating-point numbers to compare.")
-    kinds: dict[str, tuple[Rise, str]] = {}
-    for name in names:
-        heads = [part[name] for part in found]
-        kinds[name] = _kind(heads, batches)
+    if any(list(part) != names for part in found):
+        raise DataError(
+            "The network returns other tensors for one batch than for the next. Return what it "
+            "computes before it selects: see hq_optuna.rises.At."
+        )
+    kinds = {name: _kind([part[name] for part in found], batches) for name in names}
+    for part, batch in zip(found, batches, strict=True):
+        for name, (rise, _) in kinds.items():
+            rise.of_samples(part[name], part[name], batch)  # rows that are no samples are refused
     if len(kinds) == 1:
         [(name, (rise, said))] = kinds.items()
         if sum(z.is_floating_point() for z in tensors(outputs[0])) > 1:  # one of them has a name

@@ -55,7 +55,6 @@ from hq_optuna.pruners import CostBudgetPruner
 from hq_optuna.search import ProgressiveSearch
 from hq_optuna.settings import Encoding, Rule
 from hq_optuna.space.budget import Budget, check_reachable
-from hq_optuna.space.cost import CostModel
 from hq_optuna.space.search_space import SearchSpace
 
 logger = logging.getLogger(__name__)
@@ -249,11 +248,11 @@ class ProgressiveBitSampler(BaseSampler):
 
     def _search(self, study: Study | None) -> ProgressiveSearch:
         budget = self._budget_of(study)
-        model = CostModel(self.space.layers, "bops" if budget is None else budget.metric)
+        model = self.space.costs("bops" if budget is None else budget.metric)
         return ProgressiveSearch(
             space=self.space,
             cost=model.cost,
-            limit=-math.inf if budget is None else budget.limit(self.space.layers),
+            limit=-math.inf if budget is None else budget.limit(self.space),
             n_candidates=self.n_candidates,
             rule=self.rule,
             seed=self.seed,

@@ -18,7 +18,7 @@ from hq_optuna.search.rules import RULES, choose
 from hq_optuna.search.swaps import Notch, learn_rises, propose_swaps
 from hq_optuna.settings import Rule
 from hq_optuna.space.assignment import BitConfig
-from hq_optuna.space.cost import CostModel, Metric
+from hq_optuna.space.cost import Metric
 from hq_optuna.space.layers import is_whole
 from hq_optuna.space.search_space import SearchSpace
 
@@ -107,7 +107,7 @@ class ProgressiveSearch:
         """Return the search that `to_json` described; ``metric`` is what its budget counts."""
         limit = -math.inf if data["limit"] is None else data["limit"]
         told = {name: value for name, value in data.items() if name not in ("space", "limit")}
-        return cls(space, CostModel(space.layers, metric).cost, limit, metric=metric, **told)
+        return cls(space, space.costs(metric).cost, limit, metric=metric, **told)
 
     def trains(self, step: int) -> bool:
         """Return whether the winner of a step is trained, as far as the step's number tells."""

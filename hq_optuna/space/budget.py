@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 
 from hq_optuna.errors import BudgetError, SettingError
-from hq_optuna.space.cost import METRICS, UNITS, CostModel, Metric, format_cost
-from hq_optuna.space.layers import LayerSpec
+from hq_optuna.space.cost import METRICS, UNITS, Metric, format_cost
 from hq_optuna.space.search_space import SearchSpace
 
 _MOST = 16
@@ -80,11 +78,11 @@ class Budget:
             )
         return cls(metric, float(value), relative)
 
-    def limit(self, layers: Sequence[LayerSpec]) -> float:
+    def limit(self, space: SearchSpace) -> float:
         """Return the absolute limit for this network, in BOPs or bytes."""
         if not self.relative:
             return self.value
-        limit = self.value * CostModel(layers, self.metric).int8
+        limit = self.value * space.costs(self.metric).int8
         # Costs are whole bit operations or eighths of a byte. A fraction made by dividing a cost by
         # the all-8-bit cost shall mean that cost, and not the float just below it.
         nearest = round(8 * limit) / 8
@@ -148,8 +146,8 @@ def check_reachable(space: SearchSpace, budget: Budget) -> None:
     """
     if not isinstance(budget, Budget):
         raise TypeError(f"budget is a Budget such as Budget.fraction(bops=0.25); got {budget!r}.")
-    model = CostModel(space.layers, budget.metric)
-    limit, minimum = budget.limit(space.layers), model.cost(space.config(space.bottom))
+    model = space.costs(budget.metric)
+    limit, minimum = budget.limit(space), model.cost(space.config(space.bottom))
     if minimum > limit:
         raise BudgetError(
             f"Budget {format_cost(limit, budget.metric)} ({limit / model.int8:.4g} of all-8-bit) "

@@ -35,6 +35,8 @@ class LayerSpec:
         n_calls: How often one forward pass calls the layer.
         n_inputs: Input elements for one sample, summed over all calls.
         aliases: Further names of the same module.
+        input_of: The first linear layer of the same module that reads the very same tensor, as
+            the projections to queries, keys and values do; empty where none or itself does.
     """
 
     name: str
@@ -45,6 +47,7 @@ class LayerSpec:
     n_calls: int
     n_inputs: int
     aliases: tuple[str, ...] = ()
+    input_of: str = ""
 
     @property
     def n_weights(self) -> int:

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from hq_optuna.errors import SpaceError
 from hq_optuna.space.assignment import BitConfig, LayerBits
+from hq_optuna.space.cost import CostModel, Metric
 from hq_optuna.space.layers import FLOAT_BITS, MAX_BITS, MIN_BITS, LayerSpec, is_whole
 
 Part = Literal["both", "weights", "activations"]
@@ -66,6 +67,7 @@ class SearchSpace:
         pins: Mapping[str, int | tuple[int, int]] | None = None,
         allowed: Mapping[str, Iterable[int]] | None = None,
         tied: Iterable[Sequence[str]] = (),
+        tie_inputs: bool = True,
     ) -> SearchSpace:
         """Describe which bits each layer may have.
 
@@ -81,6 +83,9 @@ class SearchSpace:
             allowed: Layer name or glob to the bits allowed there instead of ``bits``. Here and in
                 ``pins``, what names a layer goes before globs, and then the last glob counts.
             tied: Groups of layer names that share their bits.
+            tie_inputs: Whether layers that read the same tensor (`LayerSpec.input_of`) share its
+                bits: one variable of their activations, or one of all where those are ``"same"``.
+                Layers that are pinned, tied or allowed other bits than the group's stay apart.
 
         Raises:
             SpaceError: Bits outside 1 to 16, a glob or name without a match, tied layers with
@@ -109,10 +114,15 @@ class SearchSpace:
             ends = [name for name in (names[0], names[-1]) if name not in named]
             fixed = dict.fromkeys(ends, pin) | fixed
         start = {name: activations.widest(choices[name]) for name in names} | fixed
+        groups = _groups(layers, tied, fixed)
+        joined = _same_input(layers, groups, choices) if tie_inputs else {}
+        if activations.same:
+            groups = list(dict.fromkeys(joined.get(group[0], group) for group in groups))
+            joined = {}
         variables = [
             variable
-            for group in _groups(layers, tied, fixed)
-            for variable in _variables(group, choices, activations)
+            for group in groups
+            for variable in _variables(group, choices, activations, joined.get(group[0], group))
         ]
         if not variables:
             raise SpaceError(
@@ -137,6 +147,10 @@ class SearchSpace:
         """All bits that a layer may have, pinned ones too, fewest first."""
         found = {bits for variable in self.variables for bits in variable.bits}
         return tuple(sorted(found | {bits for pair in self.start.values() for bits in pair}))
+
+    def costs(self, metric: Metric) -> CostModel:
+        """Return what assignments of this space cost in a metric."""
+        return CostModel(self.layers, metric)
 
     def config(self, state: Sequence[int]) -> BitConfig:
         """Return the bits of all layers when the variables have the bits ``state``."""
@@ -253,9 +267,15 @@ class _Activations:
 
 
 def _variables(
-    group: tuple[str, ...], choices: Mapping[str, tuple[int, ...]], activations: _Activations
+    group: tuple[str, ...],
+    choices: Mapping[str, tuple[int, ...]],
+    activations: _Activations,
+    readers: tuple[str, ...],
 ) -> list[Variable]:
-    """Return what can be searched in a group of tied layers; a single choice is no variable."""
+    """Return what can be searched in a group of tied layers; a single choice is no variable.
+
+    ``readers`` share the bits of their input; these are searched with the first of them.
+    """
     notches = choices[group[0]]
     for name in group:
         if choices[name] != notches:
@@ -269,10 +289,10 @@ def _variables(
     elif activations.notches is None:
         found = [Variable(name, group, "weights", notches)]
     else:
-        found = [
-            Variable(f"{name}:weights", group, "weights", notches),
-            Variable(f"{name}:activations", group, "activations", activations.notches),
-        ]
+        found = [Variable(f"{name}:weights", group, "weights", notches)]
+        if readers[0] == group[0]:
+            shown = f"{'='.join(readers)}:activations"
+            found.append(Variable(shown, readers, "activations", activations.notches))
     return [variable for variable in found if len(variable.bits) > 1]
 
 
@@ -405,6 +425,21 @@ def _groups(
         group_of |= dict.fromkeys(ordered, ordered)
     groups = dict.fromkeys(group_of.get(name, (name,)) for name in names if name not in fixed)
     return list(groups)
+
+
+def _same_input(
+    layers: Sequence[LayerSpec],
+    groups: Sequence[tuple[str, ...]],
+    choices: Mapping[str, tuple[int, ...]],
+) -> dict[str, tuple[str, ...]]:
+    """Return for each free layer that shares its input, and nothing else, all that read it."""
+    alone = {group[0] for group in groups if len(group) == 1}
+    readers: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for layer in layers:
+        if layer.name in alone:
+            key = layer.input_of or layer.name, choices[layer.name]
+            readers.setdefault(key, []).append(layer.name)
+    return {name: tuple(found) for found in readers.values() for name in found if len(found) > 1}
 
 
 def bits_needed(space: SearchSpace) -> dict[str, tuple[set[int], set[int]]]:

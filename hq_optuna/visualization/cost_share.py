@@ -9,7 +9,7 @@ from optuna.study import Study
 
 from hq_optuna.protocol.history import History, read_history
 from hq_optuna.space.assignment import BitConfig
-from hq_optuna.space.cost import CostModel, Metric, format_cost, shares
+from hq_optuna.space.cost import Metric, format_cost, shares
 from hq_optuna.visualization import _figure as f
 from hq_optuna.visualization.palette import BLUE, GREY
 
@@ -28,7 +28,7 @@ class CostShareInfo(NamedTuple):
 def cost_share_info(history: History) -> CostShareInfo:
     """Compute the cost of each layer at all-8-bit and for the incumbent."""
     space, metric = history.space, history.info.metric
-    model = CostModel(space.layers, metric)
+    model = space.costs(metric)
     names = tuple(layer.name for layer in space.layers)
     incumbent = None
     if history.incumbent is not None:

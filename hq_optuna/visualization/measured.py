@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from hq_optuna import attributes
 from hq_optuna.protocol.history import History
-from hq_optuna.space.cost import CostModel, Metric
+from hq_optuna.space.cost import Metric
 from hq_optuna.visualization import _figure as f
 from hq_optuna.visualization.palette import GREY, ORANGE, SKY, VERMILION
 
@@ -65,7 +65,7 @@ def measured_info(history: History, name: str = ACCURACY) -> MeasuredInfo:
         before=history.facts.get(f"{name}_before"),
         n_samples=history.facts.get("validation_samples"),
         limit=info.limit,
-        int8=CostModel(history.space.layers, info.metric).int8,
+        int8=history.space.costs(info.metric).int8,
         metric=info.metric,
     )
 

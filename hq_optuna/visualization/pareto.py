@@ -12,7 +12,7 @@ from optuna.study import Study
 from hq_optuna.protocol.history import History, read_history
 from hq_optuna.search import uniform_states
 from hq_optuna.space.assignment import BitConfig
-from hq_optuna.space.cost import CostModel, Metric
+from hq_optuna.space.cost import Metric
 from hq_optuna.visualization import _figure as f
 from hq_optuna.visualization.measured import measured_figure, measured_info
 from hq_optuna.visualization.palette import BLUE, GREEN, ORANGE, VERMILION
@@ -55,7 +55,7 @@ def pareto_info(history: History, *, n: int = N_POINTS, metric: Metric | None = 
     metric = info.metric if metric is None else metric
     sums = history.additive(metric)
     limit = info.limit if metric == info.metric else None
-    int8 = CostModel(space.layers, metric).int8
+    int8 = space.costs(metric).int8
     if sums is None:
         return ParetoInfo((), (), None, (), limit, int8, metric)
 

@@ -26,7 +26,7 @@ def test_the_assignment_is_the_best_of_all_within_the_budget(budget):
     study = fake_study(space)
     found = resolve(study, budget)
     model, table = CostModel(space.layers, budget.metric), fake_table(space)
-    limit = budget.limit(space.layers)
+    limit = budget.limit(space)
     every = itertools.product(*(v.bits for v in space.variables))
     configs = [c for c in map(space.config, every) if model.cost(c) <= limit]
     assert found.cost == model.cost(found.config) <= limit == found.limit
@@ -143,7 +143,7 @@ def test_a_search_by_the_layer_sum_is_no_better_than_its_resolved_budget():
     found = hq.resolve(study, searched.budget)
     answer = searched.result(study)
     assert found.score <= answer.score * (1 + 1e-12)
-    assert found.cost <= searched.budget.limit(searched.space.layers)
+    assert found.cost <= searched.budget.limit(searched.space)
 
 
 def test_the_exact_assignment_comes_as_a_network_that_is_saved_and_loaded(tmp_path):
@@ -154,11 +154,11 @@ def test_the_exact_assignment_comes_as_a_network_that_is_saved_and_loaded(tmp_pa
     exact = searched.exact(study, budget)
     assert (len(study.trials), study.user_attrs) == before
     assert exact.config == resolve(study, budget).config
-    assert exact.cost <= budget.limit(searched.space.layers)
+    assert exact.cost <= budget.limit(searched.space)
     assert exact.facts["validation_samples"] == 12
     assert exact.score == searched.objective.prepare().score(exact.config).total
     exact.save(tmp_path)
     inputs, _ = data(12, seed=7)
     with torch.no_grad():
         assert torch.equal(hq.load(tmp_path, Network())(inputs), exact.network(inputs))
-    assert searched.exact(study).cost <= searched.budget.limit(searched.space.layers)
+    assert searched.exact(study).cost <= searched.budget.limit(searched.space)

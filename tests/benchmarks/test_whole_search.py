@@ -13,13 +13,16 @@ from benchmarks.whole_search import (
     TABLES,
     TOLERANCE,
     Unseen,
+    answers_summed_up,
     drawn,
     main,
+    points,
     ratio,
     reliability,
     state_of,
 )
-from benchmarks.zoo import load_trained
+from benchmarks.zoo import Trained, load_trained
+from hq_optuna.rises import CrossEntropy
 from hq_optuna.space.cost import CostModel
 from hq_optuna.study_files.published import SamePad
 from tests.fake_search import fake_space
@@ -46,7 +49,7 @@ def test_drawn_assignments_are_distinct_near_their_centre_and_cost_as_much(activ
 def test_the_smooth_rise_is_that_of_the_mean_hessian():
     x, labels = torch.randn(5, 3, generator=seeded(0)).double(), torch.arange(5) % 3
     network, moved = nn.Identity(), nn.Linear(3, 3).double()
-    unseen = Unseen(network, (x, labels))
+    unseen = Unseen(Trained(network, (x, labels), (x, labels)))
     found = unseen.rises(moved)
 
     def hessian(z):  # of the loss at temperature 3, whose gradient is 1/3 of that at 1
@@ -61,6 +64,35 @@ def test_the_smooth_rise_is_that_of_the_mean_hessian():
     assert found.smooth == pytest.approx(expected.numpy(), rel=1e-12)
     assert found.kl == pytest.approx(kl.numpy(), rel=1e-9)
     assert unseen.rises(network).smooth.max() == 0
+
+
+def test_networks_without_a_class_a_sample_are_judged_by_their_rise():
+    x = torch.randn(6, 3, generator=seeded(0))
+    moved = nn.Linear(3, 3)
+    rise = CrossEntropy(temperature=1.0)
+    found = Unseen(Trained(nn.Identity(), x, x, rise)).rises(moved)
+    p = x.double().softmax(1)
+    with torch.no_grad():
+        change = moved(x).double() - x.double()
+    own = torch.stack([torch.diag(q) - torch.outer(q, q) for q in p])
+    for given, hessian in ((found.kl, own), (found.smooth, own.mean(0).expand(6, 3, 3))):
+        expected = 0.5 * torch.einsum("ni,nij,nj->n", change, hessian, change)
+        assert given == pytest.approx(expected.numpy(), rel=1e-5)
+    assert np.isnan(found.accuracy)
+
+
+def test_uniform_bits_are_better_by_any_truth_beyond_two_errors():
+    right, wrong = np.repeat([1.0, 0.0], [90, 10]), np.repeat([1.0, 0.0], [80, 20])
+    gained, error = points(wrong - right)
+    assert gained == pytest.approx(-10)
+    assert error == pytest.approx(100 * np.sqrt(0.09 / 99))
+    figures = {"answer_smooth_a_4": 0.5, "answer_kl_a_4": 0.9, "answer_points_a_4": gained}
+    figures |= {f"{name}_standard_error": 0.1 for name in figures}
+    assert answers_summed_up(figures)["uniform_better"] == 1
+    figures["answer_points_a_4_standard_error"] = 6.0
+    assert answers_summed_up(figures)["uniform_better"] == 0
+    figures["answer_kl_a_4"] = 1.3
+    assert answers_summed_up(figures)["uniform_better"] == 1
 
 
 def test_reliability_is_that_of_parallel_tests():

@@ -42,17 +42,21 @@ class Custom(nn.Module):
         return x
 
 
+def hooked(module):
+    module.register_forward_hook(lambda module, args, output: output)
+    return module
+
+
 @pytest.mark.parametrize(
     ("module", "why"),
     [
         (nn.Embedding(5, 3), "a table that is looked up.*weight \\(5, 3\\)"),
         (nn.EmbeddingBag(5, 3), "a table that is looked up"),
-        (nn.LSTM(3, 4), "recurrent layers are not supported.*weight_ih_l0 \\(16, 3\\)"),
-        (nn.GRU(3, 4), "recurrent"),
-        (nn.RNN(3, 4, num_layers=3), "weight_ih_l1 \\(4, 4\\), …"),
-        (nn.LSTMCell(3, 4), "recurrent"),
+        (hooked(nn.LSTM(3, 4)), "inside one function.*hooks.*weight_ih_l0 \\(16, 3\\)"),
+        (hooked(nn.RNN(3, 4, num_layers=3)), "weight_ih_l1 \\(4, 4\\), …"),
+        (hooked(nn.LSTMCell(3, 4)), "inside one function"),
         (nn.Bilinear(3, 4, 5), "bilinear"),
-        (nn.MultiheadAttention(4, 2, kdim=3, vdim=3), "attention.*q_proj_weight \\(4, 4\\)"),
+        (hooked(nn.MultiheadAttention(4, 2, kdim=3)), "one function.*q_proj_weight \\(4, 4\\)"),
         (Custom(kernel=(3, 4)), "not a Conv.*kernel \\(3, 4\\)"),
         (Custom(weight=(1, 4)), "not a Conv.*weight \\(1, 4\\)"),
         (nn.ParameterList([torch.ones(2, 2)]), "not a Conv"),

@@ -55,15 +55,33 @@ def test_recurrent_layers_are_counted_with_their_weights(make, gates: int, layer
             return self.head(self.rnn(x)[0][:, -1])
 
     found = introspect(Recurrent(), torch.randn(3, T, D))
-    assert sum(other.macs for other in found.others) == layers * T * gates * 2 * D * D
+    counted = {layer.name: layer.macs for layer in found.layers}
+    each = {f"rnn.{way}_l{level}" for way in ("ih", "hh") for level in range(layers)}
+    assert counted == dict.fromkeys(each, T * gates * D * D) | {"head": D * 2}
+    assert (found.others, found.skipped, found.warnings) == ((), (), ())
+
+
+@pytest.mark.parametrize(("make", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+def test_a_recurrent_layer_with_a_hook_stays_whole_and_is_counted(make, gates: int) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = make(D, D, batch_first=True), nn.Linear(D, 2)
+            self.rnn.register_forward_hook(lambda module, args, output: output[0][:, -1])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.rnn(x))
+
+    found = introspect(Recurrent(), torch.randn(3, T, D))
+    assert sum(other.macs for other in found.others) == T * gates * 2 * D * D
     (skipped,) = found.skipped
     assert skipped.name == "rnn"
-    assert "recurrent" in skipped.reason
+    assert "inside one function" in skipped.reason
     assert "of all operations" in skipped.reason
     assert len(found.warnings) == 1
 
 
-def test_multihead_attention_has_all_its_products_under_one_name() -> None:
+def test_multihead_attention_is_four_layers_and_its_products_are_named() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -73,10 +91,16 @@ def test_multihead_attention_has_all_its_products_under_one_name() -> None:
             return self.head(self.attend(x, x, x, need_weights=False)[0])
 
     found = introspect(Net(), torch.randn(3, T, D))
-    projections, products = T * D * 4 * D, 2 * T * T * D
-    assert sum(other.macs for other in found.others) == projections + products
-    assert {one.name for one in found.skipped} == {"attend", "attend.out_proj"}
-    assert "% of all operations" in found.skipped[0].reason
+    parts = [f"attend.{part}_proj" for part in ("q", "k", "v", "out")]
+    assert {layer.name: layer.macs for layer in found.layers} == {
+        **dict.fromkeys(parts, T * D * D),
+        "head": T * D * 2,
+    }
+    assert [layer.input_of for layer in found.layers] == ["", parts[0], parts[0], "", ""]
+    assert sum(other.macs for other in found.others) == 2 * T * T * D
+    (skipped,) = found.skipped
+    assert skipped.name == "attend"
+    assert "% of all operations" in skipped.reason
 
 
 def test_a_network_of_layers_alone_has_nothing_unseen() -> None:

@@ -70,7 +70,7 @@ def records(of: optuna.Study) -> list[optuna.trial.FrozenTrial]:
 def test_plain_optimize_stops_by_itself_at_the_budget(finished):
     assert {trial.state for trial in finished.trials} == {TrialState.COMPLETE}
     cost = [trial.user_attrs["cost"] for trial in records(finished)]
-    limit = BUDGET.limit(space().layers)
+    limit = BUDGET.limit(space())
     assert cost[0] == CostModel(space().layers).int8
     assert cost[-1] <= limit
     assert sum(c > limit for c in cost) >= 2
@@ -82,7 +82,7 @@ def test_the_best_trial_is_the_final_record_with_the_bits_of_all_layers(finished
     assert ticket(best).kind == "incumbent"
     assert set(best.params) == {"first", "middle", "last"}
     assert {name: pair.weight_bits for name, pair in final.config.items()} == best.params
-    assert best.user_attrs[attributes.COST] <= BUDGET.limit(space().layers)
+    assert best.user_attrs[attributes.COST] <= BUDGET.limit(space())
     assert best.value == math.nextafter(final.winner.score, -math.inf)
 
 
@@ -152,7 +152,7 @@ def test_a_record_names_its_winner_and_repeats_what_it_scored(finished):
 
 
 def test_a_trial_is_feasible_if_and_only_if_it_is_within_the_budget(finished):
-    limit = BUDGET.limit(space().layers)
+    limit = BUDGET.limit(space())
     for trial in finished.trials:
         excess = trial.user_attrs["cost"] / limit - 1
         assert trial.constraints["bops"] == excess
@@ -285,7 +285,7 @@ def test_other_samplers_search_the_same_space_under_the_same_constraint(by):
         sampler=SAMPLERS[by](), pruner=hq.pruners.CostBudgetPruner(searched, BUDGET)
     )
     free.optimize(objective(searched), n_trials=14)
-    limit, model = BUDGET.limit(searched.layers), CostModel(searched.layers)
+    limit, model = BUDGET.limit(searched), CostModel(searched.layers)
     assert {trial.state for trial in free.trials} == {TrialState.COMPLETE}
     for trial in free.trials:
         assert set(trial.params) == {"first", "middle", "last"}

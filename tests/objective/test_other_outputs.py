@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hq_optuna.errors import DataError
 from hq_optuna.protocol.history import read_history
 from tests.searches import Network, data, facts, search
 
@@ -61,3 +63,43 @@ def test_one_number_a_sample_is_searched_as_one_column_is() -> None:
         assert made.result(study).met
         found.append(facts(study))
     assert found[0] == found[1]
+
+
+class Pieces(Network):
+    """The same numbers in a list of pieces that are no samples: 5 rows, and the rest."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        z = super().forward(x)
+        return [z[:5], z[5:]]
+
+
+class Found(Network):
+    """Rows that a network selects, with one tensor more where it finds any."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        z = super().forward(x)
+        return [z, *([z.abs()] if x[0].amax() > 9 else [])]
+
+
+def of_pieces(outputs: list[Tensor], labels: Tensor) -> Tensor:
+    return functional.cross_entropy(torch.cat(outputs)[: len(labels)], labels)
+
+
+def test_rows_that_are_no_samples_are_scored_by_the_loss_and_refused_without_one() -> None:
+    inputs, labels = data()
+    made = search(model=Pieces(), calibration=(inputs, labels), loss_fn=of_pieces)
+    assert made.objective.settings.scorer == "diagonal"
+    assert any("have its 24 samples along axis 0" in said for said in made.objective.warnings)
+    assert made.result(made.optimize(n_candidates=2)).met
+    with pytest.raises(DataError, match="along axis 0"):
+        search(model=Pieces(), calibration=inputs, loss_fn=None)
+
+
+def test_other_tensors_in_another_batch_are_scored_by_the_loss() -> None:
+    inputs, labels = data()
+    inputs[0] = 10.0
+    batches = [(inputs[:12], labels[:12]), (inputs[12:], labels[12:])]
+    made = search(model=Found(), calibration=batches, loss_fn=of_pieces)
+    assert made.objective.settings.scorer == "diagonal"
+    assert any("other tensors for one batch" in said for said in made.objective.warnings)
+    assert made.result(made.optimize(n_candidates=2)).met

@@ -103,7 +103,7 @@ def test_an_enqueued_trial_is_not_pruned_even_after_the_end(study):
 def test_trials_of_other_samplers_are_left_alone_even_over_budget(foreign):
     space = fake_space(6)
     study = optuna.create_study(sampler=foreign, pruner=CostBudgetPruner(space, BUDGET))
-    limit, model = BUDGET.limit(space.layers), CostModel(space.layers)
+    limit, model = BUDGET.limit(space), CostModel(space.layers)
     over = []
 
     def objective(trial: optuna.Trial) -> float:

@@ -166,10 +166,12 @@ class Attention(nn.Module):
         return self.o(self.attention(h, h, h)[0][:, 0])
 
 
-def test_attention_inside_one_function_is_listed():
-    """PyTorch's attention uses its weights without calling layers: named as left in float."""
+def test_attention_inside_one_function_has_its_projections_counted():
+    """PyTorch's attention uses its weights without calling layers."""
     found, said = product.macs(made(Attention), (X, Y))
-    assert set(found) == {"i", "o"} and "attention" in said
+    projections = {f"attention.{part}_proj": 8 * 8 for part in ("q", "k", "v", "out")}
+    assert found == {"i": 8 * 8, "o": 8 * 3, **projections}
+    assert "products of activations (attention)" in said
 
 
 class Padded(nn.Conv2d):

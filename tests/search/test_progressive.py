@@ -361,7 +361,7 @@ def test_a_budget_of_size_is_met_by_weights_alone() -> None:
     budget = Budget.fraction(size_bytes=0.5)
     cost = CostModel(space.layers, "size_bytes").cost
     search = ProgressiveSearch(
-        space, cost=cost, limit=budget.limit(space.layers), n_candidates=4, rule="min", seed=0
+        space, cost=cost, limit=budget.limit(space), n_candidates=4, rule="min", seed=0
     )
     incumbent = None
     while incumbent is None or not search.met(incumbent):

@@ -24,17 +24,17 @@ def space(*n_macs: int, **options: Any) -> SearchSpace:
 
 
 def test_a_fraction_refers_to_all_layers_at_8_bits_pinned_ones_too() -> None:
-    layers = space(100, 200, 300).layers
+    layers = space(100, 200, 300)
     assert Budget.fraction(bops=0.25).limit(layers) == 600 * 64 / 4
     assert Budget.fraction(size_bytes=0.5).limit(layers) == 300.0
 
 
 def test_an_absolute_budget_is_its_own_limit() -> None:
-    assert Budget.absolute(bops=24e9).limit(space(5, 5, 5).layers) == 24e9
+    assert Budget.absolute(bops=24e9).limit(space(5, 5, 5)) == 24e9
 
 
 def test_a_fraction_above_one_allows_more_than_8_bits() -> None:
-    assert Budget.fraction(bops=2).limit(space(1, 1, 1).layers) == 2 * 3 * 64
+    assert Budget.fraction(bops=2).limit(space(1, 1, 1)) == 2 * 3 * 64
 
 
 def test_budgets_read_as_people_write_them() -> None:

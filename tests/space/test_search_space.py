@@ -1,6 +1,8 @@
 """The search space: what may be lowered, what is fixed, and what is refused."""
 
+import itertools
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hq_optuna.errors import SpaceError
+from hq_optuna.search.additive import Additive
 from hq_optuna.space.assignment import BitConfig
+from hq_optuna.space.cost import CostModel
 from hq_optuna.space.layers import FLOAT_BITS, LayerSpec
 from hq_optuna.space.search_space import SearchSpace
 
@@ -18,6 +22,7 @@ def specs(*names: str) -> list[LayerSpec]:
     return [LayerSpec(name, "Linear", (3, 5), 0, macs=15, n_calls=1, n_inputs=5) for name in names]
 
 
+PARTS = ("weights", "activations")
 FOUR = specs("stem", "block.1", "block.2", "head")
 CHOICES = st.sets(st.integers(1, 16), min_size=2, max_size=5)
 ACTIVATIONS: st.SearchStrategy[Any] = st.sampled_from(["same", None, 8, 32]) | CHOICES.map(tuple)
@@ -335,3 +340,53 @@ def test_an_assignment_of_numpys_integers_is_that_of_plain_ones() -> None:
     assert config.digest == BitConfig({"a": (4, 6)}).digest
     with pytest.raises(TypeError, match="float"):
         BitConfig({"a": (4.0, 8)})  # type: ignore[dict-item]
+
+
+def readers(*names: str) -> list[LayerSpec]:
+    """Return layers of which the second to the fourth read one tensor."""
+    made = specs(*names)
+    return [replace(x, input_of=names[1] if x.name in names[2:4] else "") for x in made]
+
+
+QKV = readers("stem", "q", "k", "v", "out", "head")
+
+
+def names(**more: Any) -> list[str]:
+    return [variable.name for variable in SearchSpace.build(QKV, bits=(8, 4), **more).variables]
+
+
+def test_layers_that_read_the_same_tensor_share_the_bits_of_their_input() -> None:
+    assert names() == ["q=k=v", "out"]
+    assert names(activation_bits=8) == ["q", "k", "v", "out"]
+    assert names(activation_bits=(8, 6)) == [
+        *("q:weights", "q=k=v:activations", "k:weights", "v:weights"),
+        *("out:weights", "out:activations"),
+    ]
+    space = SearchSpace.build(QKV, bits=(8, 4), activation_bits=(8, 6))
+    config = space.config([8, 6, 4, 8, 8, 8])
+    assert [config[name] for name in ("q", "k", "v")] == [(8, 6), (4, 6), (8, 6)]
+    assert SearchSpace.from_json(space.to_json()) == space
+
+
+def test_layers_that_are_pinned_tied_or_allowed_other_bits_keep_an_input_of_their_own() -> None:
+    assert names(tie_inputs=False) == ["q", "k", "v", "out"]
+    assert names(pins={"q": 8}) == ["k=v", "out"]
+    assert names(allowed={"k": (8, 4, 2)}) == ["q=v", "k", "out"]
+    assert names(tied=[("k", "out")]) == ["q=v", "k=out"]
+
+
+def test_the_exact_optimum_keeps_shared_inputs_together() -> None:
+    space = SearchSpace.build(QKV, bits=(8, 4), activation_bits=(8, 4), pin_first_last=8)
+    rng = np.random.default_rng(0)
+    table = {
+        layer.name: {part: dict(zip((8, 4), sorted(rng.random(2)), strict=True)) for part in PARTS}
+        for layer in QKV
+    }
+    sums = Additive(space, table, CostModel(QKV).layer_cost)
+    states = [*itertools.product(*(v.bits for v in space.variables))]
+    for limit in sorted({sums.cost(space.config(state)) for state in states}):
+        fitting = [c for s in states if sums.cost(c := space.config(s)) <= limit]
+        found = sums.exact(limit)
+        assert found is not None
+        assert found.score == pytest.approx(min(map(sums.score, fitting)))
+        assert len({found.config[name].activation_bits for name in ("q", "k", "v")}) == 1
