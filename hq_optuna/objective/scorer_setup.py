@@ -16,6 +16,7 @@ from hq_optuna.network.losses import LossFunction
 from hq_optuna.quantization import observe_inputs, prepare
 from hq_optuna.quantization.compensation import compensate_weights
 from hq_optuna.quantization.correction import StatisticsCorrection
+from hq_optuna.quantization.in_order import InOrder, places_in_memory
 from hq_optuna.quantization.observers import InputHistogram
 from hq_optuna.quantization.quantizer_choice import choose_quantizers, uncompensated_warnings
 from hq_optuna.quantization.statistics import statistics_places
@@ -149,7 +150,7 @@ class ScorerSetup:
         if base is not None:
             for name, weights in wanted.items():
                 weights.discard(base.config[name].weight_bits)
-        if self.settings.rounding == "compensated":
+        if self.settings.rounding != "nearest":
             compensate_weights(
                 *(prepared, self.space.layers, self.rounding_data, wanted),
                 progress=lambda done, of: progress("rounding", done, of),
@@ -172,7 +173,13 @@ class ScorerSetup:
             facts["curvature_samples"] = curvature.n_samples
             if math.isfinite(curvature.largest_error):  # one batch alone has none
                 facts["curvature_standard_error"] = round(curvature.largest_error, 4)
-        return BuiltScorer(self._scorer(prepared, known, correction, teacher), warnings, facts)
+        scorer = self._scorer(prepared, known, correction, teacher)
+        if self.settings.rounding == "in_order" and base is None:
+            scorer.in_order = InOrder(
+                *(prepared, self.data, self._in_order_places, self.settings.precision),
+                corrects=self.settings.correction,
+            )
+        return BuiltScorer(scorer, warnings, facts)
 
     def score_of_trained(self, base: TrainedNetwork, teacher: nn.Module) -> float | None:
         """Return the score of a trained network at its own bits, before a scorer of it is built.
@@ -294,7 +301,17 @@ class ScorerSetup:
         return rest or self.data
 
     @property
+    def _in_order_places(self) -> tuple[int, ...]:
+        """The calibration batches that networks are fitted to in order."""
+        rest = [p for p in range(len(self.data)) if p not in self._table_places]
+        return places_in_memory(self.data, rest or range(len(self.data)), self._largest)
+
+    @property
+    def _largest(self) -> int:
+        """Elements of a sample's largest input of a layer."""
+        return max(layer.n_inputs // layer.n_calls for layer in self.space.layers)
+
+    @property
     def statistics_places(self) -> tuple[int, ...]:
         """The calibration batches that statistics are measured on."""
-        largest = max(layer.n_inputs // layer.n_calls for layer in self.space.layers)
-        return statistics_places(self.data, largest)
+        return statistics_places(self.data, self._largest)

@@ -146,25 +146,16 @@ class StatisticsCorrection:
         for name in chosen:
             self._set(name, self._stored(name))
 
-        def settle(name: str, parts: list[ChannelStatistics]) -> None:
-            self._set(name, self._corrected(name, *pooled(parts)))
+        steps = Lockstep(chosen, self.settle_)
 
-        steps = Lockstep(chosen, settle)
-
-        def norm(name: str, x: Tensor) -> None:
-            steps.wait(name, statistics_of(x, 1))
-
-        def shift(name: str, module: nn.Module, output: Tensor) -> Tensor:
-            steps.wait(name, statistics_of(output, channel_axis(module, output)))
-            return _shifted(module, output)
+        def see(name: str, x: Tensor, axis: int) -> None:
+            steps.wait(name, statistics_of(x, axis))
 
         def run(place: int) -> Any:
             with autocast(self.prepared, self.precision):
                 return forward(self.prepared, self.data[place].inputs)
 
-        norms = [name for name in chosen if name in self._norms]
-        layers = {n: self.prepared.get_submodule(n) for n in chosen if n in self._means}
-        with watch_inputs(self.prepared, norms, norm), _watch_outputs(layers, shift):
+        with self.watched(see, only):
             found = steps.run([partial(run, place) for place in self.places])
         return dict(zip(self.places, found, strict=True))
 
@@ -182,34 +173,32 @@ class StatisticsCorrection:
         """Return this correction for another copy of the prepared network."""
         found = copy.copy(self)
         found.prepared = network
+        for layer in prepared_layers(network).values():
+            add_shift(layer)
         return found
 
     @contextmanager
     def watched(
-        self, network: nn.Module, see: Callable[[str, Tensor, int], None]
+        self, see: Callable[[str, Tensor, int], None], only: Container[str] | None = None
     ) -> Iterator[None]:
-        """Call ``see(name, values, channel axis)`` of each module before it goes on."""
-        norms = [name for name in self.modules if name in self._norms]
-        layers = {n: network.get_submodule(n) for n in self.modules if n in self._means}
+        """Call ``see(name, values, channel axis)`` at each module, before it is used."""
+        chosen = [name for name in self.modules if only is None or name in only]
+        norms = [name for name in chosen if name in self._norms]
+        layers = {n: self.prepared.get_submodule(n) for n in chosen if n in self._means}
 
         def shift(name: str, module: nn.Module, output: Tensor) -> Tensor:
             see(name, output, channel_axis(module, output))
             return _shifted(module, output)
 
         with (
-            watch_inputs(network, norms, lambda name, x: see(name, x, 1)),
+            watch_inputs(self.prepared, norms, lambda name, x: see(name, x, 1)),
             _watch_outputs(layers, shift),
         ):
             yield
 
-    def settle_(
-        self, name: str, parts: Sequence[ChannelStatistics], agreement: Tensor | None = None
-    ) -> None:
-        """Correct a module from what it sees; ``agreement`` is that with the float network."""
-        mean, var = pooled(parts)
-        if agreement is not None and var is not None and name in self._norms:
-            var = var / agreement.to(var)
-        self._set(name, self._corrected(name, mean, var))
+    def settle_(self, name: str, parts: Sequence[ChannelStatistics]) -> None:
+        """Correct a module from what it sees in all batches."""
+        self._set(name, self._corrected(name, *pooled(parts)))
 
     def on(self, places: Sequence[int]) -> StatisticsCorrection:
         """Return the correction of the same network by the statistics of other batches.

@@ -10,9 +10,7 @@ layer, four things are settled before they go on:
    earlier layers lost is made up for as far as it can be told. The ridge λ is cross-validated over
    samples for each layer; none of them leaves W as it is.
 3. *Rounding* of W' with the moments C (`hq_optuna.quantization.compensation`).
-4. *Statistics* behind the layer (`hq_optuna.quantization.correction`). The gain of a channel is the
-   geometric mean of the one that matches its variance and the one of least squared error: the first
-   keeps the noise of quantization, the second shrinks what is noisy.
+4. *Statistics* behind the layer (`hq_optuna.quantization.correction`).
 
 No training, no labels, no gradient. What is found depends on the bits of all earlier layers, so it
 is found for one assignment at a time.
@@ -22,9 +20,9 @@ from __future__ import annotations
 
 import contextvars
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -32,12 +30,11 @@ from torch import Tensor, nn
 
 from hq_optuna.network.batches import Batches, autocast, forward
 from hq_optuna.network.copies import copied
-from hq_optuna.quantization.compensation import MOST_BITS, compensated
+from hq_optuna.quantization.compensation import MOST_BITS, Compensated, compensated
 from hq_optuna.quantization.correction import StatisticsCorrection
-from hq_optuna.quantization.functional import quantize_activation
+from hq_optuna.quantization.functional import activation_grid, quantize_activation
 from hq_optuna.quantization.lockstep import Lockstep
 from hq_optuna.quantization.moments import (
-    LEAST_PLACES,
     MOST_ELEMENTS,
     PLACES_PER_INPUT,
     LayerPlaces,
@@ -55,7 +52,7 @@ from hq_optuna.quantization.prepare import (
     weight_quantizer,
 )
 from hq_optuna.quantization.ranges import AffineRange, affine_range
-from hq_optuna.quantization.statistics import statistics_of
+from hq_optuna.quantization.statistics import statistics_of, statistics_places
 from hq_optuna.settings import Precision
 from hq_optuna.space.layers import FLOAT_BITS
 
@@ -65,14 +62,13 @@ in the order of layers."""
 FOLDS = 4
 WIDE = 256
 """Weights per channel above which two folds do."""
-RANGE_PLACES = 1024
-"""Places whose output tells the error of a range."""
-SHRINKS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.42, 0.35, 0.29, 0.24, 0.2)
-COARSE_STEPS = (0.9, 0.95, 1.05, 1.1)
-FINE_STEPS = (0.975, 1.025)
-LEAST_AGREEMENT = 0.1
-RANGE, RIDGE, HALF = "output", True, True
-ERROR = "centred_norm"
+RANGE_ELEMENTS, LEAST_RANGE_PLACES, MOST_RANGE_PLACES = 2**21, 256, 4096
+"""How much of a layer's input tells the error of a range."""
+STEPS, MOST_STEPS = (0.15, 0.05), 8
+"""By which the ends of a range are moved, and how often."""
+LEAST_PLACES = 2048
+MOST_IN_MEMORY = 2**27
+"""Elements of the largest input, all samples together, of either network."""
 _TINY = 1e-12
 
 
@@ -95,14 +91,19 @@ class InOrder:
     ) -> None:
         self.data, self.places, self.precision = data, tuple(places), precision
         self.corrects = corrects
-        self._float = copied(prepared)
-        set_bits(self._float, dict.fromkeys(get_bits(prepared), (FLOAT_BITS, FLOAT_BITS)))
-        self._correction = StatisticsCorrection(self._float, data, precision, places=places)
+        self._prepared = prepared
+
+    @cached_property
+    def _correction(self) -> StatisticsCorrection:
+        """The correction of a float copy, by which copies of the prepared network are told."""
+        network = copied(self._prepared)
+        set_bits(network, dict.fromkeys(get_bits(network), (FLOAT_BITS, FLOAT_BITS)))
+        return StatisticsCorrection(network, self.data, self.precision, places=self.places)
 
     @torch.no_grad()
     def fit_(self, network: nn.Module) -> None:
         """Fit a copy of the prepared network, whose statistics are the stored ones, in place."""
-        correction = self._correction.of(network)
+        in_float, correction = self._correction.prepared, self._correction.of(network)
         called = correction.called_once
         layers = [name for name in prepared_layers(network) if name in called]
         order = [e for n in called for e in ((_entry(n), n) if n in layers else (n,))]
@@ -112,16 +113,17 @@ class InOrder:
             if event.startswith(_ENTRY):
                 name = event.removeprefix(_ENTRY)
                 pairs = _paired(parts, n)
-                _fit_layer_(network.get_submodule(name), pairs, self._samples)
+                normed = self.corrects and correction.takes.get(name) == 2
+                _fit_layer_(network.get_submodule(name), pairs, self._samples, normed)
             else:
                 found = [statistics_of(p.x, p.axis) for p in parts if p.at >= n]
-                correction.settle_(event, found, _agreement(_paired(parts, n)) if HALF else None)
+                correction.settle_(event, found)
 
         steps = Lockstep(order, settle)
 
         def run(at: int) -> Any:
             _AT.set(at)
-            chosen = self._float if at < n else network
+            chosen = in_float if at < n else network
             with autocast(chosen, self.precision):
                 return forward(chosen, self.data[self.places[at % n]].inputs)
 
@@ -129,15 +131,27 @@ class InOrder:
             steps.wait(event, _Part(_AT.get(), x, axis))
 
         with ExitStack() as stack:
-            for chosen in (self._float, network):
+            for chosen in (in_float, network):
                 stack.enter_context(_watched_entries(chosen, layers, see))
-                if self.corrects:
-                    stack.enter_context(correction.watched(chosen, see))
+            if self.corrects:
+                stack.enter_context(correction.watched(see))
             steps.run([partial(run, at) for at in range(2 * n)])
 
     @property
     def _samples(self) -> list[int]:
         return [self.data[place].n for place in self.places]
+
+
+def places_in_memory(data: Batches, places: Sequence[int], largest: int) -> tuple[int, ...]:
+    """Return as many of the batches, in a seeded order, as can be fitted to at once.
+
+    ``largest`` are the elements of a sample's largest input of a layer.
+    """
+    part = Batches(data[place] for place in places)
+    fitting = statistics_places(
+        part, largest, least_samples=part.n_samples, most_elements=MOST_IN_MEMORY
+    )
+    return tuple(places[place] for place in fitting)
 
 
 class _Part(NamedTuple):
@@ -185,26 +199,6 @@ def _watched_entries(
         yield
 
 
-def _agreement(pairs: Sequence[_Pair]) -> Tensor | None:
-    """Return the correlation of both networks' values, ``(channels,)``; ``None`` without pairs."""
-    if not pairs:
-        return None
-    sums = None
-    count = 0
-    for _, a, b in pairs:
-        x, y = (p.x.float().movedim(p.axis, 0).flatten(1) for p in (a, b))
-        found = torch.stack([(x * y).sum(1), x.sum(1), y.sum(1)]).double()
-        squares = torch.stack([x.square().sum(1), y.square().sum(1)]).double()
-        found = torch.cat([found, squares])
-        sums = found if sums is None else sums + found
-        count += x.shape[1]
-    assert sums is not None
-    xy, x, y, xx, yy = sums / max(count, 1)
-    spread = ((xx - x.square()).clamp_min(0) * (yy - y.square()).clamp_min(0)).sqrt()
-    found = torch.where(spread > _TINY, (xy - x * y) / spread.clamp_min(_TINY), 1.0)
-    return found.clamp(LEAST_AGREEMENT, 1.0)
-
-
 class _Rows(NamedTuple):
     """Inputs of a layer at the same places in both networks, ``(groups, places, d)``, by fold."""
 
@@ -234,139 +228,144 @@ def _rows(
             yield _Rows(x.rows(part_of).float(), q.rows(part_of).float(), fold)
 
 
-def _fit_layer_(module: nn.Module, pairs: Sequence[_Pair], samples: Sequence[int]) -> None:
-    """Settle the range of a layer's input and what its weight is rounded to."""
+def _fit_layer_(
+    module: nn.Module, pairs: Sequence[_Pair], samples: Sequence[int], normed: bool
+) -> None:
+    """Settle the range of a layer's input and what its weight is rounded to.
+
+    ``normed``: a batch-norm behind it brings its channels to one size.
+    """
     if not pairs or not can_have_moments(module):
         return
     holder, inputs = weight_quantizer(module), input_quantizer(module)
     weight: Tensor = float_weight(module).detach()
     w = weight.float().reshape(getattr(module, "groups", 1), -1, columns(module))
-    if inputs.bits != FLOAT_BITS and RANGE == "output":
-        some = torch.cat([rows.q for rows in _rows(module, pairs, samples, RANGE_PLACES)], 1)
-        inputs.ranges[inputs.bits] = output_range(w, some, inputs.bits)
+    if inputs.bits != FLOAT_BITS:
+        wanted = min(
+            MOST_RANGE_PLACES, max(LEAST_RANGE_PLACES, RANGE_ELEMENTS // (len(w) * w.shape[2]))
+        )
+        some = torch.cat([rows.q for rows in _rows(module, pairs, samples, wanted)], 1)
+        before = inputs.range(inputs.bits)
+        inputs.ranges[inputs.bits] = output_range(w, some, inputs.bits, before, normed=normed)
     if holder.bits > MOST_BITS or not holder.quantizer.compensates:
         return
-    folds = min(FOLDS if columns(module) <= WIDE else 2, sum(samples))
-    seen = _Seen(w, folds)
-    wanted = max(PLACES_PER_INPUT * columns(module), LEAST_PLACES)
+    seen = _Seen(w, min(FOLDS if w.shape[2] <= WIDE and len(w) == 1 else 2, sum(samples)))
+    wanted = max(PLACES_PER_INPUT * w.shape[2], LEAST_PLACES)
     for rows in _rows(module, pairs, samples, wanted):
         q = rows.q if inputs.bits == FLOAT_BITS else inputs.quantized(rows.q, inputs.bits)
         seen.add(rows.x, q, rows.fold)
-    target = w.double() + (seen.ridge() if RIDGE else 0)
-    target = target.reshape(weight.shape).to(weight.dtype)
-    scale = holder.quantizer.scale(target, holder.bits, holder.channel_axis)
-    found = compensated(target, seen.moment, scale, holder.bits, holder.quantizer)
-    before = holder.quantized(weight, holder.bits)
-    if seen.error(found.weight - weight) < seen.error(before - weight):
+    ridge = seen.ridge()
+
+    def fitted(part: _Sums) -> Compensated:
+        target = weight + part.change(ridge).reshape(weight.shape).to(weight.dtype)
+        scale = holder.quantizer.scale(target, holder.bits, holder.channel_axis)
+        return compensated(target, part.moment, scale, holder.bits, holder.quantizer)
+
+    rest, held_back = seen.split(0)
+    now = holder.quantized(weight, holder.bits)
+    if held_back.error(fitted(rest).weight - weight) < held_back.error(now - weight):
+        found = fitted(seen.whole)
         holder.keep(weight, holder.bits, found.weight, found.scale)
 
 
+class _Sums(NamedTuple):
+    """Sums over places: q qᵀ, ``(groups, d, d)``, and W (x − q) qᵀ, ``(groups, channels, d)``."""
+
+    moment: Tensor
+    lost: Tensor
+
+    def change(self, ridge: float) -> Tensor:
+        """Return W' − W for a ridge in shares of the mean of q², infinite where nothing changes."""
+        if math.isinf(ridge):
+            return torch.zeros_like(self.lost)
+        level = ridge * self.moment.diagonal(dim1=1, dim2=2).mean(1)
+        level = torch.where(level > 0, level, 1.0)  # an input that is always zero
+        added = torch.diag_embed(level[:, None].expand(self.moment.shape[:2]))
+        root, failed = torch.linalg.cholesky_ex(self.moment + added)
+        found = torch.cholesky_solve(self.lost.mT, root).mT
+        return torch.where((failed == 0)[:, None, None] & found.isfinite(), found, 0.0)
+
+    def error(self, change: Tensor) -> float:
+        """Return the sum of ‖(W + Δ) q − W x‖² over that of Δ = 0."""
+        delta = change.double().reshape(self.lost.shape)
+        return float((delta * (delta @ self.moment - 2 * self.lost)).sum())
+
+
 class _Seen:
-    """Sums over places, by fold of samples: q qᵀ, and W (x − q) qᵀ."""
+    """`_Sums` of a layer by fold of samples."""
 
     def __init__(self, weight: Tensor, folds: int) -> None:
-        self.weight, (groups, _, d) = weight, weight.shape
-        self.moments = weight.new_zeros(folds, groups, d, d, dtype=torch.float64)
-        self.lost = torch.zeros_like(weight, dtype=torch.float64).repeat(folds, 1, 1, 1)
-        self.n = 0
+        self._weight, (groups, _, d) = weight, weight.shape
+        moments = weight.new_zeros(folds, groups, d, d, dtype=torch.float64)
+        lost = torch.zeros_like(weight, dtype=torch.float64).repeat(folds, 1, 1, 1)
+        self._folds = [_Sums(*one) for one in zip(moments, lost, strict=True)]
 
     def add(self, x: Tensor, q: Tensor, sample: Tensor) -> None:
         """Add rows ``(groups, places, d)`` of samples ``(places,)``."""
-        self.n += q.shape[1]
-        residual = (x - q) @ self.weight.mT
-        for fold in range(len(self.moments)):
-            mine = (sample % len(self.moments) == fold).to(q.device)
-            self.moments[fold] += products(q[:, mine])
-            self.lost[fold] += (residual[:, mine].mT @ q[:, mine]).double()
+        lost = (x - q) @ self._weight.mT
+        for fold, sums in enumerate(self._folds):
+            mine = (sample % len(self._folds) == fold).to(q.device)
+            sums.moment.add_(products(q[:, mine]))
+            sums.lost.add_((lost[:, mine].mT @ q[:, mine]).double())
 
     @property
-    def moment(self) -> Tensor:
-        """E[q qᵀ], ``(groups, d, d)``."""
-        return self.moments.sum(0) / max(self.n, 1)
+    def whole(self) -> _Sums:
+        """All folds together."""
+        return _Sums(*(sum(parts) for parts in zip(*self._folds, strict=True)))
 
-    def ridge(self) -> Tensor:
-        """Return W' − W for the ridge that is best on samples it was not fitted to."""
-        errors = dict.fromkeys(RIDGES, 0.0)
-        whole, lost = self.moments.sum(0), self.lost.sum(0)
-        for moment, part in zip(self.moments, self.lost, strict=True):
-            for ridge in RIDGES if len(self.moments) > 1 else ():
-                change = _solved(whole - moment, lost - part, ridge)
-                errors[ridge] += _error(change, moment, part)
-        best = min(RIDGES, key=errors.__getitem__)
-        if not errors[best] < 0:
-            return torch.zeros_like(lost)
-        return _solved(whole, lost, best)
+    def split(self, fold: int) -> tuple[_Sums, _Sums]:
+        """Return all but a fold, and the fold; the same twice where there is one alone."""
+        whole, part = self.whole, self._folds[fold]
+        if len(self._folds) == 1:
+            return whole, whole
+        return _Sums(whole.moment - part.moment, whole.lost - part.lost), part
 
-    def error(self, change: Tensor) -> float:
-        """Return E‖(W + Δ) q − W x‖² over that of W itself, less 1 unit of it."""
-        delta = change.double().reshape(self.lost[0].shape)
-        return _error(delta, self.moments.sum(0), self.lost.sum(0))
+    def ridge(self) -> float:
+        """Return the ridge that is best on samples it was not fitted to."""
+        errors = {math.inf: 0.0}
+        if len(self._folds) > 1:
+            splits = [self.split(fold) for fold in range(len(self._folds))]
+            for ridge in RIDGES:
+                errors[ridge] = sum(held.error(rest.change(ridge)) for rest, held in splits)
+        return min(errors, key=errors.__getitem__)
 
 
-def _solved(moment: Tensor, lost: Tensor, ridge: float) -> Tensor:
-    """Return the change of least error with a ridge: lost (moment + λ I)⁻¹, by group."""
-    level = ridge * moment.diagonal(dim1=1, dim2=2).mean(1)
-    level = torch.where(level > 0, level, 1.0)
-    damped = moment + torch.diag_embed(level[:, None].expand(moment.shape[:2]))
-    root, failed = torch.linalg.cholesky_ex(damped)
-    if bool((failed > 0).any()):
-        return torch.zeros_like(lost)
-    return torch.cholesky_solve(lost.mT, root).mT
+def output_range(
+    weight: Tensor, rows: Tensor, bits: int, before: AffineRange, *, normed: bool
+) -> AffineRange:
+    """Return a range with a small error of a layer's output; ``before`` where none has a smaller.
 
-
-def _error(change: Tensor, moment: Tensor, lost: Tensor) -> float:
-    """Return E‖(W + Δ) q − W x‖² less that of Δ = 0, from sums."""
-    return float((change * (change @ moment - 2 * lost)).sum())
-
-
-def output_range(weight: Tensor, rows: Tensor, bits: int) -> AffineRange:
-    """Return the range with the least error of a layer's output, among shrunk ones.
+    Ends are moved in turn while the error on half of the rows falls, and what is found counts if
+    it falls on the other half too. The mean of a channel's error is left out, because statistics
+    correction takes it away. Where the output is ``normed``, the error of each channel counts in
+    units of the channel's variance.
 
     Args:
         weight: ``(groups, channels of one, d)``.
         rows: What it is multiplied with, before it is rounded, ``(groups, places, d)``.
         bits: Of the input.
+        before: The range to start from.
+        normed: Whether batch-norm brings the output's channels to one size.
     """
-    low, high = (float(v) for v in torch.aminmax(rows))
-    low, high = min(low, 0.0), max(high, 0.0)
-    buffer = torch.empty_like(rows)
+    halves = rows[:, ::2], rows[:, 1::2]
+    units = [(half @ weight.mT).var(1, correction=0).clamp_min(_TINY) for half in halves]
 
-    plain = rows @ weight.mT  # (groups, places, channels of one)
-    centred = plain - plain.mean(1, keepdim=True)
-    var = centred.square().mean(1)
+    def error(found: AffineRange, which: int) -> float:
+        moved = quantize_activation(halves[which], *found, bits) - halves[which]
+        var = (moved @ weight.mT).var(1, correction=0)
+        return float((var / units[which] if normed else var).sum())
 
-    def error(ends: tuple[float, float]) -> float:
-        moved = quantize_activation(rows, *affine_range(*ends, bits), bits, buffer).sub_(rows)
-        if ERROR == "plain":
-            return float(torch.linalg.vector_norm(moved @ weight.mT))
-        e = moved @ weight.mT
-        if ERROR == "plain_norm":
-            return float((e.square().mean(1) / var.clamp_min(1e-12)).sum())
-        e = e - e.mean(1, keepdim=True)
-        if ERROR == "centred":
-            return float(e.square().sum())
-        if ERROR == "centred_norm":
-            return float((e.square().mean(1) / var.clamp_min(1e-12)).sum())
-        y = centred + e
-        cov = (y * centred).mean(1)
-        rest = 1 - cov.square() / (var * y.square().mean(1)).clamp_min(1e-20)
-        if ERROR == "rho":
-            return float((rest * var).sum())
-        return float(rest.sum())
-
-    tried: dict[tuple[float, float], float] = {}
-
-    def consider(ends: Iterable[tuple[float, float]]) -> tuple[float, float]:
-        for pair in ends:
-            if pair not in tried:
-                tried[pair] = error(pair)
-        return min(tried, key=tried.__getitem__)
-
-    best = consider((low * s, high * s) for s in SHRINKS)
-    for steps in (COARSE_STEPS, FINE_STEPS):
-        if low < 0 < high:
-            best = consider((best[0] * s, best[1]) for s in steps)
-            best = consider((best[0], best[1] * s) for s in steps)
-        else:
-            best = consider((best[0] * s, best[1] * s) for s in steps)
-    return affine_range(*best, bits)
+    top = activation_grid(bits)[1]
+    best, least = before, error(before, 0)
+    low, high = (before.scale * (end - before.zero_point) for end in (0, top))
+    for step in STEPS:
+        for ends in ((0, 1), (1, 0)) if low < 0 < high else ((1, 1),):
+            for way in (1 + step, 1 / (1 + step)):
+                for _ in range(MOST_STEPS):
+                    moved = low * way ** ends[0], high * way ** ends[1]
+                    found = affine_range(*moved, bits)
+                    now = error(found, 0)
+                    if not now < least:
+                        break
+                    best, least, (low, high) = found, now, moved
+    return best if error(best, 1) < error(before, 1) else before

@@ -15,6 +15,7 @@ from hq_optuna.network.copies import copied
 from hq_optuna.network.loss_weights import batch_loss
 from hq_optuna.network.losses import LossFunction
 from hq_optuna.quantization.correction import StatisticsCorrection
+from hq_optuna.quantization.in_order import InOrder
 from hq_optuna.quantization.prepare import get_bits, set_bits
 from hq_optuna.rises.base import Rise
 from hq_optuna.scoring.sensitivity import Sensitivity
@@ -63,7 +64,8 @@ class Scorer:
     network, which is negative where fewer bits do better by chance. ``correction`` corrects the
     statistics of each candidate in its pass. A rise is measured against the outputs of ``teacher``,
     the network before it was trained at fewer bits, if that is not the prepared one in float.
-    Finalists are measured by ``rise``.
+    Finalists are measured by ``rise``; where `in_order` is set they, and the answer, are fitted in
+    the order of running, and candidates are not.
     """
 
     def __init__(
@@ -90,12 +92,32 @@ class Scorer:
         self.output_rise = output_rise
         self.rise = rise
         self.correction = correction
+        self.in_order: InOrder | None = None
         self.by_loss = by_loss
         self.is_table = output_rise is None and not by_loss and not measures
         self.precision: Precision = precision
         self._float_outputs: list[Any] | None = None
         self._float_loss: float | None = None
         self._smooth: _Smooth | None = None
+
+    def network(self, config: Mapping[str, LayerBits], *, in_order: bool = True) -> nn.Module:
+        """Return a network of its own with these bits, corrected.
+
+        It is fitted in the order of running where `in_order` is set, and wanted.
+        """
+        if self.correction is not None:
+            self.correction.reset()
+        set_bits(self.prepared, config)
+        if in_order and self.in_order is not None:
+            network = copied(self.prepared)
+            self.in_order.fit_(network)
+            return network
+        if self.correction is not None:
+            self.correction.apply()
+        network = copied(self.prepared)
+        if self.correction is not None:
+            self.correction.reset()
+        return network
 
     def score(
         self, config: Mapping[str, LayerBits], between_batches: Callable[[], None] = lambda: None
@@ -157,9 +179,11 @@ class Scorer:
                 outputs = self._in_float(places, self.rise.run)
                 rise = self.rise.fitted(outputs, some).averaged()
                 # Statistics of the same samples: each finalist passes over them once.
-                correction = None if self.correction is None else self.correction.on(places)
+                again = self.correction is not None and self.in_order is None
+                correction = self.correction.on(places) if again and self.correction else None
                 self._smooth = _Smooth(tuple(places), rise, outputs, correction)
             _, rise, expected, correction = self._smooth
+            network = self.prepared if self.in_order is None else self.network(config)
             set_bits(self.prepared, config)
             seen = {} if correction is None else correction.apply()
             found = []
@@ -167,7 +191,7 @@ class Scorer:
                 between_batches()
                 batch = self.data[place]
                 known = rise.reads_outputs and place in seen
-                moved = seen[place] if known else rise.run(self.prepared, batch.inputs)
+                moved = seen[place] if known else rise.run(network, batch.inputs)
                 told = rise.of_samples(before, moved, batch)
                 found.append(told * batch.share / (1 if len(told) == batch.n else batch.n))
             if correction is not None:
