@@ -50,7 +50,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,9 @@ from benchmarks.zoo import ZOO, Trained, data_folder, load_trained
 from hq_optuna import BitSearch, Budget
 from hq_optuna.answer.measured_end import measured_end
 from hq_optuna.network.batches import Batches, forward, read_batches
-from hq_optuna.objective import scorer_setup
+from hq_optuna.objective.preparation import Preparation
 from hq_optuna.protocol.history import read_history
+from hq_optuna.protocol.pieces import Piece
 from hq_optuna.rises import Rise
 from hq_optuna.search.additive import Additive
 from hq_optuna.search.uniform import uniform_states
@@ -77,9 +78,9 @@ from hq_optuna.space.search_space import SearchSpace
 
 TABLES = ("hessian_trace", "diagonal")
 """The first one is the search's own: figures without a table's name are of it."""
-PARTS = ("observe_inputs", "compensate_weights", "StatisticsCorrection", "measure_layer_sums")
-"""What preparation consists of, by its names in `hq_optuna.objective.scorer_setup`."""
-TABLE_PART = "measure_layer_sums"
+PARTS = ("layers", "statistics", "table")
+"""What preparation consists of, by what its pieces' names begin with."""
+TABLE_PART = "table"
 MOBILENET = "mobilenet_v2"
 TEMPERATURE = 3.0
 REACH = 2  # notches that a drawn assignment may be away from its centre, in each variable
@@ -172,22 +173,17 @@ def pass_seconds(network: nn.Module, data: Batches, n: int = 3) -> float:
 @contextmanager
 def timed_parts() -> Iterator[dict[str, float]]:
     """Give the processor seconds spent in each part of preparation while it runs."""
-    seconds: dict[str, float] = {}
+    seconds = dict.fromkeys(PARTS, 0.0)
+    compute = Preparation._compute
 
-    def timed(name: str, part: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            started = time.process_time()
-            try:
-                return part(*args, **kwargs)
-            finally:
-                seconds[name] = seconds.get(name, 0.0) + time.process_time() - started
+    def timed(preparation: Preparation, piece: Piece) -> Any:
+        started = time.process_time()
+        try:
+            return compute(preparation, piece)
+        finally:
+            seconds[piece.name.partition(":")[0]] += time.process_time() - started
 
-        return run
-
-    with ExitStack() as stack:
-        for name in PARTS:
-            if (part := getattr(scorer_setup, name, None)) is not None:
-                stack.enter_context(mock.patch.object(scorer_setup, name, timed(name, part)))
+    with mock.patch.object(Preparation, "_compute", timed):
         yield seconds
 
 

@@ -35,6 +35,8 @@ OLD_CONSTRAINTS = "constraints"  # read by optuna-dashboard up to 0.21 instead o
 SPACE = "hq:space"  # `SearchSpace.to_json()` in parts, `hq:space:0` and so on, see `split`
 SETTINGS = "hq:settings"  # the sampler's settings, written by the first worker
 SENSITIVITY = "hq:sensitivity"  # in parts: {layer: {"weights": {bits: nats}, "activations": …}}
+PIECES = "hq:pieces"  # in parts: what is done before the first trial, `hq_optuna.protocol.pieces`
+PIECE = "hq:piece"  # prefix `hq:piece:SEARCH:NAME`: who is at a piece, or what came of it
 ARTIFACT = "hq:artifact"  # prefix `hq:artifact:NAME`: {"id", "sha256", "bytes"}
 
 # User attributes of a study.

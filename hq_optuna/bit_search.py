@@ -20,7 +20,7 @@ from hq_optuna.answer.resolve import resolve, sums_of
 from hq_optuna.answer.result import SearchResult
 from hq_optuna.artifacts.store import Artifacts, open_artifacts
 from hq_optuna.attributes import COMPARED, LAYER_ERRORS
-from hq_optuna.dashboard import PageWriter
+from hq_optuna.dashboard import PageWriter, PreparationNote
 from hq_optuna.errors import ArtifactError, ResumeError, SettingError
 from hq_optuna.network import evaluation
 from hq_optuna.network.batches import Batches, check_sample_axis, read_batches
@@ -35,8 +35,8 @@ from hq_optuna.network.modes import own_modes
 from hq_optuna.network.searchable import check_searchable
 from hq_optuna.network.unfused import unfused
 from hq_optuna.objective.hessian import HessianObjective
+from hq_optuna.objective.preparation import Progress
 from hq_optuna.objective.publish import publish_artifacts, publish_facts, refuse_foreign_study
-from hq_optuna.objective.scorer_setup import Progress
 from hq_optuna.objective.training_steps import NO_STORE
 from hq_optuna.optuna_internals import storage_of
 from hq_optuna.protocol.history import TEST_OF, History, read_history
@@ -225,8 +225,9 @@ class BitSearch:
             storage: Storage URL, the path of a file, an Optuna storage, or ``None`` for memory.
             study_name: Name of the study; an existing one is resumed.
             artifacts: A folder or ``s3://bucket/prefix`` for what is too large for the storage; a
-                copy of the sensitivity table goes there, and what training gives. ``None``:
-                nowhere, and a search that trains is refused.
+                copy of the sensitivity table goes there, what training gives, and what workers
+                prepare for each other. ``None``: nowhere; each worker prepares for itself then, and
+                a search that trains is refused.
             limits: What the search may spend on itself. They are kept in the study; who goes on
                 with it may raise them.
             retry_for_s: How long a storage given by URL is tried again when it does not answer, or
@@ -262,7 +263,14 @@ class BitSearch:
                 write_limits(study)
             if start is not None:
                 start.remember(study)
-            self.objective.prepare(study, artifacts=artifacts, progress=progress)
+            note = PreparationNote(study)
+
+            def told(what: str, done: int, of: int) -> None:
+                if progress is not None:
+                    progress(what, done, of)
+                note()
+
+            self.objective.prepare(study, artifacts=artifacts, progress=told)
             if artifacts is not None:
                 publish_artifacts(study, artifacts)
         return study
@@ -341,8 +349,7 @@ class BitSearch:
             study: What `optimize` returned.
             test: Returns the test data. They are read when the search is over and never before,
                 once for each answer: figures that the study holds are not measured again.
-            artifacts: Where a search that trained keeps weights, for a study that `open` did not
-                open.
+            artifacts: As for `open`, for a study that `open` did not open.
 
         Raises:
             ResumeError: The study has no closed step yet.
@@ -428,7 +435,12 @@ class BitSearch:
 
     @own_modes()
     def exact(
-        self, study: Study, budget: Budget | str | None = None, *, verify: int = 0
+        self,
+        study: Study,
+        budget: Budget | str | None = None,
+        *,
+        verify: int = 0,
+        artifacts: str | Path | Artifacts | None = None,
     ) -> SearchResult:
         """Return the answer for a budget without a search: the least sum over layers.
 
@@ -439,6 +451,7 @@ class BitSearch:
             budget: By default the search's own.
             verify: As in the end of a search: so many assignments within the budget are measured on
                 set-aside samples, and the best is the answer. 0: the least sum is.
+            artifacts: Where the search's workers left what they prepared, as for `open`.
 
         Raises:
             BudgetError: The budget is below the cheapest assignment.
@@ -449,7 +462,9 @@ class BitSearch:
                 "verify measures what moved outputs cost, and no rise tells that of this network: "
                 "give BitSearch rise=, one of hq_optuna.rises, or leave verify out."
             )
-        scorer = self.objective.prepare(study)
+        if isinstance(artifacts, (str, Path)):
+            artifacts = open_artifacts(artifacts)
+        scorer = self.objective.prepare(study, artifacts=artifacts)
         found = resolve(study, self.budget if budget is None else budget)
         config, facts = found.config, dict[str, Any]()
         if verify:

@@ -411,6 +411,13 @@ class SearchSettings(_Settings):
         "How the range of a layer's input is found: squared_error, min_max or percentile.",
         differs="the observer of activation ranges",
     )
+    output_bits: int | None = _scoring(
+        None,
+        "Bits that residual additions, concatenations, pools and what is read by other than a "
+        "layer are rounded to; 8 lets a whole network run in integers. None: they stay in float.",
+        **{"unit": "bits", "least": 2, "shown_default": "none", "example": "8"},
+        differs="the bits of outputs",
+    )
     quantizers: Mapping[str, str] = _scoring(
         None,
         "How weights of some layers are rounded, by name or glob: uniform, binary (1 bit), "

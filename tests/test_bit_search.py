@@ -182,7 +182,10 @@ def test_progress_is_told_while_the_table_is_made_and_after_each_trial():
         progress=lambda *entry: told.append(entry),
         on_progress=lambda log: steps.append(len(log.closed)),
     )
-    assert ("sensitivity", 1, 1) in told
+    shares = [done / of for _, done, of in told]
+    assert shares == sorted(shares)
+    assert (shares[0] < 0.5, shares[-1]) == (True, 1.0)
+    assert {"layers", "statistics", "table"} <= {what for what, _, _ in told}
     assert all(0 < done <= of for _, done, of in told)
     assert steps == sorted(steps)
 

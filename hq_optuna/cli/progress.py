@@ -75,9 +75,11 @@ class SearchProgress:
         return Group(self._bars, says, *shown)
 
     def phase(self, what: str, done: int, of: int) -> None:
-        """Show a phase before the search, batch by batch."""
-        unit = {"rounding": "layer", "training": "epoch"}.get(what, "batch")
-        self._show(what, done / of, f"{unit} {done} of {of}", always=done == of)
+        """Show a training, epoch by epoch, or the preparation: ``what`` is at work, if anything."""
+        if what == "training":
+            self._show(what, done / of, f"epoch {done} of {of}", always=done == of)
+        else:
+            self._show("preparing", done / of, what, always=done == of)
 
     def search(self, log: StepLog) -> None:
         """Show where the search stands."""

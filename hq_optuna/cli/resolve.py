@@ -110,7 +110,7 @@ def _measured(
     if study is None:
         raise StudyFileError("--measure runs the network: give the study file too.")
     session = begin(study, (), run, {}, Console(stderr=True, quiet=quiet))
-    answer = session.search.exact(loaded, budget, verify=n)
+    answer = session.search.exact(loaded, budget, verify=n, artifacts=session.artifacts)
     answer.save(folder)
     better = replace(
         found,

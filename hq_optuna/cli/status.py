@@ -87,7 +87,7 @@ def _watch(watch: StatusReader, as_json: bool) -> None:
 def line(current: SearchStatus) -> str:
     """Return where a search stands, in one line."""
     if current.state == "preparing":
-        return "preparing: sensitivities are not measured yet"
+        return "  ".join([preparing(current), *_left(current), _at_work(current)])
     says = current.state + (f": {current.reason}" if current.reason else "")
     parts = [says, f"{100 * current.share:.0f} % of the way", f"{current.steps} steps"]
     if current.of:
@@ -95,14 +95,27 @@ def line(current: SearchStatus) -> str:
     parts.append(f"{current.candidates} candidates")
     if current.per_minute:
         parts.append(format_rate(current.per_minute))
-    if current.left_s is not None:
-        parts.append(f"{format_seconds(current.left_s)} left")
+    return "  ".join([*parts, *_left(current), _at_work(current)])
+
+
+def preparing(current: SearchStatus) -> str:
+    """Return how far the preparation of a search is, in words."""
+    if not current.pieces:
+        return "preparing: sensitivities are not measured yet"
+    done = sum(piece.done for piece in current.pieces)
+    share = f"{100 * current.share:.0f} % of the work"
+    return f"preparing: {done} of {len(current.pieces)} pieces, {share}"
+
+
+def _left(current: SearchStatus) -> list[str]:
+    return [] if current.left_s is None else [f"{format_seconds(current.left_s)} left"]
+
+
+def _at_work(current: SearchStatus) -> str:
     alive = sum(worker.alive is not False for worker in current.workers)
     dead = len(current.workers) - alive
-    parts.append(
-        f"{alive} worker{'' if alive == 1 else 's'}" + (f", {dead} died at work" if dead else "")
-    )
-    return "  ".join(parts)
+    died = f", {dead} died at work" if dead else ""
+    return f"{alive} worker{'' if alive == 1 else 's'}{died}"
 
 
 def panel(current: SearchStatus, width: int) -> RenderableType:
@@ -111,7 +124,7 @@ def panel(current: SearchStatus, width: int) -> RenderableType:
     All of it fits into `width` columns.
     """
     parts: list[RenderableType] = [Text(line(current))]
-    if current.state != "preparing":
+    if current.state != "preparing" or current.pieces:
         row = Table.grid()  # a bar by itself ends no line
         row.add_row(ProgressBar(total=1.0, completed=current.share, width=min(width, 60)))
         parts.insert(0, row)

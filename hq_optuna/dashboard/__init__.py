@@ -7,6 +7,6 @@ that has it.
 """
 
 from hq_optuna.dashboard.pages import write_pages
-from hq_optuna.dashboard.writer import PageWriter
+from hq_optuna.dashboard.writer import PageWriter, PreparationNote
 
-__all__ = ["PageWriter", "write_pages"]
+__all__ = ["PageWriter", "PreparationNote", "write_pages"]

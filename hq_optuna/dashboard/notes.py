@@ -12,6 +12,7 @@ from typing import Any
 from hq_optuna import attributes
 from hq_optuna.artifacts.store import Reference
 from hq_optuna.attributes import StudyInfo, quantizers_text
+from hq_optuna.protocol import worker_identity
 from hq_optuna.protocol.history import Candidate, History
 from hq_optuna.protocol.status import SearchStatus
 from hq_optuna.space.assignment import LayerBits
@@ -67,6 +68,24 @@ def study_note(
         rise=functools.partial(_rise, history),
     )
     return text
+
+
+def preparation_note(name: str, current: SearchStatus) -> str:
+    """Return the note of a study whose pieces are being prepared, in Markdown."""
+    done = sum(piece.done for piece in current.pieces)
+    rows = [
+        f"| {piece.name} | {'done' if piece.done else 'at work' if piece.worker else 'open'} "
+        f"| {worker_identity.short_name(piece.worker) or '–'} "
+        f"| {f'{piece.seconds:.1f}' if piece.done else '–'} |"
+        for piece in current.pieces
+    ]
+    lines = [
+        f"## {_plain(name)}: being prepared",
+        f"**State.** {done} of {len(current.pieces)} pieces are done, "
+        f"{100 * current.share:.0f} % of the work.",
+        "\n".join(["| piece | state | worker | seconds |", "| :--- | :--- | :--- | ---: |", *rows]),
+    ]
+    return "\n\n".join(lines)
 
 
 def _template(metric: Metric) -> Any:

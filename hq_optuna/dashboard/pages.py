@@ -24,7 +24,13 @@ from optuna.study import Study
 
 from hq_optuna import attributes
 from hq_optuna.artifacts.store import Reference
-from hq_optuna.dashboard.notes import change_of, study_note, trial_note, with_readers_part
+from hq_optuna.dashboard.notes import (
+    change_of,
+    preparation_note,
+    study_note,
+    trial_note,
+    with_readers_part,
+)
 from hq_optuna.optuna_internals import id_of, place_of, storage_of
 from hq_optuna.protocol import worker_identity
 from hq_optuna.protocol.history import History, StepRecord, read_history
@@ -75,6 +81,17 @@ def write_pages(study: Study, *, current: SearchStatus | None = None) -> bool:
         storage, study_id = place_of(study)
         set_study_system_attrs(unwrapped(storage), study_id, changed)
     return bool(changed)
+
+
+def write_preparation(study: Study, current: SearchStatus) -> None:
+    """Say in the study's note how far a preparation is that workers share, if it changed."""
+    storage, study_id = unwrapped(storage_of(study)), id_of(study)
+    stored = storage.get_study_system_attrs(study_id)
+    text = with_readers_part(preparation_note(study.study_name, current), note_in(stored))
+    if text != note_in(stored):
+        version = int(stored.get(f"{NOTE}note_ver", 0)) + 1
+        changed = {**parts(f"{NOTE}note_str:", text, stored), f"{NOTE}note_ver": version}
+        set_study_system_attrs(storage, study_id, changed)
 
 
 def changed_pages(study: Study, *, current: SearchStatus | None = None) -> dict[str, Any]:

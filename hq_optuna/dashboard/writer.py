@@ -14,10 +14,10 @@ import optuna
 from optuna.storages import BaseStorage
 from optuna.study import Study
 
-from hq_optuna.dashboard.pages import STAMP, unwrapped, write_pages
+from hq_optuna.dashboard.pages import STAMP, unwrapped, write_pages, write_preparation
 from hq_optuna.optuna_internals import database_of, id_of, storage_of
 from hq_optuna.protocol import worker_identity
-from hq_optuna.protocol.status import StatusReader
+from hq_optuna.protocol.status import StatusReader, read_status
 from hq_optuna.protocol.step_log import StepLog
 
 logger = logging.getLogger(__name__)
@@ -139,6 +139,32 @@ class PageWriter:
         """Return how long the last writing forbids another; clocks that disagree forbid nothing."""
         since_s = time.time() - float((stored.get(STAMP) or {}).get("at", 0.0))
         return self._every_s - since_s if 0 <= since_s < self._every_s else 0.0
+
+
+class PreparationNote:
+    """Keeps the note of a study current while its pieces are prepared; call it now and then.
+
+    No error of it ends a search, and a study that lives in memory has no note.
+    """
+
+    def __init__(self, study: Study, every_s: float = EVERY_S) -> None:
+        self._study, self._every_s = study, every_s
+        self._on = not lives_in_memory(unwrapped(storage_of(study)))
+        self._not_before = -float("inf")
+
+    def __call__(self) -> None:
+        """Write, if that is due and something changed."""
+        if not self._on or time.monotonic() < self._not_before:
+            return
+        began = time.monotonic()
+        try:
+            current = read_status(self._study)
+            if current.state == "preparing" and current.pieces:
+                write_preparation(self._study, current)
+        except Exception as error:
+            logger.debug("The note of study %r was not written: %s", self._study.study_name, error)
+        took_s = time.monotonic() - began
+        self._not_before = time.monotonic() + max(self._every_s, REST * took_s)
 
 
 def lives_in_memory(storage: BaseStorage) -> bool:

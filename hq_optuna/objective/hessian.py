@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ from torch.nn import functional
 from hq_optuna import attributes
 from hq_optuna.artifacts.store import Artifacts
 from hq_optuna.attributes import StudyInfo, Ticket
-from hq_optuna.errors import NetworkError, ResumeError, SpaceError
+from hq_optuna.errors import NetworkError, ResumeError, SettingError, SpaceError
 from hq_optuna.network.batches import Batches, check_sample_axis, read_batches
 from hq_optuna.network.checks import check_forward, check_rise, look_over
 from hq_optuna.network.copies import copied
@@ -33,6 +34,7 @@ from hq_optuna.network.searchable import check_searchable
 from hq_optuna.network.unfused import unfused
 from hq_optuna.objective import fingerprint
 from hq_optuna.objective.functions import name_of
+from hq_optuna.objective.preparation import Progress, Shared
 from hq_optuna.objective.publish import (
     budget_of,
     by_whom,
@@ -42,20 +44,23 @@ from hq_optuna.objective.publish import (
     shown,
     stored_sensitivity,
 )
-from hq_optuna.objective.scorer_setup import Progress, ScorerSetup
+from hq_optuna.objective.scorer_setup import ScorerSetup
 from hq_optuna.objective.training_steps import TrainedSteps
 from hq_optuna.optuna_internals import id_of, storage_of
 from hq_optuna.protocol.claims import ClaimedTrial, NotNeeded, write_facts
 from hq_optuna.protocol.history import read_history
 from hq_optuna.protocol.tickets import closing, winner_of
+from hq_optuna.quantization.outputs import find_places
 from hq_optuna.quantization.prepare import check_preparable
 from hq_optuna.rises import Rise, RiseLoss, decide, rise_of_loss
 from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.scoring import Score, Scorer
 from hq_optuna.settings import SearchSettings, settings_of
 from hq_optuna.space.assignment import BitConfig
-from hq_optuna.space.search_space import SearchSpace
+from hq_optuna.space.search_space import SearchSpace, bits_needed
 from hq_optuna.training.plan import TrainingPlan
+
+logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 2.0
 """How often a worker asks whether the candidate that it scores is still needed."""
@@ -79,7 +84,7 @@ class HessianObjective:
         loss_fn: Mean loss of a batch from (outputs, labels); ``None``: cross-entropy, or, where
             there are no labels, none.
         settings: How candidates are scored (``scorer``, ``rounding``, ``correction``, ``observer``,
-            ``precision``, ``quantizers``); the others are not read here.
+            ``output_bits``, ``precision``, ``quantizers``); the others are not read here.
         rise: How much worse outputs become that move, see `hq_optuna.rises`; a function returns
             it from (outputs, moved), summed over samples. By default that of the loss, or, where
             that is unknown or there is none, by the outputs.
@@ -152,6 +157,7 @@ class HessianObjective:
             model, self.data, loss_fn, [layer.name for layer in space.layers]
         )
         check_preparable(self.setup.prepared(model))
+        self._check_outputs(training)
         if not self.data.is_looked_over:
             self.data = look_over(model, self.data, loss_fn)
         self.loss_fn, said = as_mean(model, self.data, loss_fn)
@@ -177,6 +183,23 @@ class HessianObjective:
         self._facts: dict[str, float] = {}
         # By storage, as studies of two storages may have the same id.
         self._settled: WeakKeyDictionary[BaseStorage, dict[int, bool]] = WeakKeyDictionary()
+
+    def _check_outputs(self, training: TrainingPlan | None) -> None:
+        """Refuse output_bits where they could not act."""
+        if self.settings.output_bits is None:
+            return
+        if training is not None:
+            raise SettingError(
+                "output_bits rounds outputs of a network that is not trained: training knows no "
+                "ranges of outputs. Leave out output_bits, or the training."
+            )
+        if not any(activations for _, activations in bits_needed(self.space).values()):
+            raise SettingError(
+                "output_bits rounds what layers pass on, and activation_bits leaves what enters "
+                "them in float, so nothing would run in integers. Give activation_bits."
+            )
+        names = [layer.name for layer in self.space.layers]
+        find_places(self.setup.prepared(self.model), names, self.data[0].inputs)
 
     @own_modes()
     def quantized(self, config: BitConfig, scorer: Scorer | None = None) -> nn.Module:
@@ -238,7 +261,8 @@ class HessianObjective:
         Args:
             study: Where sensitivities are taken from if another worker measured them, and where
                 they are written otherwise.
-            artifacts: Where a search that trains keeps weights.
+            artifacts: Where a search that trains keeps weights, and where workers of a study
+                share what they prepare; without it each prepares for itself.
             progress: Called with (what, done, of) from here on.
 
         Raises:
@@ -256,7 +280,9 @@ class HessianObjective:
                 write_over = self._settle(study)
         if self._scorer is None:
             known = None if study is None else stored_sensitivity(study)
-            built = self.setup.build(copied(self.model), known, self._progress)
+            built = self.setup.build(
+                *(copied(self.model), known, self._progress), shared=self._shared(study, artifacts)
+            )
             self.warnings += built.warnings
             self._scorer, self._facts = built.scorer, built.facts
         if study is not None and write_over is not None:
@@ -265,6 +291,15 @@ class HessianObjective:
             publish(study, self.space, self._info(study), table, again=write_over)
             settled[id_of(study)] = another
         return self._scorer
+
+    def _shared(self, study: Study | None, artifacts: Artifacts | None) -> Shared | None:
+        """Return where workers share what they prepare, if they can."""
+        if study is None:
+            return None
+        if artifacts is None:
+            logger.info("There is no artifact store, so this worker prepares for itself.")
+            return None
+        return Shared(study, artifacts, attributes.digest(self.fingerprint(study)))
 
     def _settle(self, study: Study) -> bool:
         """Refuse the study of another search; return whether what it says must be written over."""

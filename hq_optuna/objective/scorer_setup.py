@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,23 +12,17 @@ from torch import Tensor, nn
 from hq_optuna.curvature import probe_of
 from hq_optuna.network.batches import Batches
 from hq_optuna.network.losses import LossFunction
+from hq_optuna.objective.preparation import Preparation, Progress, Shared
 from hq_optuna.quantization import observe_inputs, prepare
-from hq_optuna.quantization.compensation import compensate_weights
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.quantization.in_order import InOrder, places_in_memory
 from hq_optuna.quantization.observers import InputHistogram
 from hq_optuna.quantization.quantizer_choice import choose_quantizers, uncompensated_warnings
 from hq_optuna.quantization.statistics import statistics_places
 from hq_optuna.rises import Rise, RiseLoss
-from hq_optuna.scoring import (
-    LAYER_SUMS,
-    LayerSumName,
-    Scorer,
-    Sensitivity,
-    measure_layer_sums,
-)
+from hq_optuna.scoring import LAYER_SUMS, LayerSumName, Scorer, Sensitivity
 from hq_optuna.settings import ScorerName, SearchSettings
-from hq_optuna.space.search_space import SearchSpace, bits_needed
+from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.training.trained import TrainedNetwork
 
 
@@ -49,10 +42,6 @@ def _default(rise: Rise | None, trains: bool) -> ScorerName:
         return "diagonal"
     by_outputs = rise.reads_outputs and (trains or not rise.can_draw)
     return "gauss_newton" if by_outputs else "hessian_trace"
-
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what, done, of)."""
 
 
 class BuiltScorer(NamedTuple):
@@ -137,48 +126,29 @@ class ScorerSetup:
         base: TrainedNetwork | None = None,
         teacher: nn.Module | None = None,
         moments: Mapping[str, Tensor] | None = None,
+        shared: Shared | None = None,
     ) -> BuiltScorer:
         """Return a scorer of a float network in eval mode.
 
-        Sensitivities are measured unless another worker did and they are ``known``. Of a trained
+        Sensitivities are measured, by ``shared`` pieces where other workers help, unless they are
+        ``known``; what else it takes to measure an assignment then waits until one is. Of a trained
         network: what its training learned is ``base``, rises are measured against ``teacher``, and
         ``moments`` are the curvature of weights that the training told, by layer.
         """
-        prepared = self._observed(network, base)
-        warnings: list[str] = []
-        wanted = {name: set(weights) for name, (weights, _) in bits_needed(self.space).items()}
-        if base is not None:
-            for name, weights in wanted.items():
-                weights.discard(base.config[name].weight_bits)
-        if self.settings.rounding != "nearest":
-            compensate_weights(
-                *(prepared, self.space.layers, self.rounding_data, wanted),
-                progress=lambda done, of: progress("rounding", done, of),
-            )
-            warnings += uncompensated_warnings(self.quantizers)
+        preparation = Preparation(
+            *(self, network), base=base, moments=moments, shared=shared, progress=progress
+        )
         facts: dict[str, float] = {"rounding_samples": self.rounding_data.n_samples}
         facts["set_aside_samples"] = sum(self.data[p].n for p in self.set_aside_places)
-        correction = self._correction(prepared, base)
+        compensated = self.settings.rounding != "nearest"
+        warnings = uncompensated_warnings(self.quantizers) if compensated else []
         if known is None:
-            sums = measure_layer_sums(
-                *(self._layer_sum, network, prepared, self.space, self.table_data, self.loss_fn),
-                progress=progress,
-                moments=moments,
-                correction=correction,
-                rise=self.rise,
-                whole=self.data,
-            )
-            known, curvature = sums.sensitivity, sums.curvature
-            warnings += sums.warnings
-            facts["curvature_samples"] = curvature.n_samples
-            if math.isfinite(curvature.largest_error):  # one batch alone has none
-                facts["curvature_standard_error"] = round(curvature.largest_error, 4)
-        scorer = self._scorer(prepared, known, correction, teacher)
-        if self.settings.rounding == "in_order" and base is None:
-            scorer.in_order = InOrder(
-                *(prepared, self.data, self._in_order_places, self.settings.precision),
-                corrects=self.settings.correction,
-            )
+            table = preparation.table()
+            known = table.sensitivity
+            warnings += table.warnings
+            facts |= table.facts
+        in_order = self._in_order if self.settings.rounding == "in_order" and base is None else None
+        scorer = self._scorer(preparation.network, known, teacher, in_order)
         return BuiltScorer(scorer, warnings, facts)
 
     def score_of_trained(self, base: TrainedNetwork, teacher: nn.Module) -> float | None:
@@ -193,8 +163,16 @@ class ScorerSetup:
             {name: {bits.weight_bits: 0.0} for name, bits in base.config.items()},
             {name: {bits.activation_bits: 0.0} for name, bits in base.config.items()},
         )
-        prepared = self._observed(base.network, base)
-        scorer = self._scorer(prepared, nothing, self._correction(prepared, base), teacher)
+        names = [layer.name for layer in self.space.layers]
+        prepared = self.prepared(
+            base.network, observe_inputs(base.network, names, self.rounding_data)
+        )
+        base.restore_learned_(prepared)
+        correction = None
+        if self.settings.correction:
+            given = prepared, self.data, self.settings.precision, base.config
+            correction = StatisticsCorrection(*given, places=self.statistics_places)
+        scorer = self._scorer(lambda: (prepared, correction), nothing, teacher)
         return scorer.score(base.config).total
 
     @property
@@ -202,30 +180,12 @@ class ScorerSetup:
         """Whether an assignment's outputs or loss are its score, and not a sum over layers."""
         return self.settings.scorer in ("gauss_newton", "loss")
 
-    def _observed(self, network: nn.Module, base: TrainedNetwork | None) -> nn.Module:
-        """Return a prepared copy with observed ranges and what a training learned."""
-        names = [layer.name for layer in self.space.layers]
-        prepared = self.prepared(network, observe_inputs(network, names, self.rounding_data))
-        if base is not None:
-            base.restore_learned_(prepared)
-        return prepared
-
-    def _correction(
-        self, prepared: nn.Module, base: TrainedNetwork | None
-    ) -> StatisticsCorrection | None:
-        if not self.settings.correction:
-            return None
-        at = None if base is None else base.config
-        return StatisticsCorrection(
-            *(prepared, self.data, self.settings.precision, at), places=self.statistics_places
-        )
-
     def _scorer(
         self,
-        prepared: nn.Module,
+        prepared: Callable[[], tuple[nn.Module, StatisticsCorrection | None]],
         known: Sensitivity,
-        correction: StatisticsCorrection | None,
         teacher: nn.Module | None,
+        in_order: Callable[[nn.Module], InOrder] | None = None,
     ) -> Scorer:
         return Scorer(
             *(prepared, known, self.data, self.loss_fn),
@@ -233,9 +193,9 @@ class ScorerSetup:
             rise=self.rise,
             by_loss=self.settings.scorer == "loss",
             measures=self.settings.measure_candidates,
-            correction=correction,
             precision=self.settings.precision,
             teacher=teacher,
+            in_order=in_order,
         )
 
     def prepared(
@@ -259,7 +219,7 @@ class ScorerSetup:
         return tuple(sorted(self._table_places)) or self.statistics_places
 
     @property
-    def _layer_sum(self) -> LayerSumName:
+    def layer_sum(self) -> LayerSumName:
         """The sum over layers that is recorded of each candidate."""
         if self.settings.scorer in LAYER_SUMS:
             return self.settings.scorer
@@ -271,7 +231,7 @@ class ScorerSetup:
     @cached_property
     def _table_places(self) -> frozenset[int]:
         """The batches that ``hessian_trace`` reads and rounding does not: it fits its own."""
-        if self._layer_sum != "hessian_trace":
+        if self.layer_sum != "hessian_trace":
             return frozenset()
         n = self.data.n_samples
         wanted = min(128, max(n // 4, min(64, n // 2)))
@@ -300,11 +260,12 @@ class ScorerSetup:
         rest = Batches(b for place, b in enumerate(self.data) if place not in self._table_places)
         return rest or self.data
 
-    @property
-    def _in_order_places(self) -> tuple[int, ...]:
-        """The calibration batches that networks are fitted to in order."""
+    def _in_order(self, prepared: nn.Module) -> InOrder:
+        """Return what fits copies of a network, on samples that the table does not read."""
         rest = [p for p in range(len(self.data)) if p not in self._table_places]
-        return places_in_memory(self.data, rest or range(len(self.data)), self._largest)
+        places = places_in_memory(self.data, rest or range(len(self.data)), self._largest)
+        given = prepared, self.data, places, self.settings.precision
+        return InOrder(*given, corrects=self.settings.correction)
 
     @property
     def _largest(self) -> int:

@@ -21,8 +21,6 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import Trial
-from safetensors import SafetensorError
-from safetensors import torch as safetensors
 from torch import Tensor, nn
 
 from hq_optuna import attributes
@@ -39,7 +37,9 @@ from hq_optuna.errors import (
 from hq_optuna.network.batches import Batches
 from hq_optuna.network.copies import copied
 from hq_optuna.network.evaluation import Evaluate, mean_loss, measured_figures
-from hq_optuna.objective.scorer_setup import BuiltScorer, Progress, ScorerSetup
+from hq_optuna.objective.preparation import Progress
+from hq_optuna.objective.scorer_setup import BuiltScorer, ScorerSetup
+from hq_optuna.objective.tensors import get_tensors, put_tensors
 from hq_optuna.optuna_internals import id_of, place_of, storage_of, trial_id_of
 from hq_optuna.protocol.step_log import StepLog
 from hq_optuna.protocol.tickets import closing, winner_of
@@ -360,22 +360,3 @@ def _summary(trainer: Trainer) -> dict[str, float]:
     epochs = trainer.history
     found = {"seconds": round(math.fsum(epoch.seconds for epoch in epochs), 3)}
     return found | ({"loss_first": epochs[0].loss, "loss_last": epochs[-1].loss} if epochs else {})
-
-
-# Tensors as artifacts
-
-
-def put_tensors(artifacts: Artifacts, tensors: Mapping[str, Tensor]) -> Reference:
-    """Store tensors by name; equal ones give one artifact, whatever their device or order."""
-    # A copy each: safetensors refuses tensors that share memory, as tied weights do.
-    plain = {n: t.detach().cpu().clone().contiguous() for n, t in sorted(tensors.items())}
-    return artifacts.put(safetensors.save(plain))
-
-
-def get_tensors(artifacts: Artifacts, reference: Reference) -> dict[str, Tensor]:
-    """Return tensors by name, on the CPU; refuse an artifact that holds none."""
-    data = artifacts.get(reference)
-    try:
-        return safetensors.load(data)
-    except SafetensorError as error:
-        raise ArtifactError(f"Artifact {reference.id} holds no tensors: {error}.") from None

@@ -14,6 +14,7 @@ from hq_optuna import attributes
 from hq_optuna.attributes import StudyInfo
 from hq_optuna.optuna_internals import place_of
 from hq_optuna.protocol import worker_identity
+from hq_optuna.protocol.pieces import PieceState, read_pieces
 from hq_optuna.protocol.step_log import StepLog
 from hq_optuna.protocol.study_view import stored_limits
 from hq_optuna.protocol.table import stored_sums
@@ -54,6 +55,7 @@ class SearchStatus:
     gone: int = 0  # workers that ended or died earlier
     bits: tuple[tuple[int, int], ...] = ()  # (weight, activation) of the incumbent's layers
     levels: tuple[int, ...] = ()  # all bits that a layer may have, fewest first
+    pieces: tuple[PieceState, ...] = ()  # of the preparation, where workers share it
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON data."""
@@ -74,12 +76,41 @@ class StatusReader:
         """Return where the search stands now."""
         log = self._open()
         if log is None or self._info is None:
-            return SearchStatus("preparing")
+            return self._preparing()
         rows = read_rows(*place_of(self._study), log.cursor)
         log.limit(stored_limits(self._study))
         log.update(rows)
         self._count(log, rows)
         return self._status(log, self._info)
+
+    def _preparing(self) -> SearchStatus:
+        """Return where the pieces stand that come before the first trial."""
+        storage, study_id = place_of(self._study)
+        pieces = read_pieces(storage.get_study_system_attrs(study_id))
+        total, done = (sum(p.work for p in pieces if p.done or whole) for whole in (True, False))
+        seconds = sum(piece.seconds for piece in pieces)
+        at_work = {p.worker: p.name for p in pieces if p.worker and not p.done}
+        workers = tuple(
+            WorkerStatus(
+                worker_identity.short_name(name),
+                worker_identity.is_alive(name) or None,
+                f"piece {at_work[name]}" if name in at_work else "",
+                0,
+            )
+            for name in sorted({piece.worker for piece in pieces if piece.worker})
+            if name in at_work or worker_identity.is_alive(name)
+        )
+        left_s = None
+        if done and at_work:
+            left_s = (total - done) * seconds / done / len(at_work)
+        return SearchStatus(
+            "preparing",
+            seconds=seconds,
+            share=done / total if total else 0.0,
+            left_s=left_s,
+            workers=workers,
+            pieces=pieces,
+        )
 
     @property
     def record(self) -> int | None:

@@ -13,6 +13,7 @@ to nearest is among what is tried, so a channel never gets worse by it.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, get_args
 
@@ -62,7 +63,7 @@ def compensate_weights(
     called with (layers done, layers).
     """
     done = 0
-    for group in _fitting_memory(prepared, layers):
+    for group in fitting_memory(prepared, layers):
         moments = input_moments(prepared, group, data)
         for layer in group:
             module = prepared.get_submodule(layer.name)
@@ -85,20 +86,28 @@ def compensate_weights(
             progress(done, len(layers))
 
 
-def _fitting_memory(network: nn.Module, layers: Sequence[LayerSpec]) -> list[list[LayerSpec]]:
-    """Return the layers in groups whose moments fit `MOST_BYTES`."""
-    groups: list[list[LayerSpec]] = [[]]
-    room = MOST_BYTES
-    for layer in layers:
+def fitting_memory(
+    network: nn.Module, layers: Sequence[LayerSpec], work: Sequence[float] = (), n_groups: int = 1
+) -> list[list[LayerSpec]]:
+    """Return the layers in groups whose moments fit `MOST_BYTES`.
+
+    These are at least about ``n_groups`` of the same work, given the work on each layer.
+    """
+    groups: list[list[LayerSpec]] = []
+    room, done, last, total = 0, 0.0, -1, math.fsum(work)
+    for place, layer in enumerate(layers):
         module = network.get_submodule(layer.name)
-        needed = 0
+        needed, here = 0, 0
         if can_have_moments(module):
             needed = 8 * getattr(module, "groups", 1) * columns(module) ** 2
-        if needed > room and groups[-1]:
+        if total:  # where the middle of the work on this layer falls
+            here = int((done + work[place] / 2) / total * n_groups)
+            done += work[place]
+        if not groups or needed > room or here != last:
             groups.append([])
             room = MOST_BYTES
         groups[-1].append(layer)
-        room -= needed
+        room, last = room - needed, here
     return groups
 
 

@@ -21,6 +21,7 @@ which is bias correction (Nagel et al., 2019) with measured means.
 from __future__ import annotations
 
 import copy
+import json
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 
 from hq_optuna.network.batches import Batches, autocast, forward
 from hq_optuna.network.layer_types import has_known_axes, has_statistics
+from hq_optuna.quantization.calls import uncounted
 from hq_optuna.quantization.lockstep import Lockstep
 from hq_optuna.quantization.observers import watch_inputs
 from hq_optuna.quantization.prepare import (
@@ -73,9 +75,13 @@ class StatisticsCorrection:
     ``reference``, those the network was trained at, or in float; with ``of`` they are those of that
     network, in eval mode, which a trained one imitates.
 
+    What was measured is ``known`` where another copy of the network tells it (`tensors`).
+
     The network keeps what `apply` set until `reset`, which restores the stored values bit for bit.
 
     Attributes:
+        called_once: Modules that no pass calls twice, in the order of their calls; none where what
+            is right was ``known``.
         takes: Layer → 2 where the mean and the spread of its output's channels are corrected, by
             the batch-norm behind it, or 1 for the mean alone. Layers not named are not corrected.
     """
@@ -88,6 +94,7 @@ class StatisticsCorrection:
         reference: Mapping[str, LayerBits] | None = None,
         of: nn.Module | None = None,
         places: Sequence[int] | None = None,
+        known: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.prepared = prepared
         self.precision: Precision = precision
@@ -98,6 +105,14 @@ class StatisticsCorrection:
         for layer in prepared_layers(prepared).values():
             add_shift(layer)
         self._reference = reference
+        self.called_once: tuple[str, ...] = ()
+        if known is not None:
+            told = json.loads(bytes(known["told"].tolist()))
+            device = next(iter(prepared.parameters())).device
+            pairs = {n: (known[f"mean.{n}"], known[f"var.{n}"]) for n in told["order"]}
+            right = {n: (m.to(device), v.to(device)) for n, (m, v) in pairs.items()}
+            self._take(prepared if of is None else of, right, told["order"], told["normed"])
+            return
         before = get_bits(prepared)
         in_float = dict.fromkeys(before, LayerBits(FLOAT_BITS, FLOAT_BITS))
         set_bits(prepared, in_float if reference is None else reference)
@@ -123,18 +138,39 @@ class StatisticsCorrection:
                 forward(network, self.data[place].inputs)
                 seen.end_batch()
         right = seen.statistics()
-        self._order = common_order([[name for name in way if name in right] for way in seen.ways])
+        order = common_order([[name for name in way if name in right] for way in seen.ways])
         self.called_once = common_order(seen.called_once())
+        self._take(network, right, order, seen.normed)
+
+    def _take(
+        self,
+        network: nn.Module,
+        right: Mapping[str, tuple[Tensor, Tensor]],
+        order: Sequence[str],
+        normed: Mapping[str, str],
+    ) -> None:
+        """Take what is right, in the order of the calls; ``normed`` is `_Outputs.normed`."""
+        self._order, self._normed = tuple(order), dict(normed)
+        self._right = {name: right[name] for name in order}
+        layers = prepared_layers(self.prepared)
         for name in self._order:
             mean, var = right[name]
             if name in layers:
                 self._means[name] = mean
             else:
-                module: Any = norms[name]
+                module: Any = network.get_submodule(name)
                 stored = module.running_mean.clone(), module.running_var.clone()
                 self._norms[name] = _Norm(*stored, mean, var)
-        self.takes = {n: 2 for n, norm in seen.normed.items() if norm in self._norms}
+        self.takes = {n: 2 for n, norm in normed.items() if norm in self._norms}
         self.takes |= dict.fromkeys(self._means, 1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what was measured, on the CPU, for another copy of the network."""
+        said = json.dumps({"order": self._order, "normed": self._normed})
+        found = {"told": torch.frombuffer(bytearray(said.encode()), dtype=torch.uint8)}
+        for name, (mean, var) in self._right.items():
+            found |= {f"mean.{name}": mean.cpu(), f"var.{name}": var.cpu()}
+        return found
 
     @torch.no_grad()
     def apply(self, *, only: Container[str] | None = None) -> dict[int, Any]:
@@ -342,7 +378,8 @@ def without_shift_(layer: nn.Module) -> None:
 def _add_shift(module: nn.Module, _args: Any, output: Any) -> Tensor | None:
     if not bool(module.get_buffer(SHIFT).any()):
         return None  # the output itself: float stays float bit for bit
-    return _shifted(module, output)
+    with uncounted():
+        return _shifted(module, output)
 
 
 def _shifted(module: nn.Module, output: Tensor) -> Tensor:
@@ -362,8 +399,10 @@ def _watch_outputs(modules: Mapping[str, nn.Module], see: Any) -> Iterator[None]
     """Call ``see(name, module, output)`` after each call; what it returns replaces the output."""
     with ExitStack() as stack:
         for name, module in modules.items():
-            hook = module.register_forward_hook(
-                lambda m, args, output, name=name: see(name, m, output)
-            )
-            stack.callback(hook.remove)
+
+            def hook(m: nn.Module, args: Any, output: Any, name: str = name) -> Any:
+                with uncounted():
+                    return see(name, m, output)
+
+            stack.callback(module.register_forward_hook(hook).remove)
         yield

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hq_optuna.quantization.calls import uncounted
 from hq_optuna.quantization.functional import quantize_activation
 from hq_optuna.quantization.observers import InputHistogram
 from hq_optuna.quantization.quantizers import UNIFORM, WeightQuantizer
@@ -20,12 +21,48 @@ from hq_optuna.settings import Observer
 from hq_optuna.space.layers import FLOAT_BITS
 
 
-class _Kept(NamedTuple):
-    """What `WeightFakeQuantize.keep` was given for a number of bits."""
+class Kept(NamedTuple):
+    """What `WeightFakeQuantize.keep` was given for a number of bits.
 
-    rounded: Tensor
-    output_error: Tensor | None
-    training_start: Tensor | None
+    ``codes`` are the whole multiples of ``scale`` along an axis of channels as int8, a byte each,
+    or the rounded weight itself where these are not it to the last bit.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    output_error: Tensor | None = None
+    training_start: Tensor | None = None
+
+    @classmethod
+    def of(cls, rounded: Tensor, scale: Tensor, axis: int, *more: Tensor | None) -> Kept:
+        """Return a rounded weight as codes if these give it back."""
+        if len(scale) != rounded.shape[axis]:  # of transposed convolutions in groups
+            return cls(rounded, scale, *more)
+        codes = (rounded / along(scale.to(rounded.dtype), rounded, axis)).round()
+        if float(codes.abs().amax() if codes.numel() else 0.0) <= 127:
+            packed = cls(codes.to(torch.int8), scale, *more)
+            if torch.equal(packed.rounded(rounded.dtype, axis), rounded):
+                return packed
+        return cls(rounded, scale, *more)
+
+    def rounded(self, dtype: torch.dtype, axis: int) -> Tensor:
+        """Return the rounded weight."""
+        if self.codes.dtype != torch.int8:
+            return self.codes.to(dtype)
+        exact = torch.promote_types(dtype, torch.float32)
+        scale = along(self.scale.to(exact), self.codes, axis)
+        return (self.codes.to(exact) * scale).to(dtype)
+
+    def to(self, device: torch.device) -> Kept:
+        """Return the same on a device."""
+        return self._replace(codes=self.codes.to(device), scale=self.scale.to(device))
+
+
+def along(values: Tensor, like: Tensor, axis: int) -> Tensor:
+    """Return ``(channels,)`` values in a shape that broadcasts along an axis of another tensor."""
+    shape = [1] * like.dim()
+    shape[axis] = -1
+    return values.reshape(shape)
 
 
 class WeightFakeQuantize(nn.Module):
@@ -46,7 +83,7 @@ class WeightFakeQuantize(nn.Module):
         self.bits = FLOAT_BITS
         self.scales: dict[int, Tensor] = {}
         # What `keep` was given, and the float weight it is for.
-        self._kept: dict[int, _Kept] = {}
+        self._kept: dict[int, Kept] = {}
         self._kept_for: Tensor | None = None
         self._seen: tuple[Tensor, int] | None = None
         self._rounded: dict[int, Tensor] = {}
@@ -80,12 +117,21 @@ class WeightFakeQuantize(nn.Module):
         ``output_error`` then, ``(channels,)``. ``training_start`` is the float weight behind the
         rounded one where the layer was trained at these bits before: training starts from it again.
         """
+        more = output_error, training_start
+        self.keep_as(weight, bits, Kept.of(rounded, scale, self.channel_axis, *more))
+
+    def keep_as(self, weight: Tensor, bits: int, kept: Kept) -> None:
+        """Use what `kept_at` returned for the same weight of another copy of the network."""
         if self._kept_for is None or not torch.equal(self._kept_for, weight):
             self._kept = {}
             self._kept_for = weight.detach().clone()
-        self._kept[bits] = _Kept(rounded, output_error, training_start)
-        self.scales[bits] = scale
+        self._kept[bits] = kept
+        self.scales[bits] = kept.scale
         self._rounded.pop(bits, None)
+
+    def kept_at(self, weight: Tensor, bits: int) -> Kept | None:
+        """Return what `keep` was given for this weight as it is held, if anything."""
+        return None if self.kept(weight, bits) is None else self._kept[bits]
 
     def retrained(self, scales: Mapping[int, Tensor]) -> None:
         """Use the scales of a trained weight, by bits, and forget all that was found before."""
@@ -101,10 +147,8 @@ class WeightFakeQuantize(nn.Module):
             return None
         if same is not self._kept_for:
             self._kept_for = same
-            self._kept = {
-                b: k._replace(rounded=k.rounded.to(weight)) for b, k in self._kept.items()
-            }
-        return self._kept[bits].rounded
+            self._kept = {b: kept.to(weight.device) for b, kept in self._kept.items()}
+        return self._kept[bits].rounded(weight.dtype, self.channel_axis)
 
     def training_start(self, weight: Tensor, bits: int) -> Tensor | None:
         """Return where training of this weight starts, if `keep` was told."""
@@ -140,6 +184,8 @@ class WeightFakeQuantize(nn.Module):
                 if kept is None:
                     scale = self.scale(weight, bits)
                     kept = self.quantizer.quantize(weight, scale, bits, self.channel_axis)
+                elif self._kept[bits].codes.dtype == torch.int8:  # quickly made again
+                    self._rounded.clear()
                 self._rounded[bits] = kept
         return self._rounded[bits]
 
@@ -161,6 +207,10 @@ class WeightFakeQuantize(nn.Module):
         """Return the weight as the layer uses it."""
         if self.bits == FLOAT_BITS:
             return weight
+        with uncounted():
+            return self._rounding(weight)
+
+    def _rounding(self, weight: Tensor) -> Tensor:
         if torch.is_grad_enabled() and weight.requires_grad:
             scale = self.scale(weight, self.bits)
             nearest = self.quantizer.quantize(weight, scale, self.bits, self.channel_axis)
@@ -188,6 +238,13 @@ class InputFakeQuantize(nn.Module):
         self.observer: Observer = observer
         self.bits = FLOAT_BITS
         self.ranges: dict[int, AffineRange] = dict(ranges or {})
+
+    def calibrate(
+        self, histogram: InputHistogram, ranges: Mapping[int, AffineRange] | None = None
+    ) -> None:
+        """Find ranges from a histogram from here on; those of some bits may be known."""
+        self.histogram = histogram
+        self.ranges |= ranges or {}
 
     def range(self, bits: int) -> AffineRange:
         """Return scale and zero point for ``bits``; found once, then kept.

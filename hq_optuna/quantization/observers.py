@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hq_optuna.errors import DataError
 from hq_optuna.network.batches import Batches, forward
+from hq_optuna.quantization.calls import uncounted
 from hq_optuna.quantization.ranges import AffineRange, affine_range, histogram_range
 from hq_optuna.settings import Observer
 
@@ -89,7 +90,8 @@ def watch_inputs(
         for name in names:
 
             def hook(_module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                see(name, first_input(args, kwargs))
+                with uncounted():
+                    see(name, first_input(args, kwargs))
 
             module = network.get_submodule(name)
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -107,9 +109,34 @@ def observe_inputs(
 
     Raises `DataError` where a layer receives NaN or infinity.
     """
-    seen = {name: _Counted() for name in names}
+    with observed_inputs(network, names) as found:
+        for batch in data:
+            forward(network, batch.inputs)
+    return found
 
-    def see(name: str, x: Tensor) -> None:
+
+@contextmanager
+def observed_inputs(
+    network: nn.Module, names: Sequence[str]
+) -> Iterator[dict[str, InputHistogram]]:
+    """Give the histograms of `observe_inputs`, which are there when the body has run the network.
+
+    Raises `DataError` where a layer receives NaN or infinity.
+    """
+    found, histograms = dict[str, InputHistogram](), Histograms(names)
+    with watch_inputs(network, names, histograms.see):
+        yield found
+    found |= histograms.found()
+
+
+class Histograms:
+    """Histograms by name of what is seen."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._seen = {name: _Counted() for name in names}
+
+    def see(self, name: str, x: Tensor) -> None:
+        """Count values. Raises `DataError` for NaN and infinity."""
         if not x.numel():
             return
         low, high = (float(v) for v in torch.aminmax(x.detach()))
@@ -118,12 +145,11 @@ def observe_inputs(
                 f"Layer {name!r} receives NaN or infinity on the calibration data. "
                 "Check the data's normalization and the checkpoint."
             )
-        seen[name].add(x.detach(), low, high)
+        self._seen[name].add(x.detach(), low, high)
 
-    with watch_inputs(network, names, see):
-        for batch in data:
-            forward(network, batch.inputs)
-    return {name: InputHistogram(one.counts, one.edges) for name, one in seen.items()}
+    def found(self) -> dict[str, InputHistogram]:
+        """Return the histograms."""
+        return {n: InputHistogram(one.counts, one.edges) for n, one in self._seen.items()}
 
 
 class _Counted:

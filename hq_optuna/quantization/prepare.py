@@ -11,8 +11,10 @@ from torch.nn.utils import parametrize
 from hq_optuna.errors import NetworkError, SpaceError
 from hq_optuna.network.copies import copied
 from hq_optuna.network.unfused import unfused
+from hq_optuna.quantization.calls import uncounted
 from hq_optuna.quantization.modules import InputFakeQuantize, WeightFakeQuantize
 from hq_optuna.quantization.observers import InputHistogram, first_input, with_first_input
+from hq_optuna.quantization.outputs import RoundsOutputs, set_outputs
 from hq_optuna.quantization.quantizers import UNIFORM, ByGroup, quantizer_named
 from hq_optuna.settings import Observer
 from hq_optuna.space.assignment import BitConfig
@@ -89,7 +91,8 @@ _COPIES = (
 def _quantize_input(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    x = input_quantizer(module)(first_input(args, kwargs))
+    with uncounted():
+        x = input_quantizer(module)(first_input(args, kwargs))
     return with_first_input(args, kwargs, x)
 
 
@@ -159,6 +162,7 @@ def set_bits(network: nn.Module, bits: Mapping[str, tuple[int, int]]) -> None:
     """Set the bits of a prepared network's layers; layers not named keep theirs.
 
     Bits are pairs, weights first: `LayerBits(4, 8)` or ``(4, 8)``. Nothing changes on an error.
+    Output quantizers (`hq_optuna.quantization.outputs`) round unless all layers are in float.
     Changes two integers a layer. Scales and rounded weights are found at first use and kept, so
     returning to an assignment returns its outputs bit for bit.
 
@@ -188,6 +192,9 @@ def set_bits(network: nn.Module, bits: Mapping[str, tuple[int, int]]) -> None:
     for name, (weight_bits, activation_bits) in bits.items():
         weight_quantizer(layers[name]).bits = int(weight_bits)
         input_quantizer(layers[name]).bits = int(activation_bits)
+    if isinstance(network, RoundsOutputs):
+        now = get_bits(network).values()
+        set_outputs(network, rounded=any(b != FLOAT_BITS for pair in now for b in pair))
 
 
 def get_bits(network: nn.Module) -> BitConfig:

@@ -21,7 +21,8 @@ Sources: Hutchinson 1989 (probes); Schraudolph 2002 (Gauss-Newton).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +32,9 @@ from torch import Tensor, nn
 
 from hq_optuna.curvature import Curvature
 from hq_optuna.curvature.sweep import Call, Calls
+from hq_optuna.errors import DataError
 from hq_optuna.network.batches import Batch, Batches
+from hq_optuna.network.containers import map_tensors
 from hq_optuna.network.layer_types import has_known_axes
 from hq_optuna.quantization.correction import StatisticsCorrection, channel_axis
 from hq_optuna.quantization.observers import first_input, with_first_input
@@ -116,6 +119,22 @@ class _Side:
         self._y.append(y)
         self._sums = self._sums + torch.stack([sums, products + sums * y.mean.double()])
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what was summed in one batch, by name."""
+        found = {"changes": self._changes[0]} if self._changes else dict[str, Tensor]()
+        for y in self._y:
+            n = torch.tensor(float(y.n), dtype=torch.float64, device="cpu")
+            found |= {"n": n, "mean": y.mean, "var": y.var, "sums": torch.as_tensor(self._sums)}
+        return found
+
+    def add_tensors(self, found: Mapping[str, Tensor]) -> None:
+        """Add what `tensors` returned of a batch."""
+        if "changes" in found:
+            self._changes.append(found["changes"])
+        if "n" in found:
+            self._y.append(ChannelStatistics(int(found["n"]), found["mean"], found["var"]))
+            self._sums = self._sums + found["sums"]
+
     def rises(self, takes: int, g0: Tensor, gy: Tensor) -> Tensor:
         """Return the rises, ``(B,)``; Σ g and Σ g · y are ``(probes, samples, channels)``.
 
@@ -144,6 +163,22 @@ class _Layer:
         self.weights, self.inputs = _Side(bits[0]), _Side(bits[1])
         self.takes = takes
         self._g: list[Tensor] = []  # Σ g and Σ g · y of a batch, (2, probes, samples, channels)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what was summed in one batch, by name; empty where no call was seen."""
+        found = {f"weights.{name}": v for name, v in self.weights.tensors().items()}
+        found |= {f"inputs.{name}": v for name, v in self.inputs.tensors().items()}
+        found |= {"g": self._g[0]} if self._g else {}
+        return {**found, "takes": torch.tensor(self.takes, device="cpu")}
+
+    def add_tensors(self, found: Mapping[str, Tensor]) -> None:
+        """Add what `tensors` returned of a batch."""
+        for name, side in (("weights.", self.weights), ("inputs.", self.inputs)):
+            side.add_tensors({n.removeprefix(name): v for n, v in found.items() if name in n})
+        if "g" in found:
+            self._g.append(found["g"])
+        # A module called twice in any batch is left alone by the correction.
+        self.takes = min(self.takes, int(found["takes"]))
 
     def rises(self) -> tuple[dict[int, float], dict[int, float]]:
         """Return the rises of weights and inputs by bits."""
@@ -292,6 +327,119 @@ def _along(values: Tensor, like: Tensor, axis: int) -> Tensor:
     return values.to(like.dtype).reshape(shape)
 
 
+class HessianTrace:
+    """The table of a network in float, batch by batch; see `hessian_trace`.
+
+    Workers may take a batch each: a batch's `part` is the same whoever measures it, and `table`
+    adds parts in the order of the batches. ``takes`` is `StatisticsCorrection.takes`, of all
+    layers that are corrected. Raises `ValueError` for a rise that draws no probes.
+    """
+
+    def __init__(
+        self,
+        prepared: nn.Module,
+        space: SearchSpace,
+        data: Batches,
+        rise: Rise,
+        takes: Mapping[str, int],
+        *,
+        probes: int = PROBES,
+        seed: int = 0,
+    ) -> None:
+        if not rise.can_draw:
+            raise ValueError("'hessian_trace' needs a rise of hq_optuna.rises; got a function.")
+        self.data = data
+        self._prepared, self._rise, self._probes = prepared, rise, probes
+        self._needed, self._takes = bits_needed(space), takes
+        self._names = [layer.name for layer in space.layers]
+        self._generator = torch.Generator().manual_seed(seed)
+        self._states: list[Tensor] = []  # of the generator, before each batch
+
+    def part(self, index: int) -> dict[str, Tensor]:
+        """Return what a batch says, by name: tensors on the CPU, and JSON as bytes.
+
+        The network's bits are restored.
+        """
+        prepared, batch = self._prepared, self.data[index]
+        before = get_bits(prepared)
+        set_bits(prepared, dict.fromkeys(before, LayerBits(FLOAT_BITS, FLOAT_BITS)))
+        step = max(1, self.data.n_samples // LINE_SAMPLES)
+        unreached: dict[str, frozenset[str]] = {}
+        found: dict[str, Tensor] = {}
+        try:
+            self._fit()
+            self._generator.set_state(self._states[index])
+            given = self._rise, self._probes, self._generator, unreached
+            seen = _probed(prepared, self._names, batch, *given)
+            for place, name in enumerate(self._names):
+                layer = self._layer(name)
+                # What is no longer needed is let go layer by layer.
+                layer.add(prepared.get_submodule(name), seen.pop(name, []), batch.n, step)
+                found |= {f"{place}.{what}": v.cpu() for what, v in layer.tensors().items()}
+        finally:
+            set_bits(prepared, before)
+        said = json.dumps({name: sorted(earlier) for name, earlier in sorted(unreached.items())})
+        found["unreached"] = torch.frombuffer(bytearray(said.encode()), dtype=torch.uint8)
+        return found
+
+    def table(self, parts: Sequence[Mapping[str, Tensor]]) -> tuple[Sensitivity, Curvature]:
+        """Return the table from the parts of all batches, in their order."""
+        unreached: dict[str, frozenset[str]] = {}
+        by_place: dict[str, list[dict[str, Tensor]]] = {}
+        for part in parts:
+            for name, earlier in json.loads(bytes(part["unreached"].tolist())).items():
+                unreached[name] = unreached.get(name, frozenset()) | frozenset(earlier)
+            of_layers: dict[str, dict[str, Tensor]] = {}
+            for key, value in part.items():
+                place, _, what = key.partition(".")
+                of_layers.setdefault(place, {})[what] = value
+            for place, tensors in of_layers.items():
+                by_place.setdefault(place, []).append(tensors)
+        rises = {}
+        for at, name in enumerate(self._names):
+            layer = self._layer(name)
+            for tensors in by_place[str(at)]:
+                layer.add_tensors(tensors)
+            rises[name] = layer.rises()
+        idle = tuple(n for n, (w, a) in rises.items() if not any((*w.values(), *a.values())))
+        weights, inputs = ({n: pair[part] for n, pair in rises.items()} for part in (0, 1))
+        return Sensitivity(weights, inputs), Curvature(
+            {}, {}, self.data[0].n, self.data.n_samples, idle, unreached
+        )
+
+    def _layer(self, name: str) -> _Layer:
+        return _Layer(self._needed[name], self._takes.get(name, 0))
+
+    @torch.no_grad()
+    def _fit(self) -> None:
+        """Fit the rise to all batches, and note with which random numbers each one begins."""
+        if self._states:
+            return
+        seen: list[Any] = []
+
+        def outputs() -> Iterator[Any]:
+            for batch in self.data:
+                z = self._rise.run(self._prepared, batch.inputs)
+                seen.append(_shapes(z))
+                yield z
+
+        self._rise = self._rise.fitted(outputs(), self.data)
+        for index, z in enumerate(seen):
+            self._states.append(self._generator.get_state())
+            if index + 1 < len(seen):  # how many numbers are drawn depends on shapes alone
+                like = map_tensors(z, Tensor.contiguous)
+                for _ in range(self._probes):
+                    self._rise.projected(like, self.data[index], self._generator)
+
+
+def _shapes(outputs: Any) -> Any:
+    """Return outputs of zeros that take no memory, or those of a class of their own as they are."""
+    try:
+        return map_tensors(outputs, lambda x: x.new_zeros(()).expand(x.shape))
+    except DataError:
+        return outputs
+
+
 def hessian_trace(
     prepared: nn.Module,
     space: SearchSpace,
@@ -310,36 +458,13 @@ def hessian_trace(
     of theirs for each number of bits instead. The network's bits are restored. ``progress`` is
     called with (batches done, batches). Raises `ValueError` for a rise that draws no probes.
     """
-    if not rise.can_draw:
-        raise ValueError("'hessian_trace' needs a rise of hq_optuna.rises; got a function.")
-    before = get_bits(prepared)
-    in_float = dict.fromkeys(before, LayerBits(FLOAT_BITS, FLOAT_BITS))
-    set_bits(prepared, in_float)
-    needed = bits_needed(space)
     takes = {} if correction is None else correction.takes
-    layers = {
-        layer.name: _Layer(needed[layer.name], takes.get(layer.name, 0)) for layer in space.layers
-    }
-    step = max(1, data.n_samples // LINE_SAMPLES)
-    unreached: dict[str, frozenset[str]] = {}
-    generator = torch.Generator().manual_seed(seed)
-    try:
-        with torch.no_grad():
-            rise = rise.fitted((rise.run(prepared, batch.inputs) for batch in data), data)
-        for index, batch in enumerate(data):
-            seen = _probed(prepared, list(layers), batch, rise, probes, generator, unreached)
-            for name, layer in layers.items():
-                # What is no longer needed is let go layer by layer.
-                layer.add(prepared.get_submodule(name), seen.pop(name, []), batch.n, step)
-            progress(index + 1, len(data))
-    finally:
-        set_bits(prepared, before)
-    rises = {name: layer.rises() for name, layer in layers.items()}
-    idle = tuple(n for n, (w, a) in rises.items() if not any((*w.values(), *a.values())))
-    weights, inputs = ({n: pair[part] for n, pair in rises.items()} for part in (0, 1))
-    return Sensitivity(weights, inputs), Curvature(
-        {}, {}, data[0].n, data.n_samples, idle, unreached
-    )
+    trace = HessianTrace(prepared, space, data, rise, takes, probes=probes, seed=seed)
+    parts = []
+    for index in range(len(data)):
+        parts.append(trace.part(index))
+        progress(index + 1, len(data))
+    return trace.table(parts)
 
 
 def _probed(

@@ -102,10 +102,22 @@ def measure_layer_sums(
             *(prepared, space, curvature, data, forms.get(name, "trace")),
             progress=lambda i, of: progress("sensitivity", i, of),
         )
+    return completed(sensitivity, curvature, prepared, whole or data, loss_fn, rise)
+
+
+def completed(
+    sensitivity: Sensitivity,
+    curvature: Curvature,
+    prepared: nn.Module,
+    data: Batches,
+    loss_fn: LossFunction,
+    rise: Rise | None,
+) -> LayerSums:
+    """Return sums in which rises of layers whose curvature is unknown are measured on the data."""
     measured: tuple[str, ...] = ()
     if curvature.unknown:
         sensitivity, measured = with_measured(
-            *(sensitivity, curvature, prepared, whole or data, loss_fn, rise)
+            *(sensitivity, curvature, prepared, data, loss_fn, rise)
         )
     return LayerSums(sensitivity, curvature, measured)
 

@@ -64,13 +64,17 @@ class Scorer:
     network, which is negative where fewer bits do better by chance. ``correction`` corrects the
     statistics of each candidate in its pass. A rise is measured against the outputs of ``teacher``,
     the network before it was trained at fewer bits, if that is not the prepared one in float.
-    Finalists are measured by ``rise``; where `in_order` is set they, and the answer, are fitted in
-    the order of running, and candidates are not.
+    Finalists are measured by ``rise``; with ``in_order`` they, and the answer, are fitted in the
+    order of running, and candidates are not.
+
+    ``prepared`` may be a function that returns the network and the correction: it is called when
+    something is first measured, which a table may never do. ``in_order`` is called with the network
+    then.
     """
 
     def __init__(
         self,
-        prepared: nn.Module,
+        prepared: nn.Module | Callable[[], tuple[nn.Module, StatisticsCorrection | None]],
         sensitivity: Sensitivity,
         data: Batches,
         loss_fn: LossFunction,
@@ -82,17 +86,18 @@ class Scorer:
         correction: StatisticsCorrection | None = None,
         precision: Precision = "float32",
         teacher: nn.Module | None = None,
+        in_order: Callable[[nn.Module], InOrder] | None = None,
     ) -> None:
         check_precision(precision)
         self._teacher = teacher
-        self.prepared = prepared
+        self._made = (prepared, correction) if isinstance(prepared, nn.Module) else prepared
         self.sensitivity = sensitivity
         self.data = data
         self.loss_fn = loss_fn
         self.output_rise = output_rise
         self.rise = rise
-        self.correction = correction
-        self.in_order: InOrder | None = None
+        self._fits = in_order
+        self._in_order: InOrder | None = None
         self.by_loss = by_loss
         self.is_table = output_rise is None and not by_loss and not measures
         self.precision: Precision = precision
@@ -100,23 +105,41 @@ class Scorer:
         self._float_loss: float | None = None
         self._smooth: _Smooth | None = None
 
+    @property
+    def prepared(self) -> nn.Module:
+        """The prepared network."""
+        return self._parts[0]
+
+    @property
+    def correction(self) -> StatisticsCorrection | None:
+        """What corrects its statistics."""
+        return self._parts[1]
+
+    @property
+    def _parts(self) -> tuple[nn.Module, StatisticsCorrection | None]:
+        if not isinstance(self._made, tuple):
+            self._made = self._made()
+        return self._made
+
     def network(self, config: Mapping[str, LayerBits], *, in_order: bool = True) -> nn.Module:
         """Return a network of its own with these bits, corrected.
 
-        It is fitted in the order of running where `in_order` is set, and wanted.
+        Where that was chosen, it is fitted in the order of running, unless ``in_order`` is false.
         """
-        if self.correction is not None:
-            self.correction.reset()
-        set_bits(self.prepared, config)
-        if in_order and self.in_order is not None:
-            network = copied(self.prepared)
-            self.in_order.fit_(network)
+        prepared, correction = self.prepared, self.correction
+        if correction is not None:
+            correction.reset()
+        set_bits(prepared, config)
+        if in_order and self._fits is not None:
+            self._in_order = self._in_order or self._fits(prepared)
+            network = copied(prepared)
+            self._in_order.fit_(network)
             return network
-        if self.correction is not None:
-            self.correction.apply()
-        network = copied(self.prepared)
-        if self.correction is not None:
-            self.correction.reset()
+        if correction is not None:
+            correction.apply()
+        network = copied(prepared)
+        if correction is not None:
+            correction.reset()
         return network
 
     def score(
@@ -179,11 +202,11 @@ class Scorer:
                 outputs = self._in_float(places, self.rise.run)
                 rise = self.rise.fitted(outputs, some).averaged()
                 # Statistics of the same samples: each finalist passes over them once.
-                again = self.correction is not None and self.in_order is None
+                again = self.correction is not None and self._fits is None
                 correction = self.correction.on(places) if again and self.correction else None
                 self._smooth = _Smooth(tuple(places), rise, outputs, correction)
             _, rise, expected, correction = self._smooth
-            network = self.prepared if self.in_order is None else self.network(config)
+            network = self.prepared if self._fits is None else self.network(config)
             set_bits(self.prepared, config)
             seen = {} if correction is None else correction.apply()
             found = []

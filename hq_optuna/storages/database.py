@@ -71,19 +71,9 @@ class Database(HookedRDBStorage):
 
         The numbers are in a row.
         """
-        study = _STUDIES.c.study_id == study_id
         with self._transaction() as connection:
-            # Whoever holds the study's row hands out the next numbers, as Optuna does. On SQLite
-            # only a write takes the lock.
-            if connection.dialect.name == "sqlite":
-                same = sqlalchemy.update(_STUDIES).where(study)
-                same = same.values(study_name=_STUDIES.c.study_name)
-                there = connection.execute(same).rowcount == 1
-            else:
-                locked = sqlalchemy.select(_STUDIES.c.study_id).where(study).with_for_update()
-                there = connection.execute(locked).first() is not None
-            if not there:  # SQLite does not ask whether the study of a trial exists
-                raise KeyError(f"There is no study {study_id}.")
+            # Whoever holds the study's row hands out the next numbers, as Optuna does.
+            _lock_study(connection, study_id)
             count = sqlalchemy.select(sqlalchemy.func.count()).select_from(_TRIALS)
             first = connection.execute(count.where(_TRIALS.c.study_id == study_id)).scalar_one()
             rows: _Rows = [
@@ -146,6 +136,24 @@ class Database(HookedRDBStorage):
         with self._transaction() as connection:
             self._upsert(connection, _STUDY_SYSTEM_ATTRS, rows)
 
+    def swap_study_system_attr(self, study_id: int, key: str, before: Any, after: Any) -> bool:
+        """Write an attribute of a study if it is ``before``; return whether it is ``after`` now.
+
+        ``None`` stands for no attribute. Of several that swap at the same moment one succeeds.
+        """
+        table = _STUDY_SYSTEM_ATTRS
+        query = sqlalchemy.select(table.c.value_json)
+        with self._transaction() as connection:
+            _lock_study(connection, study_id)
+            stored = connection.execute(
+                query.where(table.c.study_id == study_id, table.c.key == key)
+            ).scalar_one_or_none()
+            now = None if stored is None else json.loads(stored)
+            if now == before:
+                row = {"study_id": study_id, "key": key, "value_json": json.dumps(after)}
+                self._upsert(connection, table, [row])
+            return now in (before, after)
+
     def _upsert(
         self, connection: sqlalchemy.Connection, table: sqlalchemy.Table, rows: _Rows
     ) -> None:
@@ -173,6 +181,20 @@ class Database(HookedRDBStorage):
                 yield connection
         except sqlalchemy.exc.SQLAlchemyError as error:
             raise StorageInternalError("An exception is raised during the commit.") from error
+
+
+def _lock_study(connection: sqlalchemy.Connection, study_id: int) -> None:
+    """Hold a study's row until the transaction ends. On SQLite only a write takes the lock."""
+    study = _STUDIES.c.study_id == study_id
+    if connection.dialect.name == "sqlite":
+        same = sqlalchemy.update(_STUDIES).where(study)
+        same = same.values(study_name=_STUDIES.c.study_name)
+        there = connection.execute(same).rowcount == 1
+    else:
+        locked = sqlalchemy.select(_STUDIES.c.study_id).where(study).with_for_update()
+        there = connection.execute(locked).first() is not None
+    if not there:  # SQLite does not ask whether the study of a trial exists
+        raise KeyError(f"There is no study {study_id}.")
 
 
 def _parameters(trial_id: int, trial: FrozenTrial) -> _Rows:

@@ -44,6 +44,24 @@ def set_study_system_attrs(
 
 
 @tried_again
+def swap_study_system_attr(
+    storage: BaseStorage, study_id: int, key: str, before: Any, after: Any
+) -> bool:
+    """Write a system attribute of a study if it is ``before``; return whether it is ``after`` now.
+
+    ``None`` stands for no attribute. On databases one of several that swap at the same moment
+    succeeds; elsewhere two may, and what was written last stands.
+    """
+    if (database := _bulk(storage)) is not None:
+        return database.swap_study_system_attr(study_id, key, before, after)
+    now = storage.get_study_system_attrs(study_id).get(key)
+    if now == before:
+        storage.set_study_system_attr(study_id, key, after)
+        now = storage.get_study_system_attrs(study_id).get(key)
+    return bool(now == after)
+
+
+@tried_again
 def set_trial_attrs(
     storage: BaseStorage, trial_id: int, attrs: Mapping[str, Any], *, system: bool = False
 ) -> None:

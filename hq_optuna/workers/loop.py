@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import time
@@ -19,11 +20,12 @@ from hq_optuna.errors import HqOptunaError, StorageError
 from hq_optuna.optuna_internals import storage_of, trial_id_of
 from hq_optuna.protocol import worker_identity
 from hq_optuna.protocol.claims import PATIENCE_S, ClaimedTrial
+from hq_optuna.protocol.heartbeat import heartbeat
 from hq_optuna.protocol.step_log import StepLog
 from hq_optuna.protocol.table_steps import LookUp, is_looked_up, write_step
 from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.storages import explain_errors_of, pausing
-from hq_optuna.workers.heartbeat import heartbeat
+from hq_optuna.storages.writing import write_heartbeats
 from hq_optuna.workers.interrupts import held_interrupts
 
 logger = logging.getLogger(__name__)
@@ -161,7 +163,8 @@ def _run_one(
         ticket = sampler.ticket(study, trial)
         recording = ticket is not None and ticket.kind == "incumbent"
         try:
-            with heartbeat(storage, trial_id_of(trial)):
+            beat = functools.partial(write_heartbeats, storage, [trial_id_of(trial)])
+            with heartbeat(storage, beat):
                 held.release()
                 trains = ticket is not None and ticket.trains
                 on_doing("training" if trains else "recording" if recording else "scoring")

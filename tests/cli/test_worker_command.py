@@ -178,14 +178,14 @@ def during_waits(monkeypatch: pytest.MonkeyPatch, *happens: Callable[[], object]
     return slept
 
 
-def test_a_study_is_waited_for_until_it_is_prepared(place, monkeypatch):
+def test_a_study_is_waited_for_until_it_says_of_which_search_it_is(place, monkeypatch):
     made: list[optuna.Study] = []
     slept = during_waits(
         monkeypatch,
         lambda: None,
         lambda: made.append(optuna.create_study(storage=place.storage, study_name="tiny")),
         lambda: None,
-        lambda: made[0].set_user_attr(attributes.INFO, {}),
+        lambda: made[0].set_user_attr(attributes.FINGERPRINT, {}),
     )
     session.wait_for_study(place, 60)
     assert len(slept) == 4

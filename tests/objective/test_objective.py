@@ -15,7 +15,7 @@ from hq_optuna import attributes
 from hq_optuna.attributes import Ticket
 from hq_optuna.errors import ResumeError
 from hq_optuna.network.introspection import introspect
-from hq_optuna.objective import scorer_setup
+from hq_optuna.objective.preparation import Preparation
 from hq_optuna.objective.publish import stored_sensitivity
 from hq_optuna.protocol import worker_identity
 from hq_optuna.protocol.history import assignment, read_history
@@ -221,13 +221,13 @@ def test_the_callers_network_and_random_state_are_left_as_they_were():
 
 def test_curvature_is_measured_once_and_a_second_worker_takes_it_from_the_study(monkeypatch):
     calls = []
-    real = scorer_setup.measure_layer_sums
+    real = Preparation.table
 
-    def counting(*args, **kwargs):
+    def counting(self):
         calls.append(1)
-        return real(*args, **kwargs)
+        return real(self)
 
-    monkeypatch.setattr(scorer_setup, "measure_layer_sums", counting)
+    monkeypatch.setattr(Preparation, "table", counting)
     shared = study()
     shared.optimize(objective(), n_trials=5)
     shared.optimize(objective(), n_trials=5)

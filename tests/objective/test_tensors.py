@@ -9,7 +9,7 @@ import torch
 
 from hq_optuna.artifacts.store import open_artifacts
 from hq_optuna.errors import ArtifactError
-from hq_optuna.objective.training_steps import get_tensors, put_tensors
+from hq_optuna.objective.tensors import get_tensors, put_tensors
 
 
 def test_weights_and_second_moments_come_back_bit_for_bit(tmp_path: Path) -> None:

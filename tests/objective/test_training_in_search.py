@@ -14,7 +14,7 @@ from hq_optuna import attributes
 from hq_optuna.artifacts.store import Reference, open_artifacts
 from hq_optuna.errors import ArtifactError, DataError, ResumeError
 from hq_optuna.objective.scorer_setup import ScorerSetup
-from hq_optuna.objective.training_steps import get_tensors
+from hq_optuna.objective.tensors import get_tensors
 from hq_optuna.optuna_internals import database_of
 from hq_optuna.protocol.history import read_history
 from hq_optuna.rises import CrossEntropy

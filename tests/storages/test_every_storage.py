@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 import time
@@ -17,12 +18,12 @@ from optuna.trial import TrialState
 from hq_optuna import attributes
 from hq_optuna.errors import StorageError
 from hq_optuna.protocol import worker_identity
+from hq_optuna.protocol.heartbeat import heartbeat
 from hq_optuna.protocol.history import assignment, read_history
 from hq_optuna.storages import load_study, open_storage, study_exists
 from hq_optuna.storages.trials import Cursor, read_facts, read_rows, row_of
-from hq_optuna.storages.writing import finish_trial
+from hq_optuna.storages.writing import finish_trial, write_heartbeats
 from hq_optuna.workers import loop
-from hq_optuna.workers.heartbeat import heartbeat
 from hq_optuna.workers.loop import work
 from tests.fake_search import fake_study
 from tests.samplers.tables import (
@@ -152,7 +153,8 @@ def test_signs_of_life_are_seen_through_another_connection(url, storage):
     trial = ours(study).ask(study)
     theirs = open_storage(url)
     seen = [read_rows(theirs, study._study_id, Cursor())[0].heartbeat]
-    with heartbeat(storage, trial._trial_id, every_s=0.01):
+    beat = functools.partial(write_heartbeats, storage, [trial._trial_id])
+    with heartbeat(storage, beat, every_s=0.01):
         deadline = time.monotonic() + 120
         while len(set(seen)) < 3 and time.monotonic() < deadline:
             seen.append(read_rows(theirs, study._study_id, Cursor())[0].heartbeat)

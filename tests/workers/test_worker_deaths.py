@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 
@@ -11,8 +12,9 @@ from optuna.trial import TrialState
 
 from hq_optuna import attributes
 from hq_optuna.protocol import owners, worker_identity
+from hq_optuna.protocol.heartbeat import heartbeat
+from hq_optuna.storages.writing import write_heartbeats
 from hq_optuna.workers import loop
-from hq_optuna.workers.heartbeat import heartbeat
 from hq_optuna.workers.loop import fail_dead_trials, work
 from tests.elsewhere import AWAY, DEAD
 from tests.samplers.tables import (
@@ -156,16 +158,17 @@ def test_a_worker_elsewhere_that_gives_signs_of_life_is_waited_for(study, clock)
 def test_a_trial_that_runs_long_gives_signs_of_life_and_a_short_one_costs_nothing(study):
     storage = study._storage
     trial_id = storage.create_new_trial(study._study_id)
-    with heartbeat(storage, trial_id, every_s=60):
+    beat = functools.partial(write_heartbeats, storage, [trial_id])
+    with heartbeat(storage, beat, every_s=60):
         pass
     assert attributes.HEARTBEAT not in storage.get_trial(trial_id).system_attrs
-    with heartbeat(storage, trial_id, every_s=0.01):
+    with heartbeat(storage, beat, every_s=0.01):
         deadline = time.monotonic() + 120
         while storage.get_trial(trial_id).system_attrs.get(attributes.HEARTBEAT, 0) < 3:
             assert time.monotonic() < deadline
             time.sleep(0.005)
     for thread in threading.enumerate():
-        if thread.name == f"heartbeat-{trial_id}":  # may be at its last beat
+        if thread.name == "heartbeat":  # may be at its last beat
             thread.join(60)
             assert not thread.is_alive()
     last = storage.get_trial(trial_id).system_attrs[attributes.HEARTBEAT]
@@ -182,7 +185,8 @@ def test_signs_of_life_that_cannot_be_written_disturb_nothing(study, monkeypatch
 
     trial_id = study._storage.create_new_trial(study._study_id)
     monkeypatch.setattr(study._storage, "set_trial_system_attr", away)
-    with heartbeat(study._storage, trial_id, every_s=0.005):
+    beat = functools.partial(write_heartbeats, study._storage, [trial_id])
+    with heartbeat(study._storage, beat, every_s=0.005):
         deadline = time.monotonic() + 120
         while len(tries) < 3 and time.monotonic() < deadline:
             time.sleep(0.005)

@@ -1,4 +1,4 @@
-"""Telling others that a trial which runs long still has its owner."""
+"""Telling others that work which takes long still has its owner."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ import contextlib
 import itertools
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from optuna.storages import BaseStorage
 
 from hq_optuna.protocol.owners import HEARTBEAT_S
-from hq_optuna.storages.writing import write_heartbeats
 
 logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def heartbeat(storage: BaseStorage, trial_id: int, every_s: float | None = None) -> Iterator[None]:
-    """Change one attribute of a running trial every few seconds while the body runs.
+def heartbeat(
+    storage: BaseStorage, beat: Callable[[int], object], every_s: float | None = None
+) -> Iterator[None]:
+    """Call ``beat(count)`` every few seconds while the body runs; it changes one attribute.
 
     Works on every storage, unlike Optuna's heartbeat, and observers compare no clocks: they see
-    that it changes. A trial that is quicker than the first heartbeat costs nothing. A storage that
+    that it changes. Work that is quicker than the first heartbeat costs nothing. A storage that
     cannot be reached costs heartbeats and nothing else.
     """
     ended = threading.Event()
@@ -32,12 +33,12 @@ def heartbeat(storage: BaseStorage, trial_id: int, every_s: float | None = None)
             if ended.wait(pause_s):
                 break
             try:
-                write_heartbeats(storage, [trial_id], count)
+                beat(count)
             except Exception as error:
-                logger.debug("No heartbeat for trial %d: %s", trial_id, error)
+                logger.debug("No heartbeat: %s", error)
         storage.remove_session()
 
-    thread = threading.Thread(target=send, name=f"heartbeat-{trial_id}", daemon=True)
+    thread = threading.Thread(target=send, name="heartbeat", daemon=True)
     thread.start()
     try:
         yield
