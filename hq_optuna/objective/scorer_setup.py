@@ -18,7 +18,7 @@ from hq_optuna.quantization import observe_inputs, prepare
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.quantization.in_order import InOrder, places_in_memory
 from hq_optuna.quantization.observers import InputHistogram
-from hq_optuna.quantization.quantizer_choice import choose_quantizers, uncompensated_warnings
+from hq_optuna.quantization.quantizers.choice import choose_quantizers, uncompensated_warnings
 from hq_optuna.quantization.ranges import InputGrid
 from hq_optuna.quantization.statistics import statistics_places
 from hq_optuna.rises import Rise, RiseLoss

@@ -20,7 +20,6 @@ which is bias correction (Nagel et al., 2019) with measured means.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -207,11 +206,8 @@ class StatisticsCorrection:
 
     def of(self, network: nn.Module) -> StatisticsCorrection:
         """Return this correction for another copy of the prepared network."""
-        found = copy.copy(self)
-        found.prepared = network
-        for layer in prepared_layers(network).values():
-            add_shift(layer)
-        return found
+        told = network, self.data, self.precision, self._reference
+        return StatisticsCorrection(*told, places=self.places, known=self.tensors())
 
     @contextmanager
     def watched(

@@ -51,7 +51,7 @@ from hq_optuna.quantization.prepare import (
     set_bits,
     weight_quantizer,
 )
-from hq_optuna.quantization.ranges import AffineRange, affine_range
+from hq_optuna.quantization.ranges import ANY_GRID, AffineRange, affine_range
 from hq_optuna.quantization.statistics import statistics_of, statistics_places
 from hq_optuna.settings import Precision
 from hq_optuna.space.layers import FLOAT_BITS
@@ -104,7 +104,7 @@ class InOrder:
     def fit_(self, network: nn.Module) -> None:
         """Fit a copy of the prepared network, whose statistics are the stored ones, in place."""
         in_float, correction = self._correction.prepared, self._correction.of(network)
-        called = correction.called_once
+        called = self._correction.called_once
         layers = [name for name in prepared_layers(network) if name in called]
         order = [e for n in called for e in ((_entry(n), n) if n in layers else (n,))]
         n = len(self.places)
@@ -233,6 +233,7 @@ def _fit_layer_(
 ) -> None:
     """Settle the range of a layer's input and what its weight is rounded to.
 
+    A range stays where the target does not take every grid.
     ``normed``: a batch-norm behind it brings its channels to one size.
     """
     if not pairs or not can_have_moments(module):
@@ -240,7 +241,7 @@ def _fit_layer_(
     holder, inputs = weight_quantizer(module), input_quantizer(module)
     weight: Tensor = float_weight(module).detach()
     w = weight.float().reshape(getattr(module, "groups", 1), -1, columns(module))
-    if inputs.bits != FLOAT_BITS:
+    if inputs.bits != FLOAT_BITS and inputs.grid == ANY_GRID:
         wanted = min(
             MOST_RANGE_PLACES, max(LEAST_RANGE_PLACES, RANGE_ELEMENTS // (len(w) * w.shape[2]))
         )
