@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import hq_optuna as hq
+from hq_optuna.export.deployed import deployed
 from hq_optuna.network.batches import Batches, forward, read_batches
 from hq_optuna.network.introspection import introspect
 from hq_optuna.quantization import observe_inputs, prepare, set_bits
@@ -229,3 +231,37 @@ def test_samples_that_take_another_branch_do_no_harm():
     InOrder(prepared, data, range(len(data))).fit_(fitted)
     with torch.no_grad():
         assert all(bool(forward(fitted, batch.inputs).isfinite().all()) for batch in data)
+
+
+def test_a_search_returns_the_fitted_network_and_measures_its_finalists_so(deep):
+    images = smooth_images(96, 0)
+    with torch.no_grad():
+        given = images, deep(images).argmax(1)
+    options = {"bits": (8, 4, 3), "budget": "0.3 bops", "verify": 3}
+    search = hq.BitSearch(deep, given, nn.CrossEntropyLoss(), rounding="in_order", **options)
+    study = search.optimize()
+    result = search.result(study)
+    x = smooth_images(16, 1)
+    objective = search.objective
+    scorer = objective.prepare(study)
+    with torch.no_grad():
+        assert torch.equal(objective.quantized(result.config)(x), result.network(x))
+        plain = scorer.network(result.config, in_order=False)
+        assert not torch.equal(plain(x), result.network(x))
+        # What a finalist was measured at is the rise of the network that is handed over.
+        places = objective.setup.set_aside_places
+        found = scorer.rises(result.config, places)
+        inputs = torch.cat([objective.data[place].inputs for place in places])
+        before, moved = deep(inputs), result.network(inputs)
+    whole = batches(inputs, len(inputs))
+    told = objective.rise.fitted([before], whole).averaged()
+    expected = told.of_samples(before, moved, whole[0])
+    torch.testing.assert_close(found.double(), expected.double(), rtol=1e-4, atol=1e-9)
+
+
+def test_what_is_exported_computes_the_same(deep):
+    prepared, data = made(deep, smooth_images(64, 0), (3, 4))
+    InOrder(prepared, data, range(len(data))).fit_(prepared)
+    x = smooth_images(16, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(deployed(prepared)(x), prepared(x), rtol=1e-4, atol=1e-5)
