@@ -53,6 +53,7 @@ from hq_optuna.settings import SearchSettings, settings_of
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.budget import Budget, parse_budget
 from hq_optuna.space.cost import Metric
+from hq_optuna.space.latency import read_latency
 from hq_optuna.storages import RETRY_FOR_S, explain_errors_of, open_retrying
 from hq_optuna.training.plan import TrainingPlan
 from hq_optuna.workers.loop import Doing, work
@@ -139,7 +140,12 @@ class BitSearch:
         by_shape = sample_axis is None and not isinstance(calibration, Batches)
         if by_shape and not self._without_labels:
             check_sample_axis(copied(model), data[0])
-        self.space = space_on(read_hardware(self.settings.hardware), seen.layers, self.settings)
+        table = self.settings.latency
+        self.space = space_on(
+            *(read_hardware(self.settings.hardware), seen.layers, self.settings),
+            memory=seen.memory,
+            latency=None if table is None else read_latency(table),
+        )
         check_reachable(self.space, self.budget)
         self.training = training
         self.validation: Batches | None = None

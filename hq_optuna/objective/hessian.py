@@ -354,7 +354,7 @@ class HessianObjective:
             settings |= {"rule": type(sampler).__name__, "n_candidates": 1}
         return StudyInfo(
             metric=metric,
-            limit=model.float32 if budget is None else budget.limit(self.space),
+            limit=model.uniform(32, 32) if budget is None else budget.limit(self.space),
             budget="none" if budget is None else str(budget),
             int8=model.int8,
             float32=model.float32,
