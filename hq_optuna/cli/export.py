@@ -133,24 +133,22 @@ def profile(
         if as_json:
             typer.echo(json.dumps({"runtime": runtime, "out": str(out), **found.to_json()}))
             return
-        console.print(_latencies(found))
+        tables.print_whole(console, _latencies(found))
         for line in found.sentences:
             say(console, line)
         say(console, f"Table: {escape(str(out))}  (hq-optuna run … --latency {escape(str(out))})")
 
 
 def _latencies(found: Profile) -> Table:
-    """Return the milliseconds of each layer by pair, each with its spread."""
-    pairs = list(dict.fromkeys((row.weight_bits, row.activation_bits) for row in found.table.rows))
-    table = tables.new_table("layer, ms", *(str(LayerBits(*pair)) for pair in pairs))
-    for name in dict.fromkeys(row.layer for row in found.table.rows):
-        cells = [
-            f"{1e3 * found.table.seconds(name, bits):.3g} ± {50 * found.spreads[name, bits]:.0f} %"
-            if found.table.knows(name, bits)
-            else ""
-            for bits in (LayerBits(*pair) for pair in pairs)
-        ]
-        table.add_row(escape(name), *cells)
+    """Return the microseconds of each layer by pair, and the widest spread of each layer."""
+    known = found.table
+    pairs = [LayerBits(*p) for p in dict.fromkeys((r[1], r[2]) for r in known.rows)]
+    table = tables.new_table("layer, us", *map(str, pairs), "spread")
+    for name in dict.fromkeys(row.layer for row in known.rows):
+        shown = {bits: known.knows(name, bits) for bits in pairs}
+        cells = [f"{1e6 * known.seconds(name, b):.4g}" if has else "" for b, has in shown.items()]
+        spread = max(found.spreads[name, b] for b, has in shown.items() if has)
+        table.add_row(escape(name), *cells, f"{spread:.0%}")
     return table
 
 
