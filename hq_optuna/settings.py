@@ -63,7 +63,10 @@ QUANTIZERS: Kind = (
 )
 GROUPS: Kind = ("a sequence of groups of layer names, [('q', 'k')]", (list, tuple, set))
 FURTHER: Kind = ("a dict of settings of training, {'learning_rate': 1e-3}", (Mapping,))
-BUDGET: Kind = ("text, '0.25 bops', a number or a Budget", (str, int, float, Budget))
+BUDGET: Kind = (
+    "text, '0.25 bops', a number, a Budget, or several of them",
+    (str, int, float, Budget, list, tuple),
+)
 
 _KINDS: dict[Any, Kind] = {int: WHOLE, float: NUMBER, bool: SWITCH, str: WORD, Path: PATH}
 """Kinds of settings that their annotation tells."""
@@ -345,8 +348,16 @@ class SearchSettings(_Settings):
     budget: Budget = _steps(
         "0.25 bops",
         "Most that the answer may cost: a share of the all-8-bit cost ('0.25 bops', "
-        "'40% size_bytes') or an amount ('24 GBOPs', '64 KiB').",
+        "'40% size_bytes') or an amount ('24 GBOPs', '64 KiB'). Several limits hold at once.",
         **{"kind": BUDGET, "unit": "BOPs or bytes", "differs": "the budget", "read": parse_budget},
+        **{"repeats": True, "metavar": "TEXT"},
+    )
+    hardware: str | Path = _space(
+        "any",
+        "What the answer is to run on: a name ('cmsis-nn') or a YAML file, which says which pairs "
+        "of weight and activation bits each kind of layer has. Bits below narrow them down.",
+        **{"kind": ("a name or the path of a file", (str, Path)), "metavar": "NAME_OR_FILE"},
+        choices=(),
     )
     bits: tuple[int, ...] = _space(
         tuple(range(2, 9)),

@@ -35,7 +35,7 @@ from hq_optuna.network.layer_types import (
 from hq_optuna.network.searchable import check_searchable
 from hq_optuna.network.unfused import unfused
 from hq_optuna.network.weight_uses import WatchedWeights, WeightUse
-from hq_optuna.space.layers import LayerSpec, SkippedModule
+from hq_optuna.space.layers import FLOAT_BITS, LayerSpec, SkippedModule
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +88,8 @@ class Introspection:
         warnings: Sentences about costs that hang on the data, or that bits do not tell, and where
             many of the operations are in no layer.
         others: Multiplications that no layer's weight takes part in, the most first.
+        elements: What computes element by element and stays in float, the most first: additions,
+            concatenations, softmax, normalization, embeddings; with elements for one sample.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -96,6 +98,12 @@ class Introspection:
     n_samples: int
     warnings: tuple[str, ...] = ()
     others: tuple[OtherProduct, ...] = ()
+    elements: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def bops_of_others(self) -> int:
+        """Bit operations of what stays in float, at 32 bits by 32: no part of any cost."""
+        return sum(other.macs for other in self.others) * FLOAT_BITS**2
 
     @property
     def share_of_others(self) -> float:
@@ -212,7 +220,8 @@ def introspect(
     found = {layer.name: tallies[module] for module, layer in layers.items()}
     said = (*_warnings(found, n), *_unseen(others, total))
     return Introspection(
-        tuple(layers.values()), tuple(skipped), n_parameters, n, said, tuple(others)
+        *(tuple(layers.values()), tuple(skipped), n_parameters, n, said, tuple(others)),
+        elements=tuple((what, -(-total // n)) for what, total in counter.elements.most_common()),
     )
 
 
@@ -418,7 +427,8 @@ class _Counter(WatchedWeights):  # type: ignore[no-untyped-call]
             if isinstance(module, QUANTIZABLE) and not _computed(module)
         }
         weights: dict[str, Tensor] = {name: m.weight for name, m in self._layers.items()}  # type: ignore[misc]
-        super().__init__(weights, self._use, self._use_other)
+        self.elements = Counter[str]()
+        super().__init__(weights, self._use, self._use_other, self._use_elements)
         self.others: Counter[tuple[nn.Module | None, str]] = Counter()
         self._aside: Counter[tuple[nn.Module | None, str]] = Counter()  # within a layer's own call
         self._within: list[nn.Module] = []
@@ -456,6 +466,9 @@ class _Counter(WatchedWeights):  # type: ignore[no-untyped-call]
         module = self._within[-1] if self._within else None
         held = self._aside if self._running and module is self._running[-1][0] else self.others
         held[module, operator] += macs
+
+    def _use_elements(self, what: str, elements: int) -> None:
+        self.elements[what] += elements
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._within:

@@ -20,8 +20,9 @@ from torch.nn import functional
 
 from hq_optuna import attributes
 from hq_optuna.artifacts.store import Artifacts
-from hq_optuna.attributes import StudyInfo, Ticket
+from hq_optuna.attributes import Beside, StudyInfo, Ticket
 from hq_optuna.errors import NetworkError, ResumeError, SettingError, SpaceError
+from hq_optuna.hardware import ANY, read_hardware
 from hq_optuna.network.batches import Batches, check_sample_axis, read_batches
 from hq_optuna.network.checks import check_forward, check_rise, look_over
 from hq_optuna.network.copies import copied
@@ -58,7 +59,7 @@ from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.scoring import Score, Scorer
 from hq_optuna.settings import SearchSettings, settings_of
 from hq_optuna.space.assignment import BitConfig
-from hq_optuna.space.search_space import SearchSpace, bits_needed
+from hq_optuna.space.search_space import SearchSpace, Variable, bits_needed
 from hq_optuna.training.plan import TrainingPlan
 
 logger = logging.getLogger(__name__)
@@ -333,6 +334,8 @@ class HessianObjective:
             "loss": self._loss,
             **fingerprint.of_settings(self.settings, "scoring"),
         }
+        if (target := read_hardware(self.settings.hardware)).name != ANY:
+            mine["hardware"] = f"{target.name} {target.digest}"
         used = self.settings.scorer in ("gauss_newton", "hessian_trace")
         if used and name_of(self.rise) != name_of(rise_of_loss(self.loss_fn)):
             mine["rise"] = name_of(self.rise)
@@ -368,6 +371,10 @@ class HessianObjective:
             training=None if self.training is None else self.training.plan.to_json(),
             skipped=self.skipped,
             warnings=tuple(self.warnings),
+            beside=tuple(
+                Beside(b.metric, b.limit, b.text, b.model.int8)
+                for b in ([] if budget is None else budget.bounds(self.space)[1:])
+            ),
         )
 
     @own_modes()
@@ -388,7 +395,7 @@ class HessianObjective:
         if isinstance(sampler, ProgressiveBitSampler):
             ticket = sampler.ticket(study, trial)
         if ticket is None or ticket.kind == "free":
-            bits = [trial.suggest_categorical(v.name, v.bits) for v in self.space.variables]
+            bits = [_suggested(trial, variable) for variable in self.space.variables]
             config = self.space.config(bits)
             score = scorer.score(config)
             record(self.space, trial, config, shown(score, started), None)
@@ -533,3 +540,11 @@ def _every(seconds: float, needed: Callable[[], bool], otherwise: Exception) -> 
         last = time.monotonic()
 
     return look
+
+
+def _suggested(trial: Trial, variable: Variable) -> int:
+    """Return the notch that Optuna suggests for a variable."""
+    shown = trial.suggest_categorical(variable.name, tuple(map(variable.shown, variable.bits)))
+    bits = variable.read(shown)
+    assert bits is not None, "it is one of the choices"
+    return bits

@@ -16,7 +16,7 @@ from hq_optuna.quantization.calls import uncounted
 from hq_optuna.quantization.functional import quantize_activation
 from hq_optuna.quantization.observers import InputHistogram
 from hq_optuna.quantization.quantizers import UNIFORM, WeightQuantizer
-from hq_optuna.quantization.ranges import AffineRange
+from hq_optuna.quantization.ranges import ANY_GRID, AffineRange, InputGrid
 from hq_optuna.settings import Observer
 from hq_optuna.space.layers import FLOAT_BITS
 
@@ -224,7 +224,7 @@ class InputFakeQuantize(nn.Module):
     """Rounds what enters a layer to `bits`.
 
     Ranges, by bits, are found from the histogram of what the layer received on the calibration set.
-    A loaded result has no histogram and knows its ranges.
+    A loaded result has no histogram and knows its ranges. ``grid`` is what the target takes.
     """
 
     def __init__(
@@ -232,10 +232,12 @@ class InputFakeQuantize(nn.Module):
         histogram: InputHistogram | None,
         observer: Observer = "squared_error",
         ranges: Mapping[int, AffineRange] | None = None,
+        grid: InputGrid = ANY_GRID,
     ) -> None:
         super().__init__()
         self.histogram = histogram
         self.observer: Observer = observer
+        self.grid = grid
         self.bits = FLOAT_BITS
         self.ranges: dict[int, AffineRange] = dict(ranges or {})
 
@@ -258,7 +260,7 @@ class InputFakeQuantize(nn.Module):
                     f"No range is known for {bits}-bit activations: they were not calibrated. "
                     f"Known are: {sorted(self.ranges) or 'none'}."
                 )
-            self.ranges[bits] = self.histogram.range(bits, self.observer)
+            self.ranges[bits] = self.histogram.range(bits, self.observer, self.grid)
         return self.ranges[bits]
 
     def quantized(self, x: Tensor, bits: int, out: Tensor | None = None) -> Tensor:

@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from hq_optuna.errors import DataError
 from hq_optuna.network.batches import Batches, forward
 from hq_optuna.quantization.calls import uncounted
-from hq_optuna.quantization.ranges import AffineRange, affine_range, histogram_range
+from hq_optuna.quantization.ranges import (
+    ANY_GRID,
+    AffineRange,
+    InputGrid,
+    affine_range,
+    fitted_range,
+    histogram_range,
+)
 from hq_optuna.settings import Observer
 
 N_BINS = 2048
@@ -37,12 +44,23 @@ class InputHistogram:
     counts: NDArray[np.float64]
     edges: NDArray[np.float64]
 
-    def range(self, bits: int, observer: Observer = "squared_error") -> AffineRange:
+    def range(
+        self, bits: int, observer: Observer = "squared_error", grid: InputGrid = ANY_GRID
+    ) -> AffineRange:
         """Return scale and zero point for a number of bits.
 
         They have the least squared error (``"squared_error"``), cover all values seen
-        (``"min_max"``), or all but 0.01 % of the values at either end (``"percentile"``).
+        (``"min_max"``), or all but 0.01 % of the values at either end (``"percentile"``), as far
+        as the target's grid allows.
         """
+        found = self._any_range(bits, observer)
+        if not grid.constrains(bits):
+            return found
+        covers = observer != "squared_error"
+        return fitted_range(found, grid, self.counts, self.edges, bits, covers)
+
+    def _any_range(self, bits: int, observer: Observer) -> AffineRange:
+        """Return scale and zero point without a target's limits."""
         if observer == "squared_error":
             return histogram_range(self.counts, self.edges, bits)
         if observer == "min_max":

@@ -16,6 +16,7 @@ from hq_optuna.quantization.modules import InputFakeQuantize, WeightFakeQuantize
 from hq_optuna.quantization.observers import InputHistogram, first_input, with_first_input
 from hq_optuna.quantization.outputs import RoundsOutputs, set_outputs
 from hq_optuna.quantization.quantizers import UNIFORM, ByGroup, quantizer_named
+from hq_optuna.quantization.ranges import ANY_GRID, InputGrid
 from hq_optuna.settings import Observer
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.layers import FLOAT_BITS, MAX_BITS, MIN_BITS, LayerSpec, is_whole
@@ -30,6 +31,7 @@ def prepare(
     *,
     observer: Observer = "squared_error",
     quantizers: Mapping[str, str] | None = None,
+    grid: InputGrid = ANY_GRID,
 ) -> nn.Module:
     """Return a copy of the network whose layers can be set to any number of bits.
 
@@ -45,6 +47,7 @@ def prepare(
             can only stay in float.
         observer: How activation ranges are found.
         quantizers: Layer → name of its weight's quantizer; ``"uniform"`` for layers not named.
+        grid: Which ranges of inputs the target takes.
 
     Raises:
         SpaceError: A quantizer, or a layer of ``quantizers``, that does not exist.
@@ -65,7 +68,7 @@ def prepare(
         quantizer = WeightFakeQuantize(layer.channel_axis, rounds)
         parametrize.register_parametrization(module, "weight", quantizer, unsafe=True)
         histogram = None if inputs is None else inputs[layer.name]
-        module.add_module(_INPUT, InputFakeQuantize(histogram, observer))
+        module.add_module(_INPUT, InputFakeQuantize(histogram, observer, grid=grid))
         module.register_forward_pre_hook(_quantize_input, with_kwargs=True)
     prepared.eval()
     return prepared

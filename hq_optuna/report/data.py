@@ -28,7 +28,7 @@ from hq_optuna.protocol.start_options import StartOptions, mask
 from hq_optuna.protocol.status import SearchStatus, read_status
 from hq_optuna.report.comparison import warnings
 from hq_optuna.report.text import headline
-from hq_optuna.search import uniform_within
+from hq_optuna.search import uniform_within, way
 from hq_optuna.space.assignment import BitConfig, LayerBits
 from hq_optuna.space.cost import METRICS, shares
 from hq_optuna.space.layers import FLOAT_BITS
@@ -134,17 +134,28 @@ def _answer(history: History) -> dict[str, Any]:
             "untrained_calibration_loss": getattr(winner, "calibration_loss", None),
         },
         "trained": isinstance(current, Reference),
+        "limits": [
+            {
+                "metric": bound.metric,
+                "text": bound.text,
+                "limit": bound.limit,
+                "answer": None if incumbent is None else bound.cost(incumbent.config),
+                "int8": bound.model.int8,
+            }
+            for bound in history.bounds
+        ],
     }
 
 
 def _state(history: History, current: SearchStatus) -> dict[str, Any]:
     """Return how far the search is: its status, the last closed step, and the way to the budget."""
-    incumbent, limit = history.incumbent, history.info.limit
+    incumbent, bounds = history.incumbent, history.bounds
     status, step, progress = "not started", None, 0.0
     if incumbent is not None:
         step = incumbent.step
-        start, now = history.records[0].winner.cost, incumbent.winner.cost
-        progress = 1.0 if start <= limit else min(1.0, (start - now) / (start - limit))
+        configs = history.records[0].config, incumbent.config
+        start, now = ([b.cost(config) for b in bounds] for config in configs)
+        progress = way(start, now, [b.limit for b in bounds])
         status = "met" if history.met else "unfinished"
         if not history.met and incumbent.winner.state == history.space.bottom:
             status = "exhausted"
@@ -173,6 +184,7 @@ def _exact(history: History) -> dict[str, Any] | None:
         "gap": score / best.score if best.score > 0 else None,
         "cost": best.cost,
         "assignment": best.config.to_json(),
+        "prices": [price._asdict() for price in sums.prices(history.info.limit)],
         "of_the_score": math.isclose(score, incumbent.winner.score, rel_tol=1e-9),
     }
 
@@ -326,7 +338,7 @@ def beside(history: History) -> list[dict[str, Any]]:
     if eight is not None and eight["cost"] != model.int8:  # pinned layers have other bits
         eight = None
     rows.append(row("8 bits everywhere", uniform(8), eight))
-    for name, config in uniform_within(space, model.cost, info.limit).items():
+    for name, config in uniform_within(space, history.fits).items():
         rows.append(row(f"uniform {name}", config, measured.get((UNIFORM, name))))
     if history.incumbent is not None:
         answer = row("this answer", history.incumbent.config, measured.get((ANSWER, None)))

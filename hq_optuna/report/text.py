@@ -14,7 +14,7 @@ from typing import Any
 from hq_optuna.answer.intervals import CONFIDENCE
 from hq_optuna.attributes import EIGHT, UNIFORM, quantizers_text
 from hq_optuna.settings import SearchSettings, Setting, settings_of
-from hq_optuna.space.cost import Metric, format_cost
+from hq_optuna.space.cost import UNITS, Metric, format_cost
 from hq_optuna.space.layers import FLOAT_BITS
 
 NOT_MEASURED = "not measured"
@@ -53,6 +53,8 @@ class Block:
 def blocks(data: Mapping[str, Any]) -> list[Block]:
     """Return the parts of the report in their order; the pictures go after ``"answer"``."""
     found = [_beside(data), _layers(data), _answer(data)]
+    if data["exact"] is not None and data["exact"]["prices"]:
+        found.append(_limits(data))
     if data["measured_end"] is not None:
         found.append(_finalists(data["measured_end"], data["budget"]["metric"]))
     if data["compared"]:
@@ -236,6 +238,36 @@ def _answer(data: Mapping[str, Any]) -> Block:
     said |= {"validation_metric", "test_metric"}
     rows += [(k.replace("_", " "), fact(k, v)) for k, v in facts.items() if k not in said]
     return _pairs("answer", "In numbers", rows)
+
+
+def _limits(data: Mapping[str, Any]) -> Block:
+    """Return what each limit allows, what of it is used, and what more of it would bring."""
+    rows, prices = data["limits"], data["exact"]["prices"]
+    more = []
+    for row, price in zip(rows, prices, strict=True):
+        gain = price["nats_per_unit"] * row["limit"] / 100
+        units = UNITS[row["metric"]].items()
+        unit, scale = next(
+            ((u, s) for u, s in units if row["limit"] >= s), (NOUN[row["metric"]], 1)
+        )
+        more.append(
+            f"1 % more: -{gain:.2g} nats (-{gain / max(data['exact']['optimum'], 1e-300):.2%}); "
+            f"1 {unit} more: -{price['nats_per_unit'] * scale:.2g} nats"
+            if price["nats_per_unit"] > 0
+            else "nothing: it does not bind"
+        )
+    columns: list[Column] = [
+        ("limit", [NOUN[row["metric"]] for row in rows]),
+        ("allowed", [format_cost(row["limit"], row["metric"]) for row in rows]),
+        ("the answer", [format_cost(row["answer"], row["metric"]) for row in rows]),
+        ("of it", [percent(row["answer"] / row["limit"]) for row in rows]),
+        ("what more would buy", more),
+    ]
+    lines = [
+        "What more of a limit would buy is the shadow price of the least sum over layers where "
+        "choices may be mixed: what the predicted rise would fall by at first."
+    ]
+    return Block("limits", "Limits", columns, lines)
 
 
 def _finalists(found: Mapping[str, Any], metric: Metric) -> Block:

@@ -1,19 +1,23 @@
-"""Budgets: the cost a user allows, absolute or as a fraction of the all-8-bit network.
+"""Budgets: the costs a user allows, absolute or as fractions of the all-8-bit network.
 
-People type them as ``0.25 bops``, ``25% size_bytes`` or ``24 GBOPs``.
+People type them as ``0.25 bops``, ``25% size_bytes`` or ``24 GBOPs``, and several of them as
+``0.25 bops, 300 KiB``.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from numbers import Real
 
-from hq_optuna.errors import BudgetError, SettingError
-from hq_optuna.space.cost import METRICS, UNITS, Metric, format_cost
+from hq_optuna.errors import SettingError
+from hq_optuna.space.assignment import LayerBits
+from hq_optuna.space.cost import METRICS, UNITS, CostModel, Metric, format_cost
 from hq_optuna.space.search_space import SearchSpace
 
+_NOUNS: dict[str, str] = {"bops": "BOPs", "size_bytes": "size"}
 _MOST = 16
 """Cost of float (32 by 32 bits) over that of 8 bits, in bit operations."""
 
@@ -31,21 +35,64 @@ _BUDGET = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Budget:
-    """The most an assignment may cost.
+class Bound:
+    """One limit of a network: what it counts, the most that may come to, and both in words."""
 
-    Make one with `fraction` or `absolute`.
+    model: CostModel
+    limit: float
+    text: str
+
+    @property
+    def metric(self) -> Metric:
+        """What is counted."""
+        return self.model.metric
+
+    def cost(self, config: Mapping[str, LayerBits]) -> float:
+        """Return what the assignment costs, in the metric's unit."""
+        return self.model.cost(config)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Budget:
+    """The most an assignment may cost: one limit, and others that hold ``beside`` it.
+
+    Make one with `fraction` or `absolute`, and several with `together`.
 
     Example:
         >>> Budget.fraction(bops=0.25)
         Budget(metric='bops', value=0.25, relative=True)
         >>> Budget.absolute(size_bytes=64_000)
         Budget(metric='size_bytes', value=64000.0, relative=False)
+        >>> print(Budget.together(Budget.fraction(bops=0.25), Budget.absolute(size_bytes=64_000)))
+        25 % of the all-8-bit BOPs and 62.5 KiB
     """
 
     metric: Metric
     value: float
     relative: bool
+    beside: tuple[Budget, ...] = ()
+
+    def __repr__(self) -> str:
+        more = f", beside={self.beside!r}" if self.beside else ""
+        said = f"metric={self.metric!r}, value={self.value!r}, relative={self.relative!r}"
+        return f"Budget({said}{more})"
+
+    @classmethod
+    def together(cls, *budgets: Budget) -> Budget:
+        """Return a budget that holds all the limits given.
+
+        Raises:
+            ValueError: There are none, or two limit the same metric.
+        """
+        every = [each for budget in budgets for each in budget.all]
+        counted = [each.metric for each in every]
+        for metric in counted:
+            if counted.count(metric) > 1:
+                both = " and ".join(str(each) for each in every if each.metric == metric)
+                raise ValueError(f"Two limits of {metric}: {both}. Keep the lower one.")
+        if not every:
+            raise ValueError("A budget has at least one limit, for example bops=0.25.")
+        return replace(every[0], beside=tuple(every[1:]))
 
     @classmethod
     def fraction(cls, **limit: float) -> Budget:
@@ -78,8 +125,13 @@ class Budget:
             )
         return cls(metric, float(value), relative)
 
+    @property
+    def all(self) -> tuple[Budget, ...]:
+        """The limits, one by one."""
+        return (replace(self, beside=()), *self.beside)
+
     def limit(self, space: SearchSpace) -> float:
-        """Return the absolute limit for this network, in BOPs or bytes."""
+        """Return the absolute value of the first limit for this network, in its metric's unit."""
         if not self.relative:
             return self.value
         limit = self.value * space.costs(self.metric).int8
@@ -88,33 +140,58 @@ class Budget:
         nearest = round(8 * limit) / 8
         return nearest if math.isclose(limit, nearest, rel_tol=1e-12) else limit
 
+    def bounds(self, space: SearchSpace) -> tuple[Bound, ...]:
+        """Return all limits for this network, in the order given."""
+        return tuple(Bound(space.costs(b.metric), b.limit(space), str(b)) for b in self.all)
+
     @property
     def text(self) -> str:
         """The budget as it is typed: ``"0.25 bops"``, ``"64000.0 size_bytes absolute"``."""
-        return f"{self.value!r} {self.metric}{'' if self.relative else ' absolute'}"
+        return ", ".join(
+            f"{b.value!r} {b.metric}{'' if b.relative else ' absolute'}" for b in self.all
+        )
 
     def __str__(self) -> str:
-        if self.relative:
-            what = "BOPs" if self.metric == "bops" else "size"
-            return f"{100 * self.value:.6g} % of the all-8-bit {what}"
-        return format_cost(self.value, self.metric)
+        return " and ".join(
+            f"{100 * b.value:.6g} % of the all-8-bit {_NOUNS[b.metric]}"
+            if b.relative
+            else format_cost(b.value, b.metric)
+            for b in self.all
+        )
 
 
-def parse_budget(text: str | float | Budget) -> Budget:
+def parse_budget(text: str | float | Budget | Sequence[str | float | Budget]) -> Budget:
     """Read a budget as people type it; a `Budget` is returned as it is.
+
+    Several limits are a sequence, or stand in one text with commas between them.
 
     A number up to 1, or one with ``%``, is a fraction of the all-8-bit cost; what has a unit or the
     word ``absolute`` is absolute.
 
     Raises:
-        SettingError: The text is no budget, or could mean either.
+        SettingError: The text is no budget, or could mean either; two limits of one metric.
 
     Example:
         >>> parse_budget("25% size_bytes")
         Budget(metric='size_bytes', value=0.25, relative=True)
         >>> parse_budget("24 GBOPs") == parse_budget("24e9 bops absolute")
         True
+        >>> len(parse_budget("0.25 bops, 300 KiB").all)
+        2
     """
+    if isinstance(text, Budget):
+        return text
+    several = text.split(",") if isinstance(text, str) else text
+    if isinstance(several, Sequence) and len(several) != 1:
+        try:
+            return Budget.together(*map(parse_budget, several))
+        except ValueError as error:
+            raise SettingError(str(error)) from None
+    return _parse(several[0] if isinstance(several, Sequence) else several)
+
+
+def _parse(text: str | float | Budget) -> Budget:
+    """Read a single limit."""
     if isinstance(text, Budget):
         return text
     said = repr(str(text))
@@ -135,25 +212,3 @@ def parse_budget(text: str | float | Budget) -> Budget:
     if value > 1 and not percent:
         raise SettingError(f"{said} is more than all of the all-8-bit cost. {_HOW}")
     return Budget.fraction(**{metric: value / 100 if percent else value})
-
-
-def check_reachable(space: SearchSpace, budget: Budget) -> None:
-    """Refuse a budget below the cheapest assignment of the space.
-
-    Raises:
-        TypeError: The budget is no `Budget`.
-        BudgetError: With the limit, the minimum, and both as fractions of the all-8-bit cost.
-    """
-    if not isinstance(budget, Budget):
-        raise TypeError(f"budget is a Budget such as Budget.fraction(bops=0.25); got {budget!r}.")
-    model = space.costs(budget.metric)
-    limit, minimum = budget.limit(space), model.cost(space.config(space.bottom))
-    if minimum > limit:
-        raise BudgetError(
-            f"Budget {format_cost(limit, budget.metric)} ({limit / model.int8:.4g} of all-8-bit) "
-            f"is below the cheapest assignment, {format_cost(minimum, budget.metric)} "
-            f"({minimum / model.int8:.4g} of all-8-bit; every searched layer at its fewest bits). "
-            "Raise the budget, allow fewer bits, or pin fewer layers.",
-            limit=limit,
-            minimum=minimum,
-        )

@@ -8,8 +8,8 @@ are not quantized are not counted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,16 @@ UNITS: dict[Metric, dict[str, float]] = {
     "bops": {"TBOPs": 1e12, "GBOPs": 1e9, "MBOPs": 1e6, "kBOPs": 1e3},
     "size_bytes": {"GiB": 2.0**30, "MiB": 2.0**20, "KiB": 2.0**10, "bytes": 1.0},
 }
+
+LayerCost = Callable[[str, LayerBits], float]
+"""From a layer's name and bits to its part of a cost."""
+
+
+class Row(NamedTuple):
+    """A sum over layers that a limit holds: what is fixed, and what each layer adds."""
+
+    layer_cost: LayerCost
+    fixed: float = 0.0
 
 
 class CostModel:
@@ -72,6 +82,11 @@ class CostModel:
     def uniform(self, weight_bits: int, activation_bits: int) -> float:
         """Return the cost with the same bits everywhere, pinned layers too."""
         return self.cost(dict.fromkeys(self._names, LayerBits(weight_bits, activation_bits)))
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """The sums over layers of which the cost is the largest: a single one where it adds up."""
+        return (Row(self.layer_cost),)
 
     @property
     def int8(self) -> float:
