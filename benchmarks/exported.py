@@ -424,14 +424,14 @@ class Benchmark:
             found[f"latency_ratio_{name}{ending}"] = ratio
         return found
 
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> dict[str, float | None]:
         """Return the worst of each figure."""
         rows = [row for row in self.rows if "refused" not in row]
         classed = [row for row in rows if "agreement" in row]
         told = [row for row in rows if "openvino_error" in row]
 
-        def worst(choose: Any, key: str, of: list[dict[str, Any]] = rows) -> float:
-            return float(choose((row[key] for row in of if key in row), default=float("nan")))
+        def worst(choose: Any, key: str, of: list[dict[str, Any]] = rows) -> float | None:
+            return choose((float(row[key]) for row in of if key in row), default=None)  # type: ignore[no-any-return]
 
         return {
             "networks": len({row["network"] for row in rows}),

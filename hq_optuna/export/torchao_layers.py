@@ -45,7 +45,9 @@ def for_torchao(answer: SearchResult | nn.Module) -> tuple[nn.Module, tuple[str,
     try:
         from torchao.quantization import IntxUnpackedToInt8Tensor
     except ModuleNotFoundError as error:
-        raise ExportError(f"This needs the package {error.name!r}: pip install 'hq_optuna[torchao]'.") from error
+        raise ExportError(
+            f"This needs the package {error.name!r}: pip install 'hq_optuna[torchao]'."
+        ) from error
     network = deployed(answer.network if isinstance(answer, SearchResult) else answer)
     done = []
     for name, layer in deployed_layers(network).items():
