@@ -142,7 +142,7 @@ class StudyInfo:
     limit: float  # the budget in that unit
     budget: str  # in words
     int8: float  # cost with 8 bits everywhere
-    float32: float  # cost without quantization
+    float32: float | None  # cost without quantization, where it is known
     settings: Mapping[str, Any]  # all `hq_optuna.settings.SearchSettings`
     quantizers: Mapping[str, str] = field(default_factory=dict)  # by layer; not "uniform"
     training: Mapping[str, Any] | None = None  # see `hq_optuna.training.plan`

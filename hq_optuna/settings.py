@@ -348,9 +348,10 @@ class SearchSettings(_Settings):
     budget: Budget = _steps(
         "0.25 bops",
         "Most that the answer may cost: a share of the all-8-bit cost ('0.25 bops', "
-        "'40% size_bytes') or an amount ('24 GBOPs', '64 KiB'). Several limits hold at once.",
-        **{"kind": BUDGET, "unit": "BOPs or bytes", "differs": "the budget", "read": parse_budget},
-        **{"repeats": True, "metavar": "TEXT"},
+        "'40% size_bytes') or an amount ('24 GBOPs', '64 KiB', '8 ms', '128 KiB activations'). "
+        "Several limits hold at once.",
+        **{"kind": BUDGET, "unit": "BOPs, bytes or seconds", "differs": "the budget"},
+        **{"read": parse_budget, "repeats": True, "metavar": "TEXT"},
     )
     hardware: str | Path = _space(
         "any",
@@ -387,6 +388,13 @@ class SearchSettings(_Settings):
         "Groups of layers that share their bits.",
         **{"kind": GROUPS, "option": "", "shown_default": "none"},
         **{"example": '[("q", "k")]', "read": _groups},
+    )
+    latency: Path | None = _space(
+        None,
+        "CSV or JSON file of how long each layer takes at each of its bits, for budgets such as "
+        "'8 ms'; `hq-optuna profile` writes one.",
+        **{"kind": PATH, "metavar": "FILE", "shown_default": "none", "example": '"latency.csv"'},
+        read=lambda value: None if value is None else Path(value),
     )
     tie_inputs: bool = _space(
         True,

@@ -39,7 +39,7 @@ class Resolved:
         study_name: Where the table is from.
         config: Bits of every layer.
         budget: The budget in words.
-        metric: ``"bops"`` or ``"size_bytes"``.
+        metric: What `cost` counts, one of `hq_optuna.space.METRICS`.
         limit: The budget in that unit.
         cost: Cost of the assignment.
         int8: Cost with 8 bits everywhere.

@@ -130,8 +130,13 @@ def _summary(history: History, reason: str = "") -> str:
     cost = record.winner.cost
     lines = [
         f"cost      [bold]{format_cost(cost, info.metric)}[/], "
-        f"{100 * cost / info.int8:.1f} % of all-8-bit ({format_cost(info.int8, info.metric)}), "
-        f"{100 * cost / info.float32:.2f} % of float ({format_cost(info.float32, info.metric)})",
+        f"{100 * cost / info.int8:.1f} % of all-8-bit ({format_cost(info.int8, info.metric)})"
+        + (
+            ""
+            if info.float32 is None
+            else f", {100 * cost / info.float32:.2f} % of float "
+            f"({format_cost(info.float32, info.metric)})"
+        ),
         *(
             f"          [bold]{format_cost(bound.cost(record.config), bound.metric)}[/] of "
             f"{format_cost(bound.limit, bound.metric)} allowed"

@@ -90,7 +90,8 @@ class HessianObjective:
         rise: How much worse outputs become that move, see `hq_optuna.rises`; a function returns
             it from (outputs, moved), summed over samples. By default that of the loss, or, where
             that is unknown or there is none, by the outputs.
-        batch_size: Samples a batch, where ``calibration`` has no batches of its own.
+        batch_size: Samples a batch, where ``calibration`` has no batches of its own; by default
+            32, or fewer where a sample is large.
         training: When winners are trained, and how; the sampler must be told the same. ``None``:
             never.
         artifacts: Where a search that trains keeps weights.
@@ -121,7 +122,7 @@ class HessianObjective:
         loss_fn: LossFunction | None = None,
         settings: SearchSettings | None = None,
         rise: Rise | Callable[[Any, Any], Any] | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         training: TrainingPlan | None = None,
         artifacts: Artifacts | None = None,
         validation: Batches | None = None,
@@ -286,7 +287,7 @@ class HessianObjective:
         if study is not None:
             another = self._met_another(study)
             if settled.get(id_of(study)) != another:
-                write_over = self._settle(study)
+                write_over = self.settle(study)
         if self._scorer is None:
             known = None if study is None else stored_sensitivity(study)
             built = self.setup.build(
@@ -310,8 +311,14 @@ class HessianObjective:
             return None
         return Shared(study, artifacts, attributes.digest(self.fingerprint(study)))
 
-    def _settle(self, study: Study) -> bool:
-        """Refuse the study of another search; return whether what it says must be written over."""
+    def settle(self, study: Study) -> bool:
+        """Say in a new study which search it is of; return whether another was begun in it.
+
+        What the study says of that one is to be written over.
+
+        Raises:
+            ResumeError: The study belongs to another search.
+        """
         mine, sampler, is_mine = self.fingerprint(study), study.sampler, None
         if isinstance(sampler, ProgressiveBitSampler):
             sampler.name_search(study, attributes.digest(mine))
@@ -362,7 +369,7 @@ class HessianObjective:
             settings |= {"rule": type(sampler).__name__, "n_candidates": 1}
         return StudyInfo(
             metric=metric,
-            limit=model.float32 if budget is None else budget.limit(self.space),
+            limit=model.uniform(32, 32) if budget is None else budget.limit(self.space),
             budget="none" if budget is None else str(budget),
             int8=model.int8,
             float32=model.float32,

@@ -268,8 +268,9 @@ class _Outputs:
         self._calls[name] += 1
         if isinstance(output, Tensor) and has_known_axes(module):
             self._outputs[id(output)] = name, output
-            axis = channel_axis(module, output)
-            self._found.setdefault(name, []).append(statistics_of(output, axis))
+            if name not in self.normed:  # else the norm takes it in
+                axis = channel_axis(module, output)
+                self._found.setdefault(name, []).append(statistics_of(output, axis))
         else:
             self._left.add(name)
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from hq_optuna.network.batches import Batches, forward
 from hq_optuna.network.layer_types import TRANSPOSED
-from hq_optuna.network.weight_uses import WatchedWeights, WeightUse
+from hq_optuna.network.operators.weight_uses import WatchedWeights, WeightUse
 from hq_optuna.space.layers import LayerSpec
 
 PLACES_PER_INPUT = 64
@@ -61,7 +61,8 @@ def input_moments(
         d = columns(network.get_submodule(name))
         # Axes of places first; groups, channels and the kernel's axes behind them.
         shape = view.shape[: 1 if weights[name].dim() == 2 else view.dim() // 2]
-        total, wanted = math.prod(shape), max(PLACES_PER_INPUT * d, LEAST_PLACES)
+        least = LEAST_PLACES if view.shape[len(shape)] == 1 else LEAST_PLACES // 4  # in each group
+        total, wanted = math.prod(shape), max(PLACES_PER_INPUT * d, least)
         most = math.ceil(wanted * n / data.n_samples)
         picked = torch.arange(total, device="cpu")
         if total > most:
@@ -97,13 +98,18 @@ def _products(rows: Tensor) -> Tensor:
     """
     if rows.shape[1] == 0:
         return rows.new_zeros(rows.shape[0], *2 * rows.shape[2:], dtype=torch.float64)
-    plain = rows.mT @ rows
-    largest = plain.diagonal(dim1=1, dim2=2).amax(1)
-    if bool(((largest > 2.0**-60) & (largest < 2.0**120)).all()):
-        return plain.double()
-    exponent = torch.frexp(rows.abs().amax((1, 2), keepdim=True)).exponent.clamp(-126, 126)
-    near_one = torch.ldexp(rows, -exponent)
-    return torch.ldexp((near_one.mT @ near_one).double(), 2 * exponent)
+    found = (rows.mT @ rows).double()
+    largest = found.diagonal(dim1=1, dim2=2).amax(1)
+    odd = ~((largest > 2.0**-60) & (largest < 2.0**120))
+    if not bool(odd.any()):
+        return found
+    exponent = torch.frexp(rows[odd].abs().amax((1, 2), keepdim=True)).exponent.clamp(-126, 126)
+    odd[odd.clone()] = exponent.flatten() != 0  # of an input that is always zero there is no more
+    if bool(odd.any()):
+        exponent = exponent[exponent.flatten() != 0]
+        near_one = torch.ldexp(rows[odd], -exponent)
+        found[odd] = torch.ldexp((near_one.mT @ near_one).double(), 2 * exponent)
+    return found
 
 
 def can_have_moments(module: nn.Module) -> bool:

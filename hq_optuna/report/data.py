@@ -30,7 +30,7 @@ from hq_optuna.report.comparison import warnings
 from hq_optuna.report.text import headline
 from hq_optuna.search import uniform_within, way
 from hq_optuna.space.assignment import BitConfig, LayerBits
-from hq_optuna.space.cost import METRICS, shares
+from hq_optuna.space.cost import shares
 from hq_optuna.space.layers import FLOAT_BITS
 
 PACKAGES = ("optuna", "torch", "numpy", "scipy", "sqlalchemy", "plotly")
@@ -105,6 +105,10 @@ def _deploy(study: Study, history: History) -> list[dict[str, Any]]:
     return [row for row in rows if row["assignment"] == digest]
 
 
+def _share(cost: float | None, whole: float | None) -> float | None:
+    return None if cost is None or whole is None else cost / whole
+
+
 def _answer(history: History) -> dict[str, Any]:
     """Return the budget, and cost and score of the incumbent (``None`` before step 0 is closed)."""
     info, incumbent = history.info, history.incumbent
@@ -123,7 +127,7 @@ def _answer(history: History) -> dict[str, Any]:
             "int8": info.int8,
             "float32": info.float32,
             "of_int8": None if cost is None else cost / info.int8,
-            "of_float32": None if cost is None else cost / info.float32,
+            "of_float32": _share(cost, info.float32),
         },
         "score": {
             "total": getattr(current, "score", None),
@@ -308,20 +312,21 @@ def beside(history: History) -> list[dict[str, Any]]:
 
     Returns:
         One row each: ``{"name", "bops", "size_bytes", "of_int8", "of_float32", "loss", "accuracy",
-        "metric", "over_answer"}``. The last is how much more often than the answer it is right, or
+        "metric", "over_answer"}``, and the other costs that are known. The last is how much more
+        often than the answer it is right, or
         how far the study's own metric is over the answer's; ``accuracy`` and ``over_answer`` are
         ``{"value", "low", "high"}`` or ``None``, ``metric`` a number.
     """
     facts, info, space = history.facts, history.info, history.space
-    models = {metric: space.costs(metric) for metric in METRICS}
+    models = {metric: space.costs(metric) for metric in space.metrics}
     model = models[info.metric]
     measured = {(row["method"], row["bits"]): row for row in facts.get(COMPARED, ())}
     ours = accuracies(facts).get("validation")
 
     def row(name: str, bits: Mapping[str, LayerBits], found: Any = None) -> dict[str, Any]:
-        costs = {str(metric): m.cost(bits) for metric, m in models.items()}
+        costs = {str(metric): m.known_cost(bits) for metric, m in models.items()}
         cost = costs[info.metric]
-        shares = {"of_int8": cost / info.int8, "of_float32": cost / info.float32}
+        shares = {"of_int8": _share(cost, info.int8), "of_float32": _share(cost, info.float32)}
         return {"name": name, **costs, **shares, **_measured(found or {"measured": {}})}
 
     def uniform(bits: int) -> BitConfig:

@@ -74,6 +74,9 @@ class ProgressiveSearch:
     _costs: dict[tuple[int, ...], tuple[float, ...]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+    _loads: dict[tuple[int, ...], float] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         for name in ("n_candidates", "seed"):
@@ -147,8 +150,22 @@ class ProgressiveSearch:
         return way(self.costs_of(self.space.top), self.costs_of(state), self.limits.values())
 
     def load(self, state: Sequence[int]) -> float:
-        """Return what is to be lowered: the cost, or by what shares several limits are exceeded."""
-        return to_lower(self.costs_of(state), tuple(self.limits.values()))
+        """Return what is to be lowered: the cost, or by what shares limits are exceeded.
+
+        The latter where there are several limits, or one of a peak, which several moments may have.
+        """
+        if not self._sums_shares:
+            return self.cost_of(state)
+        key = tuple(state)
+        if key not in self._loads:
+            first = Bound(self.space.costs(self.metric), self.limit, "")
+            self._loads[key] = to_lower((first, *self.beside), self.space.config(key))
+        return self._loads[key]
+
+    @property
+    def _sums_shares(self) -> bool:
+        peak = self.metric == "activation_bytes" and self.limit > 0
+        return bool(self.beside) or peak
 
     def states(
         self, incumbent: Incumbent | None, past: Past | None = None
@@ -217,7 +234,7 @@ class ProgressiveSearch:
                 [self.load(result.state) for result in results],
                 incumbent_score=incumbent.score,
                 incumbent_cost=self.load(incumbent.state),
-                limit=0.0 if self.beside else self.limit,
+                limit=0.0 if self._sums_shares else self.limit,
             )
             origin = (step, slot)
         known = {**(earlier or {}), **known}
@@ -253,16 +270,11 @@ class ProgressiveSearch:
         return past.incumbents
 
 
-def to_lower(costs: Sequence[float], limits: Sequence[float]) -> float:
-    """Return a single cost, or the sum of the shares by which several costs exceed their limits.
-
-    Example:
-        >>> to_lower([6.0], [4.0]), to_lower([6.0, 30.0, 10.0], [4.0, 20.0, 20.0])
-        (6.0, 1.0)
-    """
-    if len(costs) == 1:
-        return costs[0]
-    return math.fsum(max(c / most - 1, 0.0) for c, most in zip(costs, limits, strict=True))
+def to_lower(bounds: Sequence[Bound], config: BitConfig) -> float:
+    """Return a single cost that adds up, or the sum of the shares by which limits are exceeded."""
+    if len(bounds) == 1 and bounds[0].metric != "activation_bytes":
+        return bounds[0].cost(config)
+    return math.fsum(bound.model.excess(config, bound.limit) for bound in bounds)
 
 
 def way(starts: Iterable[float], now: Iterable[float], limits: Iterable[float]) -> float:

@@ -1,7 +1,7 @@
 """Budgets: the costs a user allows, absolute or as fractions of the all-8-bit network.
 
-People type them as ``0.25 bops``, ``25% size_bytes`` or ``24 GBOPs``, and several of them as
-``0.25 bops, 300 KiB``.
+People type them as ``0.25 bops``, ``25% size_bytes``, ``24 GBOPs``, ``8 ms`` or ``128 KiB
+activations``, and several of them as ``0.25 bops, 300 KiB``.
 """
 
 from __future__ import annotations
@@ -12,25 +12,35 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 
-from hq_optuna.errors import SettingError
+from hq_optuna.errors import BudgetError, SettingError
 from hq_optuna.space.assignment import LayerBits
-from hq_optuna.space.cost import METRICS, UNITS, CostModel, Metric, format_cost
+from hq_optuna.space.cost import METRICS, NOUNS, UNITS, CostModel, Metric, format_cost
 from hq_optuna.space.search_space import SearchSpace
 
-_NOUNS: dict[str, str] = {"bops": "BOPs", "size_bytes": "size"}
 _MOST = 16
 """Cost of float (32 by 32 bits) over that of 8 bits, in bit operations."""
 
-_ABSOLUTE = {
-    unit.lower(): (metric, scale) for metric in METRICS for unit, scale in UNITS[metric].items()
+_FAR = 100
+"""How far a latency may be from all that a table tells, as a factor."""
+
+_ABSOLUTE: dict[str, tuple[Metric, float]] = {
+    unit.lower(): (metric, scale)
+    for metric in ("bops", "activation_bytes", "size_bytes", "latency_s")  # KiB alone is of size
+    for unit, scale in UNITS[metric].items()
 }
+_METRICS: dict[str, Metric] = {metric: metric for metric in METRICS} | {
+    "activations": "activation_bytes",
+    "latency": "latency_s",
+}
+"""What metrics are called where a budget is typed."""
+_UNITS = [unit for metric in METRICS for unit in UNITS[metric]]
 _HOW = (
     f"Write a fraction of the all-8-bit cost, '0.25 bops' or '25% size_bytes' (metrics: "
-    f"{', '.join(METRICS)}), or an absolute cost, '24e9 bops absolute', '24 GBOPs' or "
-    f"'5.8 MiB' (units: {', '.join(unit for metric in METRICS for unit in UNITS[metric])})."
+    f"{', '.join(METRICS)}), or an absolute cost, '24e9 bops absolute', '24 GBOPs', '5.8 MiB', "
+    f"'128 KiB activations' or '8 ms' (units: {', '.join(dict.fromkeys(_UNITS))})."
 )
 _BUDGET = re.compile(
-    r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*(%?)\s*([a-z_]*?)\s*(\babsolute)?\s*", re.I
+    r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*(%?)\s*([a-z_]*(?:\s+[a-z_]+)*)\s*", re.I
 )
 
 
@@ -131,14 +141,34 @@ class Budget:
         return (replace(self, beside=()), *self.beside)
 
     def limit(self, space: SearchSpace) -> float:
-        """Return the absolute value of the first limit for this network, in its metric's unit."""
+        """Return the absolute value of the first limit for this network, in its metric's unit.
+
+        Raises:
+            SpaceError: The space does not know what the metric counts.
+            BudgetError: A latency that is off by so much that its unit must be wrong.
+        """
         if not self.relative:
+            if self.metric == "latency_s":
+                self._check_unit(space)
             return self.value
         limit = self.value * space.costs(self.metric).int8
         # Costs are whole bit operations or eighths of a byte. A fraction made by dividing a cost by
         # the all-8-bit cost shall mean that cost, and not the float just below it.
         nearest = round(8 * limit) / 8
         return nearest if math.isclose(limit, nearest, rel_tol=1e-12) else limit
+
+    def _check_unit(self, space: SearchSpace) -> None:
+        """Refuse a latency far from all that the table tells, which another unit explains."""
+        model = space.costs(self.metric)
+        low, high = (model.cost(space.config(x)) for x in (space.bottom, space.top))
+        if not low / _FAR <= self.value <= high * _FAR:
+            raise BudgetError(
+                f"Budget {self} is far from all that the latency table tells, "
+                f"{format_cost(low, self.metric)} to {format_cost(high, self.metric)}. Is one of "
+                "the units wrong by 1,000? A table says s, ms or us, and so does a budget.",
+                limit=self.value,
+                minimum=low,
+            )
 
     def bounds(self, space: SearchSpace) -> tuple[Bound, ...]:
         """Return all limits for this network, in the order given."""
@@ -153,9 +183,10 @@ class Budget:
 
     def __str__(self) -> str:
         return " and ".join(
-            f"{100 * b.value:.6g} % of the all-8-bit {_NOUNS[b.metric]}"
+            f"{100 * b.value:.6g} % of the all-8-bit {NOUNS[b.metric]}"
             if b.relative
             else format_cost(b.value, b.metric)
+            + (" of activations" if b.metric == "activation_bytes" else "")
             for b in self.all
         )
 
@@ -198,17 +229,31 @@ def _parse(text: str | float | Budget) -> Budget:
     match = _BUDGET.fullmatch(str(text))
     if match is None:
         raise SettingError(f"{said} is no budget. {_HOW}")
-    value, percent, unit = float(match[1]), bool(match[2]), match[3].lower()
+    value, percent, words = float(match[1]), bool(match[2]), match[3].lower().split()
     if not math.isfinite(value) or value <= 0:
         raise SettingError(f"A budget is a positive number; got {said}. {_HOW}")
-    metric, scale = _ABSOLUTE.get(unit, (unit or "bops", 1.0))
-    known = metric in METRICS
-    if unit in _ABSOLUTE or match[4]:
-        if percent or not known:
+    absolute = words[-1:] == ["absolute"]
+    words = words[:-1] if absolute else words
+    metric, scale = _METRICS["bops"], 1.0
+    units = [word for word in words[:1] if word in _ABSOLUTE]
+    if units:
+        (metric, scale), absolute = _ABSOLUTE[units[0]], True
+    if named := words[len(units) :]:
+        given = _METRICS.get(named[0])
+        if len(named) > 1:
+            raise SettingError(f"{said} is no budget. {_HOW}")
+        if given is None and absolute:
+            raise SettingError(f"{said} is no absolute budget. {_HOW}")
+        if given is None:
+            what = match[3].split()[len(units)]
+            raise SettingError(f"{what!r} in {said} is neither metric nor unit. {_HOW}")
+        if units and units[0] not in (unit.lower() for unit in UNITS[given]):
+            raise SettingError(f"{said} mixes a unit with another metric. {_HOW}")
+        metric = given
+    if absolute:
+        if percent:
             raise SettingError(f"{said} is no absolute budget. {_HOW}")
         return Budget.absolute(**{metric: value * scale})
-    if not known:
-        raise SettingError(f"{match[3]!r} in {said} is neither metric nor unit. {_HOW}")
     if value > 1 and not percent:
         raise SettingError(f"{said} is more than all of the all-8-bit cost. {_HOW}")
     return Budget.fraction(**{metric: value / 100 if percent else value})

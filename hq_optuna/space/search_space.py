@@ -19,8 +19,10 @@ from typing import Any, Literal, NamedTuple
 
 from hq_optuna.errors import SpaceError
 from hq_optuna.space.assignment import BitConfig, LayerBits
-from hq_optuna.space.cost import CostModel, Metric
+from hq_optuna.space.cost import METRICS, CostModel, Metric
+from hq_optuna.space.latency import LatencyTable
 from hq_optuna.space.layers import FLOAT_BITS, MAX_BITS, MIN_BITS, LayerSpec, is_whole
+from hq_optuna.space.memory import MemoryMap
 
 Part = Literal["both", "weights", "activations", "pair"]
 ActivationBits = Literal["same"] | int | Sequence[int] | None
@@ -85,12 +87,19 @@ class SearchSpace:
     """Layers, variables, and the bits of what is fixed.
 
     Build it with `SearchSpace.build`. `start` holds every layer at its widest bits; layers that no
-    variable touches keep them.
+    variable touches keep them. `memory` and `latency` tell what assignments cost in these, where
+    that is known.
     """
 
     layers: tuple[LayerSpec, ...]
     variables: tuple[Variable, ...]
     start: BitConfig
+    memory: MemoryMap | None = None
+    latency: LatencyTable | None = None
+
+    def __post_init__(self) -> None:
+        if self.latency is not None:
+            self.latency.check(self.layers, self.pairs)
 
     @classmethod
     def build(
@@ -104,6 +113,8 @@ class SearchSpace:
         allowed: Mapping[str, Iterable[int]] | None = None,
         tied: Iterable[Sequence[str]] = (),
         tie_inputs: bool = True,
+        memory: MemoryMap | None = None,
+        latency: LatencyTable | None = None,
     ) -> SearchSpace:
         """Describe which bits each layer may have.
 
@@ -122,10 +133,13 @@ class SearchSpace:
             tie_inputs: Whether layers that read the same tensor (`LayerSpec.input_of`) share its
                 bits: one variable of their activations, or one of all where those are ``"same"``.
                 Layers that are pinned, tied or allowed other bits than the group's stay apart.
+            memory: What is in memory when, from `introspect`.
+            latency: How long each layer takes at each of its bits.
 
         Raises:
             SpaceError: Bits outside 1 to 16, a glob or name without a match, tied layers with
-                different choices, pinned bits that are not allowed, or nothing left to search.
+                different choices, pinned bits that are not allowed, nothing left to search, or a
+                table of latencies with holes.
         """
         if not layers:
             raise SpaceError(
@@ -166,7 +180,7 @@ class SearchSpace:
                 "allowed number of bits. Remove a pin (pin_first_last=None) or allow more bits."
             )
         check_parameters([v.name for v in variables], names)
-        return cls(tuple(layers), tuple(variables), BitConfig(start))
+        return cls(tuple(layers), tuple(variables), BitConfig(start), memory, latency)
 
     @property
     def top(self) -> tuple[int, ...]:
@@ -188,8 +202,31 @@ class SearchSpace:
         return tuple(sorted(found))
 
     def costs(self, metric: Metric) -> CostModel:
-        """Return what assignments of this space cost in a metric."""
-        return CostModel(self.layers, metric)
+        """Return what assignments of this space cost in a metric.
+
+        Raises:
+            SpaceError: What the metric needs is not known of this network.
+        """
+        return CostModel(self.layers, metric, memory=self.memory, latency=self.latency)
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """The metrics in which it is known what assignments of this space cost."""
+        unknown = set[str]()
+        if self.memory is None or not self.memory.moments:
+            unknown.add("activation_bytes")
+        if self.latency is None:
+            unknown.add("latency_s")
+        return tuple(metric for metric in METRICS if metric not in unknown)
+
+    @property
+    def pairs(self) -> dict[str, set[LayerBits]]:
+        """The (weight, activation) bits that each layer may have."""
+        found = {name: {bits} for name, bits in self.start.items()}
+        for variable in self.variables:
+            for name in variable.layers:
+                found[name] |= {variable.applied(p, b) for p in found[name] for b in variable.bits}
+        return found
 
     def config(self, state: Sequence[int]) -> BitConfig:
         """Return the bits of all layers when the variables have the bits ``state``."""
@@ -234,6 +271,8 @@ class SearchSpace:
                 for v in self.variables
             ],
             "start": self.start.to_json(),
+            "memory": None if self.memory is None else self.memory.to_json(),
+            "latency": None if self.latency is None else self.latency.to_json(),
         }
 
     @classmethod
@@ -244,7 +283,14 @@ class SearchSpace:
             for v in data["variables"]
         )
         layers = tuple(LayerSpec.from_json(layer) for layer in data["layers"])
-        return cls(layers, variables, BitConfig.from_json(data["start"]))
+        memory, latency = data["memory"], data["latency"]
+        return cls(
+            layers,
+            variables,
+            BitConfig.from_json(data["start"]),
+            None if memory is None else MemoryMap.from_json(memory),
+            None if latency is None else LatencyTable.from_json(latency),
+        )
 
     @functools.cached_property
     def digest(self) -> str:

@@ -90,7 +90,8 @@ def _against(
         if rule == "ratio":
             # An incumbent over the budget: in steps that begin within it the rule is "swaps".
             before, after = _load(history, parent), _load(history, c)
-            limit = 0.0 if history.beside else history.info.limit
+            sums = bool(history.beside) or history.info.metric == "activation_bytes"
+            limit = 0.0 if sums else history.info.limit
             worth = min(before - after, before - limit)
             key = rise / worth if worth > 0 else math.inf
     won = c.number == taken
@@ -99,7 +100,7 @@ def _against(
 
 def _load(history: History, candidate: Candidate) -> float:
     config, bounds = history.space.config(candidate.state), history.bounds
-    return to_lower([b.cost(config) for b in bounds], [b.limit for b in bounds])
+    return to_lower(bounds, config)
 
 
 def candidates_figure(info: CandidatesInfo) -> go.Figure:

@@ -49,7 +49,7 @@ def test_budgets_read_as_people_write_them() -> None:
     [
         ({}, "limits one metric, for example bops=0.25; got none"),
         ({"bops": 1, "size_bytes": 2}, r"got \['bops', 'size_bytes'\]"),
-        ({"flops": 1}, "limits one of bops, size_bytes; got 'flops'"),
+        ({"flops": 1}, "limits one of bops, size_bytes, activation_bytes, latency_s; got 'flops'"),
         ({"bops": 0}, "positive number; got bops=0"),
         ({"bops": -0.5}, "positive number; got bops=-0.5"),
         ({"bops": float("nan")}, "positive number; got bops=nan"),
