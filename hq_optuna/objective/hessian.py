@@ -51,7 +51,6 @@ from hq_optuna.optuna_internals import id_of, storage_of
 from hq_optuna.protocol.claims import ClaimedTrial, NotNeeded, write_facts
 from hq_optuna.protocol.history import read_history
 from hq_optuna.protocol.tickets import closing, winner_of
-from hq_optuna.quantization import set_bits
 from hq_optuna.quantization.outputs import find_places
 from hq_optuna.quantization.prepare import check_preparable
 from hq_optuna.rises import Rise, RiseLoss, decide, rise_of_loss
@@ -219,14 +218,7 @@ class HessianObjective:
         missing = [layer.name for layer in self.space.layers if layer.name not in config]
         if missing:
             raise SpaceError(f"The assignment has no bits of {missing[0]!r}; it needs all layers'.")
-        prepared, correction = scorer.prepared, scorer.correction
-        set_bits(prepared, config)
-        if correction is not None:
-            correction.apply()
-        network = copied(prepared)
-        if correction is not None:
-            correction.reset()
-        return network
+        return scorer.network(config)
 
     @own_modes()
     def answer(self, study: Study, config: BitConfig) -> nn.Module:

@@ -156,7 +156,7 @@ class Preparation:
         self._bits = {name: (set(w), set(a)) for name, (w, a) in bits_needed(setup.space).items()}
         for name, bits in ({} if base is None else base.config).items():
             self._bits[name][0].discard(bits.weight_bits)
-        self._compensates = setup.settings.rounding == "compensated"
+        self._compensates = setup.settings.rounding != "nearest"
         self._table_data = counting(setup.table_data)
         self._traces = setup.layer_sum == "hessian_trace"
         layers, n = setup.space.layers, setup.rounding_data.n_samples
