@@ -2,8 +2,8 @@
 
 A tensor is as wide as its readers need it: the activation bits of the layers that quantize it, the
 largest where several read it with different bits, and 32 where nobody quantizes it. With
-``output_bits`` it has these at least, but where one layer alone reads it. Tensors are packed: 3 bits
-take 3/8 byte. Weights, and what an operation needs for itself, are not counted.
+``output_bits`` it has these at least, but where one layer alone reads it. Tensors are packed: 3
+bits take 3/8 byte. Weights, and what an operation needs for itself, are not counted.
 """
 
 from __future__ import annotations

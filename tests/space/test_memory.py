@@ -98,11 +98,8 @@ def test_rounded_outputs_are_as_wide_as_that_and_no_narrower() -> None:
     for bits in (config, wide):
         sums = [r.fixed + sum(r.layer_cost(n, b) for n, b in bits.items()) for r in memory.rows]
         assert max(sums) == memory.peak(bits)
-    assert (
-        memory.rounded(None)
-        == memory
-        == MemoryMap.from_json(json.loads(json.dumps(memory.to_json())))
-    )
+    assert memory.rounded(None) == memory
+    assert MemoryMap.from_json(json.loads(json.dumps(memory.to_json()))) == memory
 
 
 def spec(name: str) -> LayerSpec:
