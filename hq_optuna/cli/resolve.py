@@ -25,7 +25,7 @@ from hq_optuna.search import Point
 from hq_optuna.settings import RunSettings
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.budget import Budget, parse_budget
-from hq_optuna.space.cost import METRICS, Metric, format_cost
+from hq_optuna.space.cost import METRICS, NOUNS, Metric, format_cost
 from hq_optuna.space.layers import FLOAT_BITS
 from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.visualization.pareto import pareto_figure, pareto_info
@@ -97,7 +97,7 @@ def resolve(
             f"all-8-bit ({format_cost(found.int8, found.metric)})",
             *(
                 f"          [bold]{format_cost(bound.cost(found.config), bound.metric)}[/] of "
-                f"{format_cost(bound.limit, bound.metric)} allowed"
+                f"{format_cost(bound.limit, bound.metric)} allowed, {NOUNS[bound.metric]}"
                 for bound in beside
             ),
             f"score     {found.score:.3g} nats, "

@@ -299,5 +299,6 @@ def memory_map(
                 alone=len(readers) == 1 and len(groups.reads(made)) == 1 and not returned,
             )
         )
-    names = (record.operations[at].gave[0].name for at in when) if record.operations else ()
+    given = (record.operations[at].gave for at in when) if record.operations else ()
+    names = (gave[0].name if gave else "" for gave in given)
     return MemoryMap(tuple(names), tuple(held))
