@@ -375,14 +375,16 @@ class Benchmark:
         margins = outputs.topk(2, 1).values
         clear = margins[:, 0] - margins[:, 1] > 2 * by_rounding
         same = found.argmax(1) == expected
-        change = (found.argmax(1) == labels).double() - (expected == labels).double()
+        right = [float((y == labels).double().mean()) for y in (expected, found.argmax(1))]
         result = {
             "samples": len(labels),
             "agreement": float(same.double().mean()),
             "agreement_plain": float((plain.argmax(1) == expected).double().mean()),
             "ties": int((~clear).sum()),
             "agreement_clear": 1 - float((clear & ~same).double().mean()),
-            "accuracy_points": 100 * abs(float(change.mean())),
+            "accuracy": right[0],
+            "accuracy_of_file": right[1],
+            "accuracy_points": 100 * abs(right[0] - right[1]),
         }
         other = openvino_outputs(path, answer, unseen)
         if isinstance(other, str):
