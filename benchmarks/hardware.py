@@ -34,7 +34,7 @@ from torch import nn
 
 import hq_optuna as hq
 from benchmarks.outcome import Outcome
-from benchmarks.zoo import data_folder, load_trained
+from benchmarks.zoo import data_folder, load_trained, unpacked
 from hq_optuna.errors import ExportError, HqOptunaError
 from hq_optuna.hardware import Hardware, presets, read_hardware, space_on
 from hq_optuna.hardware.description import parse_hardware
@@ -75,7 +75,8 @@ def cases(data: Path, quick: bool) -> dict[str, Case]:
         found[name] = Case(trained.network, trained.calibration, {})
     if not quick:
         try:
-            network, images = fastestdet.network(data), fastestdet.calibration(data, 32)
+            with unpacked(data) as zoo:
+                network, images = fastestdet.network(zoo), fastestdet.calibration(zoo, 32)
         except (OSError, HqOptunaError):
             return found
         found["fastestdet"] = Case(network, images, {"rise": fastestdet.rise})
@@ -144,7 +145,7 @@ def outside(target: Hardware, layers: dict[str, LayerSpec], configs: Sequence[An
 def off_grid(target: Hardware, network: nn.Module) -> int:
     """Return how many inputs have a range that the hardware does not take."""
     wrong = 0
-    for _, module in prepared_layers(network):
+    for module in prepared_layers(network).values():
         quantizer = input_quantizer(module)
         if quantizer.bits == FLOAT_BITS:
             continue
