@@ -5,6 +5,7 @@ uniform bits, first and last layer at 8 in both. The answer is the exact optimum
 Hessian traces: no network is trained and no candidate measured. Metrics are of samples that nothing
 else reads; differences are paired, with 95 % intervals. Figures that end in ``_loss`` or hold it
 are points (or dB) below the float network; ``uniform_…`` is the same figure of uniform bits.
+Further metrics, COCO's AP, SSIM and top-5, are told beside them and in the details.
 ``worse_than_uniform`` counts the cases in which uniform bits are better beyond the interval.
 
     python -m benchmarks.fields --data ZOO [--networks kws vww …] [--out FILE]
@@ -67,6 +68,7 @@ class Field:
     final: str = "validation"
     bits: Sequence[int] = range(2, 9)
     absolute: bool = False
+    more: tuple[Metric, ...] = ()
 
 
 FIELDS: dict[str, Field] = {
@@ -75,14 +77,18 @@ FIELDS: dict[str, Field] = {
     "rlfn": Field(
         *(super_resolution, ((8, 8), (4, 4)), "psnr_loss_rlfn_{}", super_resolution.evaluate),
         bits=range(2, 13),
+        more=(super_resolution.similarity,),
     ),
     "mobilesr": Field(
         *(super_resolution, ((8, 8), (4, 4)), "psnr_loss_mobilesr_{}", super_resolution.evaluate),
         network={"model": "mobilesr"},
         bits=range(2, 13),
+        more=(super_resolution.similarity,),
     ),
     "fastestdet": Field(
-        *(fastestdet, ((6, 6), (4, 4)), "ap50_fastestdet_{}", fastestdet.evaluate), absolute=True
+        *(fastestdet, ((6, 6), (4, 4)), "ap50_fastestdet_{}", fastestdet.evaluate),
+        absolute=True,
+        more=(fastestdet.precision,),
     ),
     "espnet": Field(espnet, ((6, 6), (4, 4)), "miou_loss_espnet_{}", espnet.evaluate, final="test"),
     "minilm": Field(
@@ -92,6 +98,7 @@ FIELDS: dict[str, Field] = {
     "lite0": Field(
         *(efficientnet_lite0, ((6, 6), (4, 4)), "top1_loss_lite0_{}"),
         calibration={"n_calibration": 128},
+        more=(efficientnet_lite0.top5,),
     ),
 }
 
@@ -119,29 +126,26 @@ class Bench:
         self.study = self.search.open()
         self.seconds = time.process_time() - started
         self.space = self.search.space
+        self.metrics = one.metric, *one.more
         self.records = self.measured(network)
 
     @torch.no_grad()
     def measured(self, network: nn.Module) -> list[Any]:
-        """Return the records of the unseen samples."""
-        found = self.one.metric.records(network, self.unseen)
-        assert found is not None
-        return found
+        """Return the records of the unseen samples, of each metric."""
+        return [metric.records(network, self.unseen) for metric in self.metrics]
 
     def case(self, bits: tuple[int, int]) -> dict[str, Any]:
-        """Return the metric of float, uniform bits and the answer, and their differences."""
-        metric, model = self.one.metric, self.space.costs("bops")
+        """Return the metrics of float, uniform bits and the answer, and their differences."""
+        model = self.space.costs("bops")
         uniform = self.space.config(uniform_states(self.space)[bits])
         limit = model.cost(uniform)
         answer = self.search.exact(self.study, Budget.absolute(bops=limit))
         other = self.measured(self.search.quantized(uniform))
         mine = self.measured(answer.network)
+        compared = [*map(_compared, self.metrics, self.records, other, mine)]
         return {
-            "float": metric.of(self.records),
-            "uniform": metric.of(other),
-            "answer": metric.of(mine),
-            "over_uniform": metric.difference(other, mine),
-            "over_float": metric.difference(self.records, mine),
+            **compared[0],
+            "more": {m.name: c for m, c in zip(self.metrics, compared, strict=True)},
             "cost_over_limit": answer.cost / limit,
             "promised": answer.score / self._table(uniform),
             "mean_bits": [
@@ -152,6 +156,17 @@ class Bench:
 
     def _table(self, config: Any) -> float:
         return sum(self.search.objective.prepare(self.study).sensitivity.score(config))
+
+
+def _compared(metric: Metric, whole: Any, uniform: Any, answer: Any) -> dict[str, Any]:
+    """Return a metric of float, uniform bits and the answer, from records of the same samples."""
+    return {
+        "float": metric.of(whole),
+        "uniform": metric.of(uniform),
+        "answer": metric.of(answer),
+        "over_uniform": metric.difference(uniform, answer),
+        "over_float": metric.difference(whole, answer),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -180,19 +195,21 @@ def main(argv: Sequence[str] | None = None) -> None:
                 for what, prefix in (("answer", ""), ("uniform", "uniform_")):
                     value = case[what] if one.absolute else sign * (case["float"] - case[what])
                     outcome.figures[prefix + figure] = round(value, 3)
-                _tell(name, said, one.metric, case)
+                for metric in bench.metrics:
+                    _tell(name, said, metric, case["more"][metric.name])
             outcome.details[name] = details
     outcome.figures["worse_than_uniform"] = worse
     outcome.finish(arguments.out)
 
 
 def _tell(name: str, bits: str, metric: Metric, case: dict[str, Any]) -> None:
-    over = case["over_uniform"]
+    def with_interval(what: str) -> str:
+        return "{value:+.4g} [{low:+.4g}, {high:+.4g}]".format(**case[what])
+
     print(
-        f"{name} at the cost of {bits}: {metric.name} float {case['float']:.2f}, uniform "
-        f"{case['uniform']:.2f}, answer {case['answer']:.2f} {metric.unit}; answer - uniform "
-        f"{over['value']:+.2f} [{over['low']:+.2f}, {over['high']:+.2f}]; table promises "
-        f"{case['promised']:.2f} of the rise",
+        f"{name} at the cost of {bits}: {metric.name} float {case['float']:.4g}, uniform "
+        f"{case['uniform']:.4g}, answer {case['answer']:.4g} {metric.unit}; answer - uniform "
+        f"{with_interval('over_uniform')}, answer - float {with_interval('over_float')}",
         flush=True,
     )
 

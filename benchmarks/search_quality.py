@@ -216,7 +216,7 @@ def tables_of(
 def exact_config(space: SearchSpace, table: Sensitivity, limit: float) -> BitConfig:
     """Return the assignment with the least layer sum within the limit."""
     table_json = {n: {"weights": table.weights[n], "activations": {}} for n in table.weights}
-    sums = Additive(space, table_json, space.costs("size_bytes").layer_cost)
+    sums = Additive(space, table_json, space.costs("size_bytes"))
     best = sums.exact(limit)
     assert best is not None
     return best.config

@@ -180,7 +180,7 @@ def allocate(parts: Parts, average: float, activation_bits: int, image_bits: int
     # Activations have the same bits everywhere, so all assignments have the same part of theirs.
     sums = {name: {"weights": table.weights[name], "activations": {}} for name in table.weights}
     limit = sum(layer.n_weights for layer in parts.layers) * average / 8
-    cost = space.costs("size_bytes").layer_cost
+    cost = space.costs("size_bytes")
     best = Additive(space, sums, cost).exact(limit)
     assert best is not None
     first = parts.layers[0].name

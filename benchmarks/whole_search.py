@@ -219,7 +219,7 @@ class Prepared:
             for name in table.weights
         }
         costs = self.space.costs("bops")
-        self.table = Additive(self.space, by_layer, costs.layer_cost)
+        self.table = Additive(self.space, by_layer, costs)
         self.cost = costs.cost
 
     def measured(self, config: BitConfig, unseen: Unseen) -> Rises:

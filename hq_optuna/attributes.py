@@ -59,7 +59,7 @@ TO_BITS = "to_bits"
 SCORE_WEIGHTS = "score_weights"  # nats
 SCORE_ACTIVATIONS = "score_activations"  # nats
 CALIBRATION_LOSS = "calibration_loss"
-COST = "cost"  # in the unit of the budget's metric
+COST = "cost"  # in the unit of the first limit's metric; `cost:METRIC` for those beside it
 RISES = "rises"
 """Of a finalist: mean smooth rises of blocks of set-aside samples, nats, the same for all."""
 
@@ -125,19 +125,30 @@ def same_search(one: str, other: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class Beside:
+    """A limit beside the first one."""
+
+    metric: Any  # of `hq_optuna.space.METRICS`
+    limit: float  # in its unit
+    budget: str  # in words
+    int8: float  # cost with 8 bits everywhere
+
+
+@dataclass(frozen=True, slots=True)
 class StudyInfo:
     """What a search is about, for people and reports."""
 
-    metric: Literal["bops", "size_bytes"]
+    metric: Any  # of `hq_optuna.space.METRICS`
     limit: float  # the budget in that unit
     budget: str  # in words
     int8: float  # cost with 8 bits everywhere
-    float32: float  # cost without quantization
+    float32: float | None  # cost without quantization, where it is known
     settings: Mapping[str, Any]  # all `hq_optuna.settings.SearchSettings`
     quantizers: Mapping[str, str] = field(default_factory=dict)  # by layer; not "uniform"
     training: Mapping[str, Any] | None = None  # see `hq_optuna.training.plan`
     skipped: tuple[tuple[str, str, str], ...] = ()  # name, kind, reason of modules
     warnings: tuple[str, ...] = ()  # sentences that a reader of the results must know
+    beside: tuple[Beside, ...] = ()  # further limits, which hold too
 
     @property
     def scores_by_table(self) -> bool:
@@ -149,7 +160,9 @@ class StudyInfo:
     def from_json(cls, data: Mapping[str, Any]) -> StudyInfo:
         """Rebuild from ``dataclasses.asdict`` after a round trip through JSON."""
         skipped = tuple((name, kind, reason) for name, kind, reason in data["skipped"])
-        return cls(**{**data, "skipped": skipped, "warnings": tuple(data["warnings"])})
+        beside = tuple(Beside(**each) for each in data["beside"])
+        lists = {"skipped": skipped, "warnings": tuple(data["warnings"]), "beside": beside}
+        return cls(**{**data, **lists})
 
 
 def quantizers_text(quantizers: Mapping[str, str], most: int = 6) -> str:

@@ -44,6 +44,10 @@ class SettingError(HqOptunaError, ValueError):
     """A setting has a value that it cannot have."""
 
 
+class HardwareError(HqOptunaError, ValueError):
+    """A description of hardware cannot be read, or asks for what the quantizers cannot do."""
+
+
 class NetworkError(HqOptunaError, ValueError):
     """The network cannot be searched: nothing to quantize, NaN weights, random forward."""
 

@@ -63,7 +63,10 @@ QUANTIZERS: Kind = (
 )
 GROUPS: Kind = ("a sequence of groups of layer names, [('q', 'k')]", (list, tuple, set))
 FURTHER: Kind = ("a dict of settings of training, {'learning_rate': 1e-3}", (Mapping,))
-BUDGET: Kind = ("text, '0.25 bops', a number or a Budget", (str, int, float, Budget))
+BUDGET: Kind = (
+    "text, '0.25 bops', a number, a Budget, or several of them",
+    (str, int, float, Budget, list, tuple),
+)
 
 _KINDS: dict[Any, Kind] = {int: WHOLE, float: NUMBER, bool: SWITCH, str: WORD, Path: PATH}
 """Kinds of settings that their annotation tells."""
@@ -345,8 +348,17 @@ class SearchSettings(_Settings):
     budget: Budget = _steps(
         "0.25 bops",
         "Most that the answer may cost: a share of the all-8-bit cost ('0.25 bops', "
-        "'40% size_bytes') or an amount ('24 GBOPs', '64 KiB').",
-        **{"kind": BUDGET, "unit": "BOPs or bytes", "differs": "the budget", "read": parse_budget},
+        "'40% size_bytes') or an amount ('24 GBOPs', '64 KiB', '8 ms', '128 KiB activations'). "
+        "Several limits hold at once.",
+        **{"kind": BUDGET, "unit": "BOPs, bytes or seconds", "differs": "the budget"},
+        **{"read": parse_budget, "repeats": True, "metavar": "TEXT"},
+    )
+    hardware: str | Path = _space(
+        "any",
+        "What the answer is to run on: a name ('cmsis-nn') or a YAML file, which says which pairs "
+        "of weight and activation bits each kind of layer has. Bits below narrow them down.",
+        **{"kind": ("a name or the path of a file", (str, Path)), "metavar": "NAME_OR_FILE"},
+        choices=(),
     )
     bits: tuple[int, ...] = _space(
         tuple(range(2, 9)),
@@ -376,6 +388,13 @@ class SearchSettings(_Settings):
         "Groups of layers that share their bits.",
         **{"kind": GROUPS, "option": "", "shown_default": "none"},
         **{"example": '[("q", "k")]', "read": _groups},
+    )
+    latency: Path | None = _space(
+        None,
+        "CSV or JSON file of how long each layer takes at each of its bits, for budgets such as "
+        "'8 ms'; `hq-optuna profile` writes one.",
+        **{"kind": PATH, "metavar": "FILE", "shown_default": "none", "example": '"latency.csv"'},
+        read=lambda value: None if value is None else Path(value),
     )
     tie_inputs: bool = _space(
         True,
@@ -409,6 +428,13 @@ class SearchSettings(_Settings):
         "squared_error",
         "How the range of a layer's input is found: squared_error, min_max or percentile.",
         differs="the observer of activation ranges",
+    )
+    output_bits: int | None = _scoring(
+        None,
+        "Bits that residual additions, concatenations, pools and what is read by other than a "
+        "layer are rounded to; 8 lets a whole network run in integers. None: they stay in float.",
+        **{"unit": "bits", "least": 2, "shown_default": "none", "example": "8"},
+        differs="the bits of outputs",
     )
     quantizers: Mapping[str, str] = _scoring(
         None,

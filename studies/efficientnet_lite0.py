@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import hq_optuna
 from hq_optuna.errors import DataError
+from hq_optuna.network.batches import Batches
 from hq_optuna.study_files.published import DATA, SamePad, dealt, load_weights, needed
 
 SETTINGS: dict[str, Any] = {"bits": range(2, 9), "budget": "0.25 bops"}
@@ -147,3 +149,13 @@ def _images(paths: list[Path], share: float, size: int) -> Tensor:
         small = image.resize((size, size), Image.Resampling.BICUBIC, box)
         found.append(torch.from_numpy(np.array(small)).movedim(-1, 0))
     return (torch.stack(found).float() - 127) / 128
+
+
+@torch.no_grad()
+def among_five(net: nn.Module, batches: Batches) -> list[float]:
+    """Return 100 for each image whose class is among the five likeliest, else 0."""
+    found = [(net(b.inputs).topk(5).indices == b.labels[:, None]).any(1) for b in batches]
+    return (100 * torch.cat(found).double()).tolist()
+
+
+top5 = hq_optuna.Metric(name="top-5", unit="%", per_sample=among_five)

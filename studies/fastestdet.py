@@ -27,6 +27,7 @@ SETTINGS: dict[str, Any] = {"bits": range(2, 9), "budget": "0.25 bops"}
 FILES = "fastestdet/fastestdet_coco.pth, coco/images and coco/object_detection/labels/val2017"
 CLASSES = 80
 SIZE = 352
+OVERLAPS = np.linspace(0.5, 0.95, 10)  # COCO's
 
 rise = hq_optuna.rises.Detection(0, (1, 5), (5, 5 + CLASSES), probabilities=True)
 
@@ -236,16 +237,19 @@ Found = tuple[Tensor, Tensor, Tensor]
 
 
 def matches(net: nn.Module, batches: Batches) -> list[list[Any]]:
-    """Return of each image what COCO's evaluation matched, class by class, at an overlap of 0.5."""
+    """Return of each image what COCO's evaluation matched, class by class."""
     found = [detections(z) for batch in batches for z in net(batch.inputs)]
     truth = [pair for batch in batches for pair in batch.labels]
     return matched_by_coco(found, truth, [*range(CLASSES)])
 
 
 def matched_by_coco(
-    found: Sequence[Found], truth: Sequence[Boxes], classes: list[int], overlap: float = 0.5
+    found: Sequence[Found], truth: Sequence[Boxes], classes: list[int]
 ) -> list[list[Any]]:
-    """Return what pycocotools matched, for each image and class; read by `average_precision`."""
+    """Return what pycocotools matched at all `OVERLAPS`, for each image and class.
+
+    `average_precision` reads it.
+    """
     from pycocotools.coco import COCO
 
     images = [{"id": place} for place in range(len(truth))]
@@ -279,32 +283,46 @@ def matched_by_coco(
         ]
 
     with contextlib.redirect_stdout(io.StringIO()):
-        judge = _judge(len(truth), classes, overlap, coco(rows(truth)), coco(rows(found)))
+        judge = _judge(len(truth), classes, OVERLAPS, coco(rows(truth)), coco(rows(found)))
         judge.evaluate()
     n = len(truth)
     return [[judge.evalImgs[place * n + i] for place in range(len(classes))] for i in range(n)]
 
 
-def _judge(n: int, classes: list[int], overlap: float, truth: Any, found: Any) -> Any:
+def _judge(n: int, classes: list[int], overlaps: Any, truth: Any, found: Any) -> Any:
     from pycocotools.cocoeval import COCOeval
 
     judge = COCOeval(truth, found, "bbox")
     judge.params.imgIds, judge.params.catIds = [*range(n)], classes
-    judge.params.iouThrs, judge.params.maxDets = np.array([overlap]), [100]
+    judge.params.iouThrs, judge.params.maxDets = overlaps, [100]
     judge.params.areaRng, judge.params.areaRngLbl = [[0, 1e10]], ["all"]
     return judge
 
 
-def average_precision(records: list[list[Any]]) -> float:
-    """Return the mean average precision of the classes that occur, percent."""
+def average_precision(records: list[list[Any]], n_overlaps: int = 1) -> float:
+    """Return the mean average precision of the classes that occur, percent.
+
+    It is the mean over so many of `OVERLAPS`: 1 for AP50, all for AP.
+    """
     n, kinds = len(records), [*range(len(records[0]))]
+    parts = "dtMatches", "gtMatches", "dtIgnore"
+
+    def cut(seen: Any) -> Any:
+        return seen and {**seen, **{name: seen[name][:n_overlaps] for name in parts}}
+
     with contextlib.redirect_stdout(io.StringIO()):
-        judge = _judge(n, kinds, 0.5, None, None)
-        judge.evalImgs = [record[kind] for kind in kinds for record in records]
+        judge = _judge(n, kinds, OVERLAPS[:n_overlaps], None, None)
+        judge.evalImgs = [cut(record[kind]) for kind in kinds for record in records]
         judge._paramsEval = copy.deepcopy(judge.params)
         judge.accumulate()
     precision = judge.eval["precision"]
     return float(100 * precision[precision > -1].mean())
 
 
+def mean_precision(records: list[list[Any]]) -> float:
+    """Return the mean average precision at all `OVERLAPS`, percent."""
+    return average_precision(records, len(OVERLAPS))
+
+
 evaluate = hq_optuna.Metric(average_precision, name="AP50", unit="%", per_sample=matches)
+precision = hq_optuna.Metric(mean_precision, name="AP", unit="%", per_sample=matches)

@@ -294,4 +294,14 @@ def _inner(image: Tensor) -> Tensor:
     return luma(image)[..., SCALE:-SCALE, SCALE:-SCALE]
 
 
+def ssim(net: nn.Module, batches: Batches) -> list[float]:
+    """Return the structural similarity of Y of each image, 1 for the same (Wang et al., 2004)."""
+    from torchmetrics.functional.image import structural_similarity_index_measure as similarity
+
+    pairs = ((_inner(net(b.inputs)), _inner(b.labels)) for b in batches)
+    found = [similarity(x[:, None], y[:, None], data_range=255.0) for x, y in pairs]
+    return [float(torch.as_tensor(each)) for each in found]
+
+
 evaluate = hq_optuna.Metric(name="PSNR", unit="dB", per_sample=psnr)
+similarity = hq_optuna.Metric(name="SSIM", per_sample=ssim)

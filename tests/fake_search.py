@@ -167,7 +167,7 @@ def fake_study(
             loss = 0.5 - 0.1 * len(trained) + weights + activations
             if ticket.trains and not bare:
                 said = fake_training(ticket.step, len(trained), is_final=is_final(study))
-                shown = facts_of(ticket, space, model.cost(config))
+                shown = facts_of(ticket, space, {model.metric: model.cost(config)})
                 for key, value in {**shown, attributes.TRAINING: said}.items():
                     trial.set_user_attr(key, value)
         if not bare:

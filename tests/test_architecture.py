@@ -6,7 +6,7 @@
     answer                                   the answer of a search
     objective                                where a network meets a trial: both halves
     training scoring curvature rises         dashboard visualization samplers pruners
-    quantization network                     artifacts protocol storages
+    quantization network   hardware          artifacts protocol storages
     settings  search  space                  NumPy and SciPy only
     attributes  errors  atomic_files         standard library only
     optuna_internals                         Optuna only: its private names
@@ -37,7 +37,16 @@ TORCH = ("network", "quantization", "rises", "curvature", "scoring", "training")
 OPTUNA = (
     *("storages", "protocol", "pruners", "samplers", "artifacts", "visualization", "dashboard"),
 )
-BOTH = ("objective", "answer", "export", "workers", "study_files", "report", "bit_search")
+BOTH = (
+    "hardware",
+    "objective",
+    "answer",
+    "export",
+    "workers",
+    "study_files",
+    "report",
+    "bit_search",
+)
 FACE = "hq_optuna"
 """The package's own `__init__`, which shows names of every room (lazily)."""
 
@@ -49,7 +58,8 @@ ROOMS: dict[str, set[str]] = {
     "settings": {"errors", "space"},
     INTERNALS: set(),
     "space": {"errors"},
-    "search": {"settings", "space"},
+    "search": {"errors", "settings", "space"},
+    "hardware": {"errors", "settings", "space"},
     "network": {"errors", "settings", "space"},
     "quantization": {"errors", "settings", "space", "network"},
     "rises": {"errors", "network"},
@@ -75,7 +85,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "objective": {
         *("errors", "attributes", INTERNALS, "settings", "_version", "space", "search", *TORCH),
-        *("protocol", "pruners", "samplers", "artifacts"),
+        *("protocol", "pruners", "samplers", "artifacts", "hardware"),
     },
     "answer": {
         *("errors", "atomic_files", "attributes", "space", "search"),
@@ -94,7 +104,7 @@ ROOMS: dict[str, set[str]] = {
         *("errors", "attributes", INTERNALS, "settings", "space", "search"),
         *("network", "rises", "training", "storages", "protocol"),
         *("pruners", "samplers", "artifacts", "dashboard"),
-        *("objective", "answer", "workers"),
+        *("objective", "answer", "workers", "hardware"),
     },
     "cli": {*BASE, INTERNALS, *PLAIN, *TORCH, *OPTUNA, *BOTH},
     FACE: {*BASE, INTERNALS, *PLAIN, *TORCH, *OPTUNA, *BOTH},
@@ -335,6 +345,7 @@ def test_only_declared_dependencies_are_imported() -> None:
         *(line for name in extras if name not in {"dev", "studies"} for line in extras[name]),
     ]
     known = {re.split(r"[^\w-]", line)[0].lower().replace("-", "_") for line in declared}
+    known |= {"yaml"} if "pyyaml" in known else set()  # the one with another name
     used = {
         name.partition(".")[0]
         for path in sources("hq_optuna")

@@ -73,6 +73,7 @@ def test_what_differs_is_said_for_every_setting_that_tells_searches_apart():
     assert apart - {"train_every"} <= set(fingerprint)  # a search that never trains has none
     # What these say is part of the space, of the quantizers by layer, or of the training.
     space = {"bits", "activation_bits", "pin_first_last", "pins", "allowed", "tied", "tie_inputs"}
+    space |= {"hardware", "latency"}
     training = {"train_epochs", "final_epochs", "training", "final_training"}
     assert set(settings_of(SearchSettings)) - apart == space | training | {"quantizers", "method"}
 
@@ -203,7 +204,7 @@ def test_quantizers_are_read_as_typed():
         ({"scorer": "fit"}, "scorer is one of gauss_newton, loss, .*; got 'fit'"),
         ({"refine": 1}, "refine is True or False; got 1"),
         ({"bits": None}, "bits is a sequence of whole numbers"),
-        ({"budget": None}, "budget is text, .* or a Budget; got None"),
+        ({"budget": None}, "budget is text, .* or several of them; got None"),
         ({"tied": "ab"}, "tied is a sequence of groups"),
     ],
 )

@@ -65,10 +65,10 @@ def rows(
         seconds=math.fsum(c.seconds for c in counted),
     )
     alone: dict[str, Any] = {"evaluations": 1, "seconds": None}
-    for bits, config in uniform_within(history.space, model.cost, history.info.limit).items():
+    for bits, config in uniform_within(history.space, history.fits).items():
         table.add(UNIFORM, config, bits=bits, **alone)
     eight = uniform_states(history.space).get((8, 8))
-    if eight is not None and model.cost(config := history.space.config(eight)) > history.info.limit:
+    if eight is not None and not history.fits(config := history.space.config(eight)):
         table.add(EIGHT, config, bits="8 bits", **alone)
     return table.rows
 

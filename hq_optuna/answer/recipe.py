@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,12 @@ from hq_optuna.network.unfused import unfused
 from hq_optuna.quantization.correction import SHIFT, add_shift
 from hq_optuna.quantization.functional import activation_grid, along
 from hq_optuna.quantization.modules import InputFakeQuantize
+from hq_optuna.quantization.outputs import (
+    Place,
+    RoundsOutputs,
+    output_quantizers,
+    put_output_quantizers_,
+)
 from hq_optuna.quantization.prepare import (
     float_weight,
     get_bits,
@@ -74,12 +80,19 @@ def save(
         )
         for layer in layers
     }
+    for place, quantizer in _places(network):
+        owner, _, name = place.name.rpartition(".")
+        grid = _grid(quantizer, quantizer.bits)
+        said = {"kind": place.kind, "call": place.call, "bits": quantizer.bits, **grid}
+        described[owner].setdefault("outputs", {})[name] = said
+    calls = network.output_calls if isinstance(network, RoundsOutputs) else {}
     weights = safetensors.save(tensors)
     recipe = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "layers": described,
         "layers_sha256": layers_digest(described),
+        **({"output_calls": dict(calls)} if calls else {}),
         "modules": plain_settings(network),
         "weights": {"file": WEIGHTS, "sha256": hashlib.sha256(weights).hexdigest()},
         **about,
@@ -116,16 +129,27 @@ def _described(
             tensors[f"{_CODES}{layer.name}"] = codes.detach().cpu().contiguous()
         entry["weight_quantizer"] = holder.quantizer.describe(bits.weight_bits)
     if bits.activation_bits != FLOAT_BITS:
-        scale_a, zero_point = input_quantizer(module).range(bits.activation_bits)
-        quant_min, quant_max = activation_grid(bits.activation_bits)
-        entry["activation_quantizer"] = {
-            **{"scheme": "per-tensor affine", "scale": scale_a, "zero_point": zero_point},
-            **{"quant_min": quant_min, "quant_max": quant_max},
-        }
+        entry["activation_quantizer"] = _grid(input_quantizer(module), bits.activation_bits)
     shift = dict(module.named_buffers(recurse=False)).get(SHIFT)
     if shift is not None and bool(shift.any()):
         tensors[f"{_SHIFT}{layer.name}"] = shift.detach().cpu().clone()
     return entry
+
+
+def _grid(quantizer: InputFakeQuantize, bits: int) -> dict[str, Any]:
+    scale, zero_point = quantizer.range(bits)
+    quant_min, quant_max = activation_grid(bits)
+    return {
+        **{"scheme": "per-tensor affine", "scale": scale, "zero_point": zero_point},
+        **{"quant_min": quant_min, "quant_max": quant_max},
+    }
+
+
+def _places(network: nn.Module) -> Iterator[tuple[Place, InputFakeQuantize]]:
+    """Yield where a network rounds its outputs, and what does."""
+    if isinstance(network, RoundsOutputs):
+        found = zip(network.output_places, output_quantizers(network).values(), strict=True)
+        yield from ((place, q) for place, q in found if q.bits != FLOAT_BITS)
 
 
 @own_modes()
@@ -148,6 +172,7 @@ def load(folder: str | Path, network: nn.Module) -> nn.Module:
     prepared = _prepared(folder, network, recipe["layers"], tensors)
     for name, entry in recipe["layers"].items():
         _restore_(prepared.get_submodule(name), name, entry, tensors)
+    _restore_outputs_(prepared, recipe)
     bits = {n: (e["weight_bits"], e["activation_bits"]) for n, e in recipe["layers"].items()}
     set_bits(prepared, BitConfig(bits))
     _check_modules(folder, recipe.get("modules", {}), prepared)
@@ -229,6 +254,20 @@ def _restore_(
         grid = entry["activation_quantizer"]
         known = {entry["activation_bits"]: AffineRange(grid["scale"], grid["zero_point"])}
         module.input_fake_quantize = InputFakeQuantize(None, ranges=known)
+
+
+def _restore_outputs_(prepared: nn.Module, recipe: Mapping[str, Any]) -> None:
+    """Give a prepared network the output quantizers of a recipe, if it has any."""
+    grids = {
+        Place(grid["kind"], grid["call"], f"{layer}.{name}"): grid
+        for layer, entry in recipe["layers"].items()
+        for name, grid in entry.get("outputs", {}).items()
+    }
+    if grids:
+        ranges = {p.name: AffineRange(g["scale"], g["zero_point"]) for p, g in grids.items()}
+        (bits,) = {grid["bits"] for grid in grids.values()}
+        calls = recipe.get("output_calls", {})
+        put_output_quantizers_(prepared, list(grids), calls, bits, ranges)
 
 
 def plain_state_dict(network: nn.Module) -> dict[str, Tensor]:

@@ -19,9 +19,9 @@ from hq_optuna.artifacts.store import Artifacts, attach
 from hq_optuna.atomic_files import write_atomically
 from hq_optuna.errors import RecipeError, ResumeError
 from hq_optuna.protocol.history import History, read_history
-from hq_optuna.search import Additive, Point
+from hq_optuna.search import Additive, Point, check_reachable
 from hq_optuna.space.assignment import BitConfig
-from hq_optuna.space.budget import Budget, check_reachable, parse_budget
+from hq_optuna.space.budget import Budget, parse_budget
 from hq_optuna.space.cost import Metric
 
 FORMAT = "hq_optuna assignment"
@@ -39,7 +39,7 @@ class Resolved:
         study_name: Where the table is from.
         config: Bits of every layer.
         budget: The budget in words.
-        metric: ``"bops"`` or ``"size_bytes"``.
+        metric: What `cost` counts, one of `hq_optuna.space.METRICS`.
         limit: The budget in that unit.
         cost: Cost of the assignment.
         int8: Cost with 8 bits everywhere.
@@ -92,6 +92,13 @@ def sums_of(history: History, metric: Metric | None = None) -> Additive:
     return sums
 
 
+def sums_for(history: History, budget: Budget) -> Additive:
+    """Return the sums over layers of a search for another budget, its further limits included."""
+    first, *beside = budget.bounds(history.space)
+    sums = sums_of(history, first.metric)
+    return Additive(sums.space, sums.table, first.model, beside)
+
+
 def resolve(study: Study, budget: Budget | str) -> Resolved:
     """Return the assignment with the least sum over layers within a budget.
 
@@ -107,8 +114,8 @@ def resolve(study: Study, budget: Budget | str) -> Resolved:
     """
     budget = parse_budget(budget)
     history = read_history(study)
-    sums = sums_of(history, budget.metric)
     check_reachable(history.space, budget)
+    sums = sums_for(history, budget)
     limit = budget.limit(history.space)
     found = sums.exact(limit)
     assert found is not None, "the budget was found reachable"

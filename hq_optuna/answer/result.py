@@ -23,10 +23,10 @@ class SearchResult:
         config: Bits of every layer.
         network: A copy of the network with these bits, fake-quantized, in eval mode.
         space: The search space.
-        metric: ``"bops"`` or ``"size_bytes"``.
+        metric: What `cost` counts, one of `hq_optuna.space.METRICS`.
         cost: Cost of the assignment in that unit.
         cost_int8: Cost with 8 bits everywhere.
-        cost_float32: Cost without quantization.
+        cost_float32: Cost without quantization, where it is known.
         met: Whether the budget is met.
         score: Predicted loss rise, nats.
         score_weights: The weights' part, nats.
@@ -44,7 +44,7 @@ class SearchResult:
     metric: Metric
     cost: float
     cost_int8: float
-    cost_float32: float
+    cost_float32: float | None
     met: bool
     score: float
     score_weights: float

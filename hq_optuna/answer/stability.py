@@ -10,8 +10,8 @@ from hq_optuna.errors import DataError
 from hq_optuna.network.batches import Batches
 from hq_optuna.objective.hessian import HessianObjective
 from hq_optuna.scoring import Sensitivity, measure_layer_sums
-from hq_optuna.search import Additive
-from hq_optuna.space.budget import Budget, check_reachable
+from hq_optuna.search import Additive, check_reachable
+from hq_optuna.space.budget import Budget
 
 RESAMPLES = 4
 """Ways to deal batches into halves."""
@@ -95,5 +95,5 @@ def _table(objective: HessianObjective, data: Batches, budget: Budget) -> Additi
         name: {"weights": found.weights[name], "activations": found.activations[name]}
         for name in found.weights
     }
-    model = objective.space.costs(budget.metric)
-    return Additive(objective.space, table, model.layer_cost)
+    first, *beside = budget.bounds(objective.space)
+    return Additive(objective.space, table, first.model, beside)

@@ -6,7 +6,8 @@ import json
 import math
 import textwrap
 import time
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,8 @@ from hq_optuna.cli.options import Given, Json, Study, errors, say, takes
 from hq_optuna.cli.session import begin
 from hq_optuna.errors import StudyFileError
 from hq_optuna.settings import RunSettings, SearchSettings, settings_of
+from hq_optuna.space.cost import format_cost
+from hq_optuna.study_files.study_file import StudyParts
 
 TEMPLATE = '''"""My network on my data."""
 
@@ -126,12 +129,25 @@ def check(
     started = time.perf_counter()
     with errors(as_json):
         console = Console(stderr=as_json)
-        session = begin(study, context.args, run, given, console)
-        from hq_optuna.objective.readiness import readiness  # loads torch
+        parts: dict[str, Any] = {}
+
+        def cut(of: StudyParts) -> StudyParts:
+            from hq_optuna.objective.readiness import part_of  # loads torch
+
+            parts["calibration"] = part_of(of.network, of.calibration, "calibration")
+            if of.validation is not None:
+                parts["validation"] = part_of(of.network, of.validation, "validation")
+            return replace(of, **{name: part.data for name, part in parts.items()})
+
+        session = begin(study, context.args, run, given, console, *(() if halves else (cut,)))
+        from hq_optuna.objective.readiness import readiness
 
         search = session.search
         with console.status("running a few passes"):
-            found = readiness(search.objective, search.settings, search.validation, search.evaluate)
+            found = readiness(
+                *(search.objective, search.settings, search.validation, search.evaluate),
+                parts.get("calibration"),
+            )
         seconds = time.perf_counter() - started
         stable = None
         if halves:
@@ -153,12 +169,15 @@ def check(
 
 def _as_json(search: Any, found: Any, seconds: float) -> dict[str, Any]:
     named = ("outputs", "rise", "unreached", "figures", "n_measured", "pass_s", "prepare_s")
-    more = ("search_s", "memory_bytes", "free_bytes", "problems")
+    more: tuple[str, ...] = ("search_s", "n_read", "n_calibration")
+    more += ("memory_bytes", "needed_bytes", "free_bytes", "problems")
     return {
         "ready": not found.problems,
         "layers": len(search.space.layers),
         "not_quantized": [list(each) for each in search.objective.skipped],
         "share_not_quantized": search.seen.share_of_others,
+        "bops_not_quantized": search.seen.bops_of_others,
+        "elements_not_quantized": dict(search.seen.elements),
         "warnings": list(search.objective.warnings),
         "seconds": seconds,
         **{name: getattr(found, name) for name in (*named, *more)},
@@ -174,6 +193,7 @@ def _lines(search: Any, found: Any, seconds: float) -> list[str]:
         f"{100 * seen.share_of_others:.1f} % of all multiply-accumulates in none of them",
         *(f"            {escape(name)} ({kind}): {escape(why)}" for name, kind, why in
           objective.skipped[:8]),
+        *_in_float(search),
         f"outputs     {escape(shapes)}",
         f"rise        {escape(found.rise)}; scorer {objective.settings.scorer}",
     ]  # fmt: skip
@@ -192,16 +212,34 @@ def _lines(search: Any, found: Any, seconds: float) -> list[str]:
     low, high = found.prepare_s
     steps = "looked up" if found.search_s is None else f"at most {_time(found.search_s)}"
     lines += [
-        f"duration    a pass over the {objective.data.n_samples:,} calibration samples "
+        f"duration    a pass over the {found.n_calibration:,} calibration samples "
         f"{found.pass_s:.2g} s; preparation {_time(low)} to {_time(high)}, steps {steps}",
-        f"memory      {found.memory_bytes / 2**20:,.0f} MiB in use, "
-        f"{found.free_bytes / 2**20:,.0f} MiB free",
+        f"memory      {found.memory_bytes / 2**20:,.0f} MiB in use; a search needs about "
+        f"{found.needed_bytes / 2**20:,.0f} MiB more, {found.free_bytes / 2**20:,.0f} MiB are free",
     ]
+    if found.n_read < found.n_calibration:
+        lines.append(
+            f"data        {found.n_read:,} of the calibration samples were read, as passes over "
+            "all take long; a search reads all"
+        )
     if found.problems:
         lines += [f"[bold red]not ready:[/] {escape(text)}." for text in found.problems]
     else:
         lines.append(f"[bold green]ready[/] (checked in {seconds:.0f} s)")
     return lines
+
+
+def _in_float(search: Any) -> Iterator[str]:
+    """Yield what stays in float and what that would cost, beside the budget."""
+    seen, budget = search.seen, search.budget
+    if seen.bops_of_others and budget.metric == "bops":
+        yield (
+            f"in float    products in no layer are {format_cost(seen.bops_of_others, 'bops')} at "
+            f"32 bits, beside the budget of {format_cost(budget.limit(search.space), 'bops')}"
+        )
+    if seen.elements:
+        listed = ", ".join(f"{what} {n:,}" for what, n in seen.elements)
+        yield f"by element  {listed} elements a sample, in float"
 
 
 def _time(seconds: float) -> str:

@@ -33,9 +33,6 @@ class SearchProgress:
     def __init__(self, console: Console, space: SearchSpace, budget: Budget) -> None:
         self.console = console
         self.space = space
-        self.metric = budget.metric
-        self.limit = budget.limit(space)
-        self.start_cost = space.costs(budget.metric).cost(space.start)
         self.live = console.is_terminal
         self._bars = Progress(
             TextColumn("{task.description}"),
@@ -93,15 +90,17 @@ class SearchProgress:
             self._show("search", 0.0, "scoring the start")
             return
         self._bits = tuple(self.space.config(incumbent.state).values())
-        share = self._share(incumbent.cost)
+        share = log.search.progress(incumbent.state)
         if step is not None and log.closed and len(log.closed) > 1:
             # Between two steps the bar follows the candidates done.
-            ahead = share - self._share(log.closed[-2].incumbent.cost)
+            ahead = share - log.search.progress(log.closed[-2].incumbent.state)
             share = min(share + ahead * len(step.done) / (len(step.states) + 1), 1.0)
+        spent = zip(log.search.costs_of(incumbent.state), log.search.limits.items(), strict=True)
         says = (
             f"step {incumbent.step}  {len(log.results)} candidates  "
-            f"score {incumbent.score:.3g} nats  {format_cost(incumbent.cost, self.metric)} "
-            f"-> {format_cost(self.limit, self.metric)}{self._rate(len(log.results))}"
+            f"score {incumbent.score:.3g} nats  "
+            + ", ".join(f"{format_cost(c, m)} -> {format_cost(most, m)}" for c, (m, most) in spent)
+            + f"{self._rate(len(log.results))}"
         )
         self._show("search", 1.0 if step is None else share, says, always=step is None)
 
@@ -115,10 +114,6 @@ class SearchProgress:
         """Return candidates a minute, of all workers, since the search was first looked at."""
         seconds, gained = self._gained("scored", scored)
         return f"  {format_rate(60 * gained / seconds)}" if gained and seconds >= 1 else ""
-
-    def _share(self, cost: float) -> float:
-        way = self.start_cost - self.limit
-        return 1.0 if way <= 0 else min(max((self.start_cost - cost) / way, 0.0), 1.0)
 
     def _show(self, what: str, share: float, says: str, *, always: bool = False) -> None:
         if self.live:

@@ -35,7 +35,10 @@ from hq_optuna.visualization.pareto import pareto_figure, pareto_info
 def resolve(
     run: RunSettings,
     budget: Annotated[
-        str, typer.Option(help="As for run: '0.2 bops', '40% size_bytes', '64 KiB'.")
+        list[str],
+        typer.Option(
+            help="As for run: '0.2 bops', '40% size_bytes', '64 KiB'; several hold at once."
+        ),
     ],
     study: StudyOrNone = None,
     out: Annotated[Path, typer.Option(help="File for the bits of every layer.")] = Path(
@@ -71,11 +74,16 @@ def resolve(
         console = Console()
         history = read_history(loaded)
         tables.print_whole(console, _layers(history, found.config))
-        share = 100 * found.cost / found.int8
+        share, (_, *beside) = 100 * found.cost / found.int8, wanted.bounds(history.space)
         lines = [
             f"budget    {format_cost(found.limit, found.metric)}",
             f"cost      [bold]{format_cost(found.cost, found.metric)}[/], {share:.1f} % of "
             f"all-8-bit ({format_cost(found.int8, found.metric)})",
+            *(
+                f"          [bold]{format_cost(bound.cost(found.config), bound.metric)}[/] of "
+                f"{format_cost(bound.limit, bound.metric)} allowed"
+                for bound in beside
+            ),
             f"score     {found.score:.3g} nats, "
             + ("the sum over layers" if measured else "the least sum over layers"),
         ]

@@ -105,12 +105,18 @@ def find(study: str, run: RunSettings) -> tuple[StudyFile, Place]:
 
 
 def begin(
-    study: str, arguments: Sequence[str], run: RunSettings, given: Given, console: Console
+    study: str,
+    arguments: Sequence[str],
+    run: RunSettings,
+    given: Given,
+    console: Console,
+    cut: Callable[[StudyParts], StudyParts] = lambda parts: parts,
 ) -> Session:
     """Import the study file, build network and data, and check all that can be wrong with them.
 
     Nothing is created in the storage. Options of the study file (`arguments`) and settings of the
     search (`given`) that are not given come from the study, where it exists, then from the file.
+    ``cut`` returns the parts of the study file to go on with.
 
     Raises:
         HqOptunaError: Of the kind of what is wrong.
@@ -138,7 +144,7 @@ def begin(
         words = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in taken.items())
         say(console, f"as the study says: {escape(words)}")
     with console.status("loading PyTorch and the study's network and data"):
-        parts, search, threads = _load(file, place, run, options, settings, given)
+        parts, search, threads = _load(file, place, run, options, settings, given, cut)
     tables.opening(console, search.space, search.budget, search.objective.skipped, place)
     for warning in search.objective.warnings:
         say(console, f"[yellow]Warning:[/] {escape(warning)}")
@@ -153,6 +159,7 @@ def _load(
     options: Mapping[str, Any],
     settings: SearchSettings,
     given: Given,
+    cut: Callable[[StudyParts], StudyParts],
 ) -> tuple[StudyParts, Any, int]:
     """Return the study file's parts, the search of them, and how many threads are of use."""
     import torch  # here, so that wrong options are told before it is loaded
@@ -166,6 +173,7 @@ def _load(
     parts = file.build(place.folder, options)
     if run.device is not None:
         move_to(parts.network, run.device)
+    parts = cut(parts)
     search = BitSearch(
         parts.network,
         parts.calibration,

@@ -38,13 +38,16 @@ def opening(
     place: Place,
 ) -> None:
     """Say what is searched, before the work."""
-    layers, metric = space.layers, budget.metric
-    int8, limit = space.costs(metric).int8, budget.limit(space)
+    layers = space.layers
+    bounds = [(b.limit, b.model.int8, b.metric) for b in budget.bounds(space)]
     lines = [
         f"{len(layers)} layers, {macs(layers):,} MACs, "
         f"{sum(layer.n_weights for layer in layers):,} weights; {len(space.variables)} searched",
-        f"budget {format_cost(limit, metric)} "
-        f"({100 * limit / int8:.4g} % of all-8-bit {format_cost(int8, metric)})",
+        *(
+            f"budget {format_cost(limit, metric)} "
+            f"({100 * limit / int8:.4g} % of all-8-bit {format_cost(int8, metric)})"
+            for limit, int8, metric in bounds
+        ),
         f"storage {redact_url(place.storage)}, study {place.name}",
         *(f"not quantized: {name} ({kind}): {reason}" for name, kind, reason in skipped),
     ]
@@ -127,8 +130,18 @@ def _summary(history: History, reason: str = "") -> str:
     cost = record.winner.cost
     lines = [
         f"cost      [bold]{format_cost(cost, info.metric)}[/], "
-        f"{100 * cost / info.int8:.1f} % of all-8-bit ({format_cost(info.int8, info.metric)}), "
-        f"{100 * cost / info.float32:.2f} % of float ({format_cost(info.float32, info.metric)})",
+        f"{100 * cost / info.int8:.1f} % of all-8-bit ({format_cost(info.int8, info.metric)})"
+        + (
+            ""
+            if info.float32 is None
+            else f", {100 * cost / info.float32:.2f} % of float "
+            f"({format_cost(info.float32, info.metric)})"
+        ),
+        *(
+            f"          [bold]{format_cost(bound.cost(record.config), bound.metric)}[/] of "
+            f"{format_cost(bound.limit, bound.metric)} allowed"
+            for bound in history.beside
+        ),
         f"score     {record.current.score:.3g} nats predicted loss rise "
         f"(by layers: weights {record.current.score_weights:.3g}, "
         f"activations {record.current.score_activations:.3g})",
@@ -200,14 +213,16 @@ def _uniform(history: History) -> Iterator[str]:
 def status(console: Console, study: Study, current: SearchStatus) -> None:
     """Show where a search stands."""
     history = read_history(study)
-    info, record = history.info, history.incumbent
+    record = history.incumbent
     state = current.state + (f": {current.reason}" if current.reason else "")
     say(console, f"[bold]{escape(study.study_name)}[/]  {state}")
     if record is not None:
-        start, limit = (
-            format_cost(x, info.metric) for x in (history.records[0].winner.cost, info.limit)
+        first = history.records[0].config
+        limits = " and ".join(
+            f"{format_cost(b.cost(first), b.metric)} to {format_cost(b.limit, b.metric)}"
+            for b in history.bounds
         )
-        say(console, f"{100 * current.share:.0f} % of the way from {start} to {limit}")
+        say(console, f"{100 * current.share:.0f} % of the way from {limits}")
         # Whole where there is no terminal.
         width = console.width if console.is_terminal else None
         for strip in strips(list(record.config.values()), history.space.levels, width):

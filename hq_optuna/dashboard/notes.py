@@ -152,7 +152,9 @@ def trial_note(
         ended = "not needed any more" if state == "PRUNED" else "failed, or was given back"
         return f"{what} It was {ended}; it does not count."
     cost = float(trial.get(attributes.COST, math.nan))
-    within = "within budget" if cost <= info.limit else "over budget"
+    further = ((trial.get(f"{attributes.COST}:{b.metric}", 0.0), b.limit) for b in info.beside)
+    fits = all(spent <= limit for spent, limit in ((cost, info.limit), *further))
+    within = "within budget" if fits else "over budget"
     said = trial.get(attributes.TRAINING) or {}
     if said.get("kept", True):
         score = float(said.get("score", score))  # the value of the answer is made the best
@@ -205,7 +207,8 @@ def _changed(layer: str | None, before: Any, after: Any) -> str:
         return "the start, every layer at its widest bits"
     if after is None:
         return f"a swap, `{layer}`"  # in words already
-    return f"`{layer}` from {_bits(before)} to {_bits(after)} bits"
+    unit = "" if str(after).startswith("W") else " bits"  # a pair in words
+    return f"`{layer}` from {_bits(before)} to {_bits(after)}{unit}"
 
 
 _STATES = {

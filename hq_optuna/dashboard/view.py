@@ -97,7 +97,7 @@ class ShownStorage(RetryingStorage):
         }
         model = space.costs(info.metric)
         try:
-            sums = Additive(space, rises, model.layer_cost)
+            sums = Additive(space, rises, model)
         except ValueError:
             return None
         spread = {

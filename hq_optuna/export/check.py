@@ -49,8 +49,8 @@ few percent of them when a thousandth of their codes flips, so this only finds w
 wrong: what is wrong in a layer, the comparison with given codes finds.
 """
 FREE_ERROR = 0.1
-"""Largest difference of optimized outputs, as a share of the largest one, or ten times what float
-rounding alone makes."""
+"""Largest difference of optimized outputs, as a share of the largest one; or two of their steps, or
+ten times what float rounding alone makes."""
 _ROWS = 32
 """Samples that are run together."""
 
@@ -93,6 +93,7 @@ class Check:
         samples: Samples run.
         largest: Largest magnitude of the network's outputs.
         step: What one code of the last layer's input changes an output by, at most.
+        output_step: What outputs are rounded to, 0 where they are not.
         plain: Without optimizations.
         optimized: With the runtime's defaults.
         integer_layers: Layers that the optimized graph runs in integers.
@@ -103,11 +104,22 @@ class Check:
     samples: int
     largest: float
     step: float
+    output_step: float
     plain: Run
     optimized: Run
     integer_layers: tuple[str, ...]
     layers: tuple[str, ...]
     figures: Mapping[str, tuple[float, float]]
+
+    @classmethod
+    def same(
+        cls, samples: int, largest: float, steps: Mapping[str, float], run: Run, layers: Any
+    ) -> Check:
+        """Return what was found where nothing optimizes a file; ``layers`` by name."""
+        return cls(
+            *(samples, largest, steps["step"], steps["output_step"], run, run),
+            *((), tuple(layers), {}),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it as JSON data."""
@@ -155,7 +167,7 @@ class Check:
                     f"optimized, {others:.0f} of {self.samples} samples get another class, and "
                     f"{by_rounding:.0f} without optimizations"
                 )
-        most = max(10 * self.plain.free_error, FREE_ERROR * self.largest)
+        most = max(10 * self.plain.free_error, FREE_ERROR * self.largest, 2 * self.output_step)
         if not self.optimized.free_error <= most:
             found.append(
                 f"optimized, an output is off by {self.optimized.free_error:.3g}, where the "
@@ -216,7 +228,7 @@ def watched_codes(network: nn.Module) -> Iterator[dict[str, list[NDArray[np.int6
                 if module.bits == FLOAT_BITS:
                     continue
                 scale, zero = module.range(module.bits)
-                path = f"{path.rpartition('.')[0]}.input_quantizer"
+                path = path.replace("input_fake_quantize", "input_quantizer")
             elif isinstance(module, ActivationQuantizer):
                 scale, zero = float(module.scale), int(module.zero_point)
             else:
@@ -404,7 +416,7 @@ def check_file(
     return Check(
         samples=done,
         largest=largest,
-        step=last_step(comparisons[0].quantizers, layers),
+        **last_steps(comparisons[0].quantizers, layers),
         plain=plain,
         optimized=optimized,
         integer_layers=integer_layers(model, tuple(layers)),
@@ -413,13 +425,18 @@ def check_file(
     )
 
 
-def last_step(quantizers: Sequence[str], layers: Mapping[str, DeployedLayer]) -> float:
-    """Return what one code of the last layer's input changes an output by, at most."""
+def last_steps(quantizers: Sequence[str], layers: Mapping[str, DeployedLayer]) -> dict[str, float]:
+    """Return `Check.step` and `Check.output_step` of a graph with these quantizers, in order."""
+    output_step = 0.0
     for name in reversed(quantizers):
-        layer = layers.get(name.rpartition(".")[0])
-        if layer is not None and layer.input_quantizer is not None:
-            return float(layer.input_quantizer.scale) * float(layer.weight.abs().max())
-    return 0.0
+        owner, _, own = name.rpartition(".")
+        layer = layers.get(owner)
+        if layer is not None and own != "input_quantizer":
+            output_step = output_step or float(getattr(layer, own).scale)
+        elif layer is not None and layer.input_quantizer is not None:
+            step = float(layer.input_quantizer.scale) * float(layer.weight.abs().max())
+            return {"step": max(step, output_step), "output_step": output_step}
+    return {"step": output_step, "output_step": output_step}
 
 
 def integer_layers(model: onnx.ModelProto, layers: Sequence[str]) -> tuple[str, ...]:

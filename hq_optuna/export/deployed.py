@@ -16,9 +16,11 @@ from hq_optuna.errors import ExportError
 from hq_optuna.export.operators import dequantize, quantize
 from hq_optuna.network.copies import copied
 from hq_optuna.network.modes import own_modes
+from hq_optuna.quantization.calls import uncounted
 from hq_optuna.quantization.correction import SHIFT, without_shift_
 from hq_optuna.quantization.functional import activation_grid, along
 from hq_optuna.quantization.observers import first_input, with_first_input
+from hq_optuna.quantization.outputs import output_quantizers
 from hq_optuna.quantization.prepare import (
     float_weight,
     input_quantizer,
@@ -102,17 +104,19 @@ class DeployedLayer(nn.Module):
         """Return codes times scales, in the layout of the layer's class."""
         if self.weight_bits == FLOAT_BITS:
             return self.get_buffer("float_weight")
-        rows: Tensor = dequantize(self.weight_codes, self.weight_scale, self.channel_axis)
-        if not self.by_output:
-            return rows
-        groups: Any = self.groups
-        rows = rows.reshape(groups, -1, *rows.shape[1:]).transpose(1, 2)
-        return rows.flatten(0, 1)
+        with uncounted():
+            rows: Tensor = dequantize(self.weight_codes, self.weight_scale, self.channel_axis)
+            if not self.by_output:
+                return rows
+            groups: Any = self.groups
+            rows = rows.reshape(groups, -1, *rows.shape[1:]).transpose(1, 2)
+            return rows.flatten(0, 1)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the layer's class computes of the rounded input."""
         if self.input_quantizer is not None:
-            x = self.input_quantizer(first_input(args, kwargs))
+            with uncounted():
+                x = self.input_quantizer(first_input(args, kwargs))
             args, kwargs = with_first_input(args, kwargs, x)
         return super().forward(*args, **kwargs)
 
@@ -145,6 +149,12 @@ def deployed(network: nn.Module) -> nn.Module:
     clean.requires_grad_(False)
     for name in layers:
         _deploy_(clean.get_submodule(name), name)
+    for name, quantizer in output_quantizers(clean).items():
+        owner, _, own = name.rpartition(".")
+        bits = quantizer.bits
+        if bits != FLOAT_BITS:
+            rounds = ActivationQuantizer(*quantizer.range(bits), bits)  # type: ignore[call-arg]
+            setattr(clean.get_submodule(owner), own, rounds)
     return clean
 
 
@@ -248,8 +258,9 @@ class IntegerBias(nn.Module):
     @property
     def bias(self) -> Tensor:
         """Return codes times scales."""
-        bias: Tensor = dequantize(self.bias_codes, self.bias_scale, 0)
-        return bias
+        with uncounted():
+            bias: Tensor = dequantize(self.bias_codes, self.bias_scale, 0)
+            return bias
 
 
 def bias_of(layer: nn.Module) -> Tensor | None:

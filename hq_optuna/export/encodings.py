@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from hq_optuna.errors import ExportError
-from hq_optuna.export.check import Check, Tally, furthest, last_step, session, watched_codes
+from hq_optuna.export.check import Check, Tally, furthest, last_steps, session, watched_codes
 from hq_optuna.export.deployed import deployed_layers
 from hq_optuna.export.job import Job
 from hq_optuna.export.rewriting import (
@@ -215,7 +215,7 @@ def _checked(
         done += n
     layers = deployed_layers(job.deployed)
     run = tally.run(done)
-    return Check(done, largest, last_step(order, layers), run, run, (), tuple(layers), {})
+    return Check.same(done, largest, last_steps(order, layers), run, layers)
 
 
 def _check_weights(first: dict[str, Any], weights: list[WeightRounding]) -> None:

@@ -18,6 +18,7 @@ from torch.fx import Node
 
 from hq_optuna.export.deployed import DeployedLayer, bias_of, deployed_layers, has_hooks, set_bias_
 from hq_optuna.network.layer_types import CONVOLUTIONS, BatchNorm, runs_forward_of
+from hq_optuna.quantization.calls import count
 from hq_optuna.space.layers import FLOAT_BITS
 
 _LAYERS = (
@@ -40,8 +41,16 @@ def fold_batch_norm_(network: nn.Module, program: ExportedProgram) -> dict[str, 
     for layer, norm in pairs.items():
         _fold_(network.get_submodule(layer), network.get_submodule(norm), norm)
         owner, _, name = norm.rpartition(".")
-        setattr(network.get_submodule(owner), name, nn.Identity())
+        setattr(network.get_submodule(owner), name, Folded())
     return pairs
+
+
+class Folded(nn.Identity):
+    """Stands for a batch-norm that was folded: what rounds its output still finds its call."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return what the layer before it returned, rounded where the batch-norm's output was."""
+        return count("batch_norm", input)
 
 
 def widen_dead_scales_(network: nn.Module) -> None:

@@ -109,6 +109,7 @@ def onnx_graph(network: nn.Module, program: ExportedProgram, containers: Contain
     _lay_weights_down_(model)
     _set_biases_apart_(model, network, containers)
     _add_zero_points_(model)
+    _round_behind_pads_(model)
     ir.passes.common.RemoveUnusedNodesPass()(model)
     _strip_(model)
     model.ir_version = IR_VERSIONS[containers.opset]
@@ -186,6 +187,44 @@ def _add_zero_points_(model: ir.Model) -> None:
         value = _stored(model, f"{codes.name}_zero_point", zeros, ir.DataType.INT8)
         node.resize_inputs(3)
         node.replace_input_with(2, value)
+
+
+def _round_behind_pads_(model: ir.Model) -> None:
+    """Round again what a Pad passes on: nothing changes, and runtimes see integers behind it.
+
+    They know by themselves that integers stay integers in a Reshape or Slice.
+    """
+    for node in list(model.graph):
+        found = node.inputs[0] if node.op_type == "Pad" else None
+        while found is not None and (source := found.producer()) is not None:
+            if source.op_type == "DequantizeLinear" and len(source.inputs) > 2:
+                _round_again_(model, node, source)
+            found = source.inputs[0] if source.op_type in ("Slice", "Reshape") else None
+
+
+def _round_again_(model: ir.Model, node: ir.Node, source: ir.Node) -> None:
+    """Round a node's output as ``source`` rounds, whose integers it only moves."""
+    scale, zero = source.inputs[1], source.inputs[2]
+    assert scale is not None and zero is not None
+    codes, held = source.inputs[0], node.inputs[2] if len(node.inputs) > 2 else None
+    known = None if held is None else held.const_value
+    if codes is None or codes.const_value is not None or scale.const_value is None:
+        return  # a weight
+    if zero.const_value is None or (known is not None and known.numpy().any()):
+        return  # filled with other numbers than zeros
+    name, output = node.name, node.outputs[0]
+    again = [
+        _stored(model, f"{name}_{part}", v.const_value.numpy(), v.const_value.dtype)
+        for part, v in (("step", scale), ("zero", zero))
+        if v.const_value is not None
+    ]
+    rounding = ir.node("QuantizeLinear", [output, *again], name=f"{name}_quantized")
+    back = ir.node("DequantizeLinear", [rounding.outputs[0], *again], name=f"{name}_again")
+    value = back.outputs[0]
+    value.shape, value.type = output.shape, output.type
+    output.replace_all_uses_with(value, replace_graph_outputs=True)
+    rounding.replace_input_with(0, output)
+    model.graph.insert_after(node, [rounding, back])
 
 
 def _set_(value: ir.Value, array: Any, kind: ir.DataType) -> None:

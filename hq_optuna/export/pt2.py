@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.export import ExportedProgram
 
-from hq_optuna.export.check import Check, Tally, furthest, last_step
+from hq_optuna.export.check import Check, Tally, furthest, last_steps
 from hq_optuna.export.deployed import deployed, deployed_layers, round_biases_
 from hq_optuna.export.job import Job
 from hq_optuna.export.operators import PLAIN
@@ -64,4 +64,4 @@ def _checked(program: ExportedProgram, network: torch.nn.Module, job: Job) -> Ch
     layers = deployed_layers(network)
     names = [f"{name}.input_quantizer" for name in layers]
     seen = tally.run(done)
-    return Check(done, largest, last_step(names, layers), seen, seen, (), tuple(layers), {})
+    return Check.same(done, largest, last_steps(names, layers), seen, layers)

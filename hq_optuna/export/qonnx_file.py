@@ -19,7 +19,7 @@ from qonnx.core.modelwrapper import ModelWrapper
 from qonnx.core.onnx_exec import execute_onnx
 
 from hq_optuna.errors import ExportError
-from hq_optuna.export.check import Check, Tally, furthest, last_step, watched_codes
+from hq_optuna.export.check import Check, Tally, furthest, last_steps, watched_codes
 from hq_optuna.export.deployed import deployed_layers
 from hq_optuna.export.job import Job
 from hq_optuna.export.rewriting import (
@@ -131,7 +131,7 @@ def _checked(proto: onnx.ModelProto, job: Job) -> Check:
     layers = deployed_layers(job.deployed)
     run = tally.run(done)
     job.notes.append(f"QONNX executed {done} samples, node by node.")
-    return Check(done, largest, last_step(names, layers), run, run, (), tuple(layers), {})
+    return Check.same(done, largest, last_steps(names, layers), run, layers)
 
 
 def _values(codes: NDArray[np.int64], quantizer: Any) -> NDArray[np.float32]:

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 from torch import nn
 
 from hq_optuna.export.deployed import (
@@ -72,6 +72,11 @@ def graph_of(network: nn.Module, batch: Batch, *, fixed: bool) -> onnx.ModelProt
     model = onnx_graph(network, program, Containers("int8"))
     model.producer_name = "hq_optuna"
     proto = ir.serde.serialize_model(model)
+    outputs = {item.name for item in proto.graph.output}
+    for node in [n for n in proto.graph.node if n.op_type == "DequantizeLinear"]:
+        if (name := node.output[0]) in outputs:  # a rounded tensor is one inside the graph
+            node.output[0] = f"{name}_rounded"
+            proto.graph.node.append(helper.make_node("Identity", [node.output[0]], [name]))
     return onnx.shape_inference.infer_shapes(proto, data_prop=True)
 
 

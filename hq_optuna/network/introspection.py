@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,10 +32,12 @@ from hq_optuna.network.layer_types import (
     TRANSPOSED,
     UNSUPPORTED,
 )
+from hq_optuna.network.operators.liveness import Recorder, memory_map
+from hq_optuna.network.operators.weight_uses import WatchedWeights, WeightUse
 from hq_optuna.network.searchable import check_searchable
 from hq_optuna.network.unfused import unfused
-from hq_optuna.network.weight_uses import WatchedWeights, WeightUse
-from hq_optuna.space.layers import LayerSpec, SkippedModule
+from hq_optuna.space.layers import FLOAT_BITS, LayerSpec, SkippedModule
+from hq_optuna.space.memory import MemoryMap
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,9 @@ class Introspection:
         warnings: Sentences about costs that hang on the data, or that bits do not tell, and where
             many of the operations are in no layer.
         others: Multiplications that no layer's weight takes part in, the most first.
+        memory: What is in memory at each moment of a pass over the first batch, for one sample.
+        elements: What computes element by element and stays in float, the most first: additions,
+            concatenations, softmax, normalization, embeddings; with elements for one sample.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -96,6 +101,13 @@ class Introspection:
     n_samples: int
     warnings: tuple[str, ...] = ()
     others: tuple[OtherProduct, ...] = ()
+    memory: MemoryMap = field(default_factory=MemoryMap)
+    elements: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def bops_of_others(self) -> int:
+        """Bit operations of what stays in float, at 32 bits by 32: no part of any cost."""
+        return sum(other.macs for other in self.others) * FLOAT_BITS**2
 
     @property
     def share_of_others(self) -> float:
@@ -200,7 +212,7 @@ def introspect(
     if n < 1:
         raise NetworkError(f"The example input holds {n} samples. Give at least one.")
     check_batch = n_samples is None and not isinstance(example_input, Batches)
-    counter = _count(network, given, see, check_batch=check_batch)
+    counter, record = _count(network, given, see, check_batch=check_batch)
     tallies = counter.tallies
     layers = counter.readers.told(_quantized_layers(names, tallies, n))
     others = _others(names, counter, layers, n)
@@ -211,8 +223,10 @@ def introspect(
     n_parameters = sum(p.numel() for p in network.parameters())
     found = {layer.name: tallies[module] for module, layer in layers.items()}
     said = (*_warnings(found, n), *_unseen(others, total))
+    memory = memory_map(record, {module: layer.name for module, layer in layers.items()})
     return Introspection(
-        tuple(layers.values()), tuple(skipped), n_parameters, n, said, tuple(others)
+        *(tuple(layers.values()), tuple(skipped), n_parameters, n, said, tuple(others), memory),
+        elements=tuple((what, -(-total // n)) for what, total in counter.elements.most_common()),
     )
 
 
@@ -356,9 +370,12 @@ def _count(
     see: Callable[[int, Any], None],
     *,
     check_batch: bool,
-) -> _Counter:
-    """Run the network on each batch, and return the counts of each layer that has any."""
-    counter = _Counter(network)
+) -> tuple[_Counter, Recorder]:
+    """Run the network on each batch, and return the counts of each layer that has any.
+
+    The first batch's pass is recorded.
+    """
+    counter, record = _Counter(network), None
     first_of: dict[Any, dict[nn.Module, int]] = {}  # MACs of the first batch of each shape
     device = device_of(network)
     handles: list[Any] = []
@@ -376,7 +393,11 @@ def _count(
                 before = {module: tally.macs for module, tally in counter.tallies.items()}
                 with _explained(shapes, index if len(given) > 1 else None), counter:
                     counter.begin(example)
-                    outputs = forward(network, example)
+                    if record is None:
+                        record = Recorder(network, example, n)
+                        outputs = record.run(network, example)
+                    else:
+                        outputs = forward(network, example)
                 see(index, outputs)
                 now = {m: t.macs - before.get(m, 0) for m, t in counter.tallies.items()}
                 expected = first_of.setdefault((n, *shapes), now)
@@ -387,7 +408,8 @@ def _count(
         finally:
             for handle in handles:
                 handle.remove()
-    return counter
+    assert record is not None, "there is a batch"
+    return counter, record
 
 
 @contextmanager
@@ -418,7 +440,8 @@ class _Counter(WatchedWeights):  # type: ignore[no-untyped-call]
             if isinstance(module, QUANTIZABLE) and not _computed(module)
         }
         weights: dict[str, Tensor] = {name: m.weight for name, m in self._layers.items()}  # type: ignore[misc]
-        super().__init__(weights, self._use, self._use_other)
+        self.elements = Counter[str]()
+        super().__init__(weights, self._use, self._use_other, self._use_elements)
         self.others: Counter[tuple[nn.Module | None, str]] = Counter()
         self._aside: Counter[tuple[nn.Module | None, str]] = Counter()  # within a layer's own call
         self._within: list[nn.Module] = []
@@ -456,6 +479,9 @@ class _Counter(WatchedWeights):  # type: ignore[no-untyped-call]
         module = self._within[-1] if self._within else None
         held = self._aside if self._running and module is self._running[-1][0] else self.others
         held[module, operator] += macs
+
+    def _use_elements(self, what: str, elements: int) -> None:
+        self.elements[what] += elements
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._within:

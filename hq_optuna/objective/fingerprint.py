@@ -28,6 +28,7 @@ _WORDS = {
     "quantizers": "the quantizers",
     "loss": "the loss function",
     "rise": "the rise",
+    "hardware": "the hardware, or what its file says",
     "training": "the training (its data or settings)",
 }
 """What differs, in words, beside settings, which say it themselves."""

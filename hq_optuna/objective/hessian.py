@@ -20,8 +20,9 @@ from torch.nn import functional
 
 from hq_optuna import attributes
 from hq_optuna.artifacts.store import Artifacts
-from hq_optuna.attributes import StudyInfo, Ticket
-from hq_optuna.errors import NetworkError, ResumeError, SpaceError
+from hq_optuna.attributes import Beside, StudyInfo, Ticket
+from hq_optuna.errors import NetworkError, ResumeError, SettingError, SpaceError
+from hq_optuna.hardware import ANY, read_hardware
 from hq_optuna.network.batches import Batches, check_sample_axis, read_batches
 from hq_optuna.network.checks import check_forward, check_rise, look_over
 from hq_optuna.network.copies import copied
@@ -51,13 +52,14 @@ from hq_optuna.protocol.claims import ClaimedTrial, NotNeeded, write_facts
 from hq_optuna.protocol.history import read_history
 from hq_optuna.protocol.tickets import closing, winner_of
 from hq_optuna.quantization import set_bits
+from hq_optuna.quantization.outputs import find_places
 from hq_optuna.quantization.prepare import check_preparable
 from hq_optuna.rises import Rise, RiseLoss, decide, rise_of_loss
 from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.scoring import Score, Scorer
 from hq_optuna.settings import SearchSettings, settings_of
 from hq_optuna.space.assignment import BitConfig
-from hq_optuna.space.search_space import SearchSpace
+from hq_optuna.space.search_space import SearchSpace, Variable, bits_needed
 from hq_optuna.training.plan import TrainingPlan
 
 logger = logging.getLogger(__name__)
@@ -84,7 +86,7 @@ class HessianObjective:
         loss_fn: Mean loss of a batch from (outputs, labels); ``None``: cross-entropy, or, where
             there are no labels, none.
         settings: How candidates are scored (``scorer``, ``rounding``, ``correction``, ``observer``,
-            ``precision``, ``quantizers``); the others are not read here.
+            ``output_bits``, ``precision``, ``quantizers``); the others are not read here.
         rise: How much worse outputs become that move, see `hq_optuna.rises`; a function returns
             it from (outputs, moved), summed over samples. By default that of the loss, or, where
             that is unknown or there is none, by the outputs.
@@ -157,6 +159,7 @@ class HessianObjective:
             model, self.data, loss_fn, [layer.name for layer in space.layers]
         )
         check_preparable(self.setup.prepared(model))
+        self._check_outputs(training)
         if not self.data.is_looked_over:
             self.data = look_over(model, self.data, loss_fn)
         self.loss_fn, said = as_mean(model, self.data, loss_fn)
@@ -182,6 +185,23 @@ class HessianObjective:
         self._facts: dict[str, float] = {}
         # By storage, as studies of two storages may have the same id.
         self._settled: WeakKeyDictionary[BaseStorage, dict[int, bool]] = WeakKeyDictionary()
+
+    def _check_outputs(self, training: TrainingPlan | None) -> None:
+        """Refuse output_bits where they could not act."""
+        if self.settings.output_bits is None:
+            return
+        if training is not None:
+            raise SettingError(
+                "output_bits rounds outputs of a network that is not trained: training knows no "
+                "ranges of outputs. Leave out output_bits, or the training."
+            )
+        if not any(activations for _, activations in bits_needed(self.space).values()):
+            raise SettingError(
+                "output_bits rounds what layers pass on, and activation_bits leaves what enters "
+                "them in float, so nothing would run in integers. Give activation_bits."
+            )
+        names = [layer.name for layer in self.space.layers]
+        find_places(self.setup.prepared(self.model), names, self.data[0].inputs)
 
     @own_modes()
     def quantized(self, config: BitConfig, scorer: Scorer | None = None) -> nn.Module:
@@ -314,6 +334,8 @@ class HessianObjective:
             "loss": self._loss,
             **fingerprint.of_settings(self.settings, "scoring"),
         }
+        if (target := read_hardware(self.settings.hardware)).name != ANY:
+            mine["hardware"] = f"{target.name} {target.digest}"
         used = self.settings.scorer in ("gauss_newton", "hessian_trace")
         if used and name_of(self.rise) != name_of(rise_of_loss(self.loss_fn)):
             mine["rise"] = name_of(self.rise)
@@ -340,7 +362,7 @@ class HessianObjective:
             settings |= {"rule": type(sampler).__name__, "n_candidates": 1}
         return StudyInfo(
             metric=metric,
-            limit=model.float32 if budget is None else budget.limit(self.space),
+            limit=model.uniform(32, 32) if budget is None else budget.limit(self.space),
             budget="none" if budget is None else str(budget),
             int8=model.int8,
             float32=model.float32,
@@ -349,6 +371,10 @@ class HessianObjective:
             training=None if self.training is None else self.training.plan.to_json(),
             skipped=self.skipped,
             warnings=tuple(self.warnings),
+            beside=tuple(
+                Beside(b.metric, b.limit, b.text, b.model.int8)
+                for b in ([] if budget is None else budget.bounds(self.space)[1:])
+            ),
         )
 
     @own_modes()
@@ -369,7 +395,7 @@ class HessianObjective:
         if isinstance(sampler, ProgressiveBitSampler):
             ticket = sampler.ticket(study, trial)
         if ticket is None or ticket.kind == "free":
-            bits = [trial.suggest_categorical(v.name, v.bits) for v in self.space.variables]
+            bits = [_suggested(trial, variable) for variable in self.space.variables]
             config = self.space.config(bits)
             score = scorer.score(config)
             record(self.space, trial, config, shown(score, started), None)
@@ -514,3 +540,11 @@ def _every(seconds: float, needed: Callable[[], bool], otherwise: Exception) -> 
         last = time.monotonic()
 
     return look
+
+
+def _suggested(trial: Trial, variable: Variable) -> int:
+    """Return the notch that Optuna suggests for a variable."""
+    shown = trial.suggest_categorical(variable.name, tuple(map(variable.shown, variable.bits)))
+    bits = variable.read(shown)
+    assert bits is not None, "it is one of the choices"
+    return bits

@@ -1,9 +1,10 @@
 """What all candidates share, made in pieces that workers share: the network, and the table.
 
-The first stage is of layers, group by group (ranges, scales and rounded weights from one pass), and
-of the statistics that are right. The second is the table of rises, batch by batch. A piece's result
-is a set of tensors: the same whoever computes it, kept in the artifact store by its hash, and
-loaded by those who need it. `hq_optuna.protocol.pieces` says who is at which piece.
+The first stage is of layers, group by group (ranges, scales and rounded weights from one pass), of
+the statistics that are right, and of what rounds outputs. The second is the table of rises, batch
+by batch. A piece's result is a set of tensors: the same whoever computes it, kept in the artifact
+store by its hash, and loaded by those who need it. `hq_optuna.protocol.pieces` says who is at which
+piece.
 """
 
 from __future__ import annotations
@@ -29,10 +30,19 @@ from hq_optuna.protocol.pieces import Piece, PieceBoard
 from hq_optuna.quantization.compensation import fitting_memory
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.quantization.fitting import fit_layers, fitted_tensors, load_fitted_
+from hq_optuna.quantization.outputs import (
+    add_output_quantizers_,
+    find_places,
+    output_quantizers,
+    outputs_always,
+    put_output_quantizers_,
+)
+from hq_optuna.quantization.ranges import AffineRange
 from hq_optuna.rises import Rise
 from hq_optuna.scoring import LayerSumName, Sensitivity, measure_layer_sums
 from hq_optuna.scoring.hessian_trace import HessianTrace
 from hq_optuna.scoring.layer_sums import LayerSums, completed
+from hq_optuna.scoring.measured import outputs_rise, with_outputs
 from hq_optuna.scoring.sensitivity import check_finite
 from hq_optuna.settings import SearchSettings
 from hq_optuna.space.search_space import SearchSpace, bits_needed
@@ -44,7 +54,7 @@ N_GROUPS = 4
 """Groups of layers that a network is fitted in, where their moments fit memory."""
 SHORTEST_WAIT_S, LONGEST_WAIT_S = 0.02, 1.0
 
-LAYERS, STATISTICS, TABLE = "layers", "statistics", "table"
+LAYERS, STATISTICS, OUTPUTS, TABLE = "layers", "statistics", "outputs", "table"
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, of)."""
@@ -152,13 +162,15 @@ class Preparation:
         self._results: dict[str, Tensors] = {}  # of the table
         self._loaded: set[str] = set()
         self._trace: HessianTrace | None = None
-        self._done = 0.0
+        self._done = self._outputs_rise = 0.0
         self.pieces = tuple(self._all_pieces())
 
     def _all_pieces(self) -> list[Piece]:
         found = [Piece(f"{LAYERS}:{i}", 1.0) for i in range(len(self._groups))]
         if self.setup.settings.correction:
             found.append(Piece(STATISTICS, 1.0))
+        if self.setup.settings.output_bits is not None:
+            found.append(Piece(OUTPUTS, 1.0))
         n = len(self._table_data) if self._traces else 1
         return found + [Piece(f"{TABLE}:{i}", 1.0, stage=1) for i in range(n)]
 
@@ -179,18 +191,29 @@ class Preparation:
         else:
             self._share(self._shared)
         # Of the layers a worker loads what it needs.
-        self._take([p for p in self.pieces if p.stage == 1 or p.name == STATISTICS])
+        self._take([p for p in self.pieces if p.stage == 1 or p.name in (STATISTICS, OUTPUTS)])
         parts = [self._results.pop(p.name) for p in self.pieces if p.stage == 1]
         if not self._traces:
             told = json.loads(bytes(parts[0]["json"].tolist()))
-            return Table(Sensitivity.from_json(told["table"]), told["warnings"], told["facts"])
+            table = Sensitivity.from_json(told["table"])
+            return self._with_outputs(Table(table, told["warnings"], told["facts"]))
         sensitivity, curvature = self._hessian_trace().table(parts)
         check_finite(sensitivity)
         setup = self.setup
         if curvature.unknown:  # measured, on the network as it will be
             self.network()
         given = self.prepared, setup.data, setup.loss_fn, setup.rise
-        return _told(completed(sensitivity, curvature, *given))
+        with outputs_always(self.prepared, False):  # the table is of one layer at a time
+            return self._with_outputs(_told(completed(sensitivity, curvature, *given)))
+
+    def _with_outputs(self, table: Table) -> Table:
+        """Return the table with the rise of rounded outputs."""
+        layers = [name.rpartition(".")[0] for name in output_quantizers(self.prepared)]
+        if not layers:
+            return table
+        facts = {**table.facts, "output_quantizers": len(layers)}
+        sensitivity = with_outputs(table.sensitivity, layers, self._outputs_rise)
+        return table._replace(sensitivity=sensitivity, facts=facts)
 
     def _take(self, pieces: list[Piece]) -> None:
         """Load what came of pieces, here or elsewhere; compute what is nowhere."""
@@ -261,6 +284,8 @@ class Preparation:
         if kind == STATISTICS:
             self.correction = self._correction()
             return self.correction.tensors()
+        if kind == OUTPUTS:
+            return self._outputs()
         if self._traces:
             return self._hessian_trace().part(int(number))
         return self._other_table(inside)
@@ -273,6 +298,8 @@ class Preparation:
         elif kind == STATISTICS:
             if self.correction is None:
                 self.correction = self._correction(found)
+        elif kind == OUTPUTS:
+            self._load_outputs(found)
         else:
             self._results[piece.name] = found
         self._loaded.add(piece.name)
@@ -287,6 +314,29 @@ class Preparation:
             known=known,
         )
 
+    def _outputs(self) -> dict[str, Tensor]:
+        """Give the network output quantizers; return their ranges and their rise."""
+        setup, bits = self.setup, self.setup.settings.output_bits
+        assert bits is not None
+        names = [layer.name for layer in setup.space.layers]
+        given = self.prepared, names, setup.rounding_data, bits, setup.settings.observer
+        add_output_quantizers_(*given)
+        ranges = [list(q.range(bits)) for q in output_quantizers(self.prepared).values()]
+        rise = outputs_rise(self.prepared, setup.table_data, setup.loss_fn, setup.rise)
+        # Double precision: single precision's scale and a zero point up to 2¹⁶, both exact.
+        kind: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+        return {"ranges": torch.tensor(ranges, **kind), "rise": torch.tensor(rise, **kind)}
+
+    def _load_outputs(self, found: Tensors) -> None:
+        self._outputs_rise = float(found["rise"])
+        bits, names = self.setup.settings.output_bits, [s.name for s in self.setup.space.layers]
+        if bits is None or output_quantizers(self.prepared):
+            return
+        places, calls = find_places(self.prepared, names, self.setup.data[0].inputs)
+        told = zip(places, found["ranges"].tolist(), strict=True)
+        ranges = {place.name: AffineRange(scale, int(zero)) for place, (scale, zero) in told}
+        put_output_quantizers_(self.prepared, places, calls, bits, ranges)
+
     def _hessian_trace(self) -> HessianTrace:
         if self._trace is None:
             takes = {} if self.correction is None else self.correction.takes
@@ -298,15 +348,16 @@ class Preparation:
     def _other_table(self, progress: Callable[[int, int], None]) -> dict[str, Tensor]:
         """Return the table of another sum over layers, as JSON in bytes."""
         setup = self.setup
-        sums = measure_layer_sums(
-            *(setup.layer_sum, self._network, self.prepared, setup.space, setup.table_data),
-            setup.loss_fn,
-            progress=lambda what, done, of: progress(done, of),
-            moments=self._moments,
-            correction=self.correction,
-            rise=setup.rise,
-            whole=setup.data,
-        )
+        with outputs_always(self.prepared, False):
+            sums = measure_layer_sums(
+                *(setup.layer_sum, self._network, self.prepared, setup.space, setup.table_data),
+                setup.loss_fn,
+                progress=lambda what, done, of: progress(done, of),
+                moments=self._moments,
+                correction=self.correction,
+                rise=setup.rise,
+                whole=setup.data,
+            )
         table, warnings, facts = _told(sums)
         said = json.dumps({"table": table.to_json(), "warnings": warnings, "facts": facts})
         return {"json": torch.frombuffer(bytearray(said.encode()), dtype=torch.uint8)}

@@ -24,7 +24,7 @@ from hq_optuna.optuna_internals import id_of, storage_of
 from hq_optuna.protocol import worker_identity
 from hq_optuna.protocol.claims import write_constraint, write_facts
 from hq_optuna.protocol.study_view import write_user_attrs
-from hq_optuna.protocol.tickets import facts
+from hq_optuna.protocol.tickets import costs_shown, facts
 from hq_optuna.pruners import CostBudgetPruner
 from hq_optuna.samplers import ProgressiveBitSampler
 from hq_optuna.scoring import Score, Sensitivity
@@ -149,12 +149,12 @@ def record(
     ticket: Ticket | None,
 ) -> None:
     """Write what a trial shows besides its value; ``found`` are user attributes of its scoring."""
-    metric, limit = limit_of(trial.study, space)
-    cost = space.costs(metric).cost(config)
-    known: dict[str, Any] = {} if ticket is None else facts(ticket, space, cost)
-    write_facts(trial, {**known, attributes.COST: cost, **found})
+    limits = limits_of(trial.study, space)
+    costs: dict[str, float] = {metric: space.costs(metric).cost(config) for metric in limits}
+    known: dict[str, Any] = {} if ticket is None else facts(ticket, space, costs)
+    write_facts(trial, {**known, **costs_shown(costs), **found})
     if ticket is None or ticket.kind == "free":  # others know their cost from the start
-        write_constraint(trial, cost, metric, limit)
+        write_constraint(trial, tuple(costs.values()), limits)
 
 
 def shown(score: Score, started: float) -> dict[str, Any]:
@@ -179,18 +179,18 @@ def by_whom(started: float) -> dict[str, Any]:
     }
 
 
-def limit_of(study: Study, space: SearchSpace) -> tuple[Metric, float]:
+def limits_of(study: Study, space: SearchSpace) -> dict[Metric, float]:
     """Return what a study's budget counts and how much it allows, infinity where there is none.
 
     A study that was loaded without its sampler and pruner says it itself.
     """
     if (budget := budget_of(study)) is not None:
-        return budget.metric, budget.limit(space)
+        return {bound.metric: bound.limit for bound in budget.bounds(space)}
     data = study.user_attrs.get(attributes.INFO)
     if data is None or data["budget"] == "none":
-        return "bops", math.inf
+        return {"bops": math.inf}
     info = attributes.StudyInfo.from_json(data)
-    return info.metric, info.limit
+    return {info.metric: info.limit, **{each.metric: each.limit for each in info.beside}}
 
 
 def budget_of(study: Study) -> Budget | None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hq_optuna.curvature.sweep import differentiable
-from hq_optuna.network.batches import Batches, cloned, forward
+from hq_optuna.network.batches import Batches, Whole, cloned, forward, is_whole, read_batches
 from hq_optuna.network.containers import strided, tensors
 from hq_optuna.network.copies import copied
+from hq_optuna.network.devices import device_of
 from hq_optuna.network.evaluation import Evaluate, mean_loss, measured_figures
 from hq_optuna.objective.hessian import HessianObjective
 from hq_optuna.rises import Rise, parts_of
@@ -23,8 +25,12 @@ from hq_optuna.settings import SearchSettings
 PREPARE_PASSES = 15, 40
 """What preparation costs as a rule, in float passes over the calibration set."""
 
-MOST_SECONDS = 20.0
-"""Passes over data are cut off here, and the rest is extrapolated."""
+MOST_SECONDS = 2.0
+"""What a pass over the calibration set may take in a check: about a dozen are needed."""
+
+HELD = 10, 13, 2**29
+"""What a search holds: so many times the inputs of all layers on a batch, and the weights, and
+bytes beside. Fitted to the peaks of the networks of ``benchmarks/fields.py``."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +46,10 @@ class Readiness:
         pass_s: Seconds of a pass over the calibration set.
         prepare_s: Seconds of preparation, from and to.
         search_s: Seconds of the steps, at most; ``None`` where scores are looked up in a table.
-        memory_bytes: What this process held at most until now.
-        free_bytes: What is free beside it.
+        n_read: Calibration samples that the check read, of ``n_calibration``.
+        memory_bytes: What this process holds now.
+        needed_bytes: What a search is expected to need more.
+        free_bytes: What is free.
     """
 
     outputs: dict[str, tuple[int, ...]]
@@ -52,7 +60,10 @@ class Readiness:
     pass_s: float
     prepare_s: tuple[float, float]
     search_s: float | None
+    n_read: int
+    n_calibration: int
     memory_bytes: int
+    needed_bytes: int
     free_bytes: int
 
     @property
@@ -62,13 +73,51 @@ class Readiness:
         bad = [name for name, value in self.figures.items() if not math.isfinite(value)]
         if bad:
             found.append(f"{bad[0]} of the float network is {self.figures[bad[0]]}: check evaluate")
-        if self.memory_bytes > 2 * self.free_bytes:
-            used, free = (value / 2**20 for value in (self.memory_bytes, self.free_bytes))
+        if self.needed_bytes > self.free_bytes:
+            needed, free = (value / 2**20 for value in (self.needed_bytes, self.free_bytes))
             found.append(
-                f"{used:,.0f} MiB are in use and {free:,.0f} MiB free, and a search needs about as "
-                "much again: give fewer calibration samples"
+                f"a search needs about {needed:,.0f} MiB more and {free:,.0f} MiB are free: give "
+                "batches of fewer samples"
             )
         return found
+
+
+class Part(NamedTuple):
+    """Some of the data, how many samples there are in all, and in the largest batch."""
+
+    data: Any
+    n_all: int
+    largest: int
+
+
+def part_of(network: nn.Module, data: Any, what: str, *, labelled: bool = False) -> Part:
+    """Return as much of the data as a pass reads in `MOST_SECONDS`, evenly from all of them.
+
+    ``what`` names the data in messages. What is given as tensors is cut by samples, all else by
+    batches.
+
+    Raises:
+        DataError: As `read_batches`.
+    """
+    read = read_batches(data, what=what, labelled=labelled)
+    part = Part(
+        read if isinstance(data, Iterator) else data, read.n_samples, max(b.n for b in read)
+    )
+    started = time.perf_counter()
+    try:
+        with torch.no_grad():
+            forward(copied(network), cloned(read.to(device_of(network))[0].inputs))
+    except Exception:  # what is wrong with it is said by the search itself
+        return part
+    seconds = (time.perf_counter() - started) / read[0].n * read.n_samples
+    every = math.ceil(seconds / MOST_SECONDS)
+    if every < 2:
+        return part
+    if isinstance(data, Tensor):
+        return part._replace(data=data[::every])
+    if is_whole(data):
+        return part._replace(data=Whole.of(data, what).take(slice(None, None, every)))
+    return part._replace(data=Batches([*read][::every], read.is_looked_over))
 
 
 def readiness(
@@ -76,18 +125,21 @@ def readiness(
     settings: SearchSettings,
     validation: Batches | None,
     evaluate: Evaluate,
+    part: Part | None = None,
 ) -> Readiness:
-    """Run a few passes of the float network; see `Readiness`."""
+    """Run a few passes of the float network; see `Readiness`.
+
+    ``part`` is what the objective's data are of; by default they are all.
+    """
     network, data = copied(objective.model), objective.data
+    part = part or Part(data, data.n_samples, max(batch.n for batch in data))
     outputs, pass_s = _run(network, data)
+    pass_s *= part.n_all / data.n_samples
     figures, n = dict[str, float](), 0
     if validation is not None:
-        seconds_a_sample = pass_s / data.n_samples
-        least = max(1, int(MOST_SECONDS / max(seconds_a_sample, 1e-9)))
-        part = _first(validation, least)
-        figures = measured_figures(evaluate, network, part)
-        figures |= mean_loss(network, part, objective.loss_fn)
-        n = part.n_samples
+        figures = measured_figures(evaluate, network, validation)
+        figures |= mean_loss(network, validation, objective.loss_fn)
+        n = validation.n_samples
     low, high = (passes * pass_s for passes in PREPARE_PASSES)
     scorer = objective.settings.scorer
     moves = sum(len(v.bits) - 1 for v in objective.space.variables)
@@ -102,6 +154,9 @@ def readiness(
         pass_s=pass_s,
         prepare_s=(low, high),
         search_s=None if looked_up else candidates * pass_s,
+        n_read=data.n_samples,
+        n_calibration=part.n_all,
+        needed_bytes=_needed(objective, part.largest),
         memory_bytes=psutil.Process().memory_info().rss,
         free_bytes=psutil.virtual_memory().available,
     )
@@ -124,30 +179,21 @@ def _named(outputs: object, n: int) -> dict[str, torch.Tensor]:
 
 
 def _run(network: nn.Module, data: Batches) -> tuple[Any, float]:
-    """Return the outputs on the first batch, and the seconds of a pass over all data.
-
-    As many batches run as fit into some seconds.
-    """
-    outputs, started, seen = None, time.perf_counter(), 0
+    """Return the outputs on the first batch, and the seconds of a pass over the data."""
+    outputs, started = None, time.perf_counter()
     with torch.no_grad():
         for batch in data:
             z = forward(network, cloned(batch.inputs))
             outputs = z if outputs is None else outputs
-            seen += batch.n
-            if time.perf_counter() - started > MOST_SECONDS / 4:
-                break
-    return outputs, (time.perf_counter() - started) * data.n_samples / seen
+    return outputs, time.perf_counter() - started
 
 
-def _first(data: Batches, least: int) -> Batches:
-    """Return the first batches, of so many samples or more."""
-    chosen, n = [], 0
-    for batch in data:
-        chosen.append(batch)
-        n += batch.n
-        if n >= least:
-            break
-    return Batches(chosen, data.is_looked_over)
+def _needed(objective: HessianObjective, batch: int) -> int:
+    """Return the bytes that a search is expected to need, with batches of so many samples."""
+    layers = objective.space.layers
+    of_inputs, of_weights, beside = HELD
+    inputs = of_inputs * batch * sum(layer.n_inputs for layer in layers)
+    return 4 * (inputs + of_weights * sum(layer.n_weights for layer in layers)) + beside
 
 
 def _unreached(objective: HessianObjective, data: Batches) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from hq_optuna.curvature import probe_of
+from hq_optuna.hardware import read_hardware
 from hq_optuna.network.batches import Batches
 from hq_optuna.network.losses import LossFunction
 from hq_optuna.objective.preparation import Preparation, Progress, Shared
@@ -17,6 +18,7 @@ from hq_optuna.quantization import observe_inputs, prepare
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.quantization.observers import InputHistogram
 from hq_optuna.quantization.quantizer_choice import choose_quantizers, uncompensated_warnings
+from hq_optuna.quantization.ranges import InputGrid
 from hq_optuna.quantization.statistics import statistics_places
 from hq_optuna.rises import Rise, RiseLoss
 from hq_optuna.scoring import LAYER_SUMS, LayerSumName, Scorer, Sensitivity
@@ -70,6 +72,12 @@ class ScorerSetup:
     rise: Rise | None
     quantizers: Mapping[str, str]
 
+    @cached_property
+    def grid(self) -> InputGrid:
+        """Which ranges of inputs the hardware takes."""
+        target = read_hardware(self.settings.hardware)
+        return InputGrid(target.symmetric_bits, target.unsigned, target.power_of_two)
+
     @classmethod
     def checked(
         cls,
@@ -112,6 +120,11 @@ class ScorerSetup:
             raise ValueError(
                 f"The scorer {scorer!r} needs gradients of a loss, and the data have no labels. "
                 "Use scorer='hessian_trace' or 'gauss_newton', or give labels and a loss."
+            )
+        if trains and read_hardware(settings.hardware).power_of_two:
+            raise ValueError(
+                f"Training learns the scales of inputs, which are powers of two on "
+                f"{settings.hardware!s}. Search without training (train_every=0, final_epochs=0)."
             )
         quantizers = choose_quantizers(settings.quantizers, space)
         return cls(settings.replace(scorer=scorer), space, data, loss_fn, rise, quantizers)
@@ -201,6 +214,7 @@ class ScorerSetup:
             *(network, self.space.layers, inputs),
             observer=self.settings.observer,
             quantizers=self.quantizers,
+            grid=self.grid,
         )
 
     @property

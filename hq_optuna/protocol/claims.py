@@ -96,9 +96,11 @@ def write_facts(trial: optuna.Trial, facts: Mapping[str, Any]) -> None:
         trial.set_user_attr(key, facts[key])
 
 
-def write_constraint(trial: optuna.Trial, cost: float, metric: str, limit: float) -> None:
+def write_constraint(
+    trial: optuna.Trial, costs: Sequence[float], limits: Mapping[Any, float]
+) -> None:
     """Write whether a running trial is over a budget; nothing where there is none."""
-    over = constrained(cost, metric, limit)
+    over = constrained(costs, limits)
     set_trial_attrs(trial.storage, trial_id_of(trial), over, system=True)
 
 
@@ -206,14 +208,14 @@ def template(
 ) -> FrozenTrial:
     """Return the trial that a claim creates, complete where it has a value."""
     search = view.log.search
-    cost = search.cost_of(ticket.bits)
+    costs = dict(zip(search.limits, search.costs_of(ticket.bits), strict=True))
     shown = parameters(ticket, view.space, view.encoding)
     return optuna.create_trial(
         state=TrialState.RUNNING if value is None else TrialState.COMPLETE,
         value=value,
         params={name: bits for name, (bits, _) in shown.items()},
         distributions={n: CategoricalDistribution(choices) for n, (_, choices) in shown.items()},
-        user_attrs={**facts(ticket, view.space, cost), **(more or {})},
+        user_attrs={**facts(ticket, view.space, costs), **(more or {})},
         system_attrs=view.constrained(ticket.bits) | {attributes.TICKET: ticket.to_json()},
     )
 

@@ -17,7 +17,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from hq_optuna import attributes
-from hq_optuna.attributes import StudyInfo, Ticket
+from hq_optuna.attributes import Beside, StudyInfo, Ticket
 from hq_optuna.errors import ResumeError
 from hq_optuna.optuna_internals import id_of, storage_of, trial_id_of
 from hq_optuna.protocol import worker_identity
@@ -25,6 +25,7 @@ from hq_optuna.protocol.step_log import StepLog
 from hq_optuna.protocol.table import Rows, rows_of, sums_over
 from hq_optuna.search import Additive, ProgressiveSearch
 from hq_optuna.space.assignment import BitConfig
+from hq_optuna.space.budget import Bound
 from hq_optuna.space.cost import Metric
 from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.storages.trials import TrialRow, read_facts
@@ -47,8 +48,8 @@ class Candidate:
     step: int
     slot: int  # its place in the step
     variable: str | None  # what was changed, of a swap in words; `None` for the start
-    from_bits: int | None  # `None` for a swap
-    to_bits: int | None  # `None` for a swap
+    from_bits: int | str | None  # as the variable shows it; `None` for a swap
+    to_bits: int | str | None  # likewise
     state: tuple[int, ...]  # bits of each variable of the space
     score: float  # predicted loss rise, nats
     score_weights: float  # the weights' part, nats; NaN where unknown
@@ -149,15 +150,31 @@ class History:
     @property
     def met(self) -> bool:
         """Whether the incumbent is within the budget."""
-        return self.incumbent is not None and self.incumbent.winner.cost <= self.info.limit
+        return self.incumbent is not None and self.fits(self.incumbent.config)
+
+    @property
+    def beside(self) -> tuple[Bound, ...]:
+        """The limits beside the first one."""
+        return self.bounds[1:]
+
+    @functools.cached_property
+    def bounds(self) -> tuple[Bound, ...]:
+        """All limits of the search; the first counts what candidates say they cost."""
+        told: list[Beside | StudyInfo] = [self.info, *self.info.beside]
+        return tuple(Bound(self.space.costs(t.metric), t.limit, t.budget) for t in told)
+
+    def fits(self, config: BitConfig) -> bool:
+        """Return whether an assignment is within all limits."""
+        return all(bound.cost(config) <= bound.limit for bound in self.bounds)
 
     def additive(self, metric: Metric | None = None) -> Additive | None:
         """Return the sums over layers as a problem that can be solved exactly.
 
-        Counts what the search's budget counts unless told otherwise. ``None`` where the study does
-        not hold a whole table of sensitivities.
+        Counts what the search's budget counts unless told otherwise, and then the limits beside it
+        hold. ``None`` where the study does not hold a whole table of sensitivities.
         """
-        return sums_over(self.space, self.sensitivity, metric or self.info.metric)
+        beside = self.beside if metric in (None, self.info.metric) else ()
+        return sums_over(self.space, self.sensitivity, metric or self.info.metric, beside)
 
     def step(self, step: int) -> tuple[Candidate, ...]:
         """Return the counted candidates of one step, by slot."""
@@ -197,7 +214,7 @@ def read_history(study: Study) -> History:
     log: StepLog | None = None
     if made is not None:
         rules = ProgressiveSearch.from_json(made, space, info.metric)
-        sums = functools.partial(sums_over, space, rows, info.metric)
+        sums = functools.partial(sums_over, space, rows, info.metric, rules.beside)
         log = StepLog(rules, signed=attributes.FINGERPRINT in user, sums=sums)
         log.update(trials)
     candidates = _candidates(log, trials, space, info.metric)
@@ -278,8 +295,11 @@ def _candidates(
             step=ticket.step,
             slot=ticket.slot,
             variable=lowered,
-            from_bits=ticket.from_bits,
-            to_bits=ticket.bits[names.index(lowered)] if lowered in names else None,
+            from_bits=_shown(space, lowered, ticket.from_bits),
+            to_bits=_shown(
+                *(space, lowered),
+                ticket.bits[names.index(lowered)] if lowered in names else None,
+            ),
             state=ticket.bits,
             score=_predicted(trial.value, ticket, parts),
             score_weights=parts[0],
@@ -292,6 +312,12 @@ def _candidates(
             rises=trial.rises if ticket.measures else (),
         )
     return found
+
+
+def _shown(space: SearchSpace, name: str | None, bits: int | None) -> int | str | None:
+    """Return what a variable shows of its bits."""
+    variable = next((v for v in space.variables if v.name == name), None)
+    return bits if variable is None or bits is None else variable.shown(bits)
 
 
 def _predicted(value: float, ticket: Ticket, parts: Sequence[float]) -> float:

@@ -149,9 +149,7 @@ class StatusReader:
         n_busy = sum(1 for worker in found if worker.doing and worker.alive is not False)
         step, incumbent = log.open, log.incumbent
         mean_s = sum(self._latest) / len(self._latest) if self._latest else 0.0
-        start = log.search.cost_of(log.search.space.top)
-        way = start - info.limit
-        cost = start if incumbent is None else incumbent.cost
+        share = 0.0 if incumbent is None else log.search.progress(incumbent.state)
         config = None if incumbent is None else log.search.space.config(incumbent.state)
         state = _state(log, n_busy)
         return SearchStatus(
@@ -162,9 +160,9 @@ class StatusReader:
             of=0 if step is None else len(step.states),
             candidates=len(log.results),
             seconds=log.seconds,
-            share=1.0 if way <= 0 else min(max((start - cost) / way, 0.0), 1.0),
+            share=share,
             per_minute=60 * n_busy / mean_s if mean_s > 0 else 0.0,
-            left_s=self._left(log, start - cost, cost - info.limit, n_busy, mean_s),
+            left_s=self._left(log, share, n_busy, mean_s),
             workers=found,
             gone=gone,
             bits=() if config is None else tuple((w, a) for w, a in config.values()),
@@ -172,12 +170,12 @@ class StatusReader:
         )
 
     @staticmethod
-    def _left(log: StepLog, gained: float, left: float, n_busy: int, mean_s: float) -> float | None:
+    def _left(log: StepLog, share: float, n_busy: int, mean_s: float) -> float | None:
         """Return the time that the steps to the budget take, at the pace of those so far."""
         step = log.open
-        if step is None or not n_busy or not mean_s or gained <= 0 or len(log.closed) < 2:
+        if step is None or not n_busy or not mean_s or share <= 0 or len(log.closed) < 2:
             return None
-        steps = max(left, 0.0) / (gained / (len(log.closed) - 1))
+        steps = (1 - share) / (share / (len(log.closed) - 1))
         per_step = math.ceil(log.search.n_candidates / n_busy) * mean_s
         rest = (len(step.states) - len(step.done)) / n_busy * mean_s
         return max(steps - 1, 0.0) * per_step + rest

@@ -340,13 +340,19 @@ class StepLog:
     def _to_measure(self, incumbent: Incumbent | None) -> tuple[Finalist, ...]:
         """Return the finalists of a search whose steps end with an incumbent; none to compare."""
         search = self.search
-        if not search.verify or self.measured or incumbent is None or not search.met(incumbent):
+        if not search.verify or self.measured or incumbent is None:
             return ()
         state = incumbent.state
         if state not in self._finalists:
-            sums = self.sums()
-            found = finalists(sums, state, search.limit, search.verify) if sums else ()
-            self._finalists[state] = found if len(found) > 1 else ()
+            sums, met = self.sums(), search.met(incumbent)
+            # Lowering may end beside the limits, where costs do not fall with the bits.
+            start = state if sums is None or met else sums.best(search.limit)
+            found = (
+                ()
+                if sums is None or start is None
+                else finalists(sums, start, search.limit, search.verify)
+            )
+            self._finalists[state] = found if len(found) > met else ()
         return self._finalists[state]
 
     @property
@@ -364,8 +370,8 @@ class StepLog:
 
     def best_within_budget(self) -> float:
         """Return the smallest value of a trial within the budget, infinity where there is none."""
-        scores = [each.score for each in self.results.values() if each.cost <= self.search.limit]
-        records = [c.value for c in self.closed if c.incumbent.cost <= self.search.limit]
+        scores = [each.score for each in self.results.values() if self.search.met(each)]
+        records = [c.value for c in self.closed if self.search.met(c.incumbent)]
         return min([*scores, *records], default=math.inf)
 
     def attempts(self, ticket: Ticket) -> list[int]:

@@ -72,7 +72,7 @@ def _what(space: SearchSpace, ticket: Ticket) -> str:
     if ticket.variable is None:
         return "the score of the start"
     bits = ""
-    names = [variable.name for variable in space.variables]
-    if ticket.variable in names:  # swaps say theirs
-        bits = f" {ticket.from_bits} → {ticket.bits[names.index(ticket.variable)]}"
+    for variable, now in zip(space.variables, ticket.bits, strict=True):
+        if variable.name == ticket.variable and ticket.from_bits is not None:  # swaps say theirs
+            bits = f" {variable.shown(ticket.from_bits)} → {variable.shown(now)}"
     return f"the score of {ticket.variable}{bits} in step {ticket.step}"

@@ -65,7 +65,7 @@ class StudyView:
         if self.budget is None:
             return {}
         search = self.log.search
-        return constrained(search.cost_of(bits), self.budget.metric, search.limit)
+        return constrained(search.costs_of(bits), search.limits)
 
     def write_ticket(self, study: Study, trial_id: int, ticket: Ticket) -> None:
         """Write a running trial's ticket, and whether it is over the budget.
@@ -84,7 +84,7 @@ class StudyView:
         given, widest = trial.params, self.space.top
         over = self.constrained(
             [
-                int(given[variable.name]) if given.get(variable.name) in variable.bits else most
+                most if (bits := variable.read(given.get(variable.name))) is None else bits
                 for variable, most in zip(self.space.variables, widest, strict=True)
             ]
         )

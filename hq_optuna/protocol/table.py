@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from optuna.study import Study
@@ -10,6 +10,7 @@ from optuna.study import Study
 from hq_optuna import attributes
 from hq_optuna.optuna_internals import place_of
 from hq_optuna.search import Additive, ProgressiveSearch
+from hq_optuna.space.budget import Bound
 from hq_optuna.space.cost import Metric
 from hq_optuna.space.search_space import SearchSpace
 
@@ -28,10 +29,12 @@ def rows_of(system_attrs: Mapping[str, Any]) -> Rows:
     }
 
 
-def sums_over(space: SearchSpace, rows: Rows, metric: Metric) -> Additive | None:
+def sums_over(
+    space: SearchSpace, rows: Rows, metric: Metric, beside: Sequence[Bound] = ()
+) -> Additive | None:
     """Return the sums over layers of a table, ``None`` where it is not whole."""
     try:
-        return Additive(space, rows, space.costs(metric).layer_cost)
+        return Additive(space, rows, space.costs(metric), beside)
     except ValueError:
         return None
 
@@ -48,7 +51,7 @@ def stored_sums(study: Study, search: ProgressiveSearch) -> Callable[[], Additiv
         nonlocal known
         if known is None:
             rows = rows_of(storage.get_study_system_attrs(study_id))
-            known = sums_over(search.space, rows, search.metric)
+            known = sums_over(search.space, rows, search.metric, search.beside)
         return known
 
     return read

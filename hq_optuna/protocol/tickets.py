@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -15,7 +15,7 @@ from hq_optuna.attributes import Kind, Ticket
 from hq_optuna.optuna_internals import place_of
 from hq_optuna.protocol import worker_identity
 from hq_optuna.protocol.step_log import OpenStep, StepLog
-from hq_optuna.search import changes
+from hq_optuna.search import Move, changes
 from hq_optuna.settings import Encoding
 from hq_optuna.space.search_space import SearchSpace
 
@@ -36,7 +36,7 @@ def candidate_ticket(log: StepLog, slot: int, search: str = "", claim: int = 0) 
     elif lowered is not None:
         said = names[lowered.variable]
     else:
-        said = ", ".join(f"{names[m.variable]} {m.from_bits} → {m.to_bits}" for m in moves)
+        said = ", ".join(described(space, move) for move in moves)
     return Ticket(
         "candidate",
         step.step,
@@ -51,6 +51,12 @@ def candidate_ticket(log: StepLog, slot: int, search: str = "", claim: int = 0) 
         claim=claim,
         measures=step.measures,
     )
+
+
+def described(space: SearchSpace, move: Move) -> str:
+    """Return what a move changes, in words."""
+    variable = space.variables[move.variable]
+    return f"{variable.name} {variable.shown(move.from_bits)} → {variable.shown(move.to_bits)}"
 
 
 def record_ticket(log: StepLog, search: str = "", claim: int = 0) -> Ticket:
@@ -86,15 +92,16 @@ def parameters(ticket: Ticket, space: SearchSpace, encoding: Encoding) -> Parame
         return {}  # it has those it was enqueued with
     if ticket.kind == "candidate" and encoding == "compact" and not ticket.measures:
         names = tuple(variable.name for variable in space.variables)
-        bits = tuple(sorted({b for v in space.variables for b in v.bits}, reverse=True))
+        bits = {b: v.shown(b) for v in space.variables for b in v.bits}
         if ticket.variable not in names:
             return {}
         to_bits = ticket.bits[names.index(ticket.variable)]
-        return {LAYER: (ticket.variable, names), BITS: (to_bits, bits)}
+        shown = tuple(bits[b] for b in sorted(bits, reverse=True))
+        return {LAYER: (ticket.variable, names), BITS: (bits[to_bits], shown)}
     return dict(space.parameters(ticket.bits))
 
 
-def facts(ticket: Ticket, space: SearchSpace, cost: float) -> dict[str, Any]:
+def facts(ticket: Ticket, space: SearchSpace, costs: Mapping[Any, float]) -> dict[str, Any]:
     """Return the user attributes that are known before a trial is scored."""
     kind = "finalist" if ticket.measures else ticket.kind
     known: dict[str, Any] = {attributes.KIND: kind, attributes.STEP: ticket.step}
@@ -106,23 +113,43 @@ def facts(ticket: Ticket, space: SearchSpace, cost: float) -> dict[str, Any]:
             known |= {attributes.PARENT: ticket.origin, attributes.LAYER: ticket.variable}
         names = [variable.name for variable in space.variables]
         if ticket.variable in names:  # one change, not a swap
-            known[attributes.FROM_BITS] = ticket.from_bits
-            known[attributes.TO_BITS] = ticket.bits[names.index(ticket.variable)]
-    known[attributes.COST] = cost
+            variable, now = next(
+                (v, b)
+                for v, b in zip(space.variables, ticket.bits, strict=True)
+                if v.name == ticket.variable
+            )
+            assert ticket.from_bits is not None
+            known[attributes.FROM_BITS] = variable.shown(ticket.from_bits)
+            known[attributes.TO_BITS] = variable.shown(now)
+    known |= costs_shown(costs)
     known[attributes.WORKER] = worker_identity.short_name(ticket.worker)
     return known
 
 
-def constrained(cost: float, metric: str, limit: float) -> dict[str, Any]:
-    """Return system attributes that say by which part a cost is over a limit; none without one.
+def costs_shown(costs: Mapping[Any, float]) -> dict[str, float]:
+    """Return the user attributes that tell what a trial costs, by metric, the first limit's first.
+
+    Example:
+        >>> costs_shown({"bops": 8.0, "size_bytes": 2.0})
+        {'cost': 8.0, 'cost:size_bytes': 2.0}
+    """
+    names = [
+        attributes.COST if not place else f"{attributes.COST}:{m}" for place, m in enumerate(costs)
+    ]
+    return dict(zip(names, costs.values(), strict=True))
+
+
+def constrained(costs: Sequence[float], limits: Mapping[Any, float]) -> dict[str, Any]:
+    """Return system attributes that say by which part costs are over limits; none without any.
 
     `study.best_trial` takes none that is. The older form is what optuna-dashboard 0.21 reads.
     """
-    if math.isinf(limit):
+    pairs = zip(costs, limits.items(), strict=True)
+    over = {metric: cost / most - 1 for cost, (metric, most) in pairs if not math.isinf(most)}
+    if not over:
         return {}
-    over = cost / limit - 1
-    made = optuna.create_trial(state=TrialState.RUNNING, constraints={metric: over})
-    return {**made.system_attrs, attributes.OLD_CONSTRAINTS: [over]}
+    made = optuna.create_trial(state=TrialState.RUNNING, constraints=over)
+    return {**made.system_attrs, attributes.OLD_CONSTRAINTS: list(over.values())}
 
 
 def slot_for(step: OpenStep, untagged: int) -> int:

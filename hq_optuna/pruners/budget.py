@@ -9,8 +9,8 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from hq_optuna.attributes import Ticket
-from hq_optuna.search import Limits
-from hq_optuna.space.budget import Budget, check_reachable
+from hq_optuna.search import Limits, check_reachable
+from hq_optuna.space.budget import Budget
 from hq_optuna.space.search_space import SearchSpace
 
 

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from hq_optuna.network.batches import Batches, autocast, forward
 from hq_optuna.network.layer_types import has_known_axes, has_statistics
+from hq_optuna.quantization.calls import uncounted
 from hq_optuna.quantization.lockstep import Lockstep
 from hq_optuna.quantization.observers import watch_inputs
 from hq_optuna.quantization.prepare import (
@@ -346,7 +347,8 @@ def without_shift_(layer: nn.Module) -> None:
 def _add_shift(module: nn.Module, _args: Any, output: Any) -> Tensor | None:
     if not bool(module.get_buffer(SHIFT).any()):
         return None  # the output itself: float stays float bit for bit
-    return _shifted(module, output)
+    with uncounted():
+        return _shifted(module, output)
 
 
 def _shifted(module: nn.Module, output: Tensor) -> Tensor:
@@ -366,8 +368,10 @@ def _watch_outputs(modules: Mapping[str, nn.Module], see: Any) -> Iterator[None]
     """Call ``see(name, module, output)`` after each call; what it returns replaces the output."""
     with ExitStack() as stack:
         for name, module in modules.items():
-            hook = module.register_forward_hook(
-                lambda m, args, output, name=name: see(name, m, output)
-            )
-            stack.callback(hook.remove)
+
+            def hook(m: nn.Module, args: Any, output: Any, name: str = name) -> Any:
+                with uncounted():
+                    return see(name, m, output)
+
+            stack.callback(module.register_forward_hook(hook).remove)
         yield

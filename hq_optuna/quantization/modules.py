@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hq_optuna.quantization.calls import uncounted
 from hq_optuna.quantization.functional import quantize_activation
 from hq_optuna.quantization.observers import InputHistogram
 from hq_optuna.quantization.quantizers import UNIFORM, WeightQuantizer
-from hq_optuna.quantization.ranges import AffineRange
+from hq_optuna.quantization.ranges import ANY_GRID, AffineRange, InputGrid
 from hq_optuna.settings import Observer
 from hq_optuna.space.layers import FLOAT_BITS
 
@@ -206,6 +207,10 @@ class WeightFakeQuantize(nn.Module):
         """Return the weight as the layer uses it."""
         if self.bits == FLOAT_BITS:
             return weight
+        with uncounted():
+            return self._rounding(weight)
+
+    def _rounding(self, weight: Tensor) -> Tensor:
         if torch.is_grad_enabled() and weight.requires_grad:
             scale = self.scale(weight, self.bits)
             nearest = self.quantizer.quantize(weight, scale, self.bits, self.channel_axis)
@@ -219,7 +224,7 @@ class InputFakeQuantize(nn.Module):
     """Rounds what enters a layer to `bits`.
 
     Ranges, by bits, are found from the histogram of what the layer received on the calibration set.
-    A loaded result has no histogram and knows its ranges.
+    A loaded result has no histogram and knows its ranges. ``grid`` is what the target takes.
     """
 
     def __init__(
@@ -227,10 +232,12 @@ class InputFakeQuantize(nn.Module):
         histogram: InputHistogram | None,
         observer: Observer = "squared_error",
         ranges: Mapping[int, AffineRange] | None = None,
+        grid: InputGrid = ANY_GRID,
     ) -> None:
         super().__init__()
         self.histogram = histogram
         self.observer: Observer = observer
+        self.grid = grid
         self.bits = FLOAT_BITS
         self.ranges: dict[int, AffineRange] = dict(ranges or {})
 
@@ -253,7 +260,7 @@ class InputFakeQuantize(nn.Module):
                     f"No range is known for {bits}-bit activations: they were not calibrated. "
                     f"Known are: {sorted(self.ranges) or 'none'}."
                 )
-            self.ranges[bits] = self.histogram.range(bits, self.observer)
+            self.ranges[bits] = self.histogram.range(bits, self.observer, self.grid)
         return self.ranges[bits]
 
     def quantized(self, x: Tensor, bits: int, out: Tensor | None = None) -> Tensor:

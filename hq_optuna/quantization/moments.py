@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from hq_optuna.network.batches import Batches, forward
 from hq_optuna.network.layer_types import TRANSPOSED
-from hq_optuna.network.weight_uses import WatchedWeights, WeightUse
+from hq_optuna.network.operators.weight_uses import WatchedWeights, WeightUse
 from hq_optuna.space.layers import LayerSpec
 
 PLACES_PER_INPUT = 64

@@ -19,7 +19,15 @@ from torch import Tensor, nn
 
 from hq_optuna.errors import DataError
 from hq_optuna.network.batches import Batches, forward
-from hq_optuna.quantization.ranges import AffineRange, affine_range, histogram_range
+from hq_optuna.quantization.calls import uncounted
+from hq_optuna.quantization.ranges import (
+    ANY_GRID,
+    AffineRange,
+    InputGrid,
+    affine_range,
+    fitted_range,
+    histogram_range,
+)
 from hq_optuna.settings import Observer
 
 N_BINS = 2048
@@ -36,12 +44,23 @@ class InputHistogram:
     counts: NDArray[np.float64]
     edges: NDArray[np.float64]
 
-    def range(self, bits: int, observer: Observer = "squared_error") -> AffineRange:
+    def range(
+        self, bits: int, observer: Observer = "squared_error", grid: InputGrid = ANY_GRID
+    ) -> AffineRange:
         """Return scale and zero point for a number of bits.
 
         They have the least squared error (``"squared_error"``), cover all values seen
-        (``"min_max"``), or all but 0.01 % of the values at either end (``"percentile"``).
+        (``"min_max"``), or all but 0.01 % of the values at either end (``"percentile"``), as far
+        as the target's grid allows.
         """
+        found = self._any_range(bits, observer)
+        if not grid.constrains(bits):
+            return found
+        covers = observer != "squared_error"
+        return fitted_range(found, grid, self.counts, self.edges, bits, covers)
+
+    def _any_range(self, bits: int, observer: Observer) -> AffineRange:
+        """Return scale and zero point without a target's limits."""
         if observer == "squared_error":
             return histogram_range(self.counts, self.edges, bits)
         if observer == "min_max":
@@ -89,7 +108,8 @@ def watch_inputs(
         for name in names:
 
             def hook(_module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                see(name, first_input(args, kwargs))
+                with uncounted():
+                    see(name, first_input(args, kwargs))
 
             module = network.get_submodule(name)
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -121,9 +141,20 @@ def observed_inputs(
 
     Raises `DataError` where a layer receives NaN or infinity.
     """
-    seen = {name: _Counted() for name in names}
+    found, histograms = dict[str, InputHistogram](), Histograms(names)
+    with watch_inputs(network, names, histograms.see):
+        yield found
+    found |= histograms.found()
 
-    def see(name: str, x: Tensor) -> None:
+
+class Histograms:
+    """Histograms by name of what is seen."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._seen = {name: _Counted() for name in names}
+
+    def see(self, name: str, x: Tensor) -> None:
+        """Count values. Raises `DataError` for NaN and infinity."""
         if not x.numel():
             return
         low, high = (float(v) for v in torch.aminmax(x.detach()))
@@ -132,12 +163,11 @@ def observed_inputs(
                 f"Layer {name!r} receives NaN or infinity on the calibration data. "
                 "Check the data's normalization and the checkpoint."
             )
-        seen[name].add(x.detach(), low, high)
+        self._seen[name].add(x.detach(), low, high)
 
-    found: dict[str, InputHistogram] = {}
-    with watch_inputs(network, names, see):
-        yield found
-    found |= {name: InputHistogram(one.counts, one.edges) for name, one in seen.items()}
+    def found(self) -> dict[str, InputHistogram]:
+        """Return the histograms."""
+        return {n: InputHistogram(one.counts, one.edges) for n, one in self._seen.items()}
 
 
 class _Counted:

@@ -11,9 +11,12 @@ from torch.nn.utils import parametrize
 from hq_optuna.errors import NetworkError, SpaceError
 from hq_optuna.network.copies import copied
 from hq_optuna.network.unfused import unfused
+from hq_optuna.quantization.calls import uncounted
 from hq_optuna.quantization.modules import InputFakeQuantize, WeightFakeQuantize
 from hq_optuna.quantization.observers import InputHistogram, first_input, with_first_input
+from hq_optuna.quantization.outputs import RoundsOutputs, set_outputs
 from hq_optuna.quantization.quantizers import UNIFORM, ByGroup, quantizer_named
+from hq_optuna.quantization.ranges import ANY_GRID, InputGrid
 from hq_optuna.settings import Observer
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.layers import FLOAT_BITS, MAX_BITS, MIN_BITS, LayerSpec, is_whole
@@ -28,6 +31,7 @@ def prepare(
     *,
     observer: Observer = "squared_error",
     quantizers: Mapping[str, str] | None = None,
+    grid: InputGrid = ANY_GRID,
 ) -> nn.Module:
     """Return a copy of the network whose layers can be set to any number of bits.
 
@@ -43,6 +47,7 @@ def prepare(
             can only stay in float.
         observer: How activation ranges are found.
         quantizers: Layer → name of its weight's quantizer; ``"uniform"`` for layers not named.
+        grid: Which ranges of inputs the target takes.
 
     Raises:
         SpaceError: A quantizer, or a layer of ``quantizers``, that does not exist.
@@ -63,7 +68,7 @@ def prepare(
         quantizer = WeightFakeQuantize(layer.channel_axis, rounds)
         parametrize.register_parametrization(module, "weight", quantizer, unsafe=True)
         histogram = None if inputs is None else inputs[layer.name]
-        module.add_module(_INPUT, InputFakeQuantize(histogram, observer))
+        module.add_module(_INPUT, InputFakeQuantize(histogram, observer, grid=grid))
         module.register_forward_pre_hook(_quantize_input, with_kwargs=True)
     prepared.eval()
     return prepared
@@ -89,7 +94,8 @@ _COPIES = (
 def _quantize_input(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    x = input_quantizer(module)(first_input(args, kwargs))
+    with uncounted():
+        x = input_quantizer(module)(first_input(args, kwargs))
     return with_first_input(args, kwargs, x)
 
 
@@ -159,6 +165,7 @@ def set_bits(network: nn.Module, bits: Mapping[str, tuple[int, int]]) -> None:
     """Set the bits of a prepared network's layers; layers not named keep theirs.
 
     Bits are pairs, weights first: `LayerBits(4, 8)` or ``(4, 8)``. Nothing changes on an error.
+    Output quantizers (`hq_optuna.quantization.outputs`) round unless all layers are in float.
     Changes two integers a layer. Scales and rounded weights are found at first use and kept, so
     returning to an assignment returns its outputs bit for bit.
 
@@ -188,6 +195,9 @@ def set_bits(network: nn.Module, bits: Mapping[str, tuple[int, int]]) -> None:
     for name, (weight_bits, activation_bits) in bits.items():
         weight_quantizer(layers[name]).bits = int(weight_bits)
         input_quantizer(layers[name]).bits = int(activation_bits)
+    if isinstance(network, RoundsOutputs):
+        now = get_bits(network).values()
+        set_outputs(network, rounded=any(b != FLOAT_BITS for pair in now for b in pair))
 
 
 def get_bits(network: nn.Module) -> BitConfig:

@@ -28,9 +28,9 @@ from hq_optuna.protocol.start_options import StartOptions, mask
 from hq_optuna.protocol.status import SearchStatus, read_status
 from hq_optuna.report.comparison import warnings
 from hq_optuna.report.text import headline
-from hq_optuna.search import uniform_within
+from hq_optuna.search import uniform_within, way
 from hq_optuna.space.assignment import BitConfig, LayerBits
-from hq_optuna.space.cost import METRICS, shares
+from hq_optuna.space.cost import shares
 from hq_optuna.space.layers import FLOAT_BITS
 
 PACKAGES = ("optuna", "torch", "numpy", "scipy", "sqlalchemy", "plotly")
@@ -105,6 +105,10 @@ def _deploy(study: Study, history: History) -> list[dict[str, Any]]:
     return [row for row in rows if row["assignment"] == digest]
 
 
+def _share(cost: float | None, whole: float | None) -> float | None:
+    return None if cost is None or whole is None else cost / whole
+
+
 def _answer(history: History) -> dict[str, Any]:
     """Return the budget, and cost and score of the incumbent (``None`` before step 0 is closed)."""
     info, incumbent = history.info, history.incumbent
@@ -123,7 +127,7 @@ def _answer(history: History) -> dict[str, Any]:
             "int8": info.int8,
             "float32": info.float32,
             "of_int8": None if cost is None else cost / info.int8,
-            "of_float32": None if cost is None else cost / info.float32,
+            "of_float32": _share(cost, info.float32),
         },
         "score": {
             "total": getattr(current, "score", None),
@@ -134,17 +138,28 @@ def _answer(history: History) -> dict[str, Any]:
             "untrained_calibration_loss": getattr(winner, "calibration_loss", None),
         },
         "trained": isinstance(current, Reference),
+        "limits": [
+            {
+                "metric": bound.metric,
+                "text": bound.text,
+                "limit": bound.limit,
+                "answer": None if incumbent is None else bound.cost(incumbent.config),
+                "int8": bound.model.int8,
+            }
+            for bound in history.bounds
+        ],
     }
 
 
 def _state(history: History, current: SearchStatus) -> dict[str, Any]:
     """Return how far the search is: its status, the last closed step, and the way to the budget."""
-    incumbent, limit = history.incumbent, history.info.limit
+    incumbent, bounds = history.incumbent, history.bounds
     status, step, progress = "not started", None, 0.0
     if incumbent is not None:
         step = incumbent.step
-        start, now = history.records[0].winner.cost, incumbent.winner.cost
-        progress = 1.0 if start <= limit else min(1.0, (start - now) / (start - limit))
+        configs = history.records[0].config, incumbent.config
+        start, now = ([b.cost(config) for b in bounds] for config in configs)
+        progress = way(start, now, [b.limit for b in bounds])
         status = "met" if history.met else "unfinished"
         if not history.met and incumbent.winner.state == history.space.bottom:
             status = "exhausted"
@@ -173,6 +188,7 @@ def _exact(history: History) -> dict[str, Any] | None:
         "gap": score / best.score if best.score > 0 else None,
         "cost": best.cost,
         "assignment": best.config.to_json(),
+        "prices": [price._asdict() for price in sums.prices(history.info.limit)],
         "of_the_score": math.isclose(score, incumbent.winner.score, rel_tol=1e-9),
     }
 
@@ -296,20 +312,21 @@ def beside(history: History) -> list[dict[str, Any]]:
 
     Returns:
         One row each: ``{"name", "bops", "size_bytes", "of_int8", "of_float32", "loss", "accuracy",
-        "metric", "over_answer"}``. The last is how much more often than the answer it is right, or
+        "metric", "over_answer"}``, and the other costs that are known. The last is how much more
+        often than the answer it is right, or
         how far the study's own metric is over the answer's; ``accuracy`` and ``over_answer`` are
         ``{"value", "low", "high"}`` or ``None``, ``metric`` a number.
     """
     facts, info, space = history.facts, history.info, history.space
-    models = {metric: space.costs(metric) for metric in METRICS}
+    models = {metric: space.costs(metric) for metric in space.metrics}
     model = models[info.metric]
     measured = {(row["method"], row["bits"]): row for row in facts.get(COMPARED, ())}
     ours = accuracies(facts).get("validation")
 
     def row(name: str, bits: Mapping[str, LayerBits], found: Any = None) -> dict[str, Any]:
-        costs = {str(metric): m.cost(bits) for metric, m in models.items()}
+        costs = {str(metric): m.known_cost(bits) for metric, m in models.items()}
         cost = costs[info.metric]
-        shares = {"of_int8": cost / info.int8, "of_float32": cost / info.float32}
+        shares = {"of_int8": _share(cost, info.int8), "of_float32": _share(cost, info.float32)}
         return {"name": name, **costs, **shares, **_measured(found or {"measured": {}})}
 
     def uniform(bits: int) -> BitConfig:
@@ -326,7 +343,7 @@ def beside(history: History) -> list[dict[str, Any]]:
     if eight is not None and eight["cost"] != model.int8:  # pinned layers have other bits
         eight = None
     rows.append(row("8 bits everywhere", uniform(8), eight))
-    for name, config in uniform_within(space, model.cost, info.limit).items():
+    for name, config in uniform_within(space, history.fits).items():
         rows.append(row(f"uniform {name}", config, measured.get((UNIFORM, name))))
     if history.incumbent is not None:
         answer = row("this answer", history.incumbent.config, measured.get((ANSWER, None)))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,12 +15,11 @@ from typing import Any
 from hq_optuna.answer.intervals import CONFIDENCE
 from hq_optuna.attributes import EIGHT, UNIFORM, quantizers_text
 from hq_optuna.settings import SearchSettings, Setting, settings_of
-from hq_optuna.space.cost import Metric, format_cost
+from hq_optuna.space.cost import METRICS, NOUNS, UNITS, Metric, format_cost
 from hq_optuna.space.layers import FLOAT_BITS
 
 NOT_MEASURED = "not measured"
 
-NOUN = {"bops": "BOPs", "size_bytes": "size"}
 
 BITS_COLUMNS = ("weight bits", "activation bits")
 
@@ -53,6 +53,8 @@ class Block:
 def blocks(data: Mapping[str, Any]) -> list[Block]:
     """Return the parts of the report in their order; the pictures go after ``"answer"``."""
     found = [_beside(data), _layers(data), _answer(data)]
+    if data["exact"] is not None and data["exact"]["prices"]:
+        found.append(_limits(data))
     if data["measured_end"] is not None:
         found.append(_finalists(data["measured_end"], data["budget"]["metric"]))
     if data["compared"]:
@@ -81,11 +83,14 @@ def _over_answer(rows: Sequence[Mapping[str, Any]]) -> Column:
 
 
 def _beside(data: Mapping[str, Any]) -> Block:
-    rows, noun = data["beside"], NOUN[data["budget"]["metric"]]
+    rows, noun = data["beside"], NOUNS[data["budget"]["metric"]]
     columns: list[Column] = [
         ("", [row["name"] for row in rows]),
-        ("BOPs", [format_cost(row["bops"], "bops") for row in rows]),
-        ("size", [format_cost(row["size_bytes"], "size_bytes") for row in rows]),
+        *(
+            (NOUNS[m], _cells(rows, m, functools.partial(format_cost, metric=m)))
+            for m in METRICS
+            if m in rows[0]
+        ),
         (f"{noun} of all 8 bits", [percent(row["of_int8"]) for row in rows]),
         (f"{noun} of float", [percent(row["of_float32"]) for row in rows]),
     ]
@@ -238,11 +243,41 @@ def _answer(data: Mapping[str, Any]) -> Block:
     return _pairs("answer", "In numbers", rows)
 
 
+def _limits(data: Mapping[str, Any]) -> Block:
+    """Return what each limit allows, what of it is used, and what more of it would bring."""
+    rows, prices = data["limits"], data["exact"]["prices"]
+    more = []
+    for row, price in zip(rows, prices, strict=True):
+        gain = price["nats_per_unit"] * row["limit"] / 100
+        units = UNITS[row["metric"]].items()
+        unit, scale = next(
+            ((u, s) for u, s in units if row["limit"] >= s), (NOUNS[row["metric"]], 1)
+        )
+        more.append(
+            f"1 % more: -{gain:.2g} nats (-{gain / max(data['exact']['optimum'], 1e-300):.2%}); "
+            f"1 {unit} more: -{price['nats_per_unit'] * scale:.2g} nats"
+            if price["nats_per_unit"] > 0
+            else "nothing: it does not bind"
+        )
+    columns: list[Column] = [
+        ("limit", [NOUNS[row["metric"]] for row in rows]),
+        ("allowed", [format_cost(row["limit"], row["metric"]) for row in rows]),
+        ("the answer", [format_cost(row["answer"], row["metric"]) for row in rows]),
+        ("of it", [percent(row["answer"] / row["limit"]) for row in rows]),
+        ("what more would buy", more),
+    ]
+    lines = [
+        "What more of a limit would buy is the shadow price of the least sum over layers where "
+        "choices may be mixed: what the predicted rise would fall by at first."
+    ]
+    return Block("limits", "Limits", columns, lines)
+
+
 def _finalists(found: Mapping[str, Any], metric: Metric) -> Block:
     rows = found["rows"]
     columns: list[Column] = [
         ("", [f"{row['name']}{' (the answer)' if row['chosen'] else ''}" for row in rows]),
-        (NOUN[metric], [format_cost(row["cost"], metric) for row in rows]),
+        (NOUNS[metric], [format_cost(row["cost"], metric) for row in rows]),
         ("predicted, nats", [f"{row['predicted']:.3g}" for row in rows]),
         ("measured, nats", [f"{row['measured']:.3g}" for row in rows]),
     ]
@@ -530,7 +565,7 @@ def before_and_after(facts: Mapping[str, Any]) -> dict[str, str]:
 def headline(data: Mapping[str, Any]) -> str:
     """Return the answer in one sentence, or how far the search is."""
     state, budget = data["state"], data["budget"]
-    eight = f"the all-8-bit {NOUN[budget['metric']]}"
+    eight = f"the all-8-bit {NOUNS[budget['metric']]}"
     limit = f"the budget is {percent(budget['of_int8'])}"
     cost = f"{percent(data['cost']['of_int8'])} of {eight}"
     rise = f"predicted loss rise {number(data['score']['total'], 'nats')}"

@@ -52,9 +52,9 @@ from hq_optuna.protocol.tickets import (
     slot_for,
 )
 from hq_optuna.pruners import CostBudgetPruner
-from hq_optuna.search import ProgressiveSearch
+from hq_optuna.search import ProgressiveSearch, check_reachable
 from hq_optuna.settings import Encoding, Rule
-from hq_optuna.space.budget import Budget, check_reachable
+from hq_optuna.space.budget import Budget
 from hq_optuna.space.search_space import SearchSpace
 
 logger = logging.getLogger(__name__)
@@ -248,11 +248,12 @@ class ProgressiveBitSampler(BaseSampler):
 
     def _search(self, study: Study | None) -> ProgressiveSearch:
         budget = self._budget_of(study)
-        model = self.space.costs("bops" if budget is None else budget.metric)
+        bounds = () if budget is None else budget.bounds(self.space)
+        model = bounds[0].model if bounds else self.space.costs("bops")
         return ProgressiveSearch(
             space=self.space,
             cost=model.cost,
-            limit=-math.inf if budget is None else budget.limit(self.space),
+            limit=bounds[0].limit if bounds else -math.inf,
             n_candidates=self.n_candidates,
             rule=self.rule,
             seed=self.seed,
@@ -261,6 +262,7 @@ class ProgressiveBitSampler(BaseSampler):
             final=self.final,
             verify=self.verify,
             metric=model.metric,
+            beside=bounds[1:],
         )
 
     # Asking

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 from torch import nn
 
 from hq_optuna.curvature import Curvature
@@ -9,6 +12,7 @@ from hq_optuna.errors import DataError
 from hq_optuna.network.batches import Batches
 from hq_optuna.network.loss_weights import counting
 from hq_optuna.network.losses import LossFunction
+from hq_optuna.quantization.outputs import outputs_always
 from hq_optuna.quantization.prepare import get_bits, set_bits
 from hq_optuna.quantization.statistics import statistics_places
 from hq_optuna.rises.base import Rise
@@ -16,6 +20,38 @@ from hq_optuna.scoring.scorer import Scorer
 from hq_optuna.scoring.sensitivity import Sensitivity
 from hq_optuna.space.assignment import LayerBits
 from hq_optuna.space.layers import FLOAT_BITS
+
+
+def outputs_rise(
+    prepared: nn.Module, data: Batches, loss_fn: LossFunction, output_rise: Rise | None
+) -> float:
+    """Return what rounded outputs alone cost, nats, with all layers in float.
+
+    It is the same whatever bits layers have. The bits of the prepared network are restored.
+    """
+    told = output_rise if output_rise is not None and output_rise.reads_outputs else None
+    nothing, before = Sensitivity({}, {}), get_bits(prepared)
+    scorer = Scorer(prepared, nothing, data, loss_fn, output_rise=told)
+    float_loss = scorer.float_loss()
+    with outputs_always(prepared, True):
+        in_float = LayerBits(FLOAT_BITS, FLOAT_BITS)
+        loss, found = scorer.measure(dict.fromkeys(before, in_float))
+    set_bits(prepared, before)
+    return max(loss - float_loss if found is None else found, 0.0)
+
+
+def with_outputs(table: Sensitivity, layers: Sequence[str], rise: float) -> Sensitivity:
+    """Return a table to which the rise of rounded outputs is added, behind these layers.
+
+    Layers share it by how many outputs are rounded behind them: it counts with what enters a layer,
+    or with its weights where that stays in float.
+    """
+    weights, activations = dict(table.weights), dict(table.activations)
+    for name, n in Counter(layers).items():
+        side = activations if activations[name] else weights
+        share = rise * n / len(layers)
+        side[name] = {bits: value + share for bits, value in side[name].items()}
+    return Sensitivity(weights, activations)
 
 
 def with_measured(

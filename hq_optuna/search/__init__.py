@@ -1,11 +1,19 @@
 """The mind of the sampler: states, moves, winner rules. No PyTorch, no Optuna."""
 
-from hq_optuna.search.additive import Additive, Point
+from hq_optuna.search.additive import Additive, Point, Price
 from hq_optuna.search.exact import Allocation
 from hq_optuna.search.limits import Limits
 from hq_optuna.search.moves import Move, changes, propose
-from hq_optuna.search.progressive import Incumbent, Past, ProgressiveSearch, Result
+from hq_optuna.search.progressive import (
+    Incumbent,
+    Past,
+    ProgressiveSearch,
+    Result,
+    to_lower,
+    way,
+)
 from hq_optuna.search.rank_correlation import MEASURED, rank_correlation
+from hq_optuna.search.reachable import check_reachable
 from hq_optuna.search.rules import RULES, choose
 from hq_optuna.search.uniform import uniform_states, uniform_within
 
@@ -19,12 +27,16 @@ __all__ = [
     "Move",
     "Past",
     "Point",
+    "Price",
     "ProgressiveSearch",
     "Result",
     "changes",
+    "check_reachable",
     "choose",
     "propose",
     "rank_correlation",
+    "to_lower",
     "uniform_states",
     "uniform_within",
+    "way",
 ]

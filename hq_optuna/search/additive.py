@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from hq_optuna.search.exact import Allocation, LayerCost
+from hq_optuna.search.exact import Allocation, Rises
+from hq_optuna.search.reachable import least_cost
+from hq_optuna.search.several import SeveralLimits
 from hq_optuna.space.assignment import BitConfig, LayerBits
+from hq_optuna.space.budget import Bound
+from hq_optuna.space.cost import CostModel, Row
 from hq_optuna.space.layers import FLOAT_BITS
 from hq_optuna.space.search_space import SearchSpace
 
@@ -26,30 +30,47 @@ class Point(NamedTuple):
     config: BitConfig
 
 
-class Additive:
-    """A search space with an additive score and an additive cost.
+class Price(NamedTuple):
+    """What a limit does to an optimum.
 
-    ``table`` holds predicted loss rises, nats; ``layer_cost`` is the cost of one layer at given
-    bits. Raises `ValueError` where the table lacks a layer or a number of bits of the space, or
-    holds NaN.
+    ``used`` is what the optimum spends of ``limit``; ``nats_per_unit`` is what one more unit would
+    take off its score, where choices may be mixed: 0 for a limit that does not bind.
     """
 
-    def __init__(self, space: SearchSpace, table: Table, layer_cost: LayerCost) -> None:
+    metric: str
+    limit: float
+    used: float
+    nats_per_unit: float
+
+
+class Additive:
+    """A search space with an additive score, a cost, and limits of other costs beside it.
+
+    ``table`` holds predicted loss rises, nats; ``model`` is the cost that limits are asked for, and
+    the limits ``beside`` it always hold. Raises `ValueError` where the table lacks a layer or a
+    number of bits of the space, or holds NaN.
+    """
+
+    def __init__(
+        self, space: SearchSpace, table: Table, model: CostModel, beside: Sequence[Bound] = ()
+    ) -> None:
         self.space = space
         self.table = table
-        self.layer_cost = layer_cost
+        self.model = model
+        self.beside = tuple(beside)
         self.rises = [
             {
                 bits: math.fsum(
-                    self._rise(name, part, bits)
+                    self._rise(name, part, _bits_of(pair, part))
                     for name in variable.layers
+                    for pair in [variable.applied(space.start[name], bits)]
                     for part in _parts(variable.part)
                 )
                 for bits in variable.bits
             }
             for variable in space.variables
         ]
-        self._allocation: Allocation | None = None
+        self._solve: Callable[[float], tuple[int, ...] | None] | None = None
         self.score(space.start)  # what is fixed is in the table too
 
     def _rise(self, layer: str, part: str, bits: int) -> float:
@@ -76,7 +97,11 @@ class Additive:
 
     def cost(self, config: Mapping[str, LayerBits]) -> float:
         """Return the cost of an assignment."""
-        return math.fsum(self.layer_cost(name, pair) for name, pair in config.items())
+        return self.model.cost(config)
+
+    def fits(self, config: Mapping[str, LayerBits], limit: float) -> bool:
+        """Return whether an assignment is within a limit, and within those beside it."""
+        return self.cost(config) <= limit and all(b.cost(config) <= b.limit for b in self.beside)
 
     def point(self, config: BitConfig) -> Point:
         """Return an assignment with its cost and score."""
@@ -89,15 +114,47 @@ class Additive:
 
     def best(self, limit: float) -> tuple[int, ...] | None:
         """Return its bits of each variable."""
-        if self._allocation is None:
-            self._allocation = Allocation(self.space, self.rises, self.layer_cost)
-        return self._allocation.best(limit)
+        if self._solve is None:
+            self._solve = self._solver(self.rises)
+        return self._solve(limit)
 
-    def best_for(
-        self, rises: Sequence[Mapping[int, float]], limit: float
-    ) -> tuple[int, ...] | None:
+    def best_for(self, rises: Rises, limit: float) -> tuple[int, ...] | None:
         """Return the bits of each variable with the least sum of other rises, by variable."""
-        return Allocation(self.space, rises, self.layer_cost).best(limit)
+        return self._solver(rises)(limit)
+
+    def _solver(self, rises: Rises) -> Callable[[float], tuple[int, ...] | None]:
+        rows = self.model.rows
+        if len(rows) == 1 and not self.beside and not rows[0].fixed:
+            return Allocation(self.space, rises, rows[0].layer_cost).best
+        several = SeveralLimits(self.space, rises, self._rows)
+        return lambda limit: several.best(self._limits(limit))
+
+    @property
+    def _rows(self) -> list[Row]:
+        return [
+            row for model in (self.model, *(b.model for b in self.beside)) for row in model.rows
+        ]
+
+    def _limits(self, limit: float) -> list[float]:
+        """Return what each row may come to."""
+        held = [(self.model, limit), *((b.model, b.limit) for b in self.beside)]
+        return [most for model, most in held for _ in model.rows]
+
+    def prices(self, limit: float) -> tuple[Price, ...]:
+        """Return which limits bind the optimum, and what one more unit of each would bring.
+
+        Empty where nothing fits.
+        """
+        optimum = self.exact(limit)
+        relaxed = SeveralLimits(self.space, self.rises, self._rows).relaxed(self._limits(limit))
+        if optimum is None or relaxed is None:
+            return ()
+        found, at = [], 0
+        for model, most in [(self.model, limit), *((b.model, b.limit) for b in self.beside)]:
+            price = float(relaxed.prices[at : at + len(model.rows)].sum())
+            at += len(model.rows)
+            found.append(Price(model.metric, most, model.cost(optimum.config), price))
+        return tuple(found)
 
     def frontier(self, limits: Iterable[float] = (), *, n: int = N_POINTS) -> list[Point]:
         """Return the exact Pareto curve of score against cost, the cheapest first.
@@ -105,7 +162,7 @@ class Additive:
         Each point is the optimum of one budget. ``n`` budgets are spaced evenly in the logarithm of
         the cost, from the cheapest assignment to the widest bits; ``limits`` are further ones.
         """
-        low = self.cost(self.space.config(self.space.bottom))
+        low = least_cost(self.space, self.model)
         high = self.cost(self.space.config(self.space.top))
         ratio = (high / low) ** (1 / (n - 1)) if low > 0 else 1.0
         grid = [low, *(low * ratio**i for i in range(1, n - 1)), high]
@@ -117,5 +174,9 @@ class Additive:
         return best
 
 
+def _bits_of(pair: LayerBits, part: str) -> int:
+    return pair.weight_bits if part == "weights" else pair.activation_bits
+
+
 def _parts(part: str) -> tuple[str, ...]:
-    return ("weights", "activations") if part == "both" else (part,)
+    return ("weights", "activations") if part in ("both", "pair") else (part,)

@@ -8,27 +8,28 @@ layer depends on both.
 Solved by dynamic programming over the blocks (Kellerer, Pferschy, Pisinger, Knapsack Problems,
 2004, chapter 11): partial assignments that another one beats in cost and rise are dropped, and so
 are those that cannot beat a greedy assignment even if the rest could be mixed (the bound of linear
-programming). SciPy's `milp` gives the same assignments, and tests hold this against it; but its
-gap is absolute, its limit a tolerance, ties depend on its version, and HiGHS writes to stdout.
+programming). SciPy's `milp` gives the same assignments, and tests hold this against it; but it is
+slower, its gap is absolute, its limit a tolerance, and ties depend on its version. It is used where
+several limits hold at once, see `several.SeveralLimits`.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hq_optuna.space.assignment import LayerBits
+from hq_optuna.space.cost import LayerCost
 from hq_optuna.space.search_space import SearchSpace
 
 MAX_CHOICES = 20_000
 """Most combinations of bits within one block that are enumerated."""
 
-LayerCost = Callable[[str, LayerBits], float]
 Rises = Sequence[Mapping[int, float]]
 """For each variable of a space: bits → predicted loss rise, nats."""
 
@@ -51,7 +52,7 @@ class Allocation:
 
     def __init__(self, space: SearchSpace, rises: Rises, layer_cost: LayerCost) -> None:
         self.space = space
-        self._blocks = _blocks(space)
+        self._blocks = blocks_of(space)
         touched = {n for block in self._blocks for v in block for n in space.variables[v].layers}
         self._fixed = math.fsum(
             layer_cost(n, b) for n, b in space.start.items() if n not in touched
@@ -112,23 +113,28 @@ def _total(chosen: Sequence[_Choice]) -> float:
     return math.fsum(choice.rise for choice in chosen)
 
 
-def _front(
-    space: SearchSpace, block: Sequence[int], rises: Rises, layer_cost: LayerCost
-) -> list[_Choice]:
-    """Return a block's choices that no other beats in cost and rise, the least rise first."""
+def choices_of(space: SearchSpace, block: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Return all combinations of bits of a block's variables; refuse too many of them."""
     n = math.prod(len(space.variables[v].bits) for v in block)
     if n > MAX_CHOICES:
         raise ValueError(
             f"{n} combinations of bits in one group of {len(block)} variables are too many to "
             "enumerate; allow fewer bits or tie fewer layers."
         )
+    return itertools.product(*(space.variables[v].bits for v in block))
+
+
+def _front(
+    space: SearchSpace, block: Sequence[int], rises: Rises, layer_cost: LayerCost
+) -> list[_Choice]:
+    """Return a block's choices that no other beats in cost and rise, the least rise first."""
     choices = [
         _Choice(
-            _cost(space, block, bits, layer_cost),
+            cost_of_block(space, block, bits, layer_cost),
             math.fsum(rises[v][b] for v, b in zip(block, bits, strict=True)),
             bits,
         )
-        for bits in itertools.product(*(space.variables[v].bits for v in block))
+        for bits in choices_of(space, block)
     ]
     front: list[_Choice] = []
     for choice in sorted(choices, key=lambda c: (c.rise, c.cost)):
@@ -206,7 +212,7 @@ def _hull(front: Sequence[_Choice]) -> list[_Choice]:
     return hull
 
 
-def _blocks(space: SearchSpace) -> list[tuple[int, ...]]:
+def blocks_of(space: SearchSpace) -> list[tuple[int, ...]]:
     """Return variables in groups that share layers."""
     block_of: dict[str, int] = {}
     blocks: list[list[int]] = []
@@ -225,7 +231,7 @@ def _blocks(space: SearchSpace) -> list[tuple[int, ...]]:
     return [tuple(sorted(block)) for block in blocks if block]
 
 
-def _cost(
+def cost_of_block(
     space: SearchSpace, block: Sequence[int], bits: Sequence[int], layer_cost: LayerCost
 ) -> float:
     """Return the cost of the layers that a block of variables sets."""

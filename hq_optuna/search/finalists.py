@@ -107,13 +107,13 @@ def _uniform(sums: Additive, limit: float) -> tuple[int, ...] | None:
     within = []
     for (w, a), state in uniform_states(sums.space).items():
         config = sums.space.config(state)
-        if sums.cost(config) <= limit:
+        if sums.fits(config, limit):
             within.append((w != a, sums.score(config), state))
     return min(within)[2] if within else None
 
 
 def _optimum(sums: Additive, table: Table, limit: float) -> tuple[int, ...] | None:
-    return Additive(sums.space, table, sums.layer_cost).best(limit)
+    return Additive(sums.space, table, sums.model, sums.beside).best(limit)
 
 
 def _changed(table: Table, change: dict[Part, dict[int, float]]) -> Table:
@@ -143,7 +143,8 @@ def _blended(sums: Additive, share: float) -> Table:
         for bits, rise in row.items():
             by_bits[part, bits] = by_bits.get((part, bits), 0.0) + rise
     # Any bits would do: the cost of a layer is a multiple of what its bits make.
-    costs = {layer: sums.layer_cost(layer, pair) for layer, pair in sums.space.start.items()}
+    of_layer = sums.model.layer_cost
+    costs = {layer: of_layer(layer, pair) for layer, pair in sums.space.start.items()}
     whole = math.fsum(costs.values())
     factors = {
         (layer, part): {

@@ -32,11 +32,9 @@ def changes(before: Sequence[int], after: Sequence[int]) -> tuple[Move, ...]:
 
 def lowerable(space: SearchSpace, state: Sequence[int]) -> list[Move]:
     """Return every move that lowers one variable by one notch, in the order of the variables."""
-    moves = []
+    moves: list[Move] = []
     for index, (variable, bits) in enumerate(zip(space.variables, state, strict=True)):
-        place = variable.bits.index(bits)
-        if place + 1 < len(variable.bits):
-            moves.append(Move(index, bits, variable.bits[place + 1]))
+        moves += [Move(index, bits, lower) for lower in variable.below(bits)]
     return moves
 
 

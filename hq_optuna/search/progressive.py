@@ -9,7 +9,7 @@ brings nothing. Nothing here remembers anything: the same record gives the same 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -18,6 +18,7 @@ from hq_optuna.search.rules import RULES, choose
 from hq_optuna.search.swaps import Notch, learn_rises, propose_swaps
 from hq_optuna.settings import Rule
 from hq_optuna.space.assignment import BitConfig
+from hq_optuna.space.budget import Bound
 from hq_optuna.space.cost import Metric
 from hq_optuna.space.layers import is_whole
 from hq_optuna.space.search_space import SearchSpace
@@ -55,7 +56,7 @@ class ProgressiveSearch:
     ``seed``, and `choose`'s ``rule`` picks its winner. With ``refine`` swaps refine the answer once
     the budget is met. Winners are trained after every ``train_every`` steps (0: never), the answer
     where ``final`` is true. Up to ``verify`` finalists are measured in the end (0: none).
-    ``metric`` is what the cost counts, for their costs by layer.
+    ``metric`` is what the cost counts, for their costs by layer. The limits ``beside`` it hold too.
     """
 
     space: SearchSpace
@@ -69,7 +70,11 @@ class ProgressiveSearch:
     final: bool = False
     verify: int = 0
     metric: Metric = "bops"
-    _costs: dict[tuple[int, ...], float] = field(
+    beside: tuple[Bound, ...] = ()
+    _costs: dict[tuple[int, ...], tuple[float, ...]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    _loads: dict[tuple[int, ...], float] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -100,25 +105,67 @@ class ProgressiveSearch:
             "train_every": self.train_every,
             "final": self.final,
             "verify": self.verify,
+            "beside": {bound.metric: bound.limit for bound in self.beside},
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], space: SearchSpace, metric: Metric) -> Self:
         """Return the search that `to_json` described; ``metric`` is what its budget counts."""
         limit = -math.inf if data["limit"] is None else data["limit"]
-        told = {name: value for name, value in data.items() if name not in ("space", "limit")}
-        return cls(space, space.costs(metric).cost, limit, metric=metric, **told)
+        beside = tuple(Bound(space.costs(m), most, "") for m, most in data["beside"].items())
+        read = ("space", "limit", "beside")
+        told = {name: value for name, value in data.items() if name not in read}
+        cost = space.costs(metric).cost
+        return cls(space, cost, limit, metric=metric, beside=beside, **told)
 
     def trains(self, step: int) -> bool:
         """Return whether the winner of a step is trained, as far as the step's number tells."""
         return self.train_every > 0 and step > 0 and step % self.train_every == 0
 
-    def cost_of(self, state: Sequence[int]) -> float:
-        """Return the cost of a state of the search."""
+    def costs_of(self, state: Sequence[int]) -> tuple[float, ...]:
+        """Return what each limit counts of a state of the search, the first limit's cost first."""
         key = tuple(state)
         if key not in self._costs:
-            self._costs[key] = self.cost(self.space.config(key))
+            config = self.space.config(key)
+            self._costs[key] = (self.cost(config), *(b.cost(config) for b in self.beside))
         return self._costs[key]
+
+    def cost_of(self, state: Sequence[int]) -> float:
+        """Return the cost of a state of the search."""
+        return self.costs_of(state)[0]
+
+    @property
+    def limits(self) -> dict[Metric, float]:
+        """What each metric is limited to, in the order of `costs_of`."""
+        return {self.metric: self.limit, **{bound.metric: bound.limit for bound in self.beside}}
+
+    def fits(self, state: Sequence[int]) -> bool:
+        """Return whether a state is within all limits."""
+        return all(
+            c <= most for c, most in zip(self.costs_of(state), self.limits.values(), strict=True)
+        )
+
+    def progress(self, state: Sequence[int]) -> float:
+        """Return how far a state is from the start to the limits, 0 to 1: that of the slowest."""
+        return way(self.costs_of(self.space.top), self.costs_of(state), self.limits.values())
+
+    def load(self, state: Sequence[int]) -> float:
+        """Return what is to be lowered: the cost, or by what shares limits are exceeded.
+
+        The latter where there are several limits, or one of a peak, which several moments may have.
+        """
+        if not self._sums_shares:
+            return self.cost_of(state)
+        key = tuple(state)
+        if key not in self._loads:
+            first = Bound(self.space.costs(self.metric), self.limit, "")
+            self._loads[key] = to_lower((first, *self.beside), self.space.config(key))
+        return self._loads[key]
+
+    @property
+    def _sums_shares(self) -> bool:
+        peak = self.metric == "activation_bytes" and self.limit > 0
+        return bool(self.beside) or peak
 
     def states(
         self, incumbent: Incumbent | None, past: Past | None = None
@@ -135,25 +182,25 @@ class ProgressiveSearch:
                 return ()
             return propose_swaps(
                 *(self.space, incumbent.state, past.rises(self.space)),
-                cost=self.cost_of,
-                limit=self.limit,
+                costs=self.costs_of,
+                limits=tuple(self.limits.values()),
                 score=incumbent.score,
                 n=self.n_candidates,
             )
-        start, cost = incumbent.state, incumbent.cost
+        start, load = incumbent.state, self.load(incumbent.state)
         moves = propose(
             self.space,
             start,
             n=self.n_candidates,
             seed=self.seed,
             step=incumbent.step + 1,
-            saves=lambda move: self.cost_of(move.apply(start)) < cost,
+            saves=lambda move: self.load(move.apply(start)) < load,
         )
         return tuple(move.apply(start) for move in moves)
 
-    def met(self, incumbent: Incumbent) -> bool:
-        """Return whether the incumbent is within the limit."""
-        return incumbent.cost <= self.limit
+    def met(self, found: Incumbent | Result) -> bool:
+        """Return whether an incumbent or a candidate is within the limits."""
+        return found.cost <= self.limit and (not self.beside or self.fits(found.state))
 
     def close(
         self,
@@ -184,15 +231,15 @@ class ProgressiveSearch:
             slot = choose(
                 self.rule,
                 [result.score for result in results],
-                [result.cost for result in results],
+                [self.load(result.state) for result in results],
                 incumbent_score=incumbent.score,
-                incumbent_cost=incumbent.cost,
-                limit=self.limit,
+                incumbent_cost=self.load(incumbent.state),
+                limit=0.0 if self._sums_shares else self.limit,
             )
             origin = (step, slot)
         known = {**(earlier or {}), **known}
-        if known[origin].cost <= self.limit:
-            origin = _best({at: found for at, found in known.items() if found.cost <= self.limit})
+        if self.met(known[origin]):
+            origin = _best({at: found for at, found in known.items() if self.met(found)})
         winner = known[origin]
         return Incumbent(step, winner.state, winner.score, winner.cost, origin)
 
@@ -221,6 +268,26 @@ class ProgressiveSearch:
             past.results |= {(incumbent.step, slot): r for slot, r in enumerate(results)}
             past.incumbents.append(incumbent)
         return past.incumbents
+
+
+def to_lower(bounds: Sequence[Bound], config: BitConfig) -> float:
+    """Return a single cost that adds up, or the sum of the shares by which limits are exceeded."""
+    if len(bounds) == 1 and bounds[0].metric != "activation_bytes":
+        return bounds[0].cost(config)
+    return math.fsum(bound.model.excess(config, bound.limit) for bound in bounds)
+
+
+def way(starts: Iterable[float], now: Iterable[float], limits: Iterable[float]) -> float:
+    """Return the share of the way from costs at the start to their limits, of the slowest.
+
+    Example:
+        >>> way([8.0, 100.0], [6.0, 60.0], [4.0, 80.0])
+        0.5
+    """
+    return min(
+        1.0 if start <= limit else min(max((start - cost) / (start - limit), 0.0), 1.0)
+        for start, cost, limit in zip(starts, now, limits, strict=True)
+    )
 
 
 def _best(results: Mapping[tuple[int, int], Result]) -> tuple[int, int]:

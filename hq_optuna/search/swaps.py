@@ -40,7 +40,8 @@ def learn_rises(
                 continue
             bits = space.variables[v].bits
             low, high = sorted((bits.index(a), bits.index(b)), reverse=True)
-            signed += [((v, bits[i]), 1 if b < a else -1) for i in range(high + 1, low + 1)]
+            down = bits.index(b) > bits.index(a)
+            signed += [((v, bits[i]), 1 if down else -1) for i in range(high + 1, low + 1)]
         unknown = [entry for entry in signed if entry[0] not in rises]
         if len(signed) == 1:
             unknown = signed
@@ -60,16 +61,18 @@ def expected_rise(space: SearchSpace, rises: Mapping[Notch, float], notch: Notch
     if notch in rises:
         return rises[notch]
     v, low = notch
-    bits = space.variables[v].bits
+    variable, bits = space.variables[v], space.variables[v].bits
 
     def weight(b: int) -> float:
-        return 4.0**-b - 4.0 ** -bits[bits.index(b) - 1]
+        return variable.error(b) - variable.error(bits[bits.index(b) - 1])
 
-    seen = [b for b in bits if (v, b) in rises]
+    seen = [b for b in bits[1:] if (v, b) in rises]
     if not seen:
         return 0.0
-    nearest = min(seen, key=lambda b: (abs(b - low), b))
-    return rises[v, nearest] * weight(low) / weight(nearest)
+    place = bits.index(low)
+    near = (lambda b: abs(bits.index(b) - place)) if variable.part == "pair" else None
+    nearest = min(seen, key=lambda b: (near(b) if near else abs(b - low), b))
+    return rises[v, nearest] * weight(low) / weight(nearest) if weight(nearest) else 0.0
 
 
 def propose_swaps(
@@ -77,42 +80,59 @@ def propose_swaps(
     state: Sequence[int],
     rises: Mapping[Notch, float],
     *,
-    cost: Callable[[Sequence[int]], float],
-    limit: float,
+    costs: Callable[[Sequence[int]], tuple[float, ...]],
+    limits: Sequence[float],
     score: float,
     n: int,
 ) -> tuple[tuple[int, ...], ...]:
     """Return the ``n`` states, at most, that promise the largest fall of the score, best first.
 
     Tries one up, one up and one or two down, and two up and one down, each by one notch. No
-    proposal costs more than ``limit``. A promise below a billionth of the incumbent's score is
-    rounding; ties go by the state.
+    proposal costs more than ``limits``, one for each of ``costs``. A promise below a billionth of
+    the incumbent's score is rounding; ties go by the state.
     """
-    now = cost(state)
-    ups = sorted(_parts(space, state, rises, cost, step=-1))[:MAX_PARTS]
-    downs = _parts(space, state, rises, cost, step=1)
-    downs = sorted(downs, key=lambda part: (part.rise / max(-part.cost, 1e-300), part))[:MAX_PARTS]
+    now = costs(state)
+    ups = sorted(_parts(space, state, rises, costs, step=-1))[:MAX_PARTS]
+    downs = _parts(space, state, rises, costs, step=1)
+
+    def price(part: _Part) -> float:
+        saved = -part.costs[0] if len(now) == 1 else -_shares(part.costs, limits)
+        return part.rise / max(saved, 1e-300)
+
+    downs = sorted(downs, key=lambda part: (price(part), part))[:MAX_PARTS]
     promises = []
     for group in _groups(ups, downs):
         rise = math.fsum(part.rise for part in group)
         # Costs of single changes add up unless they meet in a layer; the sum is only a sieve.
         apart = len({part.variable for part in group}) == len(group)
-        fits = now + sum(part.cost for part in group) <= limit * 1.05
+        fits = all(
+            now[i] + sum(part.costs[i] for part in group) <= limit * 1.05
+            for i, limit in enumerate(limits)
+        )
         if rise < -1e-9 * abs(score) and fits and apart:
             after = list(state)
             for part in group:
                 after[part.variable] = part.bits
             promises.append((rise, tuple(after)))
     promises.sort()
-    fitting = (after for _, after in promises if cost(after) <= limit)
+    fitting = (
+        after
+        for _, after in promises
+        if all(cost <= limit for cost, limit in zip(costs(after), limits, strict=True))
+    )
     return tuple(itertools.islice(fitting, n))
 
 
+def _shares(costs: Sequence[float], limits: Sequence[float]) -> float:
+    """Return the sum of costs as shares of their limits."""
+    return math.fsum(cost / limit for cost, limit in zip(costs, limits, strict=True))
+
+
 class _Part(NamedTuple):
-    """One notch up or down: its rise, its change of the cost, the variable, its bits after."""
+    """One notch up or down: its rise, its change of each cost, the variable, its bits after."""
 
     rise: float
-    cost: float
+    costs: tuple[float, ...]
     variable: int
     bits: int
 
@@ -121,18 +141,20 @@ def _parts(
     space: SearchSpace,
     state: Sequence[int],
     rises: Mapping[Notch, float],
-    cost: Callable[[Sequence[int]], float],
+    costs: Callable[[Sequence[int]], tuple[float, ...]],
     step: int,
 ) -> list[_Part]:
     """Return every variable's next notch up (``step`` −1) or down (1) that there is."""
-    parts, now = [], cost(state)
+    parts, now = [], costs(state)
     for v, bits in enumerate(state):
         choices = space.variables[v].bits
         place = choices.index(bits) + step
         if 0 <= place < len(choices):
-            rise = step * expected_rise(space, rises, (v, min(bits, choices[place])))
+            lower = choices[max(place, place - step)]
+            rise = step * expected_rise(space, rises, (v, lower))
             after = [*state[:v], choices[place], *state[v + 1 :]]
-            parts.append(_Part(rise, cost(after) - now, v, choices[place]))
+            change = tuple(c - n for c, n in zip(costs(after), now, strict=True))
+            parts.append(_Part(rise, change, v, choices[place]))
     return parts
 
 

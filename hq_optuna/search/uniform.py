@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from hq_optuna.space.assignment import BitConfig
-from hq_optuna.space.search_space import SearchSpace
+from hq_optuna.space.assignment import BitConfig, LayerBits
+from hq_optuna.space.search_space import SearchSpace, Variable
 
 
 def uniform_states(space: SearchSpace) -> dict[tuple[int, int], tuple[int, ...]]:
@@ -18,25 +18,34 @@ def uniform_states(space: SearchSpace) -> dict[tuple[int, int], tuple[int, ...]]
     """
     by_part: dict[bool, set[int]] = {False: set(), True: set()}  # activations alone, or not
     for v in space.variables:
-        by_part[v.part == "activations"] |= set(v.bits)
+        if v.part == "pair":
+            for pair in map(LayerBits.of_code, v.bits):
+                by_part[False].add(pair.weight_bits)
+                by_part[True].add(pair.activation_bits)
+        else:
+            by_part[v.part == "activations"] |= set(v.bits)
     weights, activations = sorted(by_part[False]), sorted(by_part[True])
     pairs = [*itertools.product(weights, activations)] or [(b, b) for b in weights or activations]
     found: dict[tuple[int, int], tuple[int, ...]] = {}
     for w, a in pairs:
-        state = tuple(_widest(v.bits, a if v.part == "activations" else w) for v in space.variables)
+        state = tuple(_widest(v, w, a) for v in space.variables)
         if state not in found.values():
             found[w, a] = state
     return found
 
 
-def _widest(bits: Sequence[int], wanted: int) -> int:
-    return max((b for b in bits if b <= wanted), default=bits[-1])
+def _widest(variable: Variable, weights: int, activations: int) -> int:
+    """Return the widest notch that has no more than the bits wanted, else the lowest."""
+    if variable.part == "pair":
+        pairs = zip(variable.bits, map(LayerBits.of_code, variable.bits), strict=True)
+        fitting = (b for b, (w, a) in pairs if w <= weights and a <= activations)
+        return next(fitting, variable.bits[-1])
+    wanted = activations if variable.part == "activations" else weights
+    return max((b for b in variable.bits if b <= wanted), default=variable.bits[-1])
 
 
-def uniform_within(
-    space: SearchSpace, cost: Callable[[BitConfig], float], limit: float
-) -> dict[str, BitConfig]:
-    """Return the widest uniform assignments within a limit, by name (``"4 bits"``, ``"W4A8"``).
+def uniform_within(space: SearchSpace, fits: Callable[[BitConfig], bool]) -> dict[str, BitConfig]:
+    """Return the widest uniform assignments that fit, by name (``"4 bits"``, ``"W4A8"``).
 
     Where weights and activations are searched apart there may be several, none of which is wider in
     both than another. Empty where even the fewest bits cost more.
@@ -44,7 +53,7 @@ def uniform_within(
     fitting = {
         pair: config
         for pair, state in uniform_states(space).items()
-        if cost(config := space.config(state)) <= limit
+        if fits(config := space.config(state))
     }
     widest = {
         pair: config

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
+import re
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hq_optuna.space.layers import FLOAT_BITS
 
@@ -20,6 +21,36 @@ class LayerBits(NamedTuple):
     def __str__(self) -> str:
         w, a = ("float" if b == FLOAT_BITS else str(b) for b in self)
         return f"W{w}A{a}"
+
+    @classmethod
+    def parse(cls, text: Any) -> LayerBits:
+        """Read a pair as it is printed.
+
+        Raises:
+            ValueError: The text is no pair.
+
+        Example:
+            >>> LayerBits.parse("W4A8"), str(LayerBits.parse("W8Afloat"))
+            (LayerBits(weight_bits=4, activation_bits=8), 'W8Afloat')
+        """
+        match = _PAIR.fullmatch(str(text).strip())
+        if match is None:
+            raise ValueError(f"{text!r} is no pair of bits, such as W4A8.")
+        w, a = (FLOAT_BITS if bits.lower() == "float" else int(bits) for bits in match.groups())
+        return cls(w, a)
+
+    @property
+    def code(self) -> int:
+        """A number that stands for the pair in the state of a search: ``W4A8`` is 408."""
+        return 100 * self.weight_bits + self.activation_bits
+
+    @classmethod
+    def of_code(cls, code: int) -> LayerBits:
+        """Return the pair that a `code` stands for."""
+        return cls(*divmod(code, 100))
+
+
+_PAIR = re.compile(r"W(\d+|float)A(\d+|float)", re.I)
 
 
 class BitConfig(Mapping[str, LayerBits]):

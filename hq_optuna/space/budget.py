@@ -1,51 +1,108 @@
-"""Budgets: the cost a user allows, absolute or as a fraction of the all-8-bit network.
+"""Budgets: the costs a user allows, absolute or as fractions of the all-8-bit network.
 
-People type them as ``0.25 bops``, ``25% size_bytes`` or ``24 GBOPs``.
+People type them as ``0.25 bops``, ``25% size_bytes``, ``24 GBOPs``, ``8 ms`` or ``128 KiB
+activations``, and several of them as ``0.25 bops, 300 KiB``.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from numbers import Real
 
 from hq_optuna.errors import BudgetError, SettingError
-from hq_optuna.space.cost import METRICS, UNITS, Metric, format_cost
+from hq_optuna.space.assignment import LayerBits
+from hq_optuna.space.cost import METRICS, NOUNS, UNITS, CostModel, Metric, format_cost
 from hq_optuna.space.search_space import SearchSpace
 
 _MOST = 16
 """Cost of float (32 by 32 bits) over that of 8 bits, in bit operations."""
 
-_ABSOLUTE = {
-    unit.lower(): (metric, scale) for metric in METRICS for unit, scale in UNITS[metric].items()
+_FAR = 100
+"""How far a latency may be from all that a table tells, as a factor."""
+
+_ABSOLUTE: dict[str, tuple[Metric, float]] = {
+    unit.lower(): (metric, scale)
+    for metric in ("bops", "activation_bytes", "size_bytes", "latency_s")  # KiB alone is of size
+    for unit, scale in UNITS[metric].items()
 }
+_METRICS: dict[str, Metric] = {metric: metric for metric in METRICS} | {
+    "activations": "activation_bytes",
+    "latency": "latency_s",
+}
+"""What metrics are called where a budget is typed."""
+_UNITS = [unit for metric in METRICS for unit in UNITS[metric]]
 _HOW = (
     f"Write a fraction of the all-8-bit cost, '0.25 bops' or '25% size_bytes' (metrics: "
-    f"{', '.join(METRICS)}), or an absolute cost, '24e9 bops absolute', '24 GBOPs' or "
-    f"'5.8 MiB' (units: {', '.join(unit for metric in METRICS for unit in UNITS[metric])})."
+    f"{', '.join(METRICS)}), or an absolute cost, '24e9 bops absolute', '24 GBOPs', '5.8 MiB', "
+    f"'128 KiB activations' or '8 ms' (units: {', '.join(dict.fromkeys(_UNITS))})."
 )
 _BUDGET = re.compile(
-    r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*(%?)\s*([a-z_]*?)\s*(\babsolute)?\s*", re.I
+    r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*(%?)\s*([a-z_]*(?:\s+[a-z_]+)*)\s*", re.I
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Budget:
-    """The most an assignment may cost.
+class Bound:
+    """One limit of a network: what it counts, the most that may come to, and both in words."""
 
-    Make one with `fraction` or `absolute`.
+    model: CostModel
+    limit: float
+    text: str
+
+    @property
+    def metric(self) -> Metric:
+        """What is counted."""
+        return self.model.metric
+
+    def cost(self, config: Mapping[str, LayerBits]) -> float:
+        """Return what the assignment costs, in the metric's unit."""
+        return self.model.cost(config)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Budget:
+    """The most an assignment may cost: one limit, and others that hold ``beside`` it.
+
+    Make one with `fraction` or `absolute`, and several with `together`.
 
     Example:
         >>> Budget.fraction(bops=0.25)
         Budget(metric='bops', value=0.25, relative=True)
         >>> Budget.absolute(size_bytes=64_000)
         Budget(metric='size_bytes', value=64000.0, relative=False)
+        >>> print(Budget.together(Budget.fraction(bops=0.25), Budget.absolute(size_bytes=64_000)))
+        25 % of the all-8-bit BOPs and 62.5 KiB
     """
 
     metric: Metric
     value: float
     relative: bool
+    beside: tuple[Budget, ...] = ()
+
+    def __repr__(self) -> str:
+        more = f", beside={self.beside!r}" if self.beside else ""
+        said = f"metric={self.metric!r}, value={self.value!r}, relative={self.relative!r}"
+        return f"Budget({said}{more})"
+
+    @classmethod
+    def together(cls, *budgets: Budget) -> Budget:
+        """Return a budget that holds all the limits given.
+
+        Raises:
+            ValueError: There are none, or two limit the same metric.
+        """
+        every = [each for budget in budgets for each in budget.all]
+        counted = [each.metric for each in every]
+        for metric in counted:
+            if counted.count(metric) > 1:
+                both = " and ".join(str(each) for each in every if each.metric == metric)
+                raise ValueError(f"Two limits of {metric}: {both}. Keep the lower one.")
+        if not every:
+            raise ValueError("A budget has at least one limit, for example bops=0.25.")
+        return replace(every[0], beside=tuple(every[1:]))
 
     @classmethod
     def fraction(cls, **limit: float) -> Budget:
@@ -78,9 +135,21 @@ class Budget:
             )
         return cls(metric, float(value), relative)
 
+    @property
+    def all(self) -> tuple[Budget, ...]:
+        """The limits, one by one."""
+        return (replace(self, beside=()), *self.beside)
+
     def limit(self, space: SearchSpace) -> float:
-        """Return the absolute limit for this network, in BOPs or bytes."""
+        """Return the absolute value of the first limit for this network, in its metric's unit.
+
+        Raises:
+            SpaceError: The space does not know what the metric counts.
+            BudgetError: A latency that is off by so much that its unit must be wrong.
+        """
         if not self.relative:
+            if self.metric == "latency_s":
+                self._check_unit(space)
             return self.value
         limit = self.value * space.costs(self.metric).int8
         # Costs are whole bit operations or eighths of a byte. A fraction made by dividing a cost by
@@ -88,72 +157,103 @@ class Budget:
         nearest = round(8 * limit) / 8
         return nearest if math.isclose(limit, nearest, rel_tol=1e-12) else limit
 
+    def _check_unit(self, space: SearchSpace) -> None:
+        """Refuse a latency far from all that the table tells, which another unit explains."""
+        model = space.costs(self.metric)
+        low, high = (model.cost(space.config(x)) for x in (space.bottom, space.top))
+        if not low / _FAR <= self.value <= high * _FAR:
+            raise BudgetError(
+                f"Budget {self} is far from all that the latency table tells, "
+                f"{format_cost(low, self.metric)} to {format_cost(high, self.metric)}. Is one of "
+                "the units wrong by 1,000? A table says s, ms or us, and so does a budget.",
+                limit=self.value,
+                minimum=low,
+            )
+
+    def bounds(self, space: SearchSpace) -> tuple[Bound, ...]:
+        """Return all limits for this network, in the order given."""
+        return tuple(Bound(space.costs(b.metric), b.limit(space), str(b)) for b in self.all)
+
     @property
     def text(self) -> str:
         """The budget as it is typed: ``"0.25 bops"``, ``"64000.0 size_bytes absolute"``."""
-        return f"{self.value!r} {self.metric}{'' if self.relative else ' absolute'}"
+        return ", ".join(
+            f"{b.value!r} {b.metric}{'' if b.relative else ' absolute'}" for b in self.all
+        )
 
     def __str__(self) -> str:
-        if self.relative:
-            what = "BOPs" if self.metric == "bops" else "size"
-            return f"{100 * self.value:.6g} % of the all-8-bit {what}"
-        return format_cost(self.value, self.metric)
+        return " and ".join(
+            f"{100 * b.value:.6g} % of the all-8-bit {NOUNS[b.metric]}"
+            if b.relative
+            else format_cost(b.value, b.metric)
+            + (" of activations" if b.metric == "activation_bytes" else "")
+            for b in self.all
+        )
 
 
-def parse_budget(text: str | float | Budget) -> Budget:
+def parse_budget(text: str | float | Budget | Sequence[str | float | Budget]) -> Budget:
     """Read a budget as people type it; a `Budget` is returned as it is.
+
+    Several limits are a sequence, or stand in one text with commas between them.
 
     A number up to 1, or one with ``%``, is a fraction of the all-8-bit cost; what has a unit or the
     word ``absolute`` is absolute.
 
     Raises:
-        SettingError: The text is no budget, or could mean either.
+        SettingError: The text is no budget, or could mean either; two limits of one metric.
 
     Example:
         >>> parse_budget("25% size_bytes")
         Budget(metric='size_bytes', value=0.25, relative=True)
         >>> parse_budget("24 GBOPs") == parse_budget("24e9 bops absolute")
         True
+        >>> len(parse_budget("0.25 bops, 300 KiB").all)
+        2
     """
+    if isinstance(text, Budget):
+        return text
+    several = text.split(",") if isinstance(text, str) else text
+    if isinstance(several, Sequence) and len(several) != 1:
+        try:
+            return Budget.together(*map(parse_budget, several))
+        except ValueError as error:
+            raise SettingError(str(error)) from None
+    return _parse(several[0] if isinstance(several, Sequence) else several)
+
+
+def _parse(text: str | float | Budget) -> Budget:
+    """Read a single limit."""
     if isinstance(text, Budget):
         return text
     said = repr(str(text))
     match = _BUDGET.fullmatch(str(text))
     if match is None:
         raise SettingError(f"{said} is no budget. {_HOW}")
-    value, percent, unit = float(match[1]), bool(match[2]), match[3].lower()
+    value, percent, words = float(match[1]), bool(match[2]), match[3].lower().split()
     if not math.isfinite(value) or value <= 0:
         raise SettingError(f"A budget is a positive number; got {said}. {_HOW}")
-    metric, scale = _ABSOLUTE.get(unit, (unit or "bops", 1.0))
-    known = metric in METRICS
-    if unit in _ABSOLUTE or match[4]:
-        if percent or not known:
+    absolute = words[-1:] == ["absolute"]
+    words = words[:-1] if absolute else words
+    metric, scale = _METRICS["bops"], 1.0
+    units = [word for word in words[:1] if word in _ABSOLUTE]
+    if units:
+        (metric, scale), absolute = _ABSOLUTE[units[0]], True
+    if named := words[len(units) :]:
+        given = _METRICS.get(named[0])
+        if len(named) > 1:
+            raise SettingError(f"{said} is no budget. {_HOW}")
+        if given is None and absolute:
+            raise SettingError(f"{said} is no absolute budget. {_HOW}")
+        if given is None:
+            what = match[3].split()[len(units)]
+            raise SettingError(f"{what!r} in {said} is neither metric nor unit. {_HOW}")
+        if units and units[0] not in (unit.lower() for unit in UNITS[given]):
+            raise SettingError(f"{said} mixes a unit with another metric. {_HOW}")
+        metric = given
+    if absolute:
+        if percent:
             raise SettingError(f"{said} is no absolute budget. {_HOW}")
         return Budget.absolute(**{metric: value * scale})
-    if not known:
-        raise SettingError(f"{match[3]!r} in {said} is neither metric nor unit. {_HOW}")
     if value > 1 and not percent:
         raise SettingError(f"{said} is more than all of the all-8-bit cost. {_HOW}")
     return Budget.fraction(**{metric: value / 100 if percent else value})
-
-
-def check_reachable(space: SearchSpace, budget: Budget) -> None:
-    """Refuse a budget below the cheapest assignment of the space.
-
-    Raises:
-        TypeError: The budget is no `Budget`.
-        BudgetError: With the limit, the minimum, and both as fractions of the all-8-bit cost.
-    """
-    if not isinstance(budget, Budget):
-        raise TypeError(f"budget is a Budget such as Budget.fraction(bops=0.25); got {budget!r}.")
-    model = space.costs(budget.metric)
-    limit, minimum = budget.limit(space), model.cost(space.config(space.bottom))
-    if minimum > limit:
-        raise BudgetError(
-            f"Budget {format_cost(limit, budget.metric)} ({limit / model.int8:.4g} of all-8-bit) "
-            f"is below the cheapest assignment, {format_cost(minimum, budget.metric)} "
-            f"({minimum / model.int8:.4g} of all-8-bit; every searched layer at its fewest bits). "
-            "Raise the budget, allow fewer bits, or pin fewer layers.",
-            limit=limit,
-            minimum=minimum,
-        )

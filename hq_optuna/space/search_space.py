@@ -2,7 +2,9 @@
 
 A *variable* is one thing the search can lower: the bits of one layer (weights and activations
 together), of its weights alone, of its activations alone, or of several tied layers. Its *notches*
-are its allowed bits, widest first. A state of the search is one number of bits per variable.
+are its allowed bits, widest first; where hardware has only some pairs of weight and activation
+bits, they are these pairs. A state of the search is one number of bits per variable, or the code of
+a pair.
 """
 
 from __future__ import annotations
@@ -17,10 +19,12 @@ from typing import Any, Literal, NamedTuple
 
 from hq_optuna.errors import SpaceError
 from hq_optuna.space.assignment import BitConfig, LayerBits
-from hq_optuna.space.cost import CostModel, Metric
+from hq_optuna.space.cost import METRICS, CostModel, Metric
+from hq_optuna.space.latency import LatencyTable
 from hq_optuna.space.layers import FLOAT_BITS, MAX_BITS, MIN_BITS, LayerSpec, is_whole
+from hq_optuna.space.memory import MemoryMap
 
-Part = Literal["both", "weights", "activations"]
+Part = Literal["both", "weights", "activations", "pair"]
 ActivationBits = Literal["same"] | int | Sequence[int] | None
 
 
@@ -28,7 +32,8 @@ ActivationBits = Literal["same"] | int | Sequence[int] | None
 class Variable:
     """One thing the search can lower: a ``part`` of one layer's bits, or of several that are tied.
 
-    ``name`` is that of the Optuna parameter; ``bits`` are the allowed ones, widest first.
+    ``name`` is that of the Optuna parameter; ``bits`` are the allowed ones, widest first. Those of
+    the part ``"pair"`` are `LayerBits.code` numbers.
     """
 
     name: str
@@ -38,10 +43,43 @@ class Variable:
 
     def applied(self, to: LayerBits, bits: int) -> LayerBits:
         """Return a layer's bits after this variable takes ``bits``."""
+        if self.part == "pair":
+            return LayerBits.of_code(bits)
         return LayerBits(
             to.weight_bits if self.part == "activations" else bits,
             to.activation_bits if self.part == "weights" else bits,
         )
+
+    def shown(self, bits: int) -> int | str:
+        """Return what people see of a notch: a number of bits, or a pair such as ``"W4A8"``."""
+        return str(LayerBits.of_code(bits)) if self.part == "pair" else bits
+
+    def read(self, shown: Any) -> int | None:
+        """Return the notch that is shown so, ``None`` where there is no such."""
+        return next((bits for bits in self.bits if self.shown(bits) == shown), None)
+
+    def below(self, bits: int) -> tuple[int, ...]:
+        """Return the notches that one move leads to: the next, and pairs lower in both parts.
+
+        Of pairs, those that no other such pair is between.
+        """
+        place = self.bits.index(bits)
+        after = self.bits[place + 1 :]
+        if self.part != "pair":
+            return after[:1]
+        now = LayerBits.of_code(bits)
+        lower = [b for b in after if _lower(LayerBits.of_code(b), now)]
+        covers = [
+            b
+            for b in lower
+            if not any(_lower(LayerBits.of_code(b), LayerBits.of_code(c)) for c in lower if c != b)
+        ]
+        return tuple(dict.fromkeys((*after[:1], *covers)))
+
+    def error(self, bits: int) -> float:
+        """Return how the squared rounding error goes with a notch: 4⁻ᵇ, of pairs both parts'."""
+        parts = LayerBits.of_code(bits) if self.part == "pair" else (bits,)
+        return sum(4.0**-b for b in parts)
 
 
 @dataclass(frozen=True)
@@ -49,12 +87,19 @@ class SearchSpace:
     """Layers, variables, and the bits of what is fixed.
 
     Build it with `SearchSpace.build`. `start` holds every layer at its widest bits; layers that no
-    variable touches keep them.
+    variable touches keep them. `memory` and `latency` tell what assignments cost in these, where
+    that is known.
     """
 
     layers: tuple[LayerSpec, ...]
     variables: tuple[Variable, ...]
     start: BitConfig
+    memory: MemoryMap | None = None
+    latency: LatencyTable | None = None
+
+    def __post_init__(self) -> None:
+        if self.latency is not None:
+            self.latency.check(self.layers, self.pairs)
 
     @classmethod
     def build(
@@ -68,6 +113,8 @@ class SearchSpace:
         allowed: Mapping[str, Iterable[int]] | None = None,
         tied: Iterable[Sequence[str]] = (),
         tie_inputs: bool = True,
+        memory: MemoryMap | None = None,
+        latency: LatencyTable | None = None,
     ) -> SearchSpace:
         """Describe which bits each layer may have.
 
@@ -86,10 +133,13 @@ class SearchSpace:
             tie_inputs: Whether layers that read the same tensor (`LayerSpec.input_of`) share its
                 bits: one variable of their activations, or one of all where those are ``"same"``.
                 Layers that are pinned, tied or allowed other bits than the group's stay apart.
+            memory: What is in memory when, from `introspect`.
+            latency: How long each layer takes at each of its bits.
 
         Raises:
             SpaceError: Bits outside 1 to 16, a glob or name without a match, tied layers with
-                different choices, pinned bits that are not allowed, or nothing left to search.
+                different choices, pinned bits that are not allowed, nothing left to search, or a
+                table of latencies with holes.
         """
         if not layers:
             raise SpaceError(
@@ -98,8 +148,8 @@ class SearchSpace:
         names = [layer.name for layer in layers]
         activations = _Activations.of(activation_bits)
         pinned = by_layer(pins, layers, "pins", functools.partial(_pin, activations=activations))
-        limited = by_layer(allowed, layers, "allowed", _notches)
-        choices = dict.fromkeys(names, _notches(bits, "bits"))
+        limited = by_layer(allowed, layers, "allowed", notches)
+        choices = dict.fromkeys(names, notches(bits, "bits"))
         choices |= {name: said.value for name, said in limited.items()}
         named = {name for name, said in limited.items() if said.exact}
         fixed = {name: said.value for name, said in pinned.items()}
@@ -114,8 +164,8 @@ class SearchSpace:
             ends = [name for name in (names[0], names[-1]) if name not in named]
             fixed = dict.fromkeys(ends, pin) | fixed
         start = {name: activations.widest(choices[name]) for name in names} | fixed
-        groups = _groups(layers, tied, fixed)
-        joined = _same_input(layers, groups, choices) if tie_inputs else {}
+        groups = groups_of(layers, tied, fixed)
+        joined = same_input(layers, groups, choices) if tie_inputs else {}
         if activations.same:
             groups = list(dict.fromkeys(joined.get(group[0], group) for group in groups))
             joined = {}
@@ -129,8 +179,8 @@ class SearchSpace:
                 f"Nothing is left to search: each of the {len(names)} layers is pinned or has one "
                 "allowed number of bits. Remove a pin (pin_first_last=None) or allow more bits."
             )
-        _check_parameters([v.name for v in variables], names)
-        return cls(tuple(layers), tuple(variables), BitConfig(start))
+        check_parameters([v.name for v in variables], names)
+        return cls(tuple(layers), tuple(variables), BitConfig(start), memory, latency)
 
     @property
     def top(self) -> tuple[int, ...]:
@@ -145,12 +195,38 @@ class SearchSpace:
     @property
     def levels(self) -> tuple[int, ...]:
         """All bits that a layer may have, pinned ones too, fewest first."""
-        found = {bits for variable in self.variables for bits in variable.bits}
-        return tuple(sorted(found | {bits for pair in self.start.values() for bits in pair}))
+        found = {bits for pair in self.start.values() for bits in pair}
+        for v in self.variables:
+            for bits in v.bits:
+                found |= set(LayerBits.of_code(bits)) if v.part == "pair" else {bits}
+        return tuple(sorted(found))
 
     def costs(self, metric: Metric) -> CostModel:
-        """Return what assignments of this space cost in a metric."""
-        return CostModel(self.layers, metric)
+        """Return what assignments of this space cost in a metric.
+
+        Raises:
+            SpaceError: What the metric needs is not known of this network.
+        """
+        return CostModel(self.layers, metric, memory=self.memory, latency=self.latency)
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """The metrics in which it is known what assignments of this space cost."""
+        unknown = set[str]()
+        if self.memory is None or not self.memory.moments:
+            unknown.add("activation_bytes")
+        if self.latency is None:
+            unknown.add("latency_s")
+        return tuple(metric for metric in METRICS if metric not in unknown)
+
+    @property
+    def pairs(self) -> dict[str, set[LayerBits]]:
+        """The (weight, activation) bits that each layer may have."""
+        found = {name: {bits} for name, bits in self.start.items()}
+        for variable in self.variables:
+            for name in variable.layers:
+                found[name] |= {variable.applied(p, b) for p in found[name] for b in variable.bits}
+        return found
 
     def config(self, state: Sequence[int]) -> BitConfig:
         """Return the bits of all layers when the variables have the bits ``state``."""
@@ -160,16 +236,21 @@ class SearchSpace:
                 bits[name] = variable.applied(bits[name], value)
         return BitConfig(bits)
 
-    def parameters(self, state: Sequence[int]) -> dict[str, tuple[int, tuple[int, ...]]]:
+    def parameters(
+        self, state: Sequence[int]
+    ) -> dict[str, tuple[int | str, tuple[int | str, ...]]]:
         """Return ``{parameter: (bits, choices)}`` for all layers, fixed ones included.
 
         These are the Optuna parameters of a trial that shows a whole assignment: the variables
         first, then one parameter with a single choice for every part no variable sets.
         """
-        shown = {v.name: (b, v.bits) for v, b in zip(self.variables, state, strict=True)}
+        shown: dict[str, tuple[int | str, tuple[int | str, ...]]] = {
+            v.name: (v.shown(b), tuple(map(v.shown, v.bits)))
+            for v, b in zip(self.variables, state, strict=True)
+        }
         covered = {(name, v.part) for v in self.variables for name in v.layers}
         for name, bits in self.start.items():
-            if (name, "both") in covered:
+            if {(name, "both"), (name, "pair")} & covered:
                 continue
             pairs = zip(("weights", "activations"), bits, strict=True)
             parts = {part: b for part, b in pairs if (name, part) not in covered}
@@ -190,6 +271,8 @@ class SearchSpace:
                 for v in self.variables
             ],
             "start": self.start.to_json(),
+            "memory": None if self.memory is None else self.memory.to_json(),
+            "latency": None if self.latency is None else self.latency.to_json(),
         }
 
     @classmethod
@@ -200,7 +283,14 @@ class SearchSpace:
             for v in data["variables"]
         )
         layers = tuple(LayerSpec.from_json(layer) for layer in data["layers"])
-        return cls(layers, variables, BitConfig.from_json(data["start"]))
+        memory, latency = data["memory"], data["latency"]
+        return cls(
+            layers,
+            variables,
+            BitConfig.from_json(data["start"]),
+            None if memory is None else MemoryMap.from_json(memory),
+            None if latency is None else LatencyTable.from_json(latency),
+        )
 
     @functools.cached_property
     def digest(self) -> str:
@@ -209,7 +299,12 @@ class SearchSpace:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _notches(values: Iterable[int], where: str) -> tuple[int, ...]:
+def _lower(one: LayerBits, other: LayerBits) -> bool:
+    """Return whether a pair is another one with fewer bits in a part, and more in none."""
+    return one != other and all(a <= b for a, b in zip(one, other, strict=True))
+
+
+def notches(values: Iterable[int], where: str) -> tuple[int, ...]:
     """Return the values widest first, checked."""
     try:
         values = list(values)
@@ -250,8 +345,8 @@ class _Activations:
         if activation_bits is None or (is_whole(activation_bits) and activation_bits == FLOAT_BITS):
             return cls()
         if is_whole(activation_bits):
-            return cls(fixed=_notches([activation_bits], "activation_bits")[0])
-        return cls(notches=_notches(activation_bits, "activation_bits"))
+            return cls(fixed=notches([activation_bits], "activation_bits")[0])
+        return cls(notches=notches(activation_bits, "activation_bits"))
 
     @property
     def in_float(self) -> bool:
@@ -296,7 +391,7 @@ def _variables(
     return [variable for variable in found if len(variable.bits) > 1]
 
 
-def _check_parameters(variables: Sequence[str], layers: Sequence[str]) -> None:
+def check_parameters(variables: Sequence[str], layers: Sequence[str]) -> None:
     """Refuse names of layers that are those of Optuna's parameters of others."""
     parts = {f"{name}:{part}" for name in layers for part in ("weights", "activations")}
     tied = {name for name in variables if variables.count(name) > 1}
@@ -308,11 +403,22 @@ def _check_parameters(variables: Sequence[str], layers: Sequence[str]) -> None:
             )
 
 
+def allowed_activations(activation_bits: Any) -> tuple[int, ...] | None:
+    """Return the bits that a setting allows inputs, ``None`` where it says ``"same"``."""
+    read = _Activations.of(activation_bits)
+    return None if read.same else read.notches or (read.fixed,)
+
+
+def read_pin(value: Any, where: str) -> LayerBits:
+    """Return the pair that a pin fixes: one number for both parts, or two."""
+    return _pin(value, where, _Activations(same=True))
+
+
 def _pin(value: Any, where: str, activations: _Activations) -> LayerBits:
     pair = (value, value) if is_whole(value) else value
     if not isinstance(pair, Sequence) or len(pair) != 2:
         raise SpaceError(f"{where} is one number or (weight bits, activation bits); got {value!r}.")
-    weights, inputs = (b if b == FLOAT_BITS else _notches([b], where)[0] for b in pair)
+    weights, inputs = (b if b == FLOAT_BITS else notches([b], where)[0] for b in pair)
     # Where activations stay in float, one number pins the weights alone.
     return LayerBits(weights, FLOAT_BITS if is_whole(value) and activations.in_float else inputs)
 
@@ -399,7 +505,7 @@ def _listed(layers: Sequence[LayerSpec]) -> str:
     return ", ".join(layer.name for layer in layers[:8]) + (", …" if len(layers) > 8 else "")
 
 
-def _groups(
+def groups_of(
     layers: Sequence[LayerSpec], tied: Iterable[Sequence[str]], fixed: Mapping[str, LayerBits]
 ) -> list[tuple[str, ...]]:
     """Return the groups of free layers in network order; a lone layer is a group of one."""
@@ -427,14 +533,14 @@ def _groups(
     return list(groups)
 
 
-def _same_input(
+def same_input(
     layers: Sequence[LayerSpec],
     groups: Sequence[tuple[str, ...]],
-    choices: Mapping[str, tuple[int, ...]],
+    choices: Mapping[str, tuple[Any, ...]],
 ) -> dict[str, tuple[str, ...]]:
     """Return for each free layer that shares its input, and nothing else, all that read it."""
     alone = {group[0] for group in groups if len(group) == 1}
-    readers: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    readers: dict[tuple[str, tuple[Any, ...]], list[str]] = {}
     for layer in layers:
         if layer.name in alone:
             key = layer.input_of or layer.name, choices[layer.name]
@@ -449,10 +555,10 @@ def bits_needed(space: SearchSpace) -> dict[str, tuple[set[int], set[int]]]:
     }
     for variable in space.variables:
         for name in variable.layers:
-            if variable.part != "activations":
-                needed[name][0].update(variable.bits)
-            if variable.part != "weights":
-                needed[name][1].update(variable.bits)
+            for bits in variable.bits:
+                pair = variable.applied(space.start[name], bits)
+                needed[name][0].add(pair.weight_bits)
+                needed[name][1].add(pair.activation_bits)
     for weights, activations in needed.values():
         weights.discard(FLOAT_BITS)
         activations.discard(FLOAT_BITS)

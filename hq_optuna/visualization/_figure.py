@@ -12,7 +12,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from hq_optuna.space.cost import Metric, format_cost
+from hq_optuna.space.cost import UNITS, Metric, format_cost
 from hq_optuna.visualization.palette import BLUE, GREEN, GREY, GRID, ORANGE, PAGES, VERMILION
 
 logger = logging.getLogger(__name__)
@@ -21,11 +21,6 @@ TITLE_PX, PANEL_TITLE_PX, BOTTOM_PX = 64, 26, 56
 """Room for the title and the titles of panels above the plot area, and for the axis below."""
 
 CLEAR = "rgba(0,0,0,0)"
-
-_UNITS = {
-    **{"BOPs": 1.0, "kBOPs": 1e3, "MBOPs": 1e6, "GBOPs": 1e9, "TBOPs": 1e12},
-    **{"bytes": 1.0, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30},
-}
 
 
 def cost_unit(reference: float, metric: Metric) -> tuple[float, str]:
@@ -36,7 +31,7 @@ def cost_unit(reference: float, metric: Metric) -> tuple[float, str]:
         (1000000000.0, 'GBOPs')
     """
     unit = format_cost(reference, metric).split()[1]
-    return _UNITS[unit], unit
+    return UNITS[metric].get(unit, 1.0), unit  # below a thousand BOPs they are written as such
 
 
 def finite(value: float) -> float | None:

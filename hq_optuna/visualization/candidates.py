@@ -11,6 +11,7 @@ from optuna.study import Study
 from plotly.subplots import make_subplots
 
 from hq_optuna.protocol.history import Candidate, History, read_history
+from hq_optuna.search import to_lower
 from hq_optuna.space.cost import Metric
 from hq_optuna.visualization import _figure as f
 from hq_optuna.visualization.palette import BLUE, VERMILION
@@ -65,9 +66,10 @@ def candidates_info(history: History, step: int | None = None) -> CandidatesInfo
     if step not in steps:
         raise ValueError(f"Step {step} has no scored candidate; there are steps 0 to {max(steps)}.")
     parent = history.records[step - 1].winner if 0 < step <= len(history.records) else None
-    rule = "swaps" if parent is not None and parent.cost <= info.limit else info.settings["rule"]
+    met = parent is not None and history.fits(history.space.config(parent.state))
+    rule = "swaps" if met else info.settings["rule"]
     taken = history.records[step].winner.number if step < len(history.records) else None
-    found = [_against(c, parent, rule, info.limit, taken) for c in history.step(step)]
+    found = [_against(c, parent, rule, history, taken) for c in history.step(step)]
     return CandidatesInfo(
         step=step,
         closed=taken is not None,
@@ -79,7 +81,7 @@ def candidates_info(history: History, step: int | None = None) -> CandidatesInfo
 
 
 def _against(
-    c: Candidate, parent: Candidate | None, rule: str, limit: float, taken: int | None
+    c: Candidate, parent: Candidate | None, rule: str, history: History, taken: int | None
 ) -> CandidateInfo:
     """Compare a candidate with the incumbent before its step, ``None`` in step 0."""
     rise, saved, key = c.score, None, c.score
@@ -87,10 +89,18 @@ def _against(
         rise, saved = c.score - parent.score, f.finite(parent.cost - c.cost)
         if rule == "ratio":
             # An incumbent over the budget: in steps that begin within it the rule is "swaps".
-            worth = min(saved or 0.0, parent.cost - limit)
+            before, after = _load(history, parent), _load(history, c)
+            sums = bool(history.beside) or history.info.metric == "activation_bytes"
+            limit = 0.0 if sums else history.info.limit
+            worth = min(before - after, before - limit)
             key = rise / worth if worth > 0 else math.inf
     won = c.number == taken
     return CandidateInfo(c.number, describe_move(c), rise, saved, f.finite(key), won)
+
+
+def _load(history: History, candidate: Candidate) -> float:
+    config, bounds = history.space.config(candidate.state), history.bounds
+    return to_lower(bounds, config)
 
 
 def candidates_figure(info: CandidatesInfo) -> go.Figure:

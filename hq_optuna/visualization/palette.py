@@ -27,8 +27,8 @@ VIRIDIS = (
 """Ten even stops of the colour map of van der Walt & Smith (2015), as plotly has them."""
 
 
-def bits_text(bits: int) -> str:
-    """Return the bits for people: ``"float"`` for 32."""
+def bits_text(bits: int | str) -> str:
+    """Return the bits for people: ``"float"`` for 32; a pair in words stays as it is."""
     return "float" if bits == FLOAT_BITS else str(bits)
 
 

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+import torch
+from torch import Tensor, nn
 from typer.testing import Result
+
+from hq_optuna.network.batches import read_batches
+from hq_optuna.objective import readiness
 
 Command = Callable[..., Result]
 
@@ -40,6 +47,39 @@ def test_the_check_as_data_holds_the_float_metric(study: Path, command: Command)
     assert found["unreached"] == []
     assert found["layers"] == 3
     assert found["pass_s"] > 0
+
+
+def test_a_slow_network_is_checked_on_a_part_of_the_data_and_durations_are_of_all(
+    study: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = json.loads(command("check", study, "--json").stdout)
+    assert whole["n_read"] == whole["n_calibration"]
+    assert 0 < whole["needed_bytes"] < 2**30
+    monkeypatch.setattr(readiness, "MOST_SECONDS", 1e-7)
+    part = json.loads(command("check", study, "--json").stdout)
+    assert 1 <= part["n_read"] < part["n_calibration"] == whole["n_calibration"]
+    assert part["needed_bytes"] == whole["needed_bytes"]
+    assert "samples were read" in said(command("check", study))
+
+
+@pytest.mark.parametrize("kind", ["tensor", "pair", "batches", "stream"])
+def test_a_part_of_the_data_is_taken_evenly(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            time.sleep(0.01 * len(x))
+            return x
+
+    monkeypatch.setattr(readiness, "MOST_SECONDS", 0.16)
+    x = torch.arange(40.0)[:, None]
+    pairs = [(x[at : at + 10], x[at : at + 10, 0].long()) for at in range(0, 40, 10)]
+    data = {"tensor": x, "pair": (x, x[:, 0].long()), "batches": pairs, "stream": iter(pairs)}[kind]
+    part = readiness.part_of(Slow(), data, "calibration")
+    read = read_batches(part.data, labelled=False)
+    assert (part.n_all, part.largest) == (40, 32 if kind in ("tensor", "pair") else 10)
+    seen = torch.cat([batch.inputs for batch in read])[:, 0]
+    assert 0 < len(seen) < 40
+    assert seen[0] == 0
+    assert seen[-1] >= 20
 
 
 def test_a_layer_that_no_gradient_reaches_is_named(study: Path, command: Command) -> None:

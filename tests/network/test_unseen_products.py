@@ -116,3 +116,28 @@ def test_a_layer_that_computes_its_weight_is_counted_once() -> None:
 
     found = introspect(nn.Sequential(Standardized(D, D)), torch.randn(3, D))
     assert (found.macs, found.others) == (D * D, ())
+
+
+def test_what_computes_element_by_element_is_counted() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.fc, self.norm = nn.Embedding(5, D), nn.Linear(D, D), nn.LayerNorm(D)
+            self.attend = nn.MultiheadAttention(D, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = 1.0 + self.table(x)  # a number that is added joins nothing
+            h = h + self.fc(h)
+            h = self.norm(torch.cat([h, h], 1))
+            return self.attend(h, h, h, need_weights=False)[0].softmax(-1) * h
+
+    found = introspect(Net(), torch.zeros(3, T, dtype=torch.long))
+    assert dict(found.elements) == {
+        "embeddings": T * D,
+        "additions": T * D,
+        "concatenations": 2 * T * D,
+        "normalization": 2 * T * D,
+        "softmax": 2 * (2 * T) ** 2 + 2 * T * D,  # two heads, and the last
+        "products of elements": 2 * T * D,
+    }
+    assert found.bops_of_others == 2 * (2 * T) ** 2 * D * 32 * 32

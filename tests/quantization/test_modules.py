@@ -182,9 +182,9 @@ def test_the_range_of_an_input_is_found_once(monkeypatch):
     found = []
     original = InputHistogram.range
 
-    def counted(self, bits, observer):
+    def counted(self, bits, observer, grid):
         found.append((bits, observer))
-        return original(self, bits, observer)
+        return original(self, bits, observer, grid)
 
     monkeypatch.setattr(InputHistogram, "range", counted)
     counts, edges = torch.ones(8).numpy(), torch.linspace(0, 4, 9).numpy()

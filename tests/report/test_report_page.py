@@ -32,7 +32,7 @@ def test_markdown_tables_have_as_many_cells_in_every_row_as_in_the_header():
     study = fake_study(SearchSpace.build(layers, bits=(8, 4), pin_first_last=None))
     text = render_markdown(report_data(study, command="hq-optuna run x"))
     tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
-    assert len(tables) == 6
+    assert len(tables) == 7
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
     for shown in (r"a\|b", r"c\*d\_e", r"\<f\>"):
@@ -59,7 +59,7 @@ def test_the_page_is_well_formed_and_the_answer_comes_first(tmp_path):
     assert page.text.index("4 layers at 4 to 8 bits") < page.text.index("Cost and accuracy")
     order = [i for i in page.ids if not i.startswith("fig-")]
     assert order == [
-        *("beside", "layers", "answer", "settings", "counts"),
+        *("beside", "layers", "answer", "limits", "settings", "counts"),
         *("reproduce", "not-counted", "warnings"),
     ]
     figures = [i for i in page.ids if i.startswith("fig-")]

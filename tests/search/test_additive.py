@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -17,7 +18,7 @@ from tests.fake_search import fake_layers, fake_score, fake_space, fake_table
 
 def problem(n: int = 6, metric: str = "bops", **choices: object) -> Additive:
     space = fake_space(n, **choices)
-    return Additive(space, fake_table(space), CostModel(space.layers, metric).layer_cost)
+    return Additive(space, fake_table(space), CostModel(space.layers, metric))
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def test_tied_layers_rise_together() -> None:
     layers = fake_layers(4)
     names = [layer.name for layer in layers]
     space = SearchSpace.build(layers, bits=(8, 4), tied=[names[1:3]])
-    sums = Additive(space, fake_table(space), CostModel(layers).layer_cost)
+    sums = Additive(space, fake_table(space), CostModel(layers))
     table = sums.table
     assert sums.rises == [
         {
@@ -68,7 +69,7 @@ def test_a_table_with_a_hole_is_refused(damage: str) -> None:
     else:
         del table["fc"]["weights"][8]
     with pytest.raises(ValueError, match=r"has no value for the (weights|activations) of"):
-        Additive(space, table, CostModel(space.layers).layer_cost)
+        Additive(space, table, CostModel(space.layers))
 
 
 def scattered(rng: np.random.Generator, n: int, bits: object = range(2, 9)) -> Additive:
@@ -81,7 +82,7 @@ def scattered(rng: np.random.Generator, n: int, bits: object = range(2, 9)) -> A
         }
         for layer in space.layers
     }
-    return Additive(space, table, CostModel(space.layers).layer_cost)
+    return Additive(space, table, CostModel(space.layers))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -115,7 +116,7 @@ def test_small_rises_beside_large_ones_are_not_lost_in_a_tolerance(seed: int) ->
     rng = np.random.default_rng(seed)
     sums = scattered(rng, 6, bits=(8, 5, 3, 2))
     sums.table[sums.space.layers[2].name]["weights"][2] = 1e6
-    sums = Additive(sums.space, sums.table, sums.layer_cost)
+    sums = Additive(sums.space, sums.table, sums.model)
     limit = 0.3 * sums.cost(sums.space.start)
     every = itertools.product(*(v.bits for v in sums.space.variables))
     configs = (sums.space.config(state) for state in every)
@@ -131,7 +132,8 @@ def test_equal_totals_give_the_same_bits_whatever_the_order_of_the_table() -> No
         layer.name: {part: {8: 0.0, 4: 1.0, 2: 3.0} for part in ("weights", "activations")}
         for layer in space.layers
     }
-    cost = lambda name, bits: float(bits.weight_bits)  # noqa: E731
+    layers = [dataclasses.replace(layer, weight_shape=(8, 1)) for layer in space.layers]
+    cost = CostModel(layers, "size_bytes")  # a byte a bit
     first = Additive(space, table, cost).exact(40.0)
     again = Additive(space, dict(reversed(table.items())), cost).exact(40.0)
     assert first == again

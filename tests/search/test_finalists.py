@@ -37,7 +37,7 @@ def sums(seed: int = 0, n: int = 7, apart: bool = True, like: bool = False) -> A
     if like:
         row = {b: 64 * 4.0**-b for b in range(2, 9)}
         table = {layer.name: {"weights": row, "activations": row} for layer in layers}
-    return Additive(space, table, CostModel(layers).layer_cost)
+    return Additive(space, table, CostModel(layers))
 
 
 def at_bits(of: Additive, bits: int) -> float:
@@ -90,7 +90,7 @@ def test_without_uniform_bits_within_the_budget_there_are_the_others():
     space = SearchSpace.build(layers, bits=(8, 2), pin_first_last=None, pins={"a": 8})
     row = {8: 1e-4, 2: 0.1}
     table = {name: {"weights": row, "activations": row} for name in ("a", "b")}
-    of = Additive(space, table, CostModel(layers).layer_cost)
+    of = Additive(space, table, CostModel(layers))
     limit = of.cost(space.config((2,)))
     assert [one.state for one in finalists(of, (2,), limit, 8)] == [(2,)]
 

@@ -19,6 +19,7 @@ from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.budget import Budget
 from hq_optuna.space.cost import CostModel
 from hq_optuna.space.layers import LayerSpec
+from hq_optuna.space.memory import LiveTensor, MemoryMap
 from hq_optuna.space.search_space import SearchSpace
 from tests.fake_search import fake_space
 from tests.reference.progressive import Assignment, progressive
@@ -376,3 +377,23 @@ def test_a_budget_of_size_is_met_by_weights_alone() -> None:
         if variable.part == "activations"
     ]
     assert set(activations) == {8}
+
+
+def test_peaks_at_several_moments_are_lowered_one_after_the_other() -> None:
+    names = ("a", "b", "c")
+    layers = [LayerSpec(n, "Linear", (10, 10), 0, macs=100, n_calls=1, n_inputs=10) for n in names]
+    tensors = (
+        LiveTensor("input", 100, 0, 0, ("a",)),
+        LiveTensor("a", 100, 1, 1, ("b",)),
+        LiveTensor("b", 30, 2, 2, ("c",)),
+    )
+    memory = MemoryMap(names, tensors)
+    space = SearchSpace.build(layers, bits=(8, 4), pin_first_last=None, memory=memory)
+    model = space.costs("activation_bytes")
+    search = ProgressiveSearch(space, model.cost, 60.0, 3, metric="activation_bytes")
+    state = (8, 8, 8)
+    assert search.cost_of((4, 8, 8)) == search.cost_of(state) == 100
+    assert search.load((4, 8, 8)) < search.load(state) == search.load((8, 8, 4))
+    # c is never at a peak, so no step lowers it, whatever it costs.
+    last = search.run(lambda config: float(sum(8 - config[n].weight_bits for n in names)))[-1]
+    assert (last.state, last.cost) == ((4, 4, 8), 50.0)

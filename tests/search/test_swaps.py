@@ -133,8 +133,12 @@ def test_proposals_come_by_promise_and_none_is_over_the_limit() -> None:
     def cost(s: Sequence[int]) -> float:
         return model.cost(space.config(s))
 
+    def costs(s: Sequence[int]) -> tuple[float, ...]:
+        return (cost(s),)
+
     found = propose_swaps(
-        space, state, notches, cost=cost, limit=cost(state), score=total(rises, state), n=10
+        *(space, state, notches),
+        **{"costs": costs, "limits": costs(state), "score": total(rises, state), "n": 10},
     )
     assert 0 < len(found) <= 10
     scores = [total(rises, s) for s in found]
@@ -142,7 +146,10 @@ def test_proposals_come_by_promise_and_none_is_over_the_limit() -> None:
     assert scores[-1] < total(rises, state)
     assert all(cost(s) <= cost(state) for s in found)
     assert (
-        propose_swaps(space, space.top, notches, cost=cost, limit=cost(space.top), score=1.0, n=4)
+        propose_swaps(
+            *(space, space.top, notches),
+            **{"costs": costs, "limits": costs(space.top), "score": 1.0, "n": 4},
+        )
         == ()
     )  # everything is at its widest
 

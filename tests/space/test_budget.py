@@ -9,7 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hq_optuna.errors import BudgetError, HqOptunaError, SettingError
-from hq_optuna.space.budget import Budget, check_reachable, parse_budget
+from hq_optuna.search import check_reachable
+from hq_optuna.space.budget import Budget, parse_budget
 from hq_optuna.space.cost import CostModel, format_cost
 from hq_optuna.space.layers import LayerSpec
 from hq_optuna.space.search_space import SearchSpace
@@ -24,9 +25,9 @@ def space(*n_macs: int, **options: Any) -> SearchSpace:
 
 
 def test_a_fraction_refers_to_all_layers_at_8_bits_pinned_ones_too() -> None:
-    layers = space(100, 200, 300)
-    assert Budget.fraction(bops=0.25).limit(layers) == 600 * 64 / 4
-    assert Budget.fraction(size_bytes=0.5).limit(layers) == 300.0
+    these = space(100, 200, 300)
+    assert Budget.fraction(bops=0.25).limit(these) == 600 * 64 / 4
+    assert Budget.fraction(size_bytes=0.5).limit(these) == 300.0
 
 
 def test_an_absolute_budget_is_its_own_limit() -> None:
@@ -48,7 +49,7 @@ def test_budgets_read_as_people_write_them() -> None:
     [
         ({}, "limits one metric, for example bops=0.25; got none"),
         ({"bops": 1, "size_bytes": 2}, r"got \['bops', 'size_bytes'\]"),
-        ({"flops": 1}, "limits one of bops, size_bytes; got 'flops'"),
+        ({"flops": 1}, "limits one of bops, size_bytes, activation_bytes, latency_s; got 'flops'"),
         ({"bops": 0}, "positive number; got bops=0"),
         ({"bops": -0.5}, "positive number; got bops=-0.5"),
         ({"bops": float("nan")}, "positive number; got bops=nan"),

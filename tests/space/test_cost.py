@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hq_optuna.space.assignment import BitConfig
-from hq_optuna.space.cost import METRICS, CostModel, Metric, format_cost, macs
+from hq_optuna.space.cost import CostModel, Metric, format_cost, macs
 from hq_optuna.space.layers import LayerSpec
 
 
@@ -86,7 +86,7 @@ def test_resnet18_costs_what_the_literature_says() -> None:
         min_size=1,
         max_size=8,
     ),
-    st.sampled_from(METRICS),
+    st.sampled_from(["bops", "size_bytes"]),
 )
 def test_sums_are_exact(rows: list[tuple[int, int, int, int]], metric: Metric) -> None:
     layers = [layer(f"l{k}", row[0], (row[1],)) for k, row in enumerate(rows)]
@@ -104,7 +104,7 @@ def test_a_layer_missing_from_the_assignment_is_an_error() -> None:
 
 
 def test_an_unknown_metric_is_refused() -> None:
-    with pytest.raises(ValueError, match="metric is one of bops, size_bytes; got 'flops'"):
+    with pytest.raises(ValueError, match="metric is one of bops, size_bytes"):
         CostModel(TWO, "flops")  # type: ignore[arg-type]
 
 

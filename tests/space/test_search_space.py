@@ -382,7 +382,7 @@ def test_the_exact_optimum_keeps_shared_inputs_together() -> None:
         layer.name: {part: dict(zip((8, 4), sorted(rng.random(2)), strict=True)) for part in PARTS}
         for layer in QKV
     }
-    sums = Additive(space, table, CostModel(QKV).layer_cost)
+    sums = Additive(space, table, CostModel(QKV))
     states = [*itertools.product(*(v.bits for v in space.variables))]
     for limit in sorted({sums.cost(space.config(state)) for state in states}):
         fitting = [c for s in states if sums.cost(c := space.config(s)) <= limit]

@@ -13,7 +13,7 @@ from torch import nn
 
 from benchmarks.zoo import unpacked
 from hq_optuna.errors import DataError
-from hq_optuna.network.batches import read_batches
+from hq_optuna.network.batches import Batch, Batches, read_batches
 from hq_optuna.network.evaluation import Accuracy
 from hq_optuna.settings import SearchSettings
 from hq_optuna.study_files.study_file import StudyFile, find_study
@@ -89,7 +89,7 @@ def test_the_float_figure_is_the_published_one(
 
 
 def test_average_precision_is_that_of_a_hand_made_case() -> None:
-    from studies.fastestdet import average_precision, matched_by_coco
+    from studies.fastestdet import average_precision, matched_by_coco, mean_precision
 
     truth = [(torch.tensor([[0.0, 0.0, 1.0, 1.0], [2.0, 2.0, 3.0, 3.0]]), torch.tensor([0, 0]))]
     right = torch.tensor([0.0, 0.0, 1.0, 1.0])
@@ -98,6 +98,26 @@ def test_average_precision_is_that_of_a_hand_made_case() -> None:
     records = matched_by_coco(found, truth, [0, 1])
     # One of two found, at a precision of 1/2 up to a recall of 1/2: 51 of COCO's 101 points.
     assert average_precision(records) == pytest.approx(100 * 0.5 * 51 / 101)
+    assert mean_precision(records) == pytest.approx(100 * 0.5 * 51 / 101)
+    # Moved by a tenth of its side, the box overlaps by 0.9 / 1.1: right up to 0.8, seven of ten.
+    found[0][0][1, [0, 2]] += 0.1
+    records = matched_by_coco(found, truth, [0, 1])
+    assert average_precision(records) == pytest.approx(100 * 0.5 * 51 / 101)
+    assert mean_precision(records) == pytest.approx(0.7 * 100 * 0.5 * 51 / 101)
+
+
+def test_similarity_and_the_five_likeliest_are_those_of_hand_made_cases() -> None:
+    from studies.efficientnet_lite0 import top5
+    from studies.super_resolution import similarity
+
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    pairs = Batches([Batch(image, image, 1), Batch(image, 1 - image, 1)])
+    same, opposite = similarity.per_sample(nn.Identity(), pairs)  # type: ignore[misc]
+    assert same == pytest.approx(1)
+    assert opposite < 0
+    scores = torch.arange(8.0).expand(3, -1)
+    found = top5(nn.Identity(), Batches([Batch(scores, torch.tensor([7, 3, 2]), 3)]))
+    assert found == {"top-5": pytest.approx(200 / 3)}
 
 
 def test_mean_iou_is_that_of_a_hand_made_table() -> None:

@@ -33,11 +33,23 @@ _RECURRENT = ("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn")
 """Operators that run a recurrent layer whole; the flop counter does not know them."""
 
 
+_BY_ELEMENT = {
+    **dict.fromkeys(("add", "add_"), "additions"),
+    **dict.fromkeys(("mul", "mul_"), "products of elements"),
+    "cat": "concatenations",
+    **dict.fromkeys(("_softmax", "_safe_softmax", "_log_softmax"), "softmax"),
+    **dict.fromkeys(("native_layer_norm", "native_group_norm", "_fused_rms_norm"), "normalization"),
+    **dict.fromkeys(("embedding", "_embedding_bag"), "embeddings"),
+}
+"""Operators that take several activations, or compute with them as they are, and what they do."""
+
+
 class WatchedWeights(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Calls ``see(name, use)`` for each multiplication with one of the named weights.
 
     A view of a weight, or of a part of it, is the weight: it is known by its memory. Of all other
-    multiplications ``see_other(operator, macs)`` is called.
+    multiplications ``see_other(operator, macs)`` is called, and ``see_elements(what, elements)`` of
+    what computes element by element: additions of tensors, softmax, normalization, ….
     """
 
     def __init__(
@@ -45,6 +57,7 @@ class WatchedWeights(TorchDispatchMode):  # type: ignore[no-untyped-call]
         weights: Mapping[str, Tensor],
         see: Callable[[str, WeightUse], None],
         see_other: Callable[[str, int], None] = lambda operator, macs: None,
+        see_elements: Callable[[str, int], None] = lambda what, elements: None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._at: dict[int, list[tuple[int, int, str]]] = {}
@@ -53,7 +66,7 @@ class WatchedWeights(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 begin, place = weight.data_ptr(), weight.untyped_storage().data_ptr()
                 end = begin + weight.numel() * weight.element_size()
                 self._at.setdefault(place, []).append((begin, end, name))
-        self._see, self._see_other = see, see_other
+        self._see, self._see_other, self._see_elements = see, see_other, see_elements
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -67,7 +80,12 @@ class WatchedWeights(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._see_other(name, _of_recurrent(args))
             elif name.startswith("_scaled_dot_product"):
                 q, k, v = args[:3]  # (…, places, width)
-                self._see_other(name, q.numel() // q.shape[-1] * k.shape[-2] * _widths(q, v))
+                pairs = q.numel() // q.shape[-1] * k.shape[-2]
+                self._see_other(name, pairs * _widths(q, v))
+                self._see_elements("softmax", pairs)
+            elif name in _BY_ELEMENT and _joins(name, args):
+                first = found[0] if isinstance(found, tuple) else found
+                self._see_elements(_BY_ELEMENT[name], first.numel())
             return found
         macs = int(count(*args, **(kwargs or {}), out_val=found) // 2)
         for argument in args:
@@ -95,6 +113,11 @@ def _of_recurrent(args: tuple[Any, ...]) -> int:
     x, given, other, *_ = args
     weights = given if isinstance(given, (list, tuple)) else (given, other)
     return int(x.shape[0] * x.shape[1] * sum(w.numel() for w in weights if w.dim() == 2))
+
+
+def _joins(name: str, args: tuple[Any, ...]) -> bool:
+    """Say whether an operator takes what it is counted for: a number that is added is none."""
+    return name[:3] not in ("add", "mul") or (isinstance(args[1], Tensor) and args[1].dim() > 0)
 
 
 def _widths(q: Tensor, v: Tensor) -> int:

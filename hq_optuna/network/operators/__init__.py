@@ -1,0 +1,1 @@
+"""PyTorch's operators, watched while a network runs: whose weights they use, what they keep."""
