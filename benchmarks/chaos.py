@@ -7,7 +7,13 @@ it. Whoever is dead is started again. When a study is over before the kills are,
 follows, with another seed. PostgreSQL is a server of the benchmark's own, and is stopped hard and
 started again once in the middle.
 
+Then, or with ``--whole`` only, the same of whole searches of a small network, whose workers are
+killed while they prepare, in steps, and at the measured end: ``whole_kills_STORAGE``,
+``whole_same_history_STORAGE`` (the table's bytes and what finalists were measured at included), and
+in the details how many kills struck in which phase.
+
     python -m benchmarks.chaos [--kills 200] [--storages sqlite postgresql] [--quick] [--out FILE]
+    python -m benchmarks.chaos --whole [--kills 100]
 """
 
 from __future__ import annotations
@@ -19,6 +25,7 @@ import random
 import signal
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +35,7 @@ from optuna.exceptions import OptunaError
 
 from benchmarks.servers import own_postgresql
 from benchmarks.table_search import Deaths, Search, Told, run_worker, tell, undisturbed
+from benchmarks.whole_workers import WholeSearch, phase_of, progress_of, run_whole_worker
 from hq_optuna.storages import open_storage, sqlite_url
 
 DEATHS = Deaths(created=0.01, scored=0.01, opening=0.05, holding=0.05, recorded=0.05)
@@ -49,9 +57,7 @@ class Driver:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["benchmarks.chaos", "benchmarks.table_search"])
 
-    def run(
-        self, url: str, name: str, search: Search, until: int, event: Callable[[], None]
-    ) -> None:
+    def run(self, url: str, name: str, search: Any, until: int, event: Callable[[], None]) -> None:
         """Run a study to its end; call ``event`` once, some kills later."""
         self._url, self._name, self._search = url, name, search
         self._storage, self._n_trials = open_storage(url), 0
@@ -105,6 +111,45 @@ class Driver:
         return self._start()
 
 
+class WholeDriver(Driver):
+    """Keeps workers of whole searches running, and kills them.
+
+    Attributes:
+        phases: Kills by the phase of the search that they struck in.
+    """
+
+    def __init__(self, rng: random.Random, seconds: float, folder: Path) -> None:
+        super().__init__(rng, seconds)
+        self.phases = Counter[str]()
+        self._folder = folder
+        self._context.set_forkserver_preload(["benchmarks.whole_workers"])
+
+    def _wait_for_progress(self, workers: list[Any]) -> None:
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline and all(worker.is_alive() for worker in workers):
+            with contextlib.suppress(OptunaError):
+                n = progress_of(self._storage, self._study_id)
+                if n != self._n_trials:
+                    self._n_trials = n
+                    return
+            time.sleep(0.02)
+
+    def _start(self) -> Any:
+        dies = 0.05 if self._rng.random() < 0.5 else 0.0
+        arguments = (self._url, self._name, self._search, str(self._folder), self._seconds, dies)
+        worker = self._context.Process(target=run_whole_worker, args=arguments)
+        worker.start()
+        return worker
+
+    def _look_after(self, worker: Any) -> Any:
+        before = self.kills
+        found = super()._look_after(worker)
+        if self.kills > before:
+            with contextlib.suppress(OptunaError):
+                self.phases[phase_of(self._storage, self._study_id)] += 1
+        return found
+
+
 @contextlib.contextmanager
 def place(kind: str, folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
     """Give a storage, and what happens to it in the middle."""
@@ -154,6 +199,36 @@ def torment(kind: str, kills: int, seconds: float, layers: int, seed: int) -> di
     return {**total, "kills": driver.kills, "studies": studies, "errors": driver.errors}
 
 
+def torment_whole(kind: str, kills: int, seconds: float, seed: int) -> dict[str, Any]:
+    """Run whole searches on one storage until enough workers were killed; return the figures."""
+    total: dict[str, Any] = {"lost": 0, "doubled": 0, "same_history": 1, "again": 0, "running": 0}
+    studies = restarts = 0
+    with tempfile.TemporaryDirectory() as folder, place(kind, Path(folder)) as (url, restart):
+        driver = WholeDriver(random.Random(seed), seconds, Path(folder) / "files")
+        while driver.kills < kills:
+            search, name = WholeSearch(seed + studies), f"whole-{studies}"
+            optuna.create_study(storage=open_storage(url), study_name=name)
+
+            def event() -> None:
+                nonlocal restarts
+                if restarts == 0:
+                    restarts += 1
+                    restart()
+
+            driver.run(url, name, search, kills, event)
+            told = search.told(optuna.load_study(study_name=name, storage=open_storage(url)))
+            found = differences(told, search.alone())
+            for key in ("lost", "doubled"):
+                total[key] += found[key]
+            total["same_history"] &= found["same_history"]
+            total["again"] += told.again
+            total["running"] += told.running
+            studies += 1
+            print(f"{kind} {name}: {driver.kills} kills, {found}", flush=True)
+    phases = dict(driver.phases)
+    return {**total, "kills": driver.kills, "studies": studies, "errors": driver.errors, **phases}
+
+
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -161,6 +236,7 @@ def main() -> None:
     parser.add_argument("--storages", nargs="+", default=["sqlite", "postgresql"])
     parser.add_argument("--seconds", type=float, default=0.1, help="time of a candidate")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--whole", action="store_true", help="whole searches only")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -170,12 +246,18 @@ def main() -> None:
     kills, seconds, layers = options.kills, options.seconds, 12
     if options.quick:
         kills, seconds, layers = min(kills, 6), 0.03, 6
-    for kind in options.storages:
+    for kind in [] if options.whole else options.storages:
         found = torment(kind, kills, seconds, layers, options.seed)
         for figure in ("kills", "lost", "doubled", "same_history"):
             outcome.figures[f"{figure}_{kind}"] = found[figure]
         outcome.details[kind] = found
         print(f"{kind}: {found}")
+    for kind in options.storages:
+        found = torment_whole(kind, kills, 3 * seconds, options.seed)
+        for figure in ("kills", "lost", "doubled", "same_history"):
+            outcome.figures[f"whole_{figure}_{kind}"] = found[figure]
+        outcome.details[f"whole_{kind}"] = found
+        print(f"whole, {kind}: {found}")
     outcome.finish(options.out)
 
 

@@ -82,7 +82,8 @@ class BitSearch:
         validation: Data on which the network is measured before and after.
         evaluate: What is measured there: a `hq_optuna.Metric`, or a function that returns figures
             by name from (network, batches); accuracy by default.
-        batch_size: Samples a batch, where data come without batches.
+        batch_size: Samples a batch, where data come without batches; by default 32, or fewer where
+            a sample is large.
         sample_axis: Axis of the input tensors along which samples lie, where labels do not tell:
             see `hq_optuna.network.batches.read_batches`.
         **changes: Settings by name, in place of those in ``settings``:
@@ -111,7 +112,7 @@ class BitSearch:
         training: TrainingPlan | None = None,
         validation: Any = None,
         evaluate: Evaluate | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         sample_axis: int | None = None,
         **changes: Any,
     ) -> None:
@@ -220,6 +221,7 @@ class BitSearch:
         retry_for_s: float = RETRY_FOR_S,
         start: StartOptions | None = None,
         progress: Progress | None = None,
+        prepare: bool = True,
         **changes: Any,
     ) -> Study:
         """Open the study of this search, made if need be, with all that its workers share.
@@ -238,7 +240,8 @@ class BitSearch:
             retry_for_s: How long a storage given by URL is tried again when it does not answer, or
                 its disk is full, before the worker ends with an error.
             start: What was given on the command line, for workers that join by theirs.
-            progress: Called with (what, done, of) while curvature is measured.
+            progress: Called with (what, done, of), in one unit of work, while this is made.
+            prepare: Whether it is made here and now; else `prepare` does.
             **changes: Settings of the steps in place of this search's: ``n_candidates``, ``rule``,
                 ``seed``, ``refine``, ``verify``, ``encoding``.
 
@@ -268,17 +271,43 @@ class BitSearch:
                 write_limits(study)
             if start is not None:
                 start.remember(study)
-            note = PreparationNote(study)
+            self.objective.settle(study)
+        if prepare:
+            self.prepare(study, artifacts=artifacts, progress=progress)
+        return study
 
-            def told(what: str, done: int, of: int) -> None:
-                if progress is not None:
-                    progress(what, done, of)
-                note()
+    @own_modes()
+    def prepare(
+        self,
+        study: Study,
+        *,
+        artifacts: str | Path | Artifacts | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Make what all workers share, with those of them that are at work.
 
+        Args:
+            study: What `open` returned, with ``prepare=False``.
+            artifacts: As for `open`.
+            progress: As for `open`.
+
+        Raises:
+            StorageError: The storage cannot be read or written.
+            ArtifactError: The artifact store cannot be opened or written.
+        """
+        if isinstance(artifacts, (str, Path)):
+            artifacts = open_artifacts(artifacts)
+        note = PreparationNote(study)
+
+        def told(what: str, done: int, of: int) -> None:
+            if progress is not None:
+                progress(what, done, of)
+            note()
+
+        with explain_errors_of(storage_of(study), study):
             self.objective.prepare(study, artifacts=artifacts, progress=told)
             if artifacts is not None:
                 publish_artifacts(study, artifacts)
-        return study
 
     def _sampler(self, changes: Mapping[str, Any]) -> ProgressiveBitSampler:
         known = settings_of(SearchSettings)

@@ -35,7 +35,7 @@ ScorerName = Literal[
 ]
 Method = Literal["default", "patent"]
 Rule = Literal["min", "ratio"]
-Rounding = Literal["compensated", "nearest"]
+Rounding = Literal["compensated", "in_order", "nearest"]
 Observer = Literal["squared_error", "min_max", "percentile"]
 Precision = Literal["float32", "bfloat16"]
 Encoding = Literal["layers", "compact"]
@@ -416,7 +416,8 @@ class SearchSettings(_Settings):
     )
     rounding: Rounding = _scoring(
         "compensated",
-        "How weights are rounded: compensated (errors make up for each other) or nearest.",
+        "How weights are rounded: compensated (errors make up for each other), in_order (finalists "
+        "and the answer also make up for their quantized inputs, layer by layer) or nearest.",
         differs="how weights are rounded",
     )
     correction: bool = _scoring(

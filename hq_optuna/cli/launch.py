@@ -75,7 +75,7 @@ def launch(
             if not progress.was_finished:
                 _search(session, found, workers, scheduler, progress)
 
-        search_and_finish(session, console, progress, work, as_json)
+        search_and_finish(session, console, progress, work, as_json, prepares=False)
 
 
 def _search(
@@ -101,6 +101,8 @@ def _search(
         )
         progress.show_workers(supervisor.members)
         try:
+            # The workers have begun with it; this process, which leads them later, helps.
+            session.search.prepare(study, artifacts=session.artifacts, progress=progress.phase)
             if coordinator is None:
                 _watch(supervisor, lambda: tell(session.log(study)))
             else:

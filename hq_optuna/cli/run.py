@@ -57,11 +57,16 @@ def search_and_finish(
     progress: SearchProgress,
     work: Callable[[OptunaStudy], None],
     as_json: bool,
+    *,
+    prepares: bool = True,
 ) -> None:
-    """Open the study, let `work` finish its search, and write and show what was found."""
+    """Open the study, let `work` finish its search, and write and show what was found.
+
+    The study is prepared before `work` is called, or by it.
+    """
     existed = study_exists(session.place.storage, session.place.name)
     with progress:
-        found = session.open(progress=progress.phase)
+        found = session.open(progress.phase if prepares else None)
         work(found)
     if existed:
         _say_where_it_went_on(console, progress, found)

@@ -61,8 +61,10 @@ class Session:
     start: StartOptions
     threads: int
 
-    def open(self, progress: Callable[[str, int, int], None]) -> optuna.Study:
+    def open(self, progress: Callable[[str, int, int], None] | None) -> optuna.Study:
         """Open the study of the search, made if need be; see `BitSearch.open`.
+
+        Without ``progress`` it is not prepared.
 
         Raises:
             StorageError: The storage cannot be opened, read or written.
@@ -78,6 +80,7 @@ class Session:
             retry_for_s=run.retry_for,
             start=self.start,
             progress=progress,
+            prepare=progress is not None,
         )
         return study
 

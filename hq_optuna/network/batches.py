@@ -162,12 +162,16 @@ class Batches(tuple[Batch, ...]):
 def read_batches(
     data: Any,
     *,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     what: str = "calibration",
     sample_axis: int | None = None,
     labelled: bool = True,
 ) -> Batches:
     """Read data into memory as batches, twice over if they can be read twice.
+
+    A batch has 32 samples if ``batch_size`` does not say otherwise, and fewer where a sample of one
+    tensor is large: what a pass keeps of a batch then needs less memory, and workers have more
+    batches to share.
 
     Data are ``(inputs, labels)`` of equal length, a map-style ``Dataset`` of ``(input, label)``
     pairs, or an iterable of batches, such as a ``DataLoader``, which keeps its own batch size.
@@ -185,6 +189,8 @@ def read_batches(
     """
     if isinstance(data, Batches):
         return data
+    if batch_size is None:
+        batch_size = _batch_size(data, sample_axis)
     if batch_size < 1:
         raise ValueError(f"batch_size is at least 1; got {batch_size}.")
     with preserve_rng_state([]), own_chance(data):  # a DataLoader draws a base seed
@@ -204,6 +210,20 @@ def read_batches(
                 "(DataLoader(shuffle=False)) and random augmentation: scores must be repeatable."
             )
     return first
+
+
+BATCH_SIZE, LEAST_BATCH_SIZE = 32, 4
+MOST_IN_BATCH = 2**20
+"""Numbers that enter a network with a batch: 32 images of 96² pixels are fewer."""
+
+
+def _batch_size(data: Any, axis: int | None) -> int:
+    """Return the default size of batches: a power of two, smaller where samples are large."""
+    inputs = data[0] if isinstance(data, tuple) and data else data
+    if not isinstance(inputs, Tensor) or not inputs.dim() or not inputs.numel():
+        return BATCH_SIZE
+    fit = MOST_IN_BATCH * inputs.shape[axis or 0] // inputs.numel()
+    return max(LEAST_BATCH_SIZE, min(BATCH_SIZE, 1 << max(0, fit.bit_length() - 1)))
 
 
 def _read(

@@ -16,7 +16,7 @@ from hq_optuna._version import __version__
 from hq_optuna.errors import ResumeError
 from hq_optuna.network.containers import digest_of, unsaved_buffers
 from hq_optuna.network.layer_types import plain_settings
-from hq_optuna.quantization.quantizer_choice import describe_quantizers
+from hq_optuna.quantization.quantizers.choice import describe_quantizers
 from hq_optuna.settings import Group, SearchSettings, settings_of
 
 QUANTIZERS = "weights: symmetric per channel, squared error; activations: affine per tensor"

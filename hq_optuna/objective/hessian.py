@@ -51,7 +51,6 @@ from hq_optuna.optuna_internals import id_of, storage_of
 from hq_optuna.protocol.claims import ClaimedTrial, NotNeeded, write_facts
 from hq_optuna.protocol.history import read_history
 from hq_optuna.protocol.tickets import closing, winner_of
-from hq_optuna.quantization import set_bits
 from hq_optuna.quantization.outputs import find_places
 from hq_optuna.quantization.prepare import check_preparable
 from hq_optuna.rises import Rise, RiseLoss, decide, rise_of_loss
@@ -90,7 +89,8 @@ class HessianObjective:
         rise: How much worse outputs become that move, see `hq_optuna.rises`; a function returns
             it from (outputs, moved), summed over samples. By default that of the loss, or, where
             that is unknown or there is none, by the outputs.
-        batch_size: Samples a batch, where ``calibration`` has no batches of its own.
+        batch_size: Samples a batch, where ``calibration`` has no batches of its own; by default
+            32, or fewer where a sample is large.
         training: When winners are trained, and how; the sampler must be told the same. ``None``:
             never.
         artifacts: Where a search that trains keeps weights.
@@ -121,7 +121,7 @@ class HessianObjective:
         loss_fn: LossFunction | None = None,
         settings: SearchSettings | None = None,
         rise: Rise | Callable[[Any, Any], Any] | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         training: TrainingPlan | None = None,
         artifacts: Artifacts | None = None,
         validation: Batches | None = None,
@@ -218,14 +218,7 @@ class HessianObjective:
         missing = [layer.name for layer in self.space.layers if layer.name not in config]
         if missing:
             raise SpaceError(f"The assignment has no bits of {missing[0]!r}; it needs all layers'.")
-        prepared, correction = scorer.prepared, scorer.correction
-        set_bits(prepared, config)
-        if correction is not None:
-            correction.apply()
-        network = copied(prepared)
-        if correction is not None:
-            correction.reset()
-        return network
+        return scorer.network(config)
 
     @own_modes()
     def answer(self, study: Study, config: BitConfig) -> nn.Module:
@@ -286,7 +279,7 @@ class HessianObjective:
         if study is not None:
             another = self._met_another(study)
             if settled.get(id_of(study)) != another:
-                write_over = self._settle(study)
+                write_over = self.settle(study)
         if self._scorer is None:
             known = None if study is None else stored_sensitivity(study)
             built = self.setup.build(
@@ -310,8 +303,14 @@ class HessianObjective:
             return None
         return Shared(study, artifacts, attributes.digest(self.fingerprint(study)))
 
-    def _settle(self, study: Study) -> bool:
-        """Refuse the study of another search; return whether what it says must be written over."""
+    def settle(self, study: Study) -> bool:
+        """Say in a new study which search it is of; return whether another was begun in it.
+
+        What the study says of that one is to be written over.
+
+        Raises:
+            ResumeError: The study belongs to another search.
+        """
         mine, sampler, is_mine = self.fingerprint(study), study.sampler, None
         if isinstance(sampler, ProgressiveBitSampler):
             sampler.name_search(study, attributes.digest(mine))

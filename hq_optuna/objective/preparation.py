@@ -50,8 +50,10 @@ from hq_optuna.training.trained import TrainedNetwork
 
 logger = logging.getLogger(__name__)
 
-N_GROUPS = 4
+MOST_GROUPS = 4
 """Groups of layers that a network is fitted in, where their moments fit memory."""
+GROUP_MACS = 4e9
+"""Multiply-accumulates of a pass over the data for each of them: it costs a pass of its own."""
 SHORTEST_WAIT_S, LONGEST_WAIT_S = 0.02, 1.0
 
 LAYERS, STATISTICS, OUTPUTS, TABLE = "layers", "statistics", "outputs", "table"
@@ -153,11 +155,14 @@ class Preparation:
         self._bits = {name: (set(w), set(a)) for name, (w, a) in bits_needed(setup.space).items()}
         for name, bits in ({} if base is None else base.config).items():
             self._bits[name][0].discard(bits.weight_bits)
-        self._compensates = setup.settings.rounding == "compensated"
+        self._compensates = setup.settings.rounding != "nearest"
         self._table_data = counting(setup.table_data)
         self._traces = setup.layer_sum == "hessian_trace"
-        work = [layer.macs + 1.0 for layer in setup.space.layers]
-        self._groups = fitting_memory(self.prepared, setup.space.layers, work, N_GROUPS)
+        layers, n = setup.space.layers, setup.rounding_data.n_samples
+        macs = n * sum(layer.macs for layer in layers)
+        n_groups = int(max(1, min(MOST_GROUPS, macs // GROUP_MACS)))
+        work = [layer.macs + 1.0 for layer in layers]
+        self._groups = fitting_memory(self.prepared, layers, work, n_groups)
         self.correction: StatisticsCorrection | None = None
         self._results: dict[str, Tensors] = {}  # of the table
         self._loaded: set[str] = set()

@@ -16,8 +16,9 @@ from hq_optuna.network.losses import LossFunction
 from hq_optuna.objective.preparation import Preparation, Progress, Shared
 from hq_optuna.quantization import observe_inputs, prepare
 from hq_optuna.quantization.correction import StatisticsCorrection
+from hq_optuna.quantization.in_order import InOrder, places_in_memory
 from hq_optuna.quantization.observers import InputHistogram
-from hq_optuna.quantization.quantizer_choice import choose_quantizers, uncompensated_warnings
+from hq_optuna.quantization.quantizers.choice import choose_quantizers, uncompensated_warnings
 from hq_optuna.quantization.ranges import InputGrid
 from hq_optuna.quantization.statistics import statistics_places
 from hq_optuna.rises import Rise, RiseLoss
@@ -152,14 +153,16 @@ class ScorerSetup:
         )
         facts: dict[str, float] = {"rounding_samples": self.rounding_data.n_samples}
         facts["set_aside_samples"] = sum(self.data[p].n for p in self.set_aside_places)
-        compensated = self.settings.rounding == "compensated"
+        compensated = self.settings.rounding != "nearest"
         warnings = uncompensated_warnings(self.quantizers) if compensated else []
         if known is None:
             table = preparation.table()
             known = table.sensitivity
             warnings += table.warnings
             facts |= table.facts
-        return BuiltScorer(self._scorer(preparation.network, known, teacher), warnings, facts)
+        in_order = self._in_order if self.settings.rounding == "in_order" and base is None else None
+        scorer = self._scorer(preparation.network, known, teacher, in_order)
+        return BuiltScorer(scorer, warnings, facts)
 
     def score_of_trained(self, base: TrainedNetwork, teacher: nn.Module) -> float | None:
         """Return the score of a trained network at its own bits, before a scorer of it is built.
@@ -195,6 +198,7 @@ class ScorerSetup:
         prepared: Callable[[], tuple[nn.Module, StatisticsCorrection | None]],
         known: Sensitivity,
         teacher: nn.Module | None,
+        in_order: Callable[[nn.Module], InOrder] | None = None,
     ) -> Scorer:
         return Scorer(
             *(prepared, known, self.data, self.loss_fn),
@@ -204,6 +208,7 @@ class ScorerSetup:
             measures=self.settings.measure_candidates,
             precision=self.settings.precision,
             teacher=teacher,
+            in_order=in_order,
         )
 
     def prepared(
@@ -269,8 +274,19 @@ class ScorerSetup:
         rest = Batches(b for place, b in enumerate(self.data) if place not in self._table_places)
         return rest or self.data
 
+    def _in_order(self, prepared: nn.Module) -> InOrder:
+        """Return what fits copies of a network, on samples that the table does not read."""
+        rest = [p for p in range(len(self.data)) if p not in self._table_places]
+        places = places_in_memory(self.data, rest or range(len(self.data)), self._largest)
+        given = prepared, self.data, places, self.settings.precision
+        return InOrder(*given, corrects=self.settings.correction)
+
+    @property
+    def _largest(self) -> int:
+        """Elements of a sample's largest input of a layer."""
+        return max(layer.n_inputs // layer.n_calls for layer in self.space.layers)
+
     @property
     def statistics_places(self) -> tuple[int, ...]:
         """The calibration batches that statistics are measured on."""
-        largest = max(layer.n_inputs // layer.n_calls for layer in self.space.layers)
-        return statistics_places(self.data, largest)
+        return statistics_places(self.data, self._largest)

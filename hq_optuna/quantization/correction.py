@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from graphlib import CycleError, TopologicalSorter
@@ -79,6 +79,8 @@ class StatisticsCorrection:
     The network keeps what `apply` set until `reset`, which restores the stored values bit for bit.
 
     Attributes:
+        called_once: Modules that no pass calls twice, in the order of their calls; none where what
+            is right was ``known``.
         takes: Layer → 2 where the mean and the spread of its output's channels are corrected, by
             the batch-norm behind it, or 1 for the mean alone. Layers not named are not corrected.
     """
@@ -102,6 +104,7 @@ class StatisticsCorrection:
         for layer in prepared_layers(prepared).values():
             add_shift(layer)
         self._reference = reference
+        self.called_once: tuple[str, ...] = ()
         if known is not None:
             told = json.loads(bytes(known["told"].tolist()))
             device = next(iter(prepared.parameters())).device
@@ -135,6 +138,7 @@ class StatisticsCorrection:
                 seen.end_batch()
         right = seen.statistics()
         order = common_order([[name for name in way if name in right] for way in seen.ways])
+        self.called_once = common_order(seen.called_once())
         self._take(network, right, order, seen.normed)
 
     def _take(
@@ -177,25 +181,16 @@ class StatisticsCorrection:
         for name in chosen:
             self._set(name, self._stored(name))
 
-        def settle(name: str, parts: list[ChannelStatistics]) -> None:
-            self._set(name, self._corrected(name, *pooled(parts)))
+        steps = Lockstep(chosen, self.settle_)
 
-        steps = Lockstep(chosen, settle)
-
-        def norm(name: str, x: Tensor) -> None:
-            steps.wait(name, statistics_of(x, 1))
-
-        def shift(name: str, module: nn.Module, output: Tensor) -> Tensor:
-            steps.wait(name, statistics_of(output, channel_axis(module, output)))
-            return _shifted(module, output)
+        def see(name: str, x: Tensor, axis: int) -> None:
+            steps.wait(name, statistics_of(x, axis))
 
         def run(place: int) -> Any:
             with autocast(self.prepared, self.precision):
                 return forward(self.prepared, self.data[place].inputs)
 
-        norms = [name for name in chosen if name in self._norms]
-        layers = {n: self.prepared.get_submodule(n) for n in chosen if n in self._means}
-        with watch_inputs(self.prepared, norms, norm), _watch_outputs(layers, shift):
+        with self.watched(see, only):
             found = steps.run([partial(run, place) for place in self.places])
         return dict(zip(self.places, found, strict=True))
 
@@ -208,6 +203,34 @@ class StatisticsCorrection:
             stored, right = (seen.stored_mean, seen.stored_var), (seen.mean, seen.var)
             return corrected_statistics(stored, right, (mean, var))
         return (self._means[name] - mean,)
+
+    def of(self, network: nn.Module) -> StatisticsCorrection:
+        """Return this correction for another copy of the prepared network."""
+        told = network, self.data, self.precision, self._reference
+        return StatisticsCorrection(*told, places=self.places, known=self.tensors())
+
+    @contextmanager
+    def watched(
+        self, see: Callable[[str, Tensor, int], None], only: Container[str] | None = None
+    ) -> Iterator[None]:
+        """Call ``see(name, values, channel axis)`` at each module, before it is used."""
+        chosen = [name for name in self.modules if only is None or name in only]
+        norms = [name for name in chosen if name in self._norms]
+        layers = {n: self.prepared.get_submodule(n) for n in chosen if n in self._means}
+
+        def shift(name: str, module: nn.Module, output: Tensor) -> Tensor:
+            see(name, output, channel_axis(module, output))
+            return _shifted(module, output)
+
+        with (
+            watch_inputs(self.prepared, norms, lambda name, x: see(name, x, 1)),
+            _watch_outputs(layers, shift),
+        ):
+            yield
+
+    def settle_(self, name: str, parts: Sequence[ChannelStatistics]) -> None:
+        """Correct a module from what it sees in all batches."""
+        self._set(name, self._corrected(name, *pooled(parts)))
 
     def on(self, places: Sequence[int]) -> StatisticsCorrection:
         """Return the correction of the same network by the statistics of other batches.
@@ -268,8 +291,9 @@ class _Outputs:
         self._calls[name] += 1
         if isinstance(output, Tensor) and has_known_axes(module):
             self._outputs[id(output)] = name, output
-            axis = channel_axis(module, output)
-            self._found.setdefault(name, []).append(statistics_of(output, axis))
+            if name not in self.normed:  # else the norm takes it in
+                axis = channel_axis(module, output)
+                self._found.setdefault(name, []).append(statistics_of(output, axis))
         else:
             self._left.add(name)
 
@@ -279,6 +303,10 @@ class _Outputs:
         self.ways.append(list(self._calls))
         self._calls.clear()
         self._outputs.clear()
+
+    def called_once(self) -> list[list[str]]:
+        """Return the modules of each way of which something can be told."""
+        return [[name for name in way if name not in self._left] for way in self.ways]
 
     def statistics(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return means and variances of what can be corrected.

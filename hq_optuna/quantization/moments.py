@@ -61,7 +61,8 @@ def input_moments(
         d = columns(network.get_submodule(name))
         # Axes of places first; groups, channels and the kernel's axes behind them.
         shape = view.shape[: 1 if weights[name].dim() == 2 else view.dim() // 2]
-        total, wanted = math.prod(shape), max(PLACES_PER_INPUT * d, LEAST_PLACES)
+        least = LEAST_PLACES if view.shape[len(shape)] == 1 else LEAST_PLACES // 4  # in each group
+        total, wanted = math.prod(shape), max(PLACES_PER_INPUT * d, least)
         most = math.ceil(wanted * n / data.n_samples)
         picked = torch.arange(total, device="cpu")
         if total > most:
@@ -74,7 +75,7 @@ def input_moments(
             rows = view[index].flatten(2).movedim(1, 0)  # (groups, places, d)
             if rows.dtype.itemsize < 4:  # rounded sums need not be a matrix of moments any more
                 rows = rows.float()
-            seen = _products(rows)
+            seen = products(rows)
             sums[name] = sums[name] + seen if name in sums else seen
             counts[name] += len(part)
 
@@ -89,7 +90,7 @@ def input_moments(
     }
 
 
-def _products(rows: Tensor) -> Tensor:
+def products(rows: Tensor) -> Tensor:
     """Return the sums of x xᵀ, ``(groups, d, d)`` float64, of rows ``(groups, places, d)``.
 
     Products are made in the rows' own precision. Where their squares are too small or too large for
@@ -97,13 +98,18 @@ def _products(rows: Tensor) -> Tensor:
     """
     if rows.shape[1] == 0:
         return rows.new_zeros(rows.shape[0], *2 * rows.shape[2:], dtype=torch.float64)
-    plain = rows.mT @ rows
-    largest = plain.diagonal(dim1=1, dim2=2).amax(1)
-    if bool(((largest > 2.0**-60) & (largest < 2.0**120)).all()):
-        return plain.double()
-    exponent = torch.frexp(rows.abs().amax((1, 2), keepdim=True)).exponent.clamp(-126, 126)
-    near_one = torch.ldexp(rows, -exponent)
-    return torch.ldexp((near_one.mT @ near_one).double(), 2 * exponent)
+    found = (rows.mT @ rows).double()
+    largest = found.diagonal(dim1=1, dim2=2).amax(1)
+    odd = ~((largest > 2.0**-60) & (largest < 2.0**120))
+    if not bool(odd.any()):
+        return found
+    exponent = torch.frexp(rows[odd].abs().amax((1, 2), keepdim=True)).exponent.clamp(-126, 126)
+    odd[odd.clone()] = exponent.flatten() != 0  # of an input that is always zero there is no more
+    if bool(odd.any()):
+        exponent = exponent[exponent.flatten() != 0]
+        near_one = torch.ldexp(rows[odd], -exponent)
+        found[odd] = torch.ldexp((near_one.mT @ near_one).double(), 2 * exponent)
+    return found
 
 
 def can_have_moments(module: nn.Module) -> bool:
@@ -136,11 +142,46 @@ def _places(use: WeightUse, weight: Tensor) -> Tensor | None:
     if transposed:
         return None
     x = functional.pad(x, [p for p in reversed(padding) for _ in range(2)])
+    return _padded_places(x, weight, stride, dilation, groups)
+
+
+def _padded_places(
+    x: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int], groups: int
+) -> Tensor:
     if groups > 1:
         return patches(x, weight.shape[2:], stride, dilation, groups)
     x = x.movedim(1, -1).contiguous().movedim(-1, 1)
     found = patches(x, weight.shape[2:], stride, dilation, groups)
     return found.movedim(weight.dim(), -1)
+
+
+class LayerPlaces:
+    """What one of PyTorch's own convolutions or linear layers multiplies its weight with.
+
+    Attributes:
+        n: Number of places.
+    """
+
+    def __init__(self, layer: Any, x: Tensor) -> None:
+        weight: Tensor = layer.weight
+        if weight.dim() == 2:
+            self._view = x.reshape(-1, 1, x.shape[-1])
+        else:
+            x = x if x.dim() == weight.dim() else x[None]
+            mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+            x = functional.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+            told = layer.stride, layer.dilation, layer.groups
+            self._view = _padded_places(x, weight, *told)
+        self._shape = self._view.shape[: 1 if weight.dim() == 2 else self._view.dim() // 2]
+        self._weight, self.n = weight, math.prod(self._shape)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Return ``(groups, places, d)`` of the given places, columns as the weight has them."""
+        at = torch.unravel_index(index.to(self._view.device), self._shape)
+        found = self._view[at]  # (places, groups, …)
+        if self._weight.dim() > 2 and found.shape[1] == 1:
+            found = found.movedim(-1, 2)
+        return found.flatten(2).movedim(1, 0)
 
 
 def _channels_first(moment: Tensor, weight: Tensor) -> Tensor:

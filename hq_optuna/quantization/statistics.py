@@ -35,6 +35,7 @@ def statistics_places(
     *,
     least_samples: int = LEAST_SAMPLES,
     least_batches: int = LEAST_BATCHES,
+    most_elements: int = MOST_ELEMENTS,
 ) -> tuple[int, ...]:
     """Return which batches statistics are measured on, in order: a seeded random part of all.
 
@@ -45,7 +46,7 @@ def statistics_places(
     n = 0
     for place in torch.randperm(len(data), generator=generator, device="cpu").tolist():
         enough = n >= least_samples and len(places) >= least_batches
-        if enough or (places and (n + data[place].n) * largest > MOST_ELEMENTS):
+        if enough or (places and (n + data[place].n) * largest > most_elements):
             break
         places.append(place)
         n += data[place].n

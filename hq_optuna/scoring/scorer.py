@@ -15,6 +15,7 @@ from hq_optuna.network.copies import copied
 from hq_optuna.network.loss_weights import batch_loss
 from hq_optuna.network.losses import LossFunction
 from hq_optuna.quantization.correction import StatisticsCorrection
+from hq_optuna.quantization.in_order import InOrder
 from hq_optuna.quantization.prepare import get_bits, set_bits
 from hq_optuna.rises.base import Rise
 from hq_optuna.scoring.sensitivity import Sensitivity
@@ -63,10 +64,12 @@ class Scorer:
     network, which is negative where fewer bits do better by chance. ``correction`` corrects the
     statistics of each candidate in its pass. A rise is measured against the outputs of ``teacher``,
     the network before it was trained at fewer bits, if that is not the prepared one in float.
-    Finalists are measured by ``rise``.
+    Finalists are measured by ``rise``; with ``in_order`` they, and the answer, are fitted in the
+    order of running, and candidates are not.
 
     ``prepared`` may be a function that returns the network and the correction: it is called when
-    something is first measured, which a table may never do.
+    something is first measured, which a table may never do. ``in_order`` is called with the network
+    then.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Scorer:
         correction: StatisticsCorrection | None = None,
         precision: Precision = "float32",
         teacher: nn.Module | None = None,
+        in_order: Callable[[nn.Module], InOrder] | None = None,
     ) -> None:
         check_precision(precision)
         self._teacher = teacher
@@ -92,6 +96,8 @@ class Scorer:
         self.loss_fn = loss_fn
         self.output_rise = output_rise
         self.rise = rise
+        self._fits = in_order
+        self._in_order: InOrder | None = None
         self.by_loss = by_loss
         self.is_table = output_rise is None and not by_loss and not measures
         self.precision: Precision = precision
@@ -114,6 +120,27 @@ class Scorer:
         if not isinstance(self._made, tuple):
             self._made = self._made()
         return self._made
+
+    def network(self, config: Mapping[str, LayerBits], *, in_order: bool = True) -> nn.Module:
+        """Return a network of its own with these bits, corrected.
+
+        Where that was chosen, it is fitted in the order of running, unless ``in_order`` is false.
+        """
+        prepared, correction = self.prepared, self.correction
+        if correction is not None:
+            correction.reset()
+        set_bits(prepared, config)
+        if in_order and self._fits is not None:
+            self._in_order = self._in_order or self._fits(prepared)
+            network = copied(prepared)
+            self._in_order.fit_(network)
+            return network
+        if correction is not None:
+            correction.apply()
+        network = copied(prepared)
+        if correction is not None:
+            correction.reset()
+        return network
 
     def score(
         self, config: Mapping[str, LayerBits], between_batches: Callable[[], None] = lambda: None
@@ -175,9 +202,11 @@ class Scorer:
                 outputs = self._in_float(places, self.rise.run)
                 rise = self.rise.fitted(outputs, some).averaged()
                 # Statistics of the same samples: each finalist passes over them once.
-                correction = None if self.correction is None else self.correction.on(places)
+                again = self.correction is not None and self._fits is None
+                correction = self.correction.on(places) if again and self.correction else None
                 self._smooth = _Smooth(tuple(places), rise, outputs, correction)
             _, rise, expected, correction = self._smooth
+            network = self.prepared if self._fits is None else self.network(config)
             set_bits(self.prepared, config)
             seen = {} if correction is None else correction.apply()
             found = []
@@ -185,7 +214,7 @@ class Scorer:
                 between_batches()
                 batch = self.data[place]
                 known = rise.reads_outputs and place in seen
-                moved = seen[place] if known else rise.run(self.prepared, batch.inputs)
+                moved = seen[place] if known else rise.run(network, batch.inputs)
                 told = rise.of_samples(before, moved, batch)
                 found.append(told * batch.share / (1 if len(told) == batch.n else batch.n))
             if correction is not None:

@@ -77,6 +77,7 @@ def test_the_loaded_network_equals_the_saved_one_bit_for_bit(answer):
         {"observer": "min_max", "scorer": "trace"},
         {"budget": hq.Budget.fraction(size_bytes=0.4)},
         {"quantizers": {"*": "midrise"}},
+        {"rounding": "in_order", "bits": (8, 3), "quantizers": {"middle": "midrise"}},
         {"quantizers": {"*": "dorefa"}, "bits": (8, 2, 1)},
         {"quantizers": {"*": "midrise"}, "rounding": "nearest", "bits": (8, 3)},
         {"quantizers": {"mid*": "ternary", "last": "dorefa"}, "pins": {"middle": (2, 8)}},

@@ -22,6 +22,7 @@ from hq_optuna.artifacts.store import Artifacts, open_artifacts
 from hq_optuna.cli.status import line
 from hq_optuna.dashboard import PreparationNote
 from hq_optuna.dashboard.pages import note_in
+from hq_optuna.objective import preparation
 from hq_optuna.objective.preparation import Preparation
 from hq_optuna.optuna_internals import place_of
 from hq_optuna.protocol import worker_identity
@@ -45,6 +46,12 @@ def search(**changes: object) -> hq.BitSearch:
     data = torch.randn(160, 2, 8, 8, generator=generator), torch.arange(160) % 5
     given = {"pin_first_last": None, "budget": "0.3 bops", "batch_size": 16, **changes}
     return hq.BitSearch(network(), data, **given)
+
+
+@pytest.fixture(autouse=True)
+def groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Split small networks too."""
+    monkeypatch.setattr(preparation, "GROUP_MACS", 1.0)
 
 
 @pytest.fixture

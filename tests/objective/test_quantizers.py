@@ -10,7 +10,7 @@ from hq_optuna import attributes
 from hq_optuna.errors import ResumeError, SettingError, SpaceError
 from hq_optuna.protocol.history import read_history
 from hq_optuna.quantization.prepare import prepared_layers, weight_quantizer
-from hq_optuna.quantization.quantizer_choice import choose_quantizers
+from hq_optuna.quantization.quantizers.choice import choose_quantizers
 from hq_optuna.report.data import report_data
 from hq_optuna.report.text import render_markdown
 from hq_optuna.space.search_space import SearchSpace

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 import hq_optuna as hq
 from hq_optuna.errors import HqOptunaError, ResumeError, StorageError
+from hq_optuna.network.unfused import unfused  # noqa: F401 (tests read it here)
 from hq_optuna.report.data import report_data
 from hq_optuna.report.page import write_report
 from hq_optuna.rises import rise_of_loss

@@ -324,7 +324,10 @@ def test_a_folder_that_cannot_be_made_is_reported(study, tmp_path):
     ("settings", "words"),
     [
         ("[1]", "SETTINGS must be a dict; got list"),
-        ("{'bit': 4}", r"unknown key 'bit'\. It may set: budget, hardware, bits, activation_bits.*seed"),
+        (
+            "{'bit': 4}",
+            r"unknown key 'bit'\. It may set: budget, hardware, bits, activation_bits.*seed",
+        ),
         ("{'budget': 'lots'}", r"SETTINGS\['budget'\]: 'lots' is no budget"),
         ("{'budget': None}", r"SETTINGS\['budget'\] is text, '0\.25 bops', .*; got None"),
         ("{'n_candidates': '4'}", r"SETTINGS\['n_candidates'\] is a whole number; got '4'"),
