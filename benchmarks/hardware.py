@@ -144,7 +144,7 @@ def outside(target: Hardware, layers: dict[str, LayerSpec], configs: Sequence[An
 def off_grid(target: Hardware, network: nn.Module) -> int:
     """Return how many inputs have a range that the hardware does not take."""
     wrong = 0
-    for _, module in prepared_layers(network):
+    for module in prepared_layers(network).values():
         quantizer = input_quantizer(module)
         if quantizer.bits == FLOAT_BITS:
             continue

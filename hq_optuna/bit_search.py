@@ -16,12 +16,13 @@ from hq_optuna import attributes
 from hq_optuna.answer.comparison import rows
 from hq_optuna.answer.layer_errors import layer_errors
 from hq_optuna.answer.measured_end import best_measured
-from hq_optuna.answer.resolve import resolve, sums_for
+from hq_optuna.answer.resolve import resolve, sums_for, sums_of
 from hq_optuna.answer.result import SearchResult
+from hq_optuna.answer.target import Target, compare_with_float, least_cost, parse_target
 from hq_optuna.artifacts.store import Artifacts, open_artifacts
 from hq_optuna.attributes import COMPARED, LAYER_ERRORS
 from hq_optuna.dashboard import PageWriter, PreparationNote
-from hq_optuna.errors import ArtifactError, ResumeError, SettingError
+from hq_optuna.errors import ArtifactError, DataError, ResumeError, SettingError
 from hq_optuna.hardware import read_hardware, space_on
 from hq_optuna.network import evaluation
 from hq_optuna.network.batches import Batches, check_sample_axis, read_batches
@@ -525,6 +526,67 @@ class BitSearch:
             steps=0,
             candidates=1,
             facts=facts,
+        )
+
+    @own_modes()
+    def meet(
+        self,
+        study: Study,
+        target: str | Target,
+        *,
+        metric: Metric | None = None,
+        artifacts: str | Path | Artifacts | None = None,
+    ) -> SearchResult:
+        """Return the cheapest answer whose measured metric stays within a target of float's.
+
+        Optima of the table in the study are measured on the validation data, from the widest bits
+        down, see `hq_optuna.answer.target`. Nothing is written into the study. ``facts["target"]``
+        says what was measured, and how many samples would tell of the next cheaper one.
+
+        Args:
+            study: What `open` or `optimize` returned.
+            target: How much worse than float's: ``"accuracy -0.5"``, ``"kl 0.01"``, or the study's
+                own metric.
+            metric: What is to be least; by default what the study's budget counts. Its further
+                limits hold.
+            artifacts: Where the search's workers left what they prepared, as for `open`.
+
+        Raises:
+            SettingError: Text that is no target, or of a metric that is not measured.
+            DataError: No validation data, or none that tell the metric sample by sample.
+            TargetError: Not even the widest bits are surely within the target.
+        """
+        target = parse_target(target) if isinstance(target, str) else target
+        if self.validation is None:
+            raise DataError(
+                "A target is measured on validation data. Give BitSearch validation=, or define "
+                "validation() in the study file."
+            )
+        objective = self.objective
+        compare = compare_with_float(
+            *(target, objective.model, self.validation, self.evaluate, objective.loss_fn)
+        )
+        if isinstance(artifacts, (str, Path)):
+            artifacts = open_artifacts(artifacts)
+        scorer = objective.prepare(study, artifacts=artifacts)
+        sums = sums_of(read_history(study), metric)
+        n = self.validation.n_samples
+        found = least_cost(sums, target, lambda c: compare(objective.quantized(c)), n)
+        score, network = scorer.score(found.config), objective.quantized(found.config)
+        facts = self.before_and_after(network, self.validation, "validation")
+        return self._result(
+            study,
+            sums.model.metric,
+            config=found.config,
+            network=network,
+            cost=found.cost,
+            met=True,
+            score=score.total,
+            score_weights=score.weights,
+            score_activations=score.activations,
+            steps=0,
+            candidates=len(found.tested),
+            facts={**facts, "target": found.to_json()},
         )
 
     @own_modes()

@@ -80,6 +80,18 @@ class ResumeError(HqOptunaError, ValueError):
         self.changed = changed
 
 
+class TargetError(HqOptunaError, ValueError):
+    """No assignment is surely within a target.
+
+    Attributes:
+        needed: How many validation samples would tell; ``None`` where these tell that none is.
+    """
+
+    def __init__(self, message: str, *, needed: int | None = None) -> None:
+        super().__init__(message)
+        self.needed = needed
+
+
 class CheckpointError(HqOptunaError, ValueError):
     """A training checkpoint is damaged, or belongs to another training."""
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "resolve": "Solve for another budget, exactly, from what a search measured.",
     "pareto": "Show the least predicted loss rise for each cost, exactly.",
     "export": "Write the answer as a file that another runtime reads, checked number by number.",
+    "profile": "Measure how long each layer takes at each of its bits, for budgets such as '8 ms'.",
     "init": "Write a study file to fill in.",
     "check": "Look a study over before any search, in a few passes: ready, or what to change.",
 }
@@ -29,10 +30,10 @@ COMMANDS = {
 
 def load(name: str) -> Any:
     """Return a command, from ``hq_optuna.cli.NAME`` or the file that it shares with another."""
-    file = {"pareto": "resolve", "init": "check"}.get(name, name)
+    file = {"pareto": "resolve", "init": "check", "profile": "export"}.get(name, name)
     function = getattr(importlib.import_module(f"hq_optuna.cli.{file}"), name)
     alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    opens = name in ("run", "launch", "worker", "export", "check")
+    opens = name in ("run", "launch", "worker", "export", "profile", "check")
     alone.command(name, context_settings=OPEN if opens else None)(function)
     return typer.main.get_command(alone)
 

@@ -1,4 +1,4 @@
-"""``hq-optuna export``: the answer as a file that another runtime reads."""
+"""``hq-optuna export`` and ``profile``: files for another runtime, and how long it takes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ from hq_optuna.cli.options import Json, Study, errors, say, takes
 from hq_optuna.cli.session import begin, wait_for_study
 from hq_optuna.protocol.study_view import write_user_attrs
 from hq_optuna.settings import RunSettings
+from hq_optuna.space.assignment import LayerBits
+from hq_optuna.space.latency import write_latency
 
 if TYPE_CHECKING:  # these load torch
     from hq_optuna.export.check import Check
+    from hq_optuna.export.profiling import Profile
     from hq_optuna.export.writing import Written
 
 
@@ -80,6 +83,73 @@ def export(
             console.print(_table(written.check))
         for line in _lines(written):
             say(console, line)
+
+
+@takes()
+def profile(
+    context: typer.Context,
+    study: Study,
+    run: RunSettings,
+    out: Annotated[Path, typer.Option(help="CSV or JSON file to write.")] = Path("latency.csv"),
+    runtime: Annotated[
+        Literal["onnxruntime"], typer.Option(help="What runs the layers, on one thread.")
+    ] = "onnxruntime",
+    weights: Annotated[
+        Literal["int2", "int4", "int8"], typer.Option(help="As for export.")
+    ] = "int4",
+    turns: Annotated[int, typer.Option(help="Times that each file is timed.", min=4)] = 300,
+    check: Annotated[
+        int, typer.Option(help="Drawn mixed assignments to time as a whole; 0 for none.", min=0)
+    ] = 4,
+    as_json: Json = False,
+) -> None:
+    """Measure how long each layer takes at each of its bits, for budgets such as '8 ms'.
+
+    Each layer is exported with each pair of bits that it may have, and all files are timed in
+    turns. The table is for run --latency. Takes the options of the study file too, and needs no
+    search.
+    """
+    with errors(as_json):
+        console = Console(stderr=as_json)
+        if out.suffix.lower() not in (".csv", ".json"):
+            raise ValueError(f"--out is a .csv or .json file; got {out}.")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        session = begin(study, context.args, run, {}, console)
+        from hq_optuna.export.profiling import drawn
+        from hq_optuna.export.profiling import profile as measure
+
+        search = session.search
+        with console.status("preparing") as status:
+            found = measure(
+                search.space,
+                search.quantized,
+                search.objective.data,
+                weights=weights,
+                turns=turns,
+                check=drawn(search.space, check),
+                tell=status.update,
+            )
+        write_latency(found.table, out)
+        if as_json:
+            typer.echo(json.dumps({"runtime": runtime, "out": str(out), **found.to_json()}))
+            return
+        tables.print_whole(console, _latencies(found))
+        for line in found.sentences:
+            say(console, line)
+        say(console, f"Table: {escape(str(out))}  (hq-optuna run … --latency {escape(str(out))})")
+
+
+def _latencies(found: Profile) -> Table:
+    """Return the microseconds of each layer by pair, and the widest spread of each layer."""
+    known = found.table
+    pairs = [LayerBits(*p) for p in dict.fromkeys((r[1], r[2]) for r in known.rows)]
+    table = tables.new_table("layer, us", *map(str, pairs), "spread")
+    for name in dict.fromkeys(row.layer for row in known.rows):
+        shown = {bits: known.knows(name, bits) for bits in pairs}
+        cells = [f"{1e6 * known.seconds(name, b):.4g}" if has else "" for b, has in shown.items()]
+        spread = max(found.spreads[name, b] for b, has in shown.items() if has)
+        table.add_row(escape(name), *cells, f"{spread:.0%}")
+    return table
 
 
 MOST_ROWS = 8

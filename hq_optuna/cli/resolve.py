@@ -19,13 +19,13 @@ from hq_optuna.answer.resolve import pareto as solve_pareto
 from hq_optuna.answer.resolve import resolve as solve
 from hq_optuna.cli import tables
 from hq_optuna.cli.options import Json, StudyOrNone, errors, reading, say, takes
-from hq_optuna.errors import StudyFileError
+from hq_optuna.errors import SettingError, StudyFileError
 from hq_optuna.protocol.history import History, read_history
 from hq_optuna.search import Point
 from hq_optuna.settings import RunSettings
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.budget import Budget, parse_budget
-from hq_optuna.space.cost import METRICS, Metric, format_cost
+from hq_optuna.space.cost import METRICS, NOUNS, Metric, format_cost
 from hq_optuna.space.layers import FLOAT_BITS
 from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.visualization.pareto import pareto_figure, pareto_info
@@ -34,13 +34,20 @@ from hq_optuna.visualization.pareto import pareto_figure, pareto_info
 @takes("storage", "name", "folder")
 def resolve(
     run: RunSettings,
+    study: StudyOrNone = None,
     budget: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             help="As for run: '0.2 bops', '40% size_bytes', '64 KiB'; several hold at once."
         ),
-    ],
-    study: StudyOrNone = None,
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of a budget, how much worse than float a metric may be on validation "
+            "data: 'accuracy -0.5' (points), 'kl 0.01', or the study's own. STUDY is its file."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="File for the bits of every layer.")] = Path(
         "assignment.json"
     ),
@@ -60,35 +67,46 @@ def resolve(
     """Solve for another budget, exactly, from what a search measured. Needs no network or data.
 
     The answer has the least sum of the layers' predicted loss rises within the budget; with
-    --measure, it is the best of some such that are measured on set-aside samples.
+    --measure, it is the best of some such that are measured on set-aside samples. With --target, it
+    costs the least of those that surely are within the target; that runs the network.
     """
     with errors(as_json), reading(study, run) as loaded:
-        wanted = parse_budget(budget)
-        found, measured = solve(loaded, wanted), None
-        if measure:
-            found, measured = _measured(study, run, loaded, found, wanted, measure, result, as_json)
+        if bool(budget) == bool(target) or (target and measure):
+            raise SettingError("Give --budget, or --target without --measure.")
+        measured: dict[str, Any] = {"measured_end": None}
+        if target:
+            found, measured = _meeting(study, run, loaded, target, result, as_json)
+        else:
+            wanted = parse_budget(budget or [])
+            found = solve(loaded, wanted)
+            if measure:
+                given = study, run, loaded, found, wanted, measure, result, as_json
+                found, measured = _measured(*given)
         found.save(out)
         if as_json:
-            typer.echo(json.dumps({**found.to_json(), "out": str(out), "measured_end": measured}))
+            typer.echo(json.dumps({**found.to_json(), "out": str(out), **measured}))
             return
         console = Console()
         history = read_history(loaded)
         tables.print_whole(console, _layers(history, found.config))
-        share, (_, *beside) = 100 * found.cost / found.int8, wanted.bounds(history.space)
+        share = 100 * found.cost / found.int8
+        beside = parse_budget(budget).bounds(history.space)[1:] if budget else history.beside
         lines = [
             f"budget    {format_cost(found.limit, found.metric)}",
             f"cost      [bold]{format_cost(found.cost, found.metric)}[/], {share:.1f} % of "
             f"all-8-bit ({format_cost(found.int8, found.metric)})",
             *(
                 f"          [bold]{format_cost(bound.cost(found.config), bound.metric)}[/] of "
-                f"{format_cost(bound.limit, bound.metric)} allowed"
+                f"{format_cost(bound.limit, bound.metric)} allowed, {NOUNS[bound.metric]}"
                 for bound in beside
             ),
             f"score     {found.score:.3g} nats, "
-            + ("the sum over layers" if measured else "the least sum over layers"),
+            + ("the sum over layers" if measured["measured_end"] else "the least sum over layers"),
         ]
-        if measured is not None:
-            lines.append(f"measured  {measured['sentence']}")
+        if measured["measured_end"]:
+            lines.append(f"measured  {measured['measured_end']['sentence']}")
+        if "target" in measured:
+            lines.append(f"measured  {measured['target']['sentence']}")
         sums = history.additive(found.metric)
         if history.incumbent is not None and sums is not None:
             answer = history.incumbent.config
@@ -97,7 +115,7 @@ def resolve(
                 f"{format_cost(sums.cost(answer), found.metric)})"
             )
         lines.append(f"Assignment: {escape(str(out))}  (hq_optuna.load_assignment)")
-        if measured is not None:
+        if any(measured.values()):
             lines.append(f"Result: {escape(str(result))}  (hq_optuna.load)")
         say(console, "\n".join(lines))
 
@@ -126,7 +144,32 @@ def _measured(
         cost=answer.cost,
         score=answer.score_weights + answer.score_activations,
     )
-    return better, answer.facts["measured_end"]
+    return better, {"measured_end": answer.facts["measured_end"]}
+
+
+def _meeting(
+    study: str | None, run: RunSettings, loaded: Study, target: str, folder: Path, quiet: bool
+) -> tuple[Resolved, dict[str, Any]]:
+    """Find the least cost within a target, save the network, and return its bits."""
+    from hq_optuna.cli.session import begin
+
+    if study is None:
+        raise StudyFileError("--target runs the network: give the study file too.")
+    session = begin(study, (), run, {}, Console(stderr=True, quiet=quiet))
+    answer = session.search.meet(loaded, target, artifacts=session.artifacts)
+    answer.save(folder)
+    found = Resolved(
+        study_name=loaded.study_name,
+        config=answer.config,
+        budget=f"target {target}",
+        metric=answer.metric,
+        limit=answer.cost,
+        cost=answer.cost,
+        int8=answer.cost_int8,
+        score=answer.score_weights + answer.score_activations,
+        fingerprint=dict(answer.fingerprint),
+    )
+    return found, {"measured_end": None, "target": answer.facts["target"]}
 
 
 def _layers(history: History, config: BitConfig) -> Table:

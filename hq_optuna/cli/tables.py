@@ -23,7 +23,7 @@ from hq_optuna.report.comparison import warnings
 from hq_optuna.report.data import accuracies, layer_table
 from hq_optuna.report.text import ERROR_COLUMNS, decibels, most_costly, of_metric
 from hq_optuna.space.budget import Budget
-from hq_optuna.space.cost import format_cost, macs
+from hq_optuna.space.cost import NOUNS, format_cost, macs
 from hq_optuna.space.layers import FLOAT_BITS
 from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.storages import redact_url
@@ -44,7 +44,7 @@ def opening(
         f"{len(layers)} layers, {macs(layers):,} MACs, "
         f"{sum(layer.n_weights for layer in layers):,} weights; {len(space.variables)} searched",
         *(
-            f"budget {format_cost(limit, metric)} "
+            f"budget {format_cost(limit, metric)} {f'{NOUNS[metric]} ' if bounds[1:] else ''}"
             f"({100 * limit / int8:.4g} % of all-8-bit {format_cost(int8, metric)})"
             for limit, int8, metric in bounds
         ),
@@ -139,7 +139,7 @@ def _summary(history: History, reason: str = "") -> str:
         ),
         *(
             f"          [bold]{format_cost(bound.cost(record.config), bound.metric)}[/] of "
-            f"{format_cost(bound.limit, bound.metric)} allowed"
+            f"{format_cost(bound.limit, bound.metric)} allowed, {NOUNS[bound.metric]}"
             for bound in history.beside
         ),
         f"score     {record.current.score:.3g} nats predicted loss rise "

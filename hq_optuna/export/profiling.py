@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import random
 import statistics
 import tempfile
 import time
@@ -41,6 +42,9 @@ from hq_optuna.space.latency import REST, LatencyRow, LatencyTable
 from hq_optuna.space.search_space import SearchSpace
 
 _EIGHT = LayerBits(8, 8)
+
+WIDE = 0.2
+"""Spread above which a machine was not idle."""
 
 REPEATS = 3
 """Runs in one turn of a file; the quickest counts."""
@@ -114,6 +118,46 @@ class Profile:
         """The largest error of a prediction, as a share of what was measured."""
         return max((abs(told / took - 1) for told, took in self.checked), default=None)
 
+    @property
+    def sentences(self) -> list[str]:
+        """What there is to know beside the table."""
+        spread = statistics.median(self.spreads.values())
+        said = [
+            f"{self.pieces} different pieces; half of a piece's turns are within {spread:.0%} of "
+            f"its median; {1e6 * self.table.rest_s:.3g} us are in no layer"
+        ]
+        if spread > WIDE:
+            said.append(
+                "[yellow]That is a wide spread: something else kept this machine busy. Measure "
+                "again when it is idle, or give more --turns.[/]"
+            )
+        if self.error is not None:
+            said.append(
+                f"{len(self.checked)} mixed assignments: predicted within {self.error:.1%} of what "
+                "they take as a whole"
+            )
+        return said
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what was measured as JSON data."""
+        spreads = [[name, str(bits), spread] for (name, bits), spread in self.spreads.items()]
+        return {
+            "table": self.table.to_json(),
+            "spreads": spreads,
+            "files": [list(file) for file in self.whole],
+            "pieces": self.pieces,
+            "checked": [list(pair) for pair in self.checked],
+        }
+
+
+def drawn(space: SearchSpace, n: int) -> list[BitConfig]:
+    """Return assignments of a space, drawn at random, the same each time."""
+    chance = random.Random(0)
+    return [
+        space.config([chance.choice(variable.bits) for variable in space.variables])
+        for _ in range(n)
+    ]
+
 
 def profile(
     space: SearchSpace,
@@ -121,7 +165,7 @@ def profile(
     data: Batches,
     *,
     weights: Weights = "int4",
-    turns: int = 30,
+    turns: int = 300,
     check: Sequence[BitConfig] = (),
     tell: Callable[[str], None] = lambda said: None,
 ) -> Profile:

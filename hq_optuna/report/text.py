@@ -221,6 +221,8 @@ def _answer(data: Mapping[str, Any]) -> Block:
         ("by layers: weights", number(score["weights"], "nats")),
         ("by layers: activations", number(score["activations"], "nats")),
     ]
+    if floats := [row["name"] for row in data["layers"] if row["weight_bits"] == FLOAT_BITS]:
+        rows.append(("left in float", ", ".join(floats)))
     if exact is not None:
         untrained = "; all of the network before any training" if data["trainings"] else ""
         rows.append(("gap to the exact optimum", gap_text(exact, amount) + untrained))

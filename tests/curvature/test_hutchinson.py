@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hq_optuna.curvature import hutchinson
 from hq_optuna.network.batches import read_batches
+from hq_optuna.network.unfused import unfused
 from tests.reference import curvature as slow
 from tests.small_networks import (
     ConvNet,
@@ -179,9 +180,10 @@ def test_a_network_in_half_precision_has_the_curvature_of_the_same_in_single():
 def test_fused_attention_has_a_second_derivative_too():
     torch.manual_seed(0)
     encoder = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True, dropout=0.0)
-    network = nn.Sequential(encoder, nn.Flatten(), nn.Linear(24, 3)).eval()
+    network = unfused(nn.Sequential(encoder, nn.Flatten(), nn.Linear(24, 3)).eval())
     data = read_batches((rows(16, 3, 8).float(), torch.arange(16) % 3))
     layers = layers_of(network, data[0].inputs)
+    assert len(layers) == 4 + 2 + 1
     found = hutchinson(network, layers, data, F.cross_entropy)
     assert all(bool(h.any()) for h in found.weights.values())
 
@@ -219,6 +221,8 @@ def test_recurrent_layers_of_cudnn_have_no_gradient_in_eval_mode_and_are_not_use
             super().__init__()
             self.first, self.head = nn.Linear(3, 4), nn.Linear(4, 3)
             self.middle = nn.GRU(4, 4, batch_first=True) if recurrent else nn.Identity()
+            # A module with a hook is not taken apart into linear layers.
+            self.middle.register_forward_hook(lambda module, args, output: output)
 
         def forward(self, x):
             seen.append(torch.backends.cudnn.enabled)

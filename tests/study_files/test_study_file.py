@@ -356,7 +356,7 @@ def test_settings_are_kept_as_written_and_a_budget_may_be_an_object(study):
 def test_settings_name_the_space_by_its_own_words():
     import inspect
 
-    arguments = set(inspect.signature(SearchSpace.build).parameters) - {"layers"}
+    arguments = set(inspect.signature(SearchSpace.build).parameters) - {"layers", "memory"}
     assert arguments <= set(settings_of(SearchSettings))
 
 

@@ -291,5 +291,6 @@ def memory_map(
                 bits=FLOAT_BITS if merge and made.is_float else 8 * made.itemsize,
             )
         )
-    names = (record.operations[at].gave[0].name for at in when) if record.operations else ()
+    given = (record.operations[at].gave for at in when) if record.operations else ()
+    names = (gave[0].name if gave else "" for gave in given)
     return MemoryMap(tuple(names), tuple(held))
