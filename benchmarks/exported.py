@@ -2,17 +2,20 @@
 
     python -m benchmarks.exported --data DIR
 
-Twelve networks: the zoo, torchvision's ResNet-18 and MobileNetV2 and a small ViT with weights that
-were drawn at random, an LSTM, a GRU, and one with transposed convolutions; each at uniform 8 and 4
-bits and at mixed bits. Each is written as ONNX, checked by `hq_optuna.export` itself, and compared
-again here: initializers with the quantizers' codes and scales, classes on at least 500 samples, and
-OpenVINO where it is installed. Latency is processor time on one thread, beside onnxruntime's own
+Sixteen networks: the zoo, torchvision's ResNet-18 and MobileNetV2 and a small ViT with weights that
+were drawn at random, an LSTM, a GRU, one with transposed convolutions, and super-resolution,
+detection, segmentation and sentences with their own metrics; each at uniform 8 and 4 bits, at mixed
+bits, and at 8 bits with rounded outputs. Each is written as ONNX, checked by `hq_optuna.export`
+itself, and compared again here: initializers with the quantizers' codes and scales, classes on at
+least 500 samples, and OpenVINO where it is installed. MiniLM needs HQ_OPTUNA_MINILM
+(`studies/sentences.py`). Latency is processor time on one thread, beside onnxruntime's own
 static quantization of the float file, in turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import logging
 import statistics
 import tempfile
@@ -28,20 +31,27 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+from benchmarks.fields import FIELDS
 from benchmarks.outcome import Outcome
-from benchmarks.zoo import data_folder, load_trained
-from hq_optuna.errors import ExportError
+from benchmarks.zoo import data_folder, load_trained, unpacked
+from hq_optuna import Metric
+from hq_optuna.errors import ExportError, NetworkError
 from hq_optuna.export import write
 from hq_optuna.export.check import OnnxNetwork, session
 from hq_optuna.export.deployed import deployed
 from hq_optuna.export.folding import factors_of, foldable
-from hq_optuna.export.tracing import traced
-from hq_optuna.network.batches import Batch, Batches
+from hq_optuna.export.tracing import bound, sample_axis, take, traced
+from hq_optuna.network.batches import Batch, Batches, forward, read_batches
+from hq_optuna.network.containers import tensors
 from hq_optuna.network.introspection import introspect
+from hq_optuna.network.unfused import unfused
 from hq_optuna.quantization import observe_inputs, prepare, set_bits
 from hq_optuna.quantization.correction import StatisticsCorrection
+from hq_optuna.quantization.outputs import add_output_quantizers_
 from hq_optuna.quantization.prepare import float_weight, weight_quantizer
 from hq_optuna.space.layers import LayerSpec
+from studies import super_resolution
+from studies.sentences import MiniLM
 
 MIXED = ((8, 8), (4, 6), (3, 5), (6, 4), (5, 8), (2, 7), (4, 4), (8, 3))
 """Weight and activation bits that layers take in turn; the first and the last have 8."""
@@ -49,11 +59,15 @@ ZOO = ("digits", "kws", "vww", "resnet20", "resnet32", "efficientnet_lite0")
 
 
 class Case(NamedTuple):
-    """A network with samples to calibrate on and samples to compare on."""
+    """A network with data to calibrate on and data to compare on, and the metric of its field.
+
+    Without a metric, labels are classes.
+    """
 
     network: nn.Module
-    calibration: tuple[Tensor, Tensor]
-    unseen: tuple[Tensor, Tensor]
+    calibration: Batches
+    unseen: Batches
+    metric: Metric | None = None
 
 
 class Recurrent(nn.Module):
@@ -114,18 +128,73 @@ def drawn(name: str) -> Case:
         for _ in range(20):
             network.train()(x[:64])
         labels = torch.cat([network.eval()(part).argmax(1) for part in x.split(64)])
-    return Case(network, (x[:128], labels[:128]), (x[128:], labels[128:]))
+    return Case(network, in_batches(x[:128], labels[:128], 32), in_batches(x[128:], labels[128:]))
 
 
+def in_batches(x: Tensor, labels: Tensor, n: int = 64) -> Batches:
+    """Return samples in batches of ``n``."""
+    pairs = zip(x.split(n), labels.split(n), strict=True)
+    return Batches([Batch(inputs, y, len(y)) for inputs, y in pairs])
+
+
+OTHER_FIELDS = ("rlfn", "fastestdet", "espnet", "minilm")
 DRAWN = ("resnet18", "mobilenet_v2", "vit", "lstm", "gru", "upsampling")
+
+ALL = (*ZOO, *DRAWN, *OTHER_FIELDS)
+
+
+class Cropped(NamedTuple):
+    """A metric's data of one size, as a file takes one: the corners of images, ``scale`` larger."""
+
+    size: tuple[int, int]
+    scale: int
+
+    def of(self, data: Batches) -> Batches:
+        """Return the upper left corners of inputs and labels."""
+        h, w = self.size
+        big = slice(None, h * self.scale), slice(None, w * self.scale)
+        large = (b for b in data if b.inputs.shape[-2] >= h and b.inputs.shape[-1] >= w)
+        return Batches(Batch(b.inputs[..., :h, :w], b.labels[..., *big], b.n) for b in large)
+
+
+class Paired(nn.Module):
+    """A network of sentences, given pairs of them."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Map ``(N, 2, T)`` to ``(N, 2, 384)``."""
+        found = self.network(ids.flatten(0, 1), mask.flatten(0, 1))
+        return found.unflatten(0, ids.shape[:2])  # type: ignore[no-any-return]
+
+
+def of_field(name: str, folder: Path, quick: bool) -> Case:
+    """Return a network of a field, with its own metric."""
+    one = FIELDS[name]
+    given = dict(one.network)
+    if "data" in inspect.signature(one.study.network).parameters:
+        given["data"] = folder
+    data = read_batches(one.study.calibration(folder), labelled=False)
+    unseen = read_batches(getattr(one.study, one.final)(folder), batch_size=64)
+    if one.study is super_resolution:
+        size = tuple(data[0].inputs.shape[-2:])
+        unseen = Cropped(size, super_resolution.SCALE).of(unseen)
+    return Case(
+        one.study.network(**given), data, Batches(unseen[:1]) if quick else unseen, one.metric
+    )
 
 
 def load(name: str, data: Path, quick: bool) -> Case:
-    """Return a network of the zoo or a drawn one."""
+    """Return a network of the zoo, of a field, or a drawn one."""
     if name in DRAWN:
         return drawn(name)
+    if name in OTHER_FIELDS:
+        with unpacked(data) as folder:
+            return of_field(name, folder, quick)
     found = load_trained(name, data, n_calibration=32 if quick else 128)
-    return Case(found.network, found.calibration, found.unseen)
+    return Case(found.network, in_batches(*found.calibration, 32), in_batches(*found.unseen))
 
 
 def assignments(layers: tuple[LayerSpec, ...]) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
@@ -137,14 +206,14 @@ def assignments(layers: tuple[LayerSpec, ...]) -> Iterator[tuple[str, dict[str, 
     yield "mixed", {**mixed, names[0]: (8, 8), names[-1]: (8, 8)}
 
 
-def equal_weights(answer: nn.Module, batch: Batch, path: Path) -> tuple[int, int]:
+def equal_weights(answer: nn.Module, data: Batches, path: Path) -> tuple[int, int]:
     """Return how many layers' codes and scales a file holds as the quantizers say, and of how many.
 
     Codes bit for bit, scales within 2 ulp of scale × |γ/σ| where a batch-norm was folded.
     """
     arrays = {i.name: numpy_helper.to_array(i) for i in onnx.load(path).graph.initializer}
     ready = deployed(answer)
-    norms = foldable(ready, traced(ready, batch))
+    norms = foldable(ready, traced(ready, data))
     right = of = 0
     for name, module in ready.named_modules():
         if f"{name}.weight_codes" not in arrays:
@@ -192,29 +261,43 @@ def expected_bytes(answer: nn.Module, path: Path) -> int:
 
 
 @torch.no_grad()
-def classes(network: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return outputs and their classes."""
-    found = torch.cat([network(part) for part in x.split(64)])
-    return found, found.argmax(1)
+def outputs_of(network: Any, data: Batches) -> Tensor:
+    """Return a network's first outputs of all samples, one after the other."""
+    found = [next(tensors(forward(network, batch.inputs))).flatten(1) for batch in data]
+    return torch.cat(found)
 
 
-def openvino_outputs(path: Path, x: Tensor) -> Tensor | str:
-    """Return what OpenVINO computes of a file, or why it refuses."""
-    try:
+class OpenVino(nn.Module):
+    """A file in OpenVINO, called as the network it was made from.
+
+    By default OpenVINO computes in bfloat16 where the processor can, and rounds what enters layers
+    with weights of 4 bits again, to 8 bits.
+    """
+
+    def __init__(self, path: Path, like: nn.Module) -> None:
+        super().__init__()
         import openvino
-    except ModuleNotFoundError:
-        return "not installed"
-    try:
-        core = openvino.Core()
-        # By default it computes in bfloat16 where the processor can, and rounds what enters layers
-        # with weights of 4 bits again, to 8 bits.
+
         hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": "1"}
         hints["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
-        compiled = core.compile_model(core.read_model(path), "CPU", hints)
-        parts = [torch.from_numpy(compiled(part.numpy())[0].copy()) for part in x.split(64)]
+        core = openvino.Core()
+        self._compiled = core.compile_model(core.read_model(path), "CPU", hints)
+        self._like = [like]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the file's first output."""
+        given = tensors(bound(self._like[0], args, kwargs).arguments)
+        return torch.from_numpy(self._compiled([x.numpy() for x in given])[0].copy())
+
+
+def openvino_outputs(path: Path, answer: nn.Module, data: Batches) -> Tensor | str:
+    """Return what OpenVINO computes of a file, or why it refuses."""
+    try:
+        return outputs_of(OpenVino(path, answer), data)
+    except ModuleNotFoundError:
+        return "not installed"
     except Exception as error:  # of OpenVINO's, of many kinds
         return " ".join(str(error).split())[-200:]
-    return torch.cat(parts)
 
 
 class Benchmark:
@@ -226,49 +309,37 @@ class Benchmark:
 
     @torch.no_grad()
     def run(self, name: str, case: Case) -> None:
-        """Write and compare a network at each assignment."""
-        x, y = case.calibration
-        pairs = zip(x.split(32), y.split(32), strict=True)
-        data = Batches([Batch(inputs, labels, len(labels)) for inputs, labels in pairs])
+        """Write and compare a network at each assignment, and with rounded outputs."""
+        data = case.calibration
         layers = introspect(case.network, data).layers
         names = [layer.name for layer in layers]
-        prepared = prepare(case.network, layers, observe_inputs(case.network, names, data))
-        correction = StatisticsCorrection(prepared, data)
+        inputs = observe_inputs(unfused(case.network), names, data)
         for kind, bits in assignments(layers):
-            correction.reset()
-            set_bits(prepared, bits)
-            correction.apply()
-            row = {"network": name, "bits": kind, **self.compared(name, kind, prepared, data, case)}
-            self.rows.append(row)
-            print(row, flush=True)
+            for rounds in (False, True) if kind == "uniform_8" else (False,):
+                prepared = prepare(case.network, layers, inputs)
+                row = {"network": name, "bits": kind + "_outputs" * rounds}
+                try:
+                    if rounds:
+                        add_output_quantizers_(prepared, names, data, 8)
+                    set_bits(prepared, bits)
+                    StatisticsCorrection(prepared, data).apply()
+                    row |= self.compared(f"{name}_{row['bits']}", prepared, case)
+                except (ExportError, NetworkError) as error:
+                    row["refused"] = str(error)
+                self.rows.append(row)
+                print(row, flush=True)
 
-    def compared(
-        self, name: str, kind: str, answer: nn.Module, data: Batches, case: Case
-    ) -> dict[str, Any]:
+    def compared(self, name: str, answer: nn.Module, case: Case) -> dict[str, Any]:
         """Write one file, and return its figures."""
-        path = self.folder / f"{name}_{kind}.onnx"
+        path = self.folder / f"{name}.onnx"
         started = time.process_time()
-        try:
-            written = write(answer, path, data, check=32 if self.quick else 64)
-        except ExportError as error:
-            return {"refused": str(error)}
+        written = write(answer, path, case.calibration, check=32 if self.quick else 64)
         seconds = time.process_time() - started
         check = written.check
         assert check is not None
-        x, labels = case.unseen
-        if self.quick:
-            x, labels = x[:100], labels[:100]
-        outputs, expected = classes(answer, x)
         file = OnnxNetwork(path.read_bytes(), answer)
-        _, found = classes(file, x)
-        _, plain = classes(OnnxNetwork(path.read_bytes(), answer, optimize=False), x)
-        single = file(x[:1]).shape == outputs[:1].shape and file(x[:7]).shape == outputs[:7].shape
-        right, of = equal_weights(answer, data[0], path)
-        other = openvino_outputs(path, x)
-        expected_size = expected_bytes(answer, path)
-        share = float((found == expected).double().mean())
+        right, of = equal_weights(answer, case.calibration, path)
         result = {
-            "samples": len(x),
             "weights_equal": right,
             "weights": of,
             "codes_equal": check.plain.equal,
@@ -278,45 +349,128 @@ class Benchmark:
             "output_error": check.plain.given_error / max(check.largest, 1e-30),
             "output_steps_optimized": check.optimized.given_error / max(check.step, 1e-30),
             "output_error_free": check.plain.free_error / max(check.largest, 1e-30),
-            "agreement": share,
-            "agreement_plain": float((plain == expected).double().mean()),
-            "accuracy_points": 100
-            * abs(float(((found == labels).double() - (expected == labels).double()).mean())),
-            "any_batch": bool(single),
+            "any_batch": batches_fit(file, answer, case.calibration[0]),
             "bytes": written.bytes,
-            "size_overhead": written.stored_bytes / expected_size - 1,
+            "size_overhead": written.stored_bytes / expected_bytes(answer, path) - 1,
             "integer_layers": len(check.integer_layers),
             "layers": len(check.layers),
             "seconds": round(seconds, 1),
         }
+        if case.metric is None:
+            return result | self.of_classes(answer, file, path, case.unseen)
+        return result | self.of_metric(answer, file, path, case)
+
+    def of_classes(
+        self, answer: nn.Module, file: nn.Module, path: Path, unseen: Batches
+    ) -> dict[str, Any]:
+        """Return how many samples keep their class, ties apart, and what accuracy does."""
+        unseen = Batches(unseen[:2]) if self.quick else unseen
+        outputs, labels = outputs_of(answer, unseen), torch.cat([b.labels for b in unseen])
+        found, expected = outputs_of(file, unseen), outputs.argmax(1)
+        plain = outputs_of(OnnxNetwork(path.read_bytes(), answer, optimize=False), unseen)
+        by_rounding = float((plain - outputs).abs().max())
+        margins = outputs.topk(2, 1).values
+        clear = margins[:, 0] - margins[:, 1] > 2 * by_rounding
+        same = found.argmax(1) == expected
+        change = (found.argmax(1) == labels).double() - (expected == labels).double()
+        result = {
+            "samples": len(labels),
+            "agreement": float(same.double().mean()),
+            "agreement_plain": float((plain.argmax(1) == expected).double().mean()),
+            "ties": int((~clear).sum()),
+            "agreement_clear": 1 - float((clear & ~same).double().mean()),
+            "accuracy_points": 100 * abs(float(change.mean())),
+        }
+        other = openvino_outputs(path, answer, unseen)
         if isinstance(other, str):
             return {**result, "openvino": other}
-        difference = float((other - outputs).abs().max()) / max(check.largest, 1e-30)
-        same = float((other.argmax(1) == expected).double().mean())
-        return {**result, "openvino": same, "openvino_error": difference}
+        same = other.argmax(1) == expected
+        return {
+            **result,
+            "openvino": float(same.double().mean()),
+            "openvino_clear": 1 - float((clear & ~same).double().mean()),
+            "openvino_error": relative(other, outputs),
+        }
 
-    def figures(self) -> dict[str, float]:
+    def of_metric(
+        self, answer: nn.Module, file: nn.Module, path: Path, case: Case
+    ) -> dict[str, Any]:
+        """Return what the field's own metric says of file and network."""
+        metric, data = case.metric, case.unseen
+        assert metric is not None
+        pairs = Paired if isinstance(case.network, MiniLM) else lambda network: network
+        figures = [metric(pairs(n), data)[metric.name] for n in (answer, file)]
+        result = {
+            "samples": data.n_samples,
+            "metric": metric.name,
+            "in_network": figures[0],
+            "in_file": figures[1],
+            "metric_points": abs(figures[0] - figures[1]),
+        }
+        part = Batches(case.calibration[:1])
+        other = openvino_outputs(path, answer, part)
+        if isinstance(other, str):
+            return {**result, "openvino": other}
+        return {**result, "openvino_error": relative(other, outputs_of(answer, part))}
+
+    def speed(self, name: str, case: Case) -> dict[str, float]:
+        """Return the share of layers in integers and the latency, without and with outputs."""
+        found, x = dict[str, float](), torch.cat([batch.inputs for batch in case.calibration])
+        for kind, ending in (("uniform_8", "_without"), ("uniform_8_outputs", "")):
+            row = next(r for r in self.rows if (r["network"], r["bits"]) == (name, kind))
+            found[f"integer_layers_{name}{ending}"] = row["integer_layers"] / row["layers"]
+            path = self.folder / f"{name}_{kind}.onnx"
+            ratio = latency(case.network, self.folder, x, path, self.quick)
+            found[f"latency_ratio_{name}{ending}"] = ratio
+        return found
+
+    def figures(self) -> dict[str, float | None]:
         """Return the worst of each figure."""
         rows = [row for row in self.rows if "refused" not in row]
-        done = {row["network"] for row in rows}
-        told = [row for row in rows if isinstance(row["openvino"], float)]
+        classed = [row for row in rows if "agreement" in row]
+        told = [row for row in rows if "openvino_error" in row]
+
+        def worst(choose: Any, key: str, of: list[dict[str, Any]] = rows) -> float | None:
+            return choose((float(row[key]) for row in of if key in row), default=None)  # type: ignore[no-any-return]
+
         return {
-            "networks": len(done),
+            "networks": len({row["network"] for row in rows}),
             "files": len(rows),
             "refused": len(self.rows) - len(rows),
             "weights_equal_share": sum(r["weights_equal"] for r in rows)
             / sum(r["weights"] for r in rows),
-            "codes_equal_share_min": min(r["codes_equal"] for r in rows),
-            "codes_equal_share_free_min": min(r["codes_equal_free"] for r in rows),
-            "output_error_max": max(r["output_error"] for r in rows),
-            "output_steps_optimized_max": max(r["output_steps_optimized"] for r in rows),
-            "top1_agreement_min": min(r["agreement"] for r in rows),
-            "top1_agreement_plain_min": min(r["agreement_plain"] for r in rows),
-            "accuracy_points_max": max(r["accuracy_points"] for r in rows),
-            "size_overhead_max": max(r["size_overhead"] for r in rows),
+            "codes_equal_share_min": worst(min, "codes_equal"),
+            "codes_equal_share_free_min": worst(min, "codes_equal_free"),
+            "output_error_max": worst(max, "output_error"),
+            "output_steps_optimized_max": worst(max, "output_steps_optimized"),
+            "top1_agreement_min": worst(min, "agreement", classed),
+            "top1_agreement_plain_min": worst(min, "agreement_plain", classed),
+            "top1_agreement_clear_min": worst(min, "agreement_clear", classed),
+            "accuracy_points_max": worst(max, "accuracy_points", classed),
+            "metric_points_max": worst(max, "metric_points"),
+            "any_batch": sum(r["any_batch"] for r in rows) / len(rows),
+            "size_overhead_max": worst(max, "size_overhead"),
             "openvino_files": len(told),
-            "openvino_agreement_min": min((r["openvino"] for r in told), default=float("nan")),
+            "openvino_networks": len({row["network"] for row in told}),
+            "openvino_agreement_clear_min": worst(min, "openvino_clear", told),
+            "openvino_error_max": worst(max, "openvino_error", told),
         }
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """Return the largest difference, as a share of the largest magnitude."""
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+@torch.no_grad()
+def batches_fit(file: nn.Module, answer: nn.Module, batch: Batch) -> bool:
+    """Say whether a file takes batches of 1 and of 7."""
+    for n in (1, 7):
+        inputs = take(batch.inputs, sample_axis(batch), 0, n)
+        a, b = (next(tensors(forward(network, inputs))) for network in (file, answer))
+        if a.shape != b.shape:
+            return False
+    return True
 
 
 def latency(network: nn.Module, folder: Path, x: Tensor, ours: Path, quick: bool) -> float:
@@ -358,7 +512,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=data_folder())
-    parser.add_argument("--networks", nargs="+", default=[*ZOO, *DRAWN], choices=[*ZOO, *DRAWN])
+    parser.add_argument("--networks", nargs="+", default=ALL, choices=ALL)
     parser.add_argument("--quick", action="store_true", help="three networks, few samples")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -373,16 +527,7 @@ def main() -> None:
             case = load(name, given.data, given.quick)
             benchmark.run(name, case)
             if name == "resnet20":
-                rows = [r for r in benchmark.rows if r["network"] == name and "refused" not in r]
-                eight = next(r for r in rows if r["bits"] == "uniform_8")
-                outcome.figures["integer_convs_resnet20"] = (eight["integer_layers"] - 1) / (
-                    eight["layers"] - 1
-                )
-                path = Path(temporary) / "resnet20_uniform_8.onnx"
-                given_x = case.calibration[0]
-                outcome.figures["latency_ratio_resnet20"] = latency(
-                    case.network, Path(temporary), given_x, path, given.quick
-                )
+                outcome.figures |= benchmark.speed(name, case)
         outcome.figures |= benchmark.figures()
         outcome.details["rows"] = benchmark.rows
     outcome.finish(given.out)

@@ -106,6 +106,12 @@ OF_ONE_BATCH = {"curvature_samples": 24, "rounding_samples": 24, "set_aside_samp
 """One batch cannot be split, and has no standard error."""
 
 
+def without_peak(facts):
+    """Return facts without that of memory, which is another each time."""
+    assert facts["preparation_peak_mib"] >= 0
+    return {name: fact for name, fact in facts.items() if name != "preparation_peak_mib"}
+
+
 def test_the_network_is_measured_before_and_after_as_anyone_would():
     x, labels = data(30, seed=7)
     by = search(validation=(x, labels))
@@ -115,7 +121,7 @@ def test_the_network_is_measured_before_and_after_as_anyone_would():
     with torch.no_grad():
         right = float_network(x).argmax(1) == labels
         still = result.network(x).argmax(1) == labels
-    assert result.facts == {
+    assert without_peak(result.facts) == {
         **OF_ONE_BATCH,
         "validation_samples": 30,
         "accuracy_before": int(right.sum()) / 30,
@@ -137,7 +143,7 @@ def test_what_is_measured_may_be_anything():
     by = search(validation=data(10, seed=7), evaluate=evaluate)
     result = by.result(run(by=by))
     measured = {"validation_samples", "loss_before", "loss_after"}
-    assert set(result.facts) == {*OF_ONE_BATCH, *measured}
+    assert set(without_peak(result.facts)) == {*OF_ONE_BATCH, *measured}
     with torch.no_grad():
         after = functional.cross_entropy(result.network(data(10, seed=7)[0]), data(10)[1])
     assert result.facts["loss_after"] == after.item()
@@ -145,7 +151,7 @@ def test_what_is_measured_may_be_anything():
 
 def test_without_validation_data_nothing_is_measured():
     by = search()
-    assert by.result(run(by=by)).facts == OF_ONE_BATCH
+    assert without_peak(by.result(run(by=by)).facts) == OF_ONE_BATCH
 
 
 def test_a_search_without_a_closed_step_has_no_answer():

@@ -45,7 +45,7 @@ def export(
     ] = "float",
     check: Annotated[
         int, typer.Option(help="Calibration samples to run beside the network; 0 for none.", min=0)
-    ] = 256,
+    ] = 512,
     as_json: Json = False,
 ) -> None:
     """Write the answer as a file that another runtime reads, and check it number by number.

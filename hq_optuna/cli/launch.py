@@ -68,7 +68,9 @@ def launch(
                 "cuda, and CUDA_VISIBLE_DEVICES=1,3 for the GPUs to use."
             )
         session = begin(study, context.args, run, given, console)
-        progress = LaunchProgress(console, session.search.space, session.search.budget)
+        search = session.search
+        told = {"by_table": search.objective.verifies}
+        progress = LaunchProgress(console, search.space, search.budget, **told)
 
         def work(found: optuna.Study) -> None:
             progress.search(session.log(found))
@@ -189,8 +191,10 @@ def _start_workers(
 class LaunchProgress(SearchProgress):
     """Progress of a search with a table of its workers beside it, or plain lines."""
 
-    def __init__(self, console: Console, space: SearchSpace, budget: Budget) -> None:
-        super().__init__(console, space, budget)
+    def __init__(
+        self, console: Console, space: SearchSpace, budget: Budget, *, by_table: bool = True
+    ) -> None:
+        super().__init__(console, space, budget, by_table=by_table)
         self._members: list[Member] = []
         self._since = time.monotonic()
         self._shown = -math.inf

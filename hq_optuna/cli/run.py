@@ -43,7 +43,9 @@ def run(
     with errors(as_json):
         console = Console(stderr=as_json)
         session = begin(study, context.args, run, given, console)
-        progress = SearchProgress(console, session.search.space, session.search.budget)
+        search = session.search
+        told = {"by_table": search.objective.verifies}
+        progress = SearchProgress(console, search.space, search.budget, **told)
 
         def work(found: OptunaStudy) -> None:
             session.search.work(found, on_progress=progress.search)

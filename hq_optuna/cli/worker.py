@@ -59,7 +59,9 @@ def worker(
             wait_for_study(find(study, run)[1], wait_for)
         tell("loading")
         session = begin(study, context.args, run, given, console)
-        with SearchProgress(console, session.search.space, session.search.budget) as progress:
+        search = session.search
+        told = {"by_table": search.objective.verifies}
+        with SearchProgress(console, search.space, search.budget, **told) as progress:
             tell("preparing")
             found = session.open(progress=progress.phase)
             if orders is not None:

@@ -22,7 +22,15 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from hq_optuna.errors import ExportError
-from hq_optuna.export.check import Check, Tally, furthest, last_steps, session, watched_codes
+from hq_optuna.export.check import (
+    Check,
+    Tally,
+    furthest,
+    have_classes,
+    last_steps,
+    session,
+    watched_codes,
+)
 from hq_optuna.export.deployed import deployed_layers
 from hq_optuna.export.job import Job
 from hq_optuna.export.rewriting import (
@@ -41,7 +49,7 @@ from hq_optuna.space.layers import FLOAT_BITS
 
 def content(job: Job) -> tuple[bytes, int, Check | None]:
     """Return the layout 1.0.0, the bytes of the ONNX file's numbers, and what its check found."""
-    graph = graph_of(job.deployed, job.data[0], fixed=False)
+    graph = graph_of(job.deployed, job.data, fixed=False)
     inputs, weights = list[tuple[str, ActivationRounding]](), list[WeightRounding]()
 
     def activation(one: ActivationRounding) -> New:
@@ -188,7 +196,7 @@ def _checked(
     entries = {entry["name"]: entry for entry in first["activation_encodings"]}
     given = session(_with_given(proto, named).SerializeToString(), optimize=False)
     names = [item.name for item in given.get_inputs()]
-    tally, largest, done, n_outputs = Tally(), 0.0, 0, len(proto.graph.output)
+    tally, largest, done, n_outputs = Tally(have_classes(job.data)), 0.0, 0, len(proto.graph.output)
     order = [one.name for _, one in named]
     for inputs, n in rows(job.data, job.samples):
         with watched_codes(job.reference) as codes:

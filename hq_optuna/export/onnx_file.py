@@ -14,7 +14,7 @@ from hq_optuna.export.tracing import traced
 
 def content(job: Job) -> tuple[bytes, int, Check | None]:
     """Return the file, the bytes its numbers take, and what its check found."""
-    program = traced(job.deployed, job.data[0])
+    program = traced(job.deployed, job.data)
     model = onnx_graph(job.deployed, program, Containers(job.weights))
     model.producer_name = "hq_optuna"
     model.metadata_props.update(job.about)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.export import ExportedProgram
 
-from hq_optuna.export.check import Check, Tally, furthest, last_steps
+from hq_optuna.export.check import Check, Tally, furthest, have_classes, last_steps
 from hq_optuna.export.deployed import deployed, deployed_layers, round_biases_
 from hq_optuna.export.job import Job
 from hq_optuna.export.operators import PLAIN
@@ -28,7 +28,7 @@ def content(job: Job) -> tuple[bytes, int, Check | None]:
     network = deployed(job.network)
     if job.bias == "int32":
         round_biases_(network)
-    program = traced(network, job.data[0]).run_decompositions(PLAIN)
+    program = traced(network, job.data).run_decompositions(PLAIN)
     held = [*program.state_dict.values(), *program.constants.values()]
     stored = sum(x.nbytes for x in held if isinstance(x, torch.Tensor))
     program.example_inputs = None  # samples of the user's
@@ -52,7 +52,7 @@ def _checked(program: ExportedProgram, network: torch.nn.Module, job: Job) -> Ch
     """Run the program beside the network, from the inputs to the outputs."""
     run: Any = program.module()
     reference = job.network if job.bias == "float" else network
-    tally, largest, done = Tally(), 0.0, 0
+    tally, largest, done = Tally(have_classes(job.data)), 0.0, 0
     for inputs, n in rows(job.data, job.samples):
         outputs = [y.numpy() for y in tensors(forward(reference, inputs))]
         called = bound(reference, *arguments(reference, inputs))

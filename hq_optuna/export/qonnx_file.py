@@ -19,7 +19,7 @@ from qonnx.core.modelwrapper import ModelWrapper
 from qonnx.core.onnx_exec import execute_onnx
 
 from hq_optuna.errors import ExportError
-from hq_optuna.export.check import Check, Tally, furthest, last_steps, watched_codes
+from hq_optuna.export.check import Check, Tally, furthest, have_classes, last_steps, watched_codes
 from hq_optuna.export.deployed import deployed_layers
 from hq_optuna.export.job import Job
 from hq_optuna.export.rewriting import (
@@ -41,7 +41,7 @@ MOST_SAMPLES = 16
 
 def content(job: Job) -> tuple[bytes, int, Check | None]:
     """Return the file, the bytes its numbers take, and what its check found."""
-    graph = graph_of(job.deployed, job.data[0], fixed=True)
+    graph = graph_of(job.deployed, job.data, fixed=True)
     proto = rewritten(graph, job.deployed, _quant_input, _quant_weight)
     proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     proto = described(proto, job.about)
@@ -101,7 +101,7 @@ def _checked(proto: onnx.ModelProto, job: Job) -> Check:
     given = _with_given_values(proto, quants)
     plain, free = ModelWrapper(given), ModelWrapper(proto)
     modules = dict(job.deployed.named_modules())
-    tally, largest, done = Tally(), 0.0, 0
+    tally, largest, done = Tally(have_classes(job.data)), 0.0, 0
     names = [n.input[1].removesuffix(".quant.scale") for n in quants]
     for inputs, n in rows(job.data, min(job.samples, MOST_SAMPLES), 1):
         with watched_codes(job.reference) as codes:

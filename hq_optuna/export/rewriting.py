@@ -6,7 +6,7 @@ QONNX and files with encodings have the same graph as ``onnx``, between other no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,9 +66,9 @@ New = tuple[list[Any], Mapping[str, NDArray[Any]]]
 """Nodes that stand in the place of others, and arrays that they read, by name."""
 
 
-def graph_of(network: nn.Module, batch: Batch, *, fixed: bool) -> onnx.ModelProto:
+def graph_of(network: nn.Module, data: Sequence[Batch], *, fixed: bool) -> onnx.ModelProto:
     """Return the ONNX graph of a deployed network with all shapes; ``fixed`` for single samples."""
-    program = traced(network, batch, fixed=fixed)
+    program = traced(network, data, fixed=fixed)
     model = onnx_graph(network, program, Containers("int8"))
     model.producer_name = "hq_optuna"
     proto = ir.serde.serialize_model(model)

@@ -64,23 +64,35 @@ def bound(
     return inspect.signature(network.forward).bind(*args, **kwargs)
 
 
+def _varying(network: nn.Module, data: Sequence[Batch]) -> list[list[int]]:
+    """Return the axes along which batches differ, of each tensor among a network's arguments."""
+    called = (bound(network, *arguments(network, batch.inputs)).arguments for batch in data)
+    shapes = [[x.shape for x in tensors(given)] for given in called]
+    return [
+        [axis for axis in range(len(of[0])) if len({shape[axis] for shape in of}) > 1]
+        for of in zip(*shapes, strict=True)
+    ]
+
+
 @own_modes()
-def traced(network: nn.Module, batch: Batch, *, fixed: bool = False) -> ExportedProgram:
+def traced(network: nn.Module, data: Sequence[Batch], *, fixed: bool = False) -> ExportedProgram:
     """Return the graph of a deployed network, with the number of samples left open.
 
-    With ``fixed`` it is for one sample.
+    So are sizes in which batches differ, such as the length of sentences. With ``fixed`` it is for
+    one sample of the first batch's sizes.
 
     Raises:
         ExportError: What the network computes depends on values or on the number of samples, or
             its arguments are no tensors.
     """
-    axis = sample_axis(batch)
-    args, kwargs = arguments(network, take(batch.inputs, axis, 0, 1 if fixed else _FEW))
+    axis = sample_axis(data[0])
+    args, kwargs = arguments(network, take(data[0].inputs, axis, 0, 1 if fixed else _FEW))
     size = Dim("batch", min=1)
 
     def dynamic(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return None if fixed else {axis: size}
+            others = dict.fromkeys(next(varying), Dim.DYNAMIC)
+            return None if fixed else {**others, axis: size}
         if isinstance(value, (tuple, list)):
             return [dynamic(item) for item in value]
         if isinstance(value, dict):
@@ -88,7 +100,7 @@ def traced(network: nn.Module, batch: Batch, *, fixed: bool = False) -> Exported
         return None
 
     try:
-        given = bound(network, args, kwargs)
+        given, varying = bound(network, args, kwargs), iter(_varying(network, data))
         shapes = {name: dynamic(value) for name, value in given.arguments.items()}
         with torch.no_grad(), without_fused_attention():
             return torch.export.export(network, given.args, given.kwargs, dynamic_shapes=shapes)

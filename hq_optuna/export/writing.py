@@ -29,7 +29,7 @@ from hq_optuna.network.modes import own_modes
 if TYPE_CHECKING:  # of the extra "export"
     from hq_optuna.export.check import Check
 
-CHECKED_SAMPLES = 256
+CHECKED_SAMPLES = 512
 EXTRA = "pip install 'hq_optuna[export]'"
 
 
@@ -106,8 +106,8 @@ def write(
     check_place(path)
     network = answer.network if isinstance(answer, SearchResult) else answer
     ready = deployed(network)
-    batches = read_batches(data).to(torch.device("cpu"))
-    fold_batch_norm_(ready, traced(ready, batches[0]))
+    batches = read_batches(data, labelled=False).to(torch.device("cpu"))
+    fold_batch_norm_(ready, traced(ready, batches))
     widen_dead_scales_(ready)
     notes = []
     if bias == "int32" and (left := round_biases_(ready)):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -190,7 +191,16 @@ class Preparation:
         return self.prepared, self.correction
 
     def table(self) -> Table:
-        """Return the table, for which all pieces are done here, or by other workers."""
+        """Return the table, for which all pieces are done here, or by other workers.
+
+        Among its facts is by how many MiB this process's peak of memory rose.
+        """
+        before = _peak_mib()
+        found = self._table()
+        found.facts["preparation_peak_mib"] = round(_peak_mib() - before)
+        return found
+
+    def _table(self) -> Table:
         if self._shared is None:
             self.network()
         else:
@@ -370,6 +380,16 @@ class Preparation:
     def _say(self, what: str, more: float) -> None:
         total = sum(p.work for p in self.pieces)
         self._progress(what, round(1000 * (self._done + more)), round(1000 * total))
+
+
+def _peak_mib() -> float:
+    """Return the most memory that this process ever had, MiB; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def _told(sums: LayerSums) -> Table:

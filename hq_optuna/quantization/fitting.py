@@ -69,7 +69,9 @@ def fitted_tensors(
         found[f"{place}.counts"] = torch.from_numpy(inputs.histogram.counts)
         found[f"{place}.edges"] = torch.from_numpy(inputs.histogram.edges)
         for b in sorted(bits[layer.name][1]):
-            found[f"{place}.range.{b}"] = torch.tensor(inputs.range(b), dtype=torch.float64)
+            found[f"{place}.range.{b}"] = torch.tensor(
+                inputs.range(b), dtype=torch.float64, device="cpu"
+            )
         found |= {
             f"{place}.{name}": v for name, v in _weights(module, weights, bits[layer.name][0])
         }

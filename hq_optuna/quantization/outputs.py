@@ -158,7 +158,9 @@ def add_output_quantizers_(
             with _replacing(prepared, at) as counting:
                 forward(prepared, batch.inputs)
             counting.check(calls)
-    ranges = {name: h.range(bits, observer) for name, h in histograms.found().items()}
+    first: Any = prepared.get_submodule(layers[0])
+    grid = first.input_fake_quantize.grid  # what the target takes
+    ranges = {name: h.range(bits, observer, grid) for name, h in histograms.found().items()}
     put_output_quantizers_(prepared, places, calls, bits, ranges)
 
 

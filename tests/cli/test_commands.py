@@ -270,7 +270,7 @@ def test_small_networks_get_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(study: Path, command: Command) -> None:
     output = command("run", study).output
-    assert re.search(r"sensitivity: 100 %  batch \d+ of \d+", output)
+    assert re.search(r"search: \d+ %  preparing, 100 %", output)
     assert re.search(r"search: 100 %  step \d+  \d+ candidates  score [\d.e-]+ nats", output)
     assert "\x1b" not in output
 

@@ -14,7 +14,7 @@ from click.testing import Result
 from rich.console import Console
 
 from hq_optuna.cli import tables
-from hq_optuna.cli.progress import SearchProgress
+from hq_optuna.cli.progress import END, END_S, STEPS_S, TO_BUDGET, Pace, SearchProgress
 from hq_optuna.cli.status import line, panel
 from hq_optuna.cli.tables import LABEL, LINES, strips
 from hq_optuna.protocol.status import read_status
@@ -211,6 +211,44 @@ def test_the_rate_is_of_what_was_scored_since_the_search_was_looked_at(
     assert "a minute" not in first
     assert f"  {2 * scored} a minute" in second
     assert re.search(r"\d+ s left$", second)
+
+
+def test_the_time_left_is_of_all_that_follows_and_each_part_tells_its_own_pace() -> None:
+    now = [0.0]
+    pace = Pace(now=lambda: now[0])
+    pace.preparing(0.0)
+    assert pace.left_s is None
+    now[0] = 25.0
+    pace.preparing(0.25)  # 100 s in all
+    assert pace.left_s == pytest.approx(75 + 100 * END + STEPS_S + END_S)
+    assert pace.share == pytest.approx(25 / (25 + pace.left_s))
+    now[0] = 100.0
+    pace.preparing(1.0)
+    pace.stepping(0.0)
+    assert pace.left_s == pytest.approx(100 * END + STEPS_S + END_S)
+    now[0] = 104.0
+    pace.stepping(0.5)
+    assert pace.left_s == pytest.approx(4 / (0.5 * TO_BUDGET) - 4 + 100 * END + END_S)
+    pace.ending(0, 8)
+    assert pace.left_s == pytest.approx(100 * END + END_S)
+    now[0] = 110.0
+    pace.ending(2, 8)
+    assert pace.left_s == pytest.approx(18.0)
+    pace.ending(8, 8)
+    assert (pace.left_s, pace.share) == (0.0, 1.0)
+
+
+def test_a_search_by_passes_tells_its_time_from_its_steps_alone() -> None:
+    now = [0.0]
+    pace = Pace(by_table=False, now=lambda: now[0])
+    pace.preparing(0.0)
+    now[0] = 10.0
+    pace.preparing(0.5)
+    assert (pace.left_s, pace.share) == (None, 0.0)
+    pace.stepping(0.0)
+    now[0] = 20.0
+    pace.stepping(0.25)
+    assert pace.left_s == pytest.approx(10 / (0.25 * TO_BUDGET) - 10)
 
 
 def test_plain_lines_are_short_whatever_the_network() -> None:

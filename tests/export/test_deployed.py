@@ -17,7 +17,7 @@ from tests.small_networks import Twice, snapshot
 
 def folded(network: nn.Module, x: torch.Tensor) -> tuple[nn.Module, dict[str, str]]:
     ready = deployed(network)
-    return ready, fold_batch_norm_(ready, traced(ready, data_of(x)[0]))
+    return ready, fold_batch_norm_(ready, traced(ready, data_of(x)))
 
 
 @torch.no_grad()

@@ -60,7 +60,7 @@ def test_a_folded_batch_norm_is_rounded_where_it_was(answer):
     x = images(16, seed=3)
     ready = deployed(answer)
     assert torch.allclose(ready(x), answer(x), atol=1e-4)
-    assert fold_batch_norm_(ready, traced(ready, data_of(x)[0])) == {"stem": "norm"}
+    assert fold_batch_norm_(ready, traced(ready, data_of(x))) == {"stem": "norm"}
     step, _ = output_quantizers(answer)["head.output_1"].range(8)
     steps = (ready(x) - answer(x)).abs() / step
     assert float((steps > 0.5).double().mean()) < 0.05  # a code may flip, and moves others

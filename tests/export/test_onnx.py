@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -18,6 +19,9 @@ from hq_optuna.export import onnx_graph
 from hq_optuna.export.check import check_file
 from hq_optuna.export.deployed import deployed, deployed_layers
 from hq_optuna.export.folding import factors_of
+from hq_optuna.network.batches import Batch, Batches
+from hq_optuna.network.introspection import introspect
+from hq_optuna.quantization import observe_inputs, prepare, set_bits
 from tests.export.answers import (
     answer_of,
     data_of,
@@ -233,3 +237,96 @@ def test_a_file_that_fails_is_not_written_and_what_was_there_stays(tmp_path, mon
     assert [p.name for p in tmp_path.iterdir()] == ["net.onnx"]
     export.write(answer, path, data_of(x), check=0)  # as asked for
     assert path.read_bytes() != b"before"
+
+
+class Alike(nn.Module):
+    """Scores of ten classes that differ by less than a flipped code moves them, or by much."""
+
+    def __init__(self, spread: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.head = nn.Linear(16, 64), nn.Linear(64, 64), nn.Linear(64, 10)
+        with torch.no_grad():
+            self.head.weight.copy_(self.head.weight[:1] + spread * torch.randn(10, 64))
+            self.head.bias.zero_()
+
+    def forward(self, x):
+        return self.head(torch.relu(self.b(torch.relu(self.a(x)))))
+
+
+def checked(spread, tmp_path):
+    x = torch.randn(512, 16, generator=torch.Generator().manual_seed(1))
+    answer = answer_of(Alike(spread), x, (8, 8))
+    return export.write(answer, tmp_path / "net.onnx", data_of(x, 64)).check
+
+
+def test_classes_are_compared_on_512_samples_and_all_that_are_no_ties_are_equal(tmp_path):
+    check = checked(1.0, tmp_path)
+    assert check.samples == 512
+    assert check.clear_changes == 0
+    assert check.optimized.agreement >= 0.995
+
+
+def test_a_changed_class_fails_unless_float_rounding_alone_decides_it(tmp_path):
+    check = checked(1.0, tmp_path)
+    ties = (check.plain.free_error, 2 * check.plain.free_error)
+    clear = (2.1 * check.plain.free_error,) * 3
+
+    def with_changes(plain, optimized):
+        runs = (replace(check.plain, changed=plain), replace(check.optimized, changed=optimized))
+        return replace(check, plain=runs[0], optimized=runs[1])
+
+    assert with_changes((), ties).failures == []
+    assert with_changes((), clear[:2]).failures == []  # 0.5 % of 512 samples
+    (failure,) = with_changes((), clear).failures
+    assert failure == "optimized, 3 of 512 samples get another class that are no ties"
+    # Ties too change their class as often as without optimizations.
+    assert with_changes(10 * ties, 14 * ties).failures == []
+    (failure,) = with_changes(10 * ties, 30 * ties).failures
+    assert failure == "optimized, 60 of 512 samples get another class, and 20 without optimizations"
+    assert "Of 2 that do not, float rounding alone decides" in with_changes((), ties).sentence
+
+
+def test_outputs_without_classes_have_no_agreement(tmp_path):
+    x = torch.randn(32, 16)
+    answer = answer_of(Alike(1.0), x, (8, 8))
+    found = export.write(answer, tmp_path / "net.onnx", [x[:16], x[16:]], check=32)
+    assert found.check.plain.agreement is None and found.check.optimized.changed == ()
+
+
+class Sentences(nn.Module):
+    """Two inputs, tokens and which of them count, in sentences of any length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 8)
+        self.mix, self.head = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, ids, mask):
+        weights = mask.to(torch.float32)[..., None]
+        x = torch.relu(self.mix(self.embed(ids)))
+        return self.head((x * weights).sum(1) / weights.sum(1))
+
+
+def test_sizes_in_which_batches_differ_stay_open_and_inputs_go_by_name(tmp_path):
+    torch.manual_seed(0)
+    network = randomized(Sentences())
+
+    def batch(n, length):
+        ids = torch.randint(0, 50, (n, length))
+        lengths = torch.randint(1, length + 1, (n, 1))
+        return {"mask": torch.arange(length) < lengths, "ids": ids}
+
+    data = Batches([Batch(batch(4, length), None, 4) for length in (5, 9, 7)])
+    layers = introspect(network, data).layers
+    names = [layer.name for layer in layers]
+    answer = prepare(network, layers, observe_inputs(network, names, data))
+    set_bits(answer, dict.fromkeys(names, (8, 8)))
+    result = export.write(answer, tmp_path / "net.onnx", data)
+    assert result.check.samples == 12 and result.check.plain.agreement is None
+    given = batch(3, 11)
+    model = onnx.load(result.path)
+    assert [item.name for item in model.graph.input] == ["ids", "mask"]
+    (found,) = run(model, given["ids"], given["mask"])
+    with torch.no_grad():
+        np.testing.assert_allclose(found, answer(**given).numpy(), rtol=0, atol=1e-5)
