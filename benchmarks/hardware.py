@@ -34,7 +34,7 @@ from torch import nn
 
 import hq_optuna as hq
 from benchmarks.outcome import Outcome
-from benchmarks.zoo import data_folder, load_trained
+from benchmarks.zoo import data_folder, load_trained, unpacked
 from hq_optuna.errors import ExportError, HqOptunaError
 from hq_optuna.hardware import Hardware, presets, read_hardware, space_on
 from hq_optuna.hardware.description import parse_hardware
@@ -75,7 +75,8 @@ def cases(data: Path, quick: bool) -> dict[str, Case]:
         found[name] = Case(trained.network, trained.calibration, {})
     if not quick:
         try:
-            network, images = fastestdet.network(data), fastestdet.calibration(data, 32)
+            with unpacked(data) as zoo:
+                network, images = fastestdet.network(zoo), fastestdet.calibration(zoo, 32)
         except (OSError, HqOptunaError):
             return found
         found["fastestdet"] = Case(network, images, {"rise": fastestdet.rise})

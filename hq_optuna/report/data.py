@@ -178,7 +178,10 @@ def _exact(history: History) -> dict[str, Any] | None:
     sums, incumbent = history.additive(), history.incumbent
     if sums is None or incumbent is None or not history.met:
         return None
-    best = sums.exact(history.info.limit)
+    try:
+        best, prices = sums.exact(history.info.limit), sums.prices(history.info.limit)
+    except ValueError:  # too many sums, or combinations of bits, to be solved exactly
+        return None
     if best is None:
         return None
     score = sums.score(incumbent.config)
@@ -188,7 +191,7 @@ def _exact(history: History) -> dict[str, Any] | None:
         "gap": score / best.score if best.score > 0 else None,
         "cost": best.cost,
         "assignment": best.config.to_json(),
-        "prices": [price._asdict() for price in sums.prices(history.info.limit)],
+        "prices": [price._asdict() for price in prices],
         "of_the_score": math.isclose(score, incumbent.winner.score, rel_tol=1e-9),
     }
 

@@ -148,6 +148,9 @@ class ProgressiveBitSampler(BaseSampler):
             )
         if budget is not None:
             check_reachable(space, budget)
+            if verify:  # finalists are exact optima, which a peak of too many tensors has not
+                for bound in budget.bounds(space):
+                    _ = bound.model.rows
         self.space = space
         self.budget = budget
         self.n_candidates = n_candidates

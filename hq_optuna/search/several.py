@@ -9,9 +9,13 @@ off before it solves anew. For a single sum `exact.Allocation` is much faster.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,7 +101,7 @@ class SeveralLimits:
         over = np.hstack([chosen / scale, -np.ones((len(chosen), 1))])
         wide = np.hstack([self._costs / scale, np.zeros((len(self._costs), 1))])
         one = np.hstack([self._one.toarray(), np.zeros((len(self._blocks), 1))])
-        made = milp(
+        made = _milp(
             np.concatenate([np.zeros(n), [1.0]]),
             integrality=np.concatenate([np.ones(n), [0.0]]),
             bounds=Bounds(
@@ -207,7 +211,7 @@ class SeveralLimits:
             if cuts:
                 most = len(self._blocks) - 1
                 constraints.append(LinearConstraint(vstack(list(map(csr_array, cuts))), 0, most))
-            made = milp(
+            made = _milp(
                 np.where(allowed, score, 0.0),
                 integrality=np.ones(len(score)),
                 bounds=Bounds(0, allowed.astype(float)),
@@ -220,3 +224,33 @@ class SeveralLimits:
             if bool((self._sums(chosen) - self._fixed <= room).all()):
                 return chosen
             cuts.append(chosen.astype(float)[None])
+
+
+_ONE_AT_A_TIME = threading.Lock()
+
+
+def _milp(*given: Any, **options: Any) -> Any:
+    """Return what `scipy.optimize.milp` does, without a word on standard output."""
+    with _ONE_AT_A_TIME, _output_to_stderr():
+        return milp(*given, **options)
+
+
+@contextlib.contextmanager
+def _output_to_stderr() -> Iterator[None]:
+    """Send what C code prints to standard error: HiGHS prints lines left from its debugging.
+
+    They would stand among the JSON that commands print. Does nothing where there is no output.
+    """
+    try:
+        kept = os.dup(1)
+        os.dup2(2, 1)
+    except OSError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, AttributeError, TypeError):
+            ctypes.CDLL(None).fflush(None)  # what C holds back would come after
+        os.dup2(kept, 1)
+        os.close(kept)

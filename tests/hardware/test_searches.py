@@ -20,6 +20,7 @@ from hq_optuna.settings import SearchSettings
 from hq_optuna.space.budget import Budget
 from hq_optuna.space.layers import LayerSpec
 from hq_optuna.space.search_space import SearchSpace
+from tests import training_searches
 
 # Where weights are narrow, inputs are wide: what one limit saves, the other pays for.
 CROSSED = "name: crossed\nsource: here\nlayers: {'*': [W4A8, W8A2]}\n"
@@ -116,3 +117,10 @@ def _scored(trial: optuna.Trial, space: SearchSpace, sums: Additive) -> float:
     for v in space.variables:
         trial.suggest_categorical(v.name, tuple(map(v.shown, v.bits)))
     return sums.score(assignment(trial))
+
+
+def test_training_is_refused_where_scales_are_powers_of_two() -> None:
+    with pytest.raises(ValueError, match=r"which are powers of two on imx500\. Search without"):
+        training_searches.search(
+            hardware="imx500", training=training_searches.plan(), budget="0.9 bops"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
 
@@ -10,6 +11,7 @@ import pytest
 
 from hq_optuna.errors import BudgetError
 from hq_optuna.search import Additive, ProgressiveSearch, check_reachable
+from hq_optuna.search import several as several_module
 from hq_optuna.search.several import SeveralLimits
 from hq_optuna.space.assignment import LayerBits
 from hq_optuna.space.budget import Budget, parse_budget
@@ -129,3 +131,18 @@ def test_limits_that_contradict_each_other_are_refused_with_what_each_leaves() -
     assert caught.value.minimum == least
     pairs = SearchSpace.build(fake_layers(4), bits=(8, 2), activation_bits=(8, 2))
     check_reachable(pairs, parse_budget(["0.9 bops", "0.9 size_bytes"]))
+
+
+def test_nothing_that_the_solver_prints_comes_to_standard_output(capfd, monkeypatch) -> None:
+    def talks(*given, **options):
+        ctypes.CDLL(None).puts(b"a line left from debugging")
+        return milp(*given, **options)
+
+    milp = several_module.milp
+    monkeypatch.setattr(several_module, "milp", talks)
+    sums = problem(6, bits=range(2, 9))
+    assert sums.exact(BOTH.limit(sums.space)) is not None
+    ctypes.CDLL(None).fflush(None)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "a line left from debugging" in err
