@@ -145,7 +145,7 @@ class BitSearch:
         table = self.settings.latency
         self.space = space_on(
             *(read_hardware(self.settings.hardware), seen.layers, self.settings),
-            memory=seen.memory,
+            memory=seen.memory.rounded(self.settings.output_bits),
             latency=None if table is None else read_latency(table),
         )
         check_reachable(self.space, self.budget)

@@ -27,6 +27,7 @@ from hq_optuna.protocol.history import History, Reference, read_history
 from hq_optuna.protocol.start_options import StartOptions, mask
 from hq_optuna.protocol.status import SearchStatus, read_status
 from hq_optuna.report.comparison import warnings
+from hq_optuna.report.hardware import latencies, memory_map
 from hq_optuna.report.text import headline
 from hq_optuna.search import uniform_within, way
 from hq_optuna.space.assignment import BitConfig, LayerBits
@@ -72,6 +73,7 @@ def report_data(
             "agreement": agreement(history),
             "accuracies": accuracies(facts),
             "beside": beside(history),
+            **_on_hardware(history),
             "levels": history.space.levels,
             "output_error": errors and {k: errors[k] for k in ("samples", "output")},
             "layers": [dataclasses.asdict(row) for row in layer_table(history)],
@@ -103,6 +105,12 @@ def _deploy(study: Study, history: History) -> list[dict[str, Any]]:
         return []
     digest, rows = history.incumbent.config.digest, study.user_attrs.get(attributes.EXPORTED, [])
     return [row for row in rows if row["assignment"] == digest]
+
+
+def _on_hardware(history: History) -> dict[str, Any]:
+    space = history.space
+    config = space.start if history.incumbent is None else history.incumbent.config
+    return {"memory": memory_map(space, config), "latency": latencies(space, config)}
 
 
 def _share(cost: float | None, whole: float | None) -> float | None:

@@ -9,52 +9,25 @@ import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from hq_optuna.answer.intervals import CONFIDENCE
 from hq_optuna.attributes import EIGHT, UNIFORM, quantizers_text
+from hq_optuna.report.block import NOT_MEASURED, Block, Column, percent
+from hq_optuna.report.hardware import ON_HARDWARE, limits
 from hq_optuna.settings import SearchSettings, Setting, settings_of
-from hq_optuna.space.cost import METRICS, NOUNS, UNITS, Metric, format_cost
+from hq_optuna.space.cost import METRICS, NOUNS, Metric, format_cost
 from hq_optuna.space.layers import FLOAT_BITS
 
-NOT_MEASURED = "not measured"
-
-
 BITS_COLUMNS = ("weight bits", "activation bits")
-
-Column = tuple[str, Sequence[str]]
-"""Title and cells."""
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """One titled part of the report."""
-
-    key: str  # short name, for links
-    title: str
-    columns: Sequence[Column] = ()  # of its table; empty for none
-    lines: Sequence[str] = ()  # sentences, one item each
-    n_text_columns: int = 1  # how many columns hold words; the others hold numbers
-    code: str = ""  # a command to copy
-    last_stands_out: bool = False  # the last row sums up the others, or is compared with them
-
-    @property
-    def header(self) -> list[str]:
-        """Titles of the columns."""
-        return [title for title, _ in self.columns]
-
-    @property
-    def rows(self) -> list[tuple[str, ...]]:
-        """Cells of the table."""
-        return list(zip(*(cells for _, cells in self.columns), strict=True))
 
 
 def blocks(data: Mapping[str, Any]) -> list[Block]:
     """Return the parts of the report in their order; the pictures go after ``"answer"``."""
     found = [_beside(data), _layers(data), _answer(data)]
     if data["exact"] is not None and data["exact"]["prices"]:
-        found.append(_limits(data))
+        found.append(limits(data))
+    found += [part(data[what]) for what, part in ON_HARDWARE.items() if data[what] is not None]
     if data["measured_end"] is not None:
         found.append(_finalists(data["measured_end"], data["budget"]["metric"]))
     if data["compared"]:
@@ -243,36 +216,6 @@ def _answer(data: Mapping[str, Any]) -> Block:
     said |= {"validation_metric", "test_metric"}
     rows += [(k.replace("_", " "), fact(k, v)) for k, v in facts.items() if k not in said]
     return _pairs("answer", "In numbers", rows)
-
-
-def _limits(data: Mapping[str, Any]) -> Block:
-    """Return what each limit allows, what of it is used, and what more of it would bring."""
-    rows, prices = data["limits"], data["exact"]["prices"]
-    more = []
-    for row, price in zip(rows, prices, strict=True):
-        gain = price["nats_per_unit"] * row["limit"] / 100
-        units = UNITS[row["metric"]].items()
-        unit, scale = next(
-            ((u, s) for u, s in units if row["limit"] >= s), (NOUNS[row["metric"]], 1)
-        )
-        more.append(
-            f"1 % more: -{gain:.2g} nats (-{gain / max(data['exact']['optimum'], 1e-300):.2%}); "
-            f"1 {unit} more: -{price['nats_per_unit'] * scale:.2g} nats"
-            if price["nats_per_unit"] > 0
-            else "nothing: it does not bind"
-        )
-    columns: list[Column] = [
-        ("limit", [NOUNS[row["metric"]] for row in rows]),
-        ("allowed", [format_cost(row["limit"], row["metric"]) for row in rows]),
-        ("the answer", [format_cost(row["answer"], row["metric"]) for row in rows]),
-        ("of it", [percent(row["answer"] / row["limit"]) for row in rows]),
-        ("what more would buy", more),
-    ]
-    lines = [
-        "What more of a limit would buy is the shadow price of the least sum over layers where "
-        "choices may be mixed: what the predicted rise would fall by at first."
-    ]
-    return Block("limits", "Limits", columns, lines)
 
 
 def _finalists(found: Mapping[str, Any], metric: Metric) -> Block:
@@ -493,11 +436,6 @@ def number(value: float | None, unit: str = "", digits: int = 3) -> str:
     if value is None:
         return NOT_MEASURED
     return f"{value:.{digits}g} {unit}".rstrip()
-
-
-def percent(fraction: float | None) -> str:
-    """Return the fraction as ``"24.8 %"``, or "not measured" for ``None``."""
-    return NOT_MEASURED if fraction is None else f"{100 * fraction:.1f} %"
 
 
 def hundredths(fraction: float) -> str:

@@ -1,15 +1,16 @@
 """Peak activation memory: which tensors are in memory at each moment of a pass, and how wide.
 
 A tensor is as wide as its readers need it: the activation bits of the layers that quantize it, the
-largest where several read it with different bits, and 32 where nobody quantizes it. Tensors are
-packed: 3 bits take 3/8 byte. Weights, and what an operation needs for itself, are not counted.
+largest where several read it with different bits, and 32 where nobody quantizes it. With
+``output_bits`` it has these at least, but where one layer alone reads it. Tensors are packed: 3
+bits take 3/8 byte. Weights, and what an operation needs for itself, are not counted.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,8 @@ class LiveTensor:
         last: Moment at which it is read last; the end of the pass for what the network returns.
         readers: Layers that quantize it.
         bits: Its width where no layer quantizes it.
+        alone: Whether one layer alone reads it.
+        least: Its least width.
     """
 
     name: str
@@ -38,10 +41,13 @@ class LiveTensor:
     last: int
     readers: tuple[str, ...] = ()
     bits: int = FLOAT_BITS
+    alone: bool = False
+    least: int = 0
 
     def width(self, config: Mapping[str, LayerBits]) -> int:
         """Return its bits an element: of several readers' the largest."""
-        return max((config[name].activation_bits for name in self.readers), default=self.bits)
+        widest = max((config[name].activation_bits for name in self.readers), default=self.bits)
+        return max(widest, self.least)
 
 
 @dataclass(frozen=True)
@@ -90,9 +96,13 @@ class MemoryMap:
         if not self.moments:
             return "", []
         moment = int(self.profile(config).argmax())
+        return self.moments[moment], self.held(config, moment)
+
+    def held(self, config: Mapping[str, LayerBits], moment: int) -> list[tuple[LiveTensor, float]]:
+        """Return what is in memory at a moment with its bytes, largest first."""
         sizes = self._alive[moment] * self.widths(config)
-        held = [(t, float(size)) for t, size in zip(self.tensors, sizes, strict=True) if size]
-        return self.moments[moment], sorted(held, key=lambda pair: -pair[1])
+        found = [(t, float(size)) for t, size in zip(self.tensors, sizes, strict=True) if size]
+        return sorted(found, key=lambda pair: -pair[1])
 
     @functools.cached_property
     def rows(self) -> tuple[MemoryRow, ...]:
@@ -108,14 +118,17 @@ class MemoryMap:
         for alive in np.unique(self._alive, axis=0):
             partial: set[tuple[float, tuple[tuple[str, float], ...]]] = {(0.0, ())}
             for tensor, size in zip(self.tensors, alive.tolist(), strict=True):
-                if size and not tensor.readers:
-                    partial = {(fixed + size * tensor.bits, by) for fixed, by in partial}
-                elif size:
-                    partial = {
-                        (fixed, tuple(sorted({**dict(by), r: dict(by).get(r, 0.0) + size}.items())))
-                        for fixed, by in partial
-                        for r in tensor.readers
-                    }
+                if not size:
+                    continue
+                at_least = tensor.least if tensor.readers else tensor.width({})
+                held = (
+                    {(fixed + size * at_least, by) for fixed, by in partial} if at_least else set()
+                )
+                partial = held | {
+                    (fixed, tuple(sorted({**dict(by), r: dict(by).get(r, 0.0) + size}.items())))
+                    for fixed, by in partial
+                    for r in tensor.readers
+                }
                 if len(partial) + len(found) > MAX_ROWS:
                     raise ValueError(
                         f"Peak memory takes more than {MAX_ROWS:,} linear rows: too many tensors "
@@ -130,22 +143,28 @@ class MemoryMap:
         """Return the elements of the tensors that a layer quantizes, for one sample."""
         return sum(tensor.n_elements for tensor in self.tensors if layer in tensor.readers)
 
+    def rounded(self, output_bits: int | None) -> MemoryMap:
+        """Return the map of a network whose outputs are rounded to so many bits."""
+        if output_bits is None:
+            return self
+        floats = [t.readers or t.bits == FLOAT_BITS for t in self.tensors]
+        tensors = (
+            replace(t, bits=output_bits, least=output_bits) if is_float and not t.alone else t
+            for t, is_float in zip(self.tensors, floats, strict=True)
+        )
+        return MemoryMap(self.moments, tuple(tensors))
+
     def to_json(self) -> dict[str, Any]:
         """Return the map as JSON data, the inverse of `from_json`."""
-        names = ("name", "n_elements", "first", "last", "readers", "bits")
-        rows = [[getattr(tensor, name) for name in names] for tensor in self.tensors]
-        return {
-            "moments": list(self.moments),
-            "tensors": [[*r[:4], list(r[4]), r[5]] for r in rows],
-        }
+        rows = [[getattr(t, one.name) for one in fields(t)] for t in self.tensors]
+        return {"moments": list(self.moments), "tensors": rows}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> MemoryMap:
         """Rebuild a map from `to_json`'s data."""
-        tensors = (
-            LiveTensor(name, n, first, last, tuple(readers), bits)
-            for name, n, first, last, readers, bits in data["tensors"]
-        )
+        known = [field.name for field in fields(LiveTensor)]
+        rows = [dict(zip(known, row, strict=True)) for row in data["tensors"]]
+        tensors = [LiveTensor(**{**row, "readers": tuple(row["readers"])}) for row in rows]
         return cls(tuple(data["moments"]), tuple(tensors))
 
 

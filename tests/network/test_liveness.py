@@ -97,6 +97,7 @@ def test_a_residual_stays_until_it_is_added_and_pointwise_operations_make_nothin
         ("1.conv1", 256, 1, 2, ("1.conv2",)),  # batch norm and ReLU write over it
         ("1.conv2", 256, 2, 2, ()),  # the sum and its ReLU too; what the network returns
     ]
+    assert [t.alone for t in memory.tensors] == [True, False, True, False]
     bits = BitConfig({"0": (8, 8), "1.conv1": (8, 4), "1.conv2": (8, 2)})
     assert memory.profile(bits).tolist() == [192 + 128, 128 + 64, 128 + 64 + 1024]
 

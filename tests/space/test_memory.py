@@ -82,6 +82,26 @@ def test_too_many_rows_are_refused() -> None:
         assert crowd.rows
 
 
+def test_rounded_outputs_are_as_wide_as_that_and_no_narrower() -> None:
+    alone = (LiveTensor("input", 80, 0, 0, ("a",), alone=True),)
+    tensors = (
+        *alone,
+        LiveTensor("a", 100, 0, 1, ("b",)),  # and an addition
+        LiveTensor("sum", 100, 1, 1),
+        LiveTensor("index", 10, 1, 1, bits=64),
+    )
+    memory = MemoryMap(("a", "b"), tensors).rounded(8)
+    config = {"a": LayerBits(4, 4), "b": LayerBits(4, 4)}
+    assert memory.profile(config).tolist() == [40 + 100, 100 + 100 + 80]
+    wide = {"a": LayerBits(4, 4), "b": LayerBits(4, 16)}
+    assert memory.profile(wide).tolist() == [40 + 200, 200 + 100 + 80]
+    for bits in (config, wide):
+        sums = [r.fixed + sum(r.layer_cost(n, b) for n, b in bits.items()) for r in memory.rows]
+        assert max(sums) == memory.peak(bits)
+    assert memory.rounded(None) == memory
+    assert MemoryMap.from_json(json.loads(json.dumps(memory.to_json()))) == memory
+
+
 def spec(name: str) -> LayerSpec:
     return LayerSpec(name, "Linear", (10, 10), 0, macs=100, n_calls=1, n_inputs=10)
 

@@ -241,11 +241,16 @@ class _Groups:
             self._members[id(into)].append(new)
             self._names[id(into)].add(operation.name)
 
+    def reads(self, made: _Made) -> set[int]:
+        """Return the operations outside a group that read it."""
+        members = self.members(made)
+        found = {at for one in members for at in self._readers_of(one)}
+        return {at for at in found if not set(self._operations[at].gave) & set(members)}
+
     def readers(self, made: _Made) -> set[nn.Module]:
         """Return the modules that take it, or what is only moved from it."""
-        last = self.members(made)
-        found = {module for one in last for module in one.by_layers}
-        reads = {at for one in last for at in self._readers_of(one)}
+        found = {module for one in self.members(made) for module in one.by_layers}
+        reads = self.reads(made)
         for at in reads:
             operation = self._operations[at]
             for new in operation.gave:
@@ -281,14 +286,17 @@ def memory_map(
             [first, *(bisect_right(when, groups.runs[at]) - 1 for m in members for at in m.reads)]
         )
         modules = groups.readers(made) if merge and made.is_float else set()
+        readers = tuple(name for module, name in layers.items() if module in modules)
+        returned = any(m.returned for m in members)
         held.append(
             LiveTensor(
                 name=made.name,
                 n_elements=-(-made.n_elements // (record.n_samples if made.of_batch else 1)),
                 first=first,
-                last=len(when) - 1 if any(m.returned for m in members) else last,
-                readers=tuple(name for module, name in layers.items() if module in modules),
+                last=len(when) - 1 if returned else last,
+                readers=readers,
                 bits=FLOAT_BITS if merge and made.is_float else 8 * made.itemsize,
+                alone=len(readers) == 1 and len(groups.reads(made)) == 1 and not returned,
             )
         )
     given = (record.operations[at].gave for at in when) if record.operations else ()
