@@ -73,10 +73,14 @@ class Driver:
                 self._wait_for_progress(workers)
                 time.sleep(self._rng.expovariate(1 / self._seconds))
                 victim = self._rng.choice(workers)
-                if victim.is_alive():
+                if victim.is_alive() and self._may_kill(until):
                     victim.kill()
             else:
                 time.sleep(0.02)
+
+    def _may_kill(self, until: int) -> bool:
+        """Return whether a kill is of use now, of so many in all."""
+        return True
 
     def _wait_for_progress(self, workers: list[Any]) -> None:
         """Wait until somebody claimed something: a death before any work shows little."""
@@ -133,6 +137,12 @@ class WholeDriver(Driver):
                     self._n_trials = n
                     return
             time.sleep(0.02)
+
+    def _may_kill(self, until: int) -> bool:
+        """Kill about as often in each phase: a search that never gets on shows one of them only."""
+        with contextlib.suppress(OptunaError):
+            return self.phases[phase_of(self._storage, self._study_id)] < until / 3
+        return True
 
     def _start(self) -> Any:
         dies = 0.05 if self._rng.random() < 0.5 else 0.0
@@ -253,7 +263,8 @@ def main() -> None:
         outcome.details[kind] = found
         print(f"{kind}: {found}")
     for kind in options.storages:
-        found = torment_whole(kind, kills, 3 * seconds, options.seed)
+        n = min(kills, 2) if options.quick else kills
+        found = torment_whole(kind, n, 3 * seconds, options.seed)
         for figure in ("kills", "lost", "doubled", "same_history"):
             outcome.figures[f"whole_{figure}_{kind}"] = found[figure]
         outcome.details[f"whole_{kind}"] = found

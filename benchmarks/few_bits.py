@@ -9,8 +9,12 @@ their variance. Figures that end in ``_compensated`` are of that rounding. Detai
 differences of each with standard errors. ``worse_at_6_8`` counts the cases at 6 and 8 bits in which
 the divergence or error rises by more than two of them.
 
-``passes_NETWORK`` is the price of preparing the table and fitting one answer in order, in float
-passes over the calibration set; ``passes_NETWORK_compensated`` of the same without.
+``passes_NETWORK`` is the price of preparation, its table where there are mixed bits, and of fitting
+one answer in order, in float passes over the calibration set; ``passes_NETWORK_compensated`` of the
+same without.
+
+``--without ranges`` or ``regression`` leaves a part of it out: ranges stay those of least squared
+error, weights are rounded without being fitted to quantized inputs first.
 
     python -m benchmarks.few_bits --networks resnet20 kws --settings W3A3 W6A6 --data DIR
     python -m benchmarks.few_bits --quick
@@ -21,13 +25,15 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
+import re
 import statistics
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -38,11 +44,19 @@ from benchmarks.zoo import data_folder, load_trained, unpacked
 from hq_optuna import BitSearch, Budget, Metric
 from hq_optuna.network.batches import Batches, forward, read_batches
 from hq_optuna.network.containers import tensors
+from hq_optuna.quantization import in_order
+from hq_optuna.scoring import Sensitivity
 from hq_optuna.search.uniform import uniform_states
 from studies import efficientnet_lite0, fastestdet, sentences, super_resolution
 
 ROUNDINGS = {"": True, "_compensated": False}
 """Ends of figures, and whether the network is fitted in order."""
+
+PARTS: dict[str, tuple[str, Any]] = {
+    "ranges": ("output_range", lambda weight, rows, bits, before, *, normed: before),
+    "regression": ("RIDGES", ()),
+}
+"""Parts of rounding in order, and what takes the place of each when it is left out."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +104,14 @@ def outputs_of(network: nn.Module, data: Batches) -> list[list[Tensor]]:
 class Bench:
     """A prepared search, and what is measured of its assignments on unseen samples."""
 
-    def __init__(self, name: str, data: Path, seed: int, samples: dict[str, int | None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        data: Path,
+        seed: int,
+        samples: dict[str, int | None],
+        settings: Sequence[str],
+    ) -> None:
         self.case = case = CASES[name]
         self.classifies = case.metric is ACCURACY
         if case.study is None:
@@ -101,18 +122,27 @@ class Bench:
             network, seen, unseen = _of_study(case, data, seed, samples)
             told = {"rise": getattr(case.study, "rise", None)}
             told["loss_fn"] = getattr(case.study, "loss", None)
+        # Only a table needs weights at all bits.
+        searched = any(setting.startswith("mixed") for setting in settings)
+        few = {int(b) for setting in settings for b in re.findall(r"\d+", setting)}
+        bits = range(2, 9) if searched else sorted({8, *few})
         self.network, self.unseen = network, read_batches(unseen, batch_size=64)
         self.search = BitSearch(
             *(network, seen),
-            **{**told, "bits": range(2, 9), "activation_bits": range(2, 9), "budget": "1 bops"},
+            **{**told, "bits": bits, "activation_bits": bits, "budget": "1 bops"},
             **{"scorer": "hessian_trace", "rounding": "in_order", **case.search},
         )
         objective = self.search.objective
         runs = [self._seconds_of(lambda: outputs_of(network, objective.data)) for _ in range(3)]
         self.one = min(seconds for _, seconds in runs)
-        self.study, preparation = self._seconds_of(self.search.open)
-        self.passes = preparation / self.one
-        self.scorer = objective.prepare(self.study)
+        self.study, preparation = self._seconds_of(self.search.open) if searched else (None, 0.0)
+        if self.study is not None:
+            self.scorer = objective.prepare(self.study)
+        else:
+            built = objective.setup.build(network, Sensitivity({}, {}), lambda what, done, of: None)
+            self.scorer = built.scorer
+        _, seconds = self._seconds_of(lambda: self.scorer.prepared)
+        self.passes = (preparation + seconds) / self.one
         self.expected = outputs_of(network, self.unseen)
         self.records = case.metric.records(network, self.unseen)
         self.space = self.search.space
@@ -131,6 +161,7 @@ class Bench:
         if not setting.startswith("mixed"):
             return self.uniform[setting]
         bits = setting.removeprefix("mixed")
+        assert self.study is not None, "there is a table for mixed bits"
         limit = self.space.costs("bops").cost(self.uniform[f"W{bits}A{bits}"])
         return self.search.exact(self.study, Budget.absolute(bops=limit)).config
 
@@ -138,9 +169,9 @@ class Bench:
         """Return metric, divergences and price of both roundings, and paired differences."""
         config, found = self.config(setting), dict[str, Any]()
         records, moved = dict[str, Any](), dict[str, Tensor]()
-        for end, in_order in ROUNDINGS.items():
+        for end, fits in ROUNDINGS.items():
             network, seconds = self._seconds_of(
-                lambda fitted=in_order: self.scorer.network(config, in_order=fitted)
+                lambda fitted=fits: self.scorer.network(config, in_order=fitted)
             )
             records[end] = self.case.metric.records(network, self.unseen)
             moved[end] = self._moved(network)
@@ -197,6 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--calibration", type=int, help="samples; by default a network's own")
     parser.add_argument("--unseen", type=int, help="samples; by default all")
     parser.add_argument("--seeds", type=int, default=1, help="figures are means over so many")
+    parser.add_argument("--without", nargs="+", choices=list(PARTS), default=[])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="the digits alone")
     parser.add_argument("--out", type=Path)
@@ -204,12 +236,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(arguments.threads)
     outcome, each, worse = Outcome("few_bits"), dict[str, list[float]](), 0
     samples = {"n_calibration": arguments.calibration, "n_unseen": arguments.unseen}
-    with nullcontext() if arguments.quick else unpacked(arguments.data) as folder:
+    with ExitStack() as stack:
+        for part in arguments.without:
+            stack.enter_context(mock.patch.object(in_order, *PARTS[part]))
+        folder = None if arguments.quick else stack.enter_context(unpacked(arguments.data))
         for name in ["digits"] if arguments.quick else arguments.networks:
             data = arguments.data if folder is None or CASES[name].study is None else folder
             for seed in range(arguments.seeds):
-                bench = Bench(name, data, seed, samples)
-                for setting in arguments.settings or bench.case.settings:
+                settings = arguments.settings or CASES[name].settings
+                bench = Bench(name, data, seed, samples, settings)
+                for setting in settings:
                     found = outcome.details[f"{name}_{setting}_{seed}"] = bench.measured(setting)
                     bits = setting.lower()
                     what = "kl" if bench.classifies else "error"

@@ -16,6 +16,7 @@ from onnx import TensorProto
 from torch import nn
 
 from hq_optuna import export
+from hq_optuna.export.deployed import deployed, deployed_layers
 from tests.export.answers import answer_of, data_of, everything, images, randomized, stored, written
 
 LEVELS = onnxruntime.GraphOptimizationLevel
@@ -196,3 +197,53 @@ def test_onnxsim_1303_what_runs_in_integers_is_read_back_from_the_optimized_grap
     """A convolution with 8-bit integers before the next rounding does; 4-bit weights do not."""
     assert eight[1].check.integer_layers == ("tokens",)
     assert four[1].check.integer_layers == ()
+
+
+def test_brevitas_1346_and_mct_960_the_file_is_as_large_at_fewer_bits(tmp_path):
+    x, network = torch.randn(16, 256), randomized(nn.Sequential(nn.Linear(256, 512)))
+    sizes = {}
+    for bits in (8, 4, 2):
+        answer, path = answer_of(network, x, (bits, 8)), tmp_path / f"{bits}.onnx"
+        export.write(answer, path, data_of(x), weights="int2", check=0)
+        sizes[bits] = path.stat().st_size
+    for more, fewer in ((8, 4), (4, 2)):  # but for 512 scales, 512 biases, and the graph
+        saved = 256 * 512 * (more - fewer) // 8
+        assert abs(sizes[more] - sizes[fewer] - saved) < 1000
+
+
+def test_pytorch_167063_the_exporter_fails_on_fake_quantize_modules(four):
+    assert {node.domain for node in four[2].graph.node} == {""}
+    kinds = {node.op_type for node in four[2].graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear"} <= kinds
+
+
+def test_brevitas_1543_integer_weights_cannot_be_exported(eight):
+    kinds = {i.name: i.data_type for i in eight[2].graph.initializer}
+    for name, layer in deployed_layers(deployed(eight[0])).items():
+        found = stored(eight[2])[f"{name}.weight_codes"].astype(np.int64)
+        assert kinds[f"{name}.weight_codes"] == TensorProto.INT8
+        codes = np.abs(layer.weight_codes.numpy().astype(np.int64))  # batch-norm may change signs
+        assert any(np.array_equal(np.abs(found), c) for c in (codes, codes.T)), name
+
+
+def test_aimet_4071_encodings_are_missing_or_name_what_is_not_in_the_file(four, tmp_path):
+    export.write(four[0], tmp_path / "net.json", data_of(images()), format="encodings", check=0)
+    graph = onnx.load(tmp_path / "net.float.onnx").graph
+    names = {n for node in graph.node for n in (*node.input, *node.output)}
+    first = json.loads((tmp_path / "net.json").read_text())
+    second = json.loads((tmp_path / "net.v2.json").read_text())["encodings"]
+    layers = [*deployed_layers(deployed(four[0]))]
+    params = {entry["name"] for entry in first["param_encodings"]}
+    activations = [entry["name"] for entry in first["activation_encodings"]]
+    assert params == {f"{name}.weight" for name in layers}
+    assert len(activations) == len({*activations}) == len(layers)
+    assert {entry["name"] for entry in second} == {*activations, *params} <= names
+
+
+@pytest.mark.parametrize(("bits", "weights"), [(2, "int2"), (4, "int4"), (8, "int8")])
+def test_nncf_887_files_of_2_4_and_8_bits_run(bits, weights, tmp_path):
+    x = images()
+    answer, path = answer_of(everything(), x, (bits, 8)), tmp_path / "net.onnx"
+    export.write(answer, path, data_of(x), weights=weights, check=32)
+    found, wanted = run(onnx.load(path), x, optimize=False), expected(answer, x)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=0.02 * float(np.abs(wanted).max()))

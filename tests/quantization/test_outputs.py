@@ -12,6 +12,7 @@ from torch.nn import functional
 import hq_optuna as hq
 from hq_optuna.errors import NetworkError, SettingError
 from hq_optuna.network.introspection import introspect
+from hq_optuna.objective import preparation
 from hq_optuna.quantization import observe_inputs, prepare, set_bits
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.quantization.outputs import (
@@ -207,6 +208,22 @@ def test_a_search_scores_saves_and_loads_them(tmp_path):
     assert torch.equal(loaded(x), result.network(x))
     assert len(torch.unique(loaded(x))) <= 8
     assert not torch.equal(plain.objective.quantized(result.config)(x), loaded(x))
+
+
+@torch.no_grad()
+def test_a_worker_that_joins_takes_the_ranges_from_the_store(tmp_path, monkeypatch):
+    where = {"storage": f"sqlite:///{tmp_path}/study.db", "study_name": "shared"}
+    searches = [search(verify=2, output_bits=4) for _ in range(2)]
+    networks, x = [], images(64)
+    for _, _, each in searches:
+        study = each.open(**where, artifacts=tmp_path / "artifacts")
+        networks.append(each.objective.quantized(each.space.config(each.space.bottom)))
+        monkeypatch.setattr(preparation, "add_output_quantizers_", None)  # not found anew
+    ranges = [[q.range(4) for q in output_quantizers(n).values()] for n in networks]
+    assert ranges[0] == ranges[1] and len(ranges[0]) == 9
+    assert torch.equal(networks[0](x), networks[1](x))
+    tables = [each.objective.prepare(study).sensitivity.to_json() for _, _, each in searches]
+    assert tables[0] == tables[1]
 
 
 def test_searches_that_cannot_use_them_are_refused():
