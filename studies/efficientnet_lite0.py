@@ -143,8 +143,8 @@ def _images(paths: list[Path], share: float, size: int) -> Tensor:
     for path in paths:
         with Image.open(io.BytesIO(path.read_bytes())) as stored:
             image: Any = stored.convert("RGB")
-        side = share * min(image.size)
-        left, top = ((length - side) / 2 for length in image.size)
+        side = round(share * min(image.size))
+        left, top = ((length - side) // 2 for length in image.size)  # whole pixels: no blur
         box = (left, top, left + side, top + side)
         small = image.resize((size, size), Image.Resampling.BICUBIC, box)
         found.append(torch.from_numpy(np.array(small)).movedim(-1, 0))

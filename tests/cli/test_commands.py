@@ -301,6 +301,8 @@ def test_table_and_report_are_artifacts_of_the_study(study: Path, command: Comma
 
     from hq_optuna import load_assignment
     from hq_optuna.artifacts.store import attached, open_artifacts
+    from hq_optuna.optuna_internals import id_of, storage_of
+    from hq_optuna.protocol.pieces import read_pieces
 
     assert command("run", study).exit_code == 0
     found = optuna.load_study(study_name="tiny", storage=f"sqlite:///{RUN / 'study.db'}")
@@ -320,7 +322,11 @@ def test_table_and_report_are_artifacts_of_the_study(study: Path, command: Comma
     assert store.get(recipe) == (RUN / "result/recipe.json").read_bytes()
     assert f"SHA-256 {recipe.sha256}" in (RUN / "report.html").read_text()
     command("run", study, "--name", "second", "--artifacts", "shared")
-    assert len(list(Path("shared").iterdir())) == 5
+    second = optuna.load_study(study_name="second", storage=f"sqlite:///{RUN.parent / 'second' / 'study.db'}")
+    system = storage_of(second).get_study_system_attrs(id_of(second))
+    pieces = [piece.name for piece in read_pieces(system)]
+    assert pieces == ["layers:0", "statistics", "table:0"]
+    assert len(list(Path("shared").iterdir())) == 5 + len(pieces)
     refused = command("run", study, "--name", "third", "--artifacts", "ftp://host")
     assert "is no artifact store" in " ".join(refused.output.split())
     assert not Path("hq-optuna-runs/third").exists()
