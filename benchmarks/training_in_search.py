@@ -3,9 +3,12 @@
 For each seed a search trains its winner every ``--every`` steps and its answer at the end; then
 others train the answer alone, for as many epochs in sum, and not at all. All have the same network,
 data, budget and seed of the draws. Accuracy and loss are of validation and test data; the score is
-that of the answer before its last training, ``score_after`` that after it.
+that of the answer before its last training, ``score_after`` that after it. ``--patent`` runs the
+method of patent CN112183742B too, which trains every winner and not the answer, and again the
+search by table whose answer is trained for as many epochs.
 
     python -m benchmarks.training_in_search [--every 4 12] [--budget 0.12] [--seeds 3]
+    python -m benchmarks.training_in_search --every --patent --train-epochs 1
     python -m benchmarks.training_in_search --data DIR --checkpoint FILE   # ResNet-20 on CIFAR-10
 """
 
@@ -44,7 +47,7 @@ def measure(
             parts.calibration,
             training=plan,
             validation=parts.validation,
-            budget=options["budget"],
+            **{name: options[name] for name in ("budget", "method") if name in options},
         )
         study = search.optimize(
             n_candidates=options["n_candidates"], seed=seed, artifacts=folder, study_name="s"
@@ -81,7 +84,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="CIFAR-10, for the ResNet-20")
     parser.add_argument("--checkpoint", type=Path, help="of the ResNet-20")
-    parser.add_argument("--every", type=int, nargs="+", default=[4, 12])
+    parser.add_argument("--every", type=int, nargs="*", default=[4, 12])
+    parser.add_argument("--patent", action="store_true", help="the patent's method too")
     parser.add_argument("--train-epochs", type=int, default=2)
     parser.add_argument("--final-epochs", type=int, default=20)
     parser.add_argument("--budget", type=float, default=0.12, help="share of the all-8-bit BOPs")
@@ -115,7 +119,9 @@ def main() -> None:
     if arguments.bfloat16:
         training |= {"precision": "bfloat16", "channels_last": True}
     for seed in range(arguments.seeds):
-        for every in arguments.every:
+        ways = {f"every_{every}": (f"end_as_{every}", every) for every in arguments.every}
+        ways |= {"patent": ("end_as_patent", 1)} if arguments.patent else {}
+        for way, (compared, every) in ways.items():
             asked = {
                 **file.settings,
                 "training": training,
@@ -131,12 +137,16 @@ def main() -> None:
                 final=replace(plan.final, seed=seed),
             )
             assert plan.final is not None
-            row = measure(parts, plan, search, seed)
-            found.setdefault(f"every_{every}", []).append(row)
-            print(f"seed {seed} every {every}: {row}", flush=True)
+            if way == "patent":
+                patent = {**search, "method": "patent"}
+                row = measure(parts, replace(plan, final=None), patent, seed)
+            else:
+                row = measure(parts, plan, search, seed)
+            found.setdefault(way, []).append(row)
+            print(f"seed {seed} {way}: {row}", flush=True)
             final = replace(plan.final, epochs=int(row["epochs"]))
             row = measure(parts, replace(plan, every=0, final=final), search, seed)
-            found.setdefault(f"end_as_{every}", []).append(row)
+            found.setdefault(compared, []).append(row)
             print(f"seed {seed} at the end, {final.epochs} epochs: {row}", flush=True)
         row = measure(parts, None, search, seed)
         found.setdefault("never", []).append(row)

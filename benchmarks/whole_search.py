@@ -94,12 +94,15 @@ State = tuple[int, ...]
 class Rises:
     """The smooth rise and the KL divergence of each sample, and whether its class is right.
 
+    ``changed`` is the share of samples that the float network gives another class.
+
     Of outputs that are no classes of a sample: the rise by H̄, and by each sample's own Hessian.
     """
 
     smooth: Array
     kl: Array
     right: Array | None = None
+    changed: float = math.nan
 
     @property
     def accuracy(self) -> float:
@@ -133,7 +136,8 @@ class Unseen:
         p, q = self.outputs.log_softmax(1), moved.log_softmax(1)
         kl = (p.exp() * (p - q)).sum(1)
         right = (moved.argmax(1) == self.labels).double()
-        return Rises(smooth.numpy(), kl.numpy(), right.numpy())
+        changed = (moved.argmax(1) != self.outputs.argmax(1)).double().mean()
+        return Rises(smooth.numpy(), kl.numpy(), right.numpy(), float(changed))
 
     @torch.inference_mode()
     def _by_rise(self, network: nn.Module, rise: Rise) -> Rises:
@@ -461,6 +465,8 @@ def searched(
         details[str(b)] = {
             "accuracy_answer": answer.accuracy,
             "accuracy_uniform": beside.accuracy,
+            "changed_answer": answer.changed,
+            "changed_uniform": beside.changed,
             "kl_uniform": float(beside.kl.mean()),
             "measured_end": end,
         }
