@@ -2,7 +2,8 @@
 
     python -m benchmarks.costs [--data DIR] [--quick] [--only PART] [--out FILE]
 
-- *Memory*: torchvision's networks with weights that were drawn at random. What liveness says that
+- *Memory*: torchvision's networks with weights that were drawn at random, on four samples, so that
+  what oneDNN copies of weights is less than the tensors between layers. What liveness says that
   PyTorch allocates, without its caller's input, against what PyTorch's allocator gives out while
   a traced copy drops each value after its last use; and 2,000 random maps against a count by hand.
 - *Latency*: `hq-optuna profile` of networks of the zoo, in which the table predicts ten drawn
@@ -73,7 +74,7 @@ def allocations(quick: bool) -> list[dict[str, Any]]:
         options = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
         network: nn.Module = getattr(models, name)(**options).eval()
         network = network.to(memory_format=torch.channels_last)
-        example = torch.randn(1, 3, 224, 224).to(memory_format=torch.channels_last)
+        example = torch.randn(4, 3, 224, 224).to(memory_format=torch.channels_last)
         record = Recorder(network, example, 1)
         with torch.no_grad():
             record.run(network, example)

@@ -277,7 +277,7 @@ class Preparation:
             self._take([p for p in self.pieces if p.stage < piece.stage])
             found = self._compute(piece)
             mine = put_tensors(shared.artifacts, found).to_json()
-        counts = board.finish(piece, mine, time.monotonic() - started)
+            counts = board.finish(piece, mine, time.monotonic() - started)
         if counts == mine:
             self._load(piece, found)
 

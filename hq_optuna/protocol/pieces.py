@@ -125,7 +125,7 @@ class PieceBoard:
         def beat(count: int) -> None:
             before = self._stored[piece.name]
             after = {**before, "beats": count}
-            if self._swap(piece.name, before, after):
+            if "result" not in before and self._swap(piece.name, before, after):
                 self._stored[piece.name] = after
 
         number = self._stored[piece.name]["claim"]
