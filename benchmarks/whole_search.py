@@ -358,8 +358,9 @@ class Bench:
         draw = random.Random(1000 * self.seed + b)
         taken = {*centres.values()}
         configs, groups = [], []
-        for group, centre in centres.items():
-            shares = n // 2 if group == "uniform" else -(-(n - n // 2) // len(self.prepared))
+        rest, tables = n - n // 2, len(self.prepared)
+        for place, (group, centre) in enumerate(centres.items()):  # uniform bits come first
+            shares = n // 2 if group == "uniform" else (rest + tables - place) // tables
             found = drawn(self.space, first.cost, limit, centre, shares, draw, taken)
             configs += found
             groups += ["uniform" if group == "uniform" else "optimum"] * len(found)

@@ -120,7 +120,7 @@ def read_hardware(given: str | Path) -> Hardware:
             contradictory, or is something that the quantizers cannot do.
 
     Example:
-        >>> read_hardware("cmsis-nn").layers["Conv2d"]
+        >>> read_hardware("cmsis-nn").layers["Linear"]
         (LayerBits(weight_bits=8, activation_bits=16), LayerBits(weight_bits=8, \
 activation_bits=8), LayerBits(weight_bits=4, activation_bits=8))
     """

@@ -49,7 +49,7 @@ def shape_of(text: str) -> list[str]:
     text = re.sub(r"\b[0-9a-f]{12,16}\b", "#", text)  # digests, of weights trained on this machine
     text = re.sub(r"\b[\w.-]+:\d+\b", "host:#", text)
     text = re.sub(r"[-+−]?\d[\d,]*(\.\d+)?(e[-+]\d+)?|\b0\.0\b", "#", text)
-    text = re.sub(r"\b[kMG](?=BOPs|iB)|W#A#", "", text)
+    text = re.sub(r"\b[kKMG](?=BOPs|iB)|W#A#", "", text).replace("# bytes", "# iB")
     text = text.replace("# worker\n", "# workers\n")  # what runs here is alive afterwards
     fleeting = "search|rounding|curvature|sensitivity|Warning|Worker #[^:]*host"
     text = re.sub(rf"^({fleeting}):.*\n", "", text, flags=re.M)

@@ -14,6 +14,7 @@ import pytest
 from optuna.trial import TrialState
 
 from hq_optuna import attributes
+from hq_optuna.optuna_internals import id_of, storage_of
 from hq_optuna.protocol import worker_identity
 from hq_optuna.protocol.history import read_history
 from hq_optuna.search import Limits
@@ -81,6 +82,9 @@ def test_killed_in_training_it_goes_on_from_its_last_epoch(alone, tmp_path, monk
         for name in ("weights", "sensitivity")
     }
     kept |= {meta.artifact_id for meta in optuna.artifacts.get_all_artifact_meta(study)}
+    system = storage_of(study).get_study_system_attrs(id_of(study))
+    pieces = [told for key, told in system.items() if key.startswith(f"{attributes.PIECE}:")]
+    kept |= {told["result"]["id"] for told in pieces}
     assert {path.name for path in (folder / "artifacts").iterdir()} == kept
 
 
