@@ -322,7 +322,9 @@ def test_table_and_report_are_artifacts_of_the_study(study: Path, command: Comma
     assert store.get(recipe) == (RUN / "result/recipe.json").read_bytes()
     assert f"SHA-256 {recipe.sha256}" in (RUN / "report.html").read_text()
     command("run", study, "--name", "second", "--artifacts", "shared")
-    second = optuna.load_study(study_name="second", storage=f"sqlite:///{RUN.parent / 'second' / 'study.db'}")
+    second = optuna.load_study(
+        study_name="second", storage=f"sqlite:///{RUN.parent / 'second' / 'study.db'}"
+    )
     system = storage_of(second).get_study_system_attrs(id_of(second))
     pieces = [piece.name for piece in read_pieces(system)]
     assert pieces == ["layers:0", "statistics", "table:0"]
