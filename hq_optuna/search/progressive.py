@@ -186,6 +186,7 @@ class ProgressiveSearch:
                 limits=tuple(self.limits.values()),
                 score=incumbent.score,
                 n=self.n_candidates,
+                additive=[metric != "activation_bytes" for metric in self.limits],
             )
         start, load = incumbent.state, self.load(incumbent.state)
         moves = propose(

@@ -18,6 +18,9 @@ from hq_optuna.space.search_space import SearchSpace
 MAX_PARTS = 30
 """Most variables that are looked at for raising, and for lowering, when they are combined."""
 
+SIEVE, EXACT = 0.05, 1e-9
+"""Shares of a limit by which sums of changes may be over it: where they are a guess, or exact."""
+
 Notch = tuple[int, int]
 """A variable and the fewer bits of two neighbouring notches."""
 
@@ -84,12 +87,14 @@ def propose_swaps(
     limits: Sequence[float],
     score: float,
     n: int,
+    additive: Sequence[bool] = (),
 ) -> tuple[tuple[int, ...], ...]:
     """Return the ``n`` states, at most, that promise the largest fall of the score, best first.
 
     Tries one up, one up and one or two down, and two up and one down, each by one notch. No
-    proposal costs more than ``limits``, one for each of ``costs``. A promise below a billionth of
-    the incumbent's score is rounding; ties go by the state.
+    proposal costs more than ``limits``, one for each of ``costs``; ``additive`` says which of these
+    are sums over layers, which saves counting most of those that are over. A promise below a
+    billionth of the incumbent's score is rounding; ties go by the state.
     """
     now = costs(state)
     ups = sorted(_parts(space, state, rises, costs, step=-1))[:MAX_PARTS]
@@ -101,15 +106,26 @@ def propose_swaps(
 
     downs = sorted(downs, key=lambda part: (price(part), part))[:MAX_PARTS]
     promises = []
+    known = additive or [False] * len(limits)
+    layers = [frozenset(variable.layers) for variable in space.variables]
+
+    def may_fit(group: tuple[_Part, ...]) -> bool:
+        # Costs of single changes add up unless they meet in a layer, or the cost is no sum: then
+        # what they add up to is only a sieve.
+        for i, limit in enumerate(limits):
+            cost = now[i] + sum(part.costs[i] for part in group)
+            if cost > limit * (1 + SIEVE):
+                return False
+            if cost > limit * (1 + EXACT) and known[i]:
+                pairs = itertools.combinations([layers[part.variable] for part in group], 2)
+                if not any(a & b for a, b in pairs):
+                    return False
+        return True
+
     for group in _groups(ups, downs):
         rise = math.fsum(part.rise for part in group)
-        # Costs of single changes add up unless they meet in a layer; the sum is only a sieve.
         apart = len({part.variable for part in group}) == len(group)
-        fits = all(
-            now[i] + sum(part.costs[i] for part in group) <= limit * 1.05
-            for i, limit in enumerate(limits)
-        )
-        if rise < -1e-9 * abs(score) and fits and apart:
+        if rise < -1e-9 * abs(score) and apart and may_fit(group):
             after = list(state)
             for part in group:
                 after[part.variable] = part.bits

@@ -154,6 +154,30 @@ def test_proposals_come_by_promise_and_none_is_over_the_limit() -> None:
     )  # everything is at its widest
 
 
+@pytest.mark.parametrize("activation_bits", [None, range(2, 9)])
+@pytest.mark.parametrize("metric", ["bops", "size_bytes"])
+def test_proposals_are_the_same_where_sums_are_known_to_be_exact(metric, activation_bits) -> None:
+    """With bits of weights and inputs apart two changes may meet in a layer, and do not add up."""
+    layers = make(6, 2)[0].layers
+    space = SearchSpace.build(
+        layers, bits=range(2, 9), activation_bits=activation_bits, pin_first_last=None
+    )
+    model, rng = CostModel(layers, metric), np.random.default_rng(0)
+
+    def costs(s: Sequence[int]) -> tuple[float, ...]:
+        return (model.cost(space.config(s)),)
+
+    for _ in range(10):
+        state = tuple(int(b) for b in rng.integers(3, 8, len(space.variables)))
+        rises = {(v, b): rng.lognormal(-b, 1) for v in range(len(state)) for b in range(2, 8)}
+
+        limits = (1.01 * costs(state)[0],)
+        given = {"costs": costs, "limits": limits, "score": 1.0, "n": 50}
+        known = propose_swaps(space, state, rises, **given, additive=[True])
+        assert known == propose_swaps(space, state, rises, **given)
+        assert known
+
+
 def test_a_step_of_swaps_that_brings_nothing_ends_the_search() -> None:
     space, _ = make(2, 0)
     search = search_of(space, 0.9)
