@@ -34,7 +34,7 @@ import optuna
 from optuna.exceptions import OptunaError
 
 from benchmarks.servers import own_postgresql
-from benchmarks.table_search import Deaths, Search, Told, run_worker, tell, undisturbed
+from benchmarks.table_search import Deaths, Search, Told, run_worker
 from benchmarks.whole_workers import WholeSearch, phase_of, progress_of, run_whole_worker
 from hq_optuna.storages import open_storage, sqlite_url
 
@@ -48,10 +48,12 @@ class Driver:
     Attributes:
         kills: How many died by SIGKILL, from outside or by their own hand.
         errors: How many ended with an error, as when their server was restarted.
+        phases: Kills by the phase of the search that they struck in, where a search has phases.
     """
 
     def __init__(self, rng: random.Random, seconds: float) -> None:
         self.kills = self.errors = 0
+        self.phases = Counter[str]()
         self._rng, self._seconds = rng, seconds
         # Forked from a process that has imported everything: a new worker is there at once.
         self._context = multiprocessing.get_context("forkserver")
@@ -116,15 +118,10 @@ class Driver:
 
 
 class WholeDriver(Driver):
-    """Keeps workers of whole searches running, and kills them.
-
-    Attributes:
-        phases: Kills by the phase of the search that they struck in.
-    """
+    """Keeps workers of whole searches running, and kills them."""
 
     def __init__(self, rng: random.Random, seconds: float, folder: Path) -> None:
         super().__init__(rng, seconds)
-        self.phases = Counter[str]()
         self._folder = folder
         self._context.set_forkserver_preload(["benchmarks.whole_workers"])
 
@@ -179,45 +176,27 @@ def differences(mine: Told, alone: Told) -> dict[str, int]:
     }
 
 
-def torment(kind: str, kills: int, seconds: float, layers: int, seed: int) -> dict[str, Any]:
-    """Run studies on one storage until enough workers were killed; return the figures."""
-    driver = Driver(random.Random(seed), seconds)
+def torment(
+    kind: str,
+    kills: int,
+    driver_in: Callable[[Path], Driver],
+    search_of: Callable[[int], Search | WholeSearch],
+) -> dict[str, Any]:
+    """Run studies on one storage until enough workers were killed; return the figures.
+
+    Args:
+        kind: Which storage.
+        kills: How many workers are to die.
+        driver_in: Makes the driver, given a folder for files.
+        search_of: Makes the search of a study, given its number.
+    """
     total: dict[str, Any] = {"lost": 0, "doubled": 0, "same_history": 1, "again": 0, "running": 0}
     studies = restarts = 0
     with tempfile.TemporaryDirectory() as folder, place(kind, Path(folder)) as (url, restart):
+        driver = driver_in(Path(folder))
         while driver.kills < kills:
-            search = Search(layers=layers, seed=seed + studies)
-            name = f"chaos-{studies}"
+            search, name = search_of(studies), f"chaos-{studies}"
             search.make(open_storage(url), name)
-
-            def event() -> None:
-                nonlocal restarts
-                if restarts == 0:
-                    restarts += 1
-                    restart()
-
-            driver.run(url, name, search, kills, event)
-            told = tell(optuna.load_study(study_name=name, storage=open_storage(url)))
-            found = differences(told, undisturbed(search))
-            for key in ("lost", "doubled"):
-                total[key] += found[key]
-            total["same_history"] &= found["same_history"]
-            total["again"] += told.again
-            total["running"] += told.running
-            studies += 1
-            print(f"{kind} {name}: {driver.kills} kills, {found}", flush=True)
-    return {**total, "kills": driver.kills, "studies": studies, "errors": driver.errors}
-
-
-def torment_whole(kind: str, kills: int, seconds: float, seed: int) -> dict[str, Any]:
-    """Run whole searches on one storage until enough workers were killed; return the figures."""
-    total: dict[str, Any] = {"lost": 0, "doubled": 0, "same_history": 1, "again": 0, "running": 0}
-    studies = restarts = 0
-    with tempfile.TemporaryDirectory() as folder, place(kind, Path(folder)) as (url, restart):
-        driver = WholeDriver(random.Random(seed), seconds, Path(folder) / "files")
-        while driver.kills < kills:
-            search, name = WholeSearch(seed + studies), f"whole-{studies}"
-            optuna.create_study(storage=open_storage(url), study_name=name)
 
             def event() -> None:
                 nonlocal restarts
@@ -235,8 +214,8 @@ def torment_whole(kind: str, kills: int, seconds: float, seed: int) -> dict[str,
             total["running"] += told.running
             studies += 1
             print(f"{kind} {name}: {driver.kills} kills, {found}", flush=True)
-    phases = dict(driver.phases)
-    return {**total, "kills": driver.kills, "studies": studies, "errors": driver.errors, **phases}
+    counts = {"kills": driver.kills, "studies": studies, "errors": driver.errors}
+    return {**total, **counts, **driver.phases}
 
 
 def main() -> None:
@@ -256,19 +235,32 @@ def main() -> None:
     kills, seconds, layers = options.kills, options.seconds, 12
     if options.quick:
         kills, seconds, layers = min(kills, 6), 0.03, 6
+
+    def report(kind: str, found: dict[str, Any], prefix: str = "") -> None:
+        for figure in ("kills", "lost", "doubled", "same_history"):
+            outcome.figures[f"{prefix}{figure}_{kind}"] = found[figure]
+        outcome.details[f"{prefix}{kind}"] = found
+        print(f"{prefix}{kind}: {found}", flush=True)
+
+    def rng() -> random.Random:
+        return random.Random(options.seed)
+
     for kind in [] if options.whole else options.storages:
-        found = torment(kind, kills, seconds, layers, options.seed)
-        for figure in ("kills", "lost", "doubled", "same_history"):
-            outcome.figures[f"{figure}_{kind}"] = found[figure]
-        outcome.details[kind] = found
-        print(f"{kind}: {found}")
+        found = torment(
+            kind,
+            kills,
+            lambda _: Driver(rng(), seconds),
+            lambda n: Search(layers=layers, seed=options.seed + n),
+        )
+        report(kind, found)
     for kind in options.storages:
-        n = min(kills, 2) if options.quick else kills
-        found = torment_whole(kind, n, 3 * seconds, options.seed)
-        for figure in ("kills", "lost", "doubled", "same_history"):
-            outcome.figures[f"whole_{figure}_{kind}"] = found[figure]
-        outcome.details[f"whole_{kind}"] = found
-        print(f"whole, {kind}: {found}")
+        found = torment(
+            kind,
+            min(kills, 2) if options.quick else kills,
+            lambda folder: WholeDriver(rng(), 3 * seconds, folder / "files"),
+            lambda n: WholeSearch(options.seed + n),
+        )
+        report(kind, found, "whole_")
     outcome.finish(options.out)
 
 

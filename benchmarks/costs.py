@@ -29,7 +29,7 @@ from typing import Any
 import optuna
 import torch
 from scipy.stats import spearmanr
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 import hq_optuna as hq
 from benchmarks.outcome import Outcome
@@ -42,26 +42,13 @@ from hq_optuna.network.operators.liveness import Recorder, memory_map
 from hq_optuna.protocol.history import read_history
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.memory import LiveTensor, MemoryMap
+from tests.reference.allocations import Forgetful, peak_allocated
 
 SPLITS = 20
 MIXED = 10
 """Assignments that are timed as whole files."""
 
 TARGETS = {"digits": "accuracy -2", "resnet20": "accuracy -2"}
-
-
-def peak_allocated(call: Callable[[], Any]) -> int:
-    """Return the most bytes that PyTorch's CPU allocator has given out at once during a call."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.no_grad(), torch.profiler.profile(activities=activities, profile_memory=True) as run:
-        kept = call()
-    events = [e for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]
-    del kept
-    now = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
 
 
 def allocations(quick: bool) -> list[dict[str, Any]]:
@@ -80,7 +67,7 @@ def allocations(quick: bool) -> list[dict[str, Any]]:
             record.run(network, example)
         found = memory_map(record, {}, merge=False)
         inner = MemoryMap(found.moments, tuple(t for t in found.tensors if t.name != "input"))
-        run = fx.Interpreter(fx.symbolic_trace(network), garbage_collect_values=True)
+        run = Forgetful(network)
         with torch.no_grad():
             run.run(example)
         call = functools.partial(run.run, example)

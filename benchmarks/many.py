@@ -19,7 +19,7 @@ from pathlib import Path
 import optuna
 
 from benchmarks.servers import own_postgresql
-from benchmarks.table_search import Search, run_worker, tell, undisturbed
+from benchmarks.table_search import Search, run_worker
 from hq_optuna.storages import open_storage, sqlite_url
 from tests.servers import database, proxy
 
@@ -57,7 +57,7 @@ def main() -> None:
     search, workers = Search(layers=options.layers), options.workers
     if options.quick:
         search, workers = Search(layers=5, n_candidates=4), [2]
-    alone = undisturbed(search)
+    alone = search.alone()
     from benchmarks.outcome import Outcome
 
     outcome = Outcome("many")
@@ -79,7 +79,7 @@ def main() -> None:
                     process.start()
                 for process in processes:
                     process.join()
-                told = tell(optuna.load_study(study_name=name, storage=open_storage(url)))
+                told = search.told(optuna.load_study(study_name=name, storage=open_storage(url)))
                 found = {
                     "same_history": int(told.text.encode() == alone.text.encode()),
                     "evaluated_again": told.again,

@@ -71,6 +71,25 @@ class Search:
             n_trials=0,
         )
 
+    def told(self, study: Study) -> Told:
+        """Return what a study of it says."""
+        return tell(study)
+
+    def alone(self) -> Told:
+        """Return what one worker does alone in memory."""
+        study = self.make(InMemoryStorage(), "alone")
+        sampler = self.sampler()
+        table = fake_table(sampler.space)
+        study.sampler = sampler
+
+        def objective(trial: optuna.Trial) -> float:
+            ticket = sampler.ticket(study, trial)
+            assert ticket is not None
+            return sum(fake_score(table, sampler.space.config(ticket.bits)))
+
+        work(study, objective)
+        return tell(study)
+
 
 @dataclass(frozen=True)
 class Deaths:
@@ -177,19 +196,3 @@ def tell(study: Study) -> Told:
         len(history.candidates) - len(counted),
         history.n_running,
     )
-
-
-def undisturbed(search: Search) -> Told:
-    """Return what one worker does alone in memory."""
-    study = search.make(InMemoryStorage(), "alone")
-    table = fake_table(search.sampler().space)
-    sampler = search.sampler()
-    study.sampler = sampler
-
-    def objective(trial: optuna.Trial) -> float:
-        ticket = sampler.ticket(study, trial)
-        assert ticket is not None
-        return sum(fake_score(table, sampler.space.config(ticket.bits)))
-
-    work(study, objective)
-    return tell(study)

@@ -56,6 +56,10 @@ class WholeSearch:
         options = {"activation_bits": range(2, 9), "batch_size": 8, "pin_first_last": None}
         return BitSearch(network, data, budget="0.3 bops", seed=self.seed, **options)
 
+    def make(self, storage: BaseStorage, name: str) -> Study:
+        """Create its study, with nothing in it."""
+        return optuna.create_study(storage=storage, study_name=name)
+
     def told(self, study: Study) -> Told:
         """Return what a study says, with the table's bytes and what finalists were measured at."""
         found = tell(study)
