@@ -16,7 +16,7 @@ from hq_optuna import attributes
 from hq_optuna.answer.comparison import rows
 from hq_optuna.answer.layer_errors import layer_errors
 from hq_optuna.answer.measured_end import best_measured
-from hq_optuna.answer.resolve import resolve, sums_for, sums_of
+from hq_optuna.answer.resolve import optimum, sums_of
 from hq_optuna.answer.result import SearchResult
 from hq_optuna.answer.target import Target, compare_with_float, least_cost, parse_target
 from hq_optuna.artifacts.store import Artifacts, open_artifacts
@@ -501,24 +501,21 @@ class BitSearch:
             artifacts = open_artifacts(artifacts)
         scorer = self.objective.prepare(study, artifacts=artifacts)
         budget = self.budget if budget is None else parse_budget(budget)
-        found = resolve(study, budget)
+        sums, limit, found = optimum(read_history(study), budget)
         config, facts = found.config, dict[str, Any]()
         if verify:
-            sums = sums_for(read_history(study), budget)
             places = self.objective.setup.set_aside_places
-            config, facts["measured_end"] = best_measured(
-                *(scorer, places, sums, found.limit, verify)
-            )
+            config, facts["measured_end"] = best_measured(scorer, places, sums, limit, verify)
         network = self.objective.quantized(config)
         score = scorer.score(config)
         if self.validation is not None:
             facts |= self.before_and_after(network, self.validation, "validation")
         return self._result(
             study,
-            found.metric,
+            budget.metric,
             config=config,
             network=network,
-            cost=self.space.costs(found.metric).cost(config),
+            cost=sums.cost(config),
             met=True,
             score=score.total,
             score_weights=score.weights,

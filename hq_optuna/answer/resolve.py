@@ -99,6 +99,20 @@ def sums_for(history: History, budget: Budget) -> Additive:
     return Additive(sums.space, sums.table, first.model, beside)
 
 
+def optimum(history: History, budget: Budget) -> tuple[Additive, float, Point]:
+    """Return a search's sums for a budget, its limit, and the exact assignment within it.
+
+    Raises:
+        ResumeError: The study holds no table.
+        BudgetError: The budget is below the cheapest assignment.
+    """
+    check_reachable(history.space, budget)
+    sums, limit = sums_for(history, budget), budget.limit(history.space)
+    found = sums.exact(limit)
+    assert found is not None, "the budget was found reachable"
+    return sums, limit, found
+
+
 def resolve(study: Study, budget: Budget | str) -> Resolved:
     """Return the assignment with the least sum over layers within a budget.
 
@@ -114,11 +128,7 @@ def resolve(study: Study, budget: Budget | str) -> Resolved:
     """
     budget = parse_budget(budget)
     history = read_history(study)
-    check_reachable(history.space, budget)
-    sums = sums_for(history, budget)
-    limit = budget.limit(history.space)
-    found = sums.exact(limit)
-    assert found is not None, "the budget was found reachable"
+    _, limit, found = optimum(history, budget)
     return Resolved(
         study_name=study.study_name,
         config=found.config,

@@ -61,7 +61,11 @@ class Allocation:
         # Blocks with much to spend come first, so that little is left open early.
         self._order = sorted(range(len(fronts)), key=lambda b: (-fronts[b][0].cost, b))
         self._fronts = [fronts[b] for b in self._order]
-        self._rest = [_Relaxed(self._fronts[level:]) for level in range(len(fronts) + 1)]
+        pieces = _pieces(self._fronts)
+        self._rest = [
+            _Relaxed(self._fronts[level:], [p for p in pieces if p.block >= level], level)
+            for level in range(len(fronts) + 1)
+        ]
 
     def best(self, limit: float) -> tuple[int, ...] | None:
         """Return the bits of each variable with the least total rise; ``None`` where nothing fits.
@@ -164,23 +168,40 @@ def _filled(
             return list(chosen)
 
 
+class _Piece(NamedTuple):
+    """From one choice of a block to the next on its lower hull; sorts by rise per saving."""
+
+    rise_per_saving: float
+    block: int
+    place: int
+    before: _Choice
+    after: _Choice
+
+
+def _pieces(fronts: Sequence[Sequence[_Choice]]) -> list[_Piece]:
+    """Return the pieces of all blocks, the cheapest rise per saving first."""
+    return sorted(
+        _Piece((b.rise - a.rise) / (a.cost - b.cost), block, place, a, b)
+        for block, front in enumerate(fronts)
+        for place, (a, b) in enumerate(itertools.pairwise(_hull(front)))
+    )
+
+
 class _Relaxed:
     """Some blocks when choices may be mixed: the bound of linear programming.
 
-    Along the lower hulls of the blocks, the cheapest rise per saving first.
+    Along the ``pieces`` of the lower hulls of the blocks from ``level`` on.
     """
 
-    def __init__(self, fronts: Sequence[Sequence[_Choice]]) -> None:
+    def __init__(
+        self, fronts: Sequence[Sequence[_Choice]], pieces: Sequence[_Piece], level: int
+    ) -> None:
         self.first = [front[0] for front in fronts]
         self.cost = math.fsum(choice.cost for choice in self.first)
         self.rise = math.fsum(choice.rise for choice in self.first)
-        self.pieces = sorted(
-            ((b.rise - a.rise) / (a.cost - b.cost), index, place, a, b)
-            for index, front in enumerate(fronts)
-            for place, (a, b) in enumerate(itertools.pairwise(_hull(front)))
-        )
-        self.saved = np.cumsum([0.0, *(a.cost - b.cost for *_, a, b in self.pieces)])
-        self.risen = np.cumsum([0.0, *(b.rise - a.rise for *_, a, b in self.pieces)])
+        self.pieces, self.level = pieces, level
+        self.saved = np.cumsum([0.0, *(p.before.cost - p.after.cost for p in pieces)])
+        self.risen = np.cumsum([0.0, *(p.after.rise - p.before.rise for p in pieces)])
 
     def least_rise(self, rooms: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return a lower bound of the rise within each room; infinite where nothing fits."""
@@ -192,10 +213,10 @@ class _Relaxed:
     def rounded(self, room: float) -> list[_Choice] | None:
         """Return the assignment of the first whole pieces that fit, ``None`` where none does."""
         now = list(self.first)
-        for _, index, _, _, choice in self.pieces:
+        for piece in self.pieces:
             if math.fsum(c.cost for c in now) <= room:
                 return now
-            now[index] = choice
+            now[piece.block - self.level] = piece.after
         return now if math.fsum(c.cost for c in now) <= room else None
 
 

@@ -13,6 +13,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hq_optuna.space.search_space import SearchSpace
 
 MAX_PARTS = 30
@@ -36,11 +39,14 @@ def learn_rises(
     are nearer to the answer and overrule.
     """
     rises: dict[Notch, float] = {}
-    for before, score_before, after, score_after in scored:
+    both = np.array([(before, after) for before, _, after, _ in scored]).reshape(len(scored), 2, -1)
+    changed: list[list[int]] = [[] for _ in scored]
+    for place, v in np.argwhere(both[:, 0] != both[:, 1]).tolist():
+        changed[place].append(v)
+    for (before, score_before, after, score_after), moved in zip(scored, changed, strict=True):
         signed: list[tuple[Notch, int]] = []
-        for v, (a, b) in enumerate(zip(before, after, strict=True)):
-            if a == b:
-                continue
+        for v in moved:
+            a, b = before[v], after[v]
             bits = space.variables[v].bits
             low, high = sorted((bits.index(a), bits.index(b)), reverse=True)
             down = bits.index(b) > bits.index(a)
@@ -106,31 +112,14 @@ def propose_swaps(
 
     downs = sorted(downs, key=lambda part: (price(part), part))[:MAX_PARTS]
     promises = []
+    least = -1e-9 * abs(score)
     known = additive or [False] * len(limits)
-    layers = [frozenset(variable.layers) for variable in space.variables]
-
-    def may_fit(group: tuple[_Part, ...]) -> bool:
-        # Costs of single changes add up unless they meet in a layer, or the cost is no sum: then
-        # what they add up to is only a sieve.
-        for i, limit in enumerate(limits):
-            cost = now[i] + sum(part.costs[i] for part in group)
-            if cost > limit * (1 + SIEVE):
-                return False
-            if cost > limit * (1 + EXACT) and known[i]:
-                pairs = itertools.combinations([layers[part.variable] for part in group], 2)
-                if not any(a & b for a, b in pairs):
-                    return False
-        return True
-
-    for group in _groups(ups, downs):
-        rise = math.fsum(part.rise for part in group)
-        apart = len({part.variable for part in group}) == len(group)
-        if rise < -1e-9 * abs(score) and apart and may_fit(group):
-            after = list(state)
-            for part in group:
-                after[part.variable] = part.bits
-            promises.append((rise, tuple(after)))
-    promises.sort()
+    for group in _promising(space, ups, downs, now, limits, known, least):
+        after = list(state)
+        for part in group:
+            after[part.variable] = part.bits
+        promises.append((math.fsum(part.rise for part in group), tuple(after)))
+    promises = sorted(promise for promise in promises if promise[0] < least)
     fitting = (
         after
         for _, after in promises
@@ -174,10 +163,57 @@ def _parts(
     return parts
 
 
-def _groups(ups: Sequence[_Part], downs: Sequence[_Part]) -> Iterator[tuple[_Part, ...]]:
-    """Yield one up, one up and one or two down, two up and one down."""
-    pairs = itertools.combinations
-    yield from ((up,) for up in ups)
-    yield from itertools.product(ups, downs)
-    yield from ((up, *two) for up, two in itertools.product(ups, list(pairs(downs, 2))))
-    yield from ((*two, down) for two, down in itertools.product(pairs(ups, 2), downs))
+def _promising(
+    space: SearchSpace,
+    ups: Sequence[_Part],
+    downs: Sequence[_Part],
+    now: Sequence[float],
+    limits: Sequence[float],
+    additive: Sequence[bool],
+    least: float,
+) -> Iterator[tuple[_Part, ...]]:
+    """Yield the groups of different variables whose rises add up to less than ``least``.
+
+    Left out are those whose costs add up to more than a limit. They do add up unless changes meet
+    in a layer, or the cost is no sum: then what they add up to is only a sieve.
+    """
+    parts = [*ups, *downs]
+    if not parts:
+        return
+    groups = _groups(len(ups), len(downs))  # (G, 3); −1: none
+    there = groups >= 0
+    variables = np.array([part.variable for part in parts])[groups]
+    reads = np.array(
+        [[v in each.layers for v in space.start] for each in space.variables], dtype=int
+    )
+    shares = reads @ reads.T > 0  # variables that meet in a layer
+    passed = np.ones(len(groups), dtype=bool)
+    meets = np.zeros(len(groups), dtype=bool)
+    for i, j in itertools.combinations(range(3), 2):
+        both = there[:, i] & there[:, j]
+        passed &= ~both | (variables[:, i] != variables[:, j])
+        meets |= both & shares[variables[:, i], variables[:, j]]
+
+    def total(values: Sequence[float]) -> NDArray[np.float64]:
+        found: NDArray[np.float64] = np.where(there, np.array(values)[groups], 0.0).sum(1)
+        return found
+
+    rises = [part.rise for part in parts]
+    slack = 1e-12 * max(map(abs, rises))  # of rounding: who asked adds up exactly
+    passed &= total(rises) < least + slack
+    for i, limit in enumerate(limits):
+        cost = now[i] + total([part.costs[i] for part in parts])
+        over = ~meets & (cost > limit * (1 + EXACT)) if additive[i] else np.zeros_like(meets)
+        passed &= (cost <= limit * (1 + SIEVE)) & ~over
+    for group in groups[passed]:
+        yield tuple(parts[place] for place in group if place >= 0)
+
+
+def _groups(n_ups: int, n_downs: int) -> NDArray[np.intp]:
+    """Return one up, one up and one or two down, two up and one down; ups come before downs."""
+    ups, downs, pairs = range(n_ups), range(n_ups, n_ups + n_downs), itertools.combinations
+    found = [(up, -1, -1) for up in ups]
+    found += [(up, down, -1) for up, down in itertools.product(ups, downs)]
+    found += [(up, *two) for up, two in itertools.product(ups, list(pairs(downs, 2)))]
+    found += [(*two, down) for two, down in itertools.product(pairs(ups, 2), downs)]
+    return np.array(found, dtype=np.intp).reshape(-1, 3)

@@ -73,6 +73,13 @@ class BitConfig(Mapping[str, LayerBits]):
         self._bits = {name: LayerBits(*map(operator.index, pair)) for name, pair in bits.items()}
         self._digest: str | None = None
 
+    @classmethod
+    def of_pairs(cls, bits: dict[str, LayerBits]) -> BitConfig:
+        """Return the assignment that holds these pairs, unchecked and not copied."""
+        made = cls.__new__(cls)
+        made._bits, made._digest = bits, None
+        return made
+
     def __getitem__(self, name: str) -> LayerBits:
         return self._bits[name]
 

@@ -101,7 +101,7 @@ class CostModel:
         self._memory, self._latency = memory, latency
         self._names = [layer.name for layer in layers]
         counted = [layer.macs if metric == "bops" else layer.n_weights for layer in layers]
-        self._unit: NDArray[np.float64] = np.asarray(counted, dtype=np.float64)  # (L,)
+        self._unit = dict(zip(self._names, map(float, counted), strict=True))
 
     def per_layer(self, config: Mapping[str, LayerBits]) -> NDArray[np.float64]:
         """Return the cost of each layer, shape ``(L,)``, in network order.
@@ -112,10 +112,7 @@ class CostModel:
         if self.metric == "activation_bytes":
             assert self._memory is not None
             return layer_bytes(self._memory, config, self._names)
-        if self.metric == "latency_s":
-            return np.asarray([self.layer_cost(name, config[name]) for name in self._names])
-        pairs = np.asarray([config[name] for name in self._names], dtype=np.float64)  # (L, 2)
-        return self._unit * pairs[:, 0] * (pairs[:, 1] if self.metric == "bops" else 1 / 8)
+        return np.asarray([self.layer_cost(name, config[name]) for name in self._names])
 
     def layer_cost(self, name: str, bits: LayerBits) -> float:
         """Return the cost of one layer with these bits; of memory, that of the tensors it reads."""
@@ -125,8 +122,8 @@ class CostModel:
         if self.metric == "latency_s":
             assert self._latency is not None
             return self._latency.seconds(name, bits)
-        unit = float(self._unit[self._names.index(name)])
-        return unit * bits.weight_bits * (bits.activation_bits if self.metric == "bops" else 1 / 8)
+        w, a = bits
+        return self._unit[name] * w * (a if self.metric == "bops" else 1 / 8)
 
     def cost(self, config: Mapping[str, LayerBits]) -> float:
         """Return the cost of the assignment, in BOPs, bytes or seconds.
@@ -137,9 +134,8 @@ class CostModel:
         if self.metric == "activation_bytes":
             assert self._memory is not None
             return self._memory.peak(config)
-        if self.metric == "latency_s":
-            return math.fsum([self._rest, *self.per_layer(config)])
-        return float(self.per_layer(config).sum())
+        of_layers = [self.layer_cost(name, config[name]) for name in self._names]
+        return math.fsum([self._rest, *of_layers])
 
     @functools.cached_property
     def rows(self) -> tuple[Row, ...]:

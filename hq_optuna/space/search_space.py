@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -230,11 +231,36 @@ class SearchSpace:
 
     def config(self, state: Sequence[int]) -> BitConfig:
         """Return the bits of all layers when the variables have the bits ``state``."""
+        if len(state) != len(self.variables):
+            raise ValueError(f"A state has bits of {len(self.variables)} variables; got {state!r}.")
         bits = dict(self.start.items())
-        for variable, value in zip(self.variables, state, strict=True):
+        for name, places, known in self._settings:
+            values = places(state)
+            if values not in known:
+                known[values] = self._set(name, state)
+            bits[name] = known[values]
+        return BitConfig.of_pairs(bits)
+
+    def _set(self, name: str, state: Sequence[int]) -> LayerBits:
+        """Return one layer's bits when the variables have the bits ``state``."""
+        bits = self.start[name]
+        for place in self._variables_of[name]:
+            bits = self.variables[place].applied(bits, operator.index(state[place]))
+        return bits
+
+    @functools.cached_property
+    def _variables_of(self) -> dict[str, list[int]]:
+        """The places of the variables that set each layer."""
+        found: dict[str, list[int]] = {}
+        for place, variable in enumerate(self.variables):
             for name in variable.layers:
-                bits[name] = variable.applied(bits[name], value)
-        return BitConfig(bits)
+                found.setdefault(name, []).append(place)
+        return found
+
+    @functools.cached_property
+    def _settings(self) -> list[tuple[str, Callable[[Any], Any], dict[Any, LayerBits]]]:
+        """Of each layer that is set: its name, what takes its values of a state, what they make."""
+        return [(name, operator.itemgetter(*at), {}) for name, at in self._variables_of.items()]
 
     def parameters(
         self, state: Sequence[int]

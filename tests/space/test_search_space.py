@@ -232,7 +232,7 @@ def test_the_digest_tells_spaces_apart() -> None:
 
 
 def test_a_state_of_the_wrong_length_is_refused() -> None:
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="bits of 2 variables"):
         SearchSpace.build(FOUR).config((8,))
 
 
