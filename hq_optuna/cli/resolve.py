@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from optuna.study import Study
@@ -30,8 +30,11 @@ from hq_optuna.space.layers import FLOAT_BITS
 from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.visualization.pareto import pareto_figure, pareto_info
 
+if TYPE_CHECKING:
+    from hq_optuna.cli.session import Session
 
-@takes("storage", "name", "folder")
+
+@takes("storage", "name", "folder", "target", target=True)
 def resolve(
     run: RunSettings,
     study: StudyOrNone = None,
@@ -39,13 +42,6 @@ def resolve(
         list[str] | None,
         typer.Option(
             help="As for run: '0.2 bops', '40% size_bytes', '64 KiB'; several hold at once."
-        ),
-    ] = None,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            help="In place of a budget, how much worse than float a metric may be on validation "
-            "data: 'accuracy -0.5' (points), 'kl 0.01', or the study's own. STUDY is its file."
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="File for the bits of every layer.")] = Path(
@@ -68,56 +64,68 @@ def resolve(
 
     The answer has the least sum of the layers' predicted loss rises within the budget; with
     --measure, it is the best of some such that are measured on set-aside samples. With --target, it
-    costs the least of those that surely are within the target; that runs the network.
+    costs the least of those that surely are within the target; that runs the network. A --budget
+    beside it holds too.
     """
     with errors(as_json), reading(study, run) as loaded:
-        if bool(budget) == bool(target) or (target and measure):
-            raise SettingError("Give --budget, or --target without --measure.")
-        measured: dict[str, Any] = {"measured_end": None}
-        if target:
-            found, measured = _meeting(study, run, loaded, target, result, as_json)
+        if not (budget or run.target) or (run.target and measure):
+            raise SettingError("Give --budget, or --target without --measure, or both of these.")
+        wanted = parse_budget(budget) if budget else None
+        measured: dict[str, Any] = {}
+        if run.target:
+            found, measured = _meeting(study, run, loaded, wanted, result, as_json)
         else:
-            wanted = parse_budget(budget or [])
+            assert wanted is not None
             found = solve(loaded, wanted)
             if measure:
                 given = study, run, loaded, found, wanted, measure, result, as_json
                 found, measured = _measured(*given)
         found.save(out)
         if as_json:
-            typer.echo(json.dumps({**found.to_json(), "out": str(out), **measured}))
+            told = {"measured_end": None, **measured}
+            typer.echo(json.dumps({**found.to_json(), "out": str(out), **told}))
             return
         console = Console()
-        history = read_history(loaded)
-        tables.print_whole(console, _layers(history, found.config))
-        share = 100 * found.cost / found.int8
-        beside = parse_budget(budget).bounds(history.space)[1:] if budget else history.beside
-        lines = [
-            f"budget    {format_cost(found.limit, found.metric)}",
-            f"cost      [bold]{format_cost(found.cost, found.metric)}[/], {share:.1f} % of "
-            f"all-8-bit ({format_cost(found.int8, found.metric)})",
-            *(
-                f"          [bold]{format_cost(bound.cost(found.config), bound.metric)}[/] of "
-                f"{format_cost(bound.limit, bound.metric)} allowed, {NOUNS[bound.metric]}"
-                for bound in beside
-            ),
-            f"score     {found.score:.3g} nats, "
-            + ("the sum over layers" if measured["measured_end"] else "the least sum over layers"),
-        ]
-        if measured["measured_end"]:
-            lines.append(f"measured  {measured['measured_end']['sentence']}")
-        if "target" in measured:
-            lines.append(f"measured  {measured['target']['sentence']}")
-        sums = history.additive(found.metric)
-        if history.incumbent is not None and sums is not None:
-            answer = history.incumbent.config
-            lines.append(
-                f"          (the search's answer: {sums.score(answer):.3g} nats at "
-                f"{format_cost(sums.cost(answer), found.metric)})"
-            )
-        lines.append(f"Assignment: {escape(str(out))}  (hq_optuna.load_assignment)")
-        if any(measured.values()):
-            lines.append(f"Result: {escape(str(result))}  (hq_optuna.load)")
-        say(console, "\n".join(lines))
+        show(console, read_history(loaded), found, wanted, measured)
+        say(console, f"Assignment: {escape(str(out))}  (hq_optuna.load_assignment)")
+        if measured:
+            say(console, f"Result: {escape(str(result))}  (hq_optuna.load)")
+
+
+def show(
+    console: Console,
+    history: History,
+    found: Resolved,
+    budget: Budget | None,
+    measured: Mapping[str, Any],
+) -> None:
+    """Print the bits of every layer, what they cost, and what was measured of them."""
+    tables.print_whole(console, _layers(history, found.config))
+    share = 100 * found.cost / found.int8
+    beside = budget.bounds(history.space)[1:] if budget else history.beside
+    lines = [
+        f"budget    {found.budget}"
+        if measured.get("target")
+        else f"budget    {format_cost(found.limit, found.metric)}",
+        f"cost      [bold]{format_cost(found.cost, found.metric)}[/], {share:.1f} % of "
+        f"all-8-bit ({format_cost(found.int8, found.metric)})",
+        *(
+            f"          [bold]{format_cost(bound.cost(found.config), bound.metric)}[/] of "
+            f"{format_cost(bound.limit, bound.metric)} allowed, {NOUNS[bound.metric]}"
+            for bound in beside
+        ),
+        f"score     {found.score:.3g} nats, "
+        + ("the sum over layers" if measured.get("measured_end") else "the least sum over layers"),
+    ]
+    lines += [f"measured  {one['sentence']}" for one in measured.values()]
+    sums = history.additive(found.metric)
+    if history.incumbent is not None and sums is not None:
+        answer = history.incumbent.config
+        lines.append(
+            f"          (the search's answer: {sums.score(answer):.3g} nats at "
+            f"{format_cost(sums.cost(answer), found.metric)})"
+        )
+    say(console, "\n".join(lines))
 
 
 def _measured(
@@ -148,7 +156,12 @@ def _measured(
 
 
 def _meeting(
-    study: str | None, run: RunSettings, loaded: Study, target: str, folder: Path, quiet: bool
+    study: str | None,
+    run: RunSettings,
+    loaded: Study,
+    budget: Budget | None,
+    folder: Path,
+    quiet: bool,
 ) -> tuple[Resolved, dict[str, Any]]:
     """Find the least cost within a target, save the network, and return its bits."""
     from hq_optuna.cli.session import begin
@@ -156,12 +169,23 @@ def _meeting(
     if study is None:
         raise StudyFileError("--target runs the network: give the study file too.")
     session = begin(study, (), run, {}, Console(stderr=True, quiet=quiet))
-    answer = session.search.meet(loaded, target, artifacts=session.artifacts)
+    return meet(session, loaded, budget, folder)
+
+
+def meet(
+    session: Session, study: Study, budget: Budget | None, folder: Path
+) -> tuple[Resolved, dict[str, Any]]:
+    """Find the least cost within the run's target, save the network, and return its bits.
+
+    The second of what is returned are facts by name, with a sentence each.
+    """
+    target = str(session.run.target)
+    answer = session.search.meet(study, target, budget=budget, artifacts=session.artifacts)
     answer.save(folder)
     found = Resolved(
-        study_name=loaded.study_name,
+        study_name=study.study_name,
         config=answer.config,
-        budget=f"target {target}",
+        budget=f"target {target}" + (f" within {budget}" if budget else ""),
         metric=answer.metric,
         limit=answer.cost,
         cost=answer.cost,
@@ -169,7 +193,7 @@ def _meeting(
         score=answer.score_weights + answer.score_activations,
         fingerprint=dict(answer.fingerprint),
     )
-    return found, {"measured_end": None, "target": answer.facts["target"]}
+    return found, {"target": answer.facts["target"]}
 
 
 def _layers(history: History, config: BitConfig) -> Table:

@@ -156,14 +156,17 @@ class Additive:
             found.append(Price(model.metric, most, model.cost(optimum.config), price))
         return tuple(found)
 
-    def frontier(self, limits: Iterable[float] = (), *, n: int = N_POINTS) -> list[Point]:
+    def frontier(
+        self, limits: Iterable[float] = (), *, n: int = N_POINTS, most: float = math.inf
+    ) -> list[Point]:
         """Return the exact Pareto curve of score against cost, the cheapest first.
 
         Each point is the optimum of one budget. ``n`` budgets are spaced evenly in the logarithm of
-        the cost, from the cheapest assignment to the widest bits; ``limits`` are further ones.
+        the cost, from the cheapest assignment to the widest bits, or to ``most``; ``limits`` are
+        further ones.
         """
         low = least_cost(self.space, self.model)
-        high = self.cost(self.space.config(self.space.top))
+        high = min(self.cost(self.space.config(self.space.top)), most)
         ratio = (high / low) ** (1 / (n - 1)) if low > 0 else 1.0
         grid = [low, *(low * ratio**i for i in range(1, n - 1)), high]
         solved = [self.exact(limit) for limit in sorted({*grid, *limits})]

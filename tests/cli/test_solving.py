@@ -109,3 +109,60 @@ def test_a_study_that_was_never_started_is_refused(study: Path, command: Command
     result = command("resolve", study, "--budget", "0.5 bops")
     assert result.exit_code == 1
     assert "There is no database" in result.output
+
+
+TARGET = ("--target", "kl 0.05")
+
+
+def test_run_meets_a_target_in_place_of_a_search(study: Path, command: Command) -> None:
+    result = command("run", study, *TARGET, "--bits", "8,6,4")
+    assert result.exit_code == 0, result.output
+    for word in ("budget    target kl 0.05", "measured  kl", "assignments measured", "Result: "):
+        assert word in result.output
+    saved = Path("hq-optuna-runs/tiny/result/recipe.json")
+    told = json.loads(saved.read_text())["measured"]["target"]
+    assert told["at_most"] <= 0.05
+    config = hq_optuna.load_assignment(saved)
+    # The study's table is there: the same answer without a run.
+    data = json.loads(command("resolve", study, *TARGET, "--json").stdout)
+    assert {n: tuple(b) for n, b in data["assignment"].items()} == dict(config)
+    again = json.loads(command("run", study, *TARGET, "--json").stdout)
+    assert again["target"] == data["target"]
+    assert again["assignment"] == data["assignment"]
+
+
+def test_limits_hold_beside_a_target(study: Path, command: Command) -> None:
+    limits = ("--budget", "0.9 size_bytes", "--budget", "0.9 bops")
+    data = json.loads(command("run", study, *TARGET, *limits, "--json").stdout)
+    assert data["cost"]["metric"] == "size_bytes"
+    assert data["cost"]["value"] <= 0.9 * data["cost"]["all_8_bit"]
+    data = json.loads(command("resolve", study, *TARGET, *limits, "--json").stdout)
+    assert data["cost"]["metric"] == "size_bytes"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--target", "accuracy"), "is no target"),
+        (("--target", "mAP -0.4"), "the metric is one of accuracy, kl"),
+        ((*TARGET, "--max-trials", 4), "runs no search, which is what --max-trials is for"),
+        ((*TARGET, "--layer-errors"), "what --layer-errors is for"),
+        (("--target", "kl 1e-9", "--budget", "0.2 bops"), "best bits within"),
+    ],
+)
+def test_what_contradicts_a_target_is_refused(
+    options: tuple[str, ...], said: str, study: Path, command: Command
+) -> None:
+    result = command("run", study, *options)
+    assert result.exit_code == 1
+    assert said in " ".join(result.output.split())
+
+
+def test_a_target_is_of_networks_that_are_not_trained(study: Path, command: Command) -> None:
+    study.write_text(study.read_text() + "\n\ndef train():\n    return _data(16, 4)\n")
+    result = command("run", study, *TARGET, "--final-epochs", 1)
+    assert result.exit_code == 1
+    assert "this run trains them" in result.output
+    result = command("launch", study, *TARGET)  # where it is not an option
+    assert result.exit_code == 1
+    assert "one of hq-optuna run" in result.output
