@@ -631,6 +631,41 @@ class BitSearch:
         )
 
     @own_modes()
+    def measure(
+        self,
+        study: Study,
+        assignments: Sequence[BitConfig],
+        *,
+        artifacts: str | Path | Artifacts | None = None,
+    ) -> list[dict[str, float]]:
+        """Return what the float network, and then each assignment, measures on validation data.
+
+        Args:
+            study: A study of this search, which has its table.
+            assignments: Bits of all layers.
+            artifacts: Where the search's workers left what they prepared, as for `open`.
+
+        Raises:
+            DataError: No validation data, or nothing is measured of them.
+        """
+        if self.validation is None:
+            raise DataError(
+                "Assignments are measured on validation data. Give BitSearch validation=, or "
+                "define validation() in the study file."
+            )
+        if isinstance(artifacts, (str, Path)):
+            artifacts = open_artifacts(artifacts)
+        self.objective.prepare(study, artifacts=artifacts)
+        data, found = self.validation, list[dict[str, float]]()
+        found.append(evaluation.measured_figures(self.evaluate, copied(self.objective.model), data))
+        if not found[0]:
+            raise DataError("Nothing is measured of these validation data. Give evaluate a Metric.")
+        for config in assignments:
+            network = self.objective.quantized(config)
+            found.append(evaluation.measured_figures(self.evaluate, network, data))
+        return found
+
+    @own_modes()
     def before_and_after(self, network: nn.Module, data: Batches, what: str) -> dict[str, Any]:
         """Return what is measured of the float network and of a quantized one."""
         return before_and_after(self.evaluate, self.objective.model, network, data, what)

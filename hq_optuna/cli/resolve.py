@@ -17,11 +17,12 @@ from rich.table import Table
 from hq_optuna.answer.resolve import Resolved
 from hq_optuna.answer.resolve import pareto as solve_pareto
 from hq_optuna.answer.resolve import resolve as solve
+from hq_optuna.answer.resolve import trades as solve_trades
 from hq_optuna.cli import tables
 from hq_optuna.cli.options import Json, StudyOrNone, errors, reading, say, takes
 from hq_optuna.errors import SettingError, StudyFileError
 from hq_optuna.protocol.history import History, read_history
-from hq_optuna.search import Point
+from hq_optuna.search import Point, Trade
 from hq_optuna.settings import RunSettings
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.budget import Budget, parse_budget
@@ -29,6 +30,7 @@ from hq_optuna.space.cost import METRICS, NOUNS, Metric, format_cost
 from hq_optuna.space.layers import FLOAT_BITS
 from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.visualization.pareto import pareto_figure, pareto_info
+from hq_optuna.visualization.traded import TradedInfo, traded_figure
 
 if TYPE_CHECKING:
     from hq_optuna.cli.session import Session
@@ -217,44 +219,163 @@ def pareto(
     metric: Annotated[
         str | None, typer.Option(help=f"{' or '.join(METRICS)}. \\[default: the budget's]")
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Another of these, least at each cost among assignments that are as good as the "
+            "answer; or the study's measured figure, accuracy. "
+            "\\[default: the predicted loss rise]"
+        ),
+    ] = None,
+    within: Annotated[
+        float | None,
+        typer.Option(help="Sum over layers, nats, that is as good, in place of the answer's."),
+    ] = None,
+    measure: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Points to measure on validation data. STUDY is the study file then."
+        ),
+    ] = 0,
     points: Annotated[int, typer.Option(help="Budgets to solve for.", min=2)] = 33,
     out: Annotated[Path | None, typer.Option(help="HTML file for the picture.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show the least predicted loss rise for each cost, exactly. Needs no network or data."""
+    """Show what each cost buys at best, exactly: the predicted loss rise, or another cost.
+
+    Needs no network or data, unless points are measured.
+    """
     with errors(as_json), reading(study, run) as loaded:
         history = read_history(loaded)
-        chosen = next((m for m in METRICS if m == (metric or history.info.metric)), None)
+        chosen = _metric(metric or history.info.metric)
         if chosen is None:
             raise ValueError(f"--metric is one of {', '.join(METRICS)}; got {metric!r}.")
-        found = solve_pareto(loaded, metric=chosen, n=points)
+        other = _metric(against)
+        if within is not None and other is None:
+            raise ValueError("--within says what is as good where --against is another cost.")
+        found: Sequence[Point | Trade]
+        if other is None:
+            found = solve_pareto(loaded, metric=chosen, n=points)
+        else:
+            found = solve_trades(loaded, metric=chosen, against=other, within=within, n=points)
+        figure_of = against if other is None else None
+        if figure_of is not None:
+            measure = measure or N_MEASURED
+        measured, before = _measured_points(study, run, loaded, found, measure, as_json)
+        if figure_of is not None and figure_of not in before:
+            raise ValueError(
+                f"--against is one of {', '.join((*METRICS, *before))}; got {against!r}."
+            )
         if out is not None:
-            figure = pareto_figure(pareto_info(history, n=points, metric=chosen))
+            if other is None and figure_of is None:
+                figure = pareto_figure(pareto_info(history, n=points, metric=chosen))
+            else:
+                figure = traded_figure(_traded(history, chosen, against, found, measured, before))
             out.parent.mkdir(parents=True, exist_ok=True)
             figure.write_html(out, config={"showSendToCloud": False, "displaylogo": False})
         if as_json:
-            rows = [
-                {"cost": p.cost, "score_nats": p.score, "assignment": p.config.to_json()}
-                for p in found
-            ]
-            typer.echo(json.dumps({"metric": chosen, "pareto": rows}))
+            rows = [_row(found[i], measured.get(i)) for i in range(len(found))]
+            said = {"metric": chosen, "against": against, "float": before, "pareto": rows}
+            typer.echo(json.dumps(said))
             return
         console = Console()
-        console.print(_points(found, history.space, chosen))
+        console.print(_points(found, history.space, chosen, other, measured))
+        if before:
+            float_ = ", ".join(f"{name} {value:.4g}" for name, value in before.items())
+            say(console, f"float: {float_}")
         if out is not None:
             say(console, f"Picture: {escape(str(out))}")
 
 
-def _points(points: Sequence[Point], space: SearchSpace, metric: Metric) -> Table:
-    table = tables.new_table("cost", "of all-8-bit", "least sum, nats", "mean W bits")
+def _row(point: Point | Trade, measured: Mapping[str, float] | None) -> dict[str, Any]:
+    row = {
+        "cost": point.cost,
+        "score_nats": point.score,
+        "assignment": point.config.to_json(),
+    }
+    if isinstance(point, Trade):
+        row["other"] = point.other
+    return row if measured is None else {**row, "measured": measured}
+
+
+def _traded(
+    history: History,
+    metric: Metric,
+    against: str | None,
+    found: Sequence[Point | Trade],
+    measured: Mapping[int, Mapping[str, float]],
+    before: Mapping[str, float],
+) -> TradedInfo:
+    """Return what is drawn: a second cost, or what was measured."""
+    int8, other = history.space.costs(metric).int8, _metric(against)
+    if other is not None:
+        pairs = [(p.cost, p.other) for p in found if isinstance(p, Trade)]
+        int8_other = history.space.costs(other).int8
+        return TradedInfo(*_columns(pairs), metric, other, int8, int8_other)
+    name = str(against)
+    pairs = [(found[i].cost, values[name]) for i, values in measured.items()]
+    return TradedInfo(*_columns(pairs), metric, name, int8, before=before[name])
+
+
+N_MEASURED = 5
+"""Points that are measured where the figure is asked for, and no number of them."""
+
+
+def _metric(name: str | None) -> Metric | None:
+    return next((m for m in METRICS if m == name), None)
+
+
+def _columns(rows: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in rows], [y for _, y in rows]
+
+
+def _measured_points(
+    study: str | None,
+    run: RunSettings,
+    loaded: Study,
+    found: Sequence[Point | Trade],
+    n: int,
+    quiet: bool,
+) -> tuple[dict[int, dict[str, float]], dict[str, float]]:
+    """Measure so many of the points, evenly along the curve; by place, and the float network's."""
+    if not n:
+        return {}, {}
+    from hq_optuna.cli.session import begin
+
+    if study is None:
+        raise StudyFileError("--measure runs the network: give the study file too.")
+    session = begin(study, (), run, {}, Console(stderr=True, quiet=quiet))
+    last = len(found) - 1
+    places = sorted({round(i * last / max(n - 1, 1)) for i in range(n)})
+    configs = [found[i].config for i in places]
+    before, *after = session.search.measure(loaded, configs, artifacts=session.artifacts)
+    return dict(zip(places, after, strict=True)), before
+
+
+def _points(
+    points: Sequence[Point | Trade],
+    space: SearchSpace,
+    metric: Metric,
+    other: Metric | None,
+    measured: Mapping[int, Mapping[str, float]],
+) -> Table:
+    names = list(next(iter(measured.values()), ()))
+    beside = [] if other is None else [NOUNS[other]]
+    head = "least sum, nats" if other is None else "sum, nats"
+    table = tables.new_table("cost", "of all-8-bit", *beside, head, "mean W bits", *names)
     layers, int8 = space.layers, space.costs(metric).int8
     total = sum(layer.n_weights for layer in layers)
-    for point in points:
+    for i, point in enumerate(points):
         bits = sum(layer.n_weights * point.config[layer.name].weight_bits for layer in layers)
+        traded = []
+        if other is not None and isinstance(point, Trade):
+            traded = [format_cost(point.other, other)]
         table.add_row(
             format_cost(point.cost, metric),
             f"{100 * point.cost / int8:.1f} %",
+            *traded,
             f"{point.score:.3g}",
             f"{bits / total:.2f}",
+            *(f"{measured[i][name]:.4g}" if i in measured else "" for name in names),
         )
     return table

@@ -166,3 +166,42 @@ def test_a_target_is_of_networks_that_are_not_trained(study: Path, command: Comm
     result = command("launch", study, *TARGET)  # where it is not an option
     assert result.exit_code == 1
     assert "one of hq-optuna run" in result.output
+
+
+def test_pareto_trades_two_costs_among_what_is_as_good(searched: Path, command: Command) -> None:
+    given = ("pareto", searched, "--metric", "bops", "--against", "activation_bytes")
+    data = json.loads(command(*given, "--points", 5, "--out", "two.html", "--json").stdout)
+    rows = data["pareto"]
+    costs, others = ([row[key] for row in rows] for key in ("cost", "other"))
+    assert costs == sorted(costs)
+    assert others == sorted(others, reverse=True)
+    answer = json.loads(command("pareto", searched, "--json").stdout)
+    assert min(row["score_nats"] for row in answer["pareto"]) <= rows[0]["score_nats"]
+    assert "Plotly.newPlot" in Path("two.html").read_text()
+    wide = json.loads(command(*given, "--points", 5, "--within", 1e9, "--json").stdout)["pareto"]
+    assert wide[0]["cost"] < costs[0]  # the cheapest bits are as good as any here
+    for arguments, said in (
+        ((*given[:-1], "bops"), "bops twice"),
+        ((*given, "--within", "1e-12"), "No assignment has a sum"),
+        ((*given[:-2], "--within", "0.1"), "--within says what is as good"),
+        ((*given[:-1], "latency_s"), "No latency is known"),
+    ):
+        result = command(*arguments)
+        assert result.exit_code == 1
+        assert said in " ".join(result.output.split())
+
+
+def test_pareto_measures_points(study: Path, command: Command) -> None:
+    assert command("run", study).exit_code == 0
+    given = ("pareto", study, "--points", 5, "--measure", 3)
+    data = json.loads(command(*given, "--json").stdout)
+    measured = [row["measured"]["accuracy"] for row in data["pareto"] if "measured" in row]
+    assert len(measured) == 3
+    assert 0 <= data["float"]["accuracy"] <= 1
+    result = command(*given[:-2], "--against", "accuracy", "--out", "seen.html")
+    assert result.exit_code == 0, result.output
+    assert "float: accuracy" in result.output
+    assert "Plotly.newPlot" in Path("seen.html").read_text()
+    result = command(*given, "--against", "mAP")
+    assert result.exit_code == 1
+    assert "activation_bytes, latency_s, accuracy; got" in " ".join(result.output.split())
