@@ -41,6 +41,7 @@ from hq_optuna.network.introspection import introspect
 from hq_optuna.network.loss_weights import observed_losses, weighed
 from hq_optuna.network.losses import LossFunction, own_loss
 from hq_optuna.network.modes import own_modes
+from hq_optuna.network.products import with_products
 from hq_optuna.network.searchable import check_searchable
 from hq_optuna.network.unfused import unfused
 from hq_optuna.objective.hessian import HessianObjective
@@ -141,6 +142,8 @@ class BitSearch:
         ).to(device)
         called = functional.cross_entropy if loss_fn is None else own_loss(loss_fn)
         reason, self._without_labels = "", any(batch.labels is None for batch in data)
+        if self.settings.products:
+            model = with_products(model, data[0].inputs)
         if self._without_labels:
             data, loss_fn, rise, reason = decide(model, data, loss_fn, rise)
             called = loss_fn

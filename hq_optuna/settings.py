@@ -401,6 +401,11 @@ class SearchSettings(_Settings):
         "Layers of one module that read the same tensor, as queries, keys and values do, share the "
         "bits of their input.",
     )
+    products: bool = _space(
+        False,
+        "Products of activations, attention's queries times keys and the like, are layers too: "
+        "both factors are rounded, to bits that are chosen as those of activations are.",
+    )
     scorer: ScorerName | None = _scoring(
         None,
         "What ranks candidates: a sum over layers, which needs no forward pass (hessian_trace, "

@@ -75,7 +75,7 @@ def test_what_differs_is_said_for_every_setting_that_tells_searches_apart():
     assert apart - {"train_every"} <= set(fingerprint)  # a search that never trains has none
     # What these say is part of the space, of the quantizers by layer, or of the training.
     space = {"bits", "activation_bits", "pin_first_last", "pins", "allowed", "tied", "tie_inputs"}
-    space |= {"hardware", "latency"}
+    space |= {"hardware", "latency", "products"}
     training = {"train_epochs", "final_epochs", "training", "final_training"}
     assert set(settings_of(SearchSettings)) - apart == space | training | {"quantizers", "method"}
 

@@ -46,6 +46,13 @@ def _default(rise: Rise | None, trains: bool) -> ScorerName:
     return "gauss_newton" if by_outputs else "hessian_trace"
 
 
+_KNOW_PRODUCTS: tuple[ScorerName, ...] = ("hessian_trace", "gauss_newton", "loss")
+
+
+def _draws(rise: Rise | None) -> bool:
+    return rise is not None and rise.can_draw
+
+
 class BuiltScorer(NamedTuple):
     """A scorer, with sentences that a reader of the results must know, and figures for the record.
 
@@ -128,6 +135,14 @@ class ScorerSetup:
                 f"{settings.hardware!s}. Search without training (train_every=0, final_epochs=0)."
             )
         quantizers = choose_quantizers(settings.quantizers, space)
+        products = any(layer.is_product for layer in space.layers)
+        if products and (trains or scorer not in _KNOW_PRODUCTS or not _draws(rise)):
+            raise ValueError(
+                "Products of activations have no weights, and so no curvature of any: they are "
+                f"searched with a rise of hq_optuna.rises, one of the scorers "
+                f"{', '.join(_KNOW_PRODUCTS)}, and without training. Give these, or leave out "
+                "products."
+            )
         return cls(settings.replace(scorer=scorer), space, data, loss_fn, rise, quantizers)
 
     def build(
@@ -237,7 +252,8 @@ class ScorerSetup:
         """The sum over layers that is recorded of each candidate."""
         if self.settings.scorer in LAYER_SUMS:
             return self.settings.scorer
-        if probe_of(self.loss_fn) is not None:
+        products = any(layer.is_product for layer in self.space.layers)
+        if probe_of(self.loss_fn) is not None and not products:
             return "fisher"
         told = self.rise is not None and self.rise.can_draw
         return "hessian_trace" if told else "diagonal"

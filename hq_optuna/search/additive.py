@@ -231,4 +231,5 @@ def _bits_of(pair: LayerBits, part: str) -> int:
 
 
 def _parts(part: str) -> tuple[str, ...]:
-    return ("weights", "activations") if part in ("both", "pair") else (part,)
+    whole = part in ("both", "factors", "pair")
+    return ("weights", "activations") if whole else (part,)
