@@ -565,6 +565,14 @@ class RunSettings(_Settings):
         "Seconds to try again when the storage does not answer, or its disk is full.",
         **{"unit": "seconds", "least": 0},
     )
+    target: str | None = setting(
+        None,
+        "In place of a search: how much worse than float a metric may be on validation data, "
+        "'accuracy -0.5' (points), 'kl 0.01', or the study's own. The answer costs the least that "
+        "surely is within it; a budget beside it holds too, and its first limit says which cost.",
+        metavar="TEXT",
+        shown_default="none",
+    )
     layer_errors: bool = setting(
         False,
         "Measure the signal-to-noise ratio of each layer of the answer, alone and among the "
