@@ -107,8 +107,10 @@ FIELDS: dict[str, Field] = {
 class Bench:
     """A field's network with its table, and what is measured of its answers."""
 
-    def __init__(self, one: Field, data: Path, settings: Mapping[str, Any]) -> None:
-        self.one = one
+    def __init__(
+        self, one: Field, data: Path, settings: Mapping[str, Any], verify: int = 0
+    ) -> None:
+        self.one, self.verify = one, verify
         given = dict(one.network)
         if "data" in inspect.signature(one.study.network).parameters:
             given["data"] = data
@@ -140,7 +142,7 @@ class Bench:
         model = self.space.costs("bops")
         uniform = self.space.config(uniform_states(self.space)[bits])
         limit = model.cost(uniform)
-        answer = self.search.exact(self.study, Budget.absolute(bops=limit))
+        answer = self.search.exact(self.study, Budget.absolute(bops=limit), verify=self.verify)
         other = self.measured(self.search.quantized(uniform))
         mine = self.measured(answer.network)
         compared = [*map(_compared, self.metrics, self.records, other, mine)]
@@ -185,16 +187,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--products", action="store_true", help="round and search products of activations too"
     )
+    parser.add_argument("--observer", default="squared_error", help="how ranges are found")
+    parser.add_argument("--rounding", default="compensated", help="how weights are rounded")
+    parser.add_argument("--verify", type=int, default=0, help="finalists that are measured")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="the two smallest networks")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
+    settings = {"observer": arguments.observer, "rounding": arguments.rounding}
+    settings |= {"products": True} if arguments.products else {}
     outcome, worse = Outcome("fields"), 0
     with unpacked(arguments.data) as folder:
         for name in ["kws", "vww"] if arguments.quick else arguments.networks:
             one = FIELDS[name]
-            bench = Bench(one, folder, {"products": True} if arguments.products else {})
+            bench = Bench(one, folder, settings, arguments.verify)
             details: dict[str, Any] = {"seconds_of_table": round(bench.seconds, 1)}
             for bits in arguments.costs or one.budgets:
                 said = str(bits[0]) if bits[0] == bits[1] else f"w{bits[0]}a{bits[1]}"
