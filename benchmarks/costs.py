@@ -7,7 +7,7 @@
   PyTorch allocates, without its caller's input, against what PyTorch's allocator gives out while
   a traced copy drops each value after its last use; and 2,000 random maps against a count by hand.
 - *Latency*: `hq-optuna profile` of networks of the zoo, in which the table predicts ten drawn
-  mixed assignments that are timed as whole files in the same turns.
+  mixed assignments that are timed as whole files in the same turns, and is fitted to 20 others.
 - *Target*: the least cost within a target of accuracy, for 20 splits of the unseen samples into
   validation and test, against bisection over budgets with a full search for each, by a single test
   each and without a correction for their number. The price is processor time of `BitSearch.meet`,
@@ -48,6 +48,9 @@ from hq_optuna.space.memory import LiveTensor, MemoryMap
 SPLITS = 20
 MIXED = 10
 """Assignments that are timed as whole files."""
+
+FITTED = 20
+"""Further ones that the table is fitted to."""
 
 TARGETS = {"digits": "accuracy -2", "resnet20": "accuracy -2"}
 
@@ -123,9 +126,11 @@ def latencies(name: str, data: Path, quick: bool) -> dict[str, Any]:
     case = load_trained(name, data, n_calibration=64)
     bits = (8, 4) if quick else (8, 6, 4, 2)
     search = hq.BitSearch(case.network, case.calibration, bits=bits, budget="0.5 bops")
-    mixed = drawn(search.space, 3 if quick else MIXED)
+    n, n_fit = (3, 2) if quick else (MIXED, FITTED)
+    every = drawn(search.space, n + n_fit)
+    mixed = every[:n]
     given = search.space, search.quantized, search.objective.data
-    found = profile(*given, turns=100 if quick else 400, check=mixed)
+    found = profile(*given, turns=100 if quick else 200, fit=every[n:], check=mixed)
     told, took = zip(*found.checked, strict=True)
     spreads = sorted(found.spreads.values())
     row = {

@@ -18,12 +18,14 @@ from hq_optuna.quantization import observe_inputs, prepare
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.quantization.in_order import InOrder, places_in_memory
 from hq_optuna.quantization.observers import InputHistogram
+from hq_optuna.quantization.prepare import set_bits
 from hq_optuna.quantization.quantizers.choice import choose_quantizers, uncompensated_warnings
 from hq_optuna.quantization.ranges import InputGrid
 from hq_optuna.quantization.statistics import statistics_places
 from hq_optuna.rises import Rise, RiseLoss
 from hq_optuna.scoring import LAYER_SUMS, LayerSumName, Scorer, Sensitivity
 from hq_optuna.settings import ScorerName, SearchSettings
+from hq_optuna.space.assignment import BitConfig, LayerBits
 from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.training.trained import TrainedNetwork
 
@@ -236,6 +238,23 @@ class ScorerSetup:
             quantizers=self.quantizers,
             grid=self.grid,
         )
+
+    def vendors_default(self, network: nn.Module) -> tuple[BitConfig, nn.Module] | None:
+        """Return what a tool of the hardware gives when nothing is asked of it.
+
+        W8A8 in each layer that may have it, else its widest pair; ranges from the least to the
+        largest input, weights to the nearest, nothing corrected. ``None``: no hardware is named.
+        """
+        if not read_hardware(self.settings.hardware).restricts:
+            return None
+        eight, layers = LayerBits(8, 8), self.space.layers
+        config = BitConfig(
+            {n: eight if eight in pairs else max(pairs) for n, pairs in self.space.pairs.items()}
+        )
+        inputs = observe_inputs(network, [layer.name for layer in layers], self.rounding_data)
+        made = prepare(network, layers, inputs, observer="min_max", grid=self.grid)
+        set_bits(made, config)
+        return config, made
 
     @property
     def is_table(self) -> bool:
