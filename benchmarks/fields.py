@@ -10,6 +10,7 @@ Further metrics, COCO's AP, SSIM and top-5, are told beside them and in the deta
 
     python -m benchmarks.fields --data ZOO [--networks kws vww …] [--out FILE]
     python -m benchmarks.fields --data ZOO --quick      the two smallest
+    python -m benchmarks.fields --data ZOO --networks minilm --products --costs 8,8 4,8
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import argparse
 import inspect
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,8 +107,10 @@ FIELDS: dict[str, Field] = {
 class Bench:
     """A field's network with its table, and what is measured of its answers."""
 
-    def __init__(self, one: Field, data: Path) -> None:
-        self.one = one
+    def __init__(
+        self, one: Field, data: Path, settings: Mapping[str, Any], verify: int = 0
+    ) -> None:
+        self.one, self.verify = one, verify
         given = dict(one.network)
         if "data" in inspect.signature(one.study.network).parameters:
             given["data"] = data
@@ -121,7 +124,7 @@ class Bench:
             bits=one.bits,
             activation_bits=one.bits,
             budget="1 bops",
-            scorer="hessian_trace",
+            **{"scorer": "hessian_trace", **settings},
         )
         self.study = self.search.open()
         self.seconds = time.process_time() - started
@@ -139,7 +142,7 @@ class Bench:
         model = self.space.costs("bops")
         uniform = self.space.config(uniform_states(self.space)[bits])
         limit = model.cost(uniform)
-        answer = self.search.exact(self.study, Budget.absolute(bops=limit))
+        answer = self.search.exact(self.study, Budget.absolute(bops=limit), verify=self.verify)
         other = self.measured(self.search.quantized(uniform))
         mine = self.measured(answer.network)
         compared = [*map(_compared, self.metrics, self.records, other, mine)]
@@ -174,24 +177,39 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=data_folder(), help="zoo, or its archive")
     parser.add_argument("--networks", nargs="+", choices=list(FIELDS), default=list(FIELDS))
+    parser.add_argument(
+        "--costs",
+        nargs="+",
+        metavar="W,A",
+        type=lambda text: tuple(map(int, text.split(","))),
+        help="uniform bits whose cost is the budget, 4,8; default: the field's own",
+    )
+    parser.add_argument(
+        "--products", action="store_true", help="round and search products of activations too"
+    )
+    parser.add_argument("--observer", default="squared_error", help="how ranges are found")
+    parser.add_argument("--rounding", default="compensated", help="how weights are rounded")
+    parser.add_argument("--verify", type=int, default=0, help="finalists that are measured")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="the two smallest networks")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
+    settings = {"observer": arguments.observer, "rounding": arguments.rounding}
+    settings |= {"products": True} if arguments.products else {}
     outcome, worse = Outcome("fields"), 0
     with unpacked(arguments.data) as folder:
         for name in ["kws", "vww"] if arguments.quick else arguments.networks:
             one = FIELDS[name]
-            bench = Bench(one, folder)
+            bench = Bench(one, folder, settings, arguments.verify)
             details: dict[str, Any] = {"seconds_of_table": round(bench.seconds, 1)}
-            for bits in one.budgets:
+            for bits in arguments.costs or one.budgets:
                 said = str(bits[0]) if bits[0] == bits[1] else f"w{bits[0]}a{bits[1]}"
                 case = details[said] = bench.case(bits)
                 sign = 1 if one.metric.higher_is_better else -1
                 over = case["over_uniform"]
                 worse += over["high"] < 0 if sign > 0 else over["low"] > 0
-                figure = one.figure.format(said)
+                figure = one.figure.format(said) + "_products" * arguments.products
                 for what, prefix in (("answer", ""), ("uniform", "uniform_")):
                     value = case[what] if one.absolute else sign * (case["float"] - case[what])
                     outcome.figures[prefix + figure] = round(value, 3)

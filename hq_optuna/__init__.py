@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         visualization,
     )
     from hq_optuna.answer.recipe import load
-    from hq_optuna.answer.resolve import load_assignment, pareto, resolve
+    from hq_optuna.answer.resolve import load_assignment, pareto, resolve, trades
     from hq_optuna.answer.result import SearchResult
     from hq_optuna.bit_search import BitSearch
     from hq_optuna.network.evaluation import Metric
@@ -61,6 +61,7 @@ _HOME = {
     "read_history": "protocol.history",
     "resolve": "answer.resolve",
     "set_bits": "quantization",
+    "trades": "answer.resolve",
     "write_report": "report.page",
 }
 _ROOMS = (
@@ -106,6 +107,7 @@ __all__ = [
     "set_bits",
     "space",
     "storages",
+    "trades",
     "visualization",
     "write_report",
 ]

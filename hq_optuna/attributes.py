@@ -77,6 +77,7 @@ LAYER_ERRORS = "layer_errors"
 """The fact that holds each layer's signal-to-noise ratios, see `hq_optuna.answer.layer_errors`."""
 
 ANSWER, UNIFORM, EIGHT = "answer", "uniform", "8 bits"  # methods of those rows
+VENDOR = "vendor's default"  # another
 
 PROTOCOL = 1  # version of the tickets
 PART_CHARACTERS = 30_000  # longest attribute we write: a MySQL TEXT column ends at 65,535 bytes

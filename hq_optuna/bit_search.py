@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,13 @@ from hq_optuna.answer.layer_errors import layer_errors
 from hq_optuna.answer.measured_end import best_measured
 from hq_optuna.answer.resolve import optimum, sums_of
 from hq_optuna.answer.result import SearchResult
-from hq_optuna.answer.target import Target, compare_with_float, least_cost, parse_target
+from hq_optuna.answer.target import (
+    Compare,
+    Target,
+    compare_with_float,
+    least_cost,
+    parse_target,
+)
 from hq_optuna.artifacts.store import Artifacts, open_artifacts
 from hq_optuna.attributes import COMPARED, LAYER_ERRORS
 from hq_optuna.dashboard import PageWriter, PreparationNote
@@ -34,6 +41,7 @@ from hq_optuna.network.introspection import introspect
 from hq_optuna.network.loss_weights import observed_losses, weighed
 from hq_optuna.network.losses import LossFunction, own_loss
 from hq_optuna.network.modes import own_modes
+from hq_optuna.network.products import with_products
 from hq_optuna.network.searchable import check_searchable
 from hq_optuna.network.unfused import unfused
 from hq_optuna.objective.hessian import HessianObjective
@@ -134,6 +142,8 @@ class BitSearch:
         ).to(device)
         called = functional.cross_entropy if loss_fn is None else own_loss(loss_fn)
         reason, self._without_labels = "", any(batch.labels is None for batch in data)
+        if self.settings.products:
+            model = with_products(model, data[0].inputs)
         if self._without_labels:
             data, loss_fn, rise, reason = decide(model, data, loss_fn, rise)
             called = loss_fn
@@ -526,12 +536,36 @@ class BitSearch:
         )
 
     @own_modes()
+    def check_target(self, target: str | Target) -> None:
+        """Refuse a target that `meet` could not measure, before any work.
+
+        Args:
+            target: As for `meet`.
+
+        Raises:
+            SettingError: Text that is no target, or of a metric that is not measured.
+            DataError: No validation data, or none that tell the metric sample by sample.
+        """
+        self._comparison(target)
+
+    def _comparison(self, target: str | Target) -> tuple[Target, Compare]:
+        target = parse_target(target) if isinstance(target, str) else target
+        if self.validation is None:
+            raise DataError(
+                "A target is measured on validation data. Give BitSearch validation=, or define "
+                "validation() in the study file."
+            )
+        made = self.objective
+        given = target, made.model, self.validation, self.evaluate, made.loss_fn
+        return target, compare_with_float(*given)
+
+    @own_modes()
     def meet(
         self,
         study: Study,
         target: str | Target,
         *,
-        metric: Metric | None = None,
+        budget: Budget | str | Sequence[str] | None = None,
         artifacts: str | Path | Artifacts | None = None,
     ) -> SearchResult:
         """Return the cheapest answer whose measured metric stays within a target of float's.
@@ -544,32 +578,42 @@ class BitSearch:
             study: What `open` or `optimize` returned.
             target: How much worse than float's: ``"accuracy -0.5"``, ``"kl 0.01"``, or the study's
                 own metric.
-            metric: What is to be least; by default what the study's budget counts. Its further
-                limits hold.
+            budget: Limits that the answer is within too; what the first of them counts is to be
+                least. By default that is what the study's budget counts, without its first limit.
             artifacts: Where the search's workers left what they prepared, as for `open`.
 
         Raises:
             SettingError: Text that is no target, or of a metric that is not measured.
             DataError: No validation data, or none that tell the metric sample by sample.
-            TargetError: Not even the widest bits are surely within the target.
+            BudgetError: The budget is below the cheapest assignment.
+            TargetError: Not even the widest bits, or the best within the budget, are surely within
+                the target.
         """
-        target = parse_target(target) if isinstance(target, str) else target
-        if self.validation is None:
-            raise DataError(
-                "A target is measured on validation data. Give BitSearch validation=, or define "
-                "validation() in the study file."
-            )
+        target, compare = self._comparison(target)
         objective = self.objective
-        compare = compare_with_float(
-            *(target, objective.model, self.validation, self.evaluate, objective.loss_fn)
-        )
         if isinstance(artifacts, (str, Path)):
             artifacts = open_artifacts(artifacts)
         scorer = objective.prepare(study, artifacts=artifacts)
-        sums = sums_of(read_history(study), metric)
+        history, most = read_history(study), math.inf
+        if budget is None:
+            sums = sums_of(history)
+        else:
+            limits = parse_budget(budget)
+            check_reachable(self.space, limits)
+            sums, most = sums_for(history, limits), limits.limit(self.space)
+        assert self.validation is not None, "the comparison has samples"
         n = self.validation.n_samples
-        found = least_cost(sums, target, lambda c: compare(objective.quantized(c)), n)
-        score, network = scorer.score(found.config), objective.quantized(found.config)
+        within: list[nn.Module] = []  # the last network within the target, which is the answer's
+
+        def measured(config: BitConfig) -> tuple[float, float, float]:
+            network = objective.quantized(config)
+            seen = compare(network)
+            if seen[1] <= target.worse:
+                within[:] = [network]
+            return seen
+
+        found = least_cost(sums, target, measured, n, most=most)
+        score, network = scorer.score(found.config), within[0]
         facts = self.before_and_after(network, self.validation, "validation")
         return self._result(
             study,
@@ -585,6 +629,41 @@ class BitSearch:
             candidates=len(found.tested),
             facts={**facts, "target": found.to_json()},
         )
+
+    @own_modes()
+    def measure(
+        self,
+        study: Study,
+        assignments: Sequence[BitConfig],
+        *,
+        artifacts: str | Path | Artifacts | None = None,
+    ) -> list[dict[str, float]]:
+        """Return what the float network, and then each assignment, measures on validation data.
+
+        Args:
+            study: A study of this search, which has its table.
+            assignments: Bits of all layers.
+            artifacts: Where the search's workers left what they prepared, as for `open`.
+
+        Raises:
+            DataError: No validation data, or nothing is measured of them.
+        """
+        if self.validation is None:
+            raise DataError(
+                "Assignments are measured on validation data. Give BitSearch validation=, or "
+                "define validation() in the study file."
+            )
+        if isinstance(artifacts, (str, Path)):
+            artifacts = open_artifacts(artifacts)
+        self.objective.prepare(study, artifacts=artifacts)
+        data, found = self.validation, list[dict[str, float]]()
+        found.append(evaluation.measured_figures(self.evaluate, copied(self.objective.model), data))
+        if not found[0]:
+            raise DataError("Nothing is measured of these validation data. Give evaluate a Metric.")
+        for config in assignments:
+            network = self.objective.quantized(config)
+            found.append(evaluation.measured_figures(self.evaluate, network, data))
+        return found
 
     @own_modes()
     def before_and_after(self, network: nn.Module, data: Batches, what: str) -> dict[str, Any]:

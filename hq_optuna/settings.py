@@ -401,6 +401,11 @@ class SearchSettings(_Settings):
         "Layers of one module that read the same tensor, as queries, keys and values do, share the "
         "bits of their input.",
     )
+    products: bool = _space(
+        False,
+        "Products of activations, attention's queries times keys and the like, are layers too: "
+        "both factors are rounded, to bits that are chosen as those of activations are.",
+    )
     scorer: ScorerName | None = _scoring(
         None,
         "What ranks candidates: a sum over layers, which needs no forward pass (hessian_trace, "
@@ -559,6 +564,14 @@ class RunSettings(_Settings):
         300.0,
         "Seconds to try again when the storage does not answer, or its disk is full.",
         **{"unit": "seconds", "least": 0},
+    )
+    target: str | None = setting(
+        None,
+        "In place of a search: how much worse than float a metric may be on validation data, "
+        "'accuracy -0.5' (points), 'kl 0.01', or the study's own. The answer costs the least that "
+        "surely is within it; a budget beside it holds too, and its first limit says which cost.",
+        metavar="TEXT",
+        shown_default="none",
     )
     layer_errors: bool = setting(
         False,

@@ -9,11 +9,14 @@ without labels; the others judge by AP50.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from fastestdet import average_precision as of_records  # a neighbour
+from fastestdet import matched_by_coco
 from torch import Tensor, nn
 
 import hq_optuna
@@ -45,10 +48,15 @@ def network(checkpoint: Path, model: str = MODELS[0]) -> nn.Module:
         checkpoint: State dict saved by torch.save, loaded with weights_only=True.
         model: Name of a one-stage detector of torchvision.
     """
+    return detector(checkpoint, model, MODELS)
+
+
+def detector(checkpoint: Path, model: str, known: Sequence[str]) -> nn.Module:
+    """Return one of torchvision's detectors that are known here."""
     from torchvision.models import get_model
 
-    if model not in MODELS:
-        raise DataError(f"--model is one of {', '.join(MODELS)}; got {model!r}.")
+    if model not in known:
+        raise DataError(f"--model is one of {', '.join(known)}; got {model!r}.")
     if not checkpoint.is_file():
         raise DataError(f"--checkpoint {checkpoint} is no file. Give a state dict.")
     net: nn.Module = get_model(model, weights=None, weights_backbone=None)
@@ -125,8 +133,6 @@ def _image(path: Path) -> Tensor:
 
 def matches(net: nn.Module, batches: Batches) -> list[list[Any]]:
     """Return of each image what COCO's evaluation matched, class by class."""
-    from fastestdet import matched_by_coco  # a neighbour
-
     found = [one for batch in batches for one in net(*batch.inputs)]
     boxes = [(one["boxes"], one["scores"], one["labels"]) for one in found]
     truth = [pair for batch in batches for pair in batch.labels]
@@ -135,9 +141,7 @@ def matches(net: nn.Module, batches: Batches) -> list[list[Any]]:
 
 def average_precision(records: list[list[Any]]) -> float:
     """Return the mean average precision at an overlap of 0.5, percent."""
-    from fastestdet import average_precision as of  # a neighbour
-
-    return float(of(records))
+    return float(of_records(records))
 
 
 evaluate = hq_optuna.Metric(average_precision, name="AP50", unit="%", per_sample=matches)

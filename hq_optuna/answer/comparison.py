@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hq_optuna.attributes import ANSWER, EIGHT, UNIFORM
+from hq_optuna.attributes import ANSWER, EIGHT, UNIFORM, VENDOR
 from hq_optuna.network.batches import Batches
 from hq_optuna.network.evaluation import (
     Accuracy,
@@ -40,8 +40,8 @@ def rows(
     """Measure the answer and uniform bits on validation data: the loss, and what ``evaluate`` says.
 
     ``answer`` is the answer's network where it was trained; nothing else here is. 8 bits everywhere
-    are a row too, for reference, where they cost more than the budget. Empty while the budget is
-    not met.
+    are a row too, for reference, where they cost more than the budget, and where a search is for
+    some hardware, what its vendor's tools give by default. Empty while the budget is not met.
 
     Returns:
         One row each: ``{"method", "bits", "cost", "score", "evaluations", "seconds",
@@ -70,6 +70,8 @@ def rows(
     eight = uniform_states(history.space).get((8, 8))
     if eight is not None and not history.fits(config := history.space.config(eight)):
         table.add(EIGHT, config, bits="8 bits", **alone)
+    if (default := objective.setup.vendors_default(objective.model)) is not None:
+        table.add(VENDOR, *default, **alone)
     return table.rows
 
 

@@ -8,12 +8,10 @@ therefore far narrower than those of the two accuracies would suggest.
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 from typing import NamedTuple
 
 CONFIDENCE = 0.95
-
-_Z = 1.959963984540054
-"""Normal quantile of `CONFIDENCE`, two-sided."""
 
 METHODS = "accuracies: Wilson; differences: paired, Bonett and Price (2012), over the same samples"
 """How the intervals of a report are made, in words."""
@@ -42,7 +40,7 @@ def wilson(right: int, n: int) -> Interval:
     return Interval(float(found.low), float(found.high))
 
 
-def paired(lost: float, gained: float, n: int) -> Interval:
+def paired(lost: float, gained: float, n: int, confidence: float = CONFIDENCE) -> Interval:
     """Return the interval of the difference (second − first) of two accuracies on ``n`` samples.
 
     Only the first gets ``lost`` samples right, only the second ``gained``; means where there are
@@ -57,5 +55,15 @@ def paired(lost: float, gained: float, n: int) -> Interval:
     """
     only_first, only_second = (lost + 1) / (n + 2), (gained + 1) / (n + 2)
     difference = only_second - only_first
-    error = math.sqrt((only_first + only_second - difference**2) / (n + 2))
-    return Interval(max(difference - _Z * error, -1.0), min(difference + _Z * error, 1.0))
+    error = quantile(confidence) * math.sqrt((only_first + only_second - difference**2) / (n + 2))
+    return Interval(max(difference - error, -1.0), min(difference + error, 1.0))
+
+
+def quantile(confidence: float) -> float:
+    """Return the normal quantile of a two-sided confidence.
+
+    Example:
+        >>> round(quantile(0.95), 4)
+        1.96
+    """
+    return NormalDist().inv_cdf((1 + confidence) / 2)

@@ -25,6 +25,7 @@ from hq_optuna.network.containers import is_plain, load_state_, strided_state, u
 from hq_optuna.network.copies import copied
 from hq_optuna.network.layer_types import plain_settings
 from hq_optuna.network.modes import own_modes
+from hq_optuna.network.products import products_named
 from hq_optuna.network.searchable import check_structure
 from hq_optuna.network.unfused import unfused
 from hq_optuna.quantization.correction import SHIFT, add_shift
@@ -37,6 +38,7 @@ from hq_optuna.quantization.outputs import (
     put_output_quantizers_,
 )
 from hq_optuna.quantization.prepare import (
+    factor_quantizers,
     float_weight,
     get_bits,
     input_quantizer,
@@ -113,6 +115,11 @@ def _described(
 ) -> dict[str, Any]:
     """Return what the recipe says of a layer; put its scale, codes and shift among the tensors."""
     entry: dict[str, Any] = {**layer.to_json(), **bits._asdict()}
+    if layer.is_product:
+        if bits.activation_bits != FLOAT_BITS:
+            found = factor_quantizers(module)
+            entry["factor_quantizers"] = [_grid(one, bits.activation_bits) for one in found]
+        return entry
     if bits.weight_bits != FLOAT_BITS:
         weight, holder = float_weight(module), weight_quantizer(module)
         scale = holder.scale(weight, bits.weight_bits)
@@ -195,7 +202,8 @@ def _prepared(
     folder: Path, network: nn.Module, layers: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> nn.Module:
     """Return a prepared copy of a network with a recipe's float weights."""
-    own = copied(unfused(network))
+    products = [name for name, entry in layers.items() if not entry["weight_shape"]]
+    own = copied(products_named(unfused(network), products))
     try:
         load_state_(own, {k: v for k, v in tensors.items() if not k.startswith(_OURS)})
     except RuntimeError as error:
@@ -239,6 +247,10 @@ def _restore_(
 ) -> None:
     """Give a prepared layer its scale, codes, shift and input range."""
     bits, axis = entry["weight_bits"], entry["channel_axis"]
+    if "factor_quantizers" in entry:
+        module.input_fake_quantize, module.other_fake_quantize = (
+            _rounding(entry["activation_bits"], grid) for grid in entry["factor_quantizers"]
+        )
     if f"{_SCALE}{name}" in tensors:
         weight, holder = float_weight(module), weight_quantizer(module)
         scale = tensors[f"{_SCALE}{name}"].to(weight.device)
@@ -252,8 +264,12 @@ def _restore_(
         module.get_buffer(SHIFT).copy_(tensors[f"{_SHIFT}{name}"])
     if "activation_quantizer" in entry:
         grid = entry["activation_quantizer"]
-        known = {entry["activation_bits"]: AffineRange(grid["scale"], grid["zero_point"])}
-        module.input_fake_quantize = InputFakeQuantize(None, ranges=known)
+        module.input_fake_quantize = _rounding(entry["activation_bits"], grid)
+
+
+def _rounding(bits: int, grid: Mapping[str, Any]) -> InputFakeQuantize:
+    """Return what rounds to these bits as the recipe says."""
+    return InputFakeQuantize(None, ranges={bits: AffineRange(grid["scale"], grid["zero_point"])})
 
 
 def _restore_outputs_(prepared: nn.Module, recipe: Mapping[str, Any]) -> None:

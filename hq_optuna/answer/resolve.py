@@ -19,7 +19,7 @@ from hq_optuna.artifacts.store import Artifacts, attach
 from hq_optuna.atomic_files import write_atomically
 from hq_optuna.errors import RecipeError, ResumeError
 from hq_optuna.protocol.history import History, read_history
-from hq_optuna.search import Additive, Point, check_reachable
+from hq_optuna.search import Additive, Point, Trade, check_reachable
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.budget import Budget, parse_budget
 from hq_optuna.space.cost import Metric
@@ -176,6 +176,45 @@ def pareto(study: Study, *, metric: Metric | None = None, n: int = 33) -> list[P
     history = read_history(study)
     own = metric in (None, history.info.metric)
     return sums_of(history, metric).frontier([history.info.limit] if own else (), n=n)
+
+
+def trades(
+    study: Study,
+    *,
+    against: Metric,
+    metric: Metric | None = None,
+    within: float | None = None,
+    n: int = 33,
+) -> list[Trade]:
+    """Return the exact Pareto curve of two costs, among assignments of a predicted rise.
+
+    Args:
+        study: A study of a bit search.
+        against: What is least at each cost: ``"latency_s"``, ``"activation_bytes"``, ….
+        metric: The cost; by default what the search's budget counts. Its further limits hold.
+        within: Most that the sum over layers may be, nats; by default that of the search's answer.
+        n: How many limits are solved for.
+
+    Raises:
+        ResumeError: The study is not a bit search, holds no table, or has no answer yet.
+        SpaceError: The space does not know what is counted.
+        ValueError: The two costs are one, or no assignment has such a sum.
+    """
+    history = read_history(study)
+    sums = sums_of(history, metric)
+    if sums.model.metric == against:
+        raise ValueError(f"Two costs are traded for each other; got {against} twice.")
+    if within is None:
+        if history.incumbent is None:
+            raise ResumeError(
+                f"Study {study.study_name!r} has no answer yet whose predicted rise would say what "
+                "is as good. Say it in nats (within)."
+            )
+        within = sums.score(history.incumbent.config)
+    found = sums.trades(history.space.costs(against), within, n=n)
+    if not found:
+        raise ValueError(f"No assignment has a sum over layers of {within:.3g} nats or less.")
+    return found
 
 
 def layers_digest(layers: Any) -> str:

@@ -1,12 +1,13 @@
 """A target instead of a budget: the least cost at which a metric stays within so much of float's.
 
 The optima of the table for many budgets lie in one row, from the widest bits down. They are
-measured in that order on validation samples, sample by sample beside the float network: first
-every eighth, until one is not surely within the target, then those between it and the last one that
-was. What is tested next is settled before any sample is looked at, so each of the two walks is
-wrong with the probability of a single test (fixed-sequence testing, Maurer, Hothorn and Lehmacher,
-1995), and both together with twice that: `CONFIDENCE` holds for the answer, however many were
-measured.
+measured on validation samples, sample by sample beside the float network, in three walks down the
+row: with long strides from the widest bits until one is not surely within the target, with shorter
+ones from the last one that was, and with the shortest from there. A walk's places are settled
+before any of them is looked at, so that it is wrong with the probability of a single test
+(fixed-sequence testing, Maurer, Hothorn and Lehmacher, 1995), and all of them with as many times
+that: each test has a third of what `CONFIDENCE` leaves, and it holds for the answer, however many
+were measured.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hq_optuna.answer.intervals import CONFIDENCE, paired
+from hq_optuna.answer.intervals import CONFIDENCE, paired, quantile
 from hq_optuna.errors import DataError, SettingError, TargetError
 from hq_optuna.network.batches import Batches, forward
 from hq_optuna.network.copies import copied
@@ -28,12 +29,16 @@ from hq_optuna.network.evaluation import Accuracy, Evaluate, Metric
 from hq_optuna.network.losses import LossFunction
 from hq_optuna.search import Additive, Point
 from hq_optuna.space.assignment import BitConfig
+from hq_optuna.space.cost import format_cost
 
 N_POINTS = 129
 """Budgets of the row: neighbours differ by 2 % where the dearest costs 16 times the cheapest."""
 
-STRIDE = 8
-"""Every so-manieth is measured first."""
+STRIDES = 32, 8, 2
+"""Of the walks. They end within 4.4 % of the cheapest that holds, after 8 tests on average."""
+
+TEST_CONFIDENCE = 1 - 2 * (1 - CONFIDENCE) / len(STRIDES)
+"""Of the two-sided interval of one test, of which only the worse end counts."""
 
 _NUMBER = r"\d+\.?\d*(?:e[+-]?\d+)?|\.\d+"
 _TARGET = re.compile(rf"\s*([a-z_][\w/@]*)\s*([+-]?)\s*({_NUMBER})\s*", re.I)
@@ -89,7 +94,7 @@ class Tested:
     Attributes:
         cost: Its cost.
         worse: How much worse than float it is, in the target's unit.
-        at_most: The upper end of that, which a single test states with 97.5 % confidence.
+        at_most: The upper end of that, at `TEST_CONFIDENCE`.
         holds: Whether that is within the target.
         samples_needed: How many samples would tell, if more of them are like these; ``None`` where
             it holds, or where these say that it is not within the target.
@@ -212,7 +217,8 @@ def _of_classes(before: Tensor, after: Tensor | None) -> tuple[float, float, flo
     assert after is not None, "the float network has classes"
     n, lost, gained = len(before), int((before & ~after).sum()), int((after & ~before).sum())
     worse = (lost - gained) / n
-    return worse, -paired(lost, gained, n).low, (lost + gained + 2) / (n + 2) - worse**2
+    most = -paired(lost, gained, n, TEST_CONFIDENCE).low
+    return worse, most, (lost + gained + 2) / (n + 2) - worse**2
 
 
 def _of_changes(changes: Tensor) -> tuple[float, float, float]:
@@ -222,7 +228,7 @@ def _of_changes(changes: Tensor) -> tuple[float, float, float]:
     if n < 2:
         return mean, math.inf, math.inf
     deviation = float(changes.std())
-    half = float(t.ppf((1 + CONFIDENCE) / 2, n - 1)) * deviation / math.sqrt(n)
+    half = float(t.ppf((1 + TEST_CONFIDENCE) / 2, n - 1)) * deviation / math.sqrt(n)
     return mean, mean + half, deviation**2
 
 
@@ -232,11 +238,8 @@ def _of_records(
     found = metric.difference(first, second)
     value, low, high = found["value"], found["low"], found["high"]
     worse, most = (-value, -low) if metric.higher_is_better else (value, high)
-    return worse, most, (most - worse) ** 2 * len(first) / _Z**2
-
-
-_Z = 1.959963984540054
-"""Normal quantile of one side of `CONFIDENCE`, two-sided."""
+    error = (most - worse) / quantile(CONFIDENCE)  # which a metric's intervals have
+    return worse, worse + error * quantile(TEST_CONFIDENCE), error**2 * len(first)
 
 
 @torch.no_grad()
@@ -262,51 +265,64 @@ def least_cost(
     target: Target,
     compare: Callable[[BitConfig], tuple[float, float, float]],
     n_samples: int,
+    *,
+    most: float = math.inf,
 ) -> Met:
     """Return the cheapest optimum of the table that is within a target with `CONFIDENCE`.
+
+    It is the last that ``compare`` found to be within the target.
 
     Args:
         sums: The table, with what is to be least and the limits beside it.
         target: The target.
         compare: As `Compare`, of an assignment.
         n_samples: Validation samples.
+        most: What it may cost.
 
     Raises:
-        TargetError: Not even the widest bits are surely within it; says how many samples would do,
-            or what they lose.
+        TargetError: Not even the widest bits, or the optimum at ``most``, are surely within it;
+            says how many samples would do, or what they lose.
     """
-    points = sums.frontier(n=N_POINTS)[::-1]  # the dearest first
+    points = sums.frontier(n=N_POINTS, most=most)[::-1]  # the dearest first
     tested: list[Tested] = []
+    z = quantile(TEST_CONFIDENCE)
 
     def holds(point: Point) -> bool:
         worse, at_most, variance = compare(point.config)
         allowed = target.worse
         needed = None
         if not at_most <= allowed and worse < allowed and math.isfinite(variance):
-            needed = max(math.ceil(variance * (_Z / (allowed - worse)) ** 2), n_samples + 1)
+            needed = max(math.ceil(variance * (z / (allowed - worse)) ** 2), n_samples + 1)
         tested.append(Tested(point.cost, worse, at_most, at_most <= allowed, needed))
         return tested[-1].holds
 
     at = 0
     if not holds(points[at]):
-        raise TargetError(_refusal(target, tested[-1], n_samples), needed=tested[-1].samples_needed)
-    for stride in (STRIDE, 1):
-        reach = len(points) if stride > 1 else min(at + STRIDE, len(points))
-        while at + stride < reach and holds(points[at + stride]):
+        limit = "" if most == math.inf else f" within {format_cost(most, sums.model.metric)}"
+        raise TargetError(
+            _refusal(target, tested[-1], n_samples, limit), needed=tested[-1].samples_needed
+        )
+    end = len(points)
+    for stride in STRIDES:
+        while at + stride < end and holds(points[at + stride]):
             at += stride
+        end = min(at + stride, end)  # which did not hold, or is past the end
     found = points[at]
     return Met(found.config, found.cost, found.score, target, n_samples, tuple(tested))
 
 
-def _refusal(target: Target, widest: Tested, n_samples: int) -> str:
-    if widest.samples_needed is None:
+def _refusal(target: Target, first: Tested, n_samples: int, limit: str) -> str:
+    """Say why nothing is within a target; ``limit`` is where the first that was tested is at."""
+    bits = f"the best bits{limit}" if limit else "the widest bits"
+    if first.samples_needed is None:
+        more = "a larger budget" if limit else "more bits"
         return (
-            f"Target {target.text!r}: already the widest bits are {widest.worse:.3g} worse than "
-            f"float on {n_samples} validation samples. Allow more bits, or more loss."
+            f"Target {target.text!r}: already {bits} are {first.worse:.3g} worse than "
+            f"float on {n_samples} validation samples. Allow {more}, or more loss."
         )
     return (
-        f"Target {target.text!r}: {n_samples} validation samples are too few to tell. The widest "
-        f"bits are {widest.worse:.3g} worse than float, and at most {widest.at_most:.3g} with "
-        f"{CONFIDENCE:.0%} confidence. About {widest.samples_needed:,} samples would do, or a "
-        f"target of {widest.at_most:.2g}."
+        f"Target {target.text!r}: {n_samples} validation samples are too few to tell. "
+        f"{bits[0].upper()}{bits[1:]} are {first.worse:.3g} worse than float, and at most "
+        f"{first.at_most:.3g} with {CONFIDENCE:.0%} confidence. About {first.samples_needed:,} "
+        f"samples would do, or a target of {first.at_most:.2g}."
     )

@@ -147,6 +147,7 @@ def check(
             found = readiness(
                 *(search.objective, search.settings, search.validation, search.evaluate),
                 parts.get("calibration"),
+                parts.get("validation"),
             )
         seconds = time.perf_counter() - started
         stable = None
@@ -169,7 +170,7 @@ def check(
 
 def _as_json(search: Any, found: Any, seconds: float) -> dict[str, Any]:
     named = ("outputs", "rise", "unreached", "figures", "n_measured", "pass_s", "prepare_s")
-    more: tuple[str, ...] = ("search_s", "n_read", "n_calibration")
+    more: tuple[str, ...] = ("search_s", "n_read", "n_calibration", "n_validation")
     more += ("memory_bytes", "needed_bytes", "free_bytes", "problems")
     return {
         "ready": not found.problems,
@@ -199,7 +200,10 @@ def _lines(search: Any, found: Any, seconds: float) -> list[str]:
     ]  # fmt: skip
     if found.figures:
         figures = ", ".join(f"{name} {value:.4g}" for name, value in found.figures.items())
-        lines.append(f"float       {escape(figures)} on {found.n_measured:,} validation samples")
+        of = f"{found.n_measured:,} validation samples"
+        if found.n_measured < found.n_validation:
+            of = f"{found.n_measured:,} of {found.n_validation:,} validation samples (a run: all)"
+        lines.append(f"float       {escape(figures)} on {of}")
     else:
         lines.append("float       not measured: the study has no validation()")
     reached = "reach every layer"

@@ -98,8 +98,14 @@ def profile(
         Literal["int2", "int4", "int8"], typer.Option(help="As for export.")
     ] = "int4",
     turns: Annotated[int, typer.Option(help="Times that each file is timed.", min=4)] = 300,
+    fit: Annotated[
+        int,
+        typer.Option(
+            help="Drawn mixed assignments, timed as a whole, that the table is fitted to.", min=0
+        ),
+    ] = 16,
     check: Annotated[
-        int, typer.Option(help="Drawn mixed assignments to time as a whole; 0 for none.", min=0)
+        int, typer.Option(help="Others that it is compared with; 0 for none.", min=0)
     ] = 4,
     as_json: Json = False,
 ) -> None:
@@ -126,6 +132,7 @@ def profile(
                 search.objective.data,
                 weights=weights,
                 turns=turns,
+                fit=drawn(search.space, check + fit)[check:],
                 check=drawn(search.space, check),
                 tell=status.update,
             )

@@ -41,15 +41,20 @@ TRACEBACK = "HQ_OPTUNA_TRACEBACK"
 RUNS = Path("hq-optuna-runs")
 
 
-def takes(*of_run: str, search: bool = False) -> Callable[[Callable[..., Any]], Any]:
+def takes(
+    *of_run: str, search: bool = False, target: bool = False
+) -> Callable[[Callable[..., Any]], Any]:
     """Give a command options made from settings.
 
     It receives those of a run, all or the ones named here, as `RunSettings` in the argument
-    ``run``, and with `search` those of a search that were given in the argument ``given``.
+    ``run``, and with `search` those of a search that were given in the argument ``given``. Only
+    with ``target`` it can meet one in place of a search.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         known = {n: s for n, s in fields_of(RunSettings).items() if not of_run or n in of_run}
+        if not target:
+            known.pop("target", None)
         search_options = fields_of(SearchSettings) if search else {}
         own = inspect.signature(command, eval_str=True).parameters
         shown = [p for name, p in own.items() if name not in ("run", "given")]

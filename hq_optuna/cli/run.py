@@ -21,14 +21,16 @@ from hq_optuna.cli.options import Given, Json, Study, command_line, errors, say,
 from hq_optuna.cli.progress import SearchProgress
 from hq_optuna.cli.session import Session, begin
 from hq_optuna.dashboard import PageWriter
+from hq_optuna.errors import SettingError
+from hq_optuna.protocol.history import read_history
 from hq_optuna.protocol.status import read_status
 from hq_optuna.report.data import report_data
 from hq_optuna.report.page import write_report
-from hq_optuna.settings import RunSettings
+from hq_optuna.settings import RunSettings, settings_of
 from hq_optuna.storages import study_exists
 
 
-@takes(search=True)
+@takes(search=True, target=True)
 def run(
     context: typer.Context,
     study: Study,
@@ -38,19 +40,64 @@ def run(
 ) -> None:
     """Search, or go on with a search that was interrupted.
 
-    Options of the study file itself stand beside these: hq-optuna run cifar10_resnet20 --data DIR.
+    With --target, the least cost is found at which a metric stays within it. Options of the study
+    file itself stand beside these: hq-optuna run cifar10_resnet20 --data DIR.
     """
     with errors(as_json):
         console = Console(stderr=as_json)
         session = begin(study, context.args, run, given, console)
         search = session.search
+        if run.target is not None:
+            _check_target(session)
         told = {"by_table": search.objective.verifies}
         progress = SearchProgress(console, search.space, search.budget, **told)
+        if run.target is not None:
+            _meet(session, console, progress, given, as_json)
+            return
 
         def work(found: OptunaStudy) -> None:
             session.search.work(found, on_progress=progress.search)
 
         search_and_finish(session, console, progress, work, as_json)
+
+
+_OF_SEARCHES = ("max_trials", "max_evaluations", "max_seconds", "layer_errors")
+"""Options of a run that nothing but a search follows."""
+
+
+def _check_target(session: Session) -> None:
+    """Refuse, before any work, a target that cannot be met, and what contradicts one."""
+    search, run = session.search, session.run
+    if search.training is not None:
+        raise SettingError(
+            "--target measures networks as they are rounded, and this run trains them. Leave out "
+            "the target, or --train-every and --final-epochs."
+        )
+    if idle := [name for name in _OF_SEARCHES if getattr(run, name)]:
+        option = settings_of(RunSettings)[idle[0]].option
+        raise SettingError(
+            f"--target runs no search, which is what {option} is for. Leave one of them out."
+        )
+    search.check_target(run.target)
+
+
+def _meet(
+    session: Session, console: Console, progress: SearchProgress, given: Given, as_json: bool
+) -> None:
+    """Meet the run's target in place of a search, and show and save what was found."""
+    from hq_optuna.cli.resolve import meet, show
+
+    with progress:
+        study = session.open(progress.phase)
+    budget = session.search.budget if "budget" in given else None
+    saved = session.place.folder / "result"
+    with console.status("measuring on validation data"):
+        found, measured = meet(session, study, budget, saved)
+    if as_json:
+        typer.echo(json.dumps({**found.to_json(), **measured, "result": str(saved)}))
+        return
+    show(console, read_history(study), found, budget, measured)
+    say(console, f"Result: {escape(str(saved))}  (hq_optuna.load)")
 
 
 def search_and_finish(

@@ -30,6 +30,7 @@ def differentiable(
     tensor.
     """
     net = copied(network)
+    layers = [layer for layer in layers if not layer.is_product]  # which have no weight
     for parameter in net.parameters():
         parameter.requires_grad_(False)
     weights: dict[str, Tensor] = {}

@@ -246,7 +246,7 @@ def watched_codes(network: nn.Module) -> Iterator[dict[str, list[NDArray[np.int6
                 if module.bits == FLOAT_BITS:
                     continue
                 scale, zero = module.range(module.bits)
-                path = path.replace("input_fake_quantize", "input_quantizer")
+                path = path.replace("_fake_quantize", "_quantizer")
             elif isinstance(module, ActivationQuantizer):
                 scale, zero = float(module.scale), int(module.zero_point)
             else:

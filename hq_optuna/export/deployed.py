@@ -17,17 +17,20 @@ from hq_optuna.errors import ExportError
 from hq_optuna.export.operators import dequantize, quantize
 from hq_optuna.network.copies import copied
 from hq_optuna.network.modes import own_modes
+from hq_optuna.network.products import Product
 from hq_optuna.quantization.calls import uncounted
 from hq_optuna.quantization.correction import SHIFT, without_shift_
 from hq_optuna.quantization.functional import activation_grid, along
 from hq_optuna.quantization.observers import first_input, with_first_input
 from hq_optuna.quantization.outputs import output_quantizers
 from hq_optuna.quantization.prepare import (
+    factor_quantizers,
     float_weight,
     input_quantizer,
     prepared_layers,
     unprepared_,
     weight_quantizer,
+    without_factors_,
 )
 from hq_optuna.space.layers import FLOAT_BITS
 
@@ -122,6 +125,24 @@ class DeployedLayer(nn.Module):
         return super().forward(*args, **kwargs)
 
 
+class DeployedProduct(Product):
+    """A product of activations that rounds both factors.
+
+    Attributes:
+        input_quantizer: Rounds the first factor.
+        other_quantizer: Rounds the second.
+    """
+
+    input_quantizer: ActivationQuantizer
+    other_quantizer: ActivationQuantizer
+
+    def forward(self, input: Tensor, other: Tensor, equation: str = "") -> Tensor:
+        """Return the product of the rounded factors."""
+        with uncounted():
+            input, other = self.input_quantizer(input), self.other_quantizer(other)
+        return super().forward(input, other, equation)
+
+
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -170,6 +191,9 @@ def _check_precision(network: nn.Module) -> None:
 
 def _deploy_(module: nn.Module, name: str) -> None:
     """Make a prepared layer a deployed one, in its place."""
+    if isinstance(module, Product):
+        _deploy_product_(module)
+        return
     if "forward" in vars(module):
         raise ExportError(
             f"Layer {name!r} has a function in the place of its class's forward, which would read "
@@ -204,6 +228,18 @@ def _deploy_(module: nn.Module, name: str) -> None:
     if shift is not None and bool(shift.any()):
         _shift_bias_(module, name, shift)
     _replace_weight_(module, about, buffers, quantizer)
+
+
+def _deploy_product_(module: Any) -> None:
+    factors = factor_quantizers(module)
+    without_factors_(module)
+    bits = factors[0].bits
+    if bits == FLOAT_BITS:
+        return
+    module.__class__ = DeployedProduct
+    module.input_quantizer, module.other_quantizer = (
+        ActivationQuantizer(*one.range(bits), bits) for one in factors
+    )
 
 
 def _shift_bias_(module: nn.Module, name: str, shift: Tensor) -> None:
@@ -300,6 +336,11 @@ def round_biases_(network: nn.Module) -> list[str]:
         elif bias is not None:
             left.append(name)
     return left
+
+
+def deployed_products(network: nn.Module) -> dict[str, DeployedProduct]:
+    """Return the deployed products of activations by name, in the network's order."""
+    return {n: m for n, m in network.named_modules() if isinstance(m, DeployedProduct)}
 
 
 def deployed_layers(network: nn.Module) -> dict[str, DeployedLayer]:

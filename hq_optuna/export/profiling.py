@@ -6,7 +6,10 @@ codes enter a layer: a piece is a layer and what follows it up to the next round
 normalization, activation function and additions. Pieces that compute the same are timed once; a
 layer's time is the mean of its pieces. Sums of pieces are not the network: a session has its own
 cost, and an optimizer works across cuts. So the whole files are timed too, in the same turns, and
-the pieces of each pair are scaled so that their sums come nearest to what whole files take.
+the pieces of each pair are scaled so that their sums come nearest to what whole files take. With
+further files of drawn mixed bits each entry of the table is moved too, by least squares that hold
+it near its piece: a layer whose runtime's kernel hangs on its neighbours then has the mean over
+such neighbours.
 """
 
 from __future__ import annotations
@@ -45,6 +48,14 @@ _EIGHT = LayerBits(8, 8)
 
 WIDE = 0.2
 """Spread above which a machine was not idle."""
+
+HANGS = 1.5
+"""Ratio of a layer's pieces above which its time hangs on its neighbours."""
+
+LEAST_S = 5e-6
+"""Difference of pieces that a timer tells from nothing."""
+
+MOST_NAMED = 6
 
 REPEATS = 3
 """Runs in one turn of a file; the quickest counts."""
@@ -105,6 +116,8 @@ class Profile:
         pieces: Different pieces that were timed.
         checked: For each assignment that was timed as a whole, what the table predicts and what it
             takes, in seconds.
+        by_neighbours: Layers and pairs whose pieces take by far not the same time beside other
+            neighbours: the least and the most of them, in seconds.
     """
 
     table: LatencyTable
@@ -112,6 +125,7 @@ class Profile:
     whole: tuple[tuple[float, float, float], ...]
     pieces: int
     checked: tuple[tuple[float, float], ...] = ()
+    by_neighbours: Mapping[tuple[str, LayerBits], tuple[float, float]] = field(default_factory=dict)
 
     @property
     def error(self) -> float | None:
@@ -130,6 +144,17 @@ class Profile:
             said.append(
                 "[yellow]That is a wide spread: something else kept this machine busy. Measure "
                 "again when it is idle, or give more --turns.[/]"
+            )
+        if self.by_neighbours:
+            named = [
+                f"{name} {bits} ({1e6 * low:.3g} to {1e6 * high:.3g} us)"
+                for (name, bits), (low, high) in self.by_neighbours.items()
+            ]
+            more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
+            said.append(
+                "[yellow]The runtime takes another kernel for some layers beside other neighbours, "
+                "which a table by layers has only the mean of: "
+                f"{', '.join(named[:MOST_NAMED])}{more}.[/]"
             )
         if self.error is not None:
             said.append(
@@ -166,6 +191,7 @@ def profile(
     *,
     weights: Weights = "int4",
     turns: int = 300,
+    fit: Sequence[BitConfig] = (),
     check: Sequence[BitConfig] = (),
     tell: Callable[[str], None] = lambda said: None,
 ) -> Profile:
@@ -177,6 +203,7 @@ def profile(
         data: Calibration data, of which one sample is run.
         weights: The smallest type of weights in the files, as for `write`.
         turns: How many times each file is timed, in turns; processor time counts.
+        fit: Assignments whose files are timed as a whole to move the entries of the table.
         check: Assignments whose files are timed as a whole too, beside what the table predicts.
         tell: Called with what is done.
 
@@ -197,16 +224,18 @@ def profile(
             if piece.key not in pieces:
                 made = session(piece.model.SerializeToString(), optimize=True)
                 pieces[piece.key] = Timed(made, piece.feed)
-    checked = []
-    for i, config in enumerate(check, start=1):
-        tell(f"exporting mixed bits, {i} of {len(check)}")
+    mixed = []
+    for i, config in enumerate([*fit, *check], start=1):
+        tell(f"exporting mixed bits, {i} of {len(fit) + len(check)}")
         model = exported(quantized(config), data, weights)
         feed = _first_sample(model, data)
-        checked.append(Timed(session(model.SerializeToString(), optimize=True), feed))
-    tell(f"timing {len(pieces)} pieces and {len(whole) + len(checked)} whole files, {turns} turns")
+        mixed.append(Timed(session(model.SerializeToString(), optimize=True), feed))
+    tell(f"timing {len(pieces)} pieces and {len(whole) + len(mixed)} whole files, {turns} turns")
     call = _call_cost()
-    in_turns([call, *pieces.values(), *(one for _, one in whole), *checked], turns)
-    fitted = _fitted(pairs, seen, pieces, whole, call.seconds)
+    in_turns([call, *pieces.values(), *(one for _, one in whole), *mixed], turns)
+    whole += zip(fit, mixed, strict=False)
+    checked = mixed[len(fit) :]
+    fitted = _fitted(pairs, seen, pieces, whole, call.seconds, moved=bool(fit))
     told = [fitted.table.total(config) for config in check]
     return replace(fitted, checked=tuple(zip(told, (one.seconds for one in checked), strict=True)))
 
@@ -415,14 +444,18 @@ def _fitted(
     pieces: Mapping[str, Timed],
     whole: Sequence[tuple[BitConfig, Timed]],
     call: float,
+    *,
+    moved: bool = False,
 ) -> Profile:
-    """Return the table of pieces, those of each pair scaled to what whole files take."""
-    seconds = {
-        at: statistics.fmean(
-            max(pieces[key].seconds - call, _LEAST * pieces[key].seconds) for key in keys
-        )
+    """Return the table of pieces, those of each pair scaled to what whole files take.
+
+    ``moved``: each entry is moved towards what whole files take, too.
+    """
+    alone = {
+        at: [max(pieces[key].seconds - call, _LEAST * pieces[key].seconds) for key in keys]
         for at, keys in seen.items()
     }
+    seconds = {at: statistics.fmean(found) for at, found in alone.items()}
     rest = seconds.get((REST, _EIGHT), 0.0) + call
     every = sorted({pair for of in pairs.values() for pair in of}, reverse=True)
     # (files, pairs): what the pieces of each pair sum up to in each file
@@ -438,11 +471,12 @@ def _fitted(
     right = np.concatenate([(took - rest) / took, np.full(len(every), _PRIOR)])
     found, _ = nnls(left, right)
     scale = dict(zip(every, np.maximum(found, _LEAST).tolist(), strict=True))
-    rows = tuple(
-        LatencyRow(name, *pair, scale[pair] * seconds[name, pair])
-        for name, of in pairs.items()
-        for pair in of
-    )
+    entries = {
+        (name, pair): scale[pair] * seconds[name, pair] for name, of in pairs.items() for pair in of
+    }
+    if moved:
+        entries, rest = _moved(entries, rest, whole)
+    rows = tuple(LatencyRow(name, *pair, time) for (name, pair), time in entries.items())
     spreads = {
         (name, pair): max(pieces[key].spread for key in seen[name, pair])
         for name, of in pairs.items()
@@ -453,11 +487,46 @@ def _fitted(
         (rest + float(row.sum()), table.total(config), float(t))
         for row, (config, _), t in zip(sums, whole, took, strict=True)
     )
-    return Profile(table, spreads, told, len(pieces))
+    hangs = {
+        at: (min(found), max(found))
+        for at, found in alone.items()
+        if at[0] != REST and max(found) > max(HANGS * min(found), min(found) + LEAST_S)
+    }
+    return Profile(table, spreads, told, len(pieces), by_neighbours=hangs)
+
+
+def _moved(
+    entries: Mapping[tuple[str, LayerBits], float],
+    rest: float,
+    whole: Sequence[tuple[BitConfig, Timed]],
+) -> tuple[dict[tuple[str, LayerBits], float], float]:
+    """Return entries, and the rest, that come nearer to whole files, and stay near themselves.
+
+    Least squares of relative errors, with a penalty on each entry's relative change.
+    """
+    place = {at: i for i, at in enumerate(entries)}
+    before = np.array([*entries.values(), rest])
+    size = np.maximum(before, _SMALL * before.mean())
+    has = np.zeros((len(whole), len(before)))
+    for i, (config, _) in enumerate(whole):
+        has[i, [place[at] for at in config.items()]] = 1
+        has[i, -1] = 1
+    took = np.array([one.seconds for _, one in whole])
+    left = np.vstack([has * size / took[:, None], _FIRM * np.eye(len(before))])
+    right = np.concatenate([1 - has @ before / took, np.zeros(len(before))])
+    change, *_ = np.linalg.lstsq(left, right, rcond=None)
+    after = np.maximum(before + change * size, _LEAST * before)
+    return {at: float(after[i]) for at, i in place.items()}, float(after[-1])
 
 
 _LEAST = 0.05
 """Least that is left of a piece's time without the call's, and of a scale."""
+
+_FIRM = 0.3
+"""How firmly entries are held where their pieces put them, beside relative errors of files."""
+
+_SMALL = 0.3
+"""Entries below such a share of their mean move as far as one of that size."""
 
 _PRIOR = 0.1
 """How firmly scales are held at 1, beside relative errors of whole files."""

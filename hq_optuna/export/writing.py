@@ -17,7 +17,13 @@ from hq_optuna._version import __version__
 from hq_optuna.answer.result import SearchResult
 from hq_optuna.atomic_files import write_atomically
 from hq_optuna.errors import ExportError
-from hq_optuna.export.deployed import DeployedLayer, deployed, deployed_layers, round_biases_
+from hq_optuna.export.deployed import (
+    DeployedLayer,
+    deployed,
+    deployed_layers,
+    deployed_products,
+    round_biases_,
+)
 from hq_optuna.export.folding import fold_batch_norm_, widen_dead_scales_
 from hq_optuna.export.job import Bias, Format, Job, Weights
 from hq_optuna.export.tracing import traced
@@ -139,9 +145,10 @@ def _json(value: Any) -> str:
 
 def _about(answer: SearchResult | nn.Module, ready: nn.Module) -> dict[str, str]:
     """Return what a file says of itself."""
-    layers = deployed_layers(ready)
+    layers, products = deployed_layers(ready), deployed_products(ready)
+    bits = {name: [m.weight_bits, activation_bits(m)] for name, m in layers.items()}
     said: dict[str, Any] = {
-        "bits": {name: [m.weight_bits, activation_bits(m)] for name, m in layers.items()},
+        "bits": bits | {name: [m.input_quantizer.bits] * 2 for name, m in products.items()},
         "quantizers": {n: m.quantizer_name for n, m in layers.items()},
         "versions": {"hq_optuna": __version__, "torch": torch.__version__},
     }

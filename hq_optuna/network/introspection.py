@@ -34,6 +34,7 @@ from hq_optuna.network.layer_types import (
 )
 from hq_optuna.network.operators.liveness import Recorder, memory_map
 from hq_optuna.network.operators.weight_uses import WatchedWeights, WeightUse
+from hq_optuna.network.products import Product
 from hq_optuna.network.searchable import check_searchable
 from hq_optuna.network.unfused import unfused
 from hq_optuna.space.layers import FLOAT_BITS, LayerSpec, SkippedModule
@@ -174,7 +175,8 @@ def introspect(
     tensor are not: bits of their own would leave two copies of a weight that is stored once. The
     first called is quantized, the others stay in float and are listed; register one module under
     both names to quantize them together. `nn.MultiheadAttention` and recurrent modules are
-    described as the linear layers they consist of, see `hq_optuna.network.unfused`.
+    described as the linear layers they consist of, see `hq_optuna.network.unfused`. Products of
+    activations are layers where `hq_optuna.network.products.with_products` made them modules.
 
     Training flags, buffers, parameters, gradients, hooks, plain attributes and the random state of
     PyTorch, NumPy and Python are put back, also when the network raises.
@@ -276,10 +278,12 @@ def _unseen(others: Sequence[OtherProduct], total: int) -> list[str]:
         return []
     most = ", ".join(f"{x} ({100 * x.macs / total:.1f} %)" for x in others[:3])
     more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+    products = {_OPERATORS["bmm"]} & {_operation(x.operator) for x in others}
+    way = " The setting products (--products) searches attention's." if products else ""
     return [
         f"{100 * share:.1f} % of the multiply-accumulates are in no layer that is searched, stay "
         f"in float and are not counted in the cost: {most}{more}. The bits of the answer say "
-        "nothing of these."
+        f"nothing of these.{way}"
     ]
 
 
@@ -328,8 +332,9 @@ def _quantized_layers(
     weights: set[int] = set()
     for module, tally in tallies.items():
         fit = tally.n_inputs and tally.n_calls and module in names and not _unfit(module)
-        if fit and id(module.weight) not in weights:
-            weights.add(id(module.weight))
+        key = id(getattr(module, "weight", module))
+        if fit and key not in weights:
+            weights.add(key)
             layers[module] = _spec(module, names[module], tally, n)
     return layers
 
@@ -342,7 +347,7 @@ def _skipped_modules(
     n: int,
 ) -> list[SkippedModule]:
     """Return the modules with weights of their own that are not quantized."""
-    owners = {id(module.weight): layer.name for module, layer in layers.items()}
+    owners = {id(m.weight): x.name for m, x in layers.items() if not x.is_product}
     computed = tuple(f"{name}.parametrizations" for m in names if _computed(m) for name in names[m])
     skipped: list[SkippedModule] = []
     for module, (name, *_) in names.items():
@@ -462,7 +467,7 @@ class _Counter(WatchedWeights):  # type: ignore[no-untyped-call]
 
     def enter(self, module: nn.Module, args: Any) -> None:
         self._within.append(module)
-        if isinstance(module, QUANTIZABLE):
+        if isinstance(module, _LAYERS):
             self._running.append((module, self._tally(module).macs))
 
     def _tally(self, module: nn.Module) -> _Tally:
@@ -477,6 +482,9 @@ class _Counter(WatchedWeights):  # type: ignore[no-untyped-call]
 
     def _use_other(self, operator: str, macs: int) -> None:
         module = self._within[-1] if self._within else None
+        if isinstance(module, Product):
+            self._tally(module).add_macs(macs)
+            return
         held = self._aside if self._running and module is self._running[-1][0] else self.others
         held[module, operator] += macs
 
@@ -486,15 +494,18 @@ class _Counter(WatchedWeights):  # type: ignore[no-untyped-call]
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._within:
             self._within.pop()
-        if not isinstance(module, QUANTIZABLE):
+        if not isinstance(module, _LAYERS):
             return
         _, before = self._running.pop() if self._running else (module, 0)
         taken, given = next(tensors((args, kwargs)), None), next(tensors(output), None)
         if taken is None or given is None:
             return
-        self.readers.see(module, taken)
         tally = self._tally(module)
         self._calls[module] += 1
+        if isinstance(module, Product):
+            tally.add_call(self._calls[module], sum(x.numel() for x in tensors((args, kwargs))))
+            return
+        self.readers.see(module, taken)
         tally.add_call(self._calls[module], taken.numel())
         if tally.macs == before:  # its weight took no part: another one is computed from it
             tally.add_macs(_macs_of_class(module, taken, given))
@@ -514,6 +525,8 @@ class _Counter(WatchedWeights):  # type: ignore[no-untyped-call]
                 f"{type(self._alone[0]).__name__} took it for a single sample. Give example[None]."
             )
 
+
+_LAYERS = (*QUANTIZABLE, Product)
 
 MOST_READERS = 3
 """Layers that share an input's bits: the exact search enumerates all bits of those together."""
@@ -574,11 +587,11 @@ def _macs_of_class(module: Any, taken: Tensor, given: Tensor) -> int:
 
 
 def _spec(module: nn.Module, names: list[str], tally: _Tally, n: int) -> LayerSpec:
-    assert isinstance(module.weight, Tensor)
+    weight: Any = getattr(module, "weight", None)  # a product has none
     return LayerSpec(
         name=names[0],
         kind=type(module).__name__,
-        weight_shape=tuple(module.weight.shape),
+        weight_shape=() if weight is None else tuple(weight.shape),
         channel_axis=1 if isinstance(module, TRANSPOSED) else 0,
         macs=-(-tally.macs // n),
         n_calls=tally.n_calls,
@@ -604,9 +617,8 @@ def _unfit(module: nn.Module) -> str:
             "make it a parameter first, with torch.nn.utils.parametrize.remove_parametrizations, "
             "remove_weight_norm or prune.remove"
         )
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    if not weight.is_floating_point():
+    weight: Any = getattr(module, "weight", None)
+    if weight is not None and not weight.is_floating_point():
         return f"its weight is {weight.dtype}, not floating point"
     return ""
 

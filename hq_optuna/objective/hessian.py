@@ -31,6 +31,7 @@ from hq_optuna.network.evaluation import Evaluate
 from hq_optuna.network.loss_weights import as_mean
 from hq_optuna.network.losses import LossFunction, own_loss
 from hq_optuna.network.modes import own_modes
+from hq_optuna.network.products import products_named
 from hq_optuna.network.searchable import check_searchable
 from hq_optuna.network.unfused import unfused
 from hq_optuna.objective import fingerprint
@@ -135,7 +136,8 @@ class HessianObjective:
                 raise TypeError(f"{name} is a setting of the search, and not of its objective.")
         given = (settings or SearchSettings()).replace(**changes)
         check_searchable(model)
-        model = unfused(model)
+        products = [layer.name for layer in space.layers if layer.is_product]
+        model = products_named(unfused(model), products)
         _check_space(space, model)
         self.model = model
         self.space = space
@@ -156,7 +158,7 @@ class HessianObjective:
         self.settings = self.setup.settings
         self.verifies = self.setup.is_table and self.rise is not None
         self.warnings = check_forward(
-            model, self.data, loss_fn, [layer.name for layer in space.layers]
+            model, self.data, loss_fn, [x.name for x in space.layers if not x.is_product]
         )
         check_preparable(self.setup.prepared(model))
         self._check_outputs(training)
@@ -514,6 +516,8 @@ def _check_space(space: SearchSpace, network: nn.Module) -> None:
     """Refuse the space of another network."""
     modules = dict(network.named_modules(remove_duplicate=False))
     for layer in space.layers:
+        if layer.is_product:
+            continue
         weight = getattr(modules.get(layer.name), "weight", None)
         if not isinstance(weight, Tensor) or tuple(weight.shape) != layer.weight_shape:
             raise NetworkError(

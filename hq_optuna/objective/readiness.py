@@ -42,7 +42,7 @@ class Readiness:
         rise: What moved outputs cost, in words.
         unreached: Layers that no gradient reaches; their rises are measured, which takes longer.
         figures: What was measured of the float network, and on how many validation samples.
-        n_measured: Those samples; 0 without validation data.
+        n_measured: Those samples, of ``n_validation``; 0 without validation data.
         pass_s: Seconds of a pass over the calibration set.
         prepare_s: Seconds of preparation, from and to.
         search_s: Seconds of the steps, at most; ``None`` where scores are looked up in a table.
@@ -62,6 +62,7 @@ class Readiness:
     search_s: float | None
     n_read: int
     n_calibration: int
+    n_validation: int
     memory_bytes: int
     needed_bytes: int
     free_bytes: int
@@ -126,10 +127,12 @@ def readiness(
     validation: Batches | None,
     evaluate: Evaluate,
     part: Part | None = None,
+    judges: Part | None = None,
 ) -> Readiness:
     """Run a few passes of the float network; see `Readiness`.
 
-    ``part`` is what the objective's data are of; by default they are all.
+    ``part`` is what the objective's data are of, ``judges`` what the validation data are of; by
+    default they are all.
     """
     network, data = copied(objective.model), objective.data
     part = part or Part(data, data.n_samples, max(batch.n for batch in data))
@@ -156,6 +159,7 @@ def readiness(
         search_s=None if looked_up else candidates * pass_s,
         n_read=data.n_samples,
         n_calibration=part.n_all,
+        n_validation=n if judges is None else judges.n_all,
         needed_bytes=_needed(objective, part.largest),
         memory_bytes=psutil.Process().memory_info().rss,
         free_bytes=psutil.virtual_memory().available,

@@ -18,12 +18,14 @@ from hq_optuna.quantization import observe_inputs, prepare
 from hq_optuna.quantization.correction import StatisticsCorrection
 from hq_optuna.quantization.in_order import InOrder, places_in_memory
 from hq_optuna.quantization.observers import InputHistogram
+from hq_optuna.quantization.prepare import set_bits
 from hq_optuna.quantization.quantizers.choice import choose_quantizers, uncompensated_warnings
 from hq_optuna.quantization.ranges import InputGrid
 from hq_optuna.quantization.statistics import statistics_places
 from hq_optuna.rises import Rise, RiseLoss
 from hq_optuna.scoring import LAYER_SUMS, LayerSumName, Scorer, Sensitivity
 from hq_optuna.settings import ScorerName, SearchSettings
+from hq_optuna.space.assignment import BitConfig, LayerBits
 from hq_optuna.space.search_space import SearchSpace
 from hq_optuna.training.trained import TrainedNetwork
 
@@ -44,6 +46,13 @@ def _default(rise: Rise | None, trains: bool) -> ScorerName:
         return "diagonal"
     by_outputs = rise.reads_outputs and (trains or not rise.can_draw)
     return "gauss_newton" if by_outputs else "hessian_trace"
+
+
+_KNOW_PRODUCTS: tuple[ScorerName, ...] = ("hessian_trace", "gauss_newton", "loss")
+
+
+def _draws(rise: Rise | None) -> bool:
+    return rise is not None and rise.can_draw
 
 
 class BuiltScorer(NamedTuple):
@@ -128,6 +137,14 @@ class ScorerSetup:
                 f"{settings.hardware!s}. Search without training (train_every=0, final_epochs=0)."
             )
         quantizers = choose_quantizers(settings.quantizers, space)
+        products = any(layer.is_product for layer in space.layers)
+        if products and (trains or scorer not in _KNOW_PRODUCTS or not _draws(rise)):
+            raise ValueError(
+                "Products of activations have no weights, and so no curvature of any: they are "
+                f"searched with a rise of hq_optuna.rises, one of the scorers "
+                f"{', '.join(_KNOW_PRODUCTS)}, and without training. Give these, or leave out "
+                "products."
+            )
         return cls(settings.replace(scorer=scorer), space, data, loss_fn, rise, quantizers)
 
     def build(
@@ -222,6 +239,23 @@ class ScorerSetup:
             grid=self.grid,
         )
 
+    def vendors_default(self, network: nn.Module) -> tuple[BitConfig, nn.Module] | None:
+        """Return what a tool of the hardware gives when nothing is asked of it.
+
+        W8A8 in each layer that may have it, else its widest pair; ranges from the least to the
+        largest input, weights to the nearest, nothing corrected. ``None``: no hardware is named.
+        """
+        if not read_hardware(self.settings.hardware).restricts:
+            return None
+        eight, layers = LayerBits(8, 8), self.space.layers
+        config = BitConfig(
+            {n: eight if eight in pairs else max(pairs) for n, pairs in self.space.pairs.items()}
+        )
+        inputs = observe_inputs(network, [layer.name for layer in layers], self.rounding_data)
+        made = prepare(network, layers, inputs, observer="min_max", grid=self.grid)
+        set_bits(made, config)
+        return config, made
+
     @property
     def is_table(self) -> bool:
         """Whether candidates are scored by a table, which needs no forward pass of theirs."""
@@ -237,7 +271,8 @@ class ScorerSetup:
         """The sum over layers that is recorded of each candidate."""
         if self.settings.scorer in LAYER_SUMS:
             return self.settings.scorer
-        if probe_of(self.loss_fn) is not None:
+        products = any(layer.is_product for layer in self.space.layers)
+        if probe_of(self.loss_fn) is not None and not products:
             return "fisher"
         told = self.rise is not None and self.rise.can_draw
         return "hessian_trace" if told else "diagonal"

@@ -67,6 +67,10 @@ def compensate_weights(
         moments = input_moments(prepared, group, data)
         for layer in group:
             module = prepared.get_submodule(layer.name)
+            if layer.is_product:
+                done += 1
+                progress(done, len(layers))
+                continue
             quantizer = weight_quantizer(module)
             weight: Tensor = float_weight(module).detach()
             compensable = [b for b in sorted(bits.get(layer.name, ())) if b <= MOST_BITS]

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from hq_optuna.network.batches import Batches, autocast, forward
 from hq_optuna.network.layer_types import has_known_axes, has_statistics
+from hq_optuna.network.products import Product
 from hq_optuna.quantization.calls import uncounted
 from hq_optuna.quantization.lockstep import Lockstep
 from hq_optuna.quantization.observers import watch_inputs
@@ -357,7 +358,7 @@ def corrected_statistics(
 
 def add_shift(layer: nn.Module) -> None:
     """Give a prepared layer an output shift, zero for each channel."""
-    if SHIFT in dict(layer.named_buffers(recurse=False)):
+    if SHIFT in dict(layer.named_buffers(recurse=False)) or isinstance(layer, Product):
         return
     weight: Any = layer.weight
     n = getattr(layer, "out_channels", None) or weight.shape[0]

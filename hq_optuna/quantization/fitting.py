@@ -13,10 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from hq_optuna.network.batches import Batches, forward
+from hq_optuna.network.products import Product
 from hq_optuna.quantization.compensation import compensate_weights
-from hq_optuna.quantization.modules import Kept, WeightFakeQuantize
+from hq_optuna.quantization.modules import InputFakeQuantize, Kept, WeightFakeQuantize
 from hq_optuna.quantization.observers import InputHistogram, observed_inputs
-from hq_optuna.quantization.prepare import float_weight, input_quantizer, weight_quantizer
+from hq_optuna.quantization.prepare import (
+    OTHER,
+    factor_quantizers,
+    float_weight,
+    input_quantizer,
+    weight_quantizer,
+)
 from hq_optuna.quantization.ranges import AffineRange
 from hq_optuna.space.layers import LayerSpec
 
@@ -40,7 +47,9 @@ def fit_layers(
     `DataError` where a layer receives NaN or infinity.
     """
     names = [layer.name for layer in layers]
-    with observed_inputs(prepared, names) as histograms:
+    products = [layer.name for layer in layers if layer.is_product]
+    seconds = [f"{name}.{OTHER}" for name in products]
+    with observed_inputs(prepared, names + seconds) as histograms:
         if compensate:
             weights = {name: bits[name][0] for name in names}
             compensate_weights(prepared, layers, data, weights, progress=progress)
@@ -49,12 +58,20 @@ def fit_layers(
                 forward(prepared, batch.inputs)
     for name in names:
         module = prepared.get_submodule(name)
-        rounds = input_quantizer(module)
-        rounds.calibrate(histograms[name])
-        for b in bits[name][1]:
-            rounds.range(b)
+        for at, rounds in _rounding(module, name):
+            rounds.calibrate(histograms[at])
+            for b in bits[name][1]:
+                rounds.range(b)
         for b in bits[name][0]:
             weight_quantizer(module).scale(float_weight(module).detach(), b)
+
+
+def _rounding(module: nn.Module, name: str) -> list[tuple[str, InputFakeQuantize]]:
+    """Return what rounds a layer's input, or both factors of a product, with where it is seen."""
+    if not isinstance(module, Product):
+        return [(name, input_quantizer(module))]
+    first, second = factor_quantizers(module)
+    return [(name, first), (f"{name}.{OTHER}", second)]
 
 
 def fitted_tensors(
@@ -64,14 +81,17 @@ def fitted_tensors(
     found: dict[str, Tensor] = {}
     for place, layer in enumerate(layers):
         module = prepared.get_submodule(layer.name)
-        weights, inputs = weight_quantizer(module), input_quantizer(module)
-        assert inputs.histogram is not None, "the layer was fitted"
-        found[f"{place}.counts"] = torch.from_numpy(inputs.histogram.counts)
-        found[f"{place}.edges"] = torch.from_numpy(inputs.histogram.edges)
-        for b in sorted(bits[layer.name][1]):
-            found[f"{place}.range.{b}"] = torch.tensor(
-                inputs.range(b), dtype=torch.float64, device="cpu"
-            )
+        for factor, (_, inputs) in enumerate(_rounding(module, layer.name)):
+            assert inputs.histogram is not None, "the layer was fitted"
+            found[f"{place}.counts.{factor}"] = torch.from_numpy(inputs.histogram.counts)
+            found[f"{place}.edges.{factor}"] = torch.from_numpy(inputs.histogram.edges)
+            for b in sorted(bits[layer.name][1]):
+                found[f"{place}.range.{factor}.{b}"] = torch.tensor(
+                    inputs.range(b), dtype=torch.float64, device="cpu"
+                )
+        if layer.is_product:
+            continue
+        weights = weight_quantizer(module)
         found |= {
             f"{place}.{name}": v for name, v in _weights(module, weights, bits[layer.name][0])
         }
@@ -97,14 +117,16 @@ def load_fitted_(
     """Give the layers of another copy of the network what `fitted_tensors` returned."""
     for place, layer in enumerate(layers):
         module = prepared.get_submodule(layer.name)
-        weight = float_weight(module).detach()
-        inputs, weights = input_quantizer(module), weight_quantizer(module)
-        histogram = (found[f"{place}.{name}"].numpy() for name in ("counts", "edges"))
-        ranges = {}
-        for b in sorted(bits[layer.name][1]):
-            step, zero_point = found[f"{place}.range.{b}"].tolist()
-            ranges[b] = AffineRange(step, int(zero_point))
-        inputs.calibrate(InputHistogram(*histogram), ranges)
+        for factor, (_, inputs) in enumerate(_rounding(module, layer.name)):
+            histogram = (found[f"{place}.{name}.{factor}"].numpy() for name in ("counts", "edges"))
+            ranges = {}
+            for b in sorted(bits[layer.name][1]):
+                step, zero_point = found[f"{place}.range.{factor}.{b}"].tolist()
+                ranges[b] = AffineRange(step, int(zero_point))
+            inputs.calibrate(InputHistogram(*histogram), ranges)
+        if layer.is_product:
+            continue
+        weight, weights = float_weight(module).detach(), weight_quantizer(module)
         for b in sorted(bits[layer.name][0]):
             scale = found[f"{place}.scale.{b}"].to(weight.device)
             codes = found.get(f"{place}.codes.{b}")

@@ -17,6 +17,7 @@ from torch.nn import functional
 from hq_optuna.network.batches import Batches, forward
 from hq_optuna.network.layer_types import TRANSPOSED
 from hq_optuna.network.operators.weight_uses import WatchedWeights, WeightUse
+from hq_optuna.network.products import Product
 from hq_optuna.space.layers import LayerSpec
 
 PLACES_PER_INPUT = 64
@@ -114,7 +115,9 @@ def products(rows: Tensor) -> Tensor:
 
 def can_have_moments(module: nn.Module) -> bool:
     """Return whether `input_moments` may know what this layer's weight is multiplied with."""
-    return not isinstance(module, TRANSPOSED) and columns(module) <= MOST_COLUMNS
+    if isinstance(module, (Product, *TRANSPOSED)):
+        return False
+    return columns(module) <= MOST_COLUMNS
 
 
 def columns(module: nn.Module) -> int:

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from hq_optuna.errors import NetworkError, SpaceError
 from hq_optuna.network.copies import copied
+from hq_optuna.network.products import Product, products_named
 from hq_optuna.network.unfused import unfused
 from hq_optuna.quantization.calls import uncounted
 from hq_optuna.quantization.modules import InputFakeQuantize, WeightFakeQuantize
@@ -21,7 +22,7 @@ from hq_optuna.settings import Observer
 from hq_optuna.space.assignment import BitConfig
 from hq_optuna.space.layers import FLOAT_BITS, MAX_BITS, MIN_BITS, LayerSpec, is_whole
 
-_INPUT = "input_fake_quantize"
+_INPUT, OTHER = "input_fake_quantize", "other_fake_quantize"
 
 
 def prepare(
@@ -38,13 +39,14 @@ def prepare(
     The copy is in eval mode and starts in float: its outputs equal the network's bit for bit, or
     those of `hq_optuna.network.unfused`. The
     weights become `torch.nn.utils.parametrize` parametrizations, so ``layer.weight`` is the rounded
-    weight wherever it is read, and training reaches the float weight behind it.
+    weight wherever it is read, and training reaches the float weight behind it. Of a product of
+    activations both factors are rounded.
 
     Args:
         network: Left exactly as it is.
         layers: Layers to prepare.
         inputs: Histograms of what enters each layer (`observe_inputs`); without them activations
-            can only stay in float.
+            can only stay in float. They know nothing of products, which `fit_layers` fits.
         observer: How activation ranges are found.
         quantizers: Layer → name of its weight's quantizer; ``"uniform"`` for layers not named.
         grid: Which ranges of inputs the target takes.
@@ -59,9 +61,15 @@ def prepare(
             f"quantizers: {unknown[0]!r} is none of the layers to prepare: "
             f"{', '.join(layer.name for layer in layers)}."
         )
-    prepared = copied(unfused(network))
+    products = [layer.name for layer in layers if layer.is_product]
+    prepared = copied(products_named(unfused(network), products))
     for layer in layers:
         module = prepared.get_submodule(layer.name)
+        if isinstance(module, Product):
+            for name in (_INPUT, OTHER):
+                module.add_module(name, InputFakeQuantize(None, observer, grid=grid))
+            module.register_forward_pre_hook(_quantize_factors)
+            continue
         rounds, groups = chosen.get(layer.name, UNIFORM), getattr(module, "groups", 1)
         if layer.channel_axis == 1 and groups > 1:
             rounds = ByGroup(rounds, groups)
@@ -97,6 +105,26 @@ def _quantize_input(
     with uncounted():
         x = input_quantizer(module)(first_input(args, kwargs))
     return with_first_input(args, kwargs, x)
+
+
+def _quantize_factors(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    first, second = factor_quantizers(module)
+    with uncounted():
+        return first(args[0]), second(args[1]), *args[2:]
+
+
+def factor_quantizers(module: nn.Module) -> tuple[InputFakeQuantize, InputFakeQuantize]:
+    """Return what rounds the factors of a prepared product of activations."""
+    second = getattr(module, OTHER)
+    assert isinstance(second, InputFakeQuantize)
+    return input_quantizer(module), second
+
+
+def without_factors_(module: nn.Module) -> None:
+    """Take hook and quantizers from a prepared product of activations."""
+    delattr(module, _INPUT)
+    delattr(module, OTHER)
+    remove_hook_(module._forward_pre_hooks, _quantize_factors)
 
 
 def unprepared_(module: nn.Module) -> None:
@@ -165,6 +193,7 @@ def set_bits(network: nn.Module, bits: Mapping[str, tuple[int, int]]) -> None:
     """Set the bits of a prepared network's layers; layers not named keep theirs.
 
     Bits are pairs, weights first: `LayerBits(4, 8)` or ``(4, 8)``. Nothing changes on an error.
+    A product of activations has no weights: what is said of activations holds for both factors.
     Output quantizers (`hq_optuna.quantization.outputs`) round unless all layers are in float.
     Changes two integers a layer. Scales and rounded weights are found at first use and kept, so
     returning to an assignment returns its outputs bit for bit.
@@ -186,6 +215,13 @@ def set_bits(network: nn.Module, bits: Mapping[str, tuple[int, int]]) -> None:
                     f"Layer {name!r}: bits are {MIN_BITS} to {MAX_BITS}, or {FLOAT_BITS} for "
                     f"float; got {value!r}."
                 )
+        if isinstance(layers[name], Product):
+            if FLOAT_BITS not in pair and pair[0] != pair[1]:
+                raise SpaceError(
+                    f"{name!r} is a product of activations, whose factors share their bits; got "
+                    f"{pair[0]} and {pair[1]}."
+                )
+            continue
         quantizer = weight_quantizer(layers[name]).quantizer
         if pair[0] != FLOAT_BITS and pair[0] not in quantizer.all_bits:
             raise SpaceError(
@@ -193,6 +229,10 @@ def set_bits(network: nn.Module, bits: Mapping[str, tuple[int, int]]) -> None:
                 f"got {pair[0]} bits for its weights."
             )
     for name, (weight_bits, activation_bits) in bits.items():
+        if isinstance(layers[name], Product):
+            for module in factor_quantizers(layers[name]):
+                module.bits = int(activation_bits)
+            continue
         weight_quantizer(layers[name]).bits = int(weight_bits)
         input_quantizer(layers[name]).bits = int(activation_bits)
     if isinstance(network, RoundsOutputs):
@@ -202,9 +242,9 @@ def set_bits(network: nn.Module, bits: Mapping[str, tuple[int, int]]) -> None:
 
 def get_bits(network: nn.Module) -> BitConfig:
     """Return the bits a prepared network has now."""
-    return BitConfig(
-        {
-            name: (weight_quantizer(module).bits, input_quantizer(module).bits)
-            for name, module in prepared_layers(network).items()
-        }
-    )
+    found = {}
+    for name, module in prepared_layers(network).items():
+        bits = input_quantizer(module).bits
+        product = isinstance(module, Product)
+        found[name] = (bits if product else weight_quantizer(module).bits, bits)
+    return BitConfig(found)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hq_optuna.answer.intervals import CONFIDENCE
-from hq_optuna.attributes import EIGHT, UNIFORM, quantizers_text
+from hq_optuna.attributes import EIGHT, UNIFORM, VENDOR, quantizers_text
 from hq_optuna.report.block import NOT_MEASURED, Block, Column, percent
 from hq_optuna.report.hardware import ON_HARDWARE, limits
 from hq_optuna.settings import SearchSettings, Setting, settings_of
@@ -275,6 +275,12 @@ def _compared_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         lines.append(f"In brackets {100 * CONFIDENCE:.0f} % intervals over the validation samples.")
     if EIGHT in methods:
         lines.append("Uniform 8 bits are over the budget and stand here for reference.")
+    if VENDOR in methods:
+        lines.append(
+            "The vendor's default is W8A8 where the hardware has it: ranges from the least to the "
+            "largest input, weights to the nearest, nothing corrected. Its score is that of "
+            "corrected ones."
+        )
     if UNIFORM not in methods:
         lines.append("No uniform bits are within the budget.")
     return lines

@@ -36,6 +36,7 @@ from hq_optuna.errors import DataError
 from hq_optuna.network.batches import Batch, Batches
 from hq_optuna.network.containers import map_tensors
 from hq_optuna.network.layer_types import has_known_axes
+from hq_optuna.network.products import Product
 from hq_optuna.quantization.correction import StatisticsCorrection, channel_axis
 from hq_optuna.quantization.observers import first_input, with_first_input
 from hq_optuna.quantization.prepare import (
@@ -218,6 +219,10 @@ class _Layer:
             g = torch.stack(seen[0].gradients)
             both = torch.stack([_by_channel(v, line + 1, 2).double() for v in (g, g * seen[0].y)])
             self._g.append(both.reshape(2, len(g), n, -1, both.shape[-1]).sum(3))
+        if isinstance(module, Product):
+            if self.inputs.bits:
+                self._add_moved(self.inputs, seen, n, line, _again(module, False))
+            return
         weight = float_weight(module).detach()
         plain = is_plain(module) and all(one.is_plain(weight) for one in seen)
         if self.weights.bits:
@@ -360,6 +365,7 @@ class HessianTrace:
         self._prepared, self._rise, self._probes = prepared, rise, probes
         self._needed, self._takes = bits_needed(space), takes
         self._names = [layer.name for layer in space.layers]
+        self._products = {layer.name for layer in space.layers if layer.is_product}
         self._generator = torch.Generator().manual_seed(seed)
         self._states: list[Tensor] = []  # of the generator, before each batch
 
@@ -408,6 +414,8 @@ class HessianTrace:
             for tensors in by_place[str(at)]:
                 layer.add_tensors(tensors)
             rises[name] = layer.rises()
+            if name in self._products:  # what has no weights moves nothing by them
+                rises[name] = dict.fromkeys(rises[name][1], 0.0), rises[name][1]
         idle = tuple(n for n, (w, a) in rises.items() if not any((*w.values(), *a.values())))
         weights, inputs = ({n: pair[part] for n, pair in rises.items()} for part in (0, 1))
         return Sensitivity(weights, inputs), Curvature(

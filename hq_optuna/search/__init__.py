@@ -1,6 +1,6 @@
 """The mind of the sampler: states, moves, winner rules. No PyTorch, no Optuna."""
 
-from hq_optuna.search.additive import Additive, Point, Price
+from hq_optuna.search.additive import Additive, Point, Price, Trade
 from hq_optuna.search.exact import Allocation
 from hq_optuna.search.limits import Limits
 from hq_optuna.search.moves import Move, changes, propose
@@ -30,6 +30,7 @@ __all__ = [
     "Price",
     "ProgressiveSearch",
     "Result",
+    "Trade",
     "changes",
     "check_reachable",
     "choose",

@@ -30,6 +30,15 @@ class Point(NamedTuple):
     config: BitConfig
 
 
+class Trade(NamedTuple):
+    """An assignment by two costs, and by what it is predicted to do."""
+
+    cost: float
+    other: float
+    score: float
+    config: BitConfig
+
+
 class Price(NamedTuple):
     """What a limit does to an optimum.
 
@@ -156,14 +165,17 @@ class Additive:
             found.append(Price(model.metric, most, model.cost(optimum.config), price))
         return tuple(found)
 
-    def frontier(self, limits: Iterable[float] = (), *, n: int = N_POINTS) -> list[Point]:
+    def frontier(
+        self, limits: Iterable[float] = (), *, n: int = N_POINTS, most: float = math.inf
+    ) -> list[Point]:
         """Return the exact Pareto curve of score against cost, the cheapest first.
 
         Each point is the optimum of one budget. ``n`` budgets are spaced evenly in the logarithm of
-        the cost, from the cheapest assignment to the widest bits; ``limits`` are further ones.
+        the cost, from the cheapest assignment to the widest bits, or to ``most``; ``limits`` are
+        further ones.
         """
         low = least_cost(self.space, self.model)
-        high = self.cost(self.space.config(self.space.top))
+        high = min(self.cost(self.space.config(self.space.top)), most)
         ratio = (high / low) ** (1 / (n - 1)) if low > 0 else 1.0
         grid = [low, *(low * ratio**i for i in range(1, n - 1)), high]
         solved = [self.exact(limit) for limit in sorted({*grid, *limits})]
@@ -173,10 +185,51 @@ class Additive:
                 best.append(point)
         return best
 
+    def trades(self, other: CostModel, most: float, *, n: int = N_POINTS) -> list[Trade]:
+        """Return the exact Pareto curve of another cost against the cost, the cheapest first.
+
+        Each point costs the least of ``other`` within a limit of the cost and a sum of ``most``
+        nats, and of such assignments has the least sum. ``n`` limits are spaced evenly in the
+        logarithm of the cost. Empty where no assignment has such a sum.
+        """
+        n_first, n_other = len(self.model.rows), len(other.rows)
+        sums = Row(lambda name, bits: self.score({name: bits}), 0.0)
+        solver = SeveralLimits(self.space, self.rises, [*self._rows, *other.rows, sums])
+        first, second = slice(0, n_first), slice(len(self._rows), len(self._rows) + n_other)
+        beside = self._limits(math.inf)[n_first:]
+
+        def limits(cost: float, of_other: float) -> list[float]:
+            return [*[cost] * n_first, *beside, *[of_other] * n_other, most * (1 + 1e-12)]
+
+        low = solver.least(first, limits(math.inf, math.inf))
+        least_other = solver.least(second, limits(math.inf, math.inf))
+        if low is None or least_other is None:
+            return []
+        high = solver.least(first, limits(math.inf, least_other * _ROUNDED))
+        assert high is not None, "it was reached"
+        ratio = (high / low) ** (1 / (n - 1)) if low > 0 else 1.0
+        found: list[Trade] = []
+        for limit in sorted({low, *(low * ratio**i for i in range(1, n - 1)), high}):
+            within = limit * _ROUNDED
+            least = solver.least(second, limits(within, math.inf))
+            state = None if least is None else solver.best(limits(within, least * _ROUNDED))
+            if state is None:
+                continue
+            config = self.space.config(state)
+            made = Trade(self.cost(config), other.cost(config), self.score(config), config)
+            if not found or made.other < found[-1].other:
+                found.append(made)
+        return found
+
+
+_ROUNDED = 1 + 1e-9
+"""What limits are loosened by that were themselves found by a solver with tolerances."""
+
 
 def _bits_of(pair: LayerBits, part: str) -> int:
     return pair.weight_bits if part == "weights" else pair.activation_bits
 
 
 def _parts(part: str) -> tuple[str, ...]:
-    return ("weights", "activations") if part in ("both", "pair") else (part,)
+    whole = part in ("both", "factors", "pair")
+    return ("weights", "activations") if whole else (part,)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from hq_optuna.space.assignment import BitConfig, LayerBits
 from hq_optuna.space.search_space import SearchSpace, Variable
 
+_OF_ACTIVATIONS = ("activations", "factors")
+
 
 def uniform_states(space: SearchSpace) -> dict[tuple[int, int], tuple[int, ...]]:
     """Return the uniform assignments of a space by their ``(weight bits, activation bits)``.
@@ -23,7 +25,7 @@ def uniform_states(space: SearchSpace) -> dict[tuple[int, int], tuple[int, ...]]
                 by_part[False].add(pair.weight_bits)
                 by_part[True].add(pair.activation_bits)
         else:
-            by_part[v.part == "activations"] |= set(v.bits)
+            by_part[v.part in _OF_ACTIVATIONS] |= set(v.bits)
     weights, activations = sorted(by_part[False]), sorted(by_part[True])
     pairs = [*itertools.product(weights, activations)] or [(b, b) for b in weights or activations]
     found: dict[tuple[int, int], tuple[int, ...]] = {}
@@ -40,7 +42,7 @@ def _widest(variable: Variable, weights: int, activations: int) -> int:
         pairs = zip(variable.bits, map(LayerBits.of_code, variable.bits), strict=True)
         fitting = (b for b, (w, a) in pairs if w <= weights and a <= activations)
         return next(fitting, variable.bits[-1])
-    wanted = activations if variable.part == "activations" else weights
+    wanted = activations if variable.part in _OF_ACTIVATIONS else weights
     return max((b for b in variable.bits if b <= wanted), default=variable.bits[-1])
 
 

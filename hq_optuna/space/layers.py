@@ -24,11 +24,14 @@ def is_whole(value: Any) -> bool:
 class LayerSpec:
     """One quantizable layer, as seen on the example input.
 
+    A product of activations is a layer without weights: its "weight bits" are those of its second
+    factor.
+
     Attributes:
         name: Qualified name of the module in the network, ``"layer1.0.conv1"``. A module that
             stands in several places goes by the first of its names.
         kind: Class of the module, ``"Conv2d"``.
-        weight_shape: Shape of the weight tensor.
+        weight_shape: Shape of the weight tensor; empty for a product of activations.
         channel_axis: Axis of the weight that holds the output channels (1 for transposed
             convolutions, where it holds those of one group, else 0).
         macs: Multiply-accumulates for one sample, summed over all calls.
@@ -52,7 +55,12 @@ class LayerSpec:
     @property
     def n_weights(self) -> int:
         """Number of weights, without the bias."""
-        return math.prod(self.weight_shape)
+        return math.prod(self.weight_shape) if self.weight_shape else 0
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it multiplies two activations."""
+        return not self.weight_shape
 
     def to_json(self) -> dict[str, Any]:
         """Return the layer as JSON data, the inverse of `from_json`."""

@@ -23,6 +23,7 @@ from hq_optuna.space.search_space import (
     check_parameters,
     groups_of,
     notches,
+    of_product,
     read_pin,
     same_input,
 )
@@ -70,10 +71,12 @@ def space_of_pairs(
     start = dict(fixed or {})
     pinned = by_layer(pins, layers, "pins", read_pin)
     start |= {name: said.value for name, said in pinned.items()}
+    products = {layer.name for layer in layers if layer.is_product}
     if pin_first_last is not None:
         pin = read_pin(pin_first_last, "pin_first_last")
         ends = {layers[0].name: pin, layers[-1].name: pin}
         start = ends | start
+    start |= {name: of_product(pair) for name, pair in start.items() if name in products}
     for name, pair in start.items():
         if pair not in pairs[name]:
             raise SpaceError(
@@ -123,6 +126,11 @@ def _left(
         own = limited[name].value if name in limited else weights
         kept = [pair for pair in pairs[name] if own is None or pair.weight_bits in own]
         kept = [pair for pair in kept if inputs is None or pair.activation_bits in inputs]
+        if layer.is_product:  # whose factors share their bits
+            kept = [pair for pair in pairs[name] if pair == of_product(pair)]
+            kept = [pair for pair in kept if inputs is None or pair.activation_bits in inputs]
+            if name in limited or inputs is None:
+                kept = [pair for pair in kept if own is None or pair.weight_bits in own]
         if not kept:
             raise SpaceError(
                 f"Of what {where} has for {name!r}, {_said(pairs[name])}, the settings bits, "

@@ -14,7 +14,7 @@ import hashlib
 import json
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
@@ -25,7 +25,7 @@ from hq_optuna.space.latency import LatencyTable
 from hq_optuna.space.layers import FLOAT_BITS, MAX_BITS, MIN_BITS, LayerSpec, is_whole
 from hq_optuna.space.memory import MemoryMap
 
-Part = Literal["both", "weights", "activations", "pair"]
+Part = Literal["both", "weights", "activations", "factors", "pair"]
 ActivationBits = Literal["same"] | int | Sequence[int] | None
 
 
@@ -34,7 +34,8 @@ class Variable:
     """One thing the search can lower: a ``part`` of one layer's bits, or of several that are tied.
 
     ``name`` is that of the Optuna parameter; ``bits`` are the allowed ones, widest first. Those of
-    the part ``"pair"`` are `LayerBits.code` numbers.
+    the part ``"pair"`` are `LayerBits.code` numbers; ``"factors"`` are both factors of a product of
+    activations, whose bits are chosen as those of activations are.
     """
 
     name: str
@@ -151,6 +152,8 @@ class SearchSpace:
         pinned = by_layer(pins, layers, "pins", functools.partial(_pin, activations=activations))
         limited = by_layer(allowed, layers, "allowed", notches)
         choices = dict.fromkeys(names, notches(bits, "bits"))
+        products = {layer.name for layer in layers if layer.is_product}
+        choices |= activations.of_products(products)
         choices |= {name: said.value for name, said in limited.items()}
         named = {name for name, said in limited.items() if said.exact}
         fixed = {name: said.value for name, said in pinned.items()}
@@ -164,7 +167,10 @@ class SearchSpace:
             pin = _pin(pin_first_last, "pin_first_last", activations)
             ends = [name for name in (names[0], names[-1]) if name not in named]
             fixed = dict.fromkeys(ends, pin) | fixed
-        start = {name: activations.widest(choices[name]) for name in names} | fixed
+        start = {name: activations.widest(choices[name]) for name in names}
+        start |= {name: LayerBits(choices[name][0], choices[name][0]) for name in products}
+        fixed |= {n: of_product(pair) for n, pair in fixed.items() if n in products}
+        start |= fixed
         groups = groups_of(layers, tied, fixed)
         joined = same_input(layers, groups, choices) if tie_inputs else {}
         if activations.same:
@@ -173,7 +179,11 @@ class SearchSpace:
         variables = [
             variable
             for group in groups
-            for variable in _variables(group, choices, activations, joined.get(group[0], group))
+            for variable in (
+                _of_products(group, choices, activations)
+                if products & set(group)
+                else _variables(group, choices, activations, joined.get(group[0], group))
+            )
         ]
         if not variables:
             raise SpaceError(
@@ -276,7 +286,7 @@ class SearchSpace:
         }
         covered = {(name, v.part) for v in self.variables for name in v.layers}
         for name, bits in self.start.items():
-            if {(name, "both"), (name, "pair")} & covered:
+            if {(name, "both"), (name, "factors"), (name, "pair")} & covered:
                 continue
             pairs = zip(("weights", "activations"), bits, strict=True)
             parts = {part: b for part, b in pairs if (name, part) not in covered}
@@ -379,12 +389,34 @@ class _Activations:
         """Whether they are not quantized."""
         return not self.same and self.notches is None and self.fixed == FLOAT_BITS
 
+    def of_products(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """Return the bits that both factors of products of activations may have.
+
+        Raises:
+            SpaceError: Activations stay in float, so that products would too.
+        """
+        found = dict.fromkeys(names, self.notches or (self.fixed,))
+        if found and self.in_float:
+            raise SpaceError(
+                "Products of activations are searched, and activation_bits leaves activations in "
+                "float. Give activation_bits, or search without products."
+            )
+        return {} if self.same else found
+
     def widest(self, weights: tuple[int, ...]) -> LayerBits:
         """Return the widest bits of a layer whose weights have these choices."""
         top = weights[0]
         if self.same:
             return LayerBits(top, top)
         return LayerBits(top, self.fixed if self.notches is None else self.notches[0])
+
+
+def _of_products(
+    group: tuple[str, ...], choices: Mapping[str, tuple[int, ...]], activations: _Activations
+) -> list[Variable]:
+    """Return what can be searched in products of activations: the bits of both factors."""
+    found = _variables(group, choices, _Activations(same=True), group)
+    return found if activations.same else [replace(one, part="factors") for one in found]
 
 
 def _variables(
@@ -438,6 +470,11 @@ def allowed_activations(activation_bits: Any) -> tuple[int, ...] | None:
 def read_pin(value: Any, where: str) -> LayerBits:
     """Return the pair that a pin fixes: one number for both parts, or two."""
     return _pin(value, where, _Activations(same=True))
+
+
+def of_product(pair: LayerBits) -> LayerBits:
+    """Return the bits of a product of activations: both factors have those of activations."""
+    return LayerBits(pair.activation_bits, pair.activation_bits)
 
 
 def _pin(value: Any, where: str, activations: _Activations) -> LayerBits:
@@ -575,7 +612,10 @@ def same_input(
 
 
 def bits_needed(space: SearchSpace) -> dict[str, tuple[set[int], set[int]]]:
-    """Return the weight bits and activation bits each layer may have in the space."""
+    """Return the weight bits and activation bits each layer may have in the space.
+
+    A product of activations has no weights.
+    """
     needed = {
         name: ({bits.weight_bits}, {bits.activation_bits}) for name, bits in space.start.items()
     }
@@ -585,7 +625,10 @@ def bits_needed(space: SearchSpace) -> dict[str, tuple[set[int], set[int]]]:
                 pair = variable.applied(space.start[name], bits)
                 needed[name][0].add(pair.weight_bits)
                 needed[name][1].add(pair.activation_bits)
-    for weights, activations in needed.values():
+    for layer in space.layers:
+        weights, activations = needed[layer.name]
         weights.discard(FLOAT_BITS)
         activations.discard(FLOAT_BITS)
+        if layer.is_product:
+            weights.clear()
     return needed

@@ -106,6 +106,11 @@ def parse(
     if unknown:
         flag = unknown[0].partition("=")[0]
         flags = [option.flag for option in options.values()]
+        if flag in beside:
+            raise StudyFileError(
+                f"{study} has no option {flag!r}, which is one of hq-optuna run; this command does "
+                "not take it."
+            )
         meant = difflib.get_close_matches(flag, [*flags, *beside], n=1)
         guess = f"Did you mean {meant[0]}? " if meant else ""
         raise StudyFileError(f"{study} has no option {flag!r}. {guess}{_listed(options)}")

@@ -237,7 +237,10 @@ def check_settings(settings: Any, path: Path) -> None:
 
 @contextmanager
 def _on_path(folder: Path) -> Iterator[None]:
-    """Let the study import its neighbours, at the top of the file or within a function."""
+    """Let the study import its neighbours, at the top of the file or in what makes its parts.
+
+    What is called later, such as a metric, finds what was imported until then.
+    """
     sys.path.insert(0, str(folder))
     try:
         yield

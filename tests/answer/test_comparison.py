@@ -4,11 +4,15 @@ import re
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 from hq_optuna.answer import comparison
 from hq_optuna.answer.intervals import paired, wilson
+from hq_optuna.attributes import COMPARED
+from hq_optuna.bit_search import BitSearch
 from hq_optuna.protocol.history import read_history
+from hq_optuna.quantization.prepare import input_quantizer
 from hq_optuna.report.comparison import beaten_by_uniform, warnings
 from hq_optuna.report.data import report_data, with_intervals
 from hq_optuna.report.page import write_report
@@ -190,3 +194,33 @@ def test_the_intervals_are_in_the_reports_data_too():
 def test_where_no_uniform_bits_fit_the_report_says_so():
     found = table(with_intervals([row()]), "bops")
     assert "No uniform bits are within the budget." in found.lines
+
+
+def test_on_hardware_the_vendors_default_is_a_row_without_our_corrections():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4))
+    x = torch.randn(160, 6) * torch.randn(160, 1).exp()  # with outliers
+    with torch.no_grad():
+        y = network(x).argmax(1)
+    given = {"budget": "0.8 size_bytes", "pin_first_last": None, "verify": 0}
+    given |= {"validation": (x[64:], y[64:]), "hardware": "cmsis-nn"}
+    mine = BitSearch(network, (x[:64], y[:64]), **given)
+    study = mine.optimize()
+    mine.result(study)
+    rows = {row["method"]: row for row in read_history(study).facts[COMPARED]}
+    default = rows["vendor's default"]
+    sizes = mine.space.costs("size_bytes")
+    assert default["cost"] == sizes.int8
+    config, made = mine.objective.setup.vendors_default(network)
+    assert set(config.values()) == {(8, 8)}
+    seen = torch.cat([batch.inputs for batch in mine.objective.setup.rounding_data])
+    low, high = float(seen.min()), float(seen.max())
+    scale, _ = input_quantizer(made[0]).range(8)
+    assert float(scale) == pytest.approx((high - low) / 255, rel=0.02)
+    right = (made(x[64:]).argmax(1) == y[64:]).double().mean()
+    assert default["measured"]["accuracy"] == pytest.approx(float(right))
+    text = render_markdown(report_data(study))
+    assert "vendor's default" in text
+    assert "nothing corrected" in text
+    any_hardware = BitSearch(network, (x[:64], y[:64]), pin_first_last=None)
+    assert any_hardware.objective.setup.vendors_default(network) is None

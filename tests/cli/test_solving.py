@@ -109,3 +109,99 @@ def test_a_study_that_was_never_started_is_refused(study: Path, command: Command
     result = command("resolve", study, "--budget", "0.5 bops")
     assert result.exit_code == 1
     assert "There is no database" in result.output
+
+
+TARGET = ("--target", "kl 0.05")
+
+
+def test_run_meets_a_target_in_place_of_a_search(study: Path, command: Command) -> None:
+    result = command("run", study, *TARGET, "--bits", "8,6,4")
+    assert result.exit_code == 0, result.output
+    for word in ("budget    target kl 0.05", "measured  kl", "assignments measured", "Result: "):
+        assert word in result.output
+    saved = Path("hq-optuna-runs/tiny/result/recipe.json")
+    told = json.loads(saved.read_text())["measured"]["target"]
+    assert told["at_most"] <= 0.05
+    config = hq_optuna.load_assignment(saved)
+    # The study's table is there: the same answer without a run.
+    data = json.loads(command("resolve", study, *TARGET, "--json").stdout)
+    assert {n: tuple(b) for n, b in data["assignment"].items()} == dict(config)
+    again = json.loads(command("run", study, *TARGET, "--json").stdout)
+    assert again["target"] == data["target"]
+    assert again["assignment"] == data["assignment"]
+
+
+def test_limits_hold_beside_a_target(study: Path, command: Command) -> None:
+    limits = ("--budget", "0.9 size_bytes", "--budget", "0.9 bops")
+    data = json.loads(command("run", study, *TARGET, *limits, "--json").stdout)
+    assert data["cost"]["metric"] == "size_bytes"
+    assert data["cost"]["value"] <= 0.9 * data["cost"]["all_8_bit"]
+    data = json.loads(command("resolve", study, *TARGET, *limits, "--json").stdout)
+    assert data["cost"]["metric"] == "size_bytes"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--target", "accuracy"), "is no target"),
+        (("--target", "mAP -0.4"), "the metric is one of accuracy, kl"),
+        ((*TARGET, "--max-trials", 4), "runs no search, which is what --max-trials is for"),
+        ((*TARGET, "--layer-errors"), "what --layer-errors is for"),
+        (("--target", "kl 1e-9", "--budget", "0.2 bops"), "best bits within"),
+    ],
+)
+def test_what_contradicts_a_target_is_refused(
+    options: tuple[str, ...], said: str, study: Path, command: Command
+) -> None:
+    result = command("run", study, *options)
+    assert result.exit_code == 1
+    assert said in " ".join(result.output.split())
+
+
+def test_a_target_is_of_networks_that_are_not_trained(study: Path, command: Command) -> None:
+    study.write_text(study.read_text() + "\n\ndef train():\n    return _data(16, 4)\n")
+    result = command("run", study, *TARGET, "--final-epochs", 1)
+    assert result.exit_code == 1
+    assert "this run trains them" in result.output
+    result = command("launch", study, *TARGET)  # where it is not an option
+    assert result.exit_code == 1
+    assert "one of hq-optuna run" in result.output
+
+
+def test_pareto_trades_two_costs_among_what_is_as_good(searched: Path, command: Command) -> None:
+    given = ("pareto", searched, "--metric", "bops", "--against", "activation_bytes")
+    data = json.loads(command(*given, "--points", 5, "--out", "two.html", "--json").stdout)
+    rows = data["pareto"]
+    costs, others = ([row[key] for row in rows] for key in ("cost", "other"))
+    assert costs == sorted(costs)
+    assert others == sorted(others, reverse=True)
+    answer = json.loads(command("pareto", searched, "--json").stdout)
+    assert min(row["score_nats"] for row in answer["pareto"]) <= rows[0]["score_nats"]
+    assert "Plotly.newPlot" in Path("two.html").read_text()
+    wide = json.loads(command(*given, "--points", 5, "--within", 1e9, "--json").stdout)["pareto"]
+    assert wide[0]["cost"] < costs[0]  # the cheapest bits are as good as any here
+    for arguments, said in (
+        ((*given[:-1], "bops"), "bops twice"),
+        ((*given, "--within", "1e-12"), "No assignment has a sum"),
+        ((*given[:-2], "--within", "0.1"), "--within says what is as good"),
+        ((*given[:-1], "latency_s"), "No latency is known"),
+    ):
+        result = command(*arguments)
+        assert result.exit_code == 1
+        assert said in " ".join(result.output.split())
+
+
+def test_pareto_measures_points(study: Path, command: Command) -> None:
+    assert command("run", study).exit_code == 0
+    given = ("pareto", study, "--points", 5, "--measure", 3)
+    data = json.loads(command(*given, "--json").stdout)
+    measured = [row["measured"]["accuracy"] for row in data["pareto"] if "measured" in row]
+    assert len(measured) == 3
+    assert 0 <= data["float"]["accuracy"] <= 1
+    result = command(*given[:-2], "--against", "accuracy", "--out", "seen.html")
+    assert result.exit_code == 0, result.output
+    assert "float: accuracy" in result.output
+    assert "Plotly.newPlot" in Path("seen.html").read_text()
+    result = command(*given, "--against", "mAP")
+    assert result.exit_code == 1
+    assert "activation_bytes, latency_s, accuracy; got" in " ".join(result.output.split())

@@ -68,14 +68,13 @@ def test_pieces_in_their_order_compute_what_the_file_computes(search: BitSearch)
 
 def test_a_profile_has_each_layer_at_each_of_its_pairs(search: BitSearch) -> None:
     space, said = search.space, list[str]()
-    mixed = profiling.drawn(space, 2)
-    found = profiling.profile(
-        space, search.quantized, search.objective.data, turns=5, check=mixed, tell=said.append
-    )
+    mixed, further = profiling.drawn(space, 2), profiling.drawn(space, 3)[2:]
+    given = space, search.quantized, search.objective.data
+    found = profiling.profile(*given, turns=5, fit=further, check=mixed, tell=said.append)
     rows = {(row.layer, row.weight_bits, row.activation_bits) for row in found.table.rows}
     assert rows == {(name, *pair) for name, pairs in space.pairs.items() for pair in pairs}
     assert set(found.spreads) == {(name, LayerBits(w, a)) for name, w, a in rows}
-    assert len(found.whole) == 4
+    assert len(found.whole) == 5
     assert [told for told, _ in found.checked] == [found.table.total(c) for c in mixed]
     assert found.error is not None
     assert any("mixed assignments: predicted within" in line for line in found.sentences)
@@ -125,3 +124,29 @@ def test_a_turn_keeps_the_quickest_of_its_runs_and_the_first_turn_warms_up() -> 
     assert Session.calls == 2 * 6 * profiling.REPEATS
     assert len(one.turns) == len(other.turns) == 5
     assert 0 < one.seconds < math.inf
+
+
+def test_entries_are_moved_to_what_files_take_whose_layers_hang_on_each_other() -> None:
+    eight, four = LayerBits(8, 8), LayerBits(4, 4)
+    pairs = {name: [eight, four] for name in ("a", "b", "c")}
+    pieces = {"slow": timed(70e-6), "fast": timed(10e-6), "plain": timed(40e-6)}
+    seen = {(name, pair): ["plain"] for name in pairs for pair in (eight, four)}
+    seen["a", eight] = ["slow", "fast"]  # fast where b has 4 bits
+
+    def takes(config: BitConfig) -> float:
+        first = (10e-6 if config["b"] == four else 70e-6) if config["a"] == eight else 40e-6
+        return first + 80e-6 + (20e-6 if config["c"] == four else 0)  # which no piece shows
+
+    every = [
+        BitConfig({"a": (a, a), "b": (b, b), "c": (c, c)})
+        for a in (8, 4) for b in (8, 4) for c in (8, 4)
+    ]  # fmt: skip
+    whole = [(config, timed(takes(config))) for config in every]
+    errors = []
+    for moved in (False, True):
+        found = profiling._fitted(pairs, seen, pieces, whole, 0.0, moved=moved)
+        errors.append([abs(found.table.total(c) / takes(c) - 1) for c in every])
+        assert found.by_neighbours == {("a", eight): pytest.approx((10e-6, 70e-6))}
+    assert max(errors[1]) < 0.8 * max(errors[0])
+    assert sum(errors[1]) < 0.8 * sum(errors[0])
+    assert any("a W8A8 (10 to 70 us)" in line for line in found.sentences)

@@ -210,3 +210,25 @@ def test_uniform_assignments_of_weights_and_activations_searched_apart() -> None
     assert set(space.config(found[4, 6]).values()) == {(4, 6)}
     weights = fake_space(3, bits=(8, 4), activation_bits=None, pin_first_last=None)
     assert set(weights.config(uniform_states(weights)[4, 4]).values()) == {(4, 32)}
+
+
+def test_trades_are_those_of_an_enumeration() -> None:
+    space = fake_space(4)
+    sums = Additive(space, fake_table(space), space.costs("bops"))
+    other = space.costs("size_bytes")
+    every = [space.config(state) for state in itertools.product(*(v.bits for v in space.variables))]
+    scores = sorted(map(sums.score, every))
+    for most in (scores[len(scores) // 10], scores[len(scores) // 2]):
+        good = [c for c in every if sums.score(c) <= most]
+        found = sums.trades(other, most, n=9)
+        assert found[0].cost == pytest.approx(min(map(sums.cost, good)))
+        assert found[-1].other == pytest.approx(min(map(other.cost, good)))
+        for trade in found:
+            assert trade.score <= most * (1 + 1e-9)
+            assert (trade.cost, trade.other) == (sums.cost(trade.config), other.cost(trade.config))
+            # Nothing as good is cheaper in one and no dearer in the other.
+            assert not any(
+                sums.cost(c) <= trade.cost and other.cost(c) < trade.other * (1 - 1e-9)
+                for c in good
+            )
+    assert sums.trades(other, scores[0] / 2) == []

@@ -16,12 +16,12 @@ from hq_optuna.errors import DataError
 from hq_optuna.network.batches import Batch, Batches, read_batches
 from hq_optuna.network.evaluation import Accuracy
 from hq_optuna.settings import SearchSettings
-from hq_optuna.study_files.study_file import StudyFile, find_study
+from hq_optuna.study_files.study_file import StudyFile, StudyParts, find_study
 from tests.real_data import shared_data
 
 FIELDS = (
     *("keywords", "visual_wake_words", "efficientnet_lite0", "super_resolution", "fastestdet"),
-    *("espnet", "sentences", "imagefolder", "torchvision_detection"),
+    *("espnet", "sentences", "imagefolder", "torchvision_detection", "faster_rcnn"),
 )
 
 
@@ -45,10 +45,9 @@ def test_every_study_has_a_doc_and_its_options_have_help(name: str) -> None:
         *((n, ["--data", "nowhere"], "--data") for n in FIELDS[:6]),
         ("sentences", ["--model", "nowhere"], "--model"),
         ("imagefolder", ["--data", "nowhere", "--checkpoint", "no.pt"], "--checkpoint"),
-        (
-            "torchvision_detection",
-            ["--images", "no", "--annotations", "no", "--checkpoint", "no.pt"],
-            "--checkpoint",
+        *(
+            (n, ["--images", "no", "--annotations", "no", "--checkpoint", "no.pt"], "--checkpoint")
+            for n in ("torchvision_detection", "faster_rcnn")
         ),
     ],
 )
@@ -131,29 +130,36 @@ def save(pixels: torch.Tensor, path: Path) -> None:
     Image.fromarray(pixels.byte().movedim(0, -1).numpy()).save(path)
 
 
-def test_a_detector_of_torchvision_is_searched_by_what_its_head_returns(tmp_path: Path) -> None:
+def detector_of(name: str, study: str, folder: Path, n_calibration: int = 2) -> StudyParts:
+    """Return the parts of a study of a detector with random weights, on four images and boxes."""
     import json
 
-    from torchvision.models.detection import ssdlite320_mobilenet_v3_large
-
-    import hq_optuna
+    from torchvision.models import get_model
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None)
-    torch.save(net.state_dict(), tmp_path / "net.pt")
+        net = get_model(name, weights=None, weights_backbone=None)
+    torch.save(net.state_dict(), folder / "net.pt")
     images, boxes = [], []
     for place in range(4):
-        pixels = torch.randint(0, 256, (3, 40, 60), generator=torch.Generator().manual_seed(place))
-        save(pixels, tmp_path / f"{place}.png")
+        size = (3, 40, 60 - 8 * (place % 2))
+        pixels = torch.randint(0, 256, size, generator=torch.Generator().manual_seed(place))
+        save(pixels, folder / f"{place}.png")
         images.append({"id": place, "file_name": f"{place}.png"})
-        boxes.append({"image_id": place, "category_id": 1, "bbox": [1, 2, 10, 10]})
+        each = {"image_id": place, "category_id": 1}
+        boxes += [{**each, "bbox": [1 + i, 2, 10, 10]} for i in range(place)]
     text = json.dumps({"images": images, "annotations": boxes})
-    (tmp_path / "boxes.json").write_text(text)
-    shipped = StudyFile.load(find_study("torchvision_detection"))
-    options: list[Any] = ["--checkpoint", tmp_path / "net.pt", "--images", tmp_path]
-    options += ["--annotations", tmp_path / "boxes.json", "--n-calibration", 2]
-    parts = shipped.build(tmp_path, shipped.parse_options([*map(str, options)]))
+    (folder / "boxes.json").write_text(text)
+    shipped = StudyFile.load(find_study(study))
+    options: list[Any] = ["--checkpoint", folder / "net.pt", "--images", folder]
+    options += ["--annotations", folder / "boxes.json", "--n-calibration", n_calibration]
+    return shipped.build(folder, shipped.parse_options([*map(str, options)]))
+
+
+def test_a_detector_of_torchvision_is_searched_by_what_its_head_returns(tmp_path: Path) -> None:
+    import hq_optuna
+
+    parts = detector_of("ssdlite320_mobilenet_v3_large", "torchvision_detection", tmp_path)
     assert isinstance(parts.network, nn.Module)
     assert read_batches(parts.validation).n_samples == 2
     search = hq_optuna.BitSearch(
@@ -162,6 +168,43 @@ def test_a_detector_of_torchvision_is_searched_by_what_its_head_returns(tmp_path
     table = search.objective.prepare().sensitivity
     # First and last layer are pinned; boxes are decoded from every other one.
     assert sum(table.weights[name].get(4, 0.0) > 0 for name in table.weights) > 60
+
+
+def test_faster_rcnn_is_searched_by_both_of_its_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import functools
+
+    import torchvision.models
+
+    import hq_optuna
+
+    small = functools.partial(torchvision.models.get_model, min_size=64, max_size=96)
+    monkeypatch.setattr(torchvision.models, "get_model", small)
+    parts = detector_of("fasterrcnn_mobilenet_v3_large_320_fpn", "faster_rcnn", tmp_path)
+    network: Any = parts.network
+    read = read_batches(parts.validation)
+    found = parts.evaluate(network, read)
+    assert found == {"AP50": pytest.approx(0, abs=5)}  # of random weights
+    search = hq_optuna.BitSearch(
+        *(network, parts.calibration),
+        rise=parts.rise,
+        **{
+            "bits": (8, 4),
+            "budget": "0.5 bops",
+            "rounding": "nearest",
+            "correction": False,
+        },  # which is fast
+    )
+    table = search.objective.prepare().sensitivity
+    told = {name for name in table.weights if table.weights[name].get(4, 0.0) > 0}
+    stages = {"rpn.head.cls_logits", "roi_heads.box_head.fc6", "roi_heads.box_head.fc7"}
+    assert stages <= told
+    assert len(told) > 60
+    rounded = search.quantized(search.space.config(search.space.bottom))
+    # Rounded, the first stage selects other regions, in another number, which is no error.
+    assert parts.evaluate(rounded, read) == {"AP50": pytest.approx(0, abs=5)}
+    assert not network.rpn._forward_hooks
 
 
 def test_any_classifier_of_torchvision_runs_from_a_checkpoint(tmp_path: Path) -> None:

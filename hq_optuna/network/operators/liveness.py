@@ -9,6 +9,7 @@ describes what PyTorch itself allocates.
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hq_optuna.network.batches import forward
 from hq_optuna.network.containers import tensors
+from hq_optuna.network.products import Product
 from hq_optuna.space.layers import FLOAT_BITS
 from hq_optuna.space.memory import LiveTensor, MemoryMap
 
@@ -116,9 +118,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         self._within.append(module)
-        taken = next(tensors(args), None)
-        if taken is not None and (made := self._of(taken)) is not None:
-            made.read_by(module)
+        factors = 2 if isinstance(module, Product) else 1
+        for taken in itertools.islice(tensors(args), factors):
+            if (made := self._of(taken)) is not None:
+                made.read_by(module)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._within:
