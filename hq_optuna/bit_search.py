@@ -17,7 +17,7 @@ from hq_optuna import attributes
 from hq_optuna.answer.comparison import rows
 from hq_optuna.answer.layer_errors import layer_errors
 from hq_optuna.answer.measured_end import best_measured
-from hq_optuna.answer.resolve import optimum, sums_of
+from hq_optuna.answer.resolve import optimum, sums_for, sums_of
 from hq_optuna.answer.result import SearchResult
 from hq_optuna.answer.target import (
     Compare,
