@@ -268,7 +268,9 @@ def test_classes_are_compared_on_512_samples_and_all_that_are_no_ties_are_equal(
 
 
 def test_a_changed_class_fails_unless_float_rounding_alone_decides_it(tmp_path):
-    check = checked(1.0, tmp_path)
+    found = checked(1.0, tmp_path)
+    # On some processors float rounding happens to move nothing here.
+    check = replace(found, plain=replace(found.plain, free_error=1e-7))
     ties = (check.plain.free_error, 2 * check.plain.free_error)
     clear = (2.1 * check.plain.free_error,) * 3
 
