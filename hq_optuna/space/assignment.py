@@ -68,17 +68,16 @@ class BitConfig(Mapping[str, LayerBits]):
 
     __slots__ = ("_bits", "_digest")
 
-    def __init__(self, bits: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(
+        self, bits: Mapping[str, tuple[int, int]], *, pairs: dict[str, LayerBits] | None = None
+    ) -> None:
+        # Pairs that were read before are kept as they are: searches make thousands of assignments.
+        self._digest: str | None = None
+        if pairs is not None:
+            self._bits = pairs
+            return
         # Plain integers, also where NumPy's are given, so that JSON can hold them.
         self._bits = {name: LayerBits(*map(operator.index, pair)) for name, pair in bits.items()}
-        self._digest: str | None = None
-
-    @classmethod
-    def of_pairs(cls, bits: dict[str, LayerBits]) -> BitConfig:
-        """Return the assignment that holds these pairs, unchecked and not copied."""
-        made = cls.__new__(cls)
-        made._bits, made._digest = bits, None
-        return made
 
     def __getitem__(self, name: str) -> LayerBits:
         return self._bits[name]

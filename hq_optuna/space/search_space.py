@@ -249,7 +249,7 @@ class SearchSpace:
             if values not in known:
                 known[values] = self._set(name, state)
             bits[name] = known[values]
-        return BitConfig.of_pairs(bits)
+        return BitConfig(bits, pairs=bits)
 
     def _set(self, name: str, state: Sequence[int]) -> LayerBits:
         """Return one layer's bits when the variables have the bits ``state``."""
