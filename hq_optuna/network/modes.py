@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any, ClassVar, Self
 
 import torch
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 
 from hq_optuna.errors import NetworkError, note_caller
 
@@ -39,6 +41,57 @@ def own_modes() -> Iterator[None]:
         except Exception as error:
             note_caller(error)
             raise
+
+
+class _Running(threading.local):
+    """The innermost mode of a kind in each thread."""
+
+    def __init__(self) -> None:
+        self.mode: Any = None
+
+    def begin(self, mode: Any) -> Any:
+        """Have a mode run; return the one before."""
+        before, self.mode = self.mode, mode
+        return before
+
+
+class InnermostMode(TorchFunctionMode):
+    """A mode that knows whether it is the innermost of its kind in this thread."""
+
+    _running: ClassVar[_Running]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Give each kind threads of its own, which its subclasses share."""
+        super().__init_subclass__(**options)
+        if InnermostMode in cls.__bases__:
+            cls._running = _Running()
+
+    @classmethod
+    def innermost(cls) -> Self | None:
+        """Return the mode of this kind that was entered last and not left."""
+        found: Self | None = cls._running.mode
+        return found
+
+    def __enter__(self) -> Self:
+        """Be the innermost from here on."""
+        self._outer = self._running.begin(self)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Leave the place to the one around."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._running.begin(self._outer)
+
+
+def kind_of(function: Any) -> str:
+    """Return the name of a function of PyTorch's, the same for methods and in-place spellings.
+
+    Example:
+        >>> [kind_of(f) for f in (torch.add, torch.Tensor.__matmul__, torch.relu_)]
+        ['add', 'matmul', 'relu']
+    """
+    return str(getattr(function, "__name__", "")).strip("_")
 
 
 _fused_lock = threading.Lock()

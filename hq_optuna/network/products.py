@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import math
-import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -31,6 +30,7 @@ from hq_optuna.network.containers import map_tensors
 from hq_optuna.network.copies import copied, preserve_network
 from hq_optuna.network.devices import device_of
 from hq_optuna.network.layer_types import QUANTIZABLE
+from hq_optuna.network.modes import InnermostMode, kind_of
 
 _NAME = "product_"
 _MATMUL = ("matmul", "bmm", "rmatmul")
@@ -67,20 +67,6 @@ class CallsProducts(nn.Module):
                 f"{self.n_products} times in others, so what it branches on decides which "
                 "products are rounded. Search without products."
             )
-
-
-class _State(threading.local):
-    """Whose matrix products are replaced in this thread: those of the innermost such module."""
-
-    def __init__(self) -> None:
-        self.calls: _Calls | None = None
-
-    def begin(self, calls: _Calls | None) -> _Calls | None:
-        before, self.calls = self.calls, calls
-        return before
-
-
-_STATE = _State()
 
 
 def with_products(network: nn.Module, inputs: Inputs) -> nn.Module:
@@ -148,39 +134,27 @@ def _calling(own: type[nn.Module]) -> type[nn.Module]:
     )
 
 
-def _kind_of(function: Any) -> str:
-    """Return the name of a function of PyTorch's, the same in its spellings."""
-    return str(getattr(function, "__name__", "")).strip("_")
-
-
 def _n_products(kind: str) -> int:
     return 2 if kind == _ATTENTION else 1
 
 
-class _Calls(TorchFunctionMode):
-    """Calls the products of one call of a module's forward."""
+class _Calls(InnermostMode):
+    """Calls the products of one call of a module's forward, not of a module's within."""
 
     def __init__(self, owner: Any) -> None:
         super().__init__()
         self._owner, self._n = owner, 0
-        self._outer: _Calls | None = None
-
-    def __enter__(self) -> _Calls:
-        self._outer = _STATE.begin(self)
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        _STATE.begin(self._outer)
+        super().__exit__(*error)
         if error[0] is None:
             self._owner.check_products(self._n)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kind, kwargs = _kind_of(func), kwargs or {}
-        if _STATE.calls is not self or kind not in _KINDS:
+        kind, kwargs = kind_of(func), kwargs or {}
+        if self.innermost() is not self or kind not in _KINDS:
             return func(*args, **kwargs)
         found = [self._next() for _ in range(_n_products(kind))]
         if not any(found):
@@ -301,7 +275,7 @@ class _Finding(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kind = _kind_of(func)
+        kind = kind_of(func)
         if kind in _KINDS and self._within:
             factors = _factors(kind, args, kwargs or {})
             fits = all(map(self._is_activation, factors)) and "out" not in (kwargs or {})

@@ -15,9 +15,9 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from hq_optuna.errors import NetworkError
+from hq_optuna.network.modes import InnermostMode, kind_of
 
 NORMS = ("batch_norm",)
 CLIPS = ("relu", "relu6", "hardtanh", "clamp", "clip", "clamp_min")
@@ -43,10 +43,9 @@ _SAME = {"iadd": "add", "radd": "add", "imul": "mul", "rmul": "mul", "multiply":
 
 
 class _State(threading.local):
-    """Who counts the calls of this thread, and whether they are counted now."""
+    """Whether calls of this thread are counted now."""
 
     def __init__(self) -> None:
-        self.counting: Counting | None = None
         self.suspended = 0
 
     @contextmanager
@@ -56,11 +55,6 @@ class _State(threading.local):
             yield
         finally:
             self.suspended -= 1
-
-    def begin(self, counting: Counting | None) -> Counting | None:
-        """Have another one count; return who did so far."""
-        before, self.counting = self.counting, counting
-        return before
 
 
 _STATE = _State()
@@ -73,26 +67,26 @@ def uncounted() -> AbstractContextManager[None]:
 
 def count(kind: str, x: Tensor) -> Tensor:
     """Count a call that is not made any more; return what replaces ``x``, which it returned."""
-    counting = _STATE.counting
+    counting = Counting.innermost()
     if counting is None or _STATE.suspended:
         return x
     with uncounted():
         return counting.returned(kind, x)
 
 
-def kind_of(function: Any) -> str:
-    """Return the name of a function of PyTorch's, the same in all its spellings.
+def counted_kind(function: Any) -> str:
+    """Return the kind that a function of PyTorch's counts as, the same in all its spellings.
 
     Example:
         >>> import torch
-        >>> [kind_of(f) for f in (torch.add, torch.Tensor.__iadd__, torch.relu_)]
+        >>> [counted_kind(f) for f in (torch.add, torch.Tensor.__iadd__, torch.relu_)]
         ['add', 'add', 'relu']
     """
-    name = str(getattr(function, "__name__", "")).strip("_")
+    name = kind_of(function)
     return _SAME.get(name, name)
 
 
-class Counting(TorchFunctionMode):
+class Counting(InnermostMode):
     """Counts a forward pass's calls by kind; functions in ``at`` replace what some return.
 
     Attributes:
@@ -103,18 +97,6 @@ class Counting(TorchFunctionMode):
         super().__init__()
         self.counts = Counter[str]()
         self._at = at
-        self._outer: Counting | None = None
-
-    def __enter__(self) -> Counting:
-        """Count from here on."""
-        self._outer = _STATE.begin(self)
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        """Count no more."""
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        _STATE.begin(self._outer)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -127,7 +109,7 @@ class Counting(TorchFunctionMode):
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     ) -> Any:
         """Return what replaces a call's result."""
-        kind = kind_of(function)
+        kind = counted_kind(function)
         if kind not in COUNTED or not isinstance(result, Tensor):
             return result
         return self.returned(kind, result) if result.is_floating_point() else result
@@ -140,7 +122,7 @@ class Counting(TorchFunctionMode):
 
     def is_running(self) -> bool:
         """Say whether this counts now, in this thread."""
-        return _STATE.counting is self
+        return self.innermost() is self
 
     def check(self, expected: Mapping[str, int]) -> None:
         """Refuse a forward pass that called other functions than the recorded one.

@@ -36,7 +36,7 @@ from hq_optuna.quantization.calls import (
     NORMS,
     POOLS,
     Counting,
-    kind_of,
+    counted_kind,
     uncounted,
 )
 from hq_optuna.quantization.modules import InputFakeQuantize
@@ -278,7 +278,7 @@ class _Recording(Counting):
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     ) -> Any:
         """Note what a call reads and returns."""
-        kind = kind_of(function)
+        kind = counted_kind(function)
         read = [call for t in tensors((args, kwargs)) if (call := self.maker(t)) is not None]
         if isinstance(result, Tensor) and result.is_floating_point() and kind in COUNTED:
             self.counts[kind] += 1
