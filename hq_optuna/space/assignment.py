@@ -57,6 +57,7 @@ class BitConfig(Mapping[str, LayerBits]):
     """Immutable mapping from layer name to `LayerBits`, in the order of the network.
 
     Two assignments are equal when they give every layer the same bits, whatever the order.
+    ``pairs``, where known, are the same bits as `LayerBits` of plain integers: kept, not copied.
 
     Example:
         >>> config = BitConfig({"conv": (8, 8), "fc": (4, 8)})
@@ -71,7 +72,7 @@ class BitConfig(Mapping[str, LayerBits]):
     def __init__(
         self, bits: Mapping[str, tuple[int, int]], *, pairs: dict[str, LayerBits] | None = None
     ) -> None:
-        # Pairs that were read before are kept as they are: searches make thousands of assignments.
+        # Searches make thousands of assignments, of pairs that they know.
         self._digest: str | None = None
         if pairs is not None:
             self._bits = pairs
