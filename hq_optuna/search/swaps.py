@@ -39,7 +39,8 @@ def learn_rises(
     are nearer to the answer and overrule.
     """
     rises: dict[Notch, float] = {}
-    both = np.array([(before, after) for before, _, after, _ in scored]).reshape(len(scored), 2, -1)
+    both = np.array([(before, after) for before, _, after, _ in scored], dtype=int)
+    both = both.reshape(len(scored), 2, len(space.variables))  # also where nothing is scored
     changed: list[list[int]] = [[] for _ in scored]
     for place, v in np.argwhere(both[:, 0] != both[:, 1]).tolist():
         changed[place].append(v)

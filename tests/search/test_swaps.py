@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -116,6 +117,10 @@ def test_rises_are_learnt_from_candidates_of_one_notch_and_from_swaps() -> None:
     assert (2, 4) not in learnt and (2, 2) not in learnt  # two unknowns in one
 
 
+def test_nothing_is_learnt_of_a_search_without_candidates() -> None:
+    assert learn_rises(make(3, 0)[0], []) == {}
+
+
 def test_an_untried_notch_is_judged_by_the_nearest_of_its_variable() -> None:
     space, rises = make(2, 0)
     known = {(0, 5): rises[0][5] - rises[0][6]}
@@ -176,6 +181,35 @@ def test_proposals_are_the_same_where_sums_are_known_to_be_exact(metric, activat
         known = propose_swaps(space, state, rises, **given, additive=[True])
         assert known == propose_swaps(space, state, rises, **given)
         assert known
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_proposals_are_the_first_of_all_swaps_that_fit(seed: int) -> None:
+    """Held against every state a swap leads to, looked at one by one."""
+    space, _ = make(5, seed)
+    model, rng = CostModel(space.layers, "size_bytes"), np.random.default_rng(seed)
+    state = tuple(int(b) for b in rng.integers(2, 9, len(space.variables)))
+    rises = {(v, b): rng.lognormal(-b, 1) for v in range(len(state)) for b in range(2, 8)}
+
+    def costs(s: Sequence[int]) -> tuple[float, ...]:
+        return (model.cost(space.config(s)),)
+
+    limit = costs(state)[0]
+    expected = []
+    for moves in itertools.product((-1, 0, 1), repeat=len(state)):
+        ups, downs = moves.count(1), moves.count(-1)
+        after = tuple(b + move for b, move in zip(state, moves, strict=True))
+        known = (ups, downs) in {(1, 0), (1, 1), (1, 2), (2, 1)}
+        if known and all(2 <= b <= 8 for b in after) and costs(after)[0] <= limit:
+            rise = math.fsum(
+                -rises[v, b] if move > 0 else rises[v, b - 1]
+                for v, (b, move) in enumerate(zip(state, moves, strict=True))
+                if move
+            )
+            expected += [(rise, after)] if rise < -1e-9 else []
+    given = {"costs": costs, "limits": (limit,), "score": 1.0, "n": 8}
+    found = propose_swaps(space, state, rises, **given, additive=[True])
+    assert list(found) == [after for _, after in sorted(expected)[:8]]
 
 
 def test_a_step_of_swaps_that_brings_nothing_ends_the_search() -> None:
